@@ -1,0 +1,1 @@
+"""torch.library operators of flexmsa."""
