@@ -1,1 +1,31 @@
-"""MiniMax Sparse Attention for PyTorch."""
+"""MiniMax Sparse Attention for PyTorch: select blocks of keys by a light index branch, attend to them exactly."""
+
+from flexmsa import metrics
+from flexmsa.cache import MSACache
+from flexmsa.checkpoint import save_selection_policy
+from flexmsa.config import MSAConfig
+from flexmsa.flex import create_block_mask, pack_gqa, packed_flex_attention, unpack_gqa
+from flexmsa.functional import attention, block_sparse_attention, decode, index_loss, select_blocks
+from flexmsa.modules import MSAttention
+from flexmsa.types import AuxOutput, AuxRequest
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuxOutput",
+    "AuxRequest",
+    "MSACache",
+    "MSAConfig",
+    "MSAttention",
+    "attention",
+    "block_sparse_attention",
+    "create_block_mask",
+    "decode",
+    "index_loss",
+    "metrics",
+    "pack_gqa",
+    "packed_flex_attention",
+    "save_selection_policy",
+    "select_blocks",
+    "unpack_gqa",
+]

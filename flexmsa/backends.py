@@ -1,0 +1,59 @@
+"""Which backend runs each step: what exists, what a device takes by itself, and why a named one cannot run."""
+
+import importlib.util
+import os
+
+from torch import Tensor
+
+BACKENDS = {
+    "select_blocks": ("cpu", "triton", "reference"),
+    "block_sparse_attention": ("cpu", "flex", "reference"),
+    "index_loss": ("cpu", "reference"),
+    "decode": ("cpu", "triton", "reference"),
+}
+_ALL = ("cpu", "flex", "triton", "reference")
+
+
+def _triton_runs(x: Tensor) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return x.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def default_backend(operation: str, x: Tensor) -> str:
+    """The backend that `operation` takes on the device and dtype of `x` when none is named."""
+    if x.device.type != "cuda" or x.element_size() == 8:
+        return "cpu"
+    if operation == "block_sparse_attention":
+        return "flex"
+    return "triton" if "triton" in BACKENDS[operation] and _triton_runs(x) else "cpu"
+
+
+def choose_backend(operation: str, backend: str | None, x: Tensor) -> str:
+    """Return the backend for `operation` on `x`.
+
+    Raises:
+        ValueError: no backend has this name.
+        NotImplementedError: the backend does not have this operation, or does not run on this device.
+    """
+    if backend is None:
+        return default_backend(operation, x)
+    if backend not in _ALL:
+        raise ValueError(f"backend: expected None or one of {', '.join(_ALL)}, got {backend!r}")
+    if backend not in BACKENDS[operation]:
+        raise NotImplementedError(
+            f"backend={backend!r} has no kernel for {operation}: use backend=None, or one of "
+            f"{', '.join(BACKENDS[operation])}"
+        )
+    if backend == "triton" and not _triton_runs(x):
+        raise NotImplementedError(
+            f"backend='triton' runs on CUDA tensors, got {x.device.type}: use backend=None, or set TRITON_INTERPRET=1 "
+            "before triton is imported to interpret the kernels"
+        )
+    return backend
+
+
+def step_backend(operation: str, backend: str | None, x: Tensor) -> str:
+    """As `choose_backend` for one step of `attention`: a backend without this step leaves it to the default."""
+    named = backend if backend is None or backend not in _ALL or backend in BACKENDS[operation] else None
+    return choose_backend(operation, named, x)

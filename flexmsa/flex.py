@@ -1,0 +1,241 @@
+"""MSA through FlexAttention: block_indices become a BlockMask over GQA groups packed into rows.
+
+FlexAttention decides per block of rows which keys are read, MSA per token. So the G query heads of a group are packed
+into the rows, ordered (token, head in group), and one row block is one token or a few neighbouring ones; the mask_mod
+asks each token's own choice, and therefore holds with and without the lists, eager and compiled.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest as FlexAuxRequest
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from flexmsa import ops, validation
+
+__all__ = ["create_block_mask", "pack_gqa", "packed_flex_attention", "unpack_gqa"]
+
+# FlexAttention's CUDA backward wants row and key blocks that are multiples of this.
+_BACKWARD_ROWS = 128
+# The fewest rows that a tensor-core product takes.
+_FORWARD_ROWS = 16
+
+
+def pack_gqa(q: Tensor, num_kv_heads: int) -> Tensor:
+    """Pack the heads of each GQA group into the rows.
+
+    Args:
+        q: [B, Hq, Sq, ...], any strides.
+        num_kv_heads: the number of groups Hkv; divides Hq.
+
+    Returns:
+        [B, Hkv, Sq * G, ...] contiguous, G = Hq / Hkv; row t * G + g is token t of head g of the group.
+
+    Raises:
+        ValueError: `num_kv_heads` does not divide the heads.
+
+    >>> pack_gqa(torch.arange(4).view(1, 2, 2, 1), num_kv_heads=1).flatten().tolist()
+    [0, 2, 1, 3]
+    """
+    if q.dim() < 3 or num_kv_heads < 1 or q.shape[1] % num_kv_heads:
+        raise ValueError(
+            f"q: expected [B, Hq, Sq, ...] with Hq a multiple of num_kv_heads={num_kv_heads}, got {list(q.shape)}"
+        )
+    return ops.pack_gqa(q, num_kv_heads)
+
+
+def unpack_gqa(packed: Tensor, num_heads: int) -> Tensor:
+    """Undo `pack_gqa`: [B, Hkv, Sq * G, ...] becomes [B, Hq, Sq, ...], contiguous.
+
+    Raises:
+        ValueError: `num_heads` is not a multiple of Hkv, or the rows are not whole tokens.
+
+    >>> q = torch.randn(1, 6, 5, 8)
+    >>> torch.equal(unpack_gqa(pack_gqa(q, num_kv_heads=2), num_heads=6), q)
+    True
+    """
+    if packed.dim() < 3 or num_heads % packed.shape[1] or packed.shape[2] % (num_heads // packed.shape[1]):
+        raise ValueError(
+            f"packed: expected [B, Hkv, Sq * G, ...] with G * Hkv = num_heads={num_heads}, got {list(packed.shape)}"
+        )
+    return ops.unpack_gqa(packed, num_heads)
+
+
+def create_block_mask(
+    block_indices: Tensor,
+    *,
+    num_heads: int,
+    seqlen_k: int,
+    block_size: int = 128,
+    cu_seqlens: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    with_backward: bool = True,
+) -> BlockMask:
+    """Make the FlexAttention BlockMask of a selection, for rows packed by `pack_gqa`.
+
+    Args:
+        block_indices: [B, Hkv, Sq, topk] int32 or int64, as from `select_blocks`.
+        num_heads: query heads Hq; G = Hq / Hkv of them are packed into the rows.
+        seqlen_k: keys Sk.
+        block_size: keys in one block of the selection.
+        cu_seqlens, kv_starts, kv_lens: the sequences, as for `attention`.
+        with_backward: make the lists that FlexAttention's backward needs, whose memory grows with
+            Hkv * Sk / 128 * Sq * G / 128; without them row blocks are also smaller, which suits inference.
+
+    Returns:
+        A BlockMask for q packed to [B, Hkv, Sq * G, D] and k, v [B, Hkv, Sk, D]. Its mask_mod(b, h, row, key) can be
+        used alone; in a score_mod beside it, token = row // G and head = h * G + row % G.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+
+    >>> ids = torch.tensor([[0, -1], [0, -1], [0, 1], [0, 1]], dtype=torch.int32).view(1, 1, 4, 2)
+    >>> mask = create_block_mask(ids, num_heads=2, seqlen_k=4, block_size=2)
+    >>> mask.shape
+    (1, 1, 8, 4)
+    """
+    validation.check_block_mask_inputs(block_indices, num_heads, seqlen_k, block_size, cu_seqlens, kv_starts, kv_lens)
+    lengths = cu_seqlens, kv_starts, kv_lens
+    return selection_block_mask(block_indices, num_heads, seqlen_k, block_size, lengths, with_backward)
+
+
+def _tokens_per_row_block(device: torch.device, group_size: int, with_backward: bool) -> int:
+    """As few tokens as the kernels allow: the fewer share a row block, the smaller the union of their blocks."""
+    rows = 1 if device.type == "cpu" else (_BACKWARD_ROWS if with_backward else _FORWARD_ROWS)
+    return rows // math.gcd(rows, group_size)
+
+
+def selection_block_mask(
+    block_indices: Tensor,
+    num_heads: int,
+    seqlen_k: int,
+    block_size: int,
+    lengths: tuple[Tensor | None, Tensor | None, Tensor | None],
+    with_backward: bool,
+) -> BlockMask:
+    """`create_block_mask` on checked input."""
+    _, num_kv_heads, seqlen_q, topk = block_indices.shape
+    group_size = num_heads // num_kv_heads
+    on_cpu = block_indices.device.type == "cpu"
+    tokens = _tokens_per_row_block(block_indices.device, group_size, with_backward)
+    mask_block = block_size if on_cpu or block_size % _BACKWARD_ROWS == 0 else _BACKWARD_ROWS
+    num_blocks = (seqlen_k + mask_block - 1) // mask_block
+    # The CPU template walks lists as wide as the keys; on CUDA a list holds no more than its tokens can choose.
+    pieces = (block_size + mask_block - 2) // mask_block + 1
+    width = num_blocks if on_cpu else min(num_blocks, tokens * topk * pieces)
+    cu_seqlens, kv_starts, kv_lens = lengths
+    aligned = cu_seqlens is None and kv_starts is None
+    sequences = ops.sequence_table(block_indices, cu_seqlens, kv_starts, kv_lens, seqlen_k)
+    *lists, membership, start, end = ops.block_mask_lists(
+        block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward
+    )
+
+    def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        token = row // group_size
+        offset = key - start[b, token]
+        block = torch.clamp(offset, min=0) // block_size
+        word = membership[b, h, token, block >> 5]
+        return (offset >= 0) & (key < end[b, token]) & (((word >> (block & 31)) & 1) == 1)
+
+    row_block = tokens * group_size, mask_block
+    return _block_mask(lists, (seqlen_q * group_size, seqlen_k), row_block, mask_mod, with_backward)
+
+
+def dense_block_mask(
+    q: Tensor, k: Tensor, lengths: tuple[Tensor | None, Tensor | None, Tensor | None], with_backward: bool
+) -> BlockMask:
+    """The BlockMask of the warm-up: every visible key, for the rows of `pack_gqa(q)`."""
+    group_size = q.shape[1] // k.shape[1]
+    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+    tokens = _tokens_per_row_block(q.device, group_size, with_backward)
+    sequences = ops.sequence_table(q, *lengths, seqlen_k)
+    *lists, start, end = ops.dense_mask_lists(
+        sequences, q.shape[0], seqlen_q, seqlen_k, _BACKWARD_ROWS, tokens, with_backward
+    )
+
+    def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        token = row // group_size
+        return (key >= start[b, token]) & (key < end[b, token])
+
+    row_block = tokens * group_size, _BACKWARD_ROWS
+    return _block_mask(lists, (seqlen_q * group_size, seqlen_k), row_block, mask_mod, with_backward)
+
+
+def _block_mask(
+    lists: list[Tensor],
+    lengths: tuple[int, int],
+    row_block: tuple[int, int],
+    mask_mod: Callable[..., Tensor],
+    with_backward: bool,
+) -> BlockMask:
+    transposed = lists[4:] if with_backward else [None] * 4
+    return BlockMask(lengths, *lists[:4], *transposed, BLOCK_SIZE=row_block, mask_mod=mask_mod)
+
+
+@functools.cache
+def _compiled_flex_attention(device: str) -> Callable[..., Any]:
+    # The CPU template does not compile for dynamic shapes.
+    return torch.compile(flex_attention, dynamic=False if device == "cpu" else None)
+
+
+def packed_flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    *,
+    score_mod: Callable[..., Tensor] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Call FlexAttention with the group packed into rows: exact for any group size, on CPU and CUDA.
+
+    FlexAttention is compiled here if the caller is not being compiled already: run as it is, it would make an
+    S x S tensor.
+
+    Args:
+        q: [B, Hq, Sq, D]; k, v: [B, Hkv, Sk, D].
+        block_mask: from `create_block_mask`.
+        score_mod: as FlexAttention's, in packed coordinates: token = row // G, head = h * G + row % G.
+        scale: multiplies the scores; default 1 / sqrt(D).
+        return_lse: return (out, lse [B, Hq, Sq] float32); on CUDA only.
+
+    Returns:
+        out [B, Hq, Sq, D], or (out, lse).
+
+    Raises:
+        NotImplementedError: a gradient or lse is asked for on a CPU, where FlexAttention has neither.
+    """
+    on_cpu = q.device.type == "cpu"
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if on_cpu and (needs_grad or return_lse):
+        raise NotImplementedError(
+            "FlexAttention on a CPU computes no gradient and no lse: "
+            'use block_sparse_attention(backend="cpu"), or call it under torch.no_grad() without lse'
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    packed = ops.pack_gqa(q, k.shape[1])
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention(q.device.type)
+    options = None if on_cpu else _kernel_options(block_mask)
+    aux = FlexAuxRequest(lse=True) if return_lse else None
+    result = attend(
+        packed, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale, kernel_options=options, return_aux=aux
+    )
+    if not return_lse:
+        return ops.unpack_gqa(result, q.shape[1])
+    out, extra = result
+    return ops.unpack_gqa(out, q.shape[1]), ops.unpack_gqa(extra.lse, q.shape[1])
+
+
+def _kernel_options(block_mask: BlockMask) -> dict[str, Any]:
+    """Row tiles that divide a row block; never the decoding kernel, which ignores the size of our row blocks."""
+    rows = block_mask.BLOCK_SIZE[0]
+    options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
+    if rows % _BACKWARD_ROWS:
+        options["BLOCK_M"] = _FORWARD_ROWS
+    return options

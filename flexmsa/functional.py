@@ -1,0 +1,418 @@
+"""The functional API: check the input, fill the defaults, pick the backend, call the operators."""
+
+import torch
+from torch import Tensor
+
+from flexmsa import flex, ops, reference, validation
+from flexmsa.backends import choose_backend, step_backend
+from flexmsa.cache import MSACache
+from flexmsa.kernels.sequences import key_ranges
+from flexmsa.types import AuxOutput, AuxRequest
+
+__all__ = ["attention", "block_sparse_attention", "decode", "index_loss", "select_blocks"]
+
+Lengths = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""cu_seqlens, kv_starts, kv_lens."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    *,
+    block_size: int = 128,
+    topk: int | None = 16,
+    num_local_blocks: int = 1,
+    num_init_blocks: int = 0,
+    scale: float | None = None,
+    index_scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    backend: str | None = None,
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """MiniMax Sparse Attention (arXiv 2606.13392): select blocks of keys by the index branch, attend to them exactly.
+
+    Causal, the last query aligned with the last key. All tensors share one floating dtype; any strides.
+
+    Args:
+        q: [B, Hq, Sq, D].
+        k, v: [B, Hkv, Sk, D]; Hkv divides Hq, G = Hq / Hkv heads share a group.
+        index_q: [B, Hkv, Sq, Di], one index head for each group.
+        index_k: [B, 1, Sk, Di], one head for all groups.
+        block_size: keys in one block.
+        topk: blocks that a query keeps in each group, forced ones among them. None is the warm-up: both branches are
+            dense, and the loss runs over the whole visible sequence.
+        num_local_blocks: the newest visible blocks, always kept; at least 1, the query's own.
+        num_init_blocks: the oldest blocks, always kept.
+        scale: of the main scores; default 1 / sqrt(D).
+        index_scale: of the index scores in the loss; default 1 / sqrt(Di).
+        cu_seqlens: [documents + 1] int32, offsets of documents packed along S (B = 1, Sq = Sk).
+        kv_starts, kv_lens: [B] int32; the keys of row b are kv_starts[b] .. kv_lens[b]-1 (left padding, a part-filled
+            cache), its queries the last ones. Blocks are anchored at each sequence's first token, so that a document
+            or a padded row gets what it gets alone.
+        backend: None picks the fastest for the device; "cpu" (plain PyTorch, any device), "flex" or "reference"
+            (dense) name one for the main branch.
+        return_aux: what else to return.
+
+    Returns:
+        out [B, Hq, Sq, D], contiguous, or (out, AuxOutput) if `return_aux` is given. `out` has gradients to q, k and
+        v only, `index_loss` to index_q and index_k only. A query that sees no key gives 0.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+        NotImplementedError: the backend named cannot run this.
+
+    >>> q, k, v = torch.randn(1, 4, 64, 16), torch.randn(1, 2, 64, 16), torch.randn(1, 2, 64, 16)
+    >>> index_q, index_k = torch.randn(1, 2, 64, 16), torch.randn(1, 1, 64, 16)
+    >>> aux = AuxRequest(block_indices=True, index_loss=True)
+    >>> out, aux = attention(q, k, v, index_q, index_k, block_size=16, topk=2, return_aux=aux)
+    >>> out.shape, aux.block_indices[0, 0, 40:].amax().item()
+    (torch.Size([1, 4, 64, 16]), 3)
+    """
+    _reject_forward_ad(q, k, v, index_q, index_k)
+    validation.check_main_inputs(q, k, v, scale)
+    validation.check_index_inputs(index_q, index_k, index_scale)
+    validation.check_branches_match(q, k, index_q, index_k)
+    validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
+    q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
+    aux = return_aux or AuxRequest()
+    block_indices = None
+    if topk is not None:
+        block_indices = select_blocks(
+            index_q,
+            index_k,
+            block_size=block_size,
+            topk=topk,
+            num_local_blocks=num_local_blocks,
+            num_init_blocks=num_init_blocks,
+            cu_seqlens=cu_seqlens,
+            kv_starts=kv_starts,
+            kv_lens=kv_lens,
+            backend=step_backend("select_blocks", backend, index_q),
+        )
+    lengths = cu_seqlens, kv_starts, kv_lens
+    out, lse = _attend(q, k, v, block_indices, block_size, scale, backend, lengths, aux.lse or aux.index_loss)
+    if return_aux is None:
+        return out
+    loss = None
+    if aux.index_loss:
+        assert lse is not None
+        loss = index_loss(
+            q,
+            k,
+            index_q,
+            index_k,
+            block_indices,
+            lse,
+            block_size=block_size,
+            scale=scale,
+            index_scale=index_scale,
+            cu_seqlens=cu_seqlens,
+            kv_starts=kv_starts,
+            kv_lens=kv_lens,
+            backend=step_backend("index_loss", backend, q),
+        )
+    return out, AuxOutput(
+        lse=lse if aux.lse else None, block_indices=block_indices if aux.block_indices else None, index_loss=loss
+    )
+
+
+def select_blocks(
+    index_q: Tensor,
+    index_k: Tensor,
+    *,
+    block_size: int = 128,
+    topk: int = 16,
+    num_local_blocks: int = 1,
+    num_init_blocks: int = 0,
+    cu_seqlens: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Choose, for each query and group, the blocks of keys whose best index score is highest (paper, index branch).
+
+    A block scores max over its visible keys j of <index_q[i, r], index_k[j]>; equal scores are decided for the
+    smaller id. Whatever the numbers, an id is -1 or a visible block. No gradient.
+
+    Args:
+        index_q: [B, Hkv, Sq, Di]; index_k: [B, 1, Sk, Di].
+        Others: as for `attention`; `backend` may also be "triton".
+
+    Returns:
+        block_indices [B, Hkv, Sq, topk] int32, ascending, padded on the right with -1. Ids count from the first block
+        of the query's own sequence.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+        NotImplementedError: the backend named cannot run this.
+
+    >>> index_k = torch.tensor([[3.0], [0.0], [1.0], [9.0]]).view(1, 1, 4, 1)
+    >>> select_blocks(torch.ones(1, 1, 4, 1), index_k, block_size=1, topk=2)[0, 0].tolist()
+    [[0, -1], [0, 1], [0, 2], [0, 3]]
+    """
+    _reject_forward_ad(index_q, index_k)
+    validation.check_index_inputs(index_q, index_k)
+    validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
+    if topk is None:
+        raise TypeError("topk: expected an int, got None; the dense warm-up selects nothing")
+    batch, _, seqlen_q, _ = index_q.shape
+    seqlen_k = index_k.shape[2]
+    validation.check_sequences(batch, seqlen_q, seqlen_k, index_q.device, cu_seqlens, kv_starts, kv_lens)
+    backend = choose_backend("select_blocks", backend, index_q)
+    index_q, index_k = ops.cast_to_autocast(index_q, index_k)
+    sequences = ops.sequence_table(index_q, cu_seqlens, kv_starts, kv_lens, seqlen_k)
+    if backend == "reference":
+        start, end = key_ranges(sequences, batch, seqlen_q)
+        return reference.select_blocks(
+            index_q, index_k, start, end, block_size, topk, num_local_blocks, num_init_blocks
+        )
+    return ops.select_blocks(
+        index_q.detach(), index_k.detach(), sequences, block_size, topk, num_local_blocks, num_init_blocks, backend
+    )
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor | None,
+    *,
+    block_size: int = 128,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    backend: str | None = None,
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Softmax attention over the visible keys of the given blocks (paper, main branch).
+
+    Args:
+        q: [B, Hq, Sq, D]; k, v: [B, Hkv, Sk, D].
+        block_indices: [B, Hkv, Sq, topk] int32 or int64, in any order; -1 is no block, an id given twice counts once,
+            and a block that the query does not see adds nothing. None takes every visible block. An id out of range
+            raises on a CPU and is ignored like -1 on a GPU, where reading it back would stop the device.
+        Others: as for `attention`.
+
+    Returns:
+        out [B, Hq, Sq, D], or (out, AuxOutput) if `return_aux` is given. A query with no visible key gives 0.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+        NotImplementedError: the backend named cannot run this, or `return_aux` asks for the loss.
+
+    >>> q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
+    >>> every_block = torch.arange(2).expand(1, 2, 8, 2)
+    >>> out = block_sparse_attention(q, k, v, every_block, block_size=4)
+    >>> dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    >>> torch.allclose(out, dense, atol=1e-5)
+    True
+    """
+    _reject_forward_ad(q, k, v)
+    validation.check_main_inputs(q, k, v, scale)
+    aux = return_aux or AuxRequest()
+    if aux.index_loss:
+        raise ValueError("return_aux: expected lse or block_indices, got index_loss; call flexmsa.index_loss for it")
+    q, k, v = ops.cast_to_autocast(q, k, v)
+    lengths = cu_seqlens, kv_starts, kv_lens
+    out, lse = _attend(q, k, v, block_indices, block_size, scale, backend, lengths, aux.lse)
+    if return_aux is None:
+        return out
+    return out, AuxOutput(lse=lse if aux.lse else None, block_indices=block_indices if aux.block_indices else None)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor | None,
+    block_size: int,
+    scale: float | None,
+    backend: str | None,
+    lengths: Lengths,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the main branch on checked q, k, v; lse may be None if it is not wanted."""
+    batch, _, seqlen_q, head_dim = q.shape
+    seqlen_k = k.shape[2]
+    validation.check_settings(block_size)
+    validation.check_sequences(batch, seqlen_q, seqlen_k, q.device, *lengths)
+    if block_indices is not None:
+        validation.check_block_indices(block_indices, batch, k.shape[1], seqlen_q, q.device)
+    scale = head_dim**-0.5 if scale is None else scale
+    backend = choose_backend("block_sparse_attention", backend, q)
+    if backend == "flex":
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if block_indices is None:
+            mask = flex.dense_block_mask(q, k, lengths, needs_grad)
+        else:
+            mask = flex.selection_block_mask(block_indices, q.shape[1], seqlen_k, block_size, lengths, needs_grad)
+        result = flex.packed_flex_attention(q, k, v, mask, scale=scale, return_lse=want_lse)
+        return result if isinstance(result, tuple) else (result, None)
+    sequences = ops.sequence_table(q, *lengths, seqlen_k)
+    if backend == "reference":
+        start, end = key_ranges(sequences, batch, seqlen_q)
+        return reference.block_sparse_attention(q, k, v, block_indices, start, end, block_size, scale)
+    return ops.block_sparse_attention(q, k, v, block_indices, sequences, block_size, scale, backend)
+
+
+def index_loss(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    block_indices: Tensor | None,
+    lse: Tensor,
+    *,
+    block_size: int = 128,
+    scale: float | None = None,
+    index_scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The KL loss of the index branch against the main branch (paper, training).
+
+    For a query and group, with P the mean over the G heads of the main branch's probabilities and P_idx the softmax
+    of index_scale * <index_q, index_k>, both over the visible keys of the selected blocks: sum P (log P - log P_idx),
+    averaged over batch, groups and the queries that see a key. The gradient, P_idx - P for the scores, reaches
+    index_q and index_k only.
+
+    Args:
+        q, k: the main branch's, [B, Hq, Sq, D] and [B, Hkv, Sk, D].
+        index_q, index_k: [B, Hkv, Sq, Di] and [B, 1, Sk, Di].
+        block_indices: [B, Hkv, Sq, topk] as given to the main branch; None, every visible block, is the warm-up.
+        lse: [B, Hq, Sq], the main branch's over the same blocks.
+        Others: as for `attention`.
+
+    Returns:
+        Scalar float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+        NotImplementedError: the backend named cannot run this.
+    """
+    _reject_forward_ad(q, k, index_q, index_k)
+    validation.check_main_inputs(q, k, k, scale)
+    validation.check_index_inputs(index_q, index_k, index_scale)
+    validation.check_branches_match(q, k, index_q, index_k)
+    validation.check_settings(block_size)
+    batch, _, seqlen_q, head_dim = q.shape
+    seqlen_k = k.shape[2]
+    validation.check_sequences(batch, seqlen_q, seqlen_k, q.device, cu_seqlens, kv_starts, kv_lens)
+    validation.check_lse(lse, q)
+    if block_indices is not None:
+        validation.check_block_indices(block_indices, batch, k.shape[1], seqlen_q, q.device)
+    backend = choose_backend("index_loss", backend, q)
+    q, k, index_q, index_k = ops.cast_to_autocast(q.detach(), k.detach(), index_q, index_k)
+    scale = head_dim**-0.5 if scale is None else scale
+    index_scale = index_q.shape[3] ** -0.5 if index_scale is None else index_scale
+    sequences = ops.sequence_table(q, cu_seqlens, kv_starts, kv_lens, seqlen_k)
+    if backend == "reference":
+        start, end = key_ranges(sequences, batch, seqlen_q)
+        return reference.index_loss(q, k, index_q, index_k, block_indices, start, end, block_size, scale, index_scale)
+    with_grad = torch.is_grad_enabled() and (index_q.requires_grad or index_k.requires_grad)
+    loss, _, _ = ops.index_loss(
+        q,
+        k,
+        index_q,
+        index_k,
+        block_indices,
+        lse.detach(),
+        sequences,
+        block_size,
+        scale,
+        index_scale,
+        with_grad,
+        backend,
+    )
+    return loss
+
+
+def decode(
+    q: Tensor,
+    cache: MSACache,
+    index_q: Tensor,
+    *,
+    block_size: int = 128,
+    topk: int | None = 16,
+    num_local_blocks: int = 1,
+    num_init_blocks: int = 0,
+    scale: float | None = None,
+    backend: str | None = None,
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Attend from a few new tokens to a cache that already holds their keys; for inference, without gradients.
+
+    Equal to `attention` on the filled part of the cache, and made for Sq of 1 to about 16.
+
+    Args:
+        q: [B, Hq, Sq, D], the last Sq tokens of the cache.
+        cache: filled by `MSACache.append`, the keys of these tokens included.
+        index_q: [B, Hkv, Sq, Di].
+        Others: as for `attention`; `backend` may also be "triton".
+
+    Returns:
+        out [B, Hq, Sq, D], or (out, AuxOutput) if `return_aux` is given.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+        NotImplementedError: the backend named cannot run this.
+
+    >>> cache = MSACache(1, num_kv_heads=1, head_dim=16, index_head_dim=16, capacity=64)
+    >>> cache.append(torch.randn(1, 1, 20, 16), torch.randn(1, 1, 20, 16), torch.randn(1, 1, 20, 16))
+    >>> decode(torch.randn(1, 4, 1, 16), cache, torch.randn(1, 1, 1, 16), block_size=8, topk=2).shape
+    torch.Size([1, 4, 1, 16])
+    """
+    if not isinstance(cache, MSACache):
+        raise TypeError(f"cache: expected an MSACache, got {type(cache).__name__}")
+    k, v, index_k = cache.k, cache.v, cache.index_k
+    aux = return_aux or AuxRequest()
+    if aux.index_loss:
+        raise ValueError("return_aux: expected lse or block_indices, got index_loss; decode is for inference")
+    if topk is None or backend == "reference":
+        result = attention(
+            q,
+            k,
+            v,
+            index_q,
+            index_k,
+            block_size=block_size,
+            topk=topk,
+            num_local_blocks=num_local_blocks,
+            num_init_blocks=num_init_blocks,
+            scale=scale,
+            kv_starts=cache.kv_starts,
+            kv_lens=cache.kv_lens,
+            backend=backend,
+            return_aux=return_aux,
+        )
+        return result
+    validation.check_main_inputs(q, k, v, scale)
+    validation.check_index_inputs(index_q, index_k)
+    validation.check_branches_match(q, k, index_q, index_k)
+    validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
+    backend = choose_backend("decode", backend, q)
+    sequences = ops.sequence_table(q, None, cache.kv_starts, cache.kv_lens, k.shape[2])
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    out, lse, block_indices = ops.decode(
+        q, k, v, index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks, scale, backend
+    )
+    if return_aux is None:
+        return out
+    return out, AuxOutput(lse=lse if aux.lse else None, block_indices=block_indices if aux.block_indices else None)
+
+
+def _reject_forward_ad(*tensors: Tensor) -> None:
+    """Raise where a jvp would silently be zero: custom operators have no forward-mode rule."""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        if isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError("forward-mode differentiation (jvp) is not supported; use reverse mode")

@@ -1,0 +1,197 @@
+"""MSAttention: the whole layer as an nn.Module."""
+
+import torch
+from torch import Tensor, nn
+
+from flexmsa import functional, ops
+from flexmsa.cache import MSACache
+from flexmsa.config import MSAConfig
+from flexmsa.kernels.sequences import key_ranges
+from flexmsa.types import AuxRequest
+
+__all__ = ["MSAttention"]
+
+
+def rotate(x: Tensor, positions: Tensor, rotary_dim: int, theta: float) -> Tensor:
+    """Rotary position embedding of the first `rotary_dim` dimensions, halves paired (i, i + rotary_dim / 2).
+
+    Args:
+        x: [B, H, S, D]; positions: [B, S] int, counted from each sequence's first token.
+    """
+    if rotary_dim == 0:
+        return x
+    exponent = torch.arange(0, rotary_dim, 2, device=x.device, dtype=torch.float32) / rotary_dim
+    angle = positions[:, None, :, None].float() * theta**-exponent
+    cos, sin = angle.cos(), angle.sin()
+    left, right = x[..., :rotary_dim].float().chunk(2, dim=-1)
+    turned = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+    return torch.cat([turned.to(x.dtype), x[..., rotary_dim:]], dim=-1)
+
+
+class MSAttention(nn.Module):
+    """Causal self-attention with a learned selection of key blocks (arXiv 2606.13392).
+
+    The index branch reads the layer's input detached, so that its loss trains the index projections alone. Set
+    `layer.topk = None` for the dense warm-up and an int to switch the selection on.
+
+    >>> config = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=8, index_head_dim=8, block_size=4, topk=2)
+    >>> layer = MSAttention(config)
+    >>> out, index_loss = layer(torch.randn(1, 20, 32))
+    >>> out.shape, index_loss.shape
+    (torch.Size([1, 20, 32]), torch.Size([]))
+    """
+
+    def __init__(self, config: MSAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.topk = config.topk
+        width, bias = config.hidden_size, config.bias
+        self.q_proj = nn.Linear(width, config.num_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, width, bias=bias)
+        self.index_q_proj = nn.Linear(width, config.num_kv_heads * config.index_head_dim, bias=bias)
+        self.index_k_proj = nn.Linear(width, config.index_head_dim, bias=bias)
+
+        def norm(size: int) -> nn.Module:
+            return nn.RMSNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+        self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
+        self.index_q_norm, self.index_k_norm = norm(config.index_head_dim), norm(config.index_head_dim)
+
+    def new_cache(self, batch_size: int, capacity: int, kv_starts: Tensor | None = None) -> MSACache:
+        """Return an empty cache for this layer, on its device and in its dtype."""
+        weight = self.k_proj.weight
+        config = self.config
+        return MSACache(
+            batch_size,
+            config.num_kv_heads,
+            config.head_dim,
+            config.index_head_dim,
+            capacity,
+            kv_starts=kv_starts,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cache: MSACache | None = None,
+        cu_seqlens: Tensor | None = None,
+        kv_starts: Tensor | None = None,
+        with_index_loss: bool | None = None,
+        backend: str | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            x: [B, S, hidden_size]; with a cache, the tokens that follow those in it.
+            cache: appended to in place; attention runs over all of it. For inference.
+            cu_seqlens, kv_starts: documents packed along S, or padding on the left, as for `flexmsa.attention`; a
+                cache has its own kv_starts.
+            with_index_loss: compute the loss of the index branch; default: in training mode without a cache.
+            backend: as for `flexmsa.attention`.
+
+        Returns:
+            out [B, S, hidden_size], and the index loss, a scalar, or None if it was not asked for.
+
+        Raises:
+            ValueError: x has another shape, the cache is full, or a cache came with cu_seqlens, kv_starts or a loss.
+        """
+        if x.dim() != 3 or x.shape[-1] != self.config.hidden_size:
+            raise ValueError(f"x: expected [B, S, hidden_size={self.config.hidden_size}], got {list(x.shape)}")
+        if with_index_loss is None:
+            with_index_loss = self.training and cache is None
+        if cache is not None and (cu_seqlens is not None or kv_starts is not None or with_index_loss):
+            raise ValueError(
+                "cache: expected alone, got it with cu_seqlens, kv_starts or the index loss; "
+                "give kv_starts to the cache, and train without one"
+            )
+        if cache is not None:
+            return self._generate(x, cache, backend), None
+        positions = self._positions(x, cu_seqlens, kv_starts, None)
+        q, k, v, index_q, index_k = self._project(x, positions)
+        aux = AuxRequest(index_loss=with_index_loss)
+        out, extra = functional.attention(
+            q,
+            k,
+            v,
+            index_q,
+            index_k,
+            **self._selection(),
+            cu_seqlens=cu_seqlens,
+            kv_starts=kv_starts,
+            backend=backend,
+            return_aux=aux,
+        )
+        return self._merge(out), extra.index_loss
+
+    def _generate(self, x: Tensor, cache: MSACache, backend: str | None) -> Tensor:
+        after = cache.kv_lens + x.shape[1]
+        positions = self._positions(x, None, cache.kv_starts, after, seqlen_k=cache.capacity)
+        q, k, v, index_q, index_k = self._project(x, positions)
+        cache.append(k, v, index_k)
+        if x.shape[1] <= _DECODE_TOKENS:
+            out = functional.decode(q, cache, index_q, **self._selection(), backend=backend)
+        else:
+            out = functional.attention(
+                q,
+                cache.k,
+                cache.v,
+                index_q,
+                cache.index_k,
+                **self._selection(),
+                kv_starts=cache.kv_starts,
+                kv_lens=cache.kv_lens,
+                backend=backend,
+            )
+        return self._merge(out)
+
+    def _selection(self) -> dict:
+        config = self.config
+        return {
+            "block_size": config.block_size,
+            "topk": self.topk,
+            "num_local_blocks": config.num_local_blocks,
+            "num_init_blocks": config.num_init_blocks,
+        }
+
+    def _positions(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        kv_starts: Tensor | None,
+        kv_lens: Tensor | None,
+        seqlen_k: int | None = None,
+    ) -> Tensor:
+        """Return [B, S]: each token's place in its own sequence."""
+        tokens = x.unsqueeze(1)
+        sequences = ops.sequence_table(tokens, cu_seqlens, kv_starts, kv_lens, seqlen_k or x.shape[1])
+        start, end = key_ranges(sequences, x.shape[0], x.shape[1])
+        return (end - start - 1).clamp(min=0)
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        config = self.config
+        detached = x.detach()
+
+        def heads(projected: Tensor, size: int) -> Tensor:
+            return projected.unflatten(-1, (-1, size)).transpose(1, 2)
+
+        def turn(y: Tensor) -> Tensor:
+            return rotate(y, positions, config.rotary_size, config.rope_theta)
+
+        q = turn(self.q_norm(heads(self.q_proj(x), config.head_dim)))
+        k = turn(self.k_norm(heads(self.k_proj(x), config.head_dim)))
+        v = heads(self.v_proj(x), config.head_dim)
+        index_q = turn(self.index_q_norm(heads(self.index_q_proj(detached), config.index_head_dim)))
+        index_k = turn(self.index_k_norm(heads(self.index_k_proj(detached), config.index_head_dim)))
+        return q, k, v, index_q, index_k
+
+    def _merge(self, out: Tensor) -> Tensor:
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+# From here on the kernels for whole sequences are faster than the one for a few tokens.
+_DECODE_TOKENS = 16

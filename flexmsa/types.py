@@ -1,0 +1,32 @@
+"""Small types of the public API."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class AuxRequest(NamedTuple):
+    """What to return beside the output: pass as `return_aux`, as with `flex_attention`.
+
+    >>> AuxRequest(lse=True)
+    AuxRequest(lse=True, block_indices=False, index_loss=False)
+    """
+
+    lse: bool = False
+    block_indices: bool = False
+    index_loss: bool = False
+
+
+class AuxOutput(NamedTuple):
+    """What was asked for by an `AuxRequest`; the rest is None.
+
+    Attributes:
+        lse: [B, Hq, Sq] float32, natural logarithm of the sum of exponentials of the scaled main scores over the
+            visible tokens of the selected blocks; -inf where a query sees nothing.
+        block_indices: [B, Hkv, Sq, topk] int32, ascending, padded on the right with -1; None in the warm-up.
+        index_loss: scalar float32, the KL loss of the index branch.
+    """
+
+    lse: Tensor | None = None
+    block_indices: Tensor | None = None
+    index_loss: Tensor | None = None

@@ -1,0 +1,200 @@
+"""Every check of user input that needs no values: shapes, dtypes, devices, settings. All messages in one voice:
+`name: expected ..., got ...`, then what to do about it.
+
+Checks of values (ids in range, offsets rising) are in flexmsa.ops.checks, where they can run under torch.compile.
+"""
+
+import torch
+from torch import Tensor
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def check_int(name: str, value: object, least: int, advice: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}{advice}")
+    if value < least:
+        raise ValueError(f"{name}: expected an int >= {least}, got {value}{advice}")
+
+
+def check_settings(
+    block_size: int, topk: int | None = None, num_local_blocks: int = 1, num_init_blocks: int = 0
+) -> None:
+    check_int("block_size", block_size, 1)
+    check_int("num_local_blocks", num_local_blocks, 1, "; a query's own block is always selected")
+    check_int("num_init_blocks", num_init_blocks, 0)
+    if topk is None:
+        return
+    check_int("topk", topk, 1, "; pass topk=None for the dense warm-up")
+    if num_local_blocks + num_init_blocks > topk:
+        raise ValueError(
+            f"topk: expected room for the {num_local_blocks} local and {num_init_blocks} initial blocks that are "
+            f"always selected, got topk={topk}; raise topk or force fewer blocks"
+        )
+
+
+def _check_scale(name: str, scale: float | None) -> None:
+    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a float or None, got {type(scale).__name__}")
+
+
+def _check_tensor(name: str, x: object, layout: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {layout}, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions {layout}, got {x.dim()} of shape {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+
+
+def _check_alike(tensors: dict[str, Tensor]) -> None:
+    """One device; one dtype, unless autocast is about to make it one."""
+    (first, reference), *others = tensors.items()
+    autocast = torch.is_autocast_enabled(reference.device.type)
+    for name, x in others:
+        if x.device != reference.device:
+            raise ValueError(f"{name}: expected the device of {first}, {reference.device}, got {x.device}")
+        if x.dtype != reference.dtype and not autocast:
+            raise TypeError(
+                f"{name}: expected the dtype of {first}, {reference.dtype}, got {x.dtype}; cast one of them"
+            )
+
+
+def _check_shape(name: str, x: Tensor, expected: tuple[int, ...], layout: str) -> None:
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected {layout} = {list(expected)}, got {list(x.shape)}")
+
+
+def check_main_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    _check_tensor("q", q, "[B, Hq, Sq, D]")
+    _check_tensor("k", k, "[B, Hkv, Sk, D]")
+    _check_tensor("v", v, "[B, Hkv, Sk, D]")
+    batch, num_heads, seqlen_q, head_dim = q.shape
+    num_kv_heads, seqlen_k = k.shape[1], k.shape[2]
+    if seqlen_q < 1 or seqlen_k < 1:
+        raise ValueError(f"q, k: expected at least one query and one key, got Sq={seqlen_q}, Sk={seqlen_k}")
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"q: expected heads in groups, Hq a multiple of Hkv={num_kv_heads}, got Hq={num_heads}; "
+            "the layout is [B, H, S, D]"
+        )
+    _check_shape("k", k, (batch, num_kv_heads, seqlen_k, head_dim), "[B, Hkv, Sk, D] with q's B and D")
+    _check_shape("v", v, tuple(k.shape), "the shape of k")
+    _check_alike({"q": q, "k": k, "v": v})
+    _check_scale("scale", scale)
+
+
+def check_index_inputs(index_q: Tensor, index_k: Tensor, index_scale: float | None = None) -> None:
+    _check_tensor("index_q", index_q, "[B, Hkv, Sq, Di]")
+    _check_tensor("index_k", index_k, "[B, 1, Sk, Di]")
+    batch, _, seqlen_q, head_dim = index_q.shape
+    seqlen_k = index_k.shape[2]
+    if seqlen_q < 1 or seqlen_k < 1:
+        raise ValueError(f"index_q, index_k: expected at least one query and one key, got {seqlen_q} and {seqlen_k}")
+    _check_shape(
+        "index_k",
+        index_k,
+        (batch, 1, seqlen_k, head_dim),
+        "[B, 1, Sk, Di], one head for all groups, index_q's B and Di",
+    )
+    _check_alike({"index_q": index_q, "index_k": index_k})
+    _check_scale("index_scale", index_scale)
+
+
+def check_branches_match(q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor) -> None:
+    batch, _, seqlen_q, _ = q.shape
+    _check_shape(
+        "index_q",
+        index_q,
+        (batch, k.shape[1], seqlen_q, index_q.shape[3]),
+        "[B, Hkv, Sq, Di], one head for each KV head of k",
+    )
+    _check_shape("index_k", index_k, (batch, 1, k.shape[2], index_q.shape[3]), "[B, 1, Sk, Di] with k's Sk")
+    _check_alike({"q": q, "index_q": index_q, "index_k": index_k})
+
+
+def check_block_indices(
+    block_indices: Tensor, batch: int, num_kv_heads: int, seqlen_q: int, device: torch.device
+) -> None:
+    if not isinstance(block_indices, Tensor):
+        raise TypeError(f"block_indices: expected a tensor, got {type(block_indices).__name__}")
+    if block_indices.dtype not in _INDEX_DTYPES:
+        raise TypeError(f"block_indices: expected int32 or int64, got {block_indices.dtype}")
+    if block_indices.dim() != 4 or block_indices.shape[3] < 1:
+        raise ValueError(f"block_indices: expected [B, Hkv, Sq, topk], got {list(block_indices.shape)}")
+    expected = (batch, num_kv_heads, seqlen_q, block_indices.shape[3])
+    _check_shape("block_indices", block_indices, expected, "[B, Hkv, Sq, topk]")
+    if block_indices.device != device:
+        raise ValueError(f"block_indices: expected the device {device}, got {block_indices.device}")
+
+
+def _check_lengths(name: str, lengths: Tensor, device: torch.device) -> None:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(lengths).__name__}")
+    if lengths.dtype not in _INDEX_DTYPES:
+        raise TypeError(f"{name}: expected int32, got {lengths.dtype}")
+    if lengths.device != device:
+        raise ValueError(f"{name}: expected the device {device}, got {lengths.device}")
+
+
+def check_sequences(
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    device: torch.device,
+    cu_seqlens: Tensor | None,
+    kv_starts: Tensor | None,
+    kv_lens: Tensor | None,
+) -> None:
+    if cu_seqlens is not None:
+        _check_lengths("cu_seqlens", cu_seqlens, device)
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seqlens: expected [documents + 1] offsets, got shape {list(cu_seqlens.shape)}")
+        if kv_starts is not None or kv_lens is not None:
+            raise ValueError("cu_seqlens: expected alone, got it with kv_starts or kv_lens; pack, or pad, not both")
+        if batch != 1 or seqlen_q != seqlen_k:
+            raise ValueError(
+                f"cu_seqlens: expected one packed row, B = 1 and Sq = Sk, got B={batch}, Sq={seqlen_q}, Sk={seqlen_k}"
+            )
+    for name, lengths in (("kv_starts", kv_starts), ("kv_lens", kv_lens)):
+        if lengths is not None:
+            _check_lengths(name, lengths, device)
+            _check_shape(name, lengths, (batch,), "[B]")
+
+
+def check_lse(lse: Tensor, q: Tensor) -> None:
+    if not isinstance(lse, Tensor):
+        raise TypeError(f"lse: expected a tensor, got {type(lse).__name__}")
+    _check_shape("lse", lse, tuple(q.shape[:3]), "[B, Hq, Sq]")
+    if lse.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"lse: expected float32, as block_sparse_attention returns it, got {lse.dtype}")
+
+
+def check_block_mask_inputs(
+    block_indices: Tensor,
+    num_heads: int,
+    seqlen_k: int,
+    block_size: int,
+    cu_seqlens: Tensor | None,
+    kv_starts: Tensor | None,
+    kv_lens: Tensor | None,
+) -> None:
+    check_settings(block_size)
+    if not isinstance(block_indices, Tensor) or block_indices.dim() != 4:
+        raise ValueError("block_indices: expected a tensor [B, Hkv, Sq, topk]")
+    batch, num_kv_heads, seqlen_q, _ = block_indices.shape
+    check_block_indices(block_indices, batch, num_kv_heads, seqlen_q, block_indices.device)
+    check_int("seqlen_k", seqlen_k, 1)
+    check_int("num_heads", num_heads, 1)
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads: expected a multiple of block_indices' {num_kv_heads} KV heads, got {num_heads}")
+    check_sequences(batch, seqlen_q, seqlen_k, block_indices.device, cu_seqlens, kv_starts, kv_lens)
+
+
+def check_cache_input(name: str, new: Tensor, buffer: Tensor, tokens: Tensor) -> None:
+    _check_tensor(name, new, "[B, H, tokens, D]")
+    batch, heads, _, head_dim = buffer.shape
+    _check_shape(name, new, (batch, heads, tokens.shape[2], head_dim), "[B, H, tokens, D] of the cache")
+    _check_alike({"the cache": buffer, name: new})
+    if new.dtype != buffer.dtype:
+        raise TypeError(f"{name}: expected the dtype of the cache, {buffer.dtype}, got {new.dtype}")

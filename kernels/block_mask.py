@@ -1,0 +1,147 @@
+"""The lists of a FlexAttention BlockMask from block_indices, in plain PyTorch on any device, without waiting for it.
+
+FlexAttention sparsifies per block of rows, MSA per token. A row block is `tokens` neighbouring tokens times the G
+heads of a group; it lists the union of its tokens' blocks, and `membership` tells mask_mod each token's own.
+Memory is linear in the queries, but for the transposed lists, which BlockMask wants as wide as the row blocks.
+"""
+
+import torch
+from torch import Tensor
+
+from .sequences import key_ranges
+
+
+def valid_blocks(block_indices: Tensor, start: Tensor, end: Tensor, block_size: int) -> Tensor:
+    """Return block_indices as int64, with -1 for ids that repeat, are negative, or name a block not yet visible."""
+    ids = block_indices.long().sort(-1).values
+    repeated = torch.cat([torch.zeros_like(ids[..., :1], dtype=torch.bool), ids[..., 1:] == ids[..., :-1]], -1)
+    length = (end - start).long()[:, None, :, None]
+    return ids.masked_fill(repeated | (ids < 0) | (ids * block_size >= length), -1)
+
+
+def membership_bits(ids: Tensor, num_blocks: int) -> Tensor:
+    """Return [B, Hkv, Sq, ceil(num_blocks / 32)] int32: bit b % 32 of word b // 32 says whether block b is chosen."""
+    words = -(-num_blocks // 32)
+    bit = torch.where(ids >= 0, torch.ones_like(ids) << (ids & 31), 0)
+    table = torch.zeros((*ids.shape[:-1], words), dtype=torch.int64, device=ids.device)
+    return table.scatter_add_(-1, ids.clamp(min=0) >> 5, bit).int()
+
+
+def _covered_blocks(ids: Tensor, start: Tensor, end: Tensor, block_size: int, mask_block: int, aligned: bool) -> Tensor:
+    """Return [B, Hkv, Sq, pieces] int64: the blocks of the mask that hold keys of each chosen block, or -1."""
+    first_key = start.long()[:, None, :, None] + ids * block_size
+    last_key = torch.minimum(first_key + block_size, end.long()[:, None, :, None]) - 1
+    first = first_key // mask_block
+    longest = block_size - 1 if aligned and block_size % mask_block == 0 else block_size + mask_block - 2
+    pieces = longest // mask_block + 1
+    if aligned and mask_block % block_size == 0:
+        pieces = 1
+    covered = first[..., None] + torch.arange(pieces, device=ids.device)
+    outside = (ids < 0)[..., None] | (covered * mask_block > last_key[..., None])
+    return covered.masked_fill(outside, -1).flatten(-2)
+
+
+def _compress(values: Tensor, keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Move the kept values of each row to its left: return their count, and [..., width] int32 padded with 0."""
+    position = (keep.cumsum(-1) - 1).masked_fill(~keep, width)
+    rows = torch.zeros((*values.shape[:-1], width + 1), dtype=torch.int32, device=values.device)
+    rows.scatter_(-1, position, values.int())
+    return keep.sum(-1, dtype=torch.int32), rows[..., :width].contiguous()
+
+
+def _transpose(count: Tensor, indices: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Return, for each key block, how many row blocks list it and which: [B, Hkv, blocks], [B, Hkv, blocks, rows]."""
+    batch, heads, rows, width = indices.shape
+    listed = torch.arange(width, device=indices.device) < count[..., None]
+    numbers = torch.arange(rows, device=indices.device).expand(num_blocks, rows)
+    lists = []
+    for present, ids in zip(listed.flatten(0, 1), indices.flatten(0, 1).long(), strict=True):
+        table = torch.zeros((rows, num_blocks + 1), dtype=torch.bool, device=ids.device)
+        table.scatter_(-1, ids.masked_fill(~present, num_blocks), True)
+        lists.append(_compress(numbers, table[:, :num_blocks].t(), rows))
+    counts, transposed = (torch.stack(part) for part in zip(*lists, strict=True))
+    return counts.view(batch, heads, num_blocks), transposed.view(batch, heads, num_blocks, rows)
+
+
+def block_mask_lists(
+    block_indices: Tensor,
+    sequences: Tensor,
+    seqlen_k: int,
+    block_size: int,
+    mask_block: int,
+    tokens: int,
+    width: int,
+    aligned: bool,
+    with_backward: bool,
+) -> list[Tensor]:
+    """Return the lists of a BlockMask for rows packed as (token, head in group).
+
+    Args:
+        mask_block: keys in one block of the mask (block_size, or a size that FlexAttention's kernels want).
+        tokens: tokens in one block of rows.
+        width: width of the key lists.
+        aligned: every sequence starts at key 0, so that blocks of equal size coincide with those of the mask.
+        with_backward: make the transposed lists too; they have no elements otherwise.
+
+    Returns:
+        kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, the same four transposed, and what mask_mod
+        reads: membership [B, Hkv, Sq, words], start [B, Sq], end [B, Sq].
+    """
+    batch, _, seqlen_q, _ = block_indices.shape
+    num_blocks = -(-seqlen_k // mask_block)
+    start, end = key_ranges(sequences, batch, seqlen_q)
+    ids = valid_blocks(block_indices, start, end, block_size)
+    covered = _covered_blocks(ids, start, end, block_size, mask_block, aligned)
+
+    # The last row block is filled with copies of the last token, which add nothing to its union.
+    rows = -(-seqlen_q // tokens)
+    token = torch.arange(rows * tokens, device=ids.device).clamp(max=seqlen_q - 1)
+    union = covered[:, :, token].unflatten(2, (rows, tokens)).flatten(-2).sort(-1).values
+    first = torch.cat([torch.ones_like(union[..., :1], dtype=torch.bool), union[..., 1:] != union[..., :-1]], -1)
+    first &= union >= 0
+
+    full = torch.zeros_like(first)
+    if aligned and mask_block == block_size:
+        # Each token lists a block once, so a block that all of them list fills a run of `tokens` entries.
+        shared = torch.zeros_like(first)
+        shared[..., : union.shape[-1] - tokens + 1] = (
+            union[..., tokens - 1 :] == union[..., : union.shape[-1] - tokens + 1]
+        )
+        earliest_end = end[:, token].unflatten(1, (rows, tokens)).amin(-1)
+        full = first & shared & ((union + 1) * mask_block <= earliest_end[:, None, :, None])
+    partial_lists = _compress(union, first & ~full, width)
+    full_lists = _compress(union, full, width)
+
+    transposed = [ids.new_empty(0, dtype=torch.int32)] * 4
+    if with_backward:
+        transposed = [*_transpose(*partial_lists, num_blocks), *_transpose(*full_lists, num_blocks)]
+    else:
+        transposed = [x.clone() for x in transposed]
+    bits = membership_bits(ids, -(-seqlen_k // block_size))
+    return [*partial_lists, *full_lists, *transposed, bits, start, end]
+
+
+def dense_mask_lists(
+    sequences: Tensor, batch: int, seqlen_q: int, seqlen_k: int, mask_block: int, tokens: int, with_backward: bool
+) -> list[Tensor]:
+    """Return the lists of the BlockMask in which a token sees all of its sequence up to itself.
+
+    As `block_mask_lists` with one head for all, and without the membership, which mask_mod does not need.
+    """
+    start, end = key_ranges(sequences, batch, seqlen_q)
+    rows = -(-seqlen_q // tokens)
+    token = torch.arange(rows * tokens, device=start.device).clamp(max=seqlen_q - 1)
+    block = torch.arange(-(-seqlen_k // mask_block), device=start.device)
+    first, last = (x[:, token].unflatten(1, (rows, tokens))[:, None, :, None] for x in (start, end))
+    lower, upper = block * mask_block, (block + 1) * mask_block
+    touched = (upper > first.amin(-1)) & (lower < last.amax(-1))
+    full = (lower >= first.amax(-1)) & (upper <= last.amin(-1))
+    numbers = block.expand(touched.shape)
+    tables = [touched & ~full, full]
+    lists = [part for table in tables for part in _compress(numbers, table, len(block))]
+    if with_backward:
+        numbers = torch.arange(rows, device=start.device).expand(batch, 1, len(block), rows)
+        lists += [part for table in tables for part in _compress(numbers, table.transpose(2, 3), rows)]
+    else:
+        lists += [start.new_empty(0) for _ in range(4)]
+    return [*lists, start, end]

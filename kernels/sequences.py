@@ -1,0 +1,52 @@
+"""The table of sequences (see flexmsa.kernels) made from what a user passes, and read back per query."""
+
+import torch
+from torch import Tensor
+
+
+def sequence_table(
+    cu_seqlens: Tensor | None,
+    kv_starts: Tensor | None,
+    kv_lens: Tensor | None,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    device: torch.device,
+) -> Tensor:
+    """Return `sequences` [N, 5] int32 on `device`.
+
+    Values out of range are pulled into it, so that on a GPU, where they are not read back to be checked, they
+    can give a wrong answer but never an address outside the tensors: offsets are made to rise from 0 to the
+    length of the buffer, and every query stays in exactly one sequence.
+    """
+    if cu_seqlens is not None:
+        offsets = cu_seqlens.to(device=device, dtype=torch.int32).clamp(0, seqlen_q)
+        starts = offsets[:-1].cummax(0).values
+        starts = torch.cat([torch.zeros_like(starts[:1]), starts[1:]])
+        ends = torch.cat([starts[1:], torch.full_like(starts[:1], seqlen_q)])
+        return torch.stack([torch.zeros_like(starts), starts, ends, starts, ends], dim=1)
+    rows = torch.arange(batch, device=device, dtype=torch.int32)
+    zeros = torch.zeros_like(rows)
+    k_end = torch.full_like(rows, seqlen_k)
+    if kv_lens is not None:
+        k_end = kv_lens.to(device=device, dtype=torch.int32).clamp(0, seqlen_k)
+    k_start = zeros
+    if kv_starts is not None:
+        k_start = kv_starts.to(device=device, dtype=torch.int32).clamp(min=0).minimum(k_end)
+    return torch.stack([rows, zeros, torch.full_like(rows, seqlen_q), k_start, k_end], dim=1)
+
+
+def key_ranges(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Tensor, Tensor]:
+    """Return `start`, `end` [B, Sq] int32: query i of batch row b sees the keys start[b, i] .. end[b, i]-1.
+
+    `start` is the anchor of the query's blocks. A query that sees nothing has end <= start.
+    """
+    rows, q_start, q_end, k_start, k_end = sequences.unbind(1)
+    first_query = rows.long() * seqlen_q + q_start
+    # A sequence of no queries shares its first query with the next one: only the last of such a run is found.
+    order = torch.arange(batch * seqlen_q, device=sequences.device)
+    sequence = torch.searchsorted(first_query, order, right=True) - 1
+    token = (order % seqlen_q).int()
+    start = k_start[sequence]
+    end = k_end[sequence] - q_end[sequence] + token + 1
+    return start.view(batch, seqlen_q), end.view(batch, seqlen_q)

@@ -1,0 +1,95 @@
+"""flexmsa::block_sparse_attention: softmax attention over the selected blocks, and its backward."""
+
+import torch
+from torch import Tensor
+
+from .autocast import register_autocast
+from .checks import check_block_indices
+from .dispatch import kernels
+
+
+def statistics_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of lse and of losses: float32, and float64 for float64 inputs."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op(
+    "flexmsa::block_sparse_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? block_indices, Tensor sequences, int block_size, float scale, "
+    "str backend) -> (Tensor, Tensor)",
+)
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor | None,
+    sequences: Tensor,
+    block_size: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None means every visible block."""
+    if block_indices is not None:
+        check_block_indices(block_indices, -(-k.shape[2] // block_size))
+    return kernels(backend, "block_sparse_attention", q).block_sparse_attention_forward(
+        q, k, v, block_indices, sequences, block_size, scale
+    )
+
+
+@block_sparse_attention.register_fake
+def _(q, k, v, block_indices, sequences, block_size, scale, backend):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
+
+
+@torch.library.custom_op(
+    "flexmsa::block_sparse_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor? block_indices, Tensor sequences, int block_size, float scale, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def block_sparse_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor | None,
+    sequences: Tensor,
+    block_size: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v."""
+    return kernels(backend, "block_sparse_attention", q).block_sparse_attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, block_indices, sequences, block_size, scale
+    )
+
+
+@block_sparse_attention_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, out, lse, block_indices, sequences, block_size, scale, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, block_indices, sequences, ctx.block_size, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output, block_indices, sequences)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, block_indices, sequences = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return (None,) * 8
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = block_sparse_attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, block_indices, sequences, ctx.block_size, ctx.scale, ctx.backend
+    )
+    return (*grads, None, None, None, None, None)
+
+
+block_sparse_attention.register_autograd(_backward, setup_context=_setup_context)
+register_autocast(block_sparse_attention, cast=3)

@@ -1,0 +1,89 @@
+"""flexmsa::index_loss: the KL loss that teaches the index branch, and its closed-form gradient.
+
+Value and gradient need the same teacher probabilities, the costly part. The forward operator therefore makes the
+gradient on the way (when asked to), in float32 so that a loss scale still finds it, and the backward operator
+multiplies it by the gradient of the loss.
+"""
+
+import torch
+from torch import Tensor
+
+from .attention import statistics_dtype
+from .autocast import register_autocast
+from .checks import check_block_indices
+from .dispatch import kernels
+
+
+@torch.library.custom_op(
+    "flexmsa::index_loss",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor index_q, Tensor index_k, Tensor? block_indices, Tensor lse, Tensor sequences, "
+    "int block_size, float scale, float index_scale, bool with_grad, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def index_loss(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    block_indices: Tensor | None,
+    lse: Tensor,
+    sequences: Tensor,
+    block_size: int,
+    scale: float,
+    index_scale: float,
+    with_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the scalar loss and its gradients to index_q and index_k (of no elements unless `with_grad`)."""
+    if block_indices is not None:
+        check_block_indices(block_indices, -(-k.shape[2] // block_size))
+    return kernels(backend, "index_loss", q).index_loss(
+        q, k, index_q, index_k, block_indices, lse, sequences, block_size, scale, index_scale, with_grad
+    )
+
+
+@index_loss.register_fake
+def _(q, k, index_q, index_k, block_indices, lse, sequences, block_size, scale, index_scale, with_grad, backend):
+    dtype = statistics_dtype(q)
+    grads = [x.new_empty(x.shape if with_grad else (0,), dtype=dtype) for x in (index_q, index_k)]
+    return q.new_empty((), dtype=dtype), *grads
+
+
+@torch.library.custom_op(
+    "flexmsa::index_loss_backward",
+    mutates_args=(),
+    schema="(Tensor grad_loss, Tensor unit_grad, ScalarType dtype) -> Tensor",
+)
+def index_loss_backward(grad_loss: Tensor, unit_grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the gradient for a loss of gradient 1, times the scalar `grad_loss`, in `dtype`."""
+    return (unit_grad * grad_loss).to(dtype, copy=True)
+
+
+@index_loss_backward.register_fake
+def _(grad_loss, unit_grad, dtype):
+    return unit_grad.new_empty(unit_grad.shape, dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, index_q, index_k, *_, ctx.with_grad, _ = inputs
+    _, grad_index_q, grad_index_k = output
+    ctx.dtypes = index_q.dtype, index_k.dtype
+    ctx.save_for_backward(grad_index_q, grad_index_k)
+    ctx.mark_non_differentiable(grad_index_q, grad_index_k)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 12
+    if not ctx.with_grad:
+        raise RuntimeError("index_loss: computed with with_grad=False, so it has no gradient")
+    grads = [
+        index_loss_backward(grad_loss, unit_grad, dtype) if needed else None
+        for unit_grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[2:4], strict=True)
+    ]
+    return (None, None, *grads, *(None,) * 8)
+
+
+index_loss.register_autograd(_backward, setup_context=_setup_context)
+register_autocast(index_loss, cast=4)

@@ -1,0 +1,37 @@
+"""flexmsa::select_blocks: the index branch's choice of blocks."""
+
+import torch
+from torch import Tensor
+
+from .autocast import register_autocast
+from .dispatch import kernels
+
+
+@torch.library.custom_op(
+    "flexmsa::select_blocks",
+    mutates_args=(),
+    schema="(Tensor index_q, Tensor index_k, Tensor sequences, int block_size, int topk, int num_local_blocks, "
+    "int num_init_blocks, str backend) -> Tensor",
+)
+def select_blocks(
+    index_q: Tensor,
+    index_k: Tensor,
+    sequences: Tensor,
+    block_size: int,
+    topk: int,
+    num_local_blocks: int,
+    num_init_blocks: int,
+    backend: str,
+) -> Tensor:
+    """Return block_indices [B, Hkv, Sq, topk] int32 for index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di]."""
+    return kernels(backend, "select_blocks", index_q).select_blocks(
+        index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks
+    )
+
+
+@select_blocks.register_fake
+def _(index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks, backend):
+    return index_q.new_empty((*index_q.shape[:3], topk), dtype=torch.int32)
+
+
+register_autocast(select_blocks, cast=2)

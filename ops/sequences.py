@@ -1,0 +1,29 @@
+"""flexmsa::sequence_table: the sequences of a batch as one small tensor."""
+
+import torch
+from torch import Tensor
+
+from flexmsa.kernels import sequences as kernel
+
+from .checks import check_cu_seqlens, check_kv_ranges
+
+
+@torch.library.custom_op(
+    "flexmsa::sequence_table",
+    mutates_args=(),
+    schema="(Tensor q, Tensor? cu_seqlens, Tensor? kv_starts, Tensor? kv_lens, SymInt seqlen_k) -> Tensor",
+)
+def sequence_table(
+    q: Tensor, cu_seqlens: Tensor | None, kv_starts: Tensor | None, kv_lens: Tensor | None, seqlen_k: int
+) -> Tensor:
+    """Return `sequences` [N, 5] int32 (see flexmsa.kernels) for q [B, H, Sq, ...] and `seqlen_k` keys."""
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, q.shape[2])
+    check_kv_ranges(kv_starts, kv_lens, seqlen_k)
+    return kernel.sequence_table(cu_seqlens, kv_starts, kv_lens, q.shape[0], q.shape[2], seqlen_k, q.device)
+
+
+@sequence_table.register_fake
+def _(q, cu_seqlens, kv_starts, kv_lens, seqlen_k):
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_empty((count, 5), dtype=torch.int32)
