@@ -82,9 +82,9 @@ def selected_keys(block_indices: Tensor | None, start: Tensor, end: Tensor, seql
     return member.gather(-1, block.expand(-1, ids.shape[1], -1, -1)) & visible
 
 
-def main_scores(q: Tensor, k: Tensor, keep: Tensor, scale: float) -> Tensor:
+def main_scores(q: Tensor, k: Tensor, keep: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
     """Return [B, Hkv, G, Sq, Sk]: the scaled scores of the main branch, -inf where a key is not kept."""
-    work = _work_dtype(q)
+    work = dtype or _work_dtype(q)
     grouped = q.to(work).unflatten(1, (k.shape[1], -1))
     scores = grouped @ k.to(work).transpose(-1, -2).unsqueeze(2) * scale
     return scores.masked_fill(~keep.unsqueeze(2), -torch.inf)
@@ -105,10 +105,15 @@ def block_sparse_attention(
     end: Tensor,
     block_size: int,
     scale: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `out` [B, Hq, Sq, D] and `lse` [B, Hq, Sq] of softmax attention over the selected keys."""
+    """Return `out` [B, Hq, Sq, D] and `lse` [B, Hq, Sq] of softmax attention over the selected keys.
+
+    `dtype`, here and below, is what to compute in, if not float32 or float64: the error of doing so in the inputs'
+    own dtype is the measure that tests compare others with.
+    """
     keep = selected_keys(block_indices, start, end, k.shape[2], block_size)
-    scores = main_scores(q, k, keep, scale)
+    scores = main_scores(q, k, keep, scale, dtype)
     # A value that nobody sees may be anything, and 0 * NaN is NaN.
     values = v.to(scores.dtype).masked_fill(~keep.any(-2).any(1)[:, None, :, None], 0.0)
     out = softmax(scores) @ values.unsqueeze(2)
@@ -126,10 +131,11 @@ def index_loss(
     block_size: int,
     scale: float,
     index_scale: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the scalar KL loss: mean over groups and over the queries that see a key of KL(teacher || student)."""
     keep = selected_keys(block_indices, start, end, k.shape[2], block_size)
-    teacher = softmax(main_scores(q.detach(), k.detach(), keep, scale)).mean(2)
+    teacher = softmax(main_scores(q.detach(), k.detach(), keep, scale, dtype)).mean(2)
     scores = (index_q.to(teacher.dtype) @ index_k.to(teacher.dtype).transpose(-1, -2)) * index_scale
     empty = ~keep.any(-1, keepdim=True)
     student = scores.masked_fill(~keep & ~empty, -torch.inf).log_softmax(-1).masked_fill(~keep, 0.0)

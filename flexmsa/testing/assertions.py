@@ -1,0 +1,48 @@
+"""One rule for every comparison of floating numbers."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["assert_close"]
+
+
+def assert_close(name: str, actual: Tensor, exact: Tensor, baseline: Tensor) -> None:
+    """Assert that `actual` is as near to the exact result as eager PyTorch comes in the same dtype.
+
+    The largest error may be twice the baseline's, plus 8 units in the last place of the largest exact value. Where
+    the exact result is finite, `actual` must be; where it is infinite, `actual` must be the same.
+
+    Args:
+        actual: the result under test.
+        exact: the same in float64.
+        baseline: the same formula in eager PyTorch, in the dtype under test.
+
+    Raises:
+        AssertionError: names the tensor, the worst element and its place.
+
+    >>> x = torch.tensor([1.0, 2.0])
+    >>> assert_close("x", x, x.double(), x)
+    """
+    if actual.shape != exact.shape:
+        raise AssertionError(f"{name}: expected shape {list(exact.shape)}, got {list(actual.shape)}")
+    if actual.numel() == 0:
+        return
+    exact, baseline = exact.double(), baseline.double()
+    finite = exact.isfinite()
+    values = actual.double()
+    wrong = torch.where(finite, ~values.isfinite(), (values != exact) & ~(values.isnan() & exact.isnan()))
+    if wrong.any():
+        raise AssertionError(f"{name}: {_place(wrong, values, exact)} ({int(wrong.sum())} such elements)")
+    zero = torch.zeros_like(exact)
+    error = torch.where(finite, (values - exact).abs(), zero)
+    allowed = 2 * torch.where(finite, (baseline - exact).abs(), zero).nan_to_num(torch.inf).max()
+    allowed = allowed + 8 * torch.finfo(actual.dtype).eps * torch.where(finite, exact.abs(), zero).max()
+    allowed = allowed + torch.finfo(actual.dtype).tiny
+    if error.max() > allowed:
+        worst = error == error.max()
+        raise AssertionError(f"{name}: {_place(worst, values, exact)}, an error above the {allowed:.3g} allowed")
+
+
+def _place(mask: Tensor, values: Tensor, exact: Tensor) -> str:
+    where = tuple(mask.nonzero()[0].tolist())
+    return f"got {values[where]:.9g} for {exact[where]:.9g} at {where}"

@@ -1,0 +1,203 @@
+"""Compare flexmsa with the oracle on random cases: what `python -m flexmsa check` does."""
+
+import argparse
+import time
+import traceback
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from torch import Tensor
+
+import flexmsa
+from flexmsa import ops, reference
+from flexmsa.backends import default_backend
+from flexmsa.kernels.sequences import key_ranges
+from flexmsa.testing import oracle
+from flexmsa.testing.assertions import assert_close
+from flexmsa.testing.cases import Case
+from flexmsa.testing.strategies import cases
+
+__all__ = ["check_case", "main"]
+
+_ROUND = 25
+
+
+def check_case(
+    case: Case, device: str | torch.device = "cpu", backend: str | None = None, gradients: bool = True
+) -> None:
+    """Assert that selection, output, lse, loss and gradients of `flexmsa.attention` are right for one case.
+
+    Args:
+        case: shapes, settings and seed of the inputs.
+        device: where to run.
+        backend: as for `flexmsa.attention`.
+        gradients: compare the gradients too.
+
+    Raises:
+        AssertionError: names what is wrong, and where.
+
+    >>> check_case(Case(seqlen_q=20, seqlen_k=20, group_size=3))
+    """
+    inputs, settings = case.inputs(device)
+    inputs = tuple(x.requires_grad_(gradients) for x in inputs)
+    aux = flexmsa.AuxRequest(lse=True, block_indices=True, index_loss=True)
+    out, got = flexmsa.attention(*inputs, **settings, backend=backend, return_aux=aux)
+    results = {"out": out, "lse": got.lse, "index_loss": got.index_loss}
+
+    expected = oracle.attention(*(x.detach().double().cpu().numpy() for x in inputs), **_on_host(settings))
+    if expected.block_indices is not None:
+        _assert_same_ids(got.block_indices, torch.from_numpy(expected.block_indices))
+    exact = {name: torch.as_tensor(getattr(expected, name), dtype=torch.float64) for name in results}
+
+    wide = tuple(x.detach().double().requires_grad_() for x in inputs)
+    narrow = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    exact_reference = _reference(wide, settings, got.block_indices, torch.float64)
+    baseline = _reference(narrow, settings, got.block_indices, inputs[0].dtype)
+    for name, result in results.items():
+        assert_close(name, result.detach().cpu(), exact[name], baseline[name].detach().cpu())
+    if not gradients:
+        return
+    found = _gradients(results, inputs)
+    right = _gradients(exact_reference, wide)
+    eager = _gradients(baseline, narrow)
+    for name, result in found.items():
+        assert_close(f"gradient of {name}", result.cpu(), right[name].cpu(), eager[name].cpu())
+
+
+def _on_host(settings: dict) -> dict:
+    return {name: x.cpu().numpy() if isinstance(x, Tensor) else x for name, x in settings.items()}
+
+
+def _assert_same_ids(got: Tensor, expected: Tensor) -> None:
+    differ = (got.cpu().long() != expected).any(-1)
+    if differ.any():
+        b, r, i = differ.nonzero()[0].tolist()
+        raise AssertionError(
+            f"block_indices: got {got[b, r, i].tolist()} for {expected[b, r, i].tolist()} at batch {b}, group {r}, "
+            f"query {i} ({int(differ.sum())} such rows)"
+        )
+
+
+def _reference(
+    inputs: tuple[Tensor, ...], settings: dict, block_indices: Tensor | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    q, k, v, index_q, index_k = inputs
+    sequences = ops.sequence_table(q, settings["cu_seqlens"], settings["kv_starts"], settings["kv_lens"], k.shape[2])
+    start, end = key_ranges(sequences, q.shape[0], q.shape[2])
+    block_size, scale, index_scale = settings["block_size"], q.shape[3] ** -0.5, index_q.shape[3] ** -0.5
+    out, lse = reference.block_sparse_attention(q, k, v, block_indices, start, end, block_size, scale, dtype)
+    loss = reference.index_loss(
+        q, k, index_q, index_k, block_indices, start, end, block_size, scale, index_scale, dtype
+    )
+    return {"out": out, "lse": lse, "index_loss": loss}
+
+
+def _gradients(results: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Gradients of a fixed combination of out and lse to q, k, v, and of the loss to index_q, index_k."""
+    out, lse = results["out"], results["lse"]
+    weight = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64).view(out.shape).to(out.dtype)
+    seen = lse.isfinite()
+    main = (out * weight).sum() + lse.masked_fill(~seen, 0.0).sum()
+    names = ("q", "k", "v", "index_q", "index_k")
+    grads = torch.autograd.grad(main, inputs[:3], retain_graph=True, materialize_grads=True)
+    grads += torch.autograd.grad(results["index_loss"], inputs[3:], materialize_grads=True)
+    return dict(zip(names, grads, strict=True))
+
+
+def main(argv: list[str]) -> int:
+    """Fuzz this installation; return 0 if every case passed, 1 if one failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flexmsa check",
+        description="Compare flexmsa with a NumPy float64 oracle on random shapes, settings and inputs.",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long to try new cases (default 60)")
+    parser.add_argument("--backend", default=None, help="as for flexmsa.attention (default: the device's own)")
+    parser.add_argument("--dtype", action="append", choices=["float32", "float16", "bfloat16"], help="may be repeated")
+    parser.add_argument("--seed", type=int, default=0, help="start of the random cases (default 0)")
+    options = parser.parse_args(argv)
+    dtypes = tuple(options.dtype or (["float32"] if options.device == "cpu" else ["bfloat16", "float16"]))
+    # Every new combination of sizes is a new FlexAttention kernel, more than a model would ever have.
+    torch._dynamo.config.recompile_limit = 4096
+    torch._dynamo.config.accumulated_recompile_limit = 4096
+    _describe(options, dtypes)
+
+    tried: dict[str, int] = {}
+    failed: list[tuple[Case, str]] = []
+    deadline = time.monotonic() + options.seconds
+    number = 0
+    try:
+        while time.monotonic() < deadline and not failed:
+            _try_round(options, dtypes, options.seed + number, tried, failed, deadline)
+            number += 1
+            print(f"\r{sum(tried.values())} cases tried, {len(failed)} failed", end="", flush=True)
+    except KeyboardInterrupt:
+        print("\nstopped", end="")
+    print()
+    for kind, count in sorted(tried.items()):
+        print(f"  {count:6d} {kind}")
+    if not failed:
+        print("every case agreed with the oracle")
+        return 0
+    case, message = failed[-1]
+    print(f"\nFAILED: {message}\n\nthe smallest failing case found, as code:\n")
+    print("from flexmsa.testing import Case, check_case")
+    print(f"check_case({case!r}, device={options.device!r}, backend={options.backend!r})")
+    return 1
+
+
+def _describe(options: argparse.Namespace, dtypes: tuple[str, ...]) -> None:
+    device = torch.device(options.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    probe = torch.empty(0, device=device)
+    backend = options.backend or default_backend("block_sparse_attention", probe)
+    print(f"flexmsa {flexmsa.__version__}, torch {torch.__version__}, on {where}")
+    print(f"main branch: {backend}; dtypes: {', '.join(dtypes)}; for {options.seconds:g} s, seed {options.seed}")
+
+
+def _try_round(
+    options: argparse.Namespace,
+    dtypes: tuple[str, ...],
+    number: int,
+    tried: dict[str, int],
+    failed: list[tuple[Case, str]],
+    deadline: float,
+) -> None:
+    """Draw a round of cases; after a failure hypothesis goes on with smaller and smaller ones that fail too."""
+
+    @seed(number)
+    @settings(
+        max_examples=_ROUND,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    @given(cases(dtypes=dtypes))
+    def attempt(case: Case) -> None:
+        if not failed and time.monotonic() > deadline:
+            return
+        kind = f"{case.dtype} {_layout(case)}"
+        tried[kind] = tried.get(kind, 0) + 1
+        try:
+            check_case(case, options.device, options.backend)
+        except Exception as error:
+            failed.append((case, f"{type(error).__name__}: {error}" if str(error) else traceback.format_exc()))
+            raise
+
+    try:
+        attempt()
+    except Exception:
+        if not failed:
+            raise
+
+
+def _layout(case: Case) -> str:
+    if case.topk is None:
+        return "warm-up"
+    if case.cu_seqlens:
+        return "packed documents"
+    if case.kv_lens:
+        return "part-filled cache"
+    return "left padding" if case.kv_starts else "plain"
