@@ -93,3 +93,4 @@ def _backward(ctx, grad_out, grad_lse):
 
 block_sparse_attention.register_autograd(_backward, setup_context=_setup_context)
 register_autocast(block_sparse_attention, cast=3)
+register_autocast(block_sparse_attention_backward, cast=0)

@@ -21,11 +21,11 @@ def cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def register_autocast(op: torch.library.CustomOpDef, *, cast: int) -> None:
-    """Give `op` an autocast rule that casts its first `cast` arguments."""
+    """Give `op` an autocast rule that casts its first `cast` arguments, and casts nothing inside the kernel."""
     for device in ("cpu", "cuda"):
 
         def rule(*args: Any, device: str = device) -> Any:
-            inputs = cast_to_autocast(*args[:cast])
+            inputs = cast_to_autocast(*args[:cast]) if cast else ()
             with torch.autocast(device, enabled=False):
                 return op._opoverload(*inputs, *args[cast:])
 

@@ -1,0 +1,14 @@
+"""Every kernel in plain PyTorch, for the CPU: one batched matrix product per key/value block and its queries."""
+
+from flexmsa.kernels.cpu.attention import block_sparse_attention_backward, block_sparse_attention_forward
+from flexmsa.kernels.cpu.decode import decode
+from flexmsa.kernels.cpu.index_loss import index_loss
+from flexmsa.kernels.cpu.selection import select_blocks
+
+__all__ = [
+    "block_sparse_attention_backward",
+    "block_sparse_attention_forward",
+    "decode",
+    "index_loss",
+    "select_blocks",
+]
