@@ -6,16 +6,17 @@ from torch import Tensor
 __all__ = ["assert_close"]
 
 
-def assert_close(name: str, actual: Tensor, exact: Tensor, baseline: Tensor) -> None:
+def assert_close(name: str, actual: Tensor, exact: Tensor, baseline: Tensor, terms: float = 0.0) -> None:
     """Assert that `actual` is as near to the exact result as eager PyTorch comes in the same dtype.
 
-    The largest error may be twice the baseline's, plus 8 units in the last place of the largest exact value. Where
-    the exact result is finite, `actual` must be; where it is infinite, `actual` must be the same.
+    The largest error may be twice the baseline's, plus 8 units in the last place of the largest exact value, or of
+    `terms`, if that is larger. Where the exact result is finite, `actual` must be; where it is infinite, `actual` must be the same.
 
     Args:
         actual: the result under test.
         exact: the same in float64.
         baseline: the same formula in eager PyTorch, in the dtype under test.
+        terms: the size of terms that cancel in the result, and leave their rounding behind.
 
     Raises:
         AssertionError: names the tensor, the worst element and its place.
@@ -36,7 +37,8 @@ def assert_close(name: str, actual: Tensor, exact: Tensor, baseline: Tensor) -> 
     zero = torch.zeros_like(exact)
     error = torch.where(finite, (values - exact).abs(), zero)
     allowed = 2 * torch.where(finite, (baseline - exact).abs(), zero).nan_to_num(torch.inf).max()
-    allowed = allowed + 8 * torch.finfo(actual.dtype).eps * torch.where(finite, exact.abs(), zero).max()
+    largest = max(float(torch.where(finite, exact.abs(), zero).max()), terms)
+    allowed = allowed + 8 * torch.finfo(actual.dtype).eps * largest
     allowed = allowed + torch.finfo(actual.dtype).tiny
     if error.max() > allowed:
         worst = error == error.max()

@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+.PHONY: help demo test lint types check bench bench-gpu clean
+
+help:  ## say what each target does
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,plot]'
+	@touch $@
+
+demo: $(INSTALLED)  ## train a small language model, dense warm-up then sparse, and generate from it (about 4 minutes)
+	$(BIN)/python -m flexmsa demo
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest -n auto
+
+lint: $(INSTALLED)  ## check style
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED)  ## check types
+	$(BIN)/mypy
+
+check: $(INSTALLED)  ## compare with the oracle on random inputs, on this machine's GPU if it has one
+	$(BIN)/python -m flexmsa check
+
+bench: $(INSTALLED)  ## time the CPU kernels beside dense attention and the limit that the FLOPs set
+	$(BIN)/python -m benchmarks.cpu
+
+bench-gpu: $(INSTALLED)  ## check, then time the GPU kernels beside dense attention and their floors
+	$(BIN)/python -m benchmarks.gpu
+
+clean:  ## remove the virtual environment and what tools left
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,252 @@
+"""Time the CPU kernels beside dense attention, and say what the FLOPs would allow.
+
+    python -m benchmarks.cpu [--repeats 3] [--lengths 16384 65536] [--out out]
+
+Prints a table, and writes cpu.json and cpu.png. A ratio is the dense median over ours, from rounds that run every
+variant once, so that a machine that slows down slows all of them. The limit is the same ratio for the
+multiplications and additions that either needs; `share` is how much of the limit is reached.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import flexmsa
+from flexmsa import AuxRequest
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads and sizes of one comparison; block_size 128, topk 16, batch 1, float32."""
+
+    seqlen: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int = 128
+    topk: int = 16
+
+    @property
+    def kept(self) -> int:
+        """Keys that a query attends to."""
+        return self.topk * self.block_size
+
+    def flops(self) -> dict[str, float]:
+        """FLOPs of each variant, after the cost model of the paper; backward is 2.5 times forward."""
+        dense = 2.0 * self.num_heads * self.head_dim * self.seqlen**2
+        main = 4.0 * self.num_heads * self.head_dim * self.seqlen * self.kept
+        select = 1.0 * self.num_kv_heads * self.head_dim * self.seqlen**2
+        teacher = main / 2
+        student = 3 * 2.0 * self.num_kv_heads * self.head_dim * self.seqlen * self.kept
+        return {
+            "dense forward": dense,
+            "dense forward + backward": 3.5 * dense,
+            "main branch forward": main,
+            "layer forward": main + select,
+            "layer forward + backward with KL": 3.5 * main + select + teacher + student,
+        }
+
+
+SHAPES = {
+    16384: Shape(16384, num_heads=16, num_kv_heads=4, head_dim=128),
+    65536: Shape(65536, num_heads=4, num_kv_heads=1, head_dim=64),
+}
+# The least share of the limit that the project promises.
+BARS = {"main branch forward": 0.5, "layer forward": 0.5, "layer forward + backward with KL": 0.35}
+DENSE_OF = {name: "dense forward" for name in BARS} | {"layer forward + backward with KL": "dense forward + backward"}
+
+
+def make_variants(shape: Shape) -> dict[str, Callable[[], object]]:
+    """Return what to time, by name."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads: int) -> Tensor:
+        return torch.randn(1, heads, shape.seqlen, shape.head_dim, generator=generator)
+
+    q, k, v = random(shape.num_heads), random(shape.num_kv_heads), random(shape.num_kv_heads)
+    index_q, index_k = random(shape.num_kv_heads), random(1)
+    grad = random(shape.num_heads)
+    settings = {"block_size": shape.block_size, "topk": shape.topk}
+    ids = flexmsa.select_blocks(index_q, index_k, **settings)
+
+    def dense() -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def dense_train() -> None:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+        torch.autograd.grad(out, leaves, grad)
+
+    def train() -> None:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, index_q, index_k)]
+        out, aux = flexmsa.attention(*leaves, **settings, return_aux=AuxRequest(index_loss=True))
+        torch.autograd.grad((out, aux.index_loss), leaves, (grad, torch.ones(())))
+
+    return {
+        "dense forward": dense,
+        "main branch forward": lambda: flexmsa.block_sparse_attention(q, k, v, ids, block_size=shape.block_size),
+        "layer forward": lambda: flexmsa.attention(q, k, v, index_q, index_k, **settings),
+        "dense forward + backward": dense_train,
+        "layer forward + backward with KL": train,
+    }
+
+
+def measure(shape: Shape, repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of each variant, round by round, after one warm-up of ours on a short input."""
+    for variant in make_variants(Shape(2048, shape.num_heads, shape.num_kv_heads, shape.head_dim)).values():
+        variant()
+    variants = make_variants(shape)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(repeats):
+        for name, variant in variants.items():
+            print(f"\r{shape.seqlen} tokens, round {number + 1} of {repeats}: {name:<40}", end="", flush=True)
+            begin = time.perf_counter()
+            variant()
+            seconds[name].append(time.perf_counter() - begin)
+    print("\r" + " " * 80 + "\r", end="")
+    return seconds
+
+
+def compare(shape: Shape, seconds: dict[str, list[float]]) -> list[dict]:
+    """Return a row for each variant of ours: its time, its ratio to dense, the limit, and the share reached."""
+    flops = shape.flops()
+    rows = []
+    for name, bar in BARS.items():
+        dense = DENSE_OF[name]
+        ours, theirs = statistics.median(seconds[name]), statistics.median(seconds[dense])
+        limit = flops[dense] / flops[name]
+        rows.append(
+            {
+                "seqlen": shape.seqlen,
+                "heads": f"{shape.num_heads}/{shape.num_kv_heads}, D={shape.head_dim}",
+                "variant": name,
+                "seconds": ours,
+                "dense_seconds": theirs,
+                "ratio": theirs / ours,
+                "limit": limit,
+                "share": theirs / ours / limit,
+                "bar": bar,
+                "rounds": {"ours": seconds[name], "dense": seconds[dense]},
+            }
+        )
+    return rows
+
+
+def peak_memory(seqlen: int, variant: str) -> float:
+    """MiB that one variant adds to what its inputs take, in a process of its own."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_memory_here, (seqlen, variant))
+
+
+def _peak_memory_here(seqlen: int, variant: str) -> float:
+    run = make_variants(Shape(seqlen, num_heads=4, num_kv_heads=1, head_dim=64))[variant]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def describe_machine() -> dict:
+    """The processor, cores and versions that the numbers belong to."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "flexmsa": flexmsa.__version__,
+    }
+
+
+def print_table(rows: list[dict]) -> None:
+    print(
+        f"{'tokens':>7} {'heads':>13}  {'variant':<33} {'ours':>8} {'dense':>8} {'ratio':>6} {'limit':>6} {'share':>6}  bar"
+    )
+    for row in rows:
+        verdict = "reached" if row["share"] >= row["bar"] else "MISSED"
+        print(
+            f"{row['seqlen']:>7} {row['heads']:>13}  {row['variant']:<33} {row['seconds']:>7.2f}s {row['dense_seconds']:>7.2f}s "
+            f"{row['ratio']:>5.2f}x {row['limit']:>5.2f}x {row['share']:>6.2f}  {row['bar']} {verdict}"
+        )
+
+
+def draw(rows: list[dict], machine: dict, path: Path) -> None:
+    """Draw the ratios as bars, with a line for each limit."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    labels = [f"{row['variant']}\n{row['seqlen'] // 1024}K tokens, heads {row['heads']}" for row in rows]
+    places = range(len(rows))
+    axis.barh(places, [row["ratio"] for row in rows], color="#0072b2", height=0.6, label="measured")
+    limits = [row["limit"] for row in rows]
+    axis.vlines(
+        limits, [y - 0.38 for y in places], [y + 0.38 for y in places], color="#d55e00", lw=3, label="FLOP limit"
+    )
+    for y, row in zip(places, rows, strict=True):
+        axis.text(row["ratio"], y, f" {row['ratio']:.1f}x", va="center", ha="left", fontsize=9)
+    axis.axvline(1.0, color="0.4", lw=1, ls=":")
+    axis.set_yticks(places, labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("times faster than dense scaled_dot_product_attention")
+    axis.set_title(
+        f"flexmsa on a CPU: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}", fontsize=10
+    )
+    axis.legend(loc="lower right")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3, about 15 minutes on 2 cores)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--out", type=Path, default=Path("out"), help="where cpu.json and cpu.png go (default out)")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    machine = describe_machine()
+    print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, float32, block 128, topk 16")
+    rows: list[dict] = []
+    for seqlen in options.lengths:
+        shape = SHAPES[seqlen]
+        rows += compare(shape, measure(shape, options.repeats))
+        result = {"machine": machine, "rows": rows}
+        (options.out / "cpu.json").write_text(json.dumps(result, indent=1))
+    print_table(rows)
+    memory = {
+        name: {seqlen: peak_memory(seqlen, name) for seqlen in (8192, 16384, 32768)}
+        for name in ("layer forward", "layer forward + backward with KL")
+    }
+    print("\npeak memory beyond the inputs, 4/1 heads, D=64 (linear: doubles with the length)")
+    for name, by_length in memory.items():
+        print(f"  {name:<33}", ", ".join(f"{n // 1024}K: {mib:.0f} MiB" for n, mib in by_length.items()))
+    (options.out / "cpu.json").write_text(
+        json.dumps({"machine": machine, "rows": rows, "memory_mib": memory}, indent=1)
+    )
+    try:
+        draw(rows, machine, options.out / "cpu.png")
+    except ImportError:
+        print("no picture: pip install flexmsa[plot]")
+    print(f"written to {options.out}/")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,366 @@
+"""The Triton kernels on a GPU: right first, then timed beside their floors. `python benchmarks/gpu.py --out DIR`
+
+Times are medians. Prefill: CUDA events round one call, the L2 cache overwritten before it. Decode: a CUDA graph of
+calls that take turns on caches which together exceed the L2 cache, divided by the number of calls. Floors come from
+ceilings measured in the same run: a bf16 product of 8192^3 and a device copy.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from flexmsa.kernels.triton.decode import attend_blocks, decode
+from flexmsa.kernels.triton.selection import choose_config, select_blocks
+
+GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK = 4, 16, 128, 128, 16
+SQUARE = [8192, 32768, 131072, 524288]
+CHUNKS = [(338, 74578), (171, 55339), (1626, 93146), (16384, 47744)]
+CACHES = [(1, 131072), (1, 1 << 20), (8, 131072), (16, 131072)]
+FLT_MAX = torch.finfo(torch.float32).max
+
+
+def plain(batch, seqlen_q, seqlen_k, device):
+    """The table of sequences of an unpacked batch."""
+    rows = [[b, 0, seqlen_q, 0, seqlen_k] for b in range(batch)]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def dense_ids(index_q, index_k, sequences, block_size, topk, local, init, queries=None):
+    """block_indices by the definition, in float64; only of the given queries, if any."""
+    batch, groups, seqlen_q, _ = index_q.shape
+    ids = torch.full((batch, groups, seqlen_q, topk), -1, dtype=torch.int32, device=index_q.device)
+    for b, q_start, q_end, k_start, k_end in sequences.tolist():
+        for i in range(q_start, q_end) if queries is None else queries:
+            visible = k_end - k_start - q_end + i + 1
+            if visible <= 0:
+                continue
+            blocks = -(-visible // block_size)
+            keys = index_k[b, 0, k_start : k_start + visible].double()
+            scores = (index_q[b, :, i].double() @ keys.T).nan_to_num(-FLT_MAX).clamp(-FLT_MAX, FLT_MAX)
+            scores = F.pad(scores, (0, blocks * block_size - visible), value=-FLT_MAX)
+            best = scores.view(groups, blocks, block_size).amax(-1)
+            best[:, :init] = best[:, max(0, blocks - local) :] = float("inf")
+            chosen = best.sort(descending=True, stable=True).indices[:, :topk].sort().values
+            ids[b, :, i, : chosen.shape[1]] = chosen.int()
+    return ids
+
+
+def dense_attention(q, k, v, ids, sequences, block_size, scale):
+    """(out, lse) over the chosen blocks by the definition, in float64."""
+    group_size = q.shape[1] // k.shape[1]
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float64, device=q.device)
+    for b, q_start, q_end, k_start, k_end in sequences.tolist():
+        for i, r in product(range(q_start, q_end), range(k.shape[1])):
+            visible = max(0, k_end - k_start - q_end + i + 1)
+            block = torch.arange(visible, device=q.device) // block_size
+            key = torch.isin(block, ids[b, r, i]).nonzero()[:, 0] + k_start
+            if key.numel() == 0:
+                continue
+            heads = slice(r * group_size, (r + 1) * group_size)
+            scores = q[b, heads, i].double() @ k[b, r, key].double().T * scale
+            lse[b, heads, i] = scores.logsumexp(-1)
+            out[b, heads, i] = scores.softmax(-1) @ v[b, r, key].double()
+    return out, lse
+
+
+SELECTIONS = [
+    # B, Hkv, Sq, Sk, Di, block_size, topk, local, init
+    (1, 4, 1000, 1000, 128, 128, 4, 1, 0),
+    (2, 1, 700, 1500, 96, 64, 16, 2, 1),
+    (1, 3, 65, 5000, 80, 48, 8, 1, 0),
+    (2, 8, 300, 300, 64, 16, 3, 1, 2),
+    (1, 2, 100, 3000, 256, 256, 2, 1, 0),
+    (1, 16, 33, 2000, 16, 96, 40, 1, 0),
+    (3, 4, 1, 20000, 128, 128, 16, 1, 0),
+    (1, 4, 200, 6000, 128, 8, 64, 1, 0),
+]
+DECODES = [
+    # B, Hkv, G, Sq, Sk, D, Di, block_size, topk
+    (2, 4, 16, 1, 5000, 128, 128, 128, 16),
+    (3, 2, 5, 4, 900, 80, 96, 48, 5),
+    (1, 1, 1, 8, 900, 256, 64, 64, 3),
+    (2, 3, 3, 16, 300, 64, 16, 16, 40),
+]
+
+
+def integers(*shape, dtype, device="cuda"):
+    """Small integers: their scores are exact in any order of summation, and often equal."""
+    return torch.randint(-3, 4, shape, device=device).to(dtype)
+
+
+def with_dtypes(shapes):
+    """Every shape in bf16, the first two in fp16 and fp32 also."""
+    return [*product(shapes, [torch.bfloat16]), *product(shapes[:2], [torch.float16, torch.float32])]
+
+
+def selection_errors(device="cuda", cases=None):
+    """Names of the selections that differ from the definition or from themselves, with and without a split."""
+    for shape, dtype in cases or with_dtypes(SELECTIONS):
+        batch, groups, seqlen_q, seqlen_k, depth, *rules = shape
+        index_q = integers(batch, groups, seqlen_q, depth, dtype=dtype, device=device)
+        index_k = integers(batch, 1, seqlen_k, depth, dtype=dtype, device=device)
+        sequences = plain(batch, seqlen_q, seqlen_k, device)
+        config = choose_config(index_q, index_k, sequences, rules[0], rules[1])
+        wanted = dense_ids(index_q, index_k, sequences, *rules)
+        for splits in (config.num_splits, 1 if config.num_splits > 1 else 5):
+            variant = replace(config, num_splits=splits)
+            found = [select_blocks(index_q, index_k, sequences, *rules, config=variant) for _ in range(2)]
+            if not all(torch.equal(ids, wanted) for ids in found):
+                yield f"selection {shape} {dtype} {variant}: {int((found[0] != wanted).sum())} ids differ"
+
+
+def packed_errors(device="cuda"):
+    """Documents in one row, of which one has a single token; unused cache slots hold NaN."""
+    lengths = torch.tensor([1, 700, 3, 1300, 44])
+    ends = lengths.cumsum(0)
+    table = torch.stack([0 * ends, ends - lengths, ends, ends - lengths + 9, ends + 9], 1)
+    sequences = table.to(device, torch.int32)
+    total = int(ends[-1])
+    index_q = integers(1, 4, total, 128, dtype=torch.bfloat16, device=device)
+    index_k = integers(1, 1, total + 50, 128, dtype=torch.bfloat16, device=device)
+    index_k[:, :, :9] = index_k[:, :, total + 9 :] = float("nan")
+    wanted = dense_ids(index_q, index_k, sequences, 64, 4, 1, 0)
+    if not torch.equal(select_blocks(index_q, index_k, sequences, 64, 4, 1, 0), wanted):
+        yield "selection of packed documents"
+
+
+def decode_errors(device="cuda", cases=None):
+    """Names of the decode shapes whose out or lse is off, or not the same twice."""
+    for shape, dtype in cases or with_dtypes(DECODES):
+        batch, groups, group_size, seqlen_q, seqlen_k, head_dim, depth, block_size, topk = shape
+
+        def normal(*size, dtype=dtype):
+            return torch.randn(size, device=device).to(dtype)
+
+        q = normal(batch, groups * group_size, seqlen_q, head_dim)
+        k, v = normal(batch, groups, seqlen_k, head_dim), normal(batch, groups, seqlen_k, head_dim)
+        index_q = integers(batch, groups, seqlen_q, depth, dtype=dtype, device=device)
+        index_k = integers(batch, 1, seqlen_k, depth, dtype=dtype, device=device)
+        sequences = plain(batch, seqlen_q, seqlen_k, device)
+        sequences[:, 4] -= torch.arange(batch, device=device, dtype=torch.int32) * 77 + 5
+        for b in range(batch):
+            for cache in (k, v, index_k):
+                cache[b, :, int(sequences[b, 4]) :] = float("nan")
+        rules = (block_size, topk, 1, 0, head_dim**-0.5)
+        found, again = (decode(q, k, v, index_q, index_k, sequences, *rules) for _ in range(2))
+        ids = dense_ids(index_q, index_k, sequences, block_size, topk, 1, 0)
+        out, lse = dense_attention(q, k, v, ids, sequences, block_size, head_dim**-0.5)
+        off = (found[0].double() - out).abs().max().item() / torch.finfo(dtype).eps
+        off_lse = (found[1].double() - lse).abs().max().item()
+        same = all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+        if not (torch.equal(found[2], ids) and off < 8 and off_lse < 1e-4 and same):
+            yield f"decode {shape} {dtype}: out off by {off:.1f} eps, lse by {off_lse:.1e}, repeatable {same}"
+
+
+def large_errors():
+    """Spot checks where offsets and tile counts are large, at M3's shape."""
+    for seqlen_q, seqlen_k in [(131072, 131072), *CHUNKS, (1, 1 << 20)]:
+        index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k, integers)
+        queries = sorted({0, seqlen_q // 3, seqlen_q // 2, max(0, seqlen_q - 130), seqlen_q - 1})
+        found = select_blocks(index_q, index_k, sequences, BLOCK, TOPK, 1, 0)
+        wanted = dense_ids(index_q, index_k, sequences, BLOCK, TOPK, 1, 0, queries)
+        if not torch.equal(found[:, :, queries], wanted[:, :, queries]):
+            yield f"selection of {seqlen_q} queries over {seqlen_k} keys"
+
+
+def normals(*shape, dtype):
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def index_inputs(batch, seqlen_q, seqlen_k, draw=normals):
+    """index_q, index_k and sequences at M3's shape."""
+    index_q = draw(batch, GROUPS, seqlen_q, DEPTH, dtype=torch.bfloat16)
+    index_k = draw(batch, 1, seqlen_k, DEPTH, dtype=torch.bfloat16)
+    return index_q, index_k, plain(batch, seqlen_q, seqlen_k, "cuda")
+
+
+def event_time(call, repeats=20, flush=None):
+    """Median milliseconds of one call."""
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda") if flush is None else flush
+    call()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return median(times)
+
+
+def graph_time(calls, repeats=30):
+    """Median milliseconds of one of the calls, captured together in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(calls))
+    return median(times)
+
+
+def ceilings():
+    """Measured FLOP/s of a bf16 product and bytes/s (read + write) of a device copy."""
+    a, b = normals(8192, 8192, dtype=torch.bfloat16), normals(8192, 8192, dtype=torch.bfloat16)
+    flops = 2 * 8192**3 / (event_time(lambda: a @ b) * 1e-3)
+    source = torch.empty(2 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.numel() / (event_time(lambda: target.copy_(source)) * 1e-3)
+    return flops, bandwidth
+
+
+def selection_floor(seqlen_q, seqlen_k, flops):
+    """Milliseconds of the score products alone."""
+    pairs = seqlen_q * seqlen_k - seqlen_q * (seqlen_q - 1) // 2
+    return 2 * GROUPS * DEPTH * pairs / flops * 1e3
+
+
+def time_selection(seqlen_q, seqlen_k, config=None):
+    index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k)
+    repeats = 3 if seqlen_q > 200_000 else 20
+    return event_time(lambda: select_blocks(index_q, index_k, sequences, BLOCK, TOPK, 1, 0, config=config), repeats)
+
+
+def sdpa_time(q, k, v, causal, timer):
+    """Milliseconds of dense SDPA by backend; None where the backend refuses."""
+    times = {}
+    for name, backend in {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}.items():
+        try:
+            with sdpa_kernel(backend):
+                times[name] = timer(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True))
+        except RuntimeError:
+            times[name] = None
+    return times
+
+
+def time_decode(batch, seqlen_k):
+    """Milliseconds of decode and of its parts, and of dense SDPA on the same cache."""
+    copies = max(1, -(-(300 << 20) // (batch * seqlen_k * DEPTH * 2)))
+    sets = []
+    for _ in range(copies):
+        index_q, index_k, sequences = index_inputs(batch, 1, seqlen_k)
+        q = normals(batch, GROUPS * GROUP_SIZE, 1, DEPTH, dtype=torch.bfloat16)
+        k, v = (normals(batch, GROUPS, seqlen_k, DEPTH, dtype=torch.bfloat16) for _ in range(2))
+        sets.append((q, k, v, index_q, index_k, sequences))
+    scale = DEPTH**-0.5
+    ids = select_blocks(*sets[0][3:], BLOCK, TOPK, 1, 0)
+    return {
+        "decode": graph_time([lambda s=s: decode(*s, BLOCK, TOPK, 1, 0, scale) for s in sets]),
+        "select": graph_time([lambda s=s: select_blocks(*s[3:], BLOCK, TOPK, 1, 0) for s in sets]),
+        "attend": graph_time([lambda s=s: attend_blocks(*s[:3], ids, s[5], BLOCK, scale) for s in sets]),
+        **sdpa_time(*sets[0][:3], False, lambda call: graph_time([call])),
+    }
+
+
+def sweep(report):
+    """Selection with other tiles, warps, stages and merge periods."""
+    variants = {
+        "default": {},
+        **{f"period {p}": {"period": p} for p in (2, 4, 16)},
+        **{f"stages {s}": {"num_stages": s} for s in (2, 4)},
+        "pointer loads": {"use_tma": False},
+        "256 rows, 16 warps": {"num_warps": 16},
+        "128 rows, 8 warps": {"rows": 128},
+        "128 rows, 4 warps, 2 stages": {"rows": 128, "num_warps": 4, "num_stages": 2},
+        "512 rows, 16 warps, 2 stages": {"rows": 512, "num_warps": 16, "num_stages": 2},
+    }
+    for seqlen in (32768, 131072):
+        index_q, index_k, sequences = index_inputs(1, seqlen, seqlen)
+        base = choose_config(index_q, index_k, sequences, BLOCK, TOPK)
+        for name, change in variants.items():
+            try:
+                time = time_selection(seqlen, seqlen, replace(base, **change))
+            except Exception as error:  # a variant may not fit the GPU: say so and go on
+                time = f"{type(error).__name__}: {str(error)[:80]}"
+            report(f"sweep {seqlen}, {name}", time, None)
+
+
+def environment():
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def check():
+    """Print what is wrong; True if nothing is."""
+    torch.manual_seed(0)
+    errors = [error for part in (selection_errors, packed_errors, decode_errors, large_errors) for error in part()]
+    print("\n".join(errors) if errors else "correct", flush=True)
+    return not errors
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sweep", action="store_true", help="also time other selection configurations")
+    parser.add_argument("--quick", action="store_true", help="check, then only selection up to 128K and decode")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not check():
+        sys.exit(1)
+
+    rows = []
+
+    def report(name, milliseconds, floor, **more):
+        rows.append({"name": name, "ms": milliseconds, "floor_ms": floor, **more})
+        shown = milliseconds if isinstance(milliseconds, str) or milliseconds is None else f"{milliseconds:10.4f}"
+        print(f"{name:42} {shown} {'' if floor is None else f'floor {floor:10.4f}'}", flush=True)
+        (options.out / "gpu.json").write_text(json.dumps({**environment(), "rows": rows}, indent=1))
+
+    flops, bandwidth = ceilings()
+    print(f"{flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s", flush=True)
+    rows.append({"name": "ceilings", "flops": flops, "bytes_per_s": bandwidth})
+    if options.sweep:
+        sweep(report)
+    for seqlen_q, seqlen_k in [(s, s) for s in SQUARE if not (options.quick and s > 200_000)] + CHUNKS:
+        config = choose_config(*index_inputs(1, seqlen_q, seqlen_k), BLOCK, TOPK)
+        floor = selection_floor(seqlen_q, seqlen_k, flops)
+        time = time_selection(seqlen_q, seqlen_k)
+        report(f"selection {seqlen_q} x {seqlen_k}", time, floor, config=asdict(config))
+    for batch, seqlen_k in CACHES:
+        elements = batch * (seqlen_k * DEPTH + 2 * GROUPS * TOPK * BLOCK * DEPTH)
+        for name, time in time_decode(batch, seqlen_k).items():
+            floor = 2 * elements / bandwidth * 1e3 if name == "decode" else None
+            report(f"decode {batch} x {seqlen_k}: {name}", time, floor)
+    for seqlen in [] if options.quick else SQUARE[:2]:
+        q = normals(1, GROUPS * GROUP_SIZE, seqlen, DEPTH, dtype=torch.bfloat16)
+        k, v = (normals(1, GROUPS, seqlen, DEPTH, dtype=torch.bfloat16) for _ in range(2))
+        for name, time in sdpa_time(q, k, v, True, event_time).items():
+            report(f"dense SDPA {seqlen}: {name}", time, None)
+
+
+if __name__ == "__main__":
+    main()

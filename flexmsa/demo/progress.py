@@ -1,0 +1,53 @@
+"""A progress line: rewritten in place on a terminal, printed now and then into a file."""
+
+import shutil
+import sys
+import time
+from typing import TextIO
+
+# Lines of a whole run where the output is no terminal.
+LINES = 20
+BAR = 20
+
+
+class Progress:
+    """How far a loop of `total` steps is, on stderr, with the time that it took and still needs."""
+
+    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+        self.total = total
+        self.stream = sys.stderr if stream is None else stream
+        self.terminal = self.stream.isatty()
+        self.started = self.latest = time.monotonic()
+        self.pace = 0.0
+
+    def update(self, step: int, text: str) -> None:
+        """Say that `step` steps are done, with a few words on them."""
+        now = time.monotonic()
+        # Steps may come to cost more or less on the way, so the newest count most.
+        newest = now - self.latest
+        self.pace = newest if step == 1 else 0.95 * self.pace + 0.05 * newest
+        self.latest = now
+        left = self.pace * (self.total - step)
+        line = f"{step:>{len(str(self.total))}}/{self.total}  {text}  {clock(now - self.started)} + {clock(left)} left"
+        if self.terminal:
+            done = BAR * step // self.total
+            bar = f"[{'#' * done}{'.' * (BAR - done)}] {line}"
+            self.stream.write(f"\r\x1b[K{bar[: shutil.get_terminal_size().columns - 1]}")
+        elif step == 1 or step == self.total or step % max(1, self.total // LINES) == 0:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        """Leave the line, so that what follows starts on its own."""
+        if self.terminal:
+            self.stream.write("\n")
+            self.stream.flush()
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds.
+
+    >>> clock(75.2)
+    '1:15'
+    """
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,104 @@
+"""Block-sparse attention, forward and backward, one batched product per key/value block and its queries.
+
+Forward, for each block and the rows that selected it:
+
+    S = scale Q K^T,  w = sigmoid(logsumexp S - lse)
+    out <- (1 - w) out + w softmax(S) V,  lse <- logaddexp(lse, logsumexp S)
+
+Backward, from the saved lse, with delta = rowsum(dO * out) - dlse:
+
+    P = exp(S - lse),  dS = P * (dO V^T - delta)
+    dQ += scale dS K,  dK += scale dS^T Q,  dV += P^T dO
+
+Only one tile of S exists at a time.
+"""
+
+import torch
+from torch import Tensor
+
+from flexmsa.kernels.cpu.packing import Scratch, compute_dtype
+from flexmsa.kernels.cpu.reverse_index import ReverseIndex
+from flexmsa.kernels.cpu.tile import OnlineSoftmax, max_tokens
+
+
+def block_sparse_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor | None,
+    sequences: Tensor,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [B,Hq,Sq,D] over the visible keys of block_indices [B,Hkv,Sq,K] of k, v [B,Hkv,Sk,D].
+
+    block_indices may be unsorted and may hold -1, repeats and blocks the query does not see; None stands for every
+    visible block. Returns out [B,Hq,Sq,D] of q's dtype and lse [B,Hq,Sq], float32 (float64 for float64).
+    """
+    batch, num_heads, seqlen_q, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    group_size = num_heads // num_kv_heads
+    index = ReverseIndex(sequences, block_indices, block_size, batch, num_kv_heads, seqlen_q)
+    k_blocks, v_blocks = index.table.pack(k, scale), index.table.pack(v)
+    scratch = Scratch(k_blocks.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:-1], dtype=scratch.dtype)
+    for chunk in index.chunks(group_size, head_dim):
+        q_rows = chunk.pack(q, scratch, "q_rows")
+        out_rows = scratch.take("out_rows", *q_rows.shape).zero_()
+        softmax = OnlineSoftmax(chunk.num_rows, group_size, scratch.dtype)
+        for tile in index.tiles(chunk, max_tokens(group_size, head_dim, block_size)):
+            scores = tile.score(tile.gather(q_rows, scratch, "q", group_size), k_blocks, scratch, "scores")
+            probs, weight = softmax.update(tile, tile.hide_future(scores, -torch.inf), scratch)
+            before = tile.gather(out_rows, scratch, "out", group_size)
+            merged = torch.bmm(probs, tile.operand(v_blocks), out=scratch.take("q", *before.shape))
+            torch.lerp(before, merged, weight, out=merged)
+            out_rows.index_copy_(0, tile.rows, merged.view(-1, out_rows.shape[1]))
+        chunk.unpack(out_rows, out)
+        chunk.unpack(softmax.lse, lse)
+    return out, lse
+
+
+def block_sparse_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor | None,
+    sequences: Tensor,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the forward's two results; shapes as there, grad_lse [B,Hq,Sq] or None for zero."""
+    batch, num_heads, seqlen_q, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    group_size = num_heads // num_kv_heads
+    index = ReverseIndex(sequences, block_indices, block_size, batch, num_kv_heads, seqlen_q)
+    k_blocks, v_blocks = index.table.pack(k, scale), index.table.pack(v)
+    k_grads, v_grads = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
+    grad_q = torch.empty(q.shape, dtype=q.dtype)
+    scratch = Scratch(compute_dtype(q.dtype))
+    for chunk in index.chunks(group_size, head_dim):
+        q_rows, grad_rows = chunk.pack(q, scratch, "q_rows"), chunk.pack(grad_out, scratch, "grad_rows")
+        lse_rows, delta_rows = chunk.pack(lse, scratch, "lse_rows"), chunk.pack(lse, scratch, "delta_rows")
+        out_rows = chunk.pack(out, scratch, "q_grads")
+        torch.sum(out_rows.mul_(grad_rows).unflatten(1, (group_size, -1)), -1, out=delta_rows)
+        if grad_lse is not None:
+            delta_rows -= chunk.pack(grad_lse, scratch, "grad_lse")
+        q_grads = out_rows.zero_()
+        for tile in index.tiles(chunk, max_tokens(group_size, head_dim, block_size)):
+            q_tile = tile.gather(q_rows, scratch, "q", group_size)
+            grad_tile = tile.gather(grad_rows, scratch, "grad", group_size)
+            probs = tile.score(q_tile, k_blocks, scratch, "probs").sub_(tile.column(lse_rows)).exp_()
+            tile.hide_future(probs, 0.0)
+            tile.add_to_blocks(v_grads, probs, grad_tile)
+            grad_scores = tile.score(grad_tile, v_blocks, scratch, "grad_scores")
+            grad_scores.sub_(tile.column(delta_rows)).mul_(probs)
+            tile.add_to_blocks(k_grads, grad_scores, q_tile)
+            partial = torch.bmm(grad_scores, tile.operand(k_blocks), out=grad_tile)
+            q_grads.index_add_(0, tile.rows, partial.view(-1, q_grads.shape[1]))
+        chunk.unpack(q_grads, grad_q)
+    return grad_q, index.table.unpack(k_grads, k, scale), index.table.unpack(v_grads, v)

@@ -1,0 +1,146 @@
+"""How the CPU kernels lay out their operands: queries as rows, keys as blocks.
+
+Rows. The G query heads of one group share their selection, so the G * D numbers of one token and group make one
+row. A ``Chunk`` of the queries is packed at a time, small enough that gathering its rows, once for each selected
+block, mostly hits the cache. One more row, the last, is all zeros: short lists of rows are padded with it.
+
+Blocks. The keys of every sequence are cut into blocks from the sequence's own first key; the last block of a
+sequence is filled up with zeros, so that nothing which lies between sequences is ever read.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that products are accumulated in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Scratch:
+    """Named buffers that grow to the largest request and are then used again for every chunk or tile.
+
+    Fresh memory of a megabyte costs more in page faults than an elementwise pass over it.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor; it shares its memory with all earlier ones of this name."""
+        numel = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._buffers[name] = torch.empty(numel, dtype=self.dtype)
+        return buffer[:numel].view(shape)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of queries: some batch rows, groups and tokens. Rows are numbered in this order."""
+
+    batch: range
+    head: range
+    token: range
+    num_kv_heads: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.batch), len(self.head), len(self.token)
+
+    @property
+    def num_rows(self) -> int:
+        return math.prod(self.shape)
+
+    def of(self, x: Tensor) -> Tensor:
+        """View the chunk's part of x [B,Hkv*G,Sq,...] as [*shape, G, ...]."""
+        batch, head, token = (slice(part.start, part.stop) for part in (self.batch, self.head, self.token))
+        return x.unflatten(1, (self.num_kv_heads, -1))[batch, head, :, token].transpose(2, 3)
+
+    def pack(self, x: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """x [B,Hkv*G,Sq,D] or [B,Hkv*G,Sq] to rows [num_rows + 1, G * D], the last of them zero."""
+        part = self.of(x)
+        rows = scratch.take(name, self.num_rows + 1, math.prod(part.shape[3:]))
+        rows[:-1].view(part.shape).copy_(part)
+        rows[-1].zero_()
+        return rows
+
+    def unpack(self, rows: Tensor, out: Tensor) -> None:
+        """The reverse of :meth:`pack`, into the chunk's part of ``out``."""
+        part = self.of(out)
+        part.copy_(rows[:-1].view(part.shape))
+
+
+def chunks(batch: int, num_kv_heads: int, seqlen_q: int, num_rows: int) -> Iterator[Chunk]:
+    """Cut the queries into boxes of at most ``num_rows`` rows: first by batch, then by group, then by token."""
+    token_step = max(1, min(seqlen_q, num_rows))
+    head_step = max(1, min(num_kv_heads, num_rows // token_step)) if token_step == seqlen_q else 1
+    batch_step = max(1, num_rows // (token_step * head_step)) if head_step == num_kv_heads else 1
+    for b in _steps(batch, batch_step):
+        for head in _steps(num_kv_heads, head_step):
+            for token in _steps(seqlen_q, token_step):
+                yield Chunk(b, head, token, num_kv_heads)
+
+
+def _steps(stop: int, step: int) -> Iterator[range]:
+    return (range(first, min(first + step, stop)) for first in range(0, stop, step))
+
+
+class BlockTable:
+    """Where the blocks of every sequence lie: block ``b`` of sequence ``n`` is ``first_block[n] + b``."""
+
+    def __init__(self, sequences: Tensor, block_size: int) -> None:
+        table = sequences.to(torch.int64)
+        batch, k_start, k_end = table[:, 0], table[:, 3], table[:, 4]
+        self.block_size = block_size
+        self.num_blocks = (k_end - k_start + block_size - 1).clamp(min=0) // block_size
+        self.first_block = self.num_blocks.cumsum(0) - self.num_blocks
+        self.total = int(self.num_blocks.sum())
+        owner = torch.repeat_interleave(self.num_blocks)
+        start = k_start[owner] + (torch.arange(self.total) - self.first_block[owner]) * block_size
+        token = start[:, None] + torch.arange(block_size)
+        last = k_end[owner, None] - 1
+        self._is_padding = (token > last).flatten()
+        self._has_padding = bool(self._is_padding.any())
+        self._token = torch.minimum(token, last).flatten()
+        self._batch = batch[owner].repeat_interleave(block_size)
+
+    def pack(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """[B,H,Sk,D] to blocks [H * total, block_size, D] in the compute dtype, times ``scale``."""
+        blocks = x.transpose(0, 1)[:, self._batch, self._token].to(compute_dtype(x.dtype))
+        if self._has_padding:
+            blocks[:, self._is_padding] = 0
+        return blocks.mul_(scale).view(x.shape[1] * self.total, self.block_size, x.shape[-1])
+
+    def unpack(self, blocks: Tensor, like: Tensor, scale: float = 1.0) -> Tensor:
+        """The transpose of :meth:`pack`: a contiguous tensor of ``like``'s shape and type, zero for other keys."""
+        batch, num_heads, seqlen_k, head_dim = like.shape
+        keys = blocks.new_zeros(num_heads * batch * seqlen_k + 1, head_dim)
+        key = (torch.arange(num_heads)[:, None] * batch + self._batch) * seqlen_k + self._token
+        key.masked_fill_(self._is_padding, keys.shape[0] - 1)
+        keys.index_add_(0, key.flatten(), blocks.view(-1, head_dim), alpha=scale)
+        out = torch.empty(like.shape, dtype=like.dtype)
+        return out.copy_(keys[:-1].view(num_heads, batch, seqlen_k, head_dim).transpose(0, 1))
+
+
+def query_positions(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Tensor, Tensor]:
+    """For each query [B,Sq]: its sequence, and its newest visible key counted from the sequence's first key.
+
+    The position is negative for a query that sees no key.
+    """
+    table = sequences.to(torch.int64)
+    q_start, q_end = table[:, 1], table[:, 2]
+    length = (q_end - q_start).clamp(min=0)
+    owner = torch.repeat_interleave(length)
+    offset = torch.arange(owner.numel()) - (length.cumsum(0) - length)[owner]
+    query = table[owner, 0], q_start[owner] + offset
+    sequence = torch.zeros(batch, seqlen_q, dtype=torch.int64)
+    position = torch.full((batch, seqlen_q), -1)
+    sequence[query] = owner
+    position[query] = (table[:, 4] - table[:, 3] - length)[owner] + offset
+    return sequence, position

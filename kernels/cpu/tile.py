@@ -1,0 +1,92 @@
+"""One step of the walk over key/value blocks: a few blocks, each against the rows that attend to it.
+
+Shapes: C jobs (blocks), T tokens each, G heads to a token, so C * T * G query vectors; see ``packing`` for rows and
+blocks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexmsa.kernels.cpu.packing import Scratch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block ``blocks[c]`` against the rows ``rows[c]``; short lists are padded with the zero row.
+
+    rows [C * T]; future [C, M, block_size] is True for the keys that the first M rows of each job do not see yet,
+    and is None where all rows see the whole block.
+    """
+
+    blocks: list[int]
+    rows: Tensor
+    future: Tensor | None
+
+    def gather(self, rows: Tensor, scratch: Scratch, name: str, group_size: int) -> Tensor:
+        """rows [num_rows + 1, G * D] to [C, T * G, D]."""
+        gathered = scratch.take(name, self.rows.numel(), rows.shape[1])
+        torch.index_select(rows, 0, self.rows, out=gathered)
+        return gathered.view(len(self.blocks), -1, rows.shape[1] // group_size)
+
+    def column(self, rows: Tensor) -> Tensor:
+        """One number per head, rows [num_rows + 1, G], to [C, T * G, 1]."""
+        return rows.index_select(0, self.rows).view(len(self.blocks), -1, 1)
+
+    def operand(self, blocks: Tensor) -> Tensor:
+        """blocks [num_blocks, block_size, D] to [C, block_size, D]."""
+        if len(self.blocks) == 1:
+            return blocks[self.blocks[0], None]
+        return blocks[self.blocks]
+
+    def score(self, gathered: Tensor, blocks: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """Products [C, T * G, block_size] of gathered rows with the keys of their blocks."""
+        scores = scratch.take(name, *gathered.shape[:2], blocks.shape[1])
+        return torch.bmm(gathered, self.operand(blocks).transpose(1, 2), out=scores)
+
+    def hide_future(self, scores: Tensor, value: float) -> Tensor:
+        """Fill in place the unseen keys of scores [C, T * G, block_size]."""
+        if self.future is not None:
+            by_token = scores.unflatten(1, (self.rows.numel() // len(self.blocks), -1))
+            by_token[:, : self.future.shape[1]].masked_fill_(self.future[:, :, None], value)
+        return scores
+
+    def add_to_blocks(self, blocks: Tensor, scores: Tensor, gathered: Tensor) -> None:
+        """Add scores^T [C, block_size, T * G] times gathered [C, T * G, D] to the tile's blocks."""
+        if len(self.blocks) == 1:
+            block = blocks[self.blocks[0], None]
+            torch.baddbmm(block, scores.transpose(1, 2), gathered, out=block)
+        else:
+            blocks.index_add_(0, torch.tensor(self.blocks), torch.bmm(scores.transpose(1, 2), gathered))
+
+
+class OnlineSoftmax:
+    """The logsumexp of the scores that each row and head [num_rows + 1, G] has met so far."""
+
+    def __init__(self, num_rows: int, group_size: int, dtype: torch.dtype) -> None:
+        self.lse = torch.full((num_rows + 1, group_size), -torch.inf, dtype=dtype)
+
+    def update(self, tile: Tile, scores: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        """Meet scores [C, T * G, block_size]: returns their softmax, and the weight [C, T * G, 1] of this block's
+        result against the result so far.
+
+        Softmax is one fused pass, and gives back the logsumexp: its largest value is exp(maximum - logsumexp).
+        """
+        maximum = scores.amax(-1, keepdim=True)
+        if maximum.min() == -torch.inf:
+            # Every score of a row overflowed: the block shall weigh nothing, rather than NaN.
+            lowest = torch.finfo(scores.dtype).min
+            scores.clamp_(min=lowest)
+            maximum.clamp_(min=lowest)
+        probs = torch.softmax(scores, -1, out=scratch.take("probs", *scores.shape))
+        new = maximum.sub_(probs.amax(-1, keepdim=True).log_())
+        old = tile.column(self.lse)
+        lse = torch.logaddexp(old, new)
+        self.lse.index_copy_(0, tile.rows, lse.view(-1, self.lse.shape[1]))
+        return probs, new.sub_(old).sigmoid_()
+
+
+def max_tokens(group_size: int, *sizes: int) -> int:
+    """Tokens per tile, for operands with rows of ``sizes`` numbers: together they should fit the second-level cache."""
+    return max(1, 2**18 // (group_size * max(*sizes, 32)))

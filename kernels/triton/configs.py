@@ -1,0 +1,142 @@
+"""Which tile sizes, warps and stages each kernel is launched with: pure functions of target and shape.
+
+The compile tests call the same functions for GPUs that are not there, so what they compile is what is launched.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU as far as the choice of tiles needs it: `arch` is 80, 86, 90, 100 or a gfx name."""
+
+    backend: str
+    arch: int | str
+    num_sms: int
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that one program may take."""
+        if self.backend == "hip":
+            return 64 << 10
+        return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(self.arch, 99) << 10
+
+
+@functools.lru_cache
+def target_of(device: torch.device) -> Target:
+    """The target of a device; a CPU (the interpreter) stands in as a small sm_80."""
+    if device.type != "cuda":
+        return Target("cuda", 80, 2)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """rows: query rows (tokens x groups) a tile; period: blocks scored between two merges; kept: padded topk."""
+
+    rows: int
+    num_warps: int
+    num_stages: int
+    period: int
+    kept: int
+    num_splits: int
+    use_tma: bool
+
+    def tokens(self, num_kv_heads: int) -> int:
+        """Query tokens a tile."""
+        return self.rows // num_kv_heads
+
+
+@dataclass(frozen=True)
+class AttendConfig:
+    """chunk: keys a step; num_splits: programs that share the chosen blocks of one query and group."""
+
+    chunk: int
+    num_warps: int
+    num_stages: int
+    num_splits: int
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The tile size that holds `size`: a power of two, at least what tl.dot takes."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def split_count(num_tiles: int, num_blocks: int, num_sms: int, limit: int, overhead: float = 4.0) -> int:
+    """How many programs share the keys of a tile, so that the last wave of programs is full.
+
+    Minimises waves * (blocks per split + overhead), in units of one block's time; `overhead` is what a program
+    costs beside its blocks, and the merge launch after a split costs about as much.
+    """
+    limit = max(1, min(limit, num_blocks // 2, max(1, 4 * num_sms // max(num_tiles, 1))))
+
+    def cost(splits: int) -> float:
+        waves = -(-num_tiles * splits // num_sms)
+        return waves * (-(-num_blocks // splits) + overhead) + (overhead if splits > 1 else 0.0)
+
+    return min(range(1, limit + 1), key=cost)
+
+
+def selection_config(
+    target: Target,
+    *,
+    num_sequences: int,
+    num_kv_heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    index_head_dim: int,
+    block_size: int,
+    topk: int,
+    element_size: int,
+    tma_ready: bool,
+) -> SelectionConfig:
+    """Tiles of the scorer: the largest row tile that registers and shared memory hold, no more than there are rows."""
+    period = 8
+    kept = max(period, triton.next_power_of_2(topk))
+    columns, depth = padded(block_size), padded(index_head_dim)
+    hopper = target.backend == "cuda" and target.arch in (90, 100, 103)
+    rows = 256 if hopper else 128 if target.arch == 80 else 64
+    if element_size > 2:
+        rows = 32
+    rows = min(rows, max(16, 256 * 128 // columns), max(16, 4096 // kept))
+    rows = min(rows, padded(min(seqlen_q, 4096) * num_kv_heads))
+    rows = max(rows, padded(num_kv_heads))
+
+    num_warps = 8 if rows * columns > 128 * 64 else 4
+    spare = target.shared_memory - rows * depth * element_size - 2048
+    num_stages = max(1, min(4 if rows <= 64 else 3, spare // (columns * depth * element_size)))
+    if target.backend == "hip":
+        num_stages = min(num_stages, 2)
+
+    tiles = num_sequences * triton.cdiv(seqlen_q, rows // num_kv_heads)
+    num_splits = split_count(tiles, triton.cdiv(seqlen_k, block_size), target.num_sms, limit=max(1, 8192 // kept))
+    use_tma = hopper and tma_ready and columns == block_size and depth == index_head_dim
+    return SelectionConfig(rows, num_warps, num_stages, period, kept, num_splits, use_tma)
+
+
+def merge_config(target: Target, num_rows: int, num_splits: int) -> tuple[int, int, int]:
+    """(lanes, rows, warps) of the merge: a thread holds one lane of one row, a warp at least; more for many rows."""
+    lanes = min(32, triton.next_power_of_2(num_splits))
+    columns = min(128, max(32, triton.next_power_of_2(max(1, num_rows * lanes // (4 * target.num_sms)))))
+    return lanes, columns // lanes, columns // 32
+
+
+def attend_config(
+    target: Target, *, num_rows: int, head_dim: int, block_size: int, topk: int, element_size: int
+) -> AttendConfig:
+    """Tiles of the decode attention: num_rows is the number of (query, group) pairs."""
+    chunk = min(padded(block_size), 64)
+    width = chunk * padded(head_dim) * element_size * 2
+    num_stages = max(1, min(3, (target.shared_memory - 8192) // width - (target.shared_memory < 100 << 10)))
+    if target.backend == "hip":
+        num_stages = min(num_stages, 2)
+    steps = topk * triton.cdiv(padded(block_size), chunk)
+    num_splits = min(steps, 64, max(1, 2 * target.num_sms // max(num_rows, 1)))
+    return AttendConfig(chunk, 4, num_stages, triton.cdiv(steps, triton.cdiv(steps, num_splits)))

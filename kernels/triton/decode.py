@@ -1,0 +1,301 @@
+"""Decoding: block selection for few queries, then attention over the chosen blocks of a cache.
+
+    out[i, h] = sum_j p_j v[j],  p = softmax(scale * <q[i, h], k[j]>)  over the visible keys j of the chosen blocks
+    lse[i, h] = log sum_j exp(scale * <q[i, h], k[j]>)                 natural log, fp32
+
+Layouts: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D], any strides; block_indices [B, Hkv, Sq, topk] int32, ids relative to
+the query's sequence, anything that is no visible block is skipped; out [B, Hq, Sq, D] in q's dtype, lse [B, Hq, Sq]
+fp32, contiguous. Hq = G * Hkv, heads of a group being neighbours. Sequences as in `flexmsa.kernels`; keys outside
+them, and keys that the query does not see, are never read.
+
+One program of the attention owns one query of one group, all G heads of it as the rows of its tile, and a share of
+the topk chosen blocks, walked `chunk` keys at a step. With more than one share it writes a normalised partial out and
+its lse, [B*Hq*Sq, splits, D] and [B*Hq*Sq, splits] fp32, and a second kernel weighs them together, one program a head.
+
+Cost: 2 Hkv topk block_size D elements of k and v are read per query, 4 MB at M3's shape in bf16, 1 us; scoring before
+it reads Sk Di elements, 60 us at 1M keys (see `selection`). What is left is the latency of four launches.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import AttendConfig, attend_config, padded, target_of
+from .primitives import LN_2, LOG2_E, find_tile, load_sequence, softmax_update
+from .selection import select_blocks, tile_ends
+
+
+@triton.jit
+def attend_chunk(
+    q,
+    k_base,
+    v_base,
+    stride_ks,
+    stride_kd,
+    stride_vs,
+    stride_vd,
+    acc,
+    row_max,
+    row_sum,
+    start,
+    stop,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Fold the keys start .. stop-1 of a sequence, at most CHUNK, into the online softmax; none if stop <= start."""
+    key = start + tl.arange(0, CHUNK)
+    depth = tl.arange(0, DEPTH)
+    inside = key < stop
+    mask = inside[:, None] & (depth < HEAD_DIM)[None, :]
+    key = key.to(tl.int64)[:, None]
+    depth = depth.to(tl.int64)[None, :]
+    k = tl.load(k_base + key * stride_ks + depth * stride_kd, mask=mask, other=0.0)
+    v = tl.load(v_base + key * stride_vs + depth * stride_vd, mask=mask, other=0.0)
+    precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
+    scores = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+    scores = tl.where(inside[None, :], scores, float("-inf"))
+    return softmax_update(acc, row_max, row_sum, scores, v)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "seqlen_q", "num_splits"])
+def attend_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    block_indices_ptr,
+    sequences_ptr,
+    tile_ends_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_vd,
+    stride_ib,
+    stride_ih,
+    stride_is,
+    stride_ik,
+    num_sequences,
+    seqlen_q,
+    num_splits,
+    scale,
+    GROUPS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TOPK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TABLE: tl.constexpr,
+):
+    """See the module's docstring. Grid (queries, GROUPS, splits); HEADS is G, and out and lse [B*Hq*Sq, splits, ..]."""
+    sequence, offset = find_tile(tl.program_id(0), tile_ends_ptr, num_sequences, seqlen_q, 1, TABLE)
+    if sequence >= num_sequences:
+        return
+    batch, q_start, q_end, k_start, k_end = load_sequence(sequences_ptr, sequence)
+    token = q_start + offset
+    if token >= q_end:
+        return
+    group = tl.program_id(1).to(tl.int64)
+    visible = k_end - k_start - q_end + token + 1
+    token = token.to(tl.int64)
+
+    head = tl.arange(0, ROWS)
+    depth = tl.arange(0, DEPTH)
+    live = (head < HEADS)[:, None] & (depth < HEAD_DIM)[None, :]
+    q_heads = (group * HEADS + head)[:, None] * stride_qh + depth.to(tl.int64)[None, :] * stride_qd
+    q = tl.load(q_ptr + batch * stride_qb + token * stride_qs + q_heads, mask=live, other=0.0)
+    k_base = k_ptr + batch * stride_kb + group * stride_kh + k_start.to(tl.int64) * stride_ks
+    v_base = v_ptr + batch * stride_vb + group * stride_vh + k_start.to(tl.int64) * stride_vs
+    ids_ptr = block_indices_ptr + batch * stride_ib + group * stride_ih + token * stride_is
+
+    CHUNKS: tl.constexpr = (BLOCK + CHUNK - 1) // CHUNK
+    share = tl.cdiv(TOPK * CHUNKS, num_splits)
+    begin = tl.program_id(2) * share
+    acc = tl.zeros([ROWS, DEPTH], tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    for step in range(begin, tl.minimum(begin + share, TOPK * CHUNKS)):
+        block = tl.load(ids_ptr + (step // CHUNKS) * stride_ik)
+        chosen = (block >= 0) & (block < tl.cdiv(visible, BLOCK))
+        block = tl.where(chosen, block, 0)
+        start = block * BLOCK + step % CHUNKS * CHUNK
+        stop = tl.where(chosen, tl.minimum(visible, block * BLOCK + BLOCK), 0)
+        acc, row_max, row_sum = attend_chunk(
+            q,
+            k_base,
+            v_base,
+            stride_ks,
+            stride_kd,
+            stride_vs,
+            stride_vd,
+            acc,
+            row_max,
+            row_sum,
+            start,
+            stop,
+            scale * LOG2_E,
+            HEAD_DIM,
+            CHUNK,
+            DEPTH,
+        )
+
+    seen = row_sum > 0.0
+    total = tl.where(seen, row_sum, 1.0)
+    lse = tl.where(seen, (row_max + tl.log2(total)) * LN_2, float("-inf"))
+    query = (batch * GROUPS * HEADS + group * HEADS + head) * seqlen_q + token
+    place = query * num_splits + tl.program_id(2)
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place[:, None] * HEAD_DIM + depth[None, :], out, mask=live)
+    tl.store(lse_ptr + place, lse, mask=head < HEADS)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def combine_kernel(
+    partial_out_ptr,
+    partial_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    num_splits,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """out and lse of one query row from partials: lse = log sum_s exp(lse_s), out = sum_s exp(lse_s - lse) out_s."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    depth = tl.arange(0, DEPTH)
+    place = row * num_splits + split
+    lse = tl.load(partial_lse_ptr + place, mask=split < num_splits, other=float("-inf"))
+    live = (split < num_splits)[:, None] & (depth < HEAD_DIM)[None, :]
+    partial = tl.load(partial_out_ptr + place[:, None] * HEAD_DIM + depth[None, :], mask=live, other=0.0)
+    largest = tl.max(lse, axis=0)
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    weights = tl.exp2((lse - shift) * LOG2_E)
+    total = tl.sum(weights, axis=0)
+    out = tl.sum(partial * weights[:, None], axis=0) / tl.where(total > 0.0, total, 1.0)
+    tl.store(out_ptr + row * HEAD_DIM + depth, out.to(out_ptr.dtype.element_ty), mask=depth < HEAD_DIM)
+    tl.store(lse_ptr + row, tl.where(total > 0.0, shift + tl.log2(total) * LN_2, float("-inf")))
+
+
+def attend_constants(
+    config: AttendConfig,
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    block_size: int,
+    topk: int,
+    table: bool,
+) -> dict[str, int | bool]:
+    """The compile-time arguments of `attend_kernel`."""
+    return {
+        "GROUPS": num_kv_heads,
+        "HEADS": group_size,
+        "HEAD_DIM": head_dim,
+        "TOPK": topk,
+        "BLOCK": block_size,
+        "ROWS": padded(group_size),
+        "CHUNK": config.chunk,
+        "DEPTH": padded(head_dim),
+        "TABLE": table,
+    }
+
+
+def attend_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor,
+    sequences: torch.Tensor,
+    block_size: int,
+    scale: float,
+    config: AttendConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of attention over the given blocks; ids that are no visible block are skipped.
+
+    `config` overrides the choice of tiles, for tests and tuning.
+    """
+    batch, num_heads, seqlen_q, head_dim = q.shape
+    num_kv_heads, topk = k.shape[1], block_indices.shape[3]
+    out = torch.empty(batch, num_heads, seqlen_q, head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    config = config or attend_config(
+        target_of(q.device),
+        num_rows=batch * seqlen_q * num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        topk=topk,
+        element_size=q.element_size(),
+    )
+    splits = config.num_splits
+    partial_out, partial_lse = out, lse
+    if splits > 1:
+        partial_out = lse.new_empty(lse.numel(), splits, head_dim)
+        partial_lse = lse.new_empty(lse.numel(), splits)
+    ends, num_queries, table = tile_ends(sequences, batch, seqlen_q, 1)
+    attend_kernel[(num_queries, num_kv_heads, splits)](
+        q,
+        k,
+        v,
+        block_indices,
+        sequences,
+        ends,
+        partial_out,
+        partial_lse,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *block_indices.stride(),
+        sequences.shape[0],
+        seqlen_q,
+        splits,
+        scale,
+        **attend_constants(config, num_kv_heads, num_heads // num_kv_heads, head_dim, block_size, topk, table),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if splits > 1:
+        combine_kernel[(lse.numel(),)](
+            partial_out,
+            partial_lse,
+            out,
+            lse,
+            splits,
+            HEAD_DIM=head_dim,
+            SPLITS=triton.next_power_of_2(splits),
+            DEPTH=padded(head_dim),
+            num_warps=4,
+        )
+    return out, lse
+
+
+def decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    index_q: torch.Tensor,
+    index_k: torch.Tensor,
+    sequences: torch.Tensor,
+    block_size: int,
+    topk: int,
+    num_local_blocks: int,
+    num_init_blocks: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, lse, block_indices): select from the cache, then attend to what was selected."""
+    block_indices = select_blocks(index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks)
+    out, lse = attend_blocks(q, k, v, block_indices, sequences, block_size, scale)
+    return out, lse, block_indices

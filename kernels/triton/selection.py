@@ -1,0 +1,396 @@
+"""Block selection: scores, block maxima and top-k in one pass over the index keys.
+
+    score[i, r, j] = <index_q[i, r], index_k[j]>                    fp32; NaN counts as -inf
+    m[i, r, b]     = max over visible j of block b, clamped to [-FLT_MAX, FLT_MAX]; +inf if b is forced
+    ids[i, r]      = the topk visible blocks with the largest m, the smaller id first among equals, ascending
+
+Layouts: index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di], any strides; ids [B, Hkv, Sq, topk] int32 contiguous, padded
+with -1. Sequences as in `flexmsa.kernels`.
+
+One program owns `rows` query rows, rows // Hkv neighbouring tokens times all Hkv groups of one sequence, and a range of
+its blocks: all of them, or one split's share. So each key is loaded once for all groups. The program holds its
+queries, walks the blocks, and collects the maxima of `period` blocks in a tile [period, rows]; then, if any row has
+a new block that beats its worst kept one, it merges them into the kept keys [kept, rows]. Blocks that every row
+of the tile sees whole and that are not forced are walked without masks; the last block always takes the masked path.
+
+Cost: 2 Hkv Di FLOPs per (query, visible key): 8.8 TFLOP at 128K causal tokens with Hkv 4, Di 128, which is 11.2 ms at
+783 TFLOP/s. A block costs each row block_size comparisons for the maximum and about 8 exchanges of 64-bit keys
+for the merge, against block_size * Di multiply-adds. Keys are read Sq * Hkv / rows times, from L2; memory sees
+index_k about once: decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25 TB/s.
+
+Few query rows leave the GPU idle, so the keys are then split; each split writes its kept keys to a workspace
+[B*Hkv*Sq, splits, kept] int64, and a second kernel merges them: a tree of bitonic half merges.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .configs import SelectionConfig, merge_config, padded, selection_config, target_of
+from .primitives import (
+    EMPTY_KEY,
+    FLT_MAX,
+    ascending_ids,
+    find_tile,
+    keep_best,
+    load_sequence,
+    log2,
+    merge_bitonic,
+    pack_keys,
+    reverse_columns,
+    tile_ends_kernel,
+    worst_kept,
+)
+
+
+@triton.jit
+def load_keys(
+    index_k,
+    batch,
+    k_start,
+    start,
+    num_keys,
+    stride_kb,
+    stride_ks,
+    stride_kd,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """The keys [COLUMNS, DEPTH] of the block that begins at key `start` of the sequence.
+
+    Columns past a block size that is no power of two repeat its last key, which changes no maximum.
+    """
+    if USE_TMA:
+        return tl.reshape(index_k.load([batch.to(tl.int32), k_start + start, 0]), [COLUMNS, DEPTH])
+    else:
+        column = tl.minimum(tl.arange(0, COLUMNS), BLOCK - 1)
+        depth = tl.arange(0, DEPTH)
+        inside = (start + column < num_keys)[:, None] & (depth < HEAD_DIM)[None, :]
+        base = index_k + batch * stride_kb + (k_start + start).to(tl.int64) * stride_ks
+        offsets = column.to(tl.int64)[:, None] * stride_ks + depth.to(tl.int64)[None, :] * stride_kd
+        return tl.load(base + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def clear_maximum(scores):
+    """m [rows] of a block that every row sees whole and that is not forced, from its scores [rows, columns]."""
+    return tl.minimum(tl.maximum(tl.max(scores, axis=1), -FLT_MAX), FLT_MAX)
+
+
+@triton.jit
+def masked_maximum(scores, block, visible, num_local, BLOCK: tl.constexpr):
+    """m [rows] of any block: -inf where a row sees none of it, +inf where it is forced; visible [rows] in keys."""
+    column = tl.minimum(tl.arange(0, scores.shape[1]), BLOCK - 1)
+    seen = (block * BLOCK + column)[None, :] < visible[:, None]
+    best = clear_maximum(tl.where(seen, scores, float("-inf")))
+    newest = (visible - 1) // BLOCK
+    best = tl.where(block > newest - num_local, float("inf"), best)
+    return tl.where(block * BLOCK < visible, best, float("-inf"))
+
+
+@triton.jit
+def collect(kept, fresh, worst, best, block, flush, PERIOD: tl.constexpr):
+    """Note block's maxima `best` [rows] in fresh; merge fresh into kept when it is full, or when told to flush."""
+    slot = block % PERIOD
+    fresh = tl.where(tl.arange(0, PERIOD)[:, None] == slot, best[None, :], fresh)
+    if (slot == PERIOD - 1) | flush:
+        if tl.max((tl.max(fresh, axis=0) > worst).to(tl.int32), axis=0) > 0:
+            kept = keep_best(kept, fresh, block - slot)
+            worst = worst_kept(kept)
+        fresh = tl.full(fresh.shape, float("-inf"), tl.float32)
+    return kept, fresh, worst
+
+
+@triton.jit(do_not_specialize=["num_sequences", "seqlen_q", "num_splits", "num_local", "num_init"])
+def selection_kernel(
+    index_q_ptr,
+    index_k,
+    sequences_ptr,
+    tile_ends_ptr,
+    ids_ptr,
+    workspace_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_ks,
+    stride_kd,
+    num_sequences,
+    seqlen_q,
+    num_splits,
+    num_local,
+    num_init,
+    GROUPS: tl.constexpr,
+    TOPK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    KEPT: tl.constexpr,
+    PERIOD: tl.constexpr,
+    CLEAR: tl.constexpr,
+    TABLE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """See the module's docstring. Grid (tiles, splits)."""
+    TOKENS: tl.constexpr = ROWS // GROUPS
+    sequence, tile = find_tile(tl.program_id(0), tile_ends_ptr, num_sequences, seqlen_q, TOKENS, TABLE)
+    if sequence >= num_sequences:
+        return
+    batch, q_start, q_end, k_start, k_end = load_sequence(sequences_ptr, sequence)
+    first = q_start + tile * TOKENS
+    if first >= q_end:
+        return
+    row = tl.arange(0, ROWS)
+    token = first + row // GROUPS
+    live = (token < q_end) & (row // GROUPS < TOKENS)
+    num_keys = k_end - k_start
+    visible = tl.where(live, num_keys - q_end + token + 1, 0)
+    first_visible = num_keys - q_end + first + 1
+    num_blocks = tl.cdiv(tl.maximum(num_keys - q_end + tl.minimum(first + TOKENS, q_end), 0), BLOCK)
+    clear_end = tl.minimum(first_visible // BLOCK, (first_visible - 1) // BLOCK - num_local + 1)
+
+    forced = tl.where(num_blocks <= TOPK, num_blocks, num_init)
+    share = tl.cdiv(tl.maximum(num_blocks - forced, 0), num_splits)
+    begin = forced + tl.program_id(1) * share
+    end = tl.minimum(begin + share, num_blocks)
+
+    rank = tl.arange(0, KEPT)[:, None]
+    given = (rank < forced) & (rank * BLOCK < visible[None, :]) & (tl.program_id(1) == 0)
+    kept = tl.where(given, pack_keys(tl.where(given, float("inf"), 0.0), rank), EMPTY_KEY)
+    worst = worst_kept(kept)
+    fresh = tl.full([PERIOD, ROWS], float("-inf"), tl.float32)
+
+    query_row = (batch * GROUPS + row % GROUPS) * seqlen_q + token
+    depth = tl.arange(0, DEPTH)
+    q_rows = batch * stride_qb + (row % GROUPS).to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qs
+    q = tl.load(
+        index_q_ptr + q_rows[:, None] + depth.to(tl.int64)[None, :] * stride_qd,
+        mask=live[:, None] & (depth < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
+
+    masked_begin = begin
+    if CLEAR:
+        masked_begin = tl.maximum(begin, tl.minimum(clear_end, end - 1))
+        for block in range(begin, masked_begin):
+            keys = load_keys(
+                index_k,
+                batch,
+                k_start,
+                block * BLOCK,
+                num_keys,
+                stride_kb,
+                stride_ks,
+                stride_kd,
+                HEAD_DIM,
+                BLOCK,
+                COLUMNS,
+                DEPTH,
+                USE_TMA,
+            )
+            best = clear_maximum(tl.dot(q, tl.trans(keys), input_precision=precision))
+            kept, fresh, worst = collect(kept, fresh, worst, best, block, False, PERIOD)
+    for block in tl.range(masked_begin, end, num_stages=1 if CLEAR else None):
+        keys = load_keys(
+            index_k,
+            batch,
+            k_start,
+            block * BLOCK,
+            num_keys,
+            stride_kb,
+            stride_ks,
+            stride_kd,
+            HEAD_DIM,
+            BLOCK,
+            COLUMNS,
+            DEPTH,
+            USE_TMA,
+        )
+        scores = tl.dot(q, tl.trans(keys), input_precision=precision)
+        best = masked_maximum(scores, block, visible, num_local, BLOCK)
+        kept, fresh, worst = collect(kept, fresh, worst, best, block, block == end - 1, PERIOD)
+
+    if SPLIT:
+        place = (query_row * num_splits + tl.program_id(1)) * KEPT
+        tl.store(workspace_ptr + place[None, :] + rank, kept, mask=live[None, :])
+    else:
+        ids = ascending_ids(kept, TOPK)
+        tl.store(ids_ptr + query_row[None, :] * TOPK + rank, ids, mask=live[None, :] & (rank < TOPK))
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+def merge_kernel(
+    workspace_ptr,
+    ids_ptr,
+    num_rows,
+    num_splits,
+    TOPK: tl.constexpr,
+    KEPT: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """ids of ROWS query rows from the kept keys of their splits, [num_rows, num_splits, KEPT], each descending.
+
+    Columns (row, lane) take the splits lane, lane + LANES, ... in turn, then a tree joins the lanes. To join two
+    sorted columns, one of them is reversed and the larger of each pair kept, a bitonic column to be sorted again.
+    """
+    COLUMNS: tl.constexpr = ROWS * LANES
+    column = tl.arange(0, COLUMNS)[None, :]
+    query_row = tl.program_id(0).to(tl.int64) * ROWS + column // LANES
+    rank = tl.arange(0, KEPT)[:, None]
+    keys = tl.full([KEPT, COLUMNS], EMPTY_KEY, tl.int64)
+    for first in range(0, num_splits, LANES):
+        split = first + column % LANES
+        place = (query_row * num_splits + split) * KEPT + (KEPT - 1 - rank)
+        live = (query_row < num_rows) & (split < num_splits)
+        more = tl.load(workspace_ptr + place, mask=live, other=EMPTY_KEY)
+        keys = merge_bitonic(tl.maximum(keys, more), KEPT, 1)
+    for step in tl.static_range(log2(LANES)):
+        odd = tl.arange(0, COLUMNS >> step)[None, :] % 2
+        keys = tl.where(odd == 1, reverse_columns(keys), keys)
+        keys = tl.max(tl.reshape(keys, [KEPT, COLUMNS >> (step + 1), 2]), axis=2)
+        keys = merge_bitonic(keys, KEPT, 1)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :]
+    ids = ascending_ids(keys, TOPK)
+    tl.store(ids_ptr + row * TOPK + rank, ids, mask=(row < num_rows) & (rank < TOPK))
+
+
+def tile_ends(sequences: torch.Tensor, batch: int, seqlen_q: int, tokens: int) -> tuple[torch.Tensor, int, bool]:
+    """The table that `find_tile` searches, the number of tiles to launch, and whether the table is needed.
+
+    Without packing, or when no sequence is longer than a tile, every sequence has the same number of tiles.
+    """
+    num_sequences = sequences.shape[0]
+    per_row = triton.cdiv(seqlen_q, tokens)
+    if num_sequences == batch or per_row == 1:
+        return sequences, num_sequences * per_row, False
+    ends = sequences.new_empty(num_sequences)
+    tile_ends_kernel[(1,)](sequences, ends, num_sequences, TOKENS=tokens, CHUNK=1024)
+    return ends, batch * per_row + num_sequences, True
+
+
+def key_tiles(index_k: torch.Tensor, config: SelectionConfig, block_size: int):
+    """index_k as the kernel takes it: a TMA descriptor of tiles [1, block_size, Di], or the tensor itself."""
+    if not config.use_tma:
+        return index_k
+    return TensorDescriptor(
+        index_k,
+        [index_k.shape[0], index_k.shape[2], index_k.shape[3]],
+        [index_k.stride(0), index_k.stride(2), index_k.stride(3)],
+        [1, block_size, index_k.shape[3]],
+    )
+
+
+def tma_ready(x: torch.Tensor) -> bool:
+    """Whether the bulk copy engine can read x [B, 1, S, D]: 16-byte alignment throughout, dense last dimension."""
+    aligned = all(stride * x.element_size() % 16 == 0 for stride in (x.stride(0), x.stride(2)))
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(3) == 1 and x.stride(2) > 0 and aligned
+
+
+def selection_constants(
+    config: SelectionConfig, num_kv_heads: int, index_head_dim: int, block_size: int, topk: int, table: bool
+) -> dict[str, int | bool]:
+    """The compile-time arguments of `selection_kernel`."""
+    return {
+        "GROUPS": num_kv_heads,
+        "TOPK": topk,
+        "BLOCK": block_size,
+        "HEAD_DIM": index_head_dim,
+        "ROWS": config.rows,
+        "COLUMNS": padded(block_size),
+        "DEPTH": padded(index_head_dim),
+        "KEPT": config.kept,
+        "PERIOD": config.period,
+        "CLEAR": config.rows >= 64,
+        "TABLE": table,
+        "SPLIT": config.num_splits > 1,
+        "USE_TMA": config.use_tma,
+    }
+
+
+def choose_config(index_q, index_k, sequences, block_size: int, topk: int) -> SelectionConfig:
+    """`selection_config` for these tensors."""
+    _, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
+    return selection_config(
+        target_of(index_q.device),
+        num_sequences=sequences.shape[0],
+        num_kv_heads=num_kv_heads,
+        seqlen_q=seqlen_q,
+        seqlen_k=index_k.shape[2],
+        index_head_dim=index_head_dim,
+        block_size=block_size,
+        topk=topk,
+        element_size=index_q.element_size(),
+        tma_ready=tma_ready(index_k),
+    )
+
+
+def select_blocks(
+    index_q: torch.Tensor,
+    index_k: torch.Tensor,
+    sequences: torch.Tensor,
+    block_size: int,
+    topk: int,
+    num_local_blocks: int,
+    num_init_blocks: int,
+    config: SelectionConfig | None = None,
+) -> torch.Tensor:
+    """block_indices [B, Hkv, Sq, topk] int32, as the module's docstring defines them.
+
+    `config` overrides the choice of tiles, for tests and tuning.
+    """
+    batch, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
+    ids = torch.empty(batch, num_kv_heads, seqlen_q, topk, dtype=torch.int32, device=index_q.device)
+    if ids.numel() == 0:
+        return ids
+    config = config or choose_config(index_q, index_k, sequences, block_size, topk)
+    tokens = config.rows // num_kv_heads
+    ends, num_tiles, table = tile_ends(sequences, batch, seqlen_q, tokens)
+    split = config.num_splits > 1
+    num_rows = batch * num_kv_heads * seqlen_q
+    workspace = ids
+    if split:
+        workspace = ids.new_empty(num_rows, config.num_splits, config.kept, dtype=torch.int64)
+    selection_kernel[(num_tiles, config.num_splits)](
+        index_q,
+        key_tiles(index_k, config, block_size),
+        sequences,
+        ends,
+        ids,
+        workspace,
+        *index_q.stride(),
+        index_k.stride(0),
+        index_k.stride(2),
+        index_k.stride(3),
+        sequences.shape[0],
+        seqlen_q,
+        config.num_splits,
+        num_local_blocks,
+        num_init_blocks,
+        **selection_constants(config, num_kv_heads, index_head_dim, block_size, topk, table),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if split:
+        lanes, rows, num_warps = merge_config(target_of(ids.device), num_rows, config.num_splits)
+        merge_kernel[(triton.cdiv(num_rows, rows),)](
+            workspace,
+            ids,
+            num_rows,
+            config.num_splits,
+            TOPK=topk,
+            KEPT=config.kept,
+            LANES=lanes,
+            ROWS=rows,
+            num_warps=num_warps,
+        )
+    return ids

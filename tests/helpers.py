@@ -1,0 +1,46 @@
+"""Inputs that several tests share."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    index_q: Tensor
+    index_k: Tensor
+
+    def rows(self, queries: slice, keys: slice, batch: slice = slice(None)) -> "Inputs":
+        """The same inputs cut to some queries and keys."""
+        q, k, v, index_q, index_k = self
+        return Inputs(
+            q[batch, :, queries],
+            k[batch, :, keys],
+            v[batch, :, keys],
+            index_q[batch, :, queries],
+            index_k[batch, :, keys],
+        )
+
+
+def make_inputs(
+    seqlen: int,
+    *,
+    batch: int = 1,
+    num_kv_heads: int = 2,
+    group_size: int = 3,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    requires_grad: bool = False,
+    seed: int = 0,
+) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    heads = (num_kv_heads * group_size, num_kv_heads, num_kv_heads, num_kv_heads, 1)
+    tensors = (torch.randn(batch, h, seqlen, head_dim, generator=generator).to(dtype) for h in heads)
+    return Inputs(*(x.requires_grad_(requires_grad) for x in tensors))
+
+
+def lengths(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)

@@ -1,0 +1,200 @@
+"""The operators under the compiler, autocast, checkpointing and torch.library's own checks."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import lengths, make_inputs
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import flexmsa
+from flexmsa import AuxRequest, MSAConfig, MSAttention, ops
+
+EVERYTHING = AuxRequest(lse=True, block_indices=True, index_loss=True)
+SEQUENCES = torch.tensor([[0, 0, 33, 0, 33]], dtype=torch.int32)
+CONFIG = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=16, index_head_dim=8, block_size=8, topk=2)
+
+
+def test_opcheck_of_every_operator():
+    q, k, v, index_q, index_k = make_inputs(33, requires_grad=True)
+    ids = ops.select_blocks(index_q, index_k, SEQUENCES, 8, 2, 1, 0, "cpu")
+    out, lse = (x.detach() for x in ops.block_sparse_attention(q, k, v, ids, SEQUENCES, 8, 0.25, "cpu"))
+    strided = q.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+    frozen = [x.detach() for x in (q, k, v, index_q, index_k)]
+    main, loss = (SEQUENCES, 8, 0.25), (SEQUENCES, 8, 0.25, 0.25)
+    opcheck(ops.sequence_table._opoverload, (q, None, None, lengths(20), 33))
+    opcheck(ops.sequence_table._opoverload, (q, lengths(0, 1, 33), None, None, 33))
+    opcheck(ops.select_blocks._opoverload, (index_q, index_k, SEQUENCES, 8, 2, 1, 0, "cpu"))
+    for indices in (ids, None):
+        opcheck(ops.block_sparse_attention._opoverload, (strided, k, v, indices, *main, "cpu"))
+        opcheck(
+            ops.block_sparse_attention_backward._opoverload,
+            (out, lse, *frozen[:3], out, lse, indices, *main, "cpu"),
+        )
+        for with_grad in (True, False):
+            branches = (index_q, index_k) if with_grad else frozen[3:]
+            arguments = (*frozen[:2], *branches, indices, lse, *loss, with_grad, "cpu")
+            opcheck(ops.index_loss._opoverload, arguments)
+    opcheck(ops.index_loss_backward._opoverload, (torch.ones(()), out, torch.float16))
+    opcheck(ops.decode._opoverload, (*frozen, SEQUENCES, 8, 2, 1, 0, 0.25, "cpu"))
+    opcheck(ops.pack_gqa._opoverload, (strided, 2))
+    opcheck(ops.unpack_gqa._opoverload, (ops.pack_gqa(frozen[0], 2).requires_grad_(), 6))
+    opcheck(ops.block_mask_lists._opoverload, (ids, SEQUENCES, 33, 8, 8, 2, 5, True, True))
+    opcheck(ops.block_mask_lists._opoverload, (ids, SEQUENCES, 33, 8, 16, 4, 3, False, False))
+    opcheck(ops.dense_mask_lists._opoverload, (SEQUENCES, 1, 33, 33, 16, 8, True))
+
+
+def _graphs(counter: CompileCounterWithBackend) -> int:
+    return sum(1 for graph in counter.graphs if len(graph.graph.nodes) > 0)
+
+
+@pytest.mark.parametrize("topk", [2, None])
+def test_the_layer_is_one_graph_for_every_length(topk):
+    torch.manual_seed(0)
+    layer = MSAttention(CONFIG)
+    layer.topk = topk
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for seqlen in (24, 33, 61, 128):
+        x = torch.randn(2, seqlen, 32, requires_grad=True)
+        results = []
+        for run in (compiled, layer):
+            out, loss = run(x)
+            results.append((out, loss, *torch.autograd.grad(out.sum() + loss, [x, *layer.parameters()])))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected)
+    assert _graphs(counter) == 1
+
+
+def test_packed_documents_are_one_graph_for_every_count():
+    def step(*inputs):
+        *tensors, cu_seqlens = inputs
+        out, aux = flexmsa.attention(*tensors, block_size=8, topk=2, cu_seqlens=cu_seqlens, return_aux=EVERYTHING)
+        return out, aux.index_loss
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for seqlen, offsets in ((40, (0, 3, 40)), (57, (0, 1, 2, 50, 57)), (90, (0, 8, 90))):
+        inputs = make_inputs(seqlen, requires_grad=True)
+        out, loss = compiled(*inputs, lengths(*offsets))
+        (out.sum() + loss).backward()
+        torch.testing.assert_close((out, loss), step(*inputs, lengths(*offsets)))
+    assert _graphs(counter) == 1
+
+
+def test_inductor_compiles_the_layer_whole():
+    torch.manual_seed(0)
+    layer = MSAttention(CONFIG)
+    x = torch.randn(1, 20, 32)
+    out, loss = torch.compile(layer, fullgraph=True)(x)
+    (out.sum() + loss).backward()
+    torch.testing.assert_close((out, loss), layer(x))
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_checkpointing_gives_the_same_gradients(selective):
+    torch.manual_seed(0)
+    layer = MSAttention(CONFIG)
+    x = torch.randn(2, 50, 32, requires_grad=True)
+    out, loss = layer(x)
+    expected = torch.autograd.grad(out.sum() + loss, [x, *layer.parameters()])
+    settings = {}
+    if selective:
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, flexmsa.save_selection_policy)
+    out, loss = checkpoint(layer, x, use_reentrant=False, **settings)
+    found = torch.autograd.grad(out.sum() + loss, [x, *layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_selective_checkpointing_selects_once(monkeypatch):
+    from flexmsa.kernels import cpu
+
+    calls = {"select_blocks": 0, "block_sparse_attention_forward": 0}
+    for name in calls:
+        kernel = getattr(cpu, name)
+
+        def counted(*args, name=name, kernel=kernel):
+            calls[name] += 1
+            return kernel(*args)
+
+        monkeypatch.setattr(cpu, name, counted)
+    layer = MSAttention(CONFIG)
+    contexts = partial(create_selective_checkpoint_contexts, flexmsa.save_selection_policy)
+    out, loss = checkpoint(layer, torch.randn(1, 30, 32), use_reentrant=False, context_fn=contexts)
+    (out.sum() + loss).backward()
+    assert calls == {"select_blocks": 1, "block_sparse_attention_forward": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_follows_the_dtype_of_the_region(dtype, compiled):
+    inputs = make_inputs(40, requires_grad=True)
+    mixed = inputs._replace(q=inputs.q.to(dtype))
+
+    def run(*tensors):
+        return flexmsa.attention(*tensors, block_size=8, topk=2, return_aux=EVERYTHING)
+
+    if compiled:
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=dtype):
+        out, aux = run(*mixed)
+        assert out.dtype == dtype and aux.lse.dtype == aux.index_loss.dtype == torch.float32
+        (out.float().sum() + aux.index_loss).backward()
+    expected = run(*(x.to(dtype) for x in inputs))
+    torch.testing.assert_close((out, aux.lse), (expected[0], expected[1].lse))
+    assert all(x.grad.dtype == torch.float32 for x in inputs[1:])
+
+
+def test_autocast_reaches_an_operator_called_by_itself():
+    _, _, _, index_q, index_k = make_inputs(33)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.ops.flexmsa.select_blocks(index_q, index_k, SEQUENCES, 8, 2, 1, 0, "cpu")
+    half = index_q.bfloat16(), index_k.bfloat16()
+    assert torch.equal(found, torch.ops.flexmsa.select_blocks(*half, SEQUENCES, 8, 2, 1, 0, "cpu"))
+
+
+def test_forward_mode_raises():
+    q, k, v, index_q, index_k = make_inputs(16)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda q: flexmsa.attention(q, k, v, index_q, index_k), (q,), (q,))
+
+
+def test_a_loss_scale_does_not_lose_small_gradients():
+    inputs = [x.half().requires_grad_() for x in make_inputs(64)]
+    scale = 2.0**12
+    _, aux = flexmsa.attention(*inputs, block_size=8, topk=2, return_aux=EVERYTHING)
+    scaled = torch.autograd.grad(aux.index_loss * scale, inputs[3])[0].double() / scale
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    _, aux = flexmsa.attention(*wide, block_size=8, topk=2, return_aux=EVERYTHING)
+    exact = torch.autograd.grad(aux.index_loss, wide[3])[0]
+    assert (scaled - exact).norm() < 2e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("topk", [2, None])
+def test_gradients_in_float64_are_those_of_finite_differences(topk):
+    inputs = make_inputs(11, group_size=2, head_dim=3, dtype=torch.float64, requires_grad=True)
+    ids = flexmsa.select_blocks(*inputs[3:], block_size=4, topk=topk) if topk else None
+
+    def main_branch(q, k, v):
+        out, aux = flexmsa.block_sparse_attention(q, k, v, ids, block_size=4, return_aux=AuxRequest(lse=True))
+        return out, aux.lse
+
+    _, lse = (x.detach() for x in main_branch(*inputs[:3]))
+
+    def loss(index_q, index_k):
+        return flexmsa.index_loss(*inputs[:2], index_q, index_k, ids, lse, block_size=4)
+
+    assert torch.autograd.gradcheck(main_branch, inputs[:3])
+    assert torch.autograd.gradcheck(loss, inputs[3:])
+
+
+def test_export():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, index_q, index_k):
+            return flexmsa.attention(q, k, v, index_q, index_k, block_size=8, topk=2)
+
+    inputs = make_inputs(40)
+    program = torch.export.export(Model(), tuple(inputs))
+    torch.testing.assert_close(program.module()(*inputs), Model()(*inputs))

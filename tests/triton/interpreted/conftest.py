@@ -1,0 +1,51 @@
+"""These tests run kernels on CPU tensors: only in a process started by ../test_interpreted.py."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flexmsa import reference
+
+
+def pytest_ignore_collect(collection_path, config):
+    return None if os.environ.get("TRITON_INTERPRET") == "1" else True
+
+
+def visible(sequences, batch, seqlen_q):
+    """start, end [batch, seqlen_q]: the keys that each query sees."""
+    start = torch.zeros(batch, seqlen_q, dtype=torch.int32)
+    end = torch.zeros(batch, seqlen_q, dtype=torch.int32)
+    for row, q_start, q_end, k_start, k_end in sequences.tolist():
+        start[row, q_start:q_end] = k_start
+        last = torch.arange(q_start, q_end, dtype=torch.int32) + (k_end - q_end + 1)
+        end[row, q_start:q_end] = last.clamp(min=k_start)
+    return start, end
+
+
+def select(index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks):
+    start, end = visible(sequences, index_q.shape[0], index_q.shape[2])
+    return reference.select_blocks(index_q, index_k, start, end, block_size, topk, num_local_blocks, num_init_blocks)
+
+
+def attend(q, k, v, block_indices, sequences, block_size, scale):
+    start, end = visible(sequences, q.shape[0], q.shape[2])
+    q, k, v = q.double(), k.double(), v.double()
+    return reference.block_sparse_attention(q, k, v, block_indices, start, end, block_size, scale)
+
+
+def plain(batch, seqlen_q, seqlen_k):
+    """The table of an unpacked batch."""
+    return torch.tensor([[b, 0, seqlen_q, 0, seqlen_k] for b in range(batch)], dtype=torch.int32)
+
+
+@pytest.fixture
+def dense():
+    """The dense definitions, taking the kernels' table of sequences."""
+    return SimpleNamespace(select=select, attend=attend, plain=plain)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

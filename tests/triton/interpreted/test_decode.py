@@ -1,0 +1,83 @@
+"""Decoding against the dense definition in float64, from caches whose unused slots hold NaN."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flexmsa.kernels.triton import decode as kernels
+from flexmsa.kernels.triton.configs import attend_config, target_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+CASES = {
+    # name: (Hkv, G, Sq, Sk, D, Di, block_size, topk, sequences or None, dtype)
+    "several tokens": (4, 3, 2, 300, 16, 16, 16, 4, None, torch.float32),
+    "filled parts": (1, 5, 1, 300, 80, 16, 48, 3, [[0, 0, 1, 0, 100], [1, 0, 1, 20, 290]], torch.float32),
+    "M3 group": (3, 16, 3, 200, 16, 96, 128, 16, [[0, 0, 3, 0, 2], [1, 0, 3, 20, 190]], torch.float32),
+    "one head": (1, 1, 4, 300, 96, 16, 16, 3, None, torch.float16),
+    "packed": (
+        2, 2, 6, 60, 16, 16, 16, 2,
+        [[0, 0, 1, 0, 9], [0, 1, 4, 9, 50], [0, 4, 6, 50, 60], [1, 0, 2, 0, 0], [1, 2, 6, 5, 60]], torch.float32,
+    ),
+}  # fmt: skip
+
+
+def poisoned_inputs(dense, case):
+    """The tensors of a case, NaN in the cache slots that no sequence owns."""
+    groups, group_size, seqlen_q, seqlen_k, head_dim, depth, block_size, topk, table, dtype = case
+    sequences = dense.plain(2, seqlen_q, seqlen_k) if table is None else torch.tensor(table, dtype=torch.int32)
+    shapes = [
+        (2, groups * group_size, seqlen_q, head_dim),
+        (2, groups, seqlen_k, head_dim),
+        (2, groups, seqlen_k, head_dim),
+        (2, groups, seqlen_q, depth),
+        (2, 1, seqlen_k, depth),
+    ]
+    q, k, v, index_q, index_k = (torch.randn(shape).to(dtype) for shape in shapes)
+    used = torch.zeros(2, seqlen_k, dtype=torch.bool)
+    for row, _, _, k_start, k_end in sequences.tolist():
+        used[row, k_start:k_end] = True
+    for cache in (k, v, index_k):
+        cache.masked_fill_(~used[:, None, :, None], float("nan"))
+    return q, k, v, index_q, index_k, sequences, block_size, topk
+
+
+def assert_attention(found, wanted, dtype):
+    """Both are (out, lse): a few units in the last place of dtype."""
+    tolerance = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_decode(dense, case):
+    q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(dense, case)
+    scale = q.shape[-1] ** -0.5
+    out, lse, ids = kernels.decode(q, k, v, index_q, index_k, sequences, block_size, topk, 1, 0, scale)
+    assert torch.equal(ids, dense.select(index_q, index_k, sequences, block_size, topk, 1, 0))
+    wanted = dense.attend(q, k.nan_to_num(), v.nan_to_num(), ids, sequences, block_size, scale)
+    assert_attention((out, lse), wanted, q.dtype)
+    assert (out[lse == -float("inf")] == 0).all()
+
+
+@pytest.mark.parametrize("splits", [1, 3, 8])
+def test_any_ids_and_splits(dense, splits):
+    q, k, v, _, _, sequences, block_size, _ = poisoned_inputs(dense, CASES["several tokens"])
+    ids = torch.tensor([-1, 3, 99, 2**31 - 1, 0, -(2**31), 18, -1], dtype=torch.int32).expand(2, 4, 2, 8)
+    target = target_of(q.device)
+    config = attend_config(target, num_rows=16, head_dim=16, block_size=block_size, topk=8, element_size=4)
+    found = kernels.attend_blocks(q, k, v, ids, sequences, block_size, 0.3, replace(config, num_splits=splits))
+    seen = ids.where((ids >= 0) & (ids < 19), -1)
+    assert_attention(found, dense.attend(q, k, v, seen, sequences, block_size, 0.3), q.dtype)
+
+
+def test_strides(dense):
+    q, k, v, _, _, sequences, block_size, _ = poisoned_inputs(dense, CASES["several tokens"])
+    ids = torch.tensor([0, 5, 18], dtype=torch.int32).expand(2, 4, 2, 3)
+
+    def shuffled(x):
+        return x.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
+
+    found = kernels.attend_blocks(shuffled(q), shuffled(k), shuffled(v), ids, sequences, block_size, 0.3)
+    assert_attention(found, dense.attend(q, k, v, ids, sequences, block_size, 0.3), q.dtype)

@@ -1,0 +1,111 @@
+"""Selection against the dense definition, ids compared exactly: integer inputs make ties real."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexmsa.kernels.triton.selection import choose_config, select_blocks
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def integers(*shape, dtype=torch.float32):
+    return torch.randint(-2, 3, shape).to(dtype)
+
+
+def check(dense, index_q, index_k, block_size, topk, local=1, init=0, sequences=None, **overrides):
+    if sequences is None:
+        sequences = dense.plain(index_q.shape[0], index_q.shape[2], index_k.shape[2])
+    config = replace(choose_config(index_q, index_k, sequences, block_size, topk), **overrides)
+    found = select_blocks(index_q, index_k, sequences, block_size, topk, local, init, config)
+    wanted = dense.select(index_q, index_k, sequences, block_size, topk, local, init)
+    assert found.dtype == torch.int32 and found.is_contiguous()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    return found
+
+
+SHAPES = {
+    # name: (B, Hkv, Sq, Sk, Di, block_size, topk, local, init, splits, dtype)
+    "one token": (1, 3, 1, 1, 16, 128, 16, 1, 0, 1, torch.float32),
+    "training": (2, 3, 75, 75, 16, 16, 3, 1, 0, 1, torch.float32),
+    "chunk, forced ends": (2, 4, 20, 333, 80, 48, 3, 2, 1, 1, torch.float32),
+    "chunk, split": (1, 4, 20, 333, 96, 48, 4, 1, 1, 3, torch.float32),
+    "half": (1, 1, 70, 300, 16, 16, 5, 1, 0, 1, torch.float16),
+    "decode, split": (2, 4, 1, 900, 16, 16, 5, 1, 0, 7, torch.float32),
+    "more splits than blocks": (1, 4, 2, 100, 16, 16, 2, 1, 0, 9, torch.float16),
+    "topk beyond the blocks": (1, 2, 9, 100, 16, 5, 32, 1, 2, 4, torch.float32),
+    "topk 1": (1, 2, 9, 100, 16, 5, 1, 1, 0, 1, torch.float32),
+    "block 128": (1, 3, 40, 700, 16, 128, 2, 1, 0, 1, torch.float32),
+    "no forced block": (1, 2, 30, 200, 16, 16, 3, 0, 0, 2, torch.float32),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("draw", [integers, lambda *s, dtype: torch.randn(s).to(dtype)], ids=["ties", "normal"])
+def test_matches_definition(dense, shape, draw):
+    batch, groups, seqlen_q, seqlen_k, depth, block_size, topk, local, init, splits, dtype = shape
+    index_q = draw(batch, groups, seqlen_q, depth, dtype=dtype)
+    index_k = draw(batch, 1, seqlen_k, depth, dtype=dtype)
+    check(dense, index_q, index_k, block_size, topk, local, init, num_splits=splits)
+
+
+def test_packed_documents(dense):
+    documents = [[0, 0, 1, 0, 1], [0, 1, 40, 1, 40], [0, 40, 60, 40, 60], [1, 0, 3, 0, 0], [1, 3, 60, 3, 60]]
+    sequences = torch.tensor(documents, dtype=torch.int32)
+    ids = check(dense, integers(2, 3, 60, 16), integers(2, 1, 60, 16), 16, 2, sequences=sequences, rows=16)
+    assert (ids[1, :, :3] == -1).all()
+    assert (ids[0, :, 0] == torch.tensor([0, -1])).all()
+
+
+def test_cache_slots_outside_the_sequence_do_not_leak(dense):
+    index_q, index_k = integers(2, 4, 2, 16), integers(2, 1, 200, 16)
+    index_k[0, :, 77:] = float("nan")
+    index_k[1, :, :20] = float("inf")
+    sequences = torch.tensor([[0, 0, 2, 0, 77], [1, 0, 2, 20, 200]], dtype=torch.int32)
+    for splits in (1, 3):
+        check(dense, index_q, index_k, 16, 3, sequences=sequences, num_splits=splits)
+
+
+def test_fewer_keys_than_queries(dense):
+    sequences = torch.tensor([[0, 0, 20, 0, 5]], dtype=torch.int32)
+    ids = check(dense, integers(1, 2, 20, 16), integers(1, 1, 5, 16), 16, 2, sequences=sequences)
+    assert (ids[:, :, :15] == -1).all()
+
+
+def test_strides(dense):
+    index_q = integers(1, 30, 16, 3).permute(0, 3, 1, 2)
+    index_k = integers(1, 1, 16, 180).transpose(2, 3)[:, :, ::2]
+    check(dense, index_q, index_k, 16, 2)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_extreme_numbers(dense, splits):
+    index_q, index_k = integers(1, 3, 40, 16), integers(1, 1, 120, 16)
+    index_k[0, 0, 17], index_k[0, 0, 40], index_k[0, 0, 70:90] = float("inf"), -float("inf"), float("nan")
+    index_q[0, 1, 5:20] = float("nan")
+    index_q[0, 2] *= 3e38
+    index_q[0, 0, ::3] = -0.0
+    check(dense, index_q, index_k, 16, 3, num_splits=splits)
+
+
+@settings(derandomize=True, deadline=None, max_examples=12)
+@given(data=st.data())
+def test_any_table_of_sequences(data):
+    from flexmsa import reference
+
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+    groups, topk = data.draw(st.sampled_from([1, 3])), data.draw(st.integers(1, 5))
+    local, splits = data.draw(st.integers(0, 1)), data.draw(st.integers(1, 3))
+    total = sum(lengths)
+    ends = torch.tensor(lengths).cumsum(0)
+    starts = ends - torch.tensor(lengths)
+    sequences = torch.stack([0 * ends, starts, ends, starts, ends], 1).int()
+    index_q, index_k = integers(1, groups, total, 16), integers(1, 1, total, 16)
+    config = replace(choose_config(index_q, index_k, sequences, 8, topk), num_splits=splits)
+    found = select_blocks(index_q, index_k, sequences, 8, topk, local, 0, config)
+    start = starts.repeat_interleave(torch.tensor(lengths))[None]
+    wanted = reference.select_blocks(index_q, index_k, start, torch.arange(1, total + 1)[None], 8, topk, local)
+    assert torch.equal(found, wanted)
