@@ -63,7 +63,7 @@ SHAPES = {
 }
 # The least share of the limit that the project promises.
 BARS = {"main branch forward": 0.5, "layer forward": 0.5, "layer forward + backward with KL": 0.35}
-DENSE_OF = {name: "dense forward" for name in BARS} | {"layer forward + backward with KL": "dense forward + backward"}
+DENSE_OF = dict.fromkeys(BARS, "dense forward") | {"layer forward + backward with KL": "dense forward + backward"}
 
 
 def make_variants(shape: Shape) -> dict[str, Callable[[], object]]:
@@ -174,15 +174,14 @@ def describe_machine() -> dict:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(
-        f"{'tokens':>7} {'heads':>13}  {'variant':<33} {'ours':>8} {'dense':>8} {'ratio':>6} {'limit':>6} {'share':>6}  bar"
-    )
+    columns = " {:>6} {:>12}  {:<33} {:>8} {:>8} {:>7} {:>7} {:>6}  {}"
+    print(columns.format("tokens", "heads", "variant", "ours", "dense", "ratio", "limit", "share", "bar"))
     for row in rows:
-        verdict = "reached" if row["share"] >= row["bar"] else "MISSED"
-        print(
-            f"{row['seqlen']:>7} {row['heads']:>13}  {row['variant']:<33} {row['seconds']:>7.2f}s {row['dense_seconds']:>7.2f}s "
-            f"{row['ratio']:>5.2f}x {row['limit']:>5.2f}x {row['share']:>6.2f}  {row['bar']} {verdict}"
-        )
+        times = (f"{row[key]:.2f}s" for key in ("seconds", "dense_seconds"))
+        ratios = (f"{row[key]:.2f}x" for key in ("ratio", "limit"))
+        verdict = f"{row['bar']} {'reached' if row['share'] >= row['bar'] else 'MISSED'}"
+        share = f"{row['share']:.2f}"
+        print(columns.format(row["seqlen"], row["heads"], row["variant"], *times, *ratios, share, verdict))
 
 
 def draw(rows: list[dict], machine: dict, path: Path) -> None:

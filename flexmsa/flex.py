@@ -173,8 +173,8 @@ def _block_mask(
     mask_mod: Callable[..., Tensor],
     with_backward: bool,
 ) -> BlockMask:
-    transposed = lists[4:] if with_backward else [None] * 4
-    return BlockMask(lengths, *lists[:4], *transposed, BLOCK_SIZE=row_block, mask_mod=mask_mod)
+    arguments: list[Any] = [*lists[:4], *(lists[4:] if with_backward else [None] * 4)]
+    return BlockMask(lengths, *arguments, row_block, mask_mod)
 
 
 @functools.cache
@@ -220,7 +220,9 @@ def packed_flex_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     packed = ops.pack_gqa(q, k.shape[1])
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention(q.device.type)
+    attend: Callable[..., Any] = (
+        flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention(q.device.type)
+    )
     options = None if on_cpu else _kernel_options(block_mask)
     aux = FlexAuxRequest(lse=True) if return_lse else None
     result = attend(

@@ -102,7 +102,7 @@ def _compare(mass: Tensor, ids: Tensor, visible_keys: Tensor, block_size: int) -
     chosen = torch.zeros((*ids.shape[:-1], blocks + 1), dtype=torch.bool, device=ids.device)
     chosen = chosen.scatter(-1, ids.masked_fill(ids < 0, blocks), True)[..., :blocks]
     count = chosen.sum(-1, keepdim=True)
-    rank = mass.sort(-1, descending=True, stable=True).indices.argsort(-1)
+    rank = mass.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
     best = rank < count
     both = best & chosen
     visible_blocks = (visible_keys + block_size - 1).div(block_size, rounding_mode="floor")[:, None]

@@ -1,5 +1,7 @@
 """MSAttention: the whole layer as an nn.Module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -147,9 +149,10 @@ class MSAttention(nn.Module):
                 kv_lens=cache.kv_lens,
                 backend=backend,
             )
+        assert isinstance(out, Tensor)
         return self._merge(out)
 
-    def _selection(self) -> dict:
+    def _selection(self) -> dict[str, Any]:
         config = self.config
         return {
             "block_size": config.block_size,

@@ -120,9 +120,7 @@ def _check_selection(block_indices: Tensor, batch: int) -> None:
     if not isinstance(block_indices, Tensor):
         raise TypeError(f"block_indices: expected a tensor [B, Hkv, Sq, topk], got {type(block_indices).__name__}")
     if block_indices.dim() != 4 or 0 in block_indices.shape:
-        raise ValueError(
-            f"block_indices: expected [B, Hkv, Sq, topk], none of them 0, got {list(block_indices.shape)}"
-        )
+        raise ValueError(f"block_indices: expected [B, Hkv, Sq, topk], none of them 0, got {list(block_indices.shape)}")
     validation.check_block_indices(block_indices, *block_indices.shape[:3], block_indices.device)
     validation.check_int("batch", batch, 0)
     if batch >= block_indices.shape[0]:

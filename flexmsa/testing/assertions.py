@@ -10,7 +10,8 @@ def assert_close(name: str, actual: Tensor, exact: Tensor, baseline: Tensor, ter
     """Assert that `actual` is as near to the exact result as eager PyTorch comes in the same dtype.
 
     The largest error may be twice the baseline's, plus 8 units in the last place of the largest exact value, or of
-    `terms`, if that is larger. Where the exact result is finite, `actual` must be; where it is infinite, `actual` must be the same.
+    `terms`, if that is larger. Where the exact result is finite, `actual` must be; where it is infinite, `actual`
+    must be the same.
 
     Args:
         actual: the result under test.

@@ -42,11 +42,13 @@ def check_case(
     inputs = tuple(x.requires_grad_(gradients) for x in inputs)
     aux = flexmsa.AuxRequest(lse=True, block_indices=True, index_loss=True)
     out, got = flexmsa.attention(*inputs, **settings, backend=backend, return_aux=aux)
+    assert got.lse is not None and got.index_loss is not None
     results = {"out": out, "lse": got.lse, "index_loss": got.index_loss}
 
     expected = oracle.attention(*(x.detach().double().cpu().numpy() for x in inputs), **_on_host(settings))
-    if expected.block_indices is not None:
+    if got.block_indices is not None and expected.block_indices is not None:
         _assert_same_ids(got.block_indices, torch.from_numpy(expected.block_indices))
+    assert (got.block_indices is None) == (expected.block_indices is None)
     exact = {name: torch.as_tensor(getattr(expected, name), dtype=torch.float64) for name in results}
 
     wide = tuple(x.detach().double().requires_grad_() for x in inputs)

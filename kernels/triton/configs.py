@@ -117,7 +117,7 @@ def selection_config(
 
     tiles = num_sequences * triton.cdiv(seqlen_q, rows // num_kv_heads)
     num_splits = split_count(tiles, triton.cdiv(seqlen_k, block_size), target.num_sms, limit=max(1, 8192 // kept))
-    use_tma = hopper and tma_ready and columns == block_size and depth == index_head_dim
+    use_tma = hopper and tma_ready and element_size == 2 and (columns, depth) == (block_size, index_head_dim)
     return SelectionConfig(rows, num_warps, num_stages, period, kept, num_splits, use_tma)
 
 
