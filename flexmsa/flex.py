@@ -173,8 +173,21 @@ def _block_mask(
     mask_mod: Callable[..., Tensor],
     with_backward: bool,
 ) -> BlockMask:
-    arguments: list[Any] = [*lists[:4], *(lists[4:] if with_backward else [None] * 4)]
-    return BlockMask(lengths, *arguments, row_block, mask_mod)
+    kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices = lists[:4]
+    transposed: list[Tensor] | list[None] = lists[4:] if with_backward else [None] * 4
+    return BlockMask(
+        seq_lengths=lengths,
+        kv_num_blocks=kv_num_blocks,
+        kv_indices=kv_indices,
+        full_kv_num_blocks=full_kv_num_blocks,
+        full_kv_indices=full_kv_indices,
+        q_num_blocks=transposed[0],
+        q_indices=transposed[1],
+        full_q_num_blocks=transposed[2],
+        full_q_indices=transposed[3],
+        BLOCK_SIZE=row_block,
+        mask_mod=mask_mod,
+    )
 
 
 @functools.cache
@@ -220,9 +233,7 @@ def packed_flex_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     packed = ops.pack_gqa(q, k.shape[1])
-    attend: Callable[..., Any] = (
-        flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention(q.device.type)
-    )
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention(q.device.type)
     options = None if on_cpu else _kernel_options(block_mask)
     aux = FlexAuxRequest(lse=True) if return_lse else None
     result = attend(
