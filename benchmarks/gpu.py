@@ -18,10 +18,12 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 import triton
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.gpu_layer import main_branch_floor, main_branch_times
 from flexmsa.kernels.triton.decode import attend_blocks, decode
 from flexmsa.kernels.triton.selection import choose_config, select_blocks
 
@@ -110,7 +112,8 @@ def with_dtypes(shapes):
 def selection_errors(device="cuda", cases=None):
     """Names of the selections that differ from the definition or from themselves, with and without a split."""
     for shape, dtype in cases or with_dtypes(SELECTIONS):
-        batch, groups, seqlen_q, seqlen_k, depth, *rules = shape
+        batch, groups, seqlen_q, seqlen_k, depth = shape[:5]
+        rules = shape[5:]
         index_q = integers(batch, groups, seqlen_q, depth, dtype=dtype, device=device)
         index_k = integers(batch, 1, seqlen_k, depth, dtype=dtype, device=device)
         sequences = plain(batch, seqlen_q, seqlen_k, device)
@@ -181,7 +184,7 @@ def normals(*shape, dtype):
     return torch.randn(shape, device="cuda", dtype=dtype)
 
 
-def index_inputs(batch, seqlen_q, seqlen_k, draw=normals):
+def index_inputs(batch, seqlen_q, seqlen_k, draw=normals) -> tuple[Tensor, Tensor, Tensor]:
     """index_q, index_k and sequences at M3's shape."""
     index_q = draw(batch, GROUPS, seqlen_q, DEPTH, dtype=torch.bfloat16)
     index_k = draw(batch, 1, seqlen_k, DEPTH, dtype=torch.bfloat16)
@@ -263,7 +266,7 @@ def sdpa_time(q, k, v, causal, timer):
 def time_decode(batch, seqlen_k):
     """Milliseconds of decode and of its parts, and of dense SDPA on the same cache."""
     copies = max(1, -(-(300 << 20) // (batch * seqlen_k * DEPTH * 2)))
-    sets = []
+    sets: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     for _ in range(copies):
         index_q, index_k, sequences = index_inputs(batch, 1, seqlen_k)
         q = normals(batch, GROUPS * GROUP_SIZE, 1, DEPTH, dtype=torch.bfloat16)
@@ -281,7 +284,7 @@ def time_decode(batch, seqlen_k):
 
 def sweep(report):
     """Selection with other tiles, warps, stages and merge periods."""
-    variants = {
+    variants: dict[str, dict] = {
         "default": {},
         **{f"period {p}": {"period": p} for p in (2, 4, 16)},
         **{f"stages {s}": {"num_stages": s} for s in (2, 4)},
@@ -360,6 +363,8 @@ def main():
         k, v = (normals(1, GROUPS, seqlen, DEPTH, dtype=torch.bfloat16) for _ in range(2))
         for name, time in sdpa_time(q, k, v, True, event_time).items():
             report(f"dense SDPA {seqlen}: {name}", time, None)
+        for name, time in main_branch_times(seqlen, event_time).items():
+            report(f"main branch {seqlen}: {name}", time, main_branch_floor(seqlen, flops))
 
 
 if __name__ == "__main__":

@@ -196,6 +196,15 @@ def _compiled_flex_attention(device: str) -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False if device == "cpu" else None)
 
 
+def _flex_attention(q: Tensor, *args: Any, **settings: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return flex_attention(q, *args, **settings)
+    # A model's own variety (training or not, warm-up or not, with lse or not) fills the default limit of 8, after
+    # which FlexAttention would silently run dense.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        return _compiled_flex_attention(q.device.type)(q, *args, **settings)
+
+
 def packed_flex_attention(
     q: Tensor,
     k: Tensor,
@@ -233,10 +242,9 @@ def packed_flex_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     packed = ops.pack_gqa(q, k.shape[1])
-    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention(q.device.type)
     options = None if on_cpu else _kernel_options(block_mask)
     aux = FlexAuxRequest(lse=True) if return_lse else None
-    result = attend(
+    result = _flex_attention(
         packed, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale, kernel_options=options, return_aux=aux
     )
     if not return_lse:

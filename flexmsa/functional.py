@@ -78,6 +78,7 @@ def attention(
     validation.check_index_inputs(index_q, index_k, index_scale)
     validation.check_branches_match(q, k, index_q, index_k)
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
+    choose_backend("block_sparse_attention", backend, q)
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
     aux = return_aux or AuxRequest()
     block_indices = None

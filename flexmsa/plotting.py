@@ -11,7 +11,7 @@ from flexmsa import validation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, FigureBase
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.image import AxesImage
 
 __all__ = ["plot_selection", "selection_share"]
@@ -29,8 +29,8 @@ def plot_selection(
     block_size: int | None = None,
     max_rows: int = 128,
     title: str | None = None,
-    figure: FigureBase | None = None,
-) -> FigureBase:
+    figure: Figure | SubFigure | None = None,
+) -> Figure:
     """Draw which blocks of keys the queries chose: one panel a group, queries down, blocks across.
 
     A long sequence is drawn in rows of several queries, and the colour is the share of a row's queries that chose a
@@ -45,7 +45,7 @@ def plot_selection(
         figure: a Figure or SubFigure to draw into; None makes one, of a size that suits the number of groups.
 
     Returns:
-        The figure drawn into, with one axes for each group and one for the colour bar.
+        The Figure, or the one that the SubFigure is part of. Drawn are one axes a group, then one for the colour bar.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -80,7 +80,7 @@ def plot_selection(
     figure.colorbar(image, ax=list(panels.flat[:groups]), label=label, ticks=[0, 0.5, 1], pad=0.02)
     if title is not None:
         figure.suptitle(title, fontsize="large")
-    return figure
+    return figure.figure
 
 
 def selection_share(block_indices: Tensor, *, batch: int = 0, max_rows: int = 128) -> Tensor:
@@ -121,10 +121,11 @@ def _check_selection(block_indices: Tensor, batch: int) -> None:
         raise TypeError(f"block_indices: expected a tensor [B, Hkv, Sq, topk], got {type(block_indices).__name__}")
     if block_indices.dim() != 4 or 0 in block_indices.shape:
         raise ValueError(f"block_indices: expected [B, Hkv, Sq, topk], none of them 0, got {list(block_indices.shape)}")
-    validation.check_block_indices(block_indices, *block_indices.shape[:3], block_indices.device)
+    batches, groups, queries, _ = block_indices.shape
+    validation.check_block_indices(block_indices, batches, groups, queries, block_indices.device)
     validation.check_int("batch", batch, 0)
-    if batch >= block_indices.shape[0]:
-        raise ValueError(f"batch: expected a row of block_indices below {block_indices.shape[0]}, got {batch}")
+    if batch >= batches:
+        raise ValueError(f"batch: expected a row of block_indices, 0 to {batches - 1}, got {batch}")
 
 
 def _new_figure(rows: int, columns: int) -> Figure:

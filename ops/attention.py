@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .autocast import register_autocast
 from .checks import check_block_indices
-from .dispatch import kernels
+from .dispatch import run_kernel
 
 
 def statistics_dtype(q: Tensor) -> torch.dtype:
@@ -32,9 +32,7 @@ def block_sparse_attention(
     """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None means every visible block."""
     if block_indices is not None:
         check_block_indices(block_indices, -(-k.shape[2] // block_size))
-    return kernels(backend, "block_sparse_attention", q).block_sparse_attention_forward(
-        q, k, v, block_indices, sequences, block_size, scale
-    )
+    return run_kernel(backend, "block_sparse_attention_forward", q, k, v, block_indices, sequences, block_size, scale)
 
 
 @block_sparse_attention.register_fake
@@ -63,8 +61,20 @@ def block_sparse_attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    return kernels(backend, "block_sparse_attention", q).block_sparse_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, block_indices, sequences, block_size, scale
+    return run_kernel(
+        backend,
+        "block_sparse_attention_backward",
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        block_indices,
+        sequences,
+        block_size,
+        scale,
     )
 
 

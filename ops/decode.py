@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .attention import statistics_dtype
 from .autocast import register_autocast
-from .dispatch import kernels
+from .dispatch import run_kernel
 
 
 @torch.library.custom_op(
@@ -29,8 +29,20 @@ def decode(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out [B, Hq, Sq, D], lse [B, Hq, Sq] and block_indices [B, Hkv, Sq, topk]."""
-    return kernels(backend, "decode", q).decode(
-        q, k, v, index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks, scale
+    return run_kernel(
+        backend,
+        "decode",
+        q,
+        k,
+        v,
+        index_q,
+        index_k,
+        sequences,
+        block_size,
+        topk,
+        num_local_blocks,
+        num_init_blocks,
+        scale,
     )
 
 

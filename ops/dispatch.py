@@ -2,9 +2,7 @@
 
 import functools
 import warnings
-from types import ModuleType
-
-from torch import Tensor
+from typing import Any
 
 
 @functools.cache
@@ -16,14 +14,17 @@ def _warn_slow(operation: str, device: str) -> None:
     )
 
 
-def kernels(backend: str, operation: str, x: Tensor) -> ModuleType:
-    """Return the kernels named "cpu" (plain PyTorch, any device) or "triton" to run `operation` on `x`."""
+def run_kernel(backend: str, kernel: str, *args: Any) -> Any:
+    """Run a kernel by name from the package "cpu" (plain PyTorch, any device) or "triton" (imported on first use)."""
     if backend == "triton":
         from flexmsa.kernels import triton
 
-        return triton
+        return getattr(triton, kernel)(*args)
     from flexmsa.kernels import cpu
 
-    if x.device.type != "cpu":
-        _warn_slow(operation, x.device.type)
-    return cpu
+    device = args[0].device
+    if device.type == "cpu":
+        return getattr(cpu, kernel)(*args)
+    _warn_slow(kernel, device.type)
+    with device:
+        return getattr(cpu, kernel)(*args)

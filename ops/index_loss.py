@@ -11,7 +11,7 @@ from torch import Tensor
 from .attention import statistics_dtype
 from .autocast import register_autocast
 from .checks import check_block_indices
-from .dispatch import kernels
+from .dispatch import run_kernel
 
 
 @torch.library.custom_op(
@@ -37,8 +37,20 @@ def index_loss(
     """Return the scalar loss and its gradients to index_q and index_k (of no elements unless `with_grad`)."""
     if block_indices is not None:
         check_block_indices(block_indices, -(-k.shape[2] // block_size))
-    return kernels(backend, "index_loss", q).index_loss(
-        q, k, index_q, index_k, block_indices, lse, sequences, block_size, scale, index_scale, with_grad
+    return run_kernel(
+        backend,
+        "index_loss",
+        q,
+        k,
+        index_q,
+        index_k,
+        block_indices,
+        lse,
+        sequences,
+        block_size,
+        scale,
+        index_scale,
+        with_grad,
     )
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .autocast import register_autocast
-from .dispatch import kernels
+from .dispatch import run_kernel
 
 
 @torch.library.custom_op(
@@ -24,8 +24,8 @@ def select_blocks(
     backend: str,
 ) -> Tensor:
     """Return block_indices [B, Hkv, Sq, topk] int32 for index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di]."""
-    return kernels(backend, "select_blocks", index_q).select_blocks(
-        index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks
+    return run_kernel(
+        backend, "select_blocks", index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks
     )
 
 

@@ -1,5 +1,7 @@
 """A byte-level GPT to read in one sitting: the same blocks around MSAttention or around ordinary dense attention."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,13 +70,14 @@ class GPT(nn.Module):
         super().__init__()
         attention = DenseAttention if dense else MSAttention
         self.embedding = nn.Embedding(VOCABULARY, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(attention(config), config.hidden_size) for _ in range(num_layers))
+        # Any, for a type checker sees bare modules in a ModuleList.
+        self.blocks: Any = nn.ModuleList(Block(attention(config), config.hidden_size) for _ in range(num_layers))
         self.norm = nn.RMSNorm(config.hidden_size)
-        self.apply(_initialise)
-        for block in self.blocks:
-            for last in (block.attention.o_proj, block.down):
-                # As many residuals as these add up, so each starts smaller.
-                nn.init.normal_(last.weight, std=0.02 * (2 * num_layers) ** -0.5)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                # Two of these a layer add up on the residual stream.
+                writes = name.endswith(("o_proj.weight", "down.weight"))
+                nn.init.normal_(weight, std=0.02 * (2 * num_layers) ** -0.5 if writes else 0.02)
 
     def forward(self, ids: Tensor, caches: list[MSACache] | None = None) -> tuple[Tensor, Tensor]:
         """Score the byte that follows each byte.
@@ -103,15 +106,9 @@ class GPT(nn.Module):
         return [block.attention.new_cache(batch_size, capacity) for block in self.blocks]
 
 
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-
-
 def dense_twin(model: GPT) -> GPT:
     """Return the same model with dense attention, on the same device, with a copy of the weights that both have."""
-    config = model.blocks[0].attention.config
-    twin = GPT(config, len(model.blocks), dense=True).to(model.embedding.weight.device)
+    twin = GPT(model.blocks[0].attention.config, len(model.blocks), dense=True).to(model.embedding.weight.device)
     weights = model.state_dict()
     twin.load_state_dict({name: weights[name] for name in twin.state_dict()})
     return twin

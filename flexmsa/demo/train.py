@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexmsa import functional, metrics
 from flexmsa.config import MSAConfig
@@ -95,7 +95,7 @@ class Training:
         self.msa = GPT(settings.attention(), settings.num_layers).to(settings.device)
         self.dense = dense_twin(self.msa)
         self.optimizers = {
-            model: torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
+            model: torch.optim.AdamW(_branches(model), lr=settings.learning_rate, betas=(0.9, 0.95))
             for model in (self.msa, self.dense)
         }
         self.batches = torch.Generator().manual_seed(settings.seed)
@@ -136,7 +136,8 @@ class Training:
         loss = language_loss(logits, ids[:, 1:])
         optimizer.zero_grad()
         (loss + self.settings.index_loss_weight * index_loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
         return loss.item(), index_loss.item()
 
@@ -170,6 +171,14 @@ class Training:
             for rows in ids.split(self.settings.batch_size)
         ]
         return torch.cat(losses).double().cpu()
+
+
+def _branches(model: GPT) -> list[dict[str, list[nn.Parameter]]]:
+    """The parameters of the index branches, and all others: so that clipping the ones leaves the others alone."""
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        groups[".index_" in name].append(parameter)
+    return [{"params": parameters} for parameters in groups.values()]
 
 
 def learning_rate(step: int, settings: Settings) -> float:

@@ -9,6 +9,8 @@ For each query and group, over the visible tokens of its selected blocks:
 index_lse comes from a first walk over the blocks; the second walk computes loss and gradient together.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,10 +53,9 @@ def index_loss(
     grad_index_q = torch.empty(index_q.shape if with_grad else 0, dtype=index_q.dtype)
     for chunk in index.chunks(group_size, head_dim):
         q_rows, index_rows = chunk.pack(q, scratch, "q_rows"), chunk.pack(index_q, scratch, "index_rows")
-        lse_rows, index_lse = (
-            chunk.pack(lse, scratch, "lse_rows"),
-            _index_lse(index, chunk, index_rows, index_blocks, scratch),
-        )
+        index_lse = _index_lse(index, chunk, index_rows, index_blocks, scratch)
+        # With the number of heads in the lse, the mean over them is a sum.
+        lse_rows = chunk.pack(lse, scratch, "lse_rows").add_(math.log(group_size))
         # The zero row's teacher has to vanish, and 0 * log P_index must not become NaN.
         lse_rows[-1], index_lse[-1] = torch.inf, 0.0
         index_q_grads = scratch.take("index_q_grads", *index_rows.shape).zero_()
@@ -62,7 +63,7 @@ def index_loss(
             q_tile = tile.gather(q_rows, scratch, "q", group_size)
             probs = tile.score(q_tile, k_blocks, scratch, "probs").sub_(tile.column(lse_rows)).exp_()
             by_head = probs.unflatten(1, (-1, group_size))
-            teacher = torch.mean(by_head, 2, out=scratch.take("teacher", *by_head.shape[:2], block_size))
+            teacher = torch.sum(by_head, 2, out=scratch.take("teacher", *by_head.shape[:2], block_size))
             tile.hide_future(teacher, 0.0)
             index_tile = tile.gather(index_rows, scratch, "index_q", 1)
             log_student = tile.score(index_tile, index_blocks, scratch, "student").sub_(tile.column(index_lse))

@@ -10,8 +10,8 @@ results of a tile can be written back without a reduction.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +20,11 @@ from flexmsa.kernels.cpu.packing import BlockTable, Chunk, chunks, query_positio
 from flexmsa.kernels.cpu.tile import Tile
 
 # The least numbers in the packed rows of a chunk, and the least query vectors in its average job.
-_CHUNK_NUMEL = 2**20
+_CHUNK_NUMEL = 2**21
 _VECTORS_PER_JOB = 1024
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     """The rows ``start .. start + length - 1`` of the list, or these rows themselves if there is no list.
 
     ``ordinal`` is the block's number in its sequence, ``block`` its place in the packed blocks. ``offset`` counts
@@ -97,7 +96,8 @@ class ReverseIndex:
         num_lists = self.table.first_block.numel() * num_heads
         key = (ids * num_lists + (self._part(self._sequence, chunk) * num_heads + head)[..., None]) * num_rows
         key += torch.arange(num_rows).view(*chunk.shape, 1)
-        key = key[(ids >= 0) & (ids <= newest)].sort().values
+        visible = (ids >= 0) & (ids <= newest)
+        key = key.masked_fill_(~visible, torch.iinfo(key.dtype).max).flatten().sort().values[: int(visible.sum())]
         repeated = key[1:] == key[:-1]
         if bool(repeated.any()):
             key = torch.cat([key[:1], key[1:][~repeated]])
@@ -131,20 +131,26 @@ class ReverseIndex:
     def _tile(self, pieces: list[_Job], rows: Tensor | None, position: Tensor) -> Tile:
         block_size = self.table.block_size
         num_tokens = max(piece.length for piece in pieces)
-        start = torch.tensor([[piece.start] for piece in pieces])
-        entry = start + torch.arange(num_tokens)
-        if rows is not None:
-            entry = rows[entry.clamp_(max=rows.numel() - 1)]
-        if len(pieces) > 1:
-            length = torch.tensor([[piece.length] for piece in pieces])
-            entry.masked_fill_(torch.arange(num_tokens) >= length, position.numel() - 1)
+        entry = self._padded(pieces, num_tokens, rows, position.numel() - 1)
         # At most block_size rows have their own newest key in this block, and they are the first of the job.
         masked = max(min(piece.length, block_size - piece.offset) for piece in pieces)
         future = None
         if masked > 0:
-            newest = position[entry[:, :masked]] - pieces[0].ordinal * block_size
+            newest = position.take(entry[:, :masked]) - pieces[0].ordinal * block_size
             future = torch.arange(block_size) > newest[..., None]
         return Tile([piece.block for piece in pieces], entry.flatten(), future)
+
+    def _padded(self, pieces: list[_Job], num_tokens: int, rows: Tensor | None, padding: int) -> Tensor:
+        """The rows of the pieces, each filled up to num_tokens."""
+        if len(pieces) == 1:
+            start, stop = pieces[0].start, pieces[0].start + num_tokens
+            return (torch.arange(start, stop) if rows is None else rows[start:stop])[None]
+        start = torch.tensor([[piece.start] for piece in pieces])
+        offset = torch.arange(num_tokens)
+        entry = start + offset
+        if rows is not None:
+            entry = rows.take(entry.clamp_(max=rows.numel() - 1))
+        return entry.masked_fill_(offset >= torch.tensor([[piece.length] for piece in pieces]), padding)
 
 
 def _split(job: _Job, max_tokens: int) -> Iterator[_Job]:

@@ -23,7 +23,8 @@ class Target:
         """Bytes of shared memory that one program may take."""
         if self.backend == "hip":
             return 64 << 10
-        return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(self.arch, 99) << 10
+        by_arch: dict[int | str, int] = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+        return by_arch.get(self.arch, 99) << 10
 
 
 @functools.lru_cache
@@ -117,7 +118,9 @@ def selection_config(
 
     tiles = num_sequences * triton.cdiv(seqlen_q, rows // num_kv_heads)
     num_splits = split_count(tiles, triton.cdiv(seqlen_k, block_size), target.num_sms, limit=max(1, 8192 // kept))
-    use_tma = hopper and tma_ready and element_size == 2 and (columns, depth) == (block_size, index_head_dim)
+    # ptxas spills a few bytes of the small tile's TMA kernel for Blackwell.
+    copies = hopper and tma_ready and (target.arch == 90 or rows >= 64)
+    use_tma = copies and element_size == 2 and (columns, depth) == (block_size, index_head_dim)
     return SelectionConfig(rows, num_warps, num_stages, period, kept, num_splits, use_tma)
 
 
@@ -134,7 +137,7 @@ def attend_config(
     """Tiles of the decode attention: num_rows is the number of (query, group) pairs."""
     chunk = min(padded(block_size), 64)
     width = chunk * padded(head_dim) * element_size * 2
-    num_stages = max(1, min(3, (target.shared_memory - 8192) // width - (target.shared_memory < 100 << 10)))
+    num_stages = max(1, min(3, 1 + (target.shared_memory - (16 << 10)) // width))
     if target.backend == "hip":
         num_stages = min(num_stages, 2)
     steps = topk * triton.cdiv(padded(block_size), chunk)

@@ -1,0 +1,29 @@
+"""`python -m flexmsa COMMAND`: the commands, each imported only when asked for."""
+
+import argparse
+import importlib
+import sys
+
+# Command, module with `main(argv) -> exit code`, and what it does.
+COMMANDS = {
+    "demo": ("flexmsa.demo", "train a small language model with MSA beside a dense one, and compare them"),
+    "check": ("flexmsa.testing.check", "compare every backend that runs on this machine with the definition"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run the command that `argv` names with the rest of `argv`; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flexmsa", description="MiniMax Sparse Attention for PyTorch, from the command line."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, summary) in COMMANDS.items():
+        # The command's own parser answers --help.
+        commands.add_parser(name, help=summary, add_help=False)
+    chosen, rest = parser.parse_known_args(argv)
+    module = importlib.import_module(COMMANDS[chosen.command][0])
+    return module.main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

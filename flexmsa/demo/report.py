@@ -1,0 +1,141 @@
+"""Save a run: every number as JSON, and two pictures where matplotlib is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexmsa.demo.train import Settings, Training
+from flexmsa.plotting import plot_selection
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours of Okabe and Ito, told apart by colour-blind readers too.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#888888"
+
+
+def save(training: Training, results: dict[str, Any]) -> list[Path]:
+    """Write metrics.json and the pictures into the run's folder; returns what was written.
+
+    Args:
+        results: whatever was found after the training, to go into metrics.json beside its history.
+    """
+    settings = training.settings
+    history = {
+        "steps": [step._asdict() for step in training.steps],
+        "probes": [probe._asdict() for probe in training.probes],
+    }
+    text = json.dumps({**results, **history}, indent=1)
+    written = [settings.out / "metrics.json"]
+    write_whole(written[0], lambda path: path.write_text(text + "\n"))
+    if not training.steps:
+        return written
+    try:
+        pictures = {"curves.png": draw_curves(training), "selection.png": draw_selection(training)}
+    except ImportError:
+        print("No pictures, for matplotlib is not installed: pip install flexmsa[plot]")
+        return written
+    for name, figure in pictures.items():
+        written.append(settings.out / name)
+        write_whole(written[-1], partial(figure.savefig, format="png"))
+    return written
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write a file beside `path`, then rename it, so that `path` is never half-written."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def draw_curves(training: Training) -> Figure:
+    """Losses of both models, the loss of the index branch and its recalls, one above the other over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 10), dpi=100, layout="constrained")
+    panels = figure.subplots(4, 1, sharex=True, height_ratios=[5, 3, 3, 4])
+    losses, gap, divergence, recalls = panels
+    steps = [record.step for record in training.steps]
+    msa, dense, index = zip(*(record[2:] for record in training.steps), strict=True)
+    _draw_smoothed(losses, steps, dense, ORANGE, "dense attention")
+    _draw_smoothed(losses, steps, msa, BLUE, "MSA")
+    losses.set(ylabel="nats a byte")
+    _draw_smoothed(gap, steps, [ours - theirs for ours, theirs in zip(msa, dense, strict=True)], BLUE)
+    gap.axhline(0, color=ORANGE, linewidth=1.2)
+    gap.set(ylabel="nats a byte")
+    _draw_smoothed(divergence, steps, index, GREEN)
+    divergence.set(ylabel="nats a query", ylim=(0, None))
+    _draw_recalls(recalls, training)
+    for axes, title in (
+        (losses, "Training loss (each batch pale, smoothed bold)"),
+        (gap, "How far MSA is above dense on the same batch"),
+        (divergence, "Index branch: KL from the main branch's attention, mean over the layers"),
+        (recalls, f"Index branch: share of the best {training.settings.topk} blocks that it finds (each layer pale)"),
+    ):
+        axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.axvline(training.settings.warmup + 0.5, color=GREY, linestyle="--", linewidth=1)
+    recalls.set(xlabel="step", xlim=(0, steps[-1] + 1))
+    _name_phases(losses, training.settings)
+    losses.legend(frameon=False)
+    recalls.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _draw_smoothed(axes: Axes, steps: list[int], values: Sequence[float], colour: str, label: str = "") -> None:
+    reach = len(values) // 60
+    near = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, [sum(x) / len(x) for x in near], color=colour, linewidth=1.8, label=label)
+
+
+def _draw_recalls(axes: Axes, training: Training) -> None:
+    steps = [probe.step for probe in training.probes]
+    for name, colour, label in (
+        ("score_recall", BLUE, "by attention mass (score recall)"),
+        ("block_recall", PURPLE, "by number (block recall)"),
+    ):
+        recalls = [getattr(probe, name) for probe in training.probes]
+        for layer in zip(*recalls, strict=True):
+            axes.plot(steps, layer, color=colour, alpha=0.3, linewidth=1)
+        mean = [sum(layers) / len(layers) for layers in recalls]
+        axes.plot(steps, mean, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
+    axes.set(ylabel="share", ylim=(0, 1.02))
+
+
+def _name_phases(axes: Axes, settings: Settings) -> None:
+    for text, side, shift in (("dense warm-up", "right", -5), ("sparse", "left", 5)):
+        axes.annotate(
+            text,
+            (settings.warmup + 0.5, 0.95),
+            xycoords=("data", "axes fraction"),
+            xytext=(shift, 0),
+            textcoords="offset points",
+            ha=side,
+            color=GREY,
+            annotation_clip=True,
+        )
+
+
+def draw_selection(training: Training) -> Figure:
+    """What each group of each layer selects on the first window of the text held out."""
+    from matplotlib.figure import Figure
+
+    settings, selections = training.settings, training.selections()
+    figure = Figure(figsize=(1.6 + 3.4 * settings.num_kv_heads, 3.3 * len(selections)), dpi=90, layout="constrained")
+    parts = figure.subfigures(len(selections), 1, squeeze=False)[:, 0]
+    for layer, (part, selection) in enumerate(zip(parts, selections, strict=True)):
+        found = selection.recall.score.item()
+        title = f"Layer {layer}: {settings.topk} blocks a token; they hold {found:.0%} of the mass of the best"
+        plot_selection(selection.block_indices, block_size=settings.block_size, title=title, figure=part)
+    return figure

@@ -1,0 +1,141 @@
+"""The demo from end to end on its quick settings, Ctrl-C included."""
+
+import _thread
+import json
+import sys
+
+import pytest
+import torch
+
+from flexmsa import MSAConfig, __main__, demo
+from flexmsa.demo.model import GPT, dense_twin, generate
+from flexmsa.demo.progress import Progress
+from flexmsa.demo.report import write_whole
+from flexmsa.demo.text import read_standard_library
+
+CONFIG = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=8, index_head_dim=8, block_size=4, topk=3)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    assert __main__.main(["demo", "--quick", "--device", "cpu", "--out", str(out)]) == 0
+    return out, json.loads((out / "metrics.json").read_text())
+
+
+def test_both_models_learn_and_end_near_each_other(quick_run):
+    _, metrics = quick_run
+    steps, found = metrics["steps"], metrics["validation"]
+    assert len(steps) == metrics["settings"]["steps"]
+    for name in ("msa_loss", "dense_loss"):
+        assert steps[0][name] > 5
+        assert found[name] < 3.5
+    assert abs(found["difference"]) < 0.1
+    assert found["difference"] == pytest.approx(found["msa_loss"] - found["dense_loss"])
+    assert steps[-1]["index_loss"] < steps[0]["index_loss"] / 2
+
+
+def test_the_index_branch_alone_does_not_move_the_backbone(quick_run):
+    _, metrics = quick_run
+    warmup = [step for step in metrics["steps"] if not step["sparse"]]
+    assert len(warmup) == metrics["settings"]["warmup"]
+    assert all(step["msa_loss"] == pytest.approx(step["dense_loss"], abs=1e-2) for step in warmup)
+
+
+def test_the_recalls_rise(quick_run):
+    first, *_, last = quick_run[1]["probes"]
+    for name in ("block_recall", "score_recall"):
+        assert all(after > before for before, after in zip(first[name], last[name], strict=True))
+
+
+def test_it_leaves_whole_files_only(quick_run):
+    pytest.importorskip("matplotlib")
+    out, _ = quick_run
+    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "metrics.json", "selection.png"]
+
+
+def test_the_cache_agrees(quick_run):
+    generation = quick_run[1]["generation"]
+    assert generation["largest_logit_difference"] < 1e-4 * generation["largest_logit"]
+
+
+@pytest.mark.parametrize("last_step", [1, 3])
+def test_ctrl_c_leaves_results(last_step, tmp_path, monkeypatch, capsys):
+    update = Progress.update
+
+    def interrupt(self, step, text):
+        update(self, step, text)
+        if step == last_step:
+            _thread.interrupt_main()
+
+    monkeypatch.setattr(Progress, "update", interrupt)
+    assert demo.main(["--quick", "--warmup", "2", "--device", "cpu", "--out", str(tmp_path)]) == 130
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["interrupted"]
+    assert len(metrics["steps"]) == last_step
+    assert metrics["validation"]["msa_loss"] > 0
+    said = capsys.readouterr().out
+    assert f"Stopped after {last_step} of" in said
+    assert ("not yet sparse" in said) == (last_step == 1)
+
+
+def test_without_matplotlib_it_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    options = ["--quick", "--steps", "2", "--warmup", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert demo.main(options) == 0
+    assert "pip install flexmsa[plot]" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
+@pytest.mark.parametrize("options", [["--steps", "0"], ["--warmup", "99"], ["--context", "1"], ["--device", "abacus"]])
+def test_bad_options_are_named(options, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--quick", *options])
+    assert f"{options[0]}: " in capsys.readouterr().err
+
+
+def test_the_twin_is_the_warm_up():
+    torch.manual_seed(0)
+    model = GPT(CONFIG, num_layers=2)
+    ids = torch.randint(256, (2, 30))
+    model.set_topk(None)
+    torch.testing.assert_close(dense_twin(model)(ids)[0], model(ids)[0])
+    model.set_topk(CONFIG.topk)
+    assert not torch.allclose(dense_twin(model)(ids)[0], model(ids)[0])
+
+
+@pytest.mark.parametrize("prompt", [b"d", b"def a_longer_prompt(than, a_few, tokens):"])
+def test_cached_generation_equals_the_whole(prompt):
+    torch.manual_seed(0)
+    model = GPT(CONFIG, num_layers=2).eval()
+    written, ids, logits = generate(model, prompt, 20, temperature=0, generator=torch.Generator())
+    assert written.startswith(prompt)
+    assert len(written) == len(prompt) + 20
+    whole = model(ids)[0].detach()
+    torch.testing.assert_close(logits, whole)
+    assert written[len(prompt) :] == bytes(whole[0, len(prompt) - 1 :].argmax(-1).tolist())
+
+
+def test_the_text_is_split_by_file(tmp_path):
+    for number in range(20):
+        (tmp_path / f"{number:02d}.py").write_text(f"{number:02d}")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "skipped.py").write_text("no")
+    text = read_standard_library(tmp_path)
+    assert bytes(text.validation.tolist()) == b"0919"
+    assert (text.num_files, len(text.train)) == (20, 36)
+    with pytest.raises(FileNotFoundError, match="installed as source files"):
+        read_standard_library(tmp_path / "test")
+
+
+def test_an_unfinished_file_does_not_replace_a_whole_one(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text("whole")
+
+    def fail(unfinished):
+        unfinished.write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, fail)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("metrics.json", "whole")]

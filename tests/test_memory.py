@@ -1,0 +1,35 @@
+"""Memory is a promise: it grows linearly with the length."""
+
+import subprocess
+import sys
+
+import pytest
+
+_PROBE = """
+import resource, sys, torch, flexmsa
+torch.set_num_threads(1)
+seqlen, topk, train = int(sys.argv[1]), None if sys.argv[2] == "None" else int(sys.argv[2]), sys.argv[3] == "train"
+def run(seqlen):
+    q, k, v, iq, ik = (torch.randn(1, h, seqlen, 16, requires_grad=train) for h in (2, 1, 1, 1, 1))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    aux = flexmsa.AuxRequest(index_loss=True)
+    out, aux = flexmsa.attention(q, k, v, iq, ik, block_size=64, topk=topk, return_aux=aux)
+    if train:
+        (out.sum() + aux.index_loss).backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+run(512)
+print(run(seqlen) / 1024)
+"""
+
+
+@pytest.mark.parametrize(("topk", "mode"), [("8", "forward"), ("8", "train"), ("None", "train")])
+def test_peak_memory_is_linear_in_the_length(topk, mode):
+    def peak(seqlen):
+        run = [sys.executable, "-c", _PROBE, str(seqlen), topk, mode]
+        return float(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+
+    short, long = 8192, 16384
+    square = short * short * 4 / 2**20
+    assert peak(short) < square / 2
+    # A quadratic part would make the step from one to the other three times the first.
+    assert peak(long) < 2.5 * peak(short) + 16

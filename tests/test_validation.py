@@ -1,0 +1,133 @@
+"""Bad input raises, and says which argument, what was expected and what came."""
+
+import pytest
+import torch
+from helpers import lengths, make_inputs
+
+import flexmsa
+from flexmsa import AuxRequest, MSAConfig
+
+
+def _attend(change=None, **settings):
+    inputs = make_inputs(40)._asdict()
+    inputs.update({name: make(inputs[name]) for name, make in (change or {}).items()})
+    return flexmsa.attention(**inputs, **{"block_size": 8, "topk": 2, **settings})
+
+
+BAD_TENSORS = [
+    ({"q": lambda x: x[0]}, ValueError, r"q: expected 4 dimensions .* got 3"),
+    ({"q": lambda x: x[:, :5]}, ValueError, r"q: expected heads in groups"),
+    ({"q": lambda x: x[..., :8]}, ValueError, r"k: expected .* got"),
+    ({"q": lambda x: x[:, :, :0]}, ValueError, r"at least one query"),
+    ({"k": lambda x: x.expand(2, -1, -1, -1)}, ValueError, r"k: expected"),
+    ({"v": lambda x: x[:, :, 1:]}, ValueError, r"v: expected the shape of k"),
+    ({"v": lambda x: x.double()}, TypeError, r"v: expected the dtype of q, torch.float32, got torch.float64"),
+    ({"k": lambda x: x.int()}, TypeError, r"k: expected a floating dtype, got torch.int32"),
+    ({"v": lambda x: x.to("meta")}, ValueError, r"v: expected the device of q, cpu, got meta"),
+    ({"v": lambda x: x.numpy()}, TypeError, r"v: expected a tensor .* got ndarray"),
+    ({"index_q": lambda x: x[:, :1]}, ValueError, r"index_q: expected \[B, Hkv, Sq, Di\]"),
+    ({"index_q": lambda x: x[:, :, 1:]}, ValueError, r"index_q: expected"),
+    ({"index_k": lambda x: x.expand(-1, 2, -1, -1)}, ValueError, r"index_k: expected .* one head for all groups"),
+    ({"index_k": lambda x: x[..., 1:]}, ValueError, r"index_k: expected"),
+]
+BAD_SETTINGS = [
+    ({"topk": 0}, ValueError, r"topk: expected an int >= 1, got 0"),
+    ({"topk": 2.0}, TypeError, r"topk: expected an int, got float"),
+    ({"topk": True}, TypeError, r"topk: expected an int, got bool"),
+    ({"block_size": 0}, ValueError, r"block_size: expected an int >= 1"),
+    ({"num_local_blocks": 0}, ValueError, r"num_local_blocks: .* own block is always selected"),
+    ({"num_init_blocks": 2}, ValueError, r"topk: expected room for the 1 local and 2 initial blocks"),
+    ({"scale": "1"}, TypeError, r"scale: expected a float"),
+    ({"index_scale": "1"}, TypeError, r"index_scale: expected a float"),
+    ({"backend": "fast"}, ValueError, r"backend: expected None or one of"),
+    ({"backend": "triton"}, NotImplementedError, r"no kernel for block_sparse_attention: use backend=None"),
+    ({"cu_seqlens": lengths(40)}, ValueError, r"cu_seqlens: expected \[documents \+ 1\]"),
+    ({"cu_seqlens": lengths(0, 20)}, ValueError, r"cu_seqlens: expected offsets from 0 to .* 40, got 0 to 20"),
+    ({"cu_seqlens": lengths(1, 40)}, ValueError, r"cu_seqlens: expected offsets from 0"),
+    ({"cu_seqlens": lengths(0, 20, 20, 40)}, ValueError, r"cu_seqlens: expected rising offsets, got 20 then 20"),
+    ({"cu_seqlens": lengths(0, 40).float()}, TypeError, r"cu_seqlens: expected int32"),
+    ({"cu_seqlens": [0, 40]}, TypeError, r"cu_seqlens: expected a tensor, got list"),
+    ({"cu_seqlens": lengths(0, 40), "kv_lens": lengths(40)}, ValueError, r"cu_seqlens: expected alone"),
+    ({"kv_lens": lengths(40, 40)}, ValueError, r"kv_lens: expected \[B\]"),
+    ({"kv_lens": lengths(41)}, ValueError, r"kv_starts <= kv_lens <= 40 .* got kv_starts=0, kv_lens=41 in batch row 0"),
+    ({"kv_starts": lengths(-1)}, ValueError, r"0 <= kv_starts"),
+    ({"kv_starts": lengths(30), "kv_lens": lengths(20)}, ValueError, r"kv_starts <= kv_lens"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_TENSORS)
+def test_a_bad_tensor_is_named(change, error, message):
+    with pytest.raises(error, match=message):
+        _attend(change)
+
+
+@pytest.mark.parametrize(("settings", "error", "message"), BAD_SETTINGS)
+def test_a_bad_setting_is_named(settings, error, message):
+    with pytest.raises(error, match=message):
+        _attend(**settings)
+
+
+BAD_INDICES = [
+    (lambda ids: ids.float(), TypeError, r"block_indices: expected int32 or int64, got torch.float32"),
+    (lambda ids: ids[:, :1], ValueError, r"block_indices: expected \[B, Hkv, Sq, topk\]"),
+    (lambda ids: ids[0], ValueError, r"block_indices: expected \[B, Hkv, Sq, topk\]"),
+    (lambda ids: ids - 2, ValueError, r"block_indices: expected ids from -1 \(no block\) to 4"),
+    (lambda ids: ids + 5, ValueError, r"block_indices: expected ids from -1 \(no block\) to 4"),
+    (lambda ids: ids.tolist(), TypeError, r"block_indices: expected a tensor, got list"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_INDICES)
+def test_bad_block_indices_are_named(change, error, message):
+    q, k, v, index_q, index_k = make_inputs(40)
+    ids = flexmsa.select_blocks(index_q, index_k, block_size=8, topk=2)
+    _, aux = flexmsa.block_sparse_attention(q, k, v, ids, block_size=8, return_aux=AuxRequest(lse=True))
+    bad = change(ids)
+    with pytest.raises(error, match=message):
+        flexmsa.block_sparse_attention(q, k, v, bad, block_size=8)
+    with pytest.raises(error, match=message):
+        flexmsa.index_loss(q, k, index_q, index_k, bad, aux.lse, block_size=8)
+
+
+def test_int64_indices_are_taken():
+    q, k, v, index_q, index_k = make_inputs(40)
+    ids = flexmsa.select_blocks(index_q, index_k, block_size=8, topk=2)
+    narrow = flexmsa.block_sparse_attention(q, k, v, ids, block_size=8)
+    assert torch.equal(flexmsa.block_sparse_attention(q, k, v, ids.long(), block_size=8), narrow)
+
+
+def test_a_bad_lse_is_named():
+    q, k, _, index_q, index_k = make_inputs(40)
+    with pytest.raises(ValueError, match=r"lse: expected \[B, Hq, Sq\]"):
+        flexmsa.index_loss(q, k, index_q, index_k, None, torch.zeros(1, 2, 40))
+    with pytest.raises(TypeError, match=r"lse: expected float32"):
+        flexmsa.index_loss(q, k, index_q, index_k, None, torch.zeros(1, 6, 40).half())
+
+
+@pytest.mark.parametrize("settings", [{"topk": 0}, {"cu_seqlens": lengths(0, 20, 10, 40)}, {"kv_lens": lengths(99)}])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_bad_input_raises_the_same_under_compile(settings, fullgraph):
+    inputs = make_inputs(40)
+
+    def step(*tensors):
+        return flexmsa.attention(*tensors, **{"block_size": 8, "topk": 2, **settings})
+
+    with pytest.raises(ValueError, match="expected"):
+        torch.compile(step, fullgraph=fullgraph, backend="eager")(*inputs)
+
+
+BAD_CONFIGS = [
+    ({"num_heads": 5}, r"num_heads: expected a multiple of num_kv_heads=2, got 5"),
+    ({"hidden_size": 0}, r"hidden_size: expected an int >= 1"),
+    ({"rotary_dim": 3}, r"rotary_dim: expected an even number from 0 to 8"),
+    ({"rotary_dim": 16}, r"rotary_dim: expected an even number from 0 to 8"),
+    ({"topk": 0}, r"topk: expected an int >= 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_CONFIGS)
+def test_a_bad_config_is_named(change, message):
+    good = {"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "index_head_dim": 8}
+    MSAConfig(**good)
+    with pytest.raises(ValueError, match=message):
+        MSAConfig(**{**good, **change})
