@@ -1,4 +1,4 @@
-"""The main branch through FlexAttention on a GPU, beside dense attention: what `benchmarks/gpu.py` adds to its table."""
+"""The main branch through FlexAttention on a GPU, beside dense attention: a part of `benchmarks/gpu.py`."""
 
 from collections.abc import Callable
 

@@ -14,10 +14,13 @@ BACKENDS = {
 _ALL = ("cpu", "flex", "triton", "reference")
 
 
+# Found out once: torch.compile traces neither question.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _triton_runs(x: Tensor) -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return x.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return _HAS_TRITON and (x.device.type == "cuda" or _INTERPRETED)
 
 
 def default_backend(operation: str, x: Tensor) -> str:

@@ -136,7 +136,9 @@ def introduce(settings: Settings, text: Text, training: Training) -> None:
         f"Attention: the last of {settings.context} tokens looks at {most} keys with MSA and {settings.context} without"
         f" (on average {mean:.0f} and {(settings.context + 1) / 2:.0f}).\n"
         f"Training on {settings.device}: {settings.steps} steps of {settings.batch_size} x {settings.context} bytes "
-        f"for each model, {settings.warmup} of them the dense warm-up of the index branch.",
+        f"for each model, {settings.warmup} of them the dense warm-up.\n"
+        f"  KL: how far the index branch is from the main branch's attention. "
+        f"Recall: how much of the {settings.topk} best blocks\n  it finds, by number / by attention mass.",
         flush=True,
     )
 

@@ -28,11 +28,13 @@ class Progress:
         self.pace = newest if step == 1 else 0.95 * self.pace + 0.05 * newest
         self.latest = now
         left = self.pace * (self.total - step)
-        line = f"{step:>{len(str(self.total))}}/{self.total}  {text}  {clock(now - self.started)} + {clock(left)} left"
+        width = len(str(self.total))
+        line = f"{step:>{width}}/{self.total} {clock(now - self.started)}, {clock(left)} left {text}"
         if self.terminal:
+            room = shutil.get_terminal_size().columns - 1
             done = BAR * step // self.total
-            bar = f"[{'#' * done}{'.' * (BAR - done)}] {line}"
-            self.stream.write(f"\r\x1b[K{bar[: shutil.get_terminal_size().columns - 1]}")
+            bar = f"[{'#' * done}{'.' * (BAR - done)}] "
+            self.stream.write("\r\x1b[K" + (bar + line if len(bar + line) <= room else line[:room]))
         elif step == 1 or step == self.total or step % max(1, self.total // LINES) == 0:
             self.stream.write(line + "\n")
         self.stream.flush()

@@ -194,6 +194,6 @@ def describe(step: Step, probe: Probe) -> str:
     """One line on where the training stands."""
     block, score = (sum(recall) / len(recall) for recall in (probe.block_recall, probe.score_recall))
     return (
-        f"{'sparse ' if step.sparse else 'warm-up'}  loss {step.msa_loss:.3f} (dense {step.dense_loss:.3f})  "
-        f"KL {step.index_loss:.3f}  recall of blocks {block:.2f}, of mass {score:.2f}"
+        f"{'sparse ' if step.sparse else 'warm-up'} loss {step.msa_loss:.2f} dense {step.dense_loss:.2f} "
+        f"KL {step.index_loss:.3f} recall {block:.2f}/{score:.2f}"
     )

@@ -103,8 +103,7 @@ def _gradients(results: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> dict[s
     seen = lse.isfinite()
     main = (out * weight).sum() + lse.masked_fill(~seen, 0.0).sum()
     names = ("q", "k", "v", "index_q", "index_k")
-    grads = torch.autograd.grad(main, inputs[:3], retain_graph=True, materialize_grads=True)
-    grads += torch.autograd.grad(results["index_loss"], inputs[3:], materialize_grads=True)
+    grads = torch.autograd.grad((main, results["index_loss"]), inputs, materialize_grads=True)
     return dict(zip(names, grads, strict=True))
 
 
@@ -144,7 +143,6 @@ def main(argv: list[str]) -> int:
         while time.monotonic() < deadline and not failed:
             _try_round(options, dtypes, options.seed + number, tried, failed, deadline)
             number += 1
-            print(f"\r{sum(tried.values())} cases tried, {len(failed)} failed", end="", flush=True)
     except KeyboardInterrupt:
         print("\nstopped", end="")
     print()
@@ -194,6 +192,8 @@ def _try_round(
             return
         kind = f"{case.dtype} {_layout(case)}"
         tried[kind] = tried.get(kind, 0) + 1
+        doing = "shrinking the failing case" if failed else f"{max(0, deadline - time.monotonic()):.0f} s left"
+        print(f"\r{sum(tried.values())} cases tried, {doing:<30}", end="", flush=True)
         try:
             check_case(case, options.device, options.backend)
         except Exception as error:

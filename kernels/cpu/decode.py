@@ -32,7 +32,7 @@ def decode(
     The results are those of ``select_blocks`` and ``block_sparse_attention_forward``.
     """
     block_indices = select_blocks(index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks)
-    batch, num_heads, seqlen_q, head_dim = q.shape
+    batch, _, seqlen_q, head_dim = q.shape
     dtype = compute_dtype(q.dtype)
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full(q.shape[:-1], -torch.inf, dtype=dtype)

@@ -112,7 +112,7 @@ class ReverseIndex:
     def _visible(self, chunk: Chunk) -> tuple[list[_Job], Tensor | None]:
         jobs = []
         first_blocks = self.table.first_block.tolist()
-        for n, (batch, q_start, q_end, k_start, k_end) in enumerate(self._sequences):
+        for first_block, (batch, q_start, q_end, k_start, k_end) in zip(first_blocks, self._sequences, strict=True):
             if batch not in chunk.batch:
                 continue
             stop = min(q_end, chunk.token.stop)
@@ -122,7 +122,7 @@ class ReverseIndex:
                 if first >= stop:
                     continue
                 for head in chunk.head:
-                    block = head * self.table.total + first_blocks[n] + ordinal
+                    block = head * self.table.total + first_block + ordinal
                     row = (batch - chunk.batch.start) * len(chunk.head) + head - chunk.head.start
                     row = row * len(chunk.token) + first - chunk.token.start
                     jobs.append(_Job(ordinal, block, row, stop - first))

@@ -30,7 +30,10 @@ class _Rules:
 
 @dataclass(frozen=True)
 class _Queries:
-    """Tokens ``start .. stop - 1`` of a batch row; the first is at ``position`` and the last in block ``num_blocks - 1``."""
+    """Tokens ``start .. stop - 1`` of a batch row.
+
+    The first of them is at ``position`` in its sequence, the last in block ``num_blocks - 1``.
+    """
 
     batch: int
     start: int
@@ -129,10 +132,10 @@ def _block_scores(
     scratch: Scratch,
     clean: bool,
 ) -> Tensor:
-    """Scores [C, num_blocks, R] of queries [C, R, Di] at position [C, 1, R]; NaN where a token's score is, unless ``clean``.
+    """Block scores [C, num_blocks, R] of queries [C, R, Di] at position [C, 1, R].
 
-    Forced blocks are not computed. A block that is not forced lies wholly in the past, except without a forced
-    local block.
+    A NaN token score makes its block's score NaN, unless ``clean``. Forced blocks are left at zero. A block that is
+    not forced lies wholly in the past, except where there is no forced local block.
     """
     num_tiles, num_vectors, _ = queries.shape
     num_blocks, block_size = max(tile.num_blocks for tile in tiles), rules.block_size
