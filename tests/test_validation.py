@@ -104,16 +104,28 @@ def test_a_bad_lse_is_named():
         flexmsa.index_loss(q, k, index_q, index_k, None, torch.zeros(1, 6, 40).half())
 
 
-@pytest.mark.parametrize("settings", [{"topk": 0}, {"cu_seqlens": lengths(0, 20, 10, 40)}, {"kv_lens": lengths(99)}])
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_bad_input_raises_the_same_under_compile(settings, fullgraph):
-    inputs = make_inputs(40)
-
+def _compiled(fullgraph, **settings):
     def step(*tensors):
         return flexmsa.attention(*tensors, **{"block_size": 8, "topk": 2, **settings})
 
+    return torch.compile(step, fullgraph=fullgraph, backend="eager")(*make_inputs(40))
+
+
+@pytest.mark.parametrize("settings", [{"cu_seqlens": lengths(0, 20, 10, 40)}, {"kv_lens": lengths(99)}])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_bad_values_raise_the_same_under_compile(settings, fullgraph):
     with pytest.raises(ValueError, match="expected"):
-        torch.compile(step, fullgraph=fullgraph, backend="eager")(*inputs)
+        _compiled(fullgraph, **settings)
+
+
+def test_bad_settings_raise_under_compile():
+    message = "topk: expected an int >= 1, got 0"
+    with pytest.raises(ValueError, match=message):
+        _compiled(False, topk=0)
+    torch._dynamo.reset()
+    # With fullgraph=True the compiler puts an error of its own round ours.
+    with pytest.raises(Exception, match=message):
+        _compiled(True, topk=0)
 
 
 BAD_CONFIGS = [
