@@ -254,9 +254,12 @@ def packed_flex_attention(
 
 
 def _kernel_options(block_mask: BlockMask) -> dict[str, Any]:
-    """Row tiles that divide a row block; never the decoding kernel, which ignores the size of our row blocks."""
+    """Row tiles that divide a row block; never the decoding kernel, which ignores the size of our row blocks.
+
+    Two stages, because mask_mod's loads are pipelined too, and with three a tile outgrows Hopper's shared memory.
+    """
     rows = block_mask.BLOCK_SIZE[0]
-    options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
+    options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True, "fwd_num_stages": 2, "bwd_num_stages": 2}
     if rows % _BACKWARD_ROWS:
         options["BLOCK_M"] = _FORWARD_ROWS
     return options

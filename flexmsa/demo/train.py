@@ -20,9 +20,9 @@ from flexmsa.demo.text import Text, random_batch, spread_windows
 class Settings:
     """Everything that a run depends on. The defaults take about four minutes on two CPU cores."""
 
-    steps: int = 440
-    warmup: int = 140
-    batch_size: int = 4
+    steps: int = 700
+    warmup: int = 200
+    batch_size: int = 2
     context: int = 512
     seed: int = 0
     device: str = "cpu"
@@ -39,7 +39,7 @@ class Settings:
     topk: int = 4
     learning_rate: float = 3e-3
     index_loss_weight: float = 1.0
-    probe_every: int = 20
+    probe_every: int = 25
     probe_windows: int = 4
     validation_windows: int = 128
 

@@ -35,8 +35,8 @@ def index_loss(
     """q [B,Hq,Sq,D], k [B,Hkv,Sk,D], index_q [B,Hkv,Sq,Di], index_k [B,1,Sk,Di], lse [B,Hq,Sq] of the main branch.
 
     block_indices [B,Hkv,Sq,K], or None for every visible block. Returns the loss, a scalar in the compute dtype,
-    averaged over all (batch, group, query) that see a key, and the gradients of index_q and index_k in their dtypes,
-    or two empty tensors unless ``with_grad``.
+    averaged over all (batch, group, query) that see a key, and the gradients of index_q and index_k in that dtype
+    too, or two empty tensors unless ``with_grad``.
     """
     batch, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads, index_dim = k.shape[1], index_q.shape[-1]
@@ -50,7 +50,7 @@ def index_loss(
     scratch = Scratch(compute_dtype(q.dtype))
     tiny = torch.finfo(scratch.dtype).tiny
     loss = torch.zeros((), dtype=torch.float64)
-    grad_index_q = torch.empty(index_q.shape if with_grad else 0, dtype=index_q.dtype)
+    grad_index_q = torch.empty(index_q.shape if with_grad else 0, dtype=scratch.dtype)
     for chunk in index.chunks(group_size, head_dim):
         q_rows, index_rows = chunk.pack(q, scratch, "q_rows"), chunk.pack(index_q, scratch, "index_rows")
         index_lse = _index_lse(index, chunk, index_rows, index_blocks, scratch)
@@ -78,9 +78,9 @@ def index_loss(
             chunk.unpack(index_q_grads.div_(count), grad_index_q)
     loss = (loss / count).to(scratch.dtype)
     if not with_grad:
-        return loss, grad_index_q, torch.empty(0, dtype=index_k.dtype)
+        return loss, grad_index_q, torch.empty(0, dtype=scratch.dtype)
     shared_grads = index_k_grads.unflatten(0, (num_kv_heads, -1)).sum(0)
-    return loss, grad_index_q, index.table.unpack(shared_grads, index_k, index_scale / count)
+    return loss, grad_index_q, index.table.unpack(shared_grads, index_k.to(scratch.dtype), index_scale / count)
 
 
 def _index_lse(index: ReverseIndex, chunk: Chunk, index_rows: Tensor, index_blocks: Tensor, scratch: Scratch) -> Tensor:

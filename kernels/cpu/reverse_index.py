@@ -21,7 +21,7 @@ from flexmsa.kernels.cpu.tile import Tile
 
 # The least numbers in the packed rows of a chunk, and the least query vectors in its average job.
 _CHUNK_NUMEL = 2**21
-_VECTORS_PER_JOB = 1024
+_VECTORS_PER_JOB = 2048
 
 
 class _Job(NamedTuple):
@@ -137,14 +137,15 @@ class ReverseIndex:
         future = None
         if masked > 0:
             newest = position.take(entry[:, :masked]) - pieces[0].ordinal * block_size
-            future = torch.arange(block_size) > newest[..., None]
+            if newest.min() < block_size - 1:
+                future = torch.arange(block_size) > newest[..., None]
         return Tile([piece.block for piece in pieces], entry.flatten(), future)
 
     def _padded(self, pieces: list[_Job], num_tokens: int, rows: Tensor | None, padding: int) -> Tensor:
         """The rows of the pieces, each filled up to num_tokens."""
         if len(pieces) == 1:
-            start, stop = pieces[0].start, pieces[0].start + num_tokens
-            return (torch.arange(start, stop) if rows is None else rows[start:stop])[None]
+            first, stop = pieces[0].start, pieces[0].start + num_tokens
+            return (torch.arange(first, stop) if rows is None else rows[first:stop])[None]
         start = torch.tensor([[piece.start] for piece in pieces])
         offset = torch.arange(num_tokens)
         entry = start + offset

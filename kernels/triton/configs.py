@@ -118,8 +118,8 @@ def selection_config(
 
     tiles = num_sequences * triton.cdiv(seqlen_q, rows // num_kv_heads)
     num_splits = split_count(tiles, triton.cdiv(seqlen_k, block_size), target.num_sms, limit=max(1, 8192 // kept))
-    # ptxas spills a few bytes of the small tile's TMA kernel for Blackwell.
-    copies = hopper and tma_ready and (target.arch == 90 or rows >= 64)
+    # The small tile of a decoding step waits for memory either way, and ptxas spills a few bytes of it with TMA.
+    copies = hopper and tma_ready and rows >= 64
     use_tma = copies and element_size == 2 and (columns, depth) == (block_size, index_head_dim)
     return SelectionConfig(rows, num_warps, num_stages, period, kept, num_splits, use_tma)
 

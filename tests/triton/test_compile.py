@@ -15,7 +15,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from flexmsa.kernels.triton import configs, decode, primitives, selection  # noqa: E402
+from flexmsa.kernels.triton import configs, primitives, selection  # noqa: E402
+from flexmsa.kernels.triton.decode import attend_constants, attend_kernel, combine_kernel  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
@@ -127,12 +128,12 @@ def test_attend_and_combine(build, target, batch):
     config = configs.attend_config(
         target, num_rows=batch * GROUPS, head_dim=DEPTH, block_size=BLOCK, topk=TOPK, element_size=2
     )
-    constants = decode.attend_constants(config, GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK, False)
+    constants = attend_constants(config, GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK, False)
     split = {"out_ptr": "*fp32"} if config.num_splits > 1 else {}
-    build(decode.attend_kernel, target, constants, config.num_warps, config.num_stages, **split)
+    build(attend_kernel, target, constants, config.num_warps, config.num_stages, **split)
     splits = triton.next_power_of_2(config.num_splits)
     if splits > 1:
-        build(decode.combine_kernel, target, {"HEAD_DIM": DEPTH, "SPLITS": splits, "DEPTH": DEPTH}, 4)
+        build(combine_kernel, target, {"HEAD_DIM": DEPTH, "SPLITS": splits, "DEPTH": DEPTH}, 4)
 
 
 def test_tile_ends(build, target):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flexmsa.kernels.triton import decode as kernels
+from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.triton.configs import attend_config, target_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
