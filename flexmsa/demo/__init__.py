@@ -19,7 +19,6 @@ __all__ = ["main"]
 
 QUICK = {
     "steps": 40,
-    "batch_size": 4,
     "warmup": 15,
     "context": 128,
     "hidden_size": 64,

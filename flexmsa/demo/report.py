@@ -61,7 +61,7 @@ def draw_curves(training: Training) -> Figure:
     """Losses of both models, the loss of the index branch and its recalls, one above the other over the steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, 10), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8.5, 10), dpi=80, layout="constrained")
     panels = figure.subplots(4, 1, sharex=True, height_ratios=[5, 3, 3, 4])
     losses, gap, divergence, recalls = panels
     steps = [record.step for record in training.steps]

@@ -20,16 +20,16 @@ from flexmsa.demo.text import Text, random_batch, spread_windows
 class Settings:
     """Everything that a run depends on. The defaults take about four minutes on two CPU cores."""
 
-    steps: int = 700
-    warmup: int = 200
-    batch_size: int = 2
+    steps: int = 420
+    warmup: int = 120
+    batch_size: int = 4
     context: int = 512
     seed: int = 0
     device: str = "cpu"
     out: Path = Path("out")
     prompt: str = "import os\nimport sys\n\n\ndef "
     generated_bytes: int = 300
-    temperature: float = 0.6
+    temperature: float = 0.8
     num_layers: int = 3
     hidden_size: int = 128
     num_heads: int = 4
