@@ -135,13 +135,18 @@ def selection_block_mask(
         block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward
     )
 
-    def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+    def aligned_mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        token = row // group_size
+        return (key < end[b, token]) & membership[b, h, token, key // block_size]
+
+    def shifted_mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         token = row // group_size
         offset = key - start[b, token]
         block = torch.clamp(offset, min=0) // block_size
-        word = membership[b, h, token, block >> 5]
-        return (offset >= 0) & (key < end[b, token]) & (((word >> (block & 31)) & 1) == 1)
+        return (offset >= 0) & (key < end[b, token]) & membership[b, h, token, block]
 
+    # Where all blocks start at multiples of their size, a tile's columns know theirs without asking the row.
+    mask_mod = aligned_mask_mod if aligned else shifted_mask_mod
     row_block = tokens * group_size, mask_block
     return _block_mask(lists, (seqlen_q * group_size, seqlen_k), row_block, mask_mod, with_backward)
 

@@ -2,7 +2,8 @@
 
 FlexAttention sparsifies per block of rows, MSA per token. A row block is `tokens` neighbouring tokens times the G
 heads of a group; it lists the union of its tokens' blocks, and `membership` tells mask_mod each token's own.
-Memory is linear in the queries, but for the transposed lists, which BlockMask wants as wide as the row blocks.
+Memory is that of queries times blocks: the membership, and the transposed lists, which BlockMask wants as wide as the
+row blocks.
 """
 
 import torch
@@ -19,12 +20,13 @@ def valid_blocks(block_indices: Tensor, start: Tensor, end: Tensor, block_size: 
     return ids.masked_fill(repeated | (ids < 0) | (ids * block_size >= length), -1)
 
 
-def membership_bits(ids: Tensor, num_blocks: int) -> Tensor:
-    """Return [B, Hkv, Sq, ceil(num_blocks / 32)] int32: bit b % 32 of word b // 32 says whether block b is chosen."""
-    words = -(-num_blocks // 32)
-    bit = torch.where(ids >= 0, torch.ones_like(ids) << (ids & 31), 0)
-    table = torch.zeros((*ids.shape[:-1], words), dtype=torch.int64, device=ids.device)
-    return table.scatter_add_(-1, ids.clamp(min=0) >> 5, bit).int()
+def membership_table(ids: Tensor, num_blocks: int) -> Tensor:
+    """Return [B, Hkv, Sq, num_blocks] bool: is the block chosen?
+
+    A byte for each, though a bit would do: taking bits apart in mask_mod costs more than twice the time.
+    """
+    table = torch.zeros((*ids.shape[:-1], num_blocks), dtype=torch.uint8, device=ids.device)
+    return table.scatter_add_(-1, ids.clamp(min=0), (ids >= 0).to(torch.uint8)).view(torch.bool)
 
 
 def _covered_blocks(ids: Tensor, start: Tensor, end: Tensor, block_size: int, mask_block: int, aligned: bool) -> Tensor:
@@ -85,7 +87,7 @@ def block_mask_lists(
 
     Returns:
         kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, the same four transposed, and what mask_mod
-        reads: membership [B, Hkv, Sq, words], start [B, Sq], end [B, Sq].
+        reads: membership [B, Hkv, Sq, blocks], start [B, Sq], end [B, Sq].
     """
     batch, _, seqlen_q, _ = block_indices.shape
     num_blocks = -(-seqlen_k // mask_block)
@@ -117,8 +119,8 @@ def block_mask_lists(
         transposed = [*_transpose(*partial_lists, num_blocks), *_transpose(*full_lists, num_blocks)]
     else:
         transposed = [x.clone() for x in transposed]
-    bits = membership_bits(ids, -(-seqlen_k // block_size))
-    return [*partial_lists, *full_lists, *transposed, bits, start, end]
+    membership = membership_table(ids, -(-seqlen_k // block_size))
+    return [*partial_lists, *full_lists, *transposed, membership, start, end]
 
 
 def dense_mask_lists(

@@ -41,11 +41,14 @@ def _(block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width,
     batch, heads, seqlen_q, _ = block_indices.shape
     rows = (seqlen_q + tokens - 1) // tokens
     num_blocks = (seqlen_k + mask_block - 1) // mask_block
-    words = ((seqlen_k + block_size - 1) // block_size + 31) // 32
     forward = [(batch, heads, rows), (batch, heads, rows, width)] * 2
     backward = [(batch, heads, num_blocks), (batch, heads, num_blocks, rows)] * 2 if with_backward else [(0,)] * 4
-    captured = [(batch, heads, seqlen_q, words), (batch, seqlen_q), (batch, seqlen_q)]
-    return [block_indices.new_empty(shape, dtype=torch.int32) for shape in forward + backward + captured]
+    membership = (batch, heads, seqlen_q, (seqlen_k + block_size - 1) // block_size)
+    return [
+        *(block_indices.new_empty(shape, dtype=torch.int32) for shape in forward + backward),
+        block_indices.new_empty(membership, dtype=torch.bool),
+        *(block_indices.new_empty((batch, seqlen_q), dtype=torch.int32) for _ in range(2)),
+    ]
 
 
 @torch.library.custom_op(
