@@ -89,4 +89,4 @@ class OnlineSoftmax:
 
 def max_tokens(group_size: int, *sizes: int) -> int:
     """Tokens per tile, for operands with rows of ``sizes`` numbers: together they should fit the second-level cache."""
-    return max(1, 2**18 // (group_size * max(*sizes, 32)))
+    return max(1, 2**19 // (group_size * max(*sizes, 32)))
