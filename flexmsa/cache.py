@@ -75,16 +75,20 @@ class MSACache:
         for name, new, buffer in (("k", k, self.k), ("v", v, self.v), ("index_k", index_k, self.index_k)):
             validation.check_cache_input(name, new, buffer, tokens=k)
         count = k.shape[2]
-        if self.length + count > self.capacity:
-            raise ValueError(
-                f"k: expected at most {self.capacity - self.length} more tokens, got {count}: the cache holds "
-                f"{self.length} of {self.capacity}; make it with a larger capacity"
-            )
+        self.check_room(count)
         positions = self.kv_lens[0] + torch.arange(count, device=k.device)
         for new, buffer in ((k, self.k), (v, self.v), (index_k, self.index_k)):
             buffer.index_copy_(2, positions, new.detach())
         self.kv_lens += count
         self.length += count
+
+    def check_room(self, count: int) -> None:
+        """Raise ValueError unless `count` more tokens fit."""
+        if self.length + count > self.capacity:
+            raise ValueError(
+                f"cache: expected at most {self.capacity - self.length} more tokens, got {count}: it holds "
+                f"{self.length} of {self.capacity}; make it with a larger capacity"
+            )
 
     def reset(self) -> None:
         """Forget every token; the buffers and `kv_starts` stay."""

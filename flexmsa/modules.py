@@ -1,6 +1,6 @@
 """MSAttention: the whole layer as an nn.Module."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from flexmsa.config import MSAConfig
 from flexmsa.kernels.sequences import key_ranges
 from flexmsa.types import AuxRequest
 
-__all__ = ["MSAttention"]
+__all__ = ["MSAttention", "Projections", "rotate"]
 
 
 def rotate(x: Tensor, positions: Tensor, rotary_dim: int, theta: float) -> Tensor:
@@ -28,6 +28,16 @@ def rotate(x: Tensor, positions: Tensor, rotary_dim: int, theta: float) -> Tenso
     left, right = x[..., :rotary_dim].float().chunk(2, dim=-1)
     turned = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
     return torch.cat([turned.to(x.dtype), x[..., rotary_dim:]], dim=-1)
+
+
+class Projections(NamedTuple):
+    """q [B, Hq, S, D]; k, v [B, Hkv, S, D]; index_q [B, Hkv, S, Di]; index_k [B, 1, S, Di]; after norms and RoPE."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    index_q: Tensor
+    index_k: Tensor
 
 
 class MSAttention(nn.Module):
@@ -113,15 +123,9 @@ class MSAttention(nn.Module):
             )
         if cache is not None:
             return self._generate(x, cache, backend), None
-        positions = self._positions(x, cu_seqlens, kv_starts, None)
-        q, k, v, index_q, index_k = self._project(x, positions)
         aux = AuxRequest(index_loss=with_index_loss)
         out, extra = functional.attention(
-            q,
-            k,
-            v,
-            index_q,
-            index_k,
+            *self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts),
             **self._selection(),
             cu_seqlens=cu_seqlens,
             kv_starts=kv_starts,
@@ -131,9 +135,10 @@ class MSAttention(nn.Module):
         return self._merge(out), extra.index_loss
 
     def _generate(self, x: Tensor, cache: MSACache, backend: str | None) -> Tensor:
+        cache.check_room(x.shape[1])
         after = cache.kv_lens + x.shape[1]
-        positions = self._positions(x, None, cache.kv_starts, after, seqlen_k=cache.capacity)
-        q, k, v, index_q, index_k = self._project(x, positions)
+        projected = self.project(x, kv_starts=cache.kv_starts, kv_lens=after, seqlen_k=cache.capacity)
+        q, k, v, index_q, index_k = projected
         cache.append(k, v, index_k)
         if x.shape[1] <= _DECODE_TOKENS:
             out = functional.decode(q, cache, index_q, **self._selection(), backend=backend)
@@ -161,21 +166,25 @@ class MSAttention(nn.Module):
             "num_init_blocks": config.num_init_blocks,
         }
 
-    def _positions(
+    def project(
         self,
         x: Tensor,
-        cu_seqlens: Tensor | None,
-        kv_starts: Tensor | None,
-        kv_lens: Tensor | None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        kv_starts: Tensor | None = None,
+        kv_lens: Tensor | None = None,
         seqlen_k: int | None = None,
-    ) -> Tensor:
-        """Return [B, S]: each token's place in its own sequence."""
-        tokens = x.unsqueeze(1)
-        sequences = ops.sequence_table(tokens, cu_seqlens, kv_starts, kv_lens, seqlen_k or x.shape[1])
-        start, end = key_ranges(sequences, x.shape[0], x.shape[1])
-        return (end - start - 1).clamp(min=0)
+    ) -> Projections:
+        """Return what the layer attends with, for `flexmsa.metrics` or an attention call of one's own.
 
-    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        Args:
+            x: [B, S, hidden_size].
+            cu_seqlens, kv_starts, kv_lens: the sequences, as for `flexmsa.attention`; RoPE counts from their start.
+            seqlen_k: length of the buffer that kv_starts and kv_lens speak of; default S.
+        """
+        sequences = ops.sequence_table(x.unsqueeze(1), cu_seqlens, kv_starts, kv_lens, seqlen_k or x.shape[1])
+        start, end = key_ranges(sequences, x.shape[0], x.shape[1])
+        positions = (end - start - 1).clamp(min=0)
         config = self.config
         detached = x.detach()
 
@@ -185,12 +194,13 @@ class MSAttention(nn.Module):
         def turn(y: Tensor) -> Tensor:
             return rotate(y, positions, config.rotary_size, config.rope_theta)
 
-        q = turn(self.q_norm(heads(self.q_proj(x), config.head_dim)))
-        k = turn(self.k_norm(heads(self.k_proj(x), config.head_dim)))
-        v = heads(self.v_proj(x), config.head_dim)
-        index_q = turn(self.index_q_norm(heads(self.index_q_proj(detached), config.index_head_dim)))
-        index_k = turn(self.index_k_norm(heads(self.index_k_proj(detached), config.index_head_dim)))
-        return q, k, v, index_q, index_k
+        return Projections(
+            q=turn(self.q_norm(heads(self.q_proj(x), config.head_dim))),
+            k=turn(self.k_norm(heads(self.k_proj(x), config.head_dim))),
+            v=heads(self.v_proj(x), config.head_dim),
+            index_q=turn(self.index_q_norm(heads(self.index_q_proj(detached), config.index_head_dim))),
+            index_k=turn(self.index_k_norm(heads(self.index_k_proj(detached), config.index_head_dim))),
+        )
 
     def _merge(self, out: Tensor) -> Tensor:
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -106,6 +106,8 @@ def test_a_misused_layer_says_so(layer):
         layer(torch.randn(4, 32))
     with pytest.raises(ValueError, match="cache: expected alone"):
         layer(torch.randn(1, 4, 32), cache=layer.new_cache(1, 8), kv_starts=lengths(0))
+    with pytest.raises(ValueError, match="cache: expected at most 8 more tokens, got 9"):
+        layer(torch.randn(1, 9, 32), cache=layer.new_cache(1, 8))
 
 
 def _tokens(count, batch=2):

@@ -153,8 +153,7 @@ class Training:
         found = []
         for block in self.msa.blocks:
             layer, inputs = block.attention, block.attention_norm(x)
-            # The layer offers no public way to its queries and keys.
-            q, k, _, index_q, index_k = layer._project(inputs, layer._positions(inputs, None, None, None))
+            q, k, _, index_q, index_k = layer.project(inputs)
             size = self.settings.block_size
             chosen = functional.select_blocks(index_q, index_k, block_size=size, topk=self.settings.topk)
             found.append(Selection(chosen, metrics.recall(q, k, chosen, block_size=size)))
