@@ -5,6 +5,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,10 @@ def test_the_examples_in_the_documents(page):
         exec(compile(block, page, "exec"), names)
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert ((ROOT / page).parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_the_figures_in_the_documents_are_those_of_the_results(page):
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+    text = (ROOT / page).read_text()
+    assert tables["fill"](text) == text
