@@ -84,8 +84,11 @@ def create_block_mask(
         seqlen_k: keys Sk.
         block_size: keys in one block of the selection.
         cu_seqlens, kv_starts, kv_lens: the sequences, as for `attention`.
-        with_backward: make the lists that FlexAttention's backward needs, whose memory grows with
-            Hkv * Sk / 128 * Sq * G / 128; without them row blocks are also smaller, which suits inference.
+        with_backward: make the lists that FlexAttention's backward needs; without them row blocks are also smaller,
+            which suits inference.
+
+    The mask takes B * Hkv * Sq * blocks bytes for the membership, and the lists for the backward
+    B * Hkv * (Sk / 128) * (Sq * G / 128) * 8 on CUDA.
 
     Returns:
         A BlockMask for q packed to [B, Hkv, Sq * G, D] and k, v [B, Hkv, Sk, D]. Its mask_mod(b, h, row, key) can be
