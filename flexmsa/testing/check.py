@@ -66,7 +66,7 @@ def check_case(
     found = _gradients(results, inputs)
     right = _gradients(exact_reference, wide)
     eager = _gradients(baseline, narrow)
-    terms = _cancelling_terms(*(x.detach().double() for x in inputs[:3]))
+    terms = _cancelling_terms(inputs, got.lse)
     for name, result in found.items():
         pieces = right[name].cpu(), eager[name].cpu(), terms.get(name, 0.0)
         assert_close(f"gradient of {name}", result.cpu(), *pieces)
@@ -111,14 +111,17 @@ def _gradients(results: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> dict[s
     return dict(zip(names, grads, strict=True))
 
 
-def _cancelling_terms(q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
-    """The size of <grad_out, v> and <grad_out, out>, whose difference is the gradient of a score, in q and in k.
+def _cancelling_terms(inputs: tuple[Tensor, ...], lse: Tensor) -> dict[str, float]:
+    """The size of what cancels in each gradient.
 
-    grad_out is at most 1 in each of its elements.
+    In q and k, the gradient of a score is <grad_out, v> - <grad_out, out>: sums of D terms of either sign, of at most
+    max |v| each, times the scale 1 / sqrt(D). In index_q and index_k it is P_idx - P, over the rows of the mean.
     """
-    # sqrt(D) for a sum of D terms of either sign, times the scale of the scores, 1 / sqrt(D).
-    size = float(v.abs().max())
-    return {"q": size * float(k.abs().max()), "k": size * float(q.abs().max())}
+    q, k, v, index_q, index_k = (float(x.detach().abs().max()) for x in inputs)
+    num_heads, num_kv_heads = inputs[0].shape[1], inputs[1].shape[1]
+    rows = max(1, int(lse.isfinite().sum()) * num_kv_heads // num_heads)
+    share = inputs[3].shape[3] ** -0.5 / rows
+    return {"q": v * k, "k": v * q, "index_q": share * index_k, "index_k": share * index_q}
 
 
 def main(argv: list[str]) -> int:
