@@ -52,9 +52,8 @@ def block_sparse_attention_forward(
             probs, weight = softmax.update(tile, tile.hide_future(scores, -torch.inf), scratch)
             before = tile.gather(out_rows, scratch, "out", group_size)
             merged = torch.bmm(probs, tile.operand(v_blocks), out=scratch.take("q", *before.shape))
-            # Adding the change is quicker than copying the new value in, which runs on one thread.
-            out_rows.index_add_(0, tile.rows, merged.sub_(before).mul_(weight).view(-1, out_rows.shape[1]))
-            out_rows[-1].zero_()
+            torch.lerp(before, merged, weight, out=merged)
+            out_rows.index_copy_(0, tile.rows, merged.view(-1, out_rows.shape[1]))
         chunk.unpack(out_rows, out)
         chunk.unpack(softmax.lse, lse)
     return out, lse
