@@ -1,6 +1,5 @@
 """The demo from end to end on its quick settings, Ctrl-C included."""
 
-import _thread
 import json
 import sys
 
@@ -66,7 +65,7 @@ def test_ctrl_c_leaves_results(last_step, tmp_path, monkeypatch, capsys):
     def interrupt(self, step, text):
         update(self, step, text)
         if step == last_step:
-            _thread.interrupt_main()
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(Progress, "update", interrupt)
     assert demo.main(["--quick", "--warmup", "2", "--device", "cpu", "--out", str(tmp_path)]) == 130
