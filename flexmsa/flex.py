@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest as FlexAuxRequest
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexmsa import ops, validation
+from flexmsa.types import Lengths
 
 __all__ = ["create_block_mask", "pack_gqa", "packed_flex_attention", "unpack_gqa"]
 
@@ -118,7 +119,7 @@ def selection_block_mask(
     num_heads: int,
     seqlen_k: int,
     block_size: int,
-    lengths: tuple[Tensor | None, Tensor | None, Tensor | None],
+    lengths: Lengths,
     with_backward: bool,
 ) -> BlockMask:
     """`create_block_mask` on checked input."""
@@ -131,9 +132,9 @@ def selection_block_mask(
     # The CPU template walks lists as wide as the keys; on CUDA a list holds no more than its tokens can choose.
     pieces = (block_size + mask_block - 2) // mask_block + 1
     width = num_blocks if on_cpu else min(num_blocks, tokens * topk * pieces)
-    cu_seqlens, kv_starts, kv_lens = lengths
+    cu_seqlens, kv_starts, _ = lengths
     aligned = cu_seqlens is None and kv_starts is None
-    sequences = ops.sequence_table(block_indices, cu_seqlens, kv_starts, kv_lens, seqlen_k)
+    sequences = ops.sequence_table(block_indices, *lengths, seqlen_k)
     *lists, membership, start, end = ops.block_mask_lists(
         block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward
     )
@@ -154,9 +155,7 @@ def selection_block_mask(
     return _block_mask(lists, (seqlen_q * group_size, seqlen_k), row_block, mask_mod, with_backward)
 
 
-def dense_block_mask(
-    q: Tensor, k: Tensor, lengths: tuple[Tensor | None, Tensor | None, Tensor | None], with_backward: bool
-) -> BlockMask:
+def dense_block_mask(q: Tensor, k: Tensor, lengths: Lengths, with_backward: bool) -> BlockMask:
     """The BlockMask of the warm-up: every visible key, for the rows of `pack_gqa(q)`."""
     group_size = q.shape[1] // k.shape[1]
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]

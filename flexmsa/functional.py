@@ -7,12 +7,9 @@ from flexmsa import flex, ops, reference, validation
 from flexmsa.backends import choose_backend, step_backend
 from flexmsa.cache import MSACache
 from flexmsa.kernels.sequences import key_ranges
-from flexmsa.types import AuxOutput, AuxRequest
+from flexmsa.types import AuxOutput, AuxRequest, Lengths
 
 __all__ = ["attention", "block_sparse_attention", "decode", "index_loss", "select_blocks"]
-
-Lengths = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""cu_seqlens, kv_starts, kv_lens."""
 
 
 def attention(
@@ -378,7 +375,7 @@ def decode(
     if aux.index_loss:
         raise ValueError("return_aux: expected lse or block_indices, got index_loss; decode is for inference")
     if topk is None or backend == "reference":
-        result = attention(
+        return attention(
             q,
             k,
             v,
@@ -394,7 +391,6 @@ def decode(
             backend=backend,
             return_aux=return_aux,
         )
-        return result
     validation.check_main_inputs(q, k, v, scale)
     validation.check_index_inputs(index_q, index_k)
     validation.check_branches_match(q, k, index_q, index_k)

@@ -137,8 +137,7 @@ class MSAttention(nn.Module):
     def _generate(self, x: Tensor, cache: MSACache, backend: str | None) -> Tensor:
         cache.check_room(x.shape[1])
         after = cache.kv_lens + x.shape[1]
-        projected = self.project(x, kv_starts=cache.kv_starts, kv_lens=after, seqlen_k=cache.capacity)
-        q, k, v, index_q, index_k = projected
+        q, k, v, index_q, index_k = self.project(x, kv_starts=cache.kv_starts, kv_lens=after, seqlen_k=cache.capacity)
         cache.append(k, v, index_k)
         if x.shape[1] <= _DECODE_TOKENS:
             out = functional.decode(q, cache, index_q, **self._selection(), backend=backend)

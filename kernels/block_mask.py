@@ -114,11 +114,10 @@ def block_mask_lists(
     partial_lists = _compress(union, first & ~full, width)
     full_lists = _compress(union, full, width)
 
-    transposed = [ids.new_empty(0, dtype=torch.int32)] * 4
     if with_backward:
         transposed = [*_transpose(*partial_lists, num_blocks), *_transpose(*full_lists, num_blocks)]
     else:
-        transposed = [x.clone() for x in transposed]
+        transposed = [ids.new_empty(0, dtype=torch.int32) for _ in range(4)]
     membership = membership_table(ids, -(-seqlen_k // block_size))
     return [*partial_lists, *full_lists, *transposed, membership, start, end]
 
