@@ -36,17 +36,19 @@ def sequence_table(
     return torch.stack([rows, zeros, torch.full_like(rows, seqlen_q), k_start, k_end], dim=1)
 
 
+def query_sequences(sequences: Tensor, batch: int, seqlen_q: int) -> Tensor:
+    """Return [B*Sq] int64: which row of `sequences` each query belongs to."""
+    first_query = sequences[:, 0].long() * seqlen_q + sequences[:, 1]
+    # A sequence of no queries shares its first query with the next one: only the last of such a run is found.
+    order = torch.arange(batch * seqlen_q, device=sequences.device)
+    return torch.searchsorted(first_query, order, right=True) - 1
+
+
 def key_ranges(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Tensor, Tensor]:
     """Return `start`, `end` [B, Sq] int32: query i of batch row b sees the keys start[b, i] .. end[b, i]-1.
 
     `start` is the anchor of the query's blocks. A query that sees nothing has end <= start.
     """
-    rows, q_start, q_end, k_start, k_end = sequences.unbind(1)
-    first_query = rows.long() * seqlen_q + q_start
-    # A sequence of no queries shares its first query with the next one: only the last of such a run is found.
-    order = torch.arange(batch * seqlen_q, device=sequences.device)
-    sequence = torch.searchsorted(first_query, order, right=True) - 1
-    token = (order % seqlen_q).int()
-    start = k_start[sequence]
-    end = k_end[sequence] - q_end[sequence] + token + 1
-    return start.view(batch, seqlen_q), end.view(batch, seqlen_q)
+    _, _, q_end, k_start, k_end = sequences[query_sequences(sequences, batch, seqlen_q)].unbind(1)
+    token = torch.arange(seqlen_q, device=sequences.device, dtype=torch.int32).repeat(batch)
+    return k_start.view(batch, seqlen_q), (k_end - q_end + token + 1).view(batch, seqlen_q)

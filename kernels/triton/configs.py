@@ -38,6 +38,31 @@ def target_of(device: torch.device) -> Target:
     return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
+_workspace = [1 << 30]
+
+
+def set_workspace_limit(size: int) -> None:
+    """Let the training kernels keep at most about `size` bytes of partial results at a time; 1 GiB by default.
+
+    A larger workspace means fewer, longer passes over the keys; below some MiB the work goes token by token.
+    """
+    if size < 1:
+        raise ValueError(f"size: expected a number of bytes of at least 1, got {size}")
+    _workspace[0] = size
+
+
+def workspace_limit() -> int:
+    """The bytes that `set_workspace_limit` allows."""
+    return _workspace[0]
+
+
+def chunk_tokens(num_tokens: int, bytes_per_token: int) -> int:
+    """Tokens whose partial results, of one group, fit into the workspace: a multiple of 16, of equal chunks."""
+    most = max(16, workspace_limit() // max(1, bytes_per_token))
+    chunks = -(-num_tokens // most)
+    return max(16, -(-num_tokens // max(1, chunks * 16)) * 16)
+
+
 @dataclass(frozen=True)
 class SelectionConfig:
     """rows: query rows (tokens x groups) a tile; period: blocks scored between two merges; kept: padded topk."""

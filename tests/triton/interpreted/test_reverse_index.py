@@ -1,0 +1,94 @@
+"""The reverse index against a plain walk over block_indices."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+
+from flexmsa.kernels.triton.reverse_index import block_table, reverse_index
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+SEQUENCES = {
+    "plain": ([[0, 0, 40, 0, 40], [1, 0, 40, 0, 40]], 2, 40, 40),
+    "packed": ([[0, 0, 1, 0, 1], [0, 1, 30, 1, 30], [0, 30, 40, 30, 40]], 1, 40, 40),
+    "cache": ([[0, 0, 8, 5, 61], [1, 0, 8, 0, 3]], 2, 8, 70),
+}
+BLOCK = 8
+
+
+def walk(ids, sequences, seqlen_q, chunk_tokens, skip):
+    """{(group, chunk, block): [(token, slot), ...]} and the first block of each sequence."""
+    lists = defaultdict(list)
+    first_block = 0
+    for batch, q_start, q_end, k_start, k_end in sequences:
+        for query in range(q_start, q_end):
+            newest = (k_end - q_end + query - k_start) // BLOCK
+            token = batch * seqlen_q + query
+            for group in range(ids.shape[1]):
+                row = ids[batch, group, query].tolist()
+                for slot, block in enumerate(row):
+                    if (
+                        0 <= block <= newest
+                        and block not in row[:slot]
+                        and not (skip is not None and skip[group, token])
+                    ):
+                        lists[group, token // chunk_tokens, first_block + block].append((token, slot))
+        first_block += -(-max(0, k_end - k_start) // BLOCK)
+    return {name: sorted(entries) for name, entries in lists.items()}
+
+
+@pytest.mark.parametrize("layout", SEQUENCES.values(), ids=SEQUENCES)
+@pytest.mark.parametrize("chunk_tokens", [1000, 13])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("skipping", [False, True])
+def test_lists(layout, chunk_tokens, dtype, skipping):
+    rows, batch, seqlen_q, seqlen_k = layout
+    groups, topk, length = 2, 3, 4
+    ids = torch.randint(-2, 7, (batch, groups, seqlen_q, topk), dtype=dtype)
+    ids[0, 0, 0, 0] = 2**31 - 1 if dtype == torch.int32 else 2**40
+    skip = (torch.rand(groups, batch * seqlen_q) < 0.3).to(torch.int8) if skipping else None
+    index = reverse_index(
+        ids,
+        torch.tensor(rows, dtype=torch.int32),
+        batch=batch,
+        num_kv_heads=groups,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        block_size=BLOCK,
+        chunk_tokens=chunk_tokens,
+        skip=skip,
+    )
+    found = {}
+    num_chunks = index.num_chunks // groups
+    for number in range(index.num_chunks * index.num_blocks):
+        entries = index.entries[index.offsets[number] : index.offsets[number + 1]].tolist()
+        launch, block = divmod(number, index.num_blocks)
+        group, chunk = divmod(launch, num_chunks)
+        if entries:
+            found[group, chunk, block] = [(e // topk % index.num_tokens, e % topk) for e in entries]
+            assert {e // topk // index.num_tokens for e in entries} == {group}
+    assert found == walk(ids, rows, seqlen_q, chunk_tokens, skip)
+
+    pieces = index.pieces(length)
+    for chunk in range(index.num_chunks):
+        counted = torch.bincount(pieces.items[chunk], minlength=index.num_blocks + 1)[: index.num_blocks]
+        lists = index.offsets[chunk * index.num_blocks :][: index.num_blocks + 1].diff()
+        assert torch.equal(counted, -(-lists // length))
+
+
+def test_every_visible_block():
+    rows, batch, seqlen_q, seqlen_k = SEQUENCES["packed"]
+    every = torch.arange(5).expand(1, 1, 40, 5)
+    shape = {"batch": 1, "num_kv_heads": 1, "seqlen_q": 40, "seqlen_k": 40, "block_size": BLOCK, "chunk_tokens": 16}
+    sequences = torch.tensor(rows, dtype=torch.int32)
+    for tokens in (None, range(10, 33)):
+        found, wanted = (reverse_index(ids, sequences, **shape, tokens=tokens) for ids in (None, every))
+        assert torch.equal(found.numbers, wanted.numbers) and torch.equal(found.entries, wanted.entries)
+
+
+def test_block_table():
+    rows, batch, _, seqlen_k = SEQUENCES["cache"]
+    blocks, before = block_table(torch.tensor(rows, dtype=torch.int32), batch, seqlen_k, BLOCK)
+    assert blocks[6:8].tolist() == [[0, 53, 61, 53], [1, 0, 3, -5]]
+    assert before.tolist() == [0, 7]
