@@ -168,3 +168,94 @@ def attend_config(
     steps = topk * triton.cdiv(padded(block_size), chunk)
     num_splits = min(steps, 64, max(1, 2 * target.num_sms // max(num_rows, 1)))
     return AttendConfig(chunk, 4, num_stages, triton.cdiv(steps, triton.cdiv(steps, num_splits)))
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """How the main branch's forward is cut up.
+
+    rows: packed query rows a step of the KV-outer kernel; length: entries of a piece; walk_rows: rows of a tile that
+    walks the union of its tokens' blocks, and walk_limit: the longest union that it walks, 0 for never.
+    """
+
+    rows: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+    length: int
+    walk_rows: int
+    walk_warps: int
+    walk_stages: int
+    walk_limit: int
+
+    def launch_options(self) -> dict[str, int]:
+        """Launch options of the KV-outer kernel."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
+
+    def walk_tokens(self, group_size: int) -> int:
+        """Tokens of a walking tile; their membership is a bit each of an int64."""
+        return max(1, min(64, self.walk_rows // group_size))
+
+
+def forward_config(
+    target: Target, *, group_size: int, head_dim: int, block_size: int, topk: int, element_size: int
+) -> ForwardConfig:
+    """Tiles of the main branch's forward: keys, values, queries and the copies in flight fill the shared memory."""
+    columns, depth = padded(block_size), padded(head_dim)
+    tile = columns * depth * element_size
+    hopper = target.backend == "cuda" and target.arch in (90, 100, 103)
+    rows = 128 if hopper or target.arch == 80 else 64
+    walk_rows = 128
+    if element_size > 2 or columns * depth > 128 * 128 or target.shared_memory < 163 << 10:
+        rows = walk_rows = 32 if element_size > 2 else 64
+    walk_rows = max(walk_rows, padded(group_size))
+    row_bytes = depth * element_size
+    num_stages = max(1, min(3, (target.shared_memory - 2 * tile - rows * columns * element_size) // (rows * row_bytes)))
+    walk_stages = max(1, min(3, (target.shared_memory - walk_rows * row_bytes) // (2 * tile)))
+    if target.backend == "hip":
+        num_stages, walk_stages = min(num_stages, 2), 1
+    return ForwardConfig(
+        rows=rows,
+        num_warps=8 if rows * columns > 64 * 64 else 4,
+        num_stages=num_stages,
+        max_registers=None,
+        length=max(16, 8192 // group_size),
+        walk_rows=walk_rows,
+        walk_warps=8 if walk_rows * columns > 64 * 64 else 4,
+        walk_stages=walk_stages,
+        walk_limit=topk + topk * 3 // 4,
+    )
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """rows: query rows a step; length: rows of a piece, one program's share of a list."""
+
+    rows: int
+    num_warps: int
+    num_stages: int
+    length: int = 8192
+
+
+def backward_config(
+    target: Target, *, group_size: int, head_dim: int, block_size: int, element_size: int
+) -> BackwardConfig:
+    return BackwardConfig(64, 8, 2)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """rows: entries a step; columns: keys of a part of a block; length: entries of a piece, one program's share."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+    length: int = 1024
+
+
+def loss_config(
+    target: Target, *, head_dim: int, index_head_dim: int, block_size: int, element_size: int
+) -> LossConfig:
+    return LossConfig(64, padded(block_size), 8, 2)

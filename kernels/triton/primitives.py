@@ -10,6 +10,7 @@ range. Tiles of keys are `[K, R]`, a query row a column, because Triton then giv
 thread, and a sorting network along K moves nothing between threads.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -164,6 +165,20 @@ def tile_ends_kernel(sequences_ptr, tile_ends_ptr, num_sequences, TOKENS: tl.con
         tiles = tl.cdiv(tl.maximum(q_end - q_start, 0), TOKENS)
         tl.store(tile_ends_ptr + n, total + tl.cumsum(tiles, axis=0), mask=n < num_sequences)
         total += tl.sum(tiles, axis=0)
+
+
+def tile_ends(sequences: torch.Tensor, batch: int, seqlen_q: int, tokens: int) -> tuple[torch.Tensor, int, bool]:
+    """The table that `find_tile` searches, the number of tiles to launch, and whether the table is needed.
+
+    Without packing, or when no sequence is longer than a tile, every sequence has the same number of tiles.
+    """
+    num_sequences = sequences.shape[0]
+    per_row = triton.cdiv(seqlen_q, tokens)
+    if num_sequences == batch or per_row == 1:
+        return sequences, num_sequences * per_row, False
+    ends = sequences.new_empty(num_sequences)
+    tile_ends_kernel[(1,)](sequences, ends, num_sequences, TOKENS=tokens, CHUNK=1024)
+    return ends, batch * per_row + num_sequences, True
 
 
 @triton.jit

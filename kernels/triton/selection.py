@@ -39,7 +39,7 @@ from .primitives import (
     merge_bitonic,
     pack_keys,
     reverse_columns,
-    tile_ends_kernel,
+    tile_ends,
     worst_kept,
 )
 
@@ -262,20 +262,6 @@ def merge_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :]
     ids = ascending_ids(keys, TOPK)
     tl.store(ids_ptr + row * TOPK + rank, ids, mask=(row < num_rows) & (rank < TOPK))
-
-
-def tile_ends(sequences: torch.Tensor, batch: int, seqlen_q: int, tokens: int) -> tuple[torch.Tensor, int, bool]:
-    """The table that `find_tile` searches, the number of tiles to launch, and whether the table is needed.
-
-    Without packing, or when no sequence is longer than a tile, every sequence has the same number of tiles.
-    """
-    num_sequences = sequences.shape[0]
-    per_row = triton.cdiv(seqlen_q, tokens)
-    if num_sequences == batch or per_row == 1:
-        return sequences, num_sequences * per_row, False
-    ends = sequences.new_empty(num_sequences)
-    tile_ends_kernel[(1,)](sequences, ends, num_sequences, TOKENS=tokens, CHUNK=1024)
-    return ends, batch * per_row + num_sequences, True
 
 
 def key_tiles(index_k: torch.Tensor, config: SelectionConfig, block_size: int):

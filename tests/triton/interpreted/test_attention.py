@@ -1,0 +1,125 @@
+"""The main branch's forward against the dense definition in float64, both orders of work."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flexmsa.kernels.triton import attention, configs
+from flexmsa.testing import assert_close
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+# Every tile walks the union of its blocks, none does, or the tiles decide; then with a workspace of one chunk's minimum.
+ORDERS = {"walk": (10**4, 1 << 30), "by block": (0, 1 << 30), "both": (3, 1 << 30), "many chunks": (3, 1)}
+
+
+@pytest.fixture(params=ORDERS.values(), ids=ORDERS)
+def order(request):
+    limit, workspace = request.param
+    before = configs.workspace_limit()
+    configs.set_workspace_limit(workspace)
+    yield limit
+    configs.set_workspace_limit(before)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that was not written holds NaN, or the largest integer."""
+    new_empty, empty = torch.Tensor.new_empty, torch.empty
+
+    def poison(x):
+        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+
+
+def forward(q, k, v, ids, sequences, block_size, scale, limit, **overrides):
+    config = configs.forward_config(
+        configs.target_of(q.device),
+        group_size=q.shape[1] // k.shape[1],
+        head_dim=q.shape[3],
+        block_size=block_size,
+        topk=1 if ids is None else ids.shape[3],
+        element_size=q.element_size(),
+    )
+    config = replace(config, walk_limit=limit, walk_rows=32, length=4, **overrides)
+    return attention.block_sparse_attention_forward(q, k, v, ids, sequences, block_size, scale, config)
+
+
+def check(dense, q, k, v, ids, sequences, block_size, limit, scale=0.3):
+    out, lse = forward(q, k, v, ids, sequences, block_size, scale, limit)
+    exact_out, exact_lse = dense.attend(q, k, v, ids, sequences, block_size, scale)
+    assert_close("out", out, exact_out, exact_out.to(q.dtype))
+    assert_close("lse", lse, exact_lse, exact_lse.float())
+
+
+def inputs(batch, groups, group_size, seqlen_q, seqlen_k, head_dim, dtype=torch.float32):
+    q = torch.randn(batch, groups * group_size, seqlen_q, head_dim).to(dtype)
+    return q, *(torch.randn(batch, groups, seqlen_k, head_dim).to(dtype) for _ in range(2))
+
+
+SHAPES = {
+    # name: (B, Hkv, G, S, D, block_size, topk, dtype)
+    "G 1": (2, 2, 1, 70, 16, 16, 3, torch.float32),
+    "G 3, odd block": (1, 2, 3, 41, 16, 5, 4, torch.float32),
+    "G 5, D 80": (1, 1, 5, 70, 80, 48, 2, torch.float32),
+    "G 16": (1, 1, 16, 40, 16, 16, 2, torch.float16),
+    "one token": (1, 2, 4, 1, 16, 16, 3, torch.float32),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_matches_definition(dense, order, poisoned, shape):
+    batch, groups, group_size, seqlen, head_dim, block_size, topk, dtype = shape
+    q, k, v = inputs(batch, groups, group_size, seqlen, seqlen, head_dim, dtype)
+    ids = torch.randint(-1, -(-seqlen // block_size), (batch, groups, seqlen, topk))
+    check(dense, q, k, v, ids, dense.plain(batch, seqlen, seqlen), block_size, order)
+
+
+def test_neighbours_that_share(dense, order, poisoned):
+    q, k, v = inputs(1, 2, 2, 80, 80, 16)
+    ids = torch.stack([torch.zeros(80), torch.arange(80) // 32, torch.arange(80) // 16], 1).int().expand(1, 2, 80, 3)
+    check(dense, q, k, v, ids, dense.plain(1, 80, 80), 16, order)
+
+
+def test_packed_documents(dense, order, poisoned):
+    rows = [[0, 0, 1, 0, 1], [0, 1, 40, 1, 40], [0, 40, 60, 40, 60], [1, 0, 3, 0, 0], [1, 3, 60, 3, 60]]
+    q, k, v = inputs(2, 2, 3, 60, 60, 16)
+    ids = torch.randint(-1, 4, (2, 2, 60, 3), dtype=torch.int32)
+    check(dense, q, k, v, ids, torch.tensor(rows, dtype=torch.int32), 16, order)
+
+
+def test_cache_slots_outside_the_sequence_do_not_leak(dense, order, poisoned):
+    q, k, v = inputs(2, 1, 4, 9, 90, 16)
+    for x in (k, v):
+        x[0, :, 61:] = x[1, :, :20] = torch.nan
+    ids = torch.randint(0, 5, (2, 1, 9, 3), dtype=torch.int32)
+    check(dense, q, k, v, ids, torch.tensor([[0, 0, 9, 3, 61], [1, 0, 9, 20, 90]], dtype=torch.int32), 16, order)
+
+
+def test_every_visible_block(dense, order, poisoned):
+    q, k, v = inputs(1, 2, 3, 50, 50, 16)
+    rows = torch.tensor([[0, 0, 13, 0, 13], [0, 13, 50, 13, 50]], dtype=torch.int32)
+    check(dense, q, k, v, None, rows, 16, order)
+
+
+def test_no_slots(dense, order):
+    q, k, v = inputs(1, 1, 2, 8, 8, 16)
+    check(dense, q, k, v, torch.empty(1, 1, 8, 0, dtype=torch.int32), dense.plain(1, 8, 8), 4, order)
+
+
+def test_strides(dense, order):
+    q = torch.randn(1, 30, 16, 6).permute(0, 3, 1, 2)
+    k, v = torch.randn(1, 30, 2, 32).transpose(1, 2)[..., ::2], torch.randn(2, 1, 16, 30).permute(1, 0, 3, 2)
+    ids = torch.randint(-1, 4, (3, 30, 2, 1)).permute(3, 2, 1, 0)
+    check(dense, q, k, v, ids, dense.plain(1, 30, 30), 8, order)
+
+
+def test_both_orders_repeat_bit_for_bit(dense):
+    q, k, v = inputs(1, 2, 3, 60, 60, 16)
+    ids = torch.randint(-1, 4, (1, 2, 60, 3))
+    for limit in (0, 3):
+        first, second = (forward(q, k, v, ids, dense.plain(1, 60, 60), 16, 0.3, limit) for _ in range(2))
+        assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])

@@ -1,0 +1,56 @@
+"""The main branch's forward kernels, built for GPUs that need not be present (see test_compile)."""
+
+import os
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from flexmsa.kernels.triton import attention, configs, union  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
+
+BLOCK, TOPK = 128, 16
+# (query heads, KV heads, head dim)
+SHAPES = {"64/4/128": (64, 4, 128), "32/8/128": (32, 8, 128), "16/2/64": (16, 2, 64)}
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
+def shape(request):
+    return request.param
+
+
+def chosen(target, shape):
+    num_heads, num_kv_heads, head_dim = shape
+    group_size = num_heads // num_kv_heads
+    config = configs.forward_config(
+        target, group_size=group_size, head_dim=head_dim, block_size=BLOCK, topk=TOPK, element_size=2
+    )
+    return config, group_size, head_dim
+
+
+def test_by_block(build, target, shape):
+    config, group_size, head_dim = chosen(target, shape)
+    constants = attention.partial_constants(config, group_size, head_dim, BLOCK, TOPK, 0.1)
+    wide = {"entries_ptr": "*i64", "offsets_ptr": "*i64", "partial_ptr": "*bf16", "partial_lse_ptr": "*fp32"}
+    compiled = build(attention.partial_attention_kernel, target, constants, config.num_warps, config.num_stages, **wide)
+    if target.arch == 90:
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
+    constants = attention.combine_constants(group_size, head_dim, TOPK)
+    build(attention.combine_slots_kernel, target, constants, 4, partial_ptr="*bf16", skip_ptr="*i8")
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["union", "dense"])
+def test_walk(build, target, shape, dense):
+    config, group_size, head_dim = chosen(target, shape)
+    constants = union.walk_constants(config, group_size, head_dim, BLOCK, 0.1, False, dense)
+    compiled = build(union.walk_kernel, target, constants, config.walk_warps, config.walk_stages, members_ptr="*i64")
+    if target.arch == 90:
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
+
+
+def test_union(build, target, shape):
+    config, group_size, _ = chosen(target, shape)
+    constants = union.union_constants(config, group_size, TOPK, BLOCK, False)
+    warps = union.union_warps(constants)
+    build(union.union_kernel, target, constants, warps, members_ptr="*i64", skip_ptr="*i8")
