@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -23,13 +24,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu_layer import main_branch_floor, main_branch_times
+from benchmarks.gpu_training import PATTERNS, floors, prefill_times, training_errors, training_times
 from flexmsa.kernels.triton.decode import attend_blocks, decode
 from flexmsa.kernels.triton.selection import choose_config, select_blocks
 
 GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK = 4, 16, 128, 128, 16
 SQUARE = [8192, 32768, 131072, 524288]
 CHUNKS = [(338, 74578), (171, 55339), (1626, 93146), (16384, 47744)]
+LAYERS = [8192, 32768, 131072]
 CACHES = [(1, 131072), (1, 1 << 20), (8, 131072), (16, 131072)]
 FLT_MAX = torch.finfo(torch.float32).max
 
@@ -192,7 +194,7 @@ def index_inputs(batch, seqlen_q, seqlen_k, draw=normals) -> tuple[Tensor, Tenso
 
 
 def event_time(call, repeats=20, flush=None):
-    """Median milliseconds of one call."""
+    """Median milliseconds of one call, after one to warm up."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda") if flush is None else flush
     call()
     times = []
@@ -320,7 +322,11 @@ def environment():
 def check():
     """Print what is wrong; True if nothing is."""
     torch.manual_seed(0)
-    errors = [error for part in (selection_errors, packed_errors, decode_errors, large_errors) for error in part()]
+    errors = [
+        error
+        for part in (selection_errors, packed_errors, decode_errors, large_errors, training_errors)
+        for error in part()
+    ]
     print("\n".join(errors) if errors else "correct", flush=True)
     return not errors
 
@@ -358,13 +364,15 @@ def main():
         for name, time in time_decode(batch, seqlen_k).items():
             floor = 2 * elements / bandwidth * 1e3 if name == "decode" else None
             report(f"decode {batch} x {seqlen_k}: {name}", time, floor)
-    for seqlen in [] if options.quick else SQUARE[:2]:
-        q = normals(1, GROUPS * GROUP_SIZE, seqlen, DEPTH, dtype=torch.bfloat16)
-        k, v = (normals(1, GROUPS, seqlen, DEPTH, dtype=torch.bfloat16) for _ in range(2))
-        for name, time in sdpa_time(q, k, v, True, event_time).items():
-            report(f"dense SDPA {seqlen}: {name}", time, None)
-        for name, time in main_branch_times(seqlen, event_time).items():
-            report(f"main branch {seqlen}: {name}", time, main_branch_floor(seqlen, flops))
+    for seqlen in LAYERS[:1] if options.quick else LAYERS:
+        for name, floor in floors(seqlen, flops, bandwidth).items():
+            report(f"floor {seqlen}: {name}", floor, None)
+        timer = partial(event_time, repeats=20 if seqlen < 100_000 else 5)
+        for name, time in training_times(seqlen, timer, list(PATTERNS), flex=seqlen < 100_000):
+            report(f"layer {seqlen}: {name}", time, None)
+    for seqlen in [] if options.quick else [1 << 20]:
+        for name, time in prefill_times(seqlen, partial(event_time, repeats=1), ["random", "neighbours share"]):
+            report(f"prefill {seqlen}: {name}", time, None)
 
 
 if __name__ == "__main__":

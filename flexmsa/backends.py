@@ -7,8 +7,8 @@ from torch import Tensor
 
 BACKENDS = {
     "select_blocks": ("cpu", "triton", "reference"),
-    "block_sparse_attention": ("cpu", "flex", "reference"),
-    "index_loss": ("cpu", "reference"),
+    "block_sparse_attention": ("cpu", "flex", "triton", "reference"),
+    "index_loss": ("cpu", "triton", "reference"),
     "decode": ("cpu", "triton", "reference"),
 }
 _ALL = ("cpu", "flex", "triton", "reference")
@@ -27,9 +27,16 @@ def default_backend(operation: str, x: Tensor) -> str:
     """The backend that `operation` takes on the device and dtype of `x` when none is named."""
     if x.device.type != "cuda" or x.element_size() == 8:
         return "cpu"
-    if operation == "block_sparse_attention":
+    if _triton_runs(x):
+        return "triton"
+    return "flex" if operation == "block_sparse_attention" else "cpu"
+
+
+def dense_backend(backend: str | None, x: Tensor) -> str:
+    """As `choose_backend` for the main branch of the warm-up, which sees every block."""
+    if backend is None and x.device.type == "cuda" and x.element_size() < 8:
         return "flex"
-    return "triton" if "triton" in BACKENDS[operation] and _triton_runs(x) else "cpu"
+    return choose_backend("block_sparse_attention", backend, x)
 
 
 def choose_backend(operation: str, backend: str | None, x: Tensor) -> str:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from flexmsa import flex, ops, reference, validation
-from flexmsa.backends import choose_backend, step_backend
+from flexmsa import dense, flex, ops, reference, validation
+from flexmsa.backends import choose_backend, dense_backend, step_backend
 from flexmsa.cache import MSACache
 from flexmsa.kernels.sequences import key_ranges
 from flexmsa.types import AuxOutput, AuxRequest, Lengths
@@ -51,8 +51,8 @@ def attention(
         kv_starts, kv_lens: [B] int32; the keys of row b are kv_starts[b] .. kv_lens[b]-1 (left padding, a part-filled
             cache), its queries the last ones. Blocks are anchored at each sequence's first token, so that a document
             or a padded row gets what it gets alone.
-        backend: None picks the fastest for the device; "cpu" (plain PyTorch, any device), "flex" or "reference"
-            (dense) name one for the main branch.
+        backend: None picks the fastest for the device; "cpu" (plain PyTorch, any device), "triton", "flex" or
+            "reference" (dense) name one, and steps that it does not have are left to the default.
         return_aux: what else to return.
 
     Returns:
@@ -93,7 +93,7 @@ def attention(
             backend=step_backend("select_blocks", backend, index_q),
         )
     lengths = cu_seqlens, kv_starts, kv_lens
-    out, lse = _attend(q, k, v, block_indices, block_size, scale, backend, lengths, aux.lse or aux.index_loss)
+    out, lse = _attend(q, k, v, block_indices, block_size, scale, backend, lengths, aux)
     if return_aux is None:
         return out
     loss = None
@@ -218,7 +218,7 @@ def block_sparse_attention(
         raise ValueError("return_aux: expected lse or block_indices, got index_loss; call flexmsa.index_loss for it")
     q, k, v = ops.cast_to_autocast(q, k, v)
     lengths = cu_seqlens, kv_starts, kv_lens
-    out, lse = _attend(q, k, v, block_indices, block_size, scale, backend, lengths, aux.lse)
+    out, lse = _attend(q, k, v, block_indices, block_size, scale, backend, lengths, aux)
     if return_aux is None:
         return out
     return out, AuxOutput(lse=lse if aux.lse else None, block_indices=block_indices if aux.block_indices else None)
@@ -233,9 +233,9 @@ def _attend(
     scale: float | None,
     backend: str | None,
     lengths: Lengths,
-    want_lse: bool,
+    aux: AuxRequest,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the main branch on checked q, k, v; lse may be None if it is not wanted."""
+    """Run the main branch on checked q, k, v; lse may be None if `aux` does not need it."""
     batch, _, seqlen_q, head_dim = q.shape
     seqlen_k = k.shape[2]
     validation.check_settings(block_size)
@@ -243,14 +243,19 @@ def _attend(
     if block_indices is not None:
         validation.check_block_indices(block_indices, batch, k.shape[1], seqlen_q, q.device)
     scale = head_dim**-0.5 if scale is None else scale
-    backend = choose_backend("block_sparse_attention", backend, q)
+    # cuDNN's lse has no gradient, which a caller who asked for it might want.
+    if block_indices is None and backend is None and not aux.lse and dense.cudnn_runs(q, k, lengths):
+        return dense.cudnn_attention(q, k, v, scale)
+    backend = (
+        dense_backend(backend, q) if block_indices is None else choose_backend("block_sparse_attention", backend, q)
+    )
     if backend == "flex":
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         if block_indices is None:
             mask = flex.dense_block_mask(q, k, lengths, needs_grad)
         else:
             mask = flex.selection_block_mask(block_indices, q.shape[1], seqlen_k, block_size, lengths, needs_grad)
-        result = flex.packed_flex_attention(q, k, v, mask, scale=scale, return_lse=want_lse)
+        result = flex.packed_flex_attention(q, k, v, mask, scale=scale, return_lse=aux.lse or aux.index_loss)
         return result if isinstance(result, tuple) else (result, None)
     sequences = ops.sequence_table(q, *lengths, seqlen_k)
     if backend == "reference":

@@ -1,8 +1,11 @@
 """Which package of kernels runs an operator."""
 
+import contextlib
 import functools
 import warnings
 from typing import Any
+
+import torch
 
 
 @functools.cache
@@ -16,13 +19,15 @@ def _warn_slow(operation: str, device: str) -> None:
 
 def run_kernel(backend: str, kernel: str, *args: Any) -> Any:
     """Run a kernel by name from the package "cpu" (plain PyTorch, any device) or "triton" (imported on first use)."""
+    device = args[0].device
     if backend == "triton":
         from flexmsa.kernels import triton
 
-        return getattr(triton, kernel)(*args)
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return getattr(triton, kernel)(*args)
     from flexmsa.kernels import cpu
 
-    device = args[0].device
     if device.type == "cpu":
         return getattr(cpu, kernel)(*args)
     _warn_slow(kernel, device.type)

@@ -5,14 +5,16 @@
 Layouts: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D], any strides; out [B, Hq, Sq, D] and lse [B, Hq, Sq] fp32, contiguous.
 
 Two orders of work, chosen tile by tile on the device (see `union`): neighbouring tokens that chose much the same
-blocks walk the union of them; all other tokens take the KV-outer order of this file. There, one program owns a piece
-of the list of (token, slot) entries that chose one block (see `reverse_index`). It loads the block's keys and
-values once and runs over the entries' query rows: row r is head r % G of entry r // G, so that tiles are full for any
-group size. Each (entry, head) gets a normalised partial output and its lse, in a workspace that one chunk of tokens
-fills at a time; a second kernel combines the slots of each token.
+blocks walk the union of them (see `walk`); all other tokens take the KV-outer order of this file. There, one program
+owns a piece of the list of (token, slot) entries that chose one block (see `reverse_index`). It loads the block's keys
+and values once and runs over the entries' query rows: row r is head r % G of entry r // G, so that tiles are full for
+any group size. Each (entry, head) gets a partial output, its largest score and its lse, in a workspace that one chunk
+of tokens fills at a time; a second kernel combines the slots of each token. Keys and values are held as two halves of
+the head dim: accumulators and copies then take half the registers and shared memory, and three programs fit into a
+multiprocessor instead of two, which is what hides the latency of the gathers.
 
-Cost for E entries (topk a token and group): 4 E G Bk D FLOPs, 8.8 TFLOP at 128K tokens of M3's shape, which is 11.2 ms at
-783 TFLOP/s. Bytes: E G D elements of queries read, as many of partials written, and read again; in bf16 34 GB each
+Cost for E entries (topk a token and group): 4 E G Bk D FLOPs, 8.8 TFLOP at 128K tokens of M3's shape, which is 11.2 ms
+at 783 TFLOP/s. Bytes: E G D elements of queries read, as many of partials written, and read again; in bf16 34 GB each
 there, 24 ms at 4.25 TB/s, and 16 ms if the queries of a chunk stay in the L2 cache. Keys and values are read once a
 chunk.
 """
@@ -24,7 +26,18 @@ import triton.language as tl
 from .configs import ForwardConfig, chunk_tokens, forward_config, padded, target_of
 from .primitives import LN_2, LOG2_E
 from .reverse_index import chunk_origin, load_block, load_piece, reverse_index
-from .union import choose_tiles, walk_tiles
+from .union import choose_tiles
+from .walk import walk_tiles
+
+
+@triton.jit
+def load_halves(
+    base, first, count, stride_s, stride_d, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr
+):
+    """`load_tile` of the first HALF columns and of the rest of a matrix [S, HEAD_DIM]."""
+    left = load_tile(base, first, count, stride_s, stride_d, COLUMNS, HEAD_DIM, HALF)
+    right = load_tile(base + HALF * stride_d, first, count, stride_s, stride_d, COLUMNS, HEAD_DIM - HALF, HALF)
+    return left, right
 
 
 @triton.jit
@@ -40,8 +53,10 @@ def load_tile(
 @triton.jit
 def attend_rows(
     q_base,
-    k,
-    v,
+    k_left,
+    k_right,
+    v_left,
+    v_right,
     entries_ptr,
     partial_ptr,
     partial_max_ptr,
@@ -67,19 +82,22 @@ def attend_rows(
 
     Query i sees the first i + seen_from columns. Without MASKED all rows see the whole tile.
     """
-    COLUMNS: tl.constexpr = k.shape[0]
-    DEPTH: tl.constexpr = k.shape[1]
-    precision: tl.constexpr = "ieee" if k.dtype == tl.float32 else "tf32"
-    column, d = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    COLUMNS: tl.constexpr = k_left.shape[0]
+    HALF: tl.constexpr = k_left.shape[1]
+    precision: tl.constexpr = "ieee" if k_left.dtype == tl.float32 else "tf32"
+    column, d = tl.arange(0, COLUMNS), tl.arange(0, HALF)
     row = first_row + tl.arange(0, ROWS)
     live = row < num_rows
     entry = (tl.load(entries_ptr + row // GROUP_SIZE, mask=live, other=0) - origin).to(tl.int32)
     head = row % GROUP_SIZE
     query = first_query + entry // TOPK
     q_place = query.to(tl.int64) * stride_qs + head.to(tl.int64) * stride_qh
-    inside = live[:, None] & (d < HEAD_DIM)[None, :]
-    q = tl.load(q_base + q_place[:, None] + d[None, :] * stride_qd, mask=inside, other=0.0)
-    scores = tl.dot(q, tl.trans(k), input_precision=precision)
+    left = live[:, None] & (d < HEAD_DIM)[None, :]
+    right = live[:, None] & (d < HEAD_DIM - HALF)[None, :]
+    q_row = q_base + q_place[:, None] + d[None, :] * stride_qd
+    scores = tl.dot(tl.load(q_row, mask=left, other=0.0), tl.trans(k_left), input_precision=precision)
+    q_right = tl.load(q_row + HALF * stride_qd, mask=right, other=0.0)
+    scores = tl.dot(q_right, tl.trans(k_right), scores, input_precision=precision)
     if not POSITIVE:
         scores, scale = scores * scale, 1.0
     if MASKED:
@@ -88,11 +106,15 @@ def attend_rows(
     # A positive scale is multiplied in after the maximum, together with the subtraction of it.
     row_max = tl.max(scores, axis=1) * scale
     weights = tl.exp2(scores * scale - row_max[:, None])
-    acc = tl.dot(weights.to(v.dtype), v, input_precision=precision)
     place = entry.to(tl.int64) * GROUP_SIZE + head
-    tl.store(partial_ptr + place[:, None] * HEAD_DIM + d[None, :], acc.to(partial_ptr.dtype.element_ty), mask=inside)
     tl.store(partial_max_ptr + place, row_max, mask=live)
     tl.store(partial_lse_ptr + place, row_max + tl.log2(tl.sum(weights, axis=1)), mask=live)
+    weights = weights.to(v_left.dtype)
+    partial_row = partial_ptr + place[:, None] * HEAD_DIM + d[None, :]
+    acc = tl.dot(weights, v_left, input_precision=precision)
+    tl.store(partial_row, acc.to(partial_ptr.dtype.element_ty), mask=left)
+    acc = tl.dot(weights, v_right, input_precision=precision)
+    tl.store(partial_row + HALF, acc.to(partial_ptr.dtype.element_ty), mask=right)
 
 
 @triton.jit(do_not_specialize=["chunk"])
@@ -140,8 +162,8 @@ def partial_attention_kernel(
 ):
     """Fill the partial results of one piece.
 
-    For each slot of each token of the chunk and each head: partial [chunk_tokens, topk, G, D] is sum exp2(score - max) v,
-    partial_max and partial_lse [chunk_tokens, topk, G] the largest score and the lse, base 2.
+    For each slot of each token of the chunk and each head: partial [chunk_tokens, topk, G, D] is the sum of
+    exp2(score - max) v; partial_max and partial_lse [chunk_tokens, topk, G] are the largest score and the lse, base 2.
     """
     block, begin, stop, _ = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
     if block >= num_blocks:
@@ -152,8 +174,8 @@ def partial_attention_kernel(
     num_keys = stop_key - first_key
     k_base = k_ptr + batch * stride_kb + group * stride_kh
     v_base = v_ptr + batch * stride_vb + group * stride_vh
-    k = load_tile(k_base, first_key, num_keys, stride_ks, stride_kd, COLUMNS, HEAD_DIM, DEPTH)
-    v = load_tile(v_base, first_key, num_keys, stride_vs, stride_vd, COLUMNS, HEAD_DIM, DEPTH)
+    k_left, k_right = load_halves(k_base, first_key, num_keys, stride_ks, stride_kd, COLUMNS, HEAD_DIM, DEPTH // 2)
+    v_left, v_right = load_halves(v_base, first_key, num_keys, stride_vs, stride_vd, COLUMNS, HEAD_DIM, DEPTH // 2)
     q_base = q_ptr + batch * stride_qb + group * GROUP_SIZE * stride_qh
     entries_ptr += begin
     num_rows = ((stop - begin) * GROUP_SIZE).to(tl.int32)
@@ -163,16 +185,18 @@ def partial_attention_kernel(
     sees = first_query + ((tl.load(entries_ptr) - origin) // TOPK).to(tl.int32) + seen_from
     while (row < num_rows) & (tl.minimum(sees, num_keys) < COLUMNS):
         attend_rows(
-            q_base, k, v, entries_ptr, partial_ptr, partial_max_ptr, partial_lse_ptr, origin, first_query, row, num_rows,
-            seen_from, num_keys, stride_qh, stride_qs, stride_qd, scale, TOPK, GROUP_SIZE, HEAD_DIM, ROWS, POSITIVE, True,
+            q_base, k_left, k_right, v_left, v_right, entries_ptr, partial_ptr, partial_max_ptr, partial_lse_ptr,
+            origin, first_query, row, num_rows, seen_from, num_keys, stride_qh, stride_qs, stride_qd, scale,
+            TOPK, GROUP_SIZE, HEAD_DIM, ROWS, POSITIVE, True,
         )  # fmt: skip
         row += ROWS
         entry = tl.load(entries_ptr + tl.minimum(row, num_rows - 1) // GROUP_SIZE) - origin
         sees = first_query + (entry // TOPK).to(tl.int32) + seen_from
     for clear_row in tl.range(row, num_rows, ROWS, num_stages=STAGES):
         attend_rows(
-            q_base, k, v, entries_ptr, partial_ptr, partial_max_ptr, partial_lse_ptr, origin, first_query, clear_row,
-            num_rows, seen_from, num_keys, stride_qh, stride_qs, stride_qd, scale, TOPK, GROUP_SIZE, HEAD_DIM, ROWS, POSITIVE, False,
+            q_base, k_left, k_right, v_left, v_right, entries_ptr, partial_ptr, partial_max_ptr, partial_lse_ptr,
+            origin, first_query, clear_row, num_rows, seen_from, num_keys, stride_qh, stride_qs, stride_qd, scale,
+            TOPK, GROUP_SIZE, HEAD_DIM, ROWS, POSITIVE, False,
         )  # fmt: skip
 
 
@@ -258,7 +282,7 @@ def partial_constants(
         "GROUP_SIZE": group_size,
         "HEAD_DIM": head_dim,
         "COLUMNS": padded(block_size),
-        "DEPTH": padded(head_dim),
+        "DEPTH": padded(head_dim, least=32),
         "ROWS": config.rows,
         "LENGTH": config.length,
         "STAGES": config.num_stages,

@@ -147,21 +147,25 @@ def gather_kernel(
 
 
 @triton.jit
-def gradient_tile(q, grad, k, v, lse2, delta, limit, grad_k, grad_v, scale):
+def gradient_tile(q, grad, k, v, lse2, delta, limit, grad_k, grad_v, scale, OFFSET: tl.constexpr, SWAP: tl.constexpr):
     """Fold rows q, grad `[M, D]` into grad_k (without scale), grad_v `[N, D]`; their own grad_q is `[D, M]`.
 
-    Scores are `[N, M]`: as they leave one product, probabilities are an operand of the next.
+    Scores are `[N, M]`: as they leave one product, probabilities are an operand of the next. SWAP multiplies grad_q as
+    `[M, N] x [N, D]`: where that is not slower, it needs K in shared memory once only.
     """
     precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
     scores = tl.dot(k, tl.trans(q), input_precision=precision)
     probs = tl.exp2(scores * (scale * LOG2_E) - lse2[None, :])
-    probs = tl.where(tl.arange(0, k.shape[0])[:, None] < limit[None, :], probs, 0.0)
+    probs = tl.where(OFFSET + tl.arange(0, k.shape[0])[:, None] < limit[None, :], probs, 0.0)
     grad_probs = tl.dot(v, tl.trans(grad), input_precision=precision)
     grad_scores = (probs * (grad_probs - delta[None, :])).to(q.dtype)
     grad_v = tl.dot(probs.to(grad.dtype), grad, grad_v, input_precision=precision)
     grad_k = tl.dot(grad_scores, q, grad_k, input_precision=precision)
-    grad_q = tl.dot(tl.trans(k), grad_scores, input_precision=precision) * scale
-    return grad_q, grad_k, grad_v
+    if SWAP:
+        grad_q = tl.trans(tl.dot(tl.trans(grad_scores), k, input_precision=precision))
+    else:
+        grad_q = tl.dot(tl.trans(k), grad_scores, input_precision=precision)
+    return grad_q * scale, grad_k, grad_v
 
 
 @triton.jit
@@ -216,18 +220,21 @@ def gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    SWAP: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
-    """See the module's docstring. Program i owns item i of `plan_pieces`."""
+    """See the module's docstring. Program i owns item i of `plan_pieces`, and COLUMNS of its block's keys from OFFSET.
+
+    If that is not the first, grad_q is added to what the launch for the keys before has left.
+    """
     item = plan_ptr + tl.program_id(0) * 4
     first, last = tl.load(item + 1), tl.load(item + 2)
     if first >= last:
         return
-    num_rows = (last - first) * HEADS
-    tl.assume(num_rows > 0)
     batch, first_key, stop_key, _ = load_block(blocks_ptr, tl.load(item))
     group = tl.cast(group, tl.int64)
 
-    column = tl.arange(0, COLUMNS)
+    column = OFFSET + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
     wide = depth.to(tl.int64)[None, :]
     key = (first_key + column).to(tl.int64)
@@ -239,30 +246,33 @@ def gradient_kernel(
 
     q_base = q_ptr + batch * stride_qb + group * HEADS * stride_qh
     grad_base = grad_out_ptr + batch * stride_gb + group * HEADS * stride_gh
-    partial_q_ptr += first.to(tl.int64) * HEADS * HEAD_DIM
     lane = tl.arange(0, ROWS)
     # The addresses of the next rows are known one step ahead, so that the copies in flight need not wait for them.
-    upcoming = tl.load(queries_ptr + first + lane // HEADS, mask=lane < num_rows, other=0)
+    upcoming = tl.load(queries_ptr + (first * HEADS + lane) // HEADS, mask=first * HEADS + lane < last * HEADS, other=0)
     grad_k = tl.zeros([COLUMNS, DEPTH], tl.float32)
     grad_v = tl.zeros([COLUMNS, DEPTH], tl.float32)
-    for start in range(0, num_rows, ROWS):
+    for start in range(first * HEADS, last * HEADS, ROWS):
         row = start + lane
-        live = row < num_rows
+        live = row < last * HEADS
         query = upcoming.to(tl.int64)
         head = (row % HEADS).to(tl.int64)
-        upcoming = tl.load(queries_ptr + first + (row + ROWS) // HEADS, mask=row + ROWS < num_rows, other=0)
+        upcoming = tl.load(queries_ptr + (row + ROWS) // HEADS, mask=row + ROWS < last * HEADS, other=0)
         q_rows = q_base + query * stride_qs + head * stride_qh
         grad_rows = grad_base + query * stride_gs + head * stride_gh
-        mask = live[:, None] & (depth < HEAD_DIM)[None, :]
+        mask = live[:, None] if HEAD_DIM == DEPTH else live[:, None] & (depth < HEAD_DIM)[None, :]
         q = tl.load(q_rows[:, None] + wide * stride_qd, mask=mask, other=0.0)
         grad = tl.load(grad_rows[:, None] + wide * stride_gd, mask=mask, other=0.0)
-        lse2 = tl.load(row_lse2_ptr + first * HEADS + row, mask=live, other=0.0)
-        delta = tl.load(row_delta_ptr + first * HEADS + row, mask=live, other=0.0)
-        limit = tl.load(limits_ptr + first + row // HEADS, mask=live, other=0)
-        grad_q, grad_k, grad_v = gradient_tile(q, grad, k, v, lse2, delta, limit, grad_k, grad_v, scale)
-        place = partial_offsets(row[None, :], depth[:, None], HEADS, HEAD_DIM)
-        mask = live[None, :] & (depth < HEAD_DIM)[:, None]
-        tl.store(partial_q_ptr + place, grad_q.to(partial_q_ptr.dtype.element_ty), mask=mask)
+        lse2 = tl.load(row_lse2_ptr + row, mask=live, other=0.0)
+        delta = tl.load(row_delta_ptr + row, mask=live, other=0.0)
+        limit = tl.load(limits_ptr + row // HEADS, mask=live, other=0)
+        grad_q, grad_k, grad_v = gradient_tile(q, grad, k, v, lse2, delta, limit, grad_k, grad_v, scale, OFFSET, SWAP)
+        entry = start // HEADS
+        partial_q = partial_q_ptr + entry.to(tl.int64) * (HEADS * HEAD_DIM)
+        place = partial_offsets((row - entry * HEADS)[None, :], depth[:, None], HEADS, HEAD_DIM)
+        mask = live[None, :] if HEAD_DIM == DEPTH else live[None, :] & (depth < HEAD_DIM)[:, None]
+        if OFFSET > 0:
+            grad_q += tl.load(partial_q + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(partial_q + place, grad_q.to(partial_q_ptr.dtype.element_ty), mask=mask)
 
     # Loaded again: the loop leaves no register to keep them in.
     item = plan_ptr + tl.program_id(0) * 4
@@ -272,13 +282,15 @@ def gradient_kernel(
     alone = slot < 0
     place = tl.where(alone, (batch * num_kv_heads + group) * seqlen_k + first_key, slot * BLOCK) * HEAD_DIM
     tile = column[:, None] * HEAD_DIM + depth[None, :]
+    # Not `inside & alone`, which the interpreter turns into integers.
+    summed = inside & (column < tl.where(alone, BLOCK, 0))[:, None]
     k_tile = tl.where(alone, grad_k_ptr, partial_k_ptr) + place + tile
-    tl.store(k_tile, grad_k * scale + tl.load(k_tile, mask=inside & alone, other=0.0), mask=inside)
+    tl.store(k_tile, grad_k * scale + tl.load(k_tile, mask=summed, other=0.0), mask=inside)
     v_tile = tl.where(alone, grad_v_ptr, partial_v_ptr) + place + tile
-    tl.store(v_tile, grad_v + tl.load(v_tile, mask=inside & alone, other=0.0), mask=inside)
+    tl.store(v_tile, grad_v + tl.load(v_tile, mask=summed, other=0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["chunk", "group", "num_items"])
+@triton.jit(do_not_specialize=["chunk", "group"])
 def sum_pieces_kernel(
     blocks_ptr,
     plan_ptr,
@@ -289,7 +301,6 @@ def sum_pieces_kernel(
     grad_v_ptr,
     chunk,
     group,
-    num_items,
     seqlen_k,
     num_kv_heads,
     HEAD_DIM: tl.constexpr,
@@ -376,12 +387,215 @@ def plan_pieces(index: ReverseIndex, pieces: Pieces) -> Tensor:
 
 
 def gradient_constants(config: BackwardConfig, group_size: int, head_dim: int, block_size: int) -> dict[str, int]:
-    """The compile-time arguments of `gradient_kernel`."""
+    """The compile-time arguments of `gradient_kernel`, but for OFFSET."""
     return {
         "HEADS": group_size,
         "HEAD_DIM": head_dim,
         "BLOCK": block_size,
         "ROWS": config.rows,
-        "COLUMNS": padded(block_size),
+        "COLUMNS": config.columns,
         "DEPTH": padded(head_dim),
+        "SWAP": config.swap,
     }
+
+
+def row_statistics(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, num_kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    """delta and the lse in base 2, [B, Hkv, Sq, G] fp32."""
+    batch, num_heads, seqlen_q, head_dim = out.shape
+    group_size = num_heads // num_kv_heads
+    delta, lse2 = (lse.new_empty(batch, num_kv_heads, seqlen_q, group_size) for _ in range(2))
+    depth = padded(head_dim)
+    rows = max(16, 4096 // depth)
+    given = lse if grad_lse is None else grad_lse
+    statistics_kernel[(triton.cdiv(seqlen_q * group_size, rows), batch * num_kv_heads)](
+        grad_out,
+        given,
+        out,
+        lse,
+        delta,
+        lse2,
+        *grad_out.stride(),
+        *given.stride(),
+        *out.stride(),
+        *lse.stride(),
+        seqlen_q,
+        num_kv_heads,
+        HEADS=group_size,
+        HEAD_DIM=head_dim,
+        ROWS=rows,
+        DEPTH=depth,
+        GRAD_LSE=grad_lse is not None,
+        num_warps=4,
+    )
+    return delta, lse2
+
+
+def indexed_chunks(
+    block_indices: Tensor | None, sequences: Tensor, step: int, length: int, **shape: int
+) -> Iterator[tuple[ReverseIndex, Pieces]]:
+    """The index of chunks of `step` tokens: of all at once, or, if every block is an entry, of one after the other."""
+    num_tokens = shape["batch"] * shape["seqlen_q"]
+    reach = step if block_indices is None else num_tokens
+    for start in range(0, num_tokens, reach):
+        tokens = range(start, min(start + reach, num_tokens))
+        index = reverse_index(block_indices, sequences, chunk_tokens=step, tokens=tokens, **shape)
+        yield index, index.pieces(length)
+
+
+def block_sparse_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor | None,
+    sequences: Tensor,
+    block_size: int,
+    scale: float,
+    config: BackwardConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_q, grad_k, grad_v from the gradients of out and lse (None for zero).
+
+    `config` overrides the choice of tiles, for tests and tuning.
+    """
+    batch, num_heads, seqlen_q, head_dim = q.shape
+    num_kv_heads, seqlen_k = k.shape[1:3]
+    group_size = num_heads // num_kv_heads
+    topk = triton.cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
+    grad_k, grad_v = (lse.new_zeros(k.shape) for _ in range(2))
+    if q.numel() * topk * seqlen_k == 0:
+        return q.new_zeros(q.shape), grad_k.to(k.dtype), grad_v.to(v.dtype)
+    grad_q = q.new_empty(q.shape)
+    config = config or backward_config(
+        target_of(q.device),
+        group_size=group_size,
+        head_dim=head_dim,
+        block_size=block_size,
+        element_size=q.element_size(),
+    )
+    delta, lse2 = row_statistics(grad_out, grad_lse, out, lse, num_kv_heads)
+
+    step = chunk_tokens(batch * seqlen_q, topk * group_size * head_dim * q.element_size())
+    # Rows of a chunk are numbered in 32 bits.
+    step = max(1, min(step, (2**31 - 1) // (topk * group_size) - config.rows))
+    num_entries = min(step, batch * seqlen_q) * topk
+    num_slots = 2 * num_entries // config.length if num_entries > config.length else 0
+    partial_q = q.new_empty(num_entries, group_size, head_dim)
+    partial_k, partial_v = (lse.new_empty(num_slots, block_size, head_dim) for _ in range(2))
+    queries, limits, places = (sequences.new_empty(num_entries) for _ in range(3))
+    row_delta, row_lse2 = (lse.new_empty(num_entries, group_size) for _ in range(2))
+
+    lanes = triton.next_power_of_2(group_size)
+    entries = max(1, 1024 // lanes)
+    constants = gradient_constants(config, group_size, head_dim, block_size)
+    depth = constants["DEPTH"]
+    heads = min(lanes, max(1, 2048 // depth))
+    shape = {
+        "batch": batch,
+        "num_kv_heads": num_kv_heads,
+        "seqlen_q": seqlen_q,
+        "seqlen_k": seqlen_k,
+        "block_size": block_size,
+    }
+    for index, pieces in indexed_chunks(block_indices, sequences, step, config.length, **shape):
+        plans = plan_pieces(index, pieces)
+        for chunk, plan in enumerate(plans):
+            chunks = index.num_chunks // num_kv_heads
+            group, first_token = chunk // chunks, chunk % chunks * index.chunk_tokens
+            tokens = min(index.chunk_tokens, index.num_tokens - first_token)
+            places.fill_(-1)
+            gather_kernel[(triton.cdiv(tokens * topk, entries),)](
+                index.blocks,
+                index.numbers,
+                index.entries,
+                index.offsets,
+                delta,
+                lse2,
+                queries,
+                limits,
+                places,
+                row_delta,
+                row_lse2,
+                chunk,
+                index.first_token,
+                index.num_tokens,
+                index.chunk_tokens,
+                index.num_blocks,
+                topk,
+                seqlen_q,
+                num_kv_heads,
+                HEADS=group_size,
+                ENTRIES=entries,
+                LANES=lanes,
+                num_warps=4,
+            )
+            for offset in range(0, block_size, config.columns):
+                gradient_kernel[(pieces.num_items,)](
+                    grad_out,
+                    q,
+                    k,
+                    v,
+                    index.blocks,
+                    plan,
+                    queries,
+                    limits,
+                    row_delta,
+                    row_lse2,
+                    partial_q,
+                    partial_k,
+                    partial_v,
+                    grad_k,
+                    grad_v,
+                    *grad_out.stride(),
+                    *q.stride(),
+                    *k.stride(),
+                    *v.stride(),
+                    group,
+                    seqlen_k,
+                    num_kv_heads,
+                    scale,
+                    **constants,
+                    OFFSET=offset,
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                )
+            if num_slots > 0:
+                sum_pieces_kernel[(index.num_blocks, triton.cdiv(block_size, 16))](
+                    index.blocks,
+                    plan,
+                    pieces.ends,
+                    partial_k,
+                    partial_v,
+                    grad_k,
+                    grad_v,
+                    chunk,
+                    group,
+                    seqlen_k,
+                    num_kv_heads,
+                    HEAD_DIM=head_dim,
+                    BLOCK=block_size,
+                    KEYS=16,
+                    DEPTH=depth,
+                    num_warps=4,
+                )
+            sum_slots_kernel[(tokens, triton.cdiv(group_size, heads))](
+                places,
+                partial_q,
+                grad_q,
+                group,
+                index.first_token + first_token,
+                seqlen_q,
+                num_kv_heads,
+                topk,
+                HEADS=group_size,
+                HEAD_DIM=head_dim,
+                SLOTS=4,
+                TILE=heads,
+                DEPTH=depth,
+                num_warps=max(1, min(8, heads * depth // 256)),
+            )
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)

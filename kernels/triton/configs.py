@@ -170,12 +170,19 @@ def attend_config(
     return AttendConfig(chunk, 4, num_stages, triton.cdiv(steps, triton.cdiv(steps, num_splits)))
 
 
+def launch_options(num_warps: int, num_stages: int, max_registers: int | None) -> dict[str, int]:
+    """What Triton takes at a launch; max_registers is a limit a thread, for NVIDIA GPUs only."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return options if max_registers is None else {**options, "maxnreg": max_registers}
+
+
 @dataclass(frozen=True)
 class ForwardConfig:
     """How the main branch's forward is cut up.
 
     rows: packed query rows a step of the KV-outer kernel; length: entries of a piece; walk_rows: rows of a tile that
-    walks the union of its tokens' blocks, and walk_limit: the longest union that it walks, 0 for never.
+    walks the union of its tokens' blocks, walk_columns: keys a step of it, and walk_limit: the longest union that it
+    walks, 0 for never.
     """
 
     rows: int
@@ -184,14 +191,20 @@ class ForwardConfig:
     max_registers: int | None
     length: int
     walk_rows: int
+    walk_columns: int
     walk_warps: int
     walk_stages: int
+    walk_registers: int | None
+    walk_tma: bool
     walk_limit: int
 
     def launch_options(self) -> dict[str, int]:
         """Launch options of the KV-outer kernel."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
+        return launch_options(self.num_warps, self.num_stages, self.max_registers)
+
+    def walk_options(self) -> dict[str, int]:
+        """Launch options of the walking kernel."""
+        return launch_options(self.walk_warps, self.walk_stages, self.walk_registers)
 
     def walk_tokens(self, group_size: int) -> int:
         """Tokens of a walking tile; their membership is a bit each of an int64."""
@@ -203,45 +216,66 @@ def forward_config(
 ) -> ForwardConfig:
     """Tiles of the main branch's forward: keys, values, queries and the copies in flight fill the shared memory."""
     columns, depth = padded(block_size), padded(head_dim)
-    tile = columns * depth * element_size
     hopper = target.backend == "cuda" and target.arch in (90, 100, 103)
-    rows = 128 if hopper or target.arch == 80 else 64
-    walk_rows = 128
-    if element_size > 2 or columns * depth > 128 * 128 or target.shared_memory < 163 << 10:
-        rows = walk_rows = 32 if element_size > 2 else 64
-    walk_rows = max(walk_rows, padded(group_size))
-    row_bytes = depth * element_size
-    num_stages = max(1, min(3, (target.shared_memory - 2 * tile - rows * columns * element_size) // (rows * row_bytes)))
-    walk_stages = max(1, min(3, (target.shared_memory - walk_rows * row_bytes) // (2 * tile)))
-    if target.backend == "hip":
-        num_stages, walk_stages = min(num_stages, 2), 1
+    # What is meant for tiles of 128 keys of 128 numbers of 16 bits takes fewer rows of anything larger.
+    large = max(1, columns * depth * element_size // (128 * 128 * 2))
+    # Below Hopper the block's keys and values end up in registers, which leaves less room for rows.
+    rows = max(16, (64 if hopper else 16 if depth <= 64 else 32) // large)
+    # Half a block a step: with 128 registers a thread, two programs share a multiprocessor.
+    walk_columns = max(16, min(columns, 64 // large))
+    walk_rows = max(padded(group_size), (128 if hopper else 64) // large)
+    walk_tile = (walk_rows + 4 * walk_columns) * depth * element_size
     return ForwardConfig(
         rows=rows,
-        num_warps=8 if rows * columns > 64 * 64 else 4,
-        num_stages=num_stages,
-        max_registers=None,
-        length=max(16, 8192 // group_size),
+        num_warps=4 if hopper or target.backend == "hip" or depth <= 64 else 8,
+        num_stages=1,
+        max_registers=168 if target.arch == 90 and large == 1 else None,
+        length=max(16, 2048 // group_size),
         walk_rows=walk_rows,
-        walk_warps=8 if walk_rows * columns > 64 * 64 else 4,
-        walk_stages=walk_stages,
-        walk_limit=topk + topk * 3 // 4,
+        walk_columns=walk_columns,
+        walk_warps=8 if walk_rows * walk_columns > 64 * 64 else 4,
+        walk_stages=2 if target.backend == "cuda" and walk_tile <= target.shared_memory else 1,
+        walk_registers=128 if target.arch == 90 and large == 1 else None,
+        walk_tma=hopper and element_size == 2,
+        walk_limit=topk * 9 // 4,
     )
 
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """rows: query rows a step; length: rows of a piece, one program's share of a list."""
+    """rows: query rows a step; columns: keys of a block that one program holds, those beyond take launches of their own;
+    length: entries of a piece, one program's share of a list; swap: see `gradient_tile`.
+    """
 
     rows: int
+    columns: int
     num_warps: int
     num_stages: int
-    length: int = 8192
+    length: int
+    swap: bool
 
 
 def backward_config(
     target: Target, *, group_size: int, head_dim: int, block_size: int, element_size: int
 ) -> BackwardConfig:
-    return BackwardConfig(64, 8, 2)
+    """Tiles of the main branch's backward: dK and dV fill the registers, K, V and the rows on their way shared memory."""
+    depth = padded(head_dim)
+    large = target.backend == "cuda" and target.shared_memory >= 163 << 10
+    hopper = large and target.arch in (90, 100, 103)
+    if element_size > 2:
+        rows, columns, num_stages = 16, 4096 // depth, 1
+    elif hopper:
+        rows, columns, num_stages = (64, 128, 3) if depth <= 128 else (32, 64, 2)
+    elif large:
+        rows, columns, num_stages = 32, min(128, 16384 // depth), 2
+    elif target.backend == "cuda":
+        rows, columns, num_stages = 32 if depth <= 64 else 16, 128 if depth <= 128 else 32, 2
+    else:
+        rows, columns, num_stages = 32 if depth <= 128 else 16, 128 if depth <= 128 else 32, 1
+    columns = min(columns, padded(block_size))
+    num_warps = 4 if target.backend == "hip" or columns * depth <= 64 * 64 and element_size <= 2 else 8
+    swap = target.backend == "cuda" and (element_size > 2 or not large or (depth > 128 and not hopper))
+    return BackwardConfig(rows, columns, num_warps, num_stages, max(16, 8192 // group_size), swap)
 
 
 @dataclass(frozen=True)
@@ -258,4 +292,19 @@ class LossConfig:
 def loss_config(
     target: Target, *, head_dim: int, index_head_dim: int, block_size: int, element_size: int
 ) -> LossConfig:
-    return LossConfig(64, padded(block_size), 8, 2)
+    """Tiles of the index loss, by its registers: the tile of the teacher, and the gradient of a part's index keys."""
+    depth, index_depth = padded(head_dim), padded(index_head_dim)
+    wide = max(depth, index_depth) > 128
+    columns = padded(block_size)
+    if element_size > 2:
+        return LossConfig(16, min(columns, 16 if wide else 32), 8 if wide else 4, 1)
+    if target.backend == "hip":
+        return LossConfig(16 if wide else 32, min(columns, 32 if wide else 128), 4, 1)
+    hopper, blackwell = target.arch == 90, target.arch in (100, 103)
+    rows = 64 if hopper or (blackwell and not wide) else 32
+    columns = min(columns, 64 if blackwell else 128)
+    if wide:
+        columns = min(columns, 64 if hopper else 32)
+    kept = columns * (depth + index_depth) + rows * (index_depth + columns)
+    num_stages = (target.shared_memory // element_size - kept) // (rows * depth)
+    return LossConfig(rows, columns, 8, max(1, min(3 if rows == 64 else 2, num_stages)))

@@ -41,7 +41,17 @@ from .primitives import LN_2, LOG2_E
 from .reverse_index import Pieces, ReverseIndex, chunk_origin, load_block, load_piece, reverse_index
 
 TINY = tl.constexpr(1.1754943508222875e-38)
-VARYING = ["chunk", "first_token", "num_tokens", "chunk_tokens", "num_blocks", "num_items", "num_lists", "topk"]
+VARYING = [
+    "group_size",
+    "chunk",
+    "first_token",
+    "num_tokens",
+    "chunk_tokens",
+    "num_blocks",
+    "num_items",
+    "num_lists",
+    "topk",
+]
 
 
 @triton.jit
@@ -205,15 +215,15 @@ def sum_teacher(
     stride_qh,
     stride_qs,
     stride_qd,
+    group_size,
     scale,
-    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Sum over a group's heads of exp2(scale <q, k> - lse log2(e)), [ROWS, COLUMNS]."""
     precision: tl.constexpr = "ieee" if k.dtype == tl.float32 else "tf32"
     teacher = tl.zeros([query.shape[0], k.shape[0]], tl.float32)
-    for head in tl.range(0, HEADS, num_stages=STAGES):
+    for head in tl.range(0, group_size, num_stages=STAGES):
         lse = tl.load(lse_rows + head) * LOG2_E
         q = load_rows(q_base + tl.cast(head, tl.int64) * stride_qh, query, stride_qs, stride_qd, HEAD_DIM, k.shape[1])
         scores = tl.dot(q, tl.trans(k), input_precision=precision)
@@ -256,6 +266,7 @@ def index_loss_kernel(
     stride_ys,
     stride_yd,
     num_groups,
+    group_size,
     seqlen_q,
     seqlen_k,
     chunk,
@@ -267,7 +278,6 @@ def index_loss_kernel(
     topk,
     scale,
     index_scale,
-    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     INDEX_DIM: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -282,13 +292,13 @@ def index_loss_kernel(
 
     lse [B*Sq, Hq] natural; index_lse [token in chunk], scale and index_scale in base 2.
     """
-    block, begin, stop, pieces = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
+    block, begin, stop, _ = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
     if block >= num_blocks:
         return
     batch, first_key, stop_key, shift = load_part(blocks_ptr, block, COLUMNS)
     origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
     group = tl.cast(chunk // tl.cdiv(num_tokens, chunk_tokens), tl.int64)
-    q_base = q_ptr + batch * stride_qb + group * HEADS * stride_qh
+    q_base = q_ptr + batch * stride_qb + group * group_size * stride_qh
     k_base = k_ptr + batch * stride_kb + group * stride_kh
     x_base = index_q_ptr + batch * stride_xb + group * stride_xh
     y_base = index_k_ptr + batch * stride_yb
@@ -297,7 +307,7 @@ def index_loss_kernel(
     precision: tl.constexpr = "ieee" if index_k.dtype == tl.float32 else "tf32"
     query0 = (token0 - batch * seqlen_q).to(tl.int32)
     num_entries = (stop - begin).to(tl.int32)
-    lse_base = lse_ptr + (batch * seqlen_q * num_groups + group) * HEADS
+    lse_base = lse_ptr + (batch * seqlen_q * num_groups + group) * group_size
     num_keys = stop_key - first_key
     lead = shift + 1 - first_key
     column = tl.arange(0, COLUMNS)
@@ -309,9 +319,9 @@ def index_loss_kernel(
         local = load_entries(entries_ptr, begin, entry, num_entries, origin)
         query = query0 + local // topk
         index_q = load_rows(x_base, query, stride_xs, stride_xd, INDEX_DIM, INDEX_DEPTH)
-        lse_rows = lse_base + query.to(tl.int64) * (num_groups * HEADS)
+        lse_rows = lse_base + query.to(tl.int64) * (num_groups * group_size)
         teacher = sum_teacher(
-            q_base, lse_rows, k, query, stride_qh, stride_qs, stride_qd, scale, HEADS, HEAD_DIM, STAGES
+            q_base, lse_rows, k, query, stride_qh, stride_qs, stride_qd, group_size, scale, HEAD_DIM, STAGES
         )
         log_student = tl.zeros([ROWS, COLUMNS], tl.float32)
         # Always so. Without a branch the layout pass sees that this product feeds another, and has each warp hold
@@ -321,7 +331,7 @@ def index_loss_kernel(
         log_student = log_student * index_scale - tl.load(index_lse_ptr + local // topk)[:, None]
         num_seen = tl.where(entry < num_entries, tl.minimum(query + lead, num_keys), 0)
         seen = column[None, :] < num_seen[:, None]
-        teacher = tl.where(seen, teacher * (1.0 / HEADS), 0.0)
+        teacher = tl.where(seen, teacher * (1.0 / group_size), 0.0)
         ratio = fast_log2(tl.maximum(teacher, TINY)) - log_student
         loss += tl.sum(tl.where(teacher > 0.0, teacher * ratio, 0.0), axis=1)
         if WITH_GRAD:
@@ -407,13 +417,10 @@ def sum_pieces_kernel(
 def sum_slots_kernel(
     numbers_ptr,
     unit_ptr,
-    partial_loss_ptr,
     partial_q_ptr,
-    loss_ptr,
     grad_q_ptr,
     num_groups,
     seqlen_q,
-    all_tokens,
     chunk,
     first_token,
     num_tokens,
@@ -424,32 +431,24 @@ def sum_slots_kernel(
     INDEX_DEPTH: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
-    WITH_GRAD: tl.constexpr,
 ):
-    """loss [Hkv, B*Sq] and grad_q [B, Hkv, Sq, Di] of ROWS tokens: the sums over their used slots, in order."""
+    """grad_q [B, Hkv, Sq, Di] of ROWS tokens: the sums of partial_q over their used slots, in order."""
     origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
     group = tl.cast(chunk // tl.cdiv(num_tokens, chunk_tokens), tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token = token0 + row
     live = row < tl.minimum(chunk_tokens, first_token + num_tokens - token0)
     depth = tl.arange(0, INDEX_DEPTH)
     deep = (depth < INDEX_DIM)[None, :]
-    loss = tl.zeros([ROWS], tl.float32)
     grad_q = tl.zeros([ROWS, INDEX_DEPTH], tl.float32)
     for slot in range(0, topk):
         local = row * topk + slot
         used = tl.load(numbers_ptr + origin + local, mask=live, other=num_lists) < num_lists
         for part in tl.static_range(PARTS):
-            share = local * PARTS + part
-            loss += tl.load(partial_loss_ptr + share, mask=used, other=0.0)
-            if WITH_GRAD:
-                place = partial_q_ptr + share[:, None] * INDEX_DIM + depth[None, :]
-                grad_q += tl.load(place, mask=used[:, None] & deep, other=0.0)
-    tl.store(loss_ptr + group * all_tokens + token, loss, mask=live)
-    if WITH_GRAD:
-        place = (token // seqlen_q * num_groups + group) * seqlen_q + token % seqlen_q
-        grad_q *= tl.load(unit_ptr)
-        tl.store(grad_q_ptr + place[:, None] * INDEX_DIM + depth[None, :], grad_q, mask=live[:, None] & deep)
+            place = partial_q_ptr + (local * PARTS + part)[:, None] * INDEX_DIM + depth[None, :]
+            grad_q += tl.load(place, mask=used[:, None] & deep, other=0.0)
+    token = token0 + row
+    place = ((token // seqlen_q * num_groups + group) * seqlen_q + token % seqlen_q) * INDEX_DIM
+    tl.store(grad_q_ptr + place[:, None] + depth[None, :], grad_q * tl.load(unit_ptr), mask=live[:, None] & deep)
 
 
 def lse_constants(config: LossConfig, index_dim: int) -> dict[str, int]:
@@ -463,15 +462,230 @@ def lse_constants(config: LossConfig, index_dim: int) -> dict[str, int]:
     }
 
 
-def loss_constants(
-    config: LossConfig, group_size: int, head_dim: int, index_dim: int, with_grad: bool
-) -> dict[str, int | bool]:
+def loss_constants(config: LossConfig, head_dim: int, index_dim: int, with_grad: bool) -> dict[str, int | bool]:
     """The compile-time arguments of `index_loss_kernel`."""
     return {
         **lse_constants(config, index_dim),
-        "HEADS": group_size,
         "HEAD_DIM": head_dim,
         "DEPTH": padded(head_dim),
         "STAGES": config.num_stages,
         "WITH_GRAD": with_grad,
     }
+
+
+def piece_slots(pieces: Pieces) -> torch.Tensor:
+    """[chunks, items] int32: which place in the workspace holds a piece's grad_index_k, -1 for a list's only piece."""
+    counts = torch.nn.functional.pad(pieces.ends, (1, 0)).diff(dim=1)
+    several = torch.nn.functional.pad(counts, (0, 1)).gather(1, pieces.items.long()) > 1
+    return torch.where(several, several.cumsum(1) - 1, -1).int()
+
+
+def token_ranges(
+    block_indices: torch.Tensor | None, sequences: torch.Tensor, chunk_tokens: int, shape: dict[str, int]
+) -> Iterator[ReverseIndex]:
+    """The reverse index of all tokens, or, where each token's entries are all blocks, one of each chunk of them."""
+    if block_indices is not None:
+        yield reverse_index(block_indices, sequences, chunk_tokens=chunk_tokens, **shape)
+        return
+    num_tokens = shape["batch"] * shape["seqlen_q"]
+    for start in range(0, num_tokens, chunk_tokens):
+        tokens = range(start, min(start + chunk_tokens, num_tokens))
+        yield reverse_index(None, sequences, chunk_tokens=chunk_tokens, tokens=tokens, **shape)
+
+
+def slot_bytes(config: LossConfig, parts: int, index_dim: int, with_grad: bool, index_groups: int) -> int:
+    """Bytes that one slot of one token takes: partial results, and the reverse index of `index_groups` groups.
+
+    At most two pieces for every `length` entries keep a grad_index_k; the index is taken with what sorting it takes.
+    """
+    partial = 4 * parts
+    if with_grad:
+        partial += 4 * parts * index_dim * (config.length + 2 * config.columns) // config.length
+    return partial + 32 * index_groups
+
+
+def run_chunks(
+    index: ReverseIndex,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    index_q: torch.Tensor,
+    index_k: torch.Tensor,
+    lse_rows: torch.Tensor,
+    unit: torch.Tensor,
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    block_size: int,
+    scale: float,
+    index_scale: float,
+    with_grad: bool,
+    config: LossConfig,
+) -> torch.Tensor:
+    """The loss of each piece of an index; fills grad_q for the tokens of the index, and adds to grad_k."""
+    num_kv_heads, seqlen_q, index_dim = index_q.shape[1:]
+    seqlen_k, topk, size = k.shape[2], index.topk, index.chunk_tokens
+    parts = triton.cdiv(block_size, config.columns)
+    pieces = index.pieces(config.length)
+    slots = piece_slots(pieces)
+    losses = lse_rows.new_zeros(index.num_chunks, pieces.num_items, parts)
+    partial_lse = lse_rows.new_empty(size, topk, parts)
+    index_lse = lse_rows.new_empty(size)
+    partial_q = lse_rows.new_empty(size if with_grad else 0, topk, parts, index_dim)
+    num_slots = min(pieces.num_items, 2 * (size * topk // config.length)) if with_grad else 0
+    partial_k = lse_rows.new_empty(num_slots, parts, config.columns, index_dim)
+    lists = (index.blocks, index.entries, index.offsets, pieces.ends, pieces.items)
+    shares = min(64, triton.next_power_of_2(topk * parts))
+    rows = max(16, 1024 // shares)
+    dims = {"INDEX_DIM": index_dim, "INDEX_DEPTH": padded(index_dim)}
+    for chunk in range(index.num_chunks):
+        tokens = (chunk, index.first_token, index.num_tokens, size)
+        items = (*tokens, index.num_blocks, pieces.num_items, topk)
+        entries = (*tokens, index.num_chunks * index.num_blocks, topk)
+        block_lse_kernel[(pieces.num_items, parts)](
+            index_q,
+            index_k,
+            *lists,
+            partial_lse,
+            *index_q.stride(),
+            index_k.stride(0),
+            *index_k.stride()[2:],
+            seqlen_q,
+            *items,
+            index_scale * LOG2_E.value,
+            **lse_constants(config, index_dim),
+            num_warps=4,
+            num_stages=config.num_stages,
+        )
+        index_lse_kernel[(triton.cdiv(size, rows),)](
+            partial_lse, index.numbers, index_lse, *entries, PARTS=parts, ROWS=rows, SHARES=shares, num_warps=4
+        )
+        index_loss_kernel[(pieces.num_items, parts)](
+            q,
+            k,
+            index_q,
+            index_k,
+            lse_rows,
+            index_lse,
+            *lists,
+            slots,
+            unit,
+            losses,
+            partial_q,
+            partial_k,
+            grad_k,
+            *q.stride(),
+            *k.stride(),
+            *index_q.stride(),
+            index_k.stride(0),
+            *index_k.stride()[2:],
+            num_kv_heads,
+            q.shape[1] // num_kv_heads,
+            seqlen_q,
+            seqlen_k,
+            *items,
+            scale * LOG2_E.value,
+            index_scale * LOG2_E.value,
+            **loss_constants(config, q.shape[3], index_dim, with_grad),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        if num_slots > 0:
+            sum_pieces_kernel[(index.num_blocks, triton.cdiv(block_size, 16))](
+                index.blocks,
+                pieces.ends,
+                slots,
+                partial_k,
+                grad_k,
+                seqlen_k,
+                chunk,
+                index.num_blocks,
+                pieces.num_items,
+                **dims,
+                SIZE=parts * config.columns,
+                ROWS=16,
+                num_warps=4,
+            )
+        if with_grad:
+            sum_slots_kernel[(triton.cdiv(size, 16),)](
+                index.numbers,
+                unit,
+                partial_q,
+                grad_q,
+                num_kv_heads,
+                seqlen_q,
+                *entries,
+                **dims,
+                PARTS=parts,
+                ROWS=16,
+                num_warps=4,
+            )
+    return losses
+
+
+def index_loss(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    index_q: torch.Tensor,
+    index_k: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    lse: torch.Tensor,
+    sequences: torch.Tensor,
+    block_size: int,
+    scale: float,
+    index_scale: float,
+    with_grad: bool,
+    config: LossConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, grad_index_q, grad_index_k), as the module's docstring defines them; no gradients unless `with_grad`.
+
+    lse [B, Hq, Sq] is the main branch's, of the same blocks. block_indices [B, Hkv, Sq, topk] may be in any order and
+    hold -1, repeats, ids out of range and blocks that the query does not see; None stands for every visible block.
+    `config` overrides the choice of tiles.
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=q.device)
+    grad_q = torch.zeros(index_q.shape if with_grad else 0, dtype=torch.float32, device=q.device)
+    grad_k = torch.zeros(index_k.shape if with_grad else 0, dtype=torch.float32, device=q.device)
+    batch, _, seqlen_q, head_dim = q.shape
+    num_kv_heads, seqlen_k, index_dim = k.shape[1], k.shape[2], index_q.shape[3]
+    topk = triton.cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
+    if q.numel() == 0 or topk == 0 or seqlen_k == 0:
+        return loss.float(), grad_q, grad_k
+    config = config or loss_config(
+        target_of(q.device),
+        head_dim=head_dim,
+        index_head_dim=index_dim,
+        block_size=block_size,
+        element_size=q.element_size(),
+    )
+    start, end = key_ranges(sequences, batch, seqlen_q)
+    count = ((end > start).sum() * num_kv_heads).clamp(min=1)
+    unit = (index_scale / count).float()
+    lse_rows = lse.transpose(1, 2).contiguous()
+    parts = triton.cdiv(block_size, config.columns)
+    index_groups = num_kv_heads if block_indices is None else 0
+    size = chunk_tokens(batch * seqlen_q, topk * slot_bytes(config, parts, index_dim, with_grad, index_groups))
+    shape = {
+        "batch": batch,
+        "num_kv_heads": num_kv_heads,
+        "seqlen_q": seqlen_q,
+        "seqlen_k": seqlen_k,
+        "block_size": block_size,
+    }
+    for index in token_ranges(block_indices, sequences, size, shape):
+        losses = run_chunks(
+            index,
+            q,
+            k,
+            index_q,
+            index_k,
+            lse_rows,
+            unit,
+            grad_q,
+            grad_k,
+            block_size,
+            scale,
+            index_scale,
+            with_grad,
+            config,
+        )
+        loss += losses.sum(dtype=torch.float64)
+    return (loss / count).float(), grad_q, grad_k

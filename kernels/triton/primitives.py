@@ -167,6 +167,13 @@ def tile_ends_kernel(sequences_ptr, tile_ends_ptr, num_sequences, TOKENS: tl.con
         total += tl.sum(tiles, axis=0)
 
 
+def tma_ready(x: torch.Tensor) -> bool:
+    """Whether the bulk copy engine can read x [..., D]: 16-byte alignment throughout, dense last dimension."""
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides)
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and aligned
+
+
 def tile_ends(sequences: torch.Tensor, batch: int, seqlen_q: int, tokens: int) -> tuple[torch.Tensor, int, bool]:
     """The table that `find_tile` searches, the number of tiles to launch, and whether the table is needed.
 

@@ -40,6 +40,7 @@ from .primitives import (
     pack_keys,
     reverse_columns,
     tile_ends,
+    tma_ready,
     worst_kept,
 )
 
@@ -274,12 +275,6 @@ def key_tiles(index_k: torch.Tensor, config: SelectionConfig, block_size: int):
         [index_k.stride(0), index_k.stride(2), index_k.stride(3)],
         [1, block_size, index_k.shape[3]],
     )
-
-
-def tma_ready(x: torch.Tensor) -> bool:
-    """Whether the bulk copy engine can read x [B, 1, S, D]: 16-byte alignment throughout, dense last dimension."""
-    aligned = all(stride * x.element_size() % 16 == 0 for stride in (x.stride(0), x.stride(2)))
-    return x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(3) == 1 and x.stride(2) > 0 and aligned
 
 
 def selection_constants(

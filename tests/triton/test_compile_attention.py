@@ -6,7 +6,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import attention, configs, union  # noqa: E402
+from flexmsa.kernels.triton import attention, configs, union, walk  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
@@ -32,8 +32,8 @@ def chosen(target, shape):
 def test_by_block(build, target, shape):
     config, group_size, head_dim = chosen(target, shape)
     constants = attention.partial_constants(config, group_size, head_dim, BLOCK, TOPK, 0.1)
-    wide = {"entries_ptr": "*i64", "offsets_ptr": "*i64", "partial_ptr": "*bf16", "partial_lse_ptr": "*fp32"}
-    compiled = build(attention.partial_attention_kernel, target, constants, config.num_warps, config.num_stages, **wide)
+    wide = {"entries_ptr": "*i64", "offsets_ptr": "*i64", "partial_ptr": "*bf16", "partial_max_ptr": "*fp32"}
+    compiled = build(attention.partial_attention_kernel, target, constants, **config.launch_options(), **wide)
     if target.arch == 90:
         assert "wgmma.mma_async" in compiled.asm["ptx"]
     constants = attention.combine_constants(group_size, head_dim, TOPK)
@@ -43,8 +43,12 @@ def test_by_block(build, target, shape):
 @pytest.mark.parametrize("dense", [False, True], ids=["union", "dense"])
 def test_walk(build, target, shape, dense):
     config, group_size, head_dim = chosen(target, shape)
-    constants = union.walk_constants(config, group_size, head_dim, BLOCK, 0.1, False, dense)
-    compiled = build(union.walk_kernel, target, constants, config.walk_warps, config.walk_stages, members_ptr="*i64")
+    constants = walk.walk_constants(config, group_size, head_dim, BLOCK, 0.1, False, dense, config.walk_tma)
+    tile = f"tensordesc<bf16[1,1,{constants['COLUMNS']},{head_dim}]>" if config.walk_tma else "*bf16"
+    types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile}
+    # A limit of 128 registers costs the places of a few output rows, which are spilled once, outside the loops.
+    spills = 0 if config.walk_registers is None else 104
+    compiled = build(walk.walk_kernel, target, constants, **config.walk_options(), spills=spills, **types)
     if target.arch == 90:
         assert "wgmma.mma_async" in compiled.asm["ptx"]
 

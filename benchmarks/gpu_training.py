@@ -1,0 +1,199 @@
+"""Training and prefill on a GPU, beside dense attention: a part of `benchmarks/gpu.py`.
+
+The main branch, the KL loss and the selection are checked against the float64 oracle first, on shapes that reach every
+kernel, then timed on selections of four kinds. Times are milliseconds at M3's shape: 64 query heads, 4 KV heads, head
+dim 128, blocks of 128 keys, topk 16, bf16, causal, batch 1.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import flexmsa
+from flexmsa import AuxRequest
+from flexmsa.testing import Case, check_case
+
+HEADS, GROUPS, DEPTH, BLOCK, TOPK = 64, 4, 128, 128, 16
+SETTINGS = {"block_size": BLOCK, "topk": TOPK}
+Timer = Callable[[Callable[[], object]], float]
+
+
+def chosen(scores: Callable[[int, Tensor, int], Tensor], seqlen: int) -> Tensor:
+    """block_indices [1, 4, S, 16] of the best blocks by scores(group, queries, blocks), and the local one."""
+    num_blocks = -(-seqlen // BLOCK)
+    ids = torch.empty(1, GROUPS, seqlen, TOPK, dtype=torch.int32, device="cuda")
+    block = torch.arange(num_blocks, device="cuda")
+    for group in range(GROUPS):
+        for query in torch.arange(seqlen, device="cuda").split(8192):
+            newest = (query // BLOCK)[:, None]
+            best = scores(group, query, num_blocks).masked_fill(block == newest, torch.inf)
+            best = torch.nn.functional.pad(best.masked_fill(block > newest, -torch.inf), (0, TOPK), value=-torch.inf)
+            found = best.topk(TOPK)
+            ordered = found.indices.masked_fill(found.values == -torch.inf, num_blocks + 1).sort().values
+            ids[0, group, query] = ordered.masked_fill(ordered > num_blocks, -1).int()
+    return ids
+
+
+def random_selection(group: int, query: Tensor, num_blocks: int) -> Tensor:
+    return torch.rand(len(query), num_blocks, device="cuda")
+
+
+def first_block_hot(group: int, query: Tensor, num_blocks: int) -> Tensor:
+    """Random, but 99 % of the queries choose block 0."""
+    scores = torch.rand(len(query), num_blocks, device="cuda")
+    scores[:, 0] += (torch.rand(len(query), device="cuda") < 0.99) * 2.0
+    return scores
+
+
+def neighbours_share(group: int, query: Tensor, num_blocks: int) -> Tensor:
+    """A choice that changes every 64 tokens, and noise: eight neighbours choose 18 blocks or so between them."""
+    generator = torch.Generator("cuda").manual_seed(group)
+    slow = torch.randn(num_blocks * BLOCK // 64 + 1, num_blocks, device="cuda", generator=generator)
+    scores = slow[query // 64] + 0.05 * torch.randn(len(query), num_blocks, device="cuda")
+    scores[:, 0] = torch.inf
+    return scores
+
+
+def eight_hot_blocks(group: int, query: Tensor, num_blocks: int) -> Tensor:
+    """Eight blocks that every query chooses, once they are visible, the others at random."""
+    scores = torch.rand(len(query), num_blocks, device="cuda")
+    scores[:, :: max(1, num_blocks // 8)] += 2.0
+    return scores
+
+
+PATTERNS = {
+    "random": random_selection,
+    "block 0 hot": first_block_hot,
+    "neighbours share": neighbours_share,
+    "8 hot blocks": eight_hot_blocks,
+}
+
+CASES = [
+    Case(num_kv_heads=2, group_size=16, head_dim=128, index_head_dim=128, seqlen_q=700, seqlen_k=700, block_size=128),
+    Case(
+        num_kv_heads=2, group_size=4, head_dim=128, index_head_dim=64, seqlen_q=600, seqlen_k=600, block_size=64, topk=4
+    ),
+    Case(batch=2, group_size=3, head_dim=80, index_head_dim=80, seqlen_q=333, seqlen_k=333, block_size=48, topk=5),
+    Case(num_kv_heads=3, group_size=5, head_dim=64, index_head_dim=32, seqlen_q=90, seqlen_k=500, topk=9),
+    Case(group_size=7, head_dim=96, index_head_dim=96, seqlen_q=300, seqlen_k=300, block_size=32, topk=None),
+    Case(
+        group_size=12, head_dim=32, index_head_dim=32, seqlen_q=400, seqlen_k=400, cu_seqlens=(0, 1, 130, 400), topk=3
+    ),
+    Case(
+        group_size=1, num_kv_heads=4, head_dim=64, index_head_dim=64, seqlen_q=257, seqlen_k=257, topk=16, strided=True
+    ),
+    Case(batch=2, group_size=6, seqlen_q=200, seqlen_k=260, kv_starts=(0, 31), kv_lens=(260, 231), block_size=32),
+    Case(group_size=64, head_dim=64, index_head_dim=64, seqlen_q=150, seqlen_k=150, block_size=16, ties=True),
+    Case(group_size=2, head_dim=256, index_head_dim=256, seqlen_q=300, seqlen_k=300, block_size=256, topk=1),
+]
+
+
+def training_errors(backend: str | None = None) -> Iterator[str]:
+    """What is wrong with out, lse, loss or gradients, case by case; nothing if all is well."""
+    for number, case in enumerate(CASES):
+        for dtype in ("bfloat16", "float16", "float32") if number < 3 else ("bfloat16",):
+            try:
+                check_case(Case(**{**vars(case), "dtype": dtype}), device="cuda", backend=backend)
+            except AssertionError as error:
+                yield f"{dtype} {case}: {error}"
+    yield from repeat_errors()
+
+
+def repeat_errors() -> Iterator[str]:
+    """Results that are not bit for bit the same twice, where every list is split and both orders of work occur."""
+    inputs = training_inputs(16384)
+    ids = chosen(eight_hot_blocks, 16384)
+    ids[:, :, 8192:] = chosen(neighbours_share, 16384)[:, :, 8192:]
+    first, second = (train_step(*inputs, ids) for _ in range(2))
+    names = ("out", "loss", "q", "k", "v", "index_q", "index_k")
+    for name, x, y in zip(names, first, second, strict=True):
+        if not torch.equal(x, y):
+            yield f"{name} is not repeatable"
+        if not x.isfinite().all():
+            yield f"{name} is not finite"
+
+
+def training_inputs(seqlen: int) -> tuple[Tensor, ...]:
+    """q, k, v, index_q, index_k."""
+    return tuple(
+        torch.randn(1, heads, seqlen, DEPTH, device="cuda", dtype=torch.bfloat16)
+        for heads in (HEADS, GROUPS, GROUPS, GROUPS, 1)
+    )
+
+
+def train_step(q: Tensor, k: Tensor, v: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor) -> list[Tensor]:
+    """out, loss and the gradients of all five inputs."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, index_q, index_k)]
+    out, aux = flexmsa.block_sparse_attention(*leaves[:3], ids, block_size=BLOCK, return_aux=AuxRequest(lse=True))
+    loss = flexmsa.index_loss(*leaves[:2], *leaves[3:], ids, aux.lse, block_size=BLOCK)
+    weight = torch.linspace(-1, 1, DEPTH, device="cuda", dtype=out.dtype)
+    return [out, loss, *torch.autograd.grad((out * weight).sum() + loss, leaves)]
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def backward_time(call: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor | None, timer: Timer) -> float:
+    """Milliseconds of the backward of call(*inputs) alone."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    result = call(*leaves)
+    needed = [x for x in leaves if x.requires_grad]
+    return timer(lambda: torch.autograd.grad(result, needed, grad, retain_graph=True, allow_unused=True))
+
+
+def training_times(seqlen: int, timer: Timer, patterns: list[str], flex: bool) -> Iterator[tuple[str, float]]:
+    """(what, milliseconds) of every step of a training layer at one length, and of dense attention."""
+    q, k, v, index_q, index_k = training_inputs(seqlen)
+    grad = torch.randn_like(q)
+    yield "dense cuDNN, forward", timer(lambda: dense(q, k, v))
+    yield "dense cuDNN, backward", backward_time(dense, (q, k, v), grad, timer)
+    yield "selection", timer(lambda: flexmsa.select_blocks(index_q, index_k, **SETTINGS))
+    for pattern in patterns:
+        ids = chosen(PATTERNS[pattern], seqlen)
+        for backend in (None, "flex") if flex else (None,):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, ids: Tensor = ids, backend: str | None = backend) -> Tensor:
+                return flexmsa.block_sparse_attention(q, k, v, ids, block_size=BLOCK, backend=backend)
+
+            name = f"{pattern}, main branch{' by FlexAttention' if backend else ''}"
+            yield f"{name}, forward", timer(lambda attend=attend: attend(q, k, v))
+            yield f"{name}, backward", backward_time(attend, (q, k, v), grad, timer)
+        aux = AuxRequest(lse=True)
+        lse = flexmsa.block_sparse_attention(q, k, v, ids, block_size=BLOCK, return_aux=aux)[1].lse
+        leaves = index_q.requires_grad_(), index_k.requires_grad_()
+
+        def loss(ids: Tensor = ids, lse: Tensor = lse) -> Tensor:
+            return flexmsa.index_loss(q, k, *leaves, ids, lse, block_size=BLOCK)
+
+        yield f"{pattern}, KL value and gradient", timer(lambda loss=loss: torch.autograd.grad(loss(), leaves))
+
+
+def prefill_times(seqlen: int, timer: Timer, patterns: list[str]) -> Iterator[tuple[str, float]]:
+    """(what, milliseconds) of the forward steps alone, where dense attention takes seconds."""
+    q, k, v, index_q, index_k = training_inputs(seqlen)
+    yield "selection", timer(lambda: flexmsa.select_blocks(index_q, index_k, **SETTINGS))
+    for pattern in patterns:
+        ids = chosen(PATTERNS[pattern], seqlen)
+        attend = lambda ids=ids: flexmsa.block_sparse_attention(q, k, v, ids, block_size=BLOCK)  # noqa: E731
+        yield f"{pattern}, main branch, forward", timer(attend)
+    yield "dense cuDNN, forward", timer(lambda: dense(q, k, v))
+
+
+def floors(seqlen: int, flops: float, bandwidth: float) -> dict[str, float]:
+    """Milliseconds that the FLOPs of each step take; for KV-outer work also its bytes (docs/performance.md)."""
+    product = 2.0 * HEADS * DEPTH * seqlen * TOPK * BLOCK / flops * 1e3
+    gather = 2.0 * HEADS * DEPTH * seqlen * TOPK / bandwidth * 1e3
+    return {
+        "main branch, forward": 2 * product,
+        "main branch, backward": 5 * product,
+        "main branch, forward, bytes in KV-outer order": 3 * gather,
+        "main branch, backward, bytes in KV-outer order": 4 * gather,
+        "KL value and gradient": product * (1 + 3 * GROUPS / HEADS),
+        "selection": 1.0 * GROUPS * DEPTH * seqlen**2 / flops * 1e3,
+        "dense, forward": 2.0 * HEADS * DEPTH * seqlen**2 / flops * 1e3,
+    }

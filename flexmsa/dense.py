@@ -1,0 +1,25 @@
+"""Dense causal attention for the warm-up, through the fastest kernel that also gives the lse."""
+
+import torch
+from torch import Tensor
+
+from flexmsa.types import Lengths
+
+__all__ = ["cudnn_attention", "cudnn_runs"]
+
+
+def cudnn_runs(q: Tensor, k: Tensor, lengths: Lengths) -> bool:
+    """Whether cuDNN's fused attention takes these: 16 bits, D up to 128, one sequence a row, as many queries as keys."""
+    if q.device.type != "cuda" or torch.version.hip or not torch.backends.cudnn.is_available():
+        return False
+    fits = q.element_size() == 2 and q.shape[3] % 8 == 0 and q.shape[3] <= 128 and q.shape[2] == k.shape[2]
+    return fits and lengths == (None, None, None) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return out [B, Hq, S, D] and lse [B, Hq, S] float32, without a gradient of its own."""
+    # scaled_dot_product_attention takes the same operator, but keeps the lse to itself.
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, compute_log_sumexp=True, dropout_p=0.0, is_causal=True, return_debug_mask=False, scale=scale
+    )
+    return out.contiguous(), lse.detach().reshape(q.shape[:3])

@@ -1,0 +1,254 @@
+"""Attention in tiles of neighbouring tokens, each tile walking the union of its tokens' blocks.
+
+A tile is T tokens times the G heads of a group, `walk_rows` rows. It loads each block of the union once, in steps of
+`walk_columns` keys, and keeps a running softmax as dense flash attention does; a token that did not choose the block
+gives it no weight. No partial results go through memory. Blocks that all tokens see whole come first and take no mask.
+The unions are those of `union.choose_tiles`; without block_indices every visible block is walked.
+
+Cost: 4 U T G Bk D FLOPs a tile and group for a union of U blocks; 2 U Bk D elements of keys and values, mostly from L2.
+Where 128K tokens of M3's shape choose like their neighbours (U = 18 for 8 tokens), 10.1 TFLOP: 13 ms at 783 TFLOP/s.
+"""
+
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .configs import ForwardConfig, padded
+from .primitives import LN_2, LOG2_E, find_tile, load_sequence, tma_ready
+from .union import Tiles
+
+
+@triton.jit
+def load_member(list_ptr, members_ptr, place, step, token, DENSE: tl.constexpr):
+    """(block, whether each row's token chose it) of one element of a union; of the step itself if all are walked."""
+    if DENSE:
+        return step, token >= 0
+    return tl.load(list_ptr + place), ((tl.load(members_ptr + place) >> token) & 1) != 0
+
+
+@triton.jit
+def load_keys(
+    tiles, base, at, num_keys, stride_s, stride_d,
+    COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, MASKED: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows [COLUMNS, DEPTH] of k or v from `at`, (batch, group, key), on.
+
+    USE_TMA: by the bulk copy engine, all COLUMNS rows; else by pointer, and with MASKED zero from num_keys on.
+    """
+    batch, group, first_key = at
+    if USE_TMA:
+        return tl.reshape(tiles.load([batch.to(tl.int32), group.to(tl.int32), first_key, 0]), [COLUMNS, DEPTH])
+    column, d = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    place = base + (first_key + column).to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
+    if MASKED or HEAD_DIM != DEPTH:
+        return tl.load(place, mask=(column < num_keys)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(place)
+
+
+@triton.jit
+def walk_step(
+    acc,
+    row_max,
+    row_sum,
+    q,
+    k,
+    v,
+    last,
+    member,
+    scale,
+    MASKED: tl.constexpr,
+    POSITIVE: tl.constexpr,
+):
+    """Fold one step's keys into the running softmax (base 2) of the rows that are members.
+
+    last [ROWS]: the newest column each row sees. Without MASKED every row sees all of them. A positive scale is
+    multiplied in after the maximum, together with the subtraction of it.
+    """
+    column = tl.arange(0, k.shape[0])
+    precision: tl.constexpr = "ieee" if k.dtype == tl.float32 else "tf32"
+    scores = tl.dot(q, tl.trans(k), input_precision=precision)
+    if not POSITIVE:
+        scores, scale = scores * scale, 1.0
+    if MASKED:
+        scores = tl.where(column[None, :] <= last[:, None], scores, float("-inf"))
+    best = tl.max(scores, axis=1) * scale
+    new_max = tl.where(member, tl.maximum(row_max, best), row_max)
+    # exp2(finite - inf) = 0: a row that is no member needs no mask of its own for each score.
+    shift = tl.where(member & (new_max > float("-inf")), new_max, float("inf"))
+    weights = tl.exp2(scores * scale - shift[:, None])
+    decay = tl.exp2(row_max - tl.where(new_max == float("-inf"), 0.0, new_max))
+    row_sum = row_sum * decay + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=precision)
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def walk_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_tiles,
+    v_tiles,
+    sequences_ptr,
+    tile_ends_ptr,
+    list_ptr,
+    members_ptr,
+    counts_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_vd,
+    num_sequences,
+    seqlen_q,
+    limit,
+    scale,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TABLE: tl.constexpr,
+    DENSE: tl.constexpr,
+    STAGES: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    PARTS: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """out and lse of one tile of TOKENS tokens and one group; DENSE walks every visible block, without a list.
+
+    A block is walked in PARTS steps of COLUMNS keys.
+    """
+    number, num_tiles = tl.program_id(0), tl.num_programs(0)
+    group, num_groups = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    sequence, tile = find_tile(number, tile_ends_ptr, num_sequences, seqlen_q, TOKENS, TABLE)
+    if sequence >= num_sequences:
+        return
+    batch, q_start, q_end, k_start, k_end = load_sequence(sequences_ptr, sequence)
+    first = q_start + tile * TOKENS
+    if first >= q_end:
+        return
+    union = group * num_tiles + number
+    shift = k_end - q_end - k_start
+    if DENSE:
+        stop = tl.minimum(first + TOKENS, q_end)
+        length = tl.cdiv(tl.maximum(stop + shift, 0), BLOCK)
+        num_whole = tl.maximum(first + 1 + shift, 0) // BLOCK
+    else:
+        length, num_whole = tl.load(counts_ptr + union * 2), tl.load(counts_ptr + union * 2 + 1)
+        if length == 0:
+            return
+    row, d = tl.arange(0, ROWS), tl.arange(0, DEPTH)
+    token, head = row // GROUP_SIZE, row % GROUP_SIZE
+    query = first + token
+    live = (token < TOKENS) & (query < q_end)
+    inside = live[:, None] & (d < HEAD_DIM)[None, :]
+    q_row = batch * stride_qb + (group * GROUP_SIZE + head) * stride_qh + query.to(tl.int64) * stride_qs
+    q = tl.load(q_ptr + q_row[:, None] + d[None, :] * stride_qd, mask=inside, other=0.0)
+    k_base, v_base = k_ptr + batch * stride_kb + group * stride_kh, v_ptr + batch * stride_vb + group * stride_vh
+    row_max, row_sum = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DEPTH], tl.float32)
+    # Blocks that pad their columns are never whole.
+    num_clear = num_whole * PARTS if COLUMNS * PARTS == BLOCK else 0
+    for step in tl.range(0, num_clear, num_stages=STAGES):
+        block, member = load_member(list_ptr, members_ptr, union * limit + step // PARTS, step // PARTS, token, DENSE)
+        at = batch, group, k_start + block * BLOCK + step % PARTS * COLUMNS
+        k = load_keys(k_tiles, k_base, at, COLUMNS, stride_ks, stride_kd, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA)
+        v = load_keys(v_tiles, v_base, at, COLUMNS, stride_vs, stride_vd, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA)
+        acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, row, member, scale, False, POSITIVE)
+    for step in tl.range(num_clear, length * PARTS, num_stages=1):
+        block, member = load_member(list_ptr, members_ptr, union * limit + step // PARTS, step // PARTS, token, DENSE)
+        first_column = block * BLOCK + step % PARTS * COLUMNS
+        num_keys = tl.minimum(BLOCK - step % PARTS * COLUMNS, k_end - k_start - first_column)
+        last = tl.minimum(query + shift - first_column, num_keys - 1)
+        at = batch, group, k_start + first_column
+        k = load_keys(k_tiles, k_base, at, num_keys, stride_ks, stride_kd, COLUMNS, HEAD_DIM, DEPTH, True, False)
+        v = load_keys(v_tiles, v_base, at, num_keys, stride_vs, stride_vd, COLUMNS, HEAD_DIM, DEPTH, True, False)
+        acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, last, member, scale, True, POSITIVE)
+    # Read once more: places known from the start would be kept, and spilled, through both loops.
+    batch, q_start, q_end, _, _ = load_sequence(sequences_ptr, sequence)
+    query = q_start + tile * TOKENS + token
+    live = (token < TOKENS) & (query < q_end)
+    inside = live[:, None] & (d < HEAD_DIM)[None, :]
+    out_row = ((batch * num_groups + group) * GROUP_SIZE + head) * seqlen_q + query
+    acc = acc * tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
+    tl.store(out_ptr + out_row[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + out_row, (row_max + tl.log2(row_sum)) * LN_2, mask=live)
+
+
+def walk_constants(
+    config: ForwardConfig,
+    group_size: int,
+    head_dim: int,
+    block_size: int,
+    scale: float,
+    table: bool,
+    dense: bool,
+    tma: bool,
+) -> dict[str, int | bool]:
+    """The compile-time arguments of `walk_kernel`."""
+    columns = min(padded(block_size), config.walk_columns)
+    return {
+        "GROUP_SIZE": group_size,
+        "HEAD_DIM": head_dim,
+        "BLOCK": block_size,
+        "COLUMNS": columns,
+        "PARTS": triton.cdiv(block_size, columns),
+        "DEPTH": padded(head_dim),
+        "ROWS": config.walk_rows,
+        "TOKENS": config.walk_tokens(group_size),
+        "TABLE": table,
+        "DENSE": dense,
+        "STAGES": config.walk_stages,
+        "POSITIVE": scale > 0,
+        "USE_TMA": tma,
+    }
+
+
+def key_tiles(x, columns: int):
+    """k or v [B, Hkv, Sk, D] as tiles [1, 1, columns, D] for the bulk copy engine."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, columns, x.shape[3]])
+
+
+def walk_tiles(
+    q, k, v, tiles: Tiles, sequences, block_size: int, scale: float, config: ForwardConfig, out, lse
+) -> None:
+    """Fill out and lse of the tokens in walking tiles; layouts as in `attention`."""
+    group_size, head_dim = q.shape[1] // k.shape[1], q.shape[3]
+    dense = tiles.list is None
+    tma = config.walk_tma and head_dim == padded(head_dim) and tma_ready(k) and tma_ready(v)
+    constants = walk_constants(config, group_size, head_dim, block_size, scale, tiles.table, dense, tma)
+    walk_kernel[(tiles.num_tiles, k.shape[1])](
+        q,
+        k,
+        v,
+        key_tiles(k, constants["COLUMNS"]) if tma else k,
+        key_tiles(v, constants["COLUMNS"]) if tma else v,
+        sequences,
+        tiles.ends,
+        sequences if dense else tiles.list,
+        sequences if dense else tiles.members,
+        sequences if dense else tiles.counts,
+        out,
+        lse,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        sequences.shape[0],
+        q.shape[2],
+        tiles.limit,
+        scale * LOG2_E.value,
+        **constants,
+        **config.walk_options(),
+    )
