@@ -13,12 +13,13 @@ The work goes chunk by chunk (see `reverse_index`), four launches each:
 - `gradient_kernel`: one program owns one piece of a block's list. It holds K, V, dK and dV of the block and walks the
   rows, row r being head r % G of entry r // G. It writes the rows' own share of dQ, [entries, G, D] in q's dtype (heads
   innermost if G is a multiple of 8: that is how the products leave them), and adds dK and dV to the fp32 sums if the
-  list has no other piece; else they are kept apart;
+  list has no other piece; else they are kept apart. If registers cannot hold dK and dV of a whole block, there is a
+  launch for each part of its keys;
 - `sum_pieces_kernel`: one program owns some keys of a block whose list has several pieces, and adds them in order;
 - `sum_slots_kernel`: one program owns some heads of one token, and sums dQ over its slots in order.
 
 For E = B Hkv Sq topk entries and R = E G rows: 10 R block_size D FLOPs; 2 R D elements of q and dO are gathered, R D of
-dQ written and read again. At M3's shape and 128K tokens, bf16: 22 PFLOP, 28 ms, beside 68 + 69 GB, 32 ms, of which the
+dQ written and read again. At M3's shape and 128K tokens, bf16: 22 TFLOP, 28 ms, beside 68 + 69 GB, 32 ms, of which the
 reading of dQ, 8 ms, does not overlap with the products.
 """
 
@@ -126,14 +127,15 @@ def gather_kernel(
     entry = tl.load(entries_ptr + begin + place, mask=live, other=0)
     block = tl.load(numbers_ptr + entry, mask=live, other=0) - chunk * num_blocks
     origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
-    local = entry - origin
-    token = token0 + local // topk
-    batch, query = token // seqlen_q, token % seqlen_q
+    # Tokens, and entries of a chunk, are numbered in 32 bits, and divided much faster so.
+    local = tl.where(live, entry - origin, 0).to(tl.int32)
+    token = token0.to(tl.int32) + local // topk
+    batch, query = (token // seqlen_q).to(tl.int64), token % seqlen_q
     first_key = tl.load(blocks_ptr + block * 4 + 1, mask=live, other=0)
     stop_key = tl.load(blocks_ptr + block * 4 + 2, mask=live, other=0)
     shift = tl.load(blocks_ptr + block * 4 + 3, mask=live, other=0)
-    limit = tl.minimum(stop_key, query.to(tl.int32) + shift + 1) - first_key
-    tl.store(queries_ptr + place, query.to(tl.int32), mask=live)
+    limit = tl.minimum(stop_key, query + shift + 1) - first_key
+    tl.store(queries_ptr + place, query, mask=live)
     tl.store(limits_ptr + place, limit, mask=live)
     tl.store(places_ptr + local, place.to(tl.int32), mask=live)
 
@@ -481,7 +483,7 @@ def block_sparse_attention_backward(
 
     step = chunk_tokens(batch * seqlen_q, topk * group_size * head_dim * q.element_size())
     # Rows of a chunk are numbered in 32 bits.
-    step = max(1, min(step, (2**31 - 1) // (topk * group_size) - config.rows))
+    step = max(1, min(step, (2**31 - 1) // (topk * group_size) - 2 * config.rows))
     num_entries = min(step, batch * seqlen_q) * topk
     num_slots = 2 * num_entries // config.length if num_entries > config.length else 0
     partial_q = q.new_empty(num_entries, group_size, head_dim)

@@ -206,9 +206,9 @@ class ForwardConfig:
         """Launch options of the walking kernel."""
         return launch_options(self.walk_warps, self.walk_stages, self.walk_registers)
 
-    def walk_tokens(self, group_size: int) -> int:
-        """Tokens of a walking tile; their membership is a bit each of an int64."""
-        return max(1, min(64, self.walk_rows // group_size))
+    def walk_tokens(self, group_size: int, topk: int) -> int:
+        """Tokens of a walking tile: a bit each of an int64, and no more choices between them than one sort takes."""
+        return max(1, min(64, self.walk_rows // group_size, 4096 // triton.next_power_of_2(topk)))
 
 
 def forward_config(
@@ -225,6 +225,9 @@ def forward_config(
     walk_columns = max(16, min(columns, 64 // large))
     walk_rows = max(padded(group_size), (128 if hopper else 64) // large)
     walk_tile = (walk_rows + 4 * walk_columns) * depth * element_size
+    # Where a whole block of keys and values does not fit, every tile walks, in steps of part of a block.
+    block_bytes = 2 * columns * depth * element_size
+    fits = block_bytes + rows * depth * element_size <= max(target.shared_memory, 72 << 10)
     return ForwardConfig(
         rows=rows,
         num_warps=4 if hopper or target.backend == "hip" or depth <= 64 else 8,
@@ -237,14 +240,14 @@ def forward_config(
         walk_stages=2 if target.backend == "cuda" and walk_tile <= target.shared_memory else 1,
         walk_registers=128 if target.arch == 90 and large == 1 else None,
         walk_tma=hopper and element_size == 2,
-        walk_limit=topk * 9 // 4,
+        walk_limit=topk * 9 // 4 if fits else 64 * topk,
     )
 
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """rows: query rows a step; columns: keys of a block that one program holds, those beyond take launches of their own;
-    length: entries of a piece, one program's share of a list; swap: see `gradient_tile`.
+    """rows: query rows a step; columns: keys of a block that one program holds, further ones taking further launches;
+    length: entries of a piece, one program's share of a list; swap: how dQ is multiplied, see `gradient_tile`.
     """
 
     rows: int
@@ -258,23 +261,23 @@ class BackwardConfig:
 def backward_config(
     target: Target, *, group_size: int, head_dim: int, block_size: int, element_size: int
 ) -> BackwardConfig:
-    """Tiles of the main branch's backward: dK and dV fill the registers, K, V and the rows on their way shared memory."""
+    """Tiles of the main branch's backward: dK, dV fill the registers, K, V and the rows on their way shared memory."""
     depth = padded(head_dim)
     large = target.backend == "cuda" and target.shared_memory >= 163 << 10
-    hopper = large and target.arch in (90, 100, 103)
     if element_size > 2:
         rows, columns, num_stages = 16, 4096 // depth, 1
-    elif hopper:
+    elif large and target.arch in (90, 100, 103):
         rows, columns, num_stages = (64, 128, 3) if depth <= 128 else (32, 64, 2)
     elif large:
-        rows, columns, num_stages = 32, min(128, 16384 // depth), 2
+        rows, columns, num_stages = (32, 128, 2) if depth <= 128 else (16, 64, 2)
     elif target.backend == "cuda":
         rows, columns, num_stages = 32 if depth <= 64 else 16, 128 if depth <= 128 else 32, 2
     else:
-        rows, columns, num_stages = 32 if depth <= 128 else 16, 128 if depth <= 128 else 32, 1
+        rows, columns, num_stages = (32, 128, 1) if depth <= 128 else (16, 32, 1)
     columns = min(columns, padded(block_size))
-    num_warps = 4 if target.backend == "hip" or columns * depth <= 64 * 64 and element_size <= 2 else 8
-    swap = target.backend == "cuda" and (element_size > 2 or not large or (depth > 128 and not hopper))
+    few = element_size <= 2 and columns * depth <= 64 * 64
+    swap = target.backend == "cuda" and (element_size > 2 or depth > 128 or not large)
+    num_warps = 4 if target.backend == "hip" or few else 8
     return BackwardConfig(rows, columns, num_warps, num_stages, max(16, 8192 // group_size), swap)
 
 

@@ -16,17 +16,18 @@ Tokens are worked through in chunks of one group (see `reverse_index`), each in 
 2. index_lse: that of each token, over its slots;
 3. index_loss: a program owns a piece again. It keeps its block of k and index_k, and walks the entries `rows` at a
    time: the teacher is summed over the heads in registers, one product [rows, D] x [D, keys] a head, so that no
-   group size wastes rows. It writes each entry's loss and its share of grad_index_q, and sums grad_index_k;
+   group size wastes rows. It writes its loss and each entry's share of grad_index_q, and sums grad_index_k;
 4. sum_pieces: adds up grad_index_k of the blocks whose lists were cut into several pieces;
-5. sum_slots: adds up loss and grad_index_q of each token.
+5. sum_slots: adds up grad_index_q of each token.
 
 A block too large for the registers is cut into `parts` of `columns` keys, which are programs and partial results of
 their own. Every sum has a fixed order, and no two programs write one address: results repeat bit by bit.
 
 Cost for E entries (topk a token and group), block size n: 2 G D n E FLOPs for the teacher and 8 Di n E for the student,
-4.4 + 1.1 TFLOP at 128K tokens of M3's shape, 7 ms at 783 TFLOP/s; G n E exponentials take 5 ms more of the multi-
-function units. Bytes, in bf16: 2 G D E of q gathered, 34 GB, 8 ms if none of it stays in L2; 4 Di E written and read
-back, 8.6 GB, 2 ms. 15 to 20 ms are expected. Memory beside inputs and outputs: the workspace and the reverse index.
+4.4 + 1.1 TFLOP at 128K tokens of M3's shape, 7 ms at 783 TFLOP/s; the G n E exponentials take 5 ms more. Bytes, in bf16:
+2 G D E of q gathered, 34 GB, 8 ms if none of it stays in L2; 2 * 2 Di E of index_q gathered twice, and 2 * 4 Di E of
+partial results written and read back, 13 GB, 3 ms. 15 to 20 ms are expected. Memory beside inputs and outputs: the
+workspace, the reverse index, and a copy of lse.
 """
 
 from collections.abc import Iterator
@@ -41,16 +42,10 @@ from .primitives import LN_2, LOG2_E
 from .reverse_index import Pieces, ReverseIndex, chunk_origin, load_block, load_piece, reverse_index
 
 TINY = tl.constexpr(1.1754943508222875e-38)
+# Never worth a kernel of its own: lengths, counts, and what changes from launch to launch.
 VARYING = [
-    "group_size",
-    "chunk",
-    "first_token",
-    "num_tokens",
-    "chunk_tokens",
-    "num_blocks",
-    "num_items",
-    "num_lists",
-    "topk",
+    *("num_groups", "group_size", "seqlen_q", "seqlen_k"),
+    *("chunk", "first_token", "num_tokens", "chunk_tokens", "num_blocks", "num_items", "num_lists", "topk"),
 ]
 
 
@@ -191,7 +186,7 @@ def index_lse_kernel(
 def fast_log2(x):
     """log2 of normal x > 0, off by at most 1.5e-7: x = 2^n (1 + t), |t| <= 1/3, and a polynomial in t.
 
-    tl.log2 is a call of 34 instructions, a tenth of the loss kernel's time.
+    tl.log2 takes three times the instructions, and the registers to go with them.
     """
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F2AAAAB) >> 23
@@ -288,9 +283,9 @@ def index_loss_kernel(
     STAGES: tl.constexpr,
     WITH_GRAD: tl.constexpr,
 ):
-    """partial_loss [entry, part], partial_q [entry, part, Di] without its factor, and grad_k or partial_k.
+    """loss [chunk, item, part], partial_q [entry, part, Di] without its factor, and partial_k, or grad_k added to.
 
-    lse [B*Sq, Hq] natural; index_lse [token in chunk], scale and index_scale in base 2.
+    lse [B*Sq, Hq] natural; index_lse [token in chunk], scale and index_scale in base 2; unit: the gradients' factor.
     """
     block, begin, stop, _ = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
     if block >= num_blocks:
@@ -324,8 +319,8 @@ def index_loss_kernel(
             q_base, lse_rows, k, query, stride_qh, stride_qs, stride_qd, group_size, scale, HEAD_DIM, STAGES
         )
         log_student = tl.zeros([ROWS, COLUMNS], tl.float32)
-        # Always so. Without a branch the layout pass sees that this product feeds another, and has each warp hold
-        # whole rows; with 64 rows for 8 warps, half of them would repeat the work of the others.
+        # Always true. Without the branch Triton sees that this product feeds another, and lays it out with whole rows
+        # to a warp: with 64 rows for 8 warps, half of the warps would repeat the work of the others.
         if step < num_entries:
             log_student = tl.dot(index_q, tl.trans(index_k), input_precision=precision)
         log_student = log_student * index_scale - tl.load(index_lse_ptr + local // topk)[:, None]

@@ -95,16 +95,17 @@ def union_kernel(
 
 @dataclass(frozen=True)
 class Tiles:
-    """Made by `choose_tiles`; for G groups and T tiles.
+    """Made by `choose_tiles`; for G groups and T tiles:
 
-    list [G, T, limit] int32 and members [G, T, limit] int64: the union's blocks, ascending, and a bit for each token
-    that chose it. counts [G, T, 2] int32: blocks in the list, and how many of them every token sees whole.
-    skip [G, B*Sq] int8: tokens that the KV-outer order leaves out, because their tile walks. All None when dense.
+    list [G, T, limit] int32 and members [G, T, limit] int64: the union's blocks, ascending, and a bit for each of the
+    `tokens` tokens that chose it. counts [G, T, 2] int32: blocks in the list, and how many of them every token sees
+    whole. skip [G, B*Sq] int8: tokens that the KV-outer order leaves out, because their tile walks. None when dense.
     """
 
     ends: torch.Tensor
     num_tiles: int
     table: bool
+    tokens: int
     limit: int
     list: torch.Tensor | None = None
     members: torch.Tensor | None = None
@@ -116,7 +117,7 @@ def union_constants(
     config: ForwardConfig, group_size: int, topk: int, block_size: int, table: bool
 ) -> dict[str, int | bool]:
     """The compile-time arguments of `union_kernel`."""
-    tokens = config.walk_tokens(group_size)
+    tokens = config.walk_tokens(group_size, topk)
     return {
         "TOPK": topk,
         "BLOCK": block_size,
@@ -136,19 +137,18 @@ def choose_tiles(block_indices, sequences, q, k, block_size: int, config: Forwar
     """Find which tiles walk, and their unions; block_indices None makes every tile walk every visible block."""
     batch, num_heads, seqlen_q, _ = q.shape
     num_kv_heads = k.shape[1]
-    tokens = config.walk_tokens(num_heads // num_kv_heads)
+    topk = 1 if block_indices is None else block_indices.shape[3]
+    tokens = config.walk_tokens(num_heads // num_kv_heads, topk)
     ends, num_tiles, table = tile_ends(sequences, batch, seqlen_q, tokens)
     if block_indices is None:
-        return Tiles(ends, num_tiles, table, 0)
-    topk = block_indices.shape[3]
-    limit = config.walk_limit
+        return Tiles(ends, num_tiles, table, tokens, 0)
+    limit = min(config.walk_limit, tokens * topk)
     skip = sequences.new_zeros(num_kv_heads, batch * seqlen_q, dtype=torch.int8)
     counts = sequences.new_zeros(num_kv_heads, num_tiles, 2)
     blocks = sequences.new_empty(num_kv_heads, num_tiles, limit)
     members = sequences.new_empty(num_kv_heads, num_tiles, limit, dtype=torch.int64)
     constants = union_constants(config, num_heads // num_kv_heads, topk, block_size, table)
-    # A union of this many choices is sorted in registers; more of them are left to the KV-outer order.
-    if limit > 0 and constants["ROWS"] * constants["SLOTS"] <= 4096:
+    if limit > 0:
         union_kernel[(num_tiles, num_kv_heads)](
             block_indices,
             sequences,
@@ -166,4 +166,4 @@ def choose_tiles(block_indices, sequences, q, k, block_size: int, config: Forwar
             **constants,
             num_warps=union_warps(constants),
         )
-    return Tiles(ends, num_tiles, table, limit, blocks, members, counts, skip)
+    return Tiles(ends, num_tiles, table, tokens, limit, blocks, members, counts, skip)

@@ -193,6 +193,7 @@ def walk_constants(
     head_dim: int,
     block_size: int,
     scale: float,
+    tokens: int,
     table: bool,
     dense: bool,
     tma: bool,
@@ -207,7 +208,7 @@ def walk_constants(
         "PARTS": triton.cdiv(block_size, columns),
         "DEPTH": padded(head_dim),
         "ROWS": config.walk_rows,
-        "TOKENS": config.walk_tokens(group_size),
+        "TOKENS": tokens,
         "TABLE": table,
         "DENSE": dense,
         "STAGES": config.walk_stages,
@@ -228,7 +229,7 @@ def walk_tiles(
     group_size, head_dim = q.shape[1] // k.shape[1], q.shape[3]
     dense = tiles.list is None
     tma = config.walk_tma and head_dim == padded(head_dim) and tma_ready(k) and tma_ready(v)
-    constants = walk_constants(config, group_size, head_dim, block_size, scale, tiles.table, dense, tma)
+    constants = walk_constants(config, group_size, head_dim, block_size, scale, tiles.tokens, tiles.table, dense, tma)
     walk_kernel[(tiles.num_tiles, k.shape[1])](
         q,
         k,

@@ -43,7 +43,8 @@ def test_by_block(build, target, shape):
 @pytest.mark.parametrize("dense", [False, True], ids=["union", "dense"])
 def test_walk(build, target, shape, dense):
     config, group_size, head_dim = chosen(target, shape)
-    constants = walk.walk_constants(config, group_size, head_dim, BLOCK, 0.1, False, dense, config.walk_tma)
+    tokens = config.walk_tokens(group_size, TOPK)
+    constants = walk.walk_constants(config, group_size, head_dim, BLOCK, 0.1, tokens, False, dense, config.walk_tma)
     tile = f"tensordesc<bf16[1,1,{constants['COLUMNS']},{head_dim}]>" if config.walk_tma else "*bf16"
     types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile}
     # A limit of 128 registers costs the places of a few output rows, which are spilled once, outside the loops.

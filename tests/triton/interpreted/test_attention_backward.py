@@ -13,7 +13,7 @@ from flexmsa.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-TILES = BackwardConfig(rows=16, num_warps=4, num_stages=1, length=6)
+TILES = BackwardConfig(rows=16, columns=32, num_warps=4, num_stages=1, length=6, swap=False)
 PACKED = [[0, 0, 1, 0, 1], [0, 1, 30, 1, 30], [0, 30, 47, 30, 47]]
 PADDED = [[0, 0, 40, 7, 40], [1, 0, 40, 0, 40]]
 CACHE = [[0, 0, 7, 5, 90], [1, 0, 7, 0, 3]]
@@ -130,9 +130,17 @@ def test_chunks_and_pieces(name, small_workspace):
     assert torch.equal(chunked[0], whole[0])
 
 
-def test_default_tiles():
-    problem = Problem(CASES["left padding"])
-    problem.check(problem.run())
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("left padding", None),
+        ("one head", replace(TILES, rows=32, swap=True)),
+        ("cache", replace(TILES, columns=16, length=1)),
+    ],
+)
+def test_tiles(name, config):
+    problem = Problem(CASES[name])
+    problem.check(problem.run(config))
 
 
 def test_strides():
