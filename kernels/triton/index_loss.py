@@ -24,9 +24,9 @@ A block too large for the registers is cut into `parts` of `columns` keys, which
 their own. Every sum has a fixed order, and no two programs write one address: results repeat bit by bit.
 
 Cost for E entries (topk a token and group), block size n: 2 G D n E FLOPs for the teacher and 8 Di n E for the student,
-4.4 + 1.1 TFLOP at 128K tokens of M3's shape, 7 ms at 783 TFLOP/s; the G n E exponentials take 5 ms more. Bytes, in bf16:
-2 G D E of q gathered, 34 GB, 8 ms if none of it stays in L2; 2 * 2 Di E of index_q gathered twice, and 2 * 4 Di E of
-partial results written and read back, 13 GB, 3 ms. 15 to 20 ms are expected. Memory beside inputs and outputs: the
+4.4 + 1.1 TFLOP at 128K tokens of M3's shape, 7 ms at 783 TFLOP/s; the G n E exponentials take 5 ms more. Bytes, in
+bf16: 2 G D E of q gathered, 34 GB, 8 ms if none of it stays in L2; 2 * 2 Di E of index_q gathered twice, and 2 * 4 Di E
+of partial results written and read back, 13 GB, 3 ms. 15 to 20 ms are expected. Memory beside inputs and outputs: the
 workspace, the reverse index, and a copy of lse.
 """
 
@@ -44,8 +44,18 @@ from .reverse_index import Pieces, ReverseIndex, chunk_origin, load_block, load_
 TINY = tl.constexpr(1.1754943508222875e-38)
 # Never worth a kernel of its own: lengths, counts, and what changes from launch to launch.
 VARYING = [
-    *("num_groups", "group_size", "seqlen_q", "seqlen_k"),
-    *("chunk", "first_token", "num_tokens", "chunk_tokens", "num_blocks", "num_items", "num_lists", "topk"),
+    "num_groups",
+    "group_size",
+    "seqlen_q",
+    "seqlen_k",
+    "chunk",
+    "first_token",
+    "num_tokens",
+    "chunk_tokens",
+    "num_blocks",
+    "num_items",
+    "num_lists",
+    "topk",
 ]
 
 
