@@ -193,10 +193,11 @@ def index_inputs(batch, seqlen_q, seqlen_k, draw=normals) -> tuple[Tensor, Tenso
     return index_q, index_k, plain(batch, seqlen_q, seqlen_k, "cuda")
 
 
-def event_time(call, repeats=20, flush=None):
-    """Median milliseconds of one call, after one to warm up."""
+def event_time(call, repeats=20, flush=None, warm_up=True):
+    """Median milliseconds of one call, after one to warm up unless it would take too long."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda") if flush is None else flush
-    call()
+    if warm_up:
+        call()
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -342,12 +343,13 @@ def main():
         sys.exit(1)
 
     rows = []
+    machine = environment()
 
     def report(name, milliseconds, floor, **more):
         rows.append({"name": name, "ms": milliseconds, "floor_ms": floor, **more})
         shown = milliseconds if isinstance(milliseconds, str) or milliseconds is None else f"{milliseconds:10.4f}"
         print(f"{name:42} {shown} {'' if floor is None else f'floor {floor:10.4f}'}", flush=True)
-        (options.out / "gpu.json").write_text(json.dumps({**environment(), "rows": rows}, indent=1))
+        (options.out / "gpu.json").write_text(json.dumps({**machine, "rows": rows}, indent=1))
 
     flops, bandwidth = ceilings()
     print(f"{flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s", flush=True)
@@ -368,10 +370,12 @@ def main():
         for name, floor in floors(seqlen, flops, bandwidth).items():
             report(f"floor {seqlen}: {name}", floor, None)
         timer = partial(event_time, repeats=20 if seqlen < 100_000 else 5)
-        for name, time in training_times(seqlen, timer, list(PATTERNS), flex=seqlen < 100_000):
+        for name, time in training_times(seqlen, timer, list(PATTERNS), flex=seqlen == 32768):
             report(f"layer {seqlen}: {name}", time, None)
     for seqlen in [] if options.quick else [1 << 20]:
-        for name, time in prefill_times(seqlen, partial(event_time, repeats=1), ["random", "neighbours share"]):
+        for name, time in prefill_times(
+            seqlen, partial(event_time, repeats=1, warm_up=False), ["random", "neighbours share"]
+        ):
             report(f"prefill {seqlen}: {name}", time, None)
 
 
