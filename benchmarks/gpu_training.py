@@ -141,9 +141,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def backward_time(call: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor | None, timer: Timer) -> float:
     """Milliseconds of the backward of call(*inputs) alone."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    result = call(*leaves)
-    needed = [x for x in leaves if x.requires_grad]
-    return timer(lambda: torch.autograd.grad(result, needed, grad, retain_graph=True, allow_unused=True))
+    # Compiled code may give its buffers away after one backward, but here it runs many times.
+    with torch._functorch.config.patch(donated_buffer=False):
+        result = call(*leaves)
+    return timer(lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True))
 
 
 def training_times(seqlen: int, timer: Timer, patterns: list[str], flex: bool) -> Iterator[tuple[str, float]]:

@@ -6,6 +6,7 @@ from flexmsa.checkpoint import save_selection_policy
 from flexmsa.config import MSAConfig
 from flexmsa.flex import create_block_mask, pack_gqa, packed_flex_attention, unpack_gqa
 from flexmsa.functional import attention, block_sparse_attention, decode, index_loss, select_blocks
+from flexmsa.kernels.workspace import set_workspace_limit
 from flexmsa.modules import MSAttention
 from flexmsa.types import AuxOutput, AuxRequest
 
@@ -27,5 +28,6 @@ __all__ = [
     "packed_flex_attention",
     "save_selection_policy",
     "select_blocks",
+    "set_workspace_limit",
     "unpack_gqa",
 ]

@@ -9,7 +9,7 @@ __all__ = ["cudnn_attention", "cudnn_runs"]
 
 
 def cudnn_runs(q: Tensor, k: Tensor, lengths: Lengths) -> bool:
-    """Whether cuDNN's fused attention takes these: 16 bits, D up to 128, one sequence a row, as many queries as keys."""
+    """Whether cuDNN's fused attention takes these: 16 bits, D up to 128, a sequence a row, as many queries as keys."""
     if q.device.type != "cuda" or torch.version.hip or not torch.backends.cudnn.is_available():
         return False
     fits = q.element_size() == 2 and q.shape[3] % 8 == 0 and q.shape[3] <= 128 and q.shape[2] == k.shape[2]

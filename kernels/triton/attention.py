@@ -23,7 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import ForwardConfig, chunk_tokens, forward_config, padded, target_of
+from ..workspace import chunk_tokens
+from .configs import ForwardConfig, forward_config, padded, target_of
 from .primitives import LN_2, LOG2_E
 from .reverse_index import chunk_origin, load_block, load_piece, reverse_index
 from .union import choose_tiles
@@ -398,7 +399,11 @@ def block_sparse_attention_forward(
         element_size=q.element_size(),
     )
     tiles = choose_tiles(block_indices, sequences, q, k, block_size, config)
+    if config.walk_all:
+        # Tokens without a block to see are in no walk.
+        out.zero_()
+        lse.fill_(-torch.inf)
     walk_tiles(q, k, v, tiles, sequences, block_size, scale, config, out, lse)
-    if block_indices is not None:
+    if block_indices is not None and not config.walk_all:
         attend_by_block(q, k, v, block_indices, sequences, tiles.skip, block_size, scale, config, out, lse)
     return out, lse

@@ -23,16 +23,15 @@ dQ written and read again. At M3's shape and 128K tokens, bf16: 22 TFLOP, 28 ms,
 reading of dQ, 8 ms, does not overlap with the products.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import BackwardConfig, backward_config, chunk_tokens, padded, target_of
+from ..workspace import chunk_tokens
+from .configs import BackwardConfig, backward_config, padded, target_of
 from .primitives import LOG2_E
-from .reverse_index import Pieces, ReverseIndex, chunk_origin, load_block, reverse_index
+from .reverse_index import Pieces, ReverseIndex, chunk_origin, chunked_indexes, load_block
 
 
 @triton.jit
@@ -434,18 +433,6 @@ def row_statistics(
     return delta, lse2
 
 
-def indexed_chunks(
-    block_indices: Tensor | None, sequences: Tensor, step: int, length: int, **shape: int
-) -> Iterator[tuple[ReverseIndex, Pieces]]:
-    """The index of chunks of `step` tokens: of all at once, or, if every block is an entry, of one after the other."""
-    num_tokens = shape["batch"] * shape["seqlen_q"]
-    reach = step if block_indices is None else num_tokens
-    for start in range(0, num_tokens, reach):
-        tokens = range(start, min(start + reach, num_tokens))
-        index = reverse_index(block_indices, sequences, chunk_tokens=step, tokens=tokens, **shape)
-        yield index, index.pieces(length)
-
-
 def block_sparse_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -496,14 +483,8 @@ def block_sparse_attention_backward(
     constants = gradient_constants(config, group_size, head_dim, block_size)
     depth = constants["DEPTH"]
     heads = min(lanes, max(1, 2048 // depth))
-    shape = {
-        "batch": batch,
-        "num_kv_heads": num_kv_heads,
-        "seqlen_q": seqlen_q,
-        "seqlen_k": seqlen_k,
-        "block_size": block_size,
-    }
-    for index, pieces in indexed_chunks(block_indices, sequences, step, config.length, **shape):
+    for index in chunked_indexes(block_indices, sequences, q, k, block_size, step):
+        pieces = index.pieces(config.length)
         plans = plan_pieces(index, pieces)
         for chunk, plan in enumerate(plans):
             chunks = index.num_chunks // num_kv_heads

@@ -38,31 +38,6 @@ def target_of(device: torch.device) -> Target:
     return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-_workspace = [1 << 30]
-
-
-def set_workspace_limit(size: int) -> None:
-    """Let the training kernels keep at most about `size` bytes of partial results at a time; 1 GiB by default.
-
-    A larger workspace means fewer, longer passes over the keys; below some MiB the work goes token by token.
-    """
-    if size < 1:
-        raise ValueError(f"size: expected a number of bytes of at least 1, got {size}")
-    _workspace[0] = size
-
-
-def workspace_limit() -> int:
-    """The bytes that `set_workspace_limit` allows."""
-    return _workspace[0]
-
-
-def chunk_tokens(num_tokens: int, bytes_per_token: int) -> int:
-    """Tokens whose partial results, of one group, fit into the workspace: a multiple of 16, of equal chunks."""
-    most = max(16, workspace_limit() // max(1, bytes_per_token))
-    chunks = -(-num_tokens // most)
-    return max(16, -(-num_tokens // max(1, chunks * 16)) * 16)
-
-
 @dataclass(frozen=True)
 class SelectionConfig:
     """rows: query rows (tokens x groups) a tile; period: blocks scored between two merges; kept: padded topk."""
@@ -182,7 +157,7 @@ class ForwardConfig:
 
     rows: packed query rows a step of the KV-outer kernel; length: entries of a piece; walk_rows: rows of a tile that
     walks the union of its tokens' blocks, walk_columns: keys a step of it, and walk_limit: the longest union that it
-    walks, 0 for never.
+    walks, 0 for never; walk_all: a block is too large for the KV-outer kernel, so every tile walks.
     """
 
     rows: int
@@ -197,6 +172,7 @@ class ForwardConfig:
     walk_registers: int | None
     walk_tma: bool
     walk_limit: int
+    walk_all: bool
 
     def launch_options(self) -> dict[str, int]:
         """Launch options of the KV-outer kernel."""
@@ -241,6 +217,7 @@ def forward_config(
         walk_registers=128 if target.arch == 90 and large == 1 else None,
         walk_tma=hopper and element_size == 2,
         walk_limit=topk * 9 // 4 if fits else 64 * topk,
+        walk_all=not fits,
     )
 
 

@@ -30,16 +30,15 @@ of partial results written and read back, 13 GB, 3 ms. 15 to 20 ms are expected.
 workspace, the reverse index, and a copy of lse.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
 from ..sequences import key_ranges
-from .configs import LossConfig, chunk_tokens, loss_config, padded, target_of
+from ..workspace import chunk_tokens
+from .configs import LossConfig, loss_config, padded, target_of
 from .primitives import LN_2, LOG2_E
-from .reverse_index import Pieces, ReverseIndex, chunk_origin, load_block, load_piece, reverse_index
+from .reverse_index import Pieces, ReverseIndex, chunk_origin, chunked_indexes, load_block, load_piece
 
 TINY = tl.constexpr(1.1754943508222875e-38)
 # Never worth a kernel of its own: lengths, counts, and what changes from launch to launch.
@@ -485,19 +484,6 @@ def piece_slots(pieces: Pieces) -> torch.Tensor:
     return torch.where(several, several.cumsum(1) - 1, -1).int()
 
 
-def token_ranges(
-    block_indices: torch.Tensor | None, sequences: torch.Tensor, chunk_tokens: int, shape: dict[str, int]
-) -> Iterator[ReverseIndex]:
-    """The reverse index of all tokens, or, where each token's entries are all blocks, one of each chunk of them."""
-    if block_indices is not None:
-        yield reverse_index(block_indices, sequences, chunk_tokens=chunk_tokens, **shape)
-        return
-    num_tokens = shape["batch"] * shape["seqlen_q"]
-    for start in range(0, num_tokens, chunk_tokens):
-        tokens = range(start, min(start + chunk_tokens, num_tokens))
-        yield reverse_index(None, sequences, chunk_tokens=chunk_tokens, tokens=tokens, **shape)
-
-
 def slot_bytes(config: LossConfig, parts: int, index_dim: int, with_grad: bool, index_groups: int) -> int:
     """Bytes that one slot of one token takes: partial results, and the reverse index of `index_groups` groups.
 
@@ -668,14 +654,7 @@ def index_loss(
     parts = triton.cdiv(block_size, config.columns)
     index_groups = num_kv_heads if block_indices is None else 0
     size = chunk_tokens(batch * seqlen_q, topk * slot_bytes(config, parts, index_dim, with_grad, index_groups))
-    shape = {
-        "batch": batch,
-        "num_kv_heads": num_kv_heads,
-        "seqlen_q": seqlen_q,
-        "seqlen_k": seqlen_k,
-        "block_size": block_size,
-    }
-    for index in token_ranges(block_indices, sequences, size, shape):
+    for index in chunked_indexes(block_indices, sequences, q, k, block_size, size):
         losses = run_chunks(
             index,
             q,

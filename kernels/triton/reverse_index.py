@@ -15,6 +15,7 @@ programs beyond the last piece return at once.
 Bytes for E entries: 4 E written for the numbers, about 4 * 12 * 2 E by the radix sort, 8 E read back by each kernel.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +50,8 @@ def list_numbers_kernel(
 ):
     """numbers[group, token, slot] = the entry's list, or the number of lists if it belongs to none.
 
-    Program (i, group) owns ROWS tokens. sees[token] counts the keys the token sees, first_block[token] the blocks of the
-    sequences before its own, skip[group, token] leaves the token out.
+    Program (i, group) owns ROWS tokens. sees[token] counts the keys the token sees, first_block[token] the blocks of
+    the sequences before its own, skip[group, token] leaves the token out.
     """
     group, num_groups = tl.program_id(1), tl.num_programs(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -258,3 +259,32 @@ def reverse_index(
         tokens.start,
         min(chunk_tokens, max(1, len(tokens))),
     )
+
+
+def chunked_indexes(
+    block_indices: torch.Tensor | None,
+    sequences: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    block_size: int,
+    size: int,
+) -> Iterator[ReverseIndex]:
+    """The reverse index of all tokens of q [B, Hq, Sq, D] over k [B, Hkv, Sk, D], in chunks of `size` tokens.
+
+    Where block_indices is None, and so every visible block an entry, an index of one chunk after the other, so that
+    memory stays bounded by the chunk.
+    """
+    num_tokens = q.shape[0] * q.shape[2]
+    reach = size if block_indices is None else num_tokens
+    for start in range(0, num_tokens, reach):
+        yield reverse_index(
+            block_indices,
+            sequences,
+            batch=q.shape[0],
+            num_kv_heads=k.shape[1],
+            seqlen_q=q.shape[2],
+            seqlen_k=k.shape[2],
+            block_size=block_size,
+            chunk_tokens=size,
+            tokens=range(start, min(start + reach, num_tokens)),
+        )

@@ -5,22 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flexmsa.kernels import workspace
 from flexmsa.kernels.triton import attention, configs
 from flexmsa.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-# Every tile walks the union of its blocks, none does, or the tiles decide; then with a workspace of one chunk's minimum.
-ORDERS = {"walk": (10**4, 1 << 30), "by block": (0, 1 << 30), "both": (3, 1 << 30), "many chunks": (3, 1)}
+# Every tile walks the union of its blocks, none does, or the tiles decide; then with the smallest workspace.
+ORDERS = {"walk": (64, 1 << 30), "by block": (0, 1 << 30), "both": (3, 1 << 30), "many chunks": (3, 1)}
 
 
 @pytest.fixture(params=ORDERS.values(), ids=ORDERS)
 def order(request):
-    limit, workspace = request.param
-    before = configs.workspace_limit()
-    configs.set_workspace_limit(workspace)
+    limit, size = request.param
+    before = workspace.workspace_limit()
+    workspace.set_workspace_limit(size)
     yield limit
-    configs.set_workspace_limit(before)
+    workspace.set_workspace_limit(before)
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def forward(q, k, v, ids, sequences, block_size, scale, limit, **overrides):
         topk=1 if ids is None else ids.shape[3],
         element_size=q.element_size(),
     )
-    config = replace(config, walk_limit=limit, walk_rows=32, length=4, **overrides)
+    config = replace(config, walk_limit=limit, walk_all=limit == 64, walk_rows=32, length=4, **overrides)
     return attention.block_sparse_attention_forward(q, k, v, ids, sequences, block_size, scale, config)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexmsa import reference
-from flexmsa.kernels.triton import configs
+from flexmsa.kernels import workspace
 from flexmsa.kernels.triton.attention_backward import block_sparse_attention_backward
 from flexmsa.kernels.triton.configs import BackwardConfig
 from flexmsa.testing import assert_close
@@ -104,10 +104,10 @@ class Problem:
 @pytest.fixture
 def small_workspace():
     """A workspace of few tokens, so that there are many chunks."""
-    before = configs.workspace_limit()
-    configs.set_workspace_limit(1)
+    before = workspace.workspace_limit()
+    workspace.set_workspace_limit(1)
     yield
-    configs.set_workspace_limit(before)
+    workspace.set_workspace_limit(before)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -123,7 +123,7 @@ def test_chunks_and_pieces(name, small_workspace):
     chunked = problem.run(TILES)
     problem.check(chunked)
     assert all(map(torch.equal, chunked, problem.run(TILES)))
-    configs.set_workspace_limit(1 << 30)
+    workspace.set_workspace_limit(1 << 30)
     whole = problem.run(replace(TILES, length=1000))
     problem.check(whole)
     # A query's gradient is the sum of the same numbers in the same order, however the rest is cut.

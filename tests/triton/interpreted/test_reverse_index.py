@@ -78,7 +78,7 @@ def test_lists(layout, chunk_tokens, dtype, skipping):
 
 
 def test_every_visible_block():
-    rows, batch, seqlen_q, seqlen_k = SEQUENCES["packed"]
+    rows = SEQUENCES["packed"][0]
     every = torch.arange(5).expand(1, 1, 40, 5)
     shape = {"batch": 1, "num_kv_heads": 1, "seqlen_q": 40, "seqlen_k": 40, "block_size": BLOCK, "chunk_tokens": 16}
     sequences = torch.tensor(rows, dtype=torch.int32)
