@@ -40,7 +40,7 @@ BAD_SETTINGS = [
     ({"scale": "1"}, TypeError, r"scale: expected a float"),
     ({"index_scale": "1"}, TypeError, r"index_scale: expected a float"),
     ({"backend": "fast"}, ValueError, r"backend: expected None or one of"),
-    ({"backend": "triton"}, NotImplementedError, r"no kernel for block_sparse_attention: use backend=None"),
+    ({"backend": "triton"}, NotImplementedError, r"runs on CUDA tensors, got cpu: use backend=None"),
     ({"cu_seqlens": lengths(40)}, ValueError, r"cu_seqlens: expected \[documents \+ 1\]"),
     ({"cu_seqlens": lengths(0, 20)}, ValueError, r"cu_seqlens: expected offsets from 0 to .* 40, got 0 to 20"),
     ({"cu_seqlens": lengths(1, 40)}, ValueError, r"cu_seqlens: expected offsets from 0"),

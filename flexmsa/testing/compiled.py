@@ -1,0 +1,95 @@
+"""Build kernels for GPUs that need not be present, and read what the compiler says of them.
+
+Needs Triton, so `flexmsa.testing` does not import it by itself.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flexmsa.kernels.triton.configs import Target
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 108),
+    "sm_86": Target("cuda", 86, 84),
+    "sm_90": Target("cuda", 90, 132),
+    "sm_100": Target("cuda", 100, 148),
+    "gfx942": Target("hip", "gfx942", 304),
+}
+BF16 = {"index_q_ptr", "index_k", "q_ptr", "k_ptr", "v_ptr", "out_ptr"}
+FP32 = {"lse_ptr", "partial_out_ptr", "partial_lse_ptr"}
+# Strides of dense rows are 1 and the others multiples of 16, which the launcher finds by itself.
+UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_ik"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel takes.
+
+    registers: of a thread; shared: bytes of a program; spilled: bytes of a thread, of AMD code vector registers;
+    wgmma: whether products are Hopper's asynchronous ones.
+    """
+
+    registers: int
+    shared: int
+    spilled: int
+    wgmma: bool
+
+
+def argument_type(name: str, types: Mapping[str, str]) -> str:
+    """Triton's type of a kernel's argument: what `types` says, or what its name tells."""
+    if name in types:
+        return types[name]
+    if name in BF16:
+        return "*bf16"
+    if name in FP32:
+        return "*fp32"
+    return "fp32" if name == "scale" else "*i32" if name.endswith("_ptr") else "i32"
+
+
+def build(
+    kernel: Any, target: Target, constants: Mapping[str, Any], options: Mapping[str, int], types: Mapping[str, str]
+) -> Any:
+    """The kernel compiled for a target: compile-time arguments, launch options, and the types its names do not tell."""
+    units = UNIT_STRIDES & set(kernel.arg_names)
+    constants = {**constants, **dict.fromkeys(units, 1)}
+    signature = {name: "constexpr" if name in constants else argument_type(name, types) for name in kernel.arg_names}
+    aligned = [
+        (place,)
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and name.startswith("stride"))
+    ]
+    source = ASTSource(kernel, signature, constants, {place: [["tt.divisibility", 16]] for place in aligned})
+    lanes = 64 if target.backend == "hip" else 32
+    return triton.compile(source, target=GPUTarget(target.backend, target.arch, lanes), options=dict(options))
+
+
+def report(compiled: Any) -> Report:
+    """Registers and spills of the machine code: of AMD's, from its metadata (scalar spills stay in registers)."""
+    if "amdgcn" in compiled.asm:
+        code = compiled.asm["amdgcn"]
+        registers = sum(map(int, re.findall(r"\.vgpr_count:\s*(\d+)", code)))
+        spilled = sum(map(int, re.findall(r"\.vgpr_spill_count:\s*(\d+)", code)))
+        return Report(registers, compiled.metadata.shared, spilled, False)
+    usage = resource_usage(compiled.asm["cubin"])
+    registers = sum(map(int, re.findall(r"REG:(\d+)", usage)))
+    spilled = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
+    return Report(registers, compiled.metadata.shared, spilled, "wgmma.mma_async" in compiled.asm["ptx"])
+
+
+def resource_usage(cubin: bytes) -> str:
+    """What NVIDIA's tool prints of machine code; spilled registers are stack and local memory."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [str(tool), "--dump-resource-usage", str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
