@@ -3,20 +3,21 @@
     python -m benchmarks.kernels [--targets sm_90 ...] [--out benchmarks/results/kernels.json]
 
 Every kernel is built as its launcher would launch it at M3's shape: 64 query heads, 4 KV heads, head dim and index head
-dim 128, blocks of 128 keys, topk 16, bf16. Prints a table, and writes it with each kernel's FLOPs per byte and the FLOPs
-that an H200 can do while it moves a byte: a kernel with more is bound by its products, one with fewer by memory.
+dim 128, blocks of 128 keys, topk 16, bf16. Prints a table, and writes it with the FLOPs per byte of each kernel and
+of an H200 (`ridge`): a kernel with more is bound by its products, one with fewer by memory.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
 
-from flexmsa.kernels.triton import attention, attention_backward, configs, decode, selection, walk
+from flexmsa.kernels.triton import attention, attention_backward, configs, selection, walk
+from flexmsa.kernels.triton.decode import attend_constants, attend_kernel
 from flexmsa.kernels.triton.index_loss import (
     block_lse_kernel,
     index_loss_kernel,
@@ -76,8 +77,8 @@ def selection_costs(shape: Shape) -> Costs:
 
 
 def forward_costs(shape: Shape, tile_tokens: int = 8, union: int = 18) -> Costs:
-    """Walks of `union` blocks by `tile_tokens` tokens, the keys from L2 and so once from memory; or, by block, rows read
-    and partial results written, each with its maximum and lse, then read again and added up.
+    """Walks of `union` blocks by `tile_tokens` tokens, whose keys memory sees once and L2 the other times; or by block:
+    rows read and partial results written, each with its maximum and lse, then read again and added up.
     """
     product = 4.0 * shape.block_size * shape.head_dim
     walked = shape.tokens // tile_tokens * shape.num_kv_heads * union * tile_tokens * shape.group_size
@@ -100,8 +101,8 @@ def backward_costs(shape: Shape) -> Costs:
 
 
 def loss_costs(shape: Shape) -> Costs:
-    """The student's scores, an lse for each entry; the teacher's products and the student's three, q and index_q gathered
-    and an fp32 share of grad_index_q written; then the shares read and added up.
+    """The student's scores, an lse for each entry; the teacher's products and the student's three, q and index_q
+    gathered and an fp32 share of grad_index_q written; then the shares read and added up.
     """
     teacher = 2.0 * shape.group_size * shape.head_dim * shape.block_size * shape.entries
     student = 2.0 * shape.index_head_dim * shape.block_size * shape.entries
@@ -222,10 +223,10 @@ def decode_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
     config = configs.attend_config(
         target, num_rows=groups, head_dim=depth, block_size=block, topk=topk, element_size=shape.element
     )
-    constants = decode.attend_constants(config, groups, heads, depth, block, topk, False)
+    constants = attend_constants(config, groups, heads, depth, block, topk, False)
     types = pointers("fp32", "out") if config.num_splits > 1 else {}
     options = configs.launch_options(config.num_warps, config.num_stages, None)
-    yield "decode: attend", decode.attend_kernel, constants, options, types
+    yield "decode: attend", attend_kernel, constants, options, types
 
 
 def compile_all(name: str, shape: Shape) -> Iterator[dict[str, Any]]:
@@ -233,8 +234,9 @@ def compile_all(name: str, shape: Shape) -> Iterator[dict[str, Any]]:
     target = TARGETS[name]
     for launches in (selection_launches, forward_launches, backward_launches, loss_launches, decode_launches):
         for label, kernel, constants, options, types in launches(target, shape):
-            found = asdict(report(build(kernel, target, constants, options, types)))
-            yield {"kernel": label, "target": name, "spills": found.pop("spilled"), **found}
+            found = report(build(kernel, target, constants, options, types))
+            numbers = {"registers": found.registers, "shared": found.shared, "spills": found.spilled}
+            yield {"kernel": label, "target": name, **numbers, "wgmma": found.wgmma}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -88,6 +88,31 @@ def gpu_decode() -> str:
     return _markdown(["batch x keys", "decode step", "byte floor", "dense cuDNN", "faster"], rows)
 
 
+def kernels_sm_90() -> str:
+    found = _load("kernels.json")
+    rows = []
+    for row in found["rows"]:
+        if row["target"] == "sm_90":
+            flops = found["flops_per_byte"][row["kernel"]]
+            numbers = [str(row["registers"]), f"{row['shared'] / 1024:.1f} KiB", str(row["spills"])]
+            bound = "products" if flops > found["ridge"] else "memory"
+            per_byte = f"{flops:.0f}" if flops > 10 else f"{flops:.2f}"
+            rows.append([row["kernel"], *numbers, "yes" if row["wgmma"] else "no", per_byte, bound])
+    head = ["kernel", "registers", "shared memory", "spilled bytes", "wgmma", "FLOPs per byte", "bound"]
+    return _markdown(head, rows)
+
+
+def kernels_targets() -> str:
+    found = _load("kernels.json")["rows"]
+    cells = {
+        (row["kernel"], row["target"]): f"{row['registers']} / {row['shared'] / 1024:.1f} / {row['spills']}"
+        for row in found
+    }
+    targets = list(dict.fromkeys(row["target"] for row in found))
+    names = dict.fromkeys(row["kernel"] for row in found)
+    return _markdown(["kernel", *targets], [[name, *(cells[name, target] for target in targets)] for name in names])
+
+
 def summary() -> str:
     cpu = {(row["seqlen"], row["variant"]): row for row in _load("cpu.json")["rows"]}
     found = _gpu_rows()
@@ -116,6 +141,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu machine": gpu_machine,
     "gpu selection": gpu_selection,
     "gpu decode": gpu_decode,
+    "kernels sm_90": kernels_sm_90,
+    "kernels targets": kernels_targets,
     "summary": summary,
 }
 

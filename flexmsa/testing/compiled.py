@@ -34,8 +34,8 @@ UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_ik"}
 class Report:
     """What one compiled kernel takes.
 
-    registers: of a thread; shared: bytes of a program; spilled: bytes of a thread, of AMD code vector registers;
-    wgmma: whether products are Hopper's asynchronous ones.
+    registers: of a thread, AMD's accumulation registers among them; shared: bytes of a program; spilled: bytes of a
+    thread, of AMD code vector registers; wgmma: whether products are Hopper's asynchronous ones.
     """
 
     registers: int

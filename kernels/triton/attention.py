@@ -8,15 +8,15 @@ Two orders of work, chosen tile by tile on the device (see `union`): neighbourin
 blocks walk the union of them (see `walk`); all other tokens take the KV-outer order of this file. There, one program
 owns a piece of the list of (token, slot) entries that chose one block (see `reverse_index`). It loads the block's keys
 and values once and runs over the entries' query rows: row r is head r % G of entry r // G, so that tiles are full for
-any group size. Each (entry, head) gets a partial output, its largest score and its lse, in a workspace that one chunk
-of tokens fills at a time; a second kernel combines the slots of each token. Keys and values are held as two halves of
+any group size. Each (entry, head) gets a partial output, normalised, and its lse, in a workspace that one chunk of
+tokens fills at a time; a second kernel combines the slots of each token. Keys and values are held as two halves of
 the head dim: accumulators and copies then take half the registers and shared memory, and three programs fit into a
 multiprocessor instead of two, which is what hides the latency of the gathers.
 
 Cost for E entries (topk a token and group): 4 E G Bk D FLOPs, 8.8 TFLOP at 128K tokens of M3's shape, which is 11.2 ms
 at 783 TFLOP/s. Bytes: E G D elements of queries read, as many of partials written, and read again; in bf16 34 GB each
-there, 24 ms at 4.25 TB/s, and 16 ms if the queries of a chunk stay in the L2 cache. Keys and values are read once a
-chunk.
+there, 24 ms at 4.25 TB/s, and 16 ms if the queries of a chunk stay in the L2 cache. Keys and values are read once
+a chunk for each piece of a list.
 """
 
 import torch
@@ -60,7 +60,6 @@ def attend_rows(
     v_right,
     entries_ptr,
     partial_ptr,
-    partial_max_ptr,
     partial_lse_ptr,
     origin,
     first_query,
@@ -106,15 +105,17 @@ def attend_rows(
         scores = tl.where(column[None, :] < count[:, None], scores, float("-inf"))
     # A positive scale is multiplied in after the maximum, together with the subtraction of it.
     row_max = tl.max(scores, axis=1) * scale
-    weights = tl.exp2(scores * scale - row_max[:, None])
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+    weights = tl.exp2(scores * scale - shift[:, None])
+    row_sum = tl.sum(weights, axis=1)
+    normal = tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
     place = entry.to(tl.int64) * GROUP_SIZE + head
-    tl.store(partial_max_ptr + place, row_max, mask=live)
-    tl.store(partial_lse_ptr + place, row_max + tl.log2(tl.sum(weights, axis=1)), mask=live)
+    tl.store(partial_lse_ptr + place, row_max + tl.log2(row_sum), mask=live)
     weights = weights.to(v_left.dtype)
     partial_row = partial_ptr + place[:, None] * HEAD_DIM + d[None, :]
-    acc = tl.dot(weights, v_left, input_precision=precision)
+    acc = tl.dot(weights, v_left, input_precision=precision) * normal
     tl.store(partial_row, acc.to(partial_ptr.dtype.element_ty), mask=left)
-    acc = tl.dot(weights, v_right, input_precision=precision)
+    acc = tl.dot(weights, v_right, input_precision=precision) * normal
     tl.store(partial_row + HALF, acc.to(partial_ptr.dtype.element_ty), mask=right)
 
 
@@ -129,7 +130,6 @@ def partial_attention_kernel(
     ends_ptr,
     items_ptr,
     partial_ptr,
-    partial_max_ptr,
     partial_lse_ptr,
     stride_qb,
     stride_qh,
@@ -163,8 +163,8 @@ def partial_attention_kernel(
 ):
     """Fill the partial results of one piece.
 
-    For each slot of each token of the chunk and each head: partial [chunk_tokens, topk, G, D] is the sum of
-    exp2(score - max) v; partial_max and partial_lse [chunk_tokens, topk, G] are the largest score and the lse, base 2.
+    For each slot of each token of the chunk and each head: partial [chunk_tokens, topk, G, D] is the attention to this
+    block alone, partial_lse [chunk_tokens, topk, G] its lse, base 2.
     """
     block, begin, stop, _ = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
     if block >= num_blocks:
@@ -186,7 +186,7 @@ def partial_attention_kernel(
     sees = first_query + ((tl.load(entries_ptr) - origin) // TOPK).to(tl.int32) + seen_from
     while (row < num_rows) & (tl.minimum(sees, num_keys) < COLUMNS):
         attend_rows(
-            q_base, k_left, k_right, v_left, v_right, entries_ptr, partial_ptr, partial_max_ptr, partial_lse_ptr,
+            q_base, k_left, k_right, v_left, v_right, entries_ptr, partial_ptr, partial_lse_ptr,
             origin, first_query, row, num_rows, seen_from, num_keys, stride_qh, stride_qs, stride_qd, scale,
             TOPK, GROUP_SIZE, HEAD_DIM, ROWS, POSITIVE, True,
         )  # fmt: skip
@@ -195,7 +195,7 @@ def partial_attention_kernel(
         sees = first_query + (entry // TOPK).to(tl.int32) + seen_from
     for clear_row in tl.range(row, num_rows, ROWS, num_stages=STAGES):
         attend_rows(
-            q_base, k_left, k_right, v_left, v_right, entries_ptr, partial_ptr, partial_max_ptr, partial_lse_ptr,
+            q_base, k_left, k_right, v_left, v_right, entries_ptr, partial_ptr, partial_lse_ptr,
             origin, first_query, clear_row, num_rows, seen_from, num_keys, stride_qh, stride_qs, stride_qd, scale,
             TOPK, GROUP_SIZE, HEAD_DIM, ROWS, POSITIVE, False,
         )  # fmt: skip
@@ -225,7 +225,6 @@ def slots_lse(
 @triton.jit(do_not_specialize=["chunk"])
 def combine_slots_kernel(
     partial_ptr,
-    partial_max_ptr,
     partial_lse_ptr,
     numbers_ptr,
     skip_ptr,
@@ -245,7 +244,7 @@ def combine_slots_kernel(
     DEPTH: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """out and lse of one token and group: its slots' partial sums, weighted by exp(their maximum - lse)."""
+    """out and lse of one token and group: its slots' partial outputs, weighted by exp2(their lse - lse)."""
     num_chunks = tl.cdiv(num_tokens, chunk_tokens)
     group, row = tl.cast(chunk // num_chunks, tl.int64), tl.program_id(0)
     token = chunk % num_chunks * chunk_tokens + row
@@ -264,10 +263,10 @@ def combine_slots_kernel(
         # An unused slot has no heads to load.
         used = head < tl.where(tl.load(numbers + slot) < num_lists, GROUP_SIZE, 0)
         place = (first_slot + slot) * GROUP_SIZE + head
-        slot_max = tl.load(partial_max_ptr + place, mask=used, other=float("-inf"))
+        slot_lse = tl.load(partial_lse_ptr + place, mask=used, other=float("-inf"))
         mask = used[:, None] & (d < HEAD_DIM)[None, :]
         part = tl.load(partial_ptr + place[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
-        acc += tl.exp2(slot_max - offset)[:, None] * part.to(tl.float32)
+        acc += tl.exp2(slot_lse - offset)[:, None] * part.to(tl.float32)
     batch, query = (first_token + token) // seqlen_q, (first_token + token) % seqlen_q
     out_row = ((tl.cast(batch, tl.int64) * num_kv_heads + group) * GROUP_SIZE + head) * seqlen_q + query
     tl.store(out_ptr + out_row[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
@@ -307,7 +306,7 @@ def attend_by_block(q, k, v, block_indices, sequences, skip, block_size, scale, 
     batch, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads, topk = k.shape[1], block_indices.shape[3]
     group_size = num_heads // num_kv_heads
-    size = chunk_tokens(batch * seqlen_q, topk * group_size * (head_dim * q.element_size() + 8))
+    size = chunk_tokens(batch * seqlen_q, topk * group_size * (head_dim * q.element_size() + 4))
     index = reverse_index(
         block_indices,
         sequences,
@@ -321,7 +320,7 @@ def attend_by_block(q, k, v, block_indices, sequences, skip, block_size, scale, 
     )
     pieces = index.pieces(config.length)
     partial = q.new_empty(index.chunk_tokens, topk, group_size, head_dim)
-    partial_max, partial_lse = (lse.new_empty(index.chunk_tokens, topk, group_size) for _ in range(2))
+    partial_lse = lse.new_empty(index.chunk_tokens, topk, group_size)
     for chunk in range(index.num_chunks):
         partial_attention_kernel[(pieces.num_items,)](
             q,
@@ -333,7 +332,6 @@ def attend_by_block(q, k, v, block_indices, sequences, skip, block_size, scale, 
             pieces.ends,
             pieces.items,
             partial,
-            partial_max,
             partial_lse,
             *q.stride(),
             *k.stride(),
@@ -351,7 +349,6 @@ def attend_by_block(q, k, v, block_indices, sequences, skip, block_size, scale, 
         )
         combine_slots_kernel[(index.chunk_tokens,)](
             partial,
-            partial_max,
             partial_lse,
             index.numbers,
             skip,

@@ -32,7 +32,7 @@ def chosen(target, shape):
 def test_by_block(build, target, shape):
     config, group_size, head_dim = chosen(target, shape)
     constants = attention.partial_constants(config, group_size, head_dim, BLOCK, TOPK, 0.1)
-    wide = {"entries_ptr": "*i64", "offsets_ptr": "*i64", "partial_ptr": "*bf16", "partial_max_ptr": "*fp32"}
+    wide = {"entries_ptr": "*i64", "offsets_ptr": "*i64", "partial_ptr": "*bf16", "partial_lse_ptr": "*fp32"}
     compiled = build(attention.partial_attention_kernel, target, constants, **config.launch_options(), **wide)
     if target.arch == 90:
         assert "wgmma.mma_async" in compiled.asm["ptx"]

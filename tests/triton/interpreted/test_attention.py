@@ -124,3 +124,13 @@ def test_both_orders_repeat_bit_for_bit(dense):
     for limit in (0, 3):
         first, second = (forward(q, k, v, ids, dense.plain(1, 60, 60), 16, 0.3, limit) for _ in range(2))
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_large_values_and_scores_stay_finite(dense, order):
+    q, k, v = inputs(1, 1, 2, 40, 40, 16, torch.float16)
+    ids = torch.randint(0, 3, (1, 1, 40, 2))
+    check(dense, q * 0, k, v.sign() * 60_000, ids, dense.plain(1, 40, 40), 16, order)
+    q, k, v = (x.float() for x in (q, k, v))
+    k[:, :, 16:] *= 1e20
+    out, _ = forward(q * 1e20, k, v, ids, dense.plain(1, 40, 40), 16, 1.0, order)
+    assert not out[:, :, :16].isnan().any()
