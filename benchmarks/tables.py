@@ -88,6 +88,31 @@ def gpu_decode() -> str:
     return _markdown(["batch x keys", "decode step", "byte floor", "dense cuDNN", "faster"], rows)
 
 
+def gpu_training() -> str:
+    rows = [
+        [
+            row["pattern"],
+            row["step"],
+            f"{row['ms']:.1f} ms",
+            f"{row['products_ms']:.1f} ms",
+            "" if row["bytes_ms"] is None else f"{row['bytes_ms']:.1f} ms",
+        ]
+        for row in _load("gpu-h200-training.json")["rows"]
+    ]
+    return _markdown(["selection", "step", "time", "products alone", "bytes alone, KV-outer"], rows)
+
+
+def gpu_flex() -> str:
+    """FlexAttention's main branch beside dense cuDNN, forward and with its backward."""
+    rows = []
+    for name, row in _gpu_rows().items():
+        if name.startswith("main branch ") and name.endswith("+ backward"):
+            forward = _gpu_rows()[name.replace("+ backward", "forward")]
+            seqlen, what = name.removeprefix("main branch ").removesuffix(", + backward").split(": ")
+            rows.append([f"{int(seqlen) // 1024}K", what, f"{forward['ms']:.1f} ms", f"{row['ms']:.1f} ms"])
+    return _markdown(["tokens", "", "forward", "forward + backward"], rows)
+
+
 def kernels_sm_90() -> str:
     found = _load("kernels.json")
     rows = []
@@ -141,6 +166,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu machine": gpu_machine,
     "gpu selection": gpu_selection,
     "gpu decode": gpu_decode,
+    "gpu training": gpu_training,
+    "gpu flex": gpu_flex,
     "kernels sm_90": kernels_sm_90,
     "kernels targets": kernels_targets,
     "summary": summary,

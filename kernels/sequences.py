@@ -51,4 +51,4 @@ def key_ranges(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Tensor, Te
     """
     _, _, q_end, k_start, k_end = sequences[query_sequences(sequences, batch, seqlen_q)].unbind(1)
     token = torch.arange(seqlen_q, device=sequences.device, dtype=torch.int32).repeat(batch)
-    return k_start.view(batch, seqlen_q), (k_end - q_end + token + 1).view(batch, seqlen_q)
+    return k_start.reshape(batch, seqlen_q).contiguous(), (k_end - q_end + token + 1).view(batch, seqlen_q)

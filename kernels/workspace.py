@@ -6,9 +6,10 @@ _limit = [1 << 30]
 def set_workspace_limit(size: int) -> None:
     """Let the GPU's training kernels keep about `size` bytes of partial results at a time; 1 GiB by default.
 
-    They work through the tokens in chunks that fit. A larger workspace means fewer and longer passes over the keys,
-    which pays beyond some 100K tokens; a smaller one leaves memory to the model. At least 16 tokens of a group are
-    taken at a time, whatever the limit. It holds for the whole process, on every device.
+    They work through the tokens in chunks that fit. Beside it they keep the reverse index, some 40 bytes for each block
+    that a token chose, and the backward about a sixth of its workspace more for sums. A larger workspace means fewer
+    and longer passes over the keys, which pays beyond some 100K tokens; a smaller one leaves memory to the model. At
+    least 16 tokens of a group are taken at a time, whatever the limit. It holds for the whole process, on every device.
 
     Args:
         size: bytes, at least 1.

@@ -4,8 +4,8 @@ For each query i and group, over the visible tokens j of its selected blocks, G 
 
     P_j = mean over the heads of exp(scale <q, k_j> - lse)                       teacher
     L_j = index_scale <index_q, index_k_j> - index_lse,  exp(L_j)                student
-    loss = sum_j P_j (log P_j - L_j) / count,   dS_j = (exp(L_j) - P_j) index_scale / count
-    grad_index_q = sum_j dS_j index_k_j,   grad_index_k_j = sum_i dS_ij index_q_i
+    loss = sum_j P_j (log P_j - L_j) / count,   dS_j = exp(L_j) - P_j,   unit = index_scale / count
+    grad_index_q = unit sum_j dS_j index_k_j,   grad_index_k_j = unit sum_i dS_ij index_q_i
 
 count: the (batch, group, query) that see a key. Layouts: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], index_q [B, Hkv, Sq, Di],
 index_k [B, 1, Sk, Di], any strides; the gradients fp32, contiguous, of the shapes of index_q and index_k.
