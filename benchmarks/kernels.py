@@ -78,7 +78,7 @@ def selection_costs(shape: Shape) -> Costs:
 
 def forward_costs(shape: Shape, tile_tokens: int = 8, union: int = 18) -> Costs:
     """Walks of `union` blocks by `tile_tokens` tokens, whose keys memory sees once and L2 the other times; or by block:
-    rows read and partial results written, each with its maximum and lse, then read again and added up.
+    rows read and partial results written, each with its lse, then read again and added up.
     """
     product = 4.0 * shape.block_size * shape.head_dim
     walked = shape.tokens // tile_tokens * shape.num_kv_heads * union * tile_tokens * shape.group_size
@@ -86,8 +86,8 @@ def forward_costs(shape: Shape, tile_tokens: int = 8, union: int = 18) -> Costs:
     row = shape.head_dim * shape.element
     return {
         "forward: walk": (walked * product, 2.0 * shape.outputs + keys),
-        "forward: partial_attention": (shape.rows * product, shape.rows * (2.0 * row + 8)),
-        "forward: combine_slots": (2.0 * shape.rows * shape.head_dim, shape.rows * (row + 8.0) + shape.outputs),
+        "forward: partial_attention": (shape.rows * product, shape.rows * (2.0 * row + 4)),
+        "forward: combine_slots": (2.0 * shape.rows * shape.head_dim, shape.rows * (row + 4.0) + shape.outputs),
     }
 
 
@@ -171,7 +171,7 @@ def forward_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
     types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile}
     yield "forward: walk", walk.walk_kernel, constants, config.walk_options(), types
     constants = attention.partial_constants(config, heads, depth, block, topk, scale)
-    types = LISTS | pointers("bf16", "partial") | pointers("fp32", "partial_max")
+    types = LISTS | pointers("bf16", "partial")
     kernel = attention.partial_attention_kernel
     yield "forward: partial_attention", kernel, constants, config.launch_options(), types
     constants = attention.combine_constants(heads, depth, topk)
