@@ -6,7 +6,7 @@ gives it no weight. No partial results go through memory. Blocks that all tokens
 The unions are those of `union.choose_tiles`; without block_indices every visible block is walked.
 
 Cost: 4 U T G Bk D FLOPs a tile and group for a union of U blocks; 2 U Bk D elements of keys and values, mostly from L2.
-Where 128K tokens of M3's shape choose like their neighbours (U = 18 for 8 tokens), 10.1 TFLOP: 13 ms at 783 TFLOP/s.
+Where 128K tokens of M3's shape choose like their neighbours (U = 18.4 for 8 tokens), 10.1 TFLOP: 13 ms at 783 TFLOP/s.
 """
 
 import triton
