@@ -153,6 +153,11 @@ def summary() -> str:
         f"- H200, selection for 128K queries, 64/4 heads: {selection['ms']:.1f} ms; its products alone take "
         f"{selection['floor_ms']:.1f} ms."
     )
+    training: dict[str, list[float]] = {}
+    for row in _load("gpu-h200-training.json")["rows"]:
+        training.setdefault(row["step"], []).append(row["ms"])
+    spans = ", ".join(f"{step} {min(ms):.0f} to {max(ms):.0f} ms" for step, ms in training.items())
+    lines.append(f"- H200, training at 128K tokens, 64/4 heads, by how much neighbouring tokens choose alike: {spans}.")
     ours, dense = found["decode 1 x 1048576: decode"]["ms"], found["decode 1 x 1048576: cudnn"]["ms"]
     faster = f"{dense / ours:.1f} times faster than dense cuDNN"
     lines.append(f"- H200, one decoding step at 1M tokens: {1e3 * ours:.0f} us, {faster}.")
