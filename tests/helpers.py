@@ -44,3 +44,14 @@ def make_inputs(
 
 def lengths(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def visible(sequences, batch, seqlen_q):
+    """start, end [batch, seqlen_q]: the keys that each query sees."""
+    start = torch.zeros(batch, seqlen_q, dtype=torch.int32)
+    end = torch.zeros(batch, seqlen_q, dtype=torch.int32)
+    for row, q_start, q_end, k_start, k_end in sequences.tolist():
+        start[row, q_start:q_end] = k_start
+        last = torch.arange(q_start, q_end, dtype=torch.int32) + (k_end - q_end + 1)
+        end[row, q_start:q_end] = last.clamp(min=k_start)
+    return start, end

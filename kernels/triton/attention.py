@@ -25,7 +25,7 @@ import triton.language as tl
 
 from ..workspace import chunk_tokens
 from .configs import ForwardConfig, forward_config, padded, target_of
-from .primitives import LN_2, LOG2_E
+from .primitives import LN_2, LOG2_E, load_tile
 from .reverse_index import chunk_origin, load_block, load_piece, reverse_index
 from .union import choose_tiles
 from .walk import walk_tiles
@@ -39,16 +39,6 @@ def load_halves(
     left = load_tile(base, first, count, stride_s, stride_d, COLUMNS, HEAD_DIM, HALF)
     right = load_tile(base + HALF * stride_d, first, count, stride_s, stride_d, COLUMNS, HEAD_DIM - HALF, HALF)
     return left, right
-
-
-@triton.jit
-def load_tile(
-    base, first, count, stride_s, stride_d, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr
-):
-    """Rows first .. first + count - 1 of a matrix [S, D] as a tile [COLUMNS, DEPTH], zero beyond."""
-    row, d = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-    place = base + (first + row).to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
-    return tl.load(place, mask=(row < count)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -166,12 +156,11 @@ def partial_attention_kernel(
     For each slot of each token of the chunk and each head: partial [chunk_tokens, topk, G, D] is the attention to this
     block alone, partial_lse [chunk_tokens, topk, G] its lse, base 2.
     """
-    block, begin, stop, _ = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
+    block, begin, stop = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
     if block >= num_blocks:
         return
     batch, first_key, stop_key, shift = load_block(blocks_ptr, block)
-    origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, TOPK)
-    group = tl.cast(chunk // tl.cdiv(num_tokens, chunk_tokens), tl.int64)
+    group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, TOPK)
     num_keys = stop_key - first_key
     k_base = k_ptr + batch * stride_kb + group * stride_kh
     v_base = v_ptr + batch * stride_vb + group * stride_vh

@@ -125,7 +125,7 @@ def gather_kernel(
     live = place < count
     entry = tl.load(entries_ptr + begin + place, mask=live, other=0)
     block = tl.load(numbers_ptr + entry, mask=live, other=0) - chunk * num_blocks
-    origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
+    group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
     # Tokens, and entries of a chunk, are numbered in 32 bits, and divided much faster so.
     local = tl.where(live, entry - origin, 0).to(tl.int32)
     token = token0.to(tl.int32) + local // topk
@@ -140,7 +140,6 @@ def gather_kernel(
 
     head = tl.arange(0, LANES)[None, :]
     mask = live[:, None] & (head < HEADS)
-    group = chunk // tl.cdiv(num_tokens, chunk_tokens)
     source = (((batch * num_kv_heads + group) * seqlen_q + query) * HEADS)[:, None] + head
     row = place[:, None] * HEADS + head
     tl.store(row_delta_ptr + row, tl.load(delta_ptr + source, mask=mask), mask=mask)
@@ -371,8 +370,7 @@ def sum_slots_kernel(
 def plan_pieces(index: ReverseIndex, pieces: Pieces) -> Tensor:
     """[num_chunks, num_items, 4] int32: (block, first entry, last entry + 1, slot) of each piece.
 
-    Entries count from the chunk's first. Pieces of a list of several have slots, numbered through the chunk; else the
-    slot is -1. Items beyond the last piece own no entry.
+    Entries count from the chunk's first; slot as in `Pieces.slots`. Items beyond the last piece own no entry.
     """
     starts = index.offsets[:-1].view(index.num_chunks, index.num_blocks)
     stops = index.offsets[1:].view(index.num_chunks, index.num_blocks)
@@ -381,10 +379,8 @@ def plan_pieces(index: ReverseIndex, pieces: Pieces) -> Tensor:
     item = torch.arange(pieces.num_items, dtype=torch.int32, device=block.device)
     first = (starts - starts[:, :1]).gather(1, block) + (item - before.gather(1, block)) * pieces.length
     last = torch.minimum((stops - starts[:, :1]).gather(1, block), first + pieces.length)
-    several = ((pieces.ends - before).gather(1, block) > 1) & (pieces.items < index.num_blocks)
-    slot = torch.where(several, several.cumsum(1) - 1, -1)
     last = torch.where(pieces.items < index.num_blocks, last, first)
-    return torch.stack([block, first, last, slot], 2).int()
+    return torch.stack([block, first, last, pieces.slots()], 2).int()
 
 
 def gradient_constants(config: BackwardConfig, group_size: int, head_dim: int, block_size: int) -> dict[str, int]:

@@ -37,8 +37,8 @@ import triton.language as tl
 from ..sequences import key_ranges
 from ..workspace import chunk_tokens
 from .configs import LossConfig, loss_config, padded, target_of
-from .primitives import LN_2, LOG2_E
-from .reverse_index import Pieces, ReverseIndex, chunk_origin, chunked_indexes, load_block, load_piece
+from .primitives import LN_2, LOG2_E, load_tile
+from .reverse_index import ReverseIndex, chunk_origin, chunked_indexes, load_block, load_piece
 
 TINY = tl.constexpr(1.1754943508222875e-38)
 # Never worth a kernel of its own: lengths, counts, and what changes from launch to launch.
@@ -64,17 +64,6 @@ def load_part(blocks_ptr, block, COLUMNS: tl.constexpr):
     batch, first_key, stop_key, shift = load_block(blocks_ptr, block)
     first_key += tl.program_id(1) * COLUMNS
     return batch, first_key, tl.minimum(stop_key, first_key + COLUMNS), shift
-
-
-@triton.jit
-def load_keys(
-    base, first_key, stop_key, stride_s, stride_d, COLUMNS: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr
-):
-    """The keys first_key .. stop_key-1 as a tile [COLUMNS, DEPTH], zero elsewhere."""
-    key = first_key + tl.arange(0, COLUMNS)
-    depth = tl.arange(0, DEPTH)
-    rows = base + key.to(tl.int64)[:, None] * stride_s + depth.to(tl.int64)[None, :] * stride_d
-    return tl.load(rows, mask=(key < stop_key)[:, None] & (depth < DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -129,15 +118,14 @@ def block_lse_kernel(
     LENGTH: tl.constexpr,
 ):
     """partial_lse [entry, part] of the student's scores, base 2; index_scale is in base 2 as well."""
-    block, begin, stop, _ = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
+    block, begin, stop = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
     if block >= num_blocks:
         return
     batch, first_key, stop_key, shift = load_part(blocks_ptr, block, COLUMNS)
-    origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
-    group = tl.cast(chunk // tl.cdiv(num_tokens, chunk_tokens), tl.int64)
+    group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
     x_base = index_q_ptr + batch * stride_xb + group * stride_xh
     y_base = index_k_ptr + batch * stride_yb
-    index_k = load_keys(y_base, first_key, stop_key, stride_ys, stride_yd, COLUMNS, INDEX_DIM, INDEX_DEPTH)
+    index_k = load_tile(y_base, first_key, stop_key - first_key, stride_ys, stride_yd, COLUMNS, INDEX_DIM, INDEX_DEPTH)
     precision: tl.constexpr = "ieee" if index_k.dtype == tl.float32 else "tf32"
     query0 = (token0 - batch * seqlen_q).to(tl.int32)
     num_entries = (stop - begin).to(tl.int32)
@@ -173,7 +161,7 @@ def index_lse_kernel(
     SHARES: tl.constexpr,
 ):
     """index_lse [token in chunk], base 2: the logsumexp of partial_lse [token in chunk, slot, part]."""
-    origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
+    _, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < tl.minimum(chunk_tokens, first_token + num_tokens - token0)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -296,18 +284,17 @@ def index_loss_kernel(
 
     lse [B*Sq, Hq] natural; index_lse [token in chunk], scale and index_scale in base 2; unit: the gradients' factor.
     """
-    block, begin, stop, _ = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
+    block, begin, stop = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
     if block >= num_blocks:
         return
     batch, first_key, stop_key, shift = load_part(blocks_ptr, block, COLUMNS)
-    origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
-    group = tl.cast(chunk // tl.cdiv(num_tokens, chunk_tokens), tl.int64)
+    group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
     q_base = q_ptr + batch * stride_qb + group * group_size * stride_qh
     k_base = k_ptr + batch * stride_kb + group * stride_kh
     x_base = index_q_ptr + batch * stride_xb + group * stride_xh
     y_base = index_k_ptr + batch * stride_yb
-    k = load_keys(k_base, first_key, stop_key, stride_ks, stride_kd, COLUMNS, HEAD_DIM, DEPTH)
-    index_k = load_keys(y_base, first_key, stop_key, stride_ys, stride_yd, COLUMNS, INDEX_DIM, INDEX_DEPTH)
+    k = load_tile(k_base, first_key, stop_key - first_key, stride_ks, stride_kd, COLUMNS, HEAD_DIM, DEPTH)
+    index_k = load_tile(y_base, first_key, stop_key - first_key, stride_ys, stride_yd, COLUMNS, INDEX_DIM, INDEX_DEPTH)
     precision: tl.constexpr = "ieee" if index_k.dtype == tl.float32 else "tf32"
     query0 = (token0 - batch * seqlen_q).to(tl.int32)
     num_entries = (stop - begin).to(tl.int32)
@@ -437,8 +424,7 @@ def sum_slots_kernel(
     ROWS: tl.constexpr,
 ):
     """grad_q [B, Hkv, Sq, Di] of ROWS tokens: the sums of partial_q over their used slots, in order."""
-    origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
-    group = tl.cast(chunk // tl.cdiv(num_tokens, chunk_tokens), tl.int64)
+    group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < tl.minimum(chunk_tokens, first_token + num_tokens - token0)
     depth = tl.arange(0, INDEX_DEPTH)
@@ -477,13 +463,6 @@ def loss_constants(config: LossConfig, head_dim: int, index_dim: int, with_grad:
     }
 
 
-def piece_slots(pieces: Pieces) -> torch.Tensor:
-    """[chunks, items] int32: which place in the workspace holds a piece's grad_index_k, -1 for a list's only piece."""
-    counts = torch.nn.functional.pad(pieces.ends, (1, 0)).diff(dim=1)
-    several = torch.nn.functional.pad(counts, (0, 1)).gather(1, pieces.items.long()) > 1
-    return torch.where(several, several.cumsum(1) - 1, -1).int()
-
-
 def slot_bytes(config: LossConfig, parts: int, index_dim: int, with_grad: bool, index_groups: int) -> int:
     """Bytes that one slot of one token takes: partial results, and the reverse index of `index_groups` groups.
 
@@ -516,7 +495,7 @@ def run_chunks(
     seqlen_k, topk, size = k.shape[2], index.topk, index.chunk_tokens
     parts = triton.cdiv(block_size, config.columns)
     pieces = index.pieces(config.length)
-    slots = piece_slots(pieces)
+    slots = pieces.slots()
     losses = lse_rows.new_zeros(index.num_chunks, pieces.num_items, parts)
     partial_lse = lse_rows.new_empty(size, topk, parts)
     index_lse = lse_rows.new_empty(size)

@@ -189,6 +189,16 @@ def tile_ends(sequences: torch.Tensor, batch: int, seqlen_q: int, tokens: int) -
 
 
 @triton.jit
+def load_tile(
+    base, first, count, stride_s, stride_d, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr
+):
+    """Rows first .. first + count - 1 of a matrix [S, HEAD_DIM] as a tile [COLUMNS, DEPTH], zero beyond."""
+    row, d = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    place = base + (first + row).to(tl.int64)[:, None] * stride_s + d.to(tl.int64)[None, :] * stride_d
+    return tl.load(place, mask=(row < count)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
 def softmax_update(acc, row_max, row_sum, scores, v):
     """Online softmax, base 2: fold scores `[M, N]` (-inf: not seen) and values `[N, D]` into the running state."""
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))

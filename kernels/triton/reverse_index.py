@@ -90,7 +90,7 @@ def list_numbers_kernel(
 
 @triton.jit
 def load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH: tl.constexpr):
-    """(block, first entry, last entry + 1, number of pieces) of program 0's item; block is num_blocks past the last.
+    """(block, first entry, last entry + 1) of program 0's item; block is num_blocks past the last.
 
     `chunk` is group * num_chunks + chunk. The pieces of one list are neighbouring items.
     """
@@ -100,11 +100,10 @@ def load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, L
     live = block < num_blocks
     place = chunk * num_blocks + block
     before = tl.load(ends_ptr + place - 1, mask=live & (block > 0), other=0)
-    pieces = tl.load(ends_ptr + place, mask=live, other=0) - before
     begin = tl.load(offsets_ptr + place, mask=live, other=0)
     stop = tl.load(offsets_ptr + place + 1, mask=live, other=0)
     begin += (item - before).to(tl.int64) * LENGTH
-    return block, begin, tl.minimum(begin + LENGTH, stop), pieces
+    return block, begin, tl.minimum(begin + LENGTH, stop)
 
 
 @triton.jit
@@ -116,11 +115,11 @@ def load_block(blocks_ptr, block):
 
 @triton.jit
 def chunk_origin(chunk, first_token, num_tokens, chunk_tokens, TOPK):
-    """(the chunk's first entry before sorting, its first token), both int64."""
+    """(the chunk's group, its first entry before sorting, its first token), all int64."""
     num_chunks = tl.cdiv(num_tokens, chunk_tokens)
     group = tl.cast(chunk // num_chunks, tl.int64)
     token = tl.cast(chunk % num_chunks, tl.int64) * chunk_tokens
-    return (group * num_tokens + token) * TOPK, first_token + token
+    return group, (group * num_tokens + token) * TOPK, first_token + token
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,15 @@ class Pieces:
     @property
     def num_items(self) -> int:
         return self.items.shape[1]
+
+    def slots(self) -> torch.Tensor:
+        """[groups * chunks, max] int32: a number for each piece of a list of several, -1 for a list's only piece.
+
+        They count through a chunk, so that they can name the places of a workspace.
+        """
+        counts = torch.nn.functional.pad(self.ends, (1, 0)).diff(dim=1)
+        several = torch.nn.functional.pad(counts, (0, 1)).gather(1, self.items.long()) > 1
+        return torch.where(several, several.cumsum(1) - 1, -1).int()
 
 
 @dataclass(frozen=True)

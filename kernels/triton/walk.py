@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import ForwardConfig, padded
-from .primitives import LN_2, LOG2_E, find_tile, load_sequence, tma_ready
+from .primitives import LN_2, LOG2_E, find_tile, load_sequence, load_tile, tma_ready
 from .union import Tiles
 
 
@@ -38,11 +38,10 @@ def load_keys(
     batch, group, first_key = at
     if USE_TMA:
         return tl.reshape(tiles.load([batch.to(tl.int32), group.to(tl.int32), first_key, 0]), [COLUMNS, DEPTH])
-    column, d = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-    place = base + (first_key + column).to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
     if MASKED or HEAD_DIM != DEPTH:
-        return tl.load(place, mask=(column < num_keys)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-    return tl.load(place)
+        return load_tile(base, first_key, num_keys, stride_s, stride_d, COLUMNS, HEAD_DIM, DEPTH)
+    column, d = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    return tl.load(base + (first_key + column).to(tl.int64)[:, None] * stride_s + d.to(tl.int64)[None, :] * stride_d)
 
 
 @triton.jit

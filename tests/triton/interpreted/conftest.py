@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import visible
 from triton.runtime.interpreter import InterpreterBuilder
 
 from flexmsa import reference
@@ -16,17 +17,6 @@ InterpreterBuilder.create_maxnumf = lambda self, left, right: self.binary_op(lef
 
 def pytest_ignore_collect(collection_path, config):
     return None if os.environ.get("TRITON_INTERPRET") == "1" else True
-
-
-def visible(sequences, batch, seqlen_q):
-    """start, end [batch, seqlen_q]: the keys that each query sees."""
-    start = torch.zeros(batch, seqlen_q, dtype=torch.int32)
-    end = torch.zeros(batch, seqlen_q, dtype=torch.int32)
-    for row, q_start, q_end, k_start, k_end in sequences.tolist():
-        start[row, q_start:q_end] = k_start
-        last = torch.arange(q_start, q_end, dtype=torch.int32) + (k_end - q_end + 1)
-        end[row, q_start:q_end] = last.clamp(min=k_start)
-    return start, end
 
 
 def select(index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import visible
 
 from flexmsa import reference
 from flexmsa.kernels import workspace
@@ -27,17 +28,6 @@ CASES = {
     "dense": (2, 3, 40, 40, 16, 16, None, None, torch.float32),
     "dense packed": (1, 8, 47, 47, 16, 16, None, PACKED, torch.float32),
 }
-
-
-def visible(sequences, batch, seqlen_q):
-    """start, end [batch, seqlen_q]: the keys that each query sees."""
-    start = torch.zeros(batch, seqlen_q, dtype=torch.int32)
-    end = torch.zeros(batch, seqlen_q, dtype=torch.int32)
-    for row, q_start, q_end, k_start, k_end in sequences.tolist():
-        start[row, q_start:q_end] = k_start
-        last = torch.arange(q_start, q_end, dtype=torch.int32) + (k_end - q_end + 1)
-        end[row, q_start:q_end] = last.clamp(min=k_start)
-    return start, end
 
 
 class Problem:
