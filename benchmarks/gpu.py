@@ -24,14 +24,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu_training import PATTERNS, floors, prefill_times, training_errors, training_times
+from benchmarks.gpu_training import PATTERNS, flex_times, floors, prefill_times, training_errors, training_times
 from flexmsa.kernels.triton.decode import attend_blocks, decode
 from flexmsa.kernels.triton.selection import choose_config, select_blocks
 
 GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK = 4, 16, 128, 128, 16
 SQUARE = [8192, 32768, 131072, 524288]
 CHUNKS = [(338, 74578), (171, 55339), (1626, 93146), (16384, 47744)]
-LAYERS = [8192, 32768, 131072]
+LAYERS = [8192, 16384, 32768, 131072, 524288]
 CACHES = [(1, 131072), (1, 1 << 20), (8, 131072), (16, 131072)]
 FLT_MAX = torch.finfo(torch.float32).max
 
@@ -370,13 +370,16 @@ def main():
         for name, floor in floors(seqlen, flops, bandwidth).items():
             report(f"floor {seqlen}: {name}", floor, None)
         timer = partial(event_time, repeats=20 if seqlen < 100_000 else 5)
-        for name, time in training_times(seqlen, timer, list(PATTERNS), flex=seqlen == 32768):
+        dense_timer = partial(event_time, repeats=1, warm_up=False) if seqlen > 200_000 else timer
+        for name, time in training_times(seqlen, timer, dense_timer, list(PATTERNS)):
             report(f"layer {seqlen}: {name}", time, None)
     for seqlen in [] if options.quick else [1 << 20]:
-        for name, time in prefill_times(
-            seqlen, partial(event_time, repeats=1, warm_up=False), ["random", "neighbours share"]
-        ):
+        once = partial(event_time, repeats=1, warm_up=False)
+        for name, time in prefill_times(seqlen, once, ["random", "neighbours share"]):
             report(f"prefill {seqlen}: {name}", time, None)
+    for seqlen in [] if options.quick else [32768]:
+        for name, time in flex_times(seqlen, event_time, ["random", "neighbours share"]):
+            report(f"layer {seqlen}: {name}", time, None)
 
 
 if __name__ == "__main__":

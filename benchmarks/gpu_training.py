@@ -19,6 +19,8 @@ from flexmsa.testing import Case, check_case
 HEADS, GROUPS, DEPTH, BLOCK, TOPK = 64, 4, 128, 128, 16
 SETTINGS = {"block_size": BLOCK, "topk": TOPK}
 Timer = Callable[[Callable[[], object]], float]
+# Compiled code may otherwise give its buffers away after one backward, but here a backward runs many times.
+torch._functorch.config.donated_buffer = False
 
 
 def chosen(scores: Callable[[int, Tensor, int], Tensor], seqlen: int) -> Tensor:
@@ -141,18 +143,16 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def backward_time(call: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor | None, timer: Timer) -> float:
     """Milliseconds of the backward of call(*inputs) alone."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    # Compiled code may give its buffers away after one backward, but here it runs many times.
-    with torch._functorch.config.patch(donated_buffer=False):
-        result = call(*leaves)
+    result = call(*leaves)
     return timer(lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True))
 
 
-def training_times(seqlen: int, timer: Timer, patterns: list[str], flex: bool) -> Iterator[tuple[str, float]]:
+def training_times(seqlen: int, timer: Timer, dense_timer: Timer, patterns: list[str]) -> Iterator[tuple[str, float]]:
     """(what, milliseconds) of every step of a training layer at one length, and of dense attention."""
     q, k, v, index_q, index_k = training_inputs(seqlen)
     grad = torch.randn_like(q)
-    yield "dense cuDNN, forward", timer(lambda: dense(q, k, v))
-    yield "dense cuDNN, backward", backward_time(dense, (q, k, v), grad, timer)
+    yield "dense cuDNN, forward", dense_timer(lambda: dense(q, k, v))
+    yield "dense cuDNN, backward", backward_time(dense, (q, k, v), grad, dense_timer)
     yield "selection", timer(lambda: flexmsa.select_blocks(index_q, index_k, **SETTINGS))
 
     def loss_gradient(ids: Tensor, lse: Tensor) -> None:
@@ -161,17 +161,32 @@ def training_times(seqlen: int, timer: Timer, patterns: list[str], flex: bool) -
 
     for pattern in patterns:
         ids = chosen(PATTERNS[pattern], seqlen)
-        for backend in (None, "flex") if flex and pattern in ("random", "neighbours share") else (None,):
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, ids: Tensor = ids, backend: str | None = backend) -> Tensor:
-                return flexmsa.block_sparse_attention(q, k, v, ids, block_size=BLOCK, backend=backend)
-
-            name = f"{pattern}, main branch{' by FlexAttention' if backend else ''}"
-            yield f"{name}, forward", timer(lambda attend=attend: attend(q, k, v))
-            yield f"{name}, backward", backward_time(attend, (q, k, v), grad, timer)
+        for direction, time in main_branch_times((q, k, v), ids, grad, None, timer):
+            yield f"{pattern}, main branch, {direction}", time
         aux = AuxRequest(lse=True)
         lse = flexmsa.block_sparse_attention(q, k, v, ids, block_size=BLOCK, return_aux=aux)[1].lse
         yield f"{pattern}, KL value and gradient", timer(lambda ids=ids, lse=lse: loss_gradient(ids, lse))
+
+
+def main_branch_times(
+    inputs: tuple[Tensor, ...], ids: Tensor, grad: Tensor, backend: str | None, timer: Timer
+) -> Iterator[tuple[str, float]]:
+    """Milliseconds of the main branch's forward and of its backward on given blocks."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flexmsa.block_sparse_attention(q, k, v, ids, block_size=BLOCK, backend=backend)
+
+    yield "forward", timer(lambda: attend(*inputs))
+    yield "backward", backward_time(attend, inputs, grad, timer)
+
+
+def flex_times(seqlen: int, timer: Timer, patterns: list[str]) -> Iterator[tuple[str, float]]:
+    """The main branch by FlexAttention with our BlockMask."""
+    q, k, v, _, _ = training_inputs(seqlen)
+    for pattern in patterns:
+        ids = chosen(PATTERNS[pattern], seqlen)
+        for direction, time in main_branch_times((q, k, v), ids, torch.randn_like(q), "flex", timer):
+            yield f"{pattern}, main branch by FlexAttention, {direction}", time
 
 
 def prefill_times(seqlen: int, timer: Timer, patterns: list[str]) -> Iterator[tuple[str, float]]:
