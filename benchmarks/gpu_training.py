@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -20,7 +21,7 @@ HEADS, GROUPS, DEPTH, BLOCK, TOPK = 64, 4, 128, 128, 16
 SETTINGS = {"block_size": BLOCK, "topk": TOPK}
 Timer = Callable[[Callable[[], object]], float]
 # Compiled code may otherwise give its buffers away after one backward, but here a backward runs many times.
-torch._functorch.config.donated_buffer = False
+functorch_config.donated_buffer = False
 
 
 def chosen(scores: Callable[[int, Tensor, int], Tensor], seqlen: int) -> Tensor:
