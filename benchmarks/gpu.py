@@ -20,19 +20,17 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.gpu_serving import chunk_calls, chunk_times, decode_times, serving_errors
 from benchmarks.gpu_training import PATTERNS, flex_times, floors, prefill_times, training_errors, training_times
-from flexmsa.kernels.triton.decode import attend_blocks, decode
 from flexmsa.kernels.triton.selection import choose_config, select_blocks
 
 GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK = 4, 16, 128, 128, 16
 SQUARE = [8192, 32768, 131072, 524288]
 CHUNKS = [(338, 74578), (171, 55339), (1626, 93146), (16384, 47744)]
 LAYERS = [8192, 16384, 32768, 131072, 524288]
-CACHES = [(1, 131072), (1, 1 << 20), (8, 131072), (16, 131072)]
 FLT_MAX = torch.finfo(torch.float32).max
 
 
@@ -62,25 +60,6 @@ def dense_ids(index_q, index_k, sequences, block_size, topk, local, init, querie
     return ids
 
 
-def dense_attention(q, k, v, ids, sequences, block_size, scale):
-    """(out, lse) over the chosen blocks by the definition, in float64."""
-    group_size = q.shape[1] // k.shape[1]
-    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
-    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float64, device=q.device)
-    for b, q_start, q_end, k_start, k_end in sequences.tolist():
-        for i, r in product(range(q_start, q_end), range(k.shape[1])):
-            visible = max(0, k_end - k_start - q_end + i + 1)
-            block = torch.arange(visible, device=q.device) // block_size
-            key = torch.isin(block, ids[b, r, i]).nonzero()[:, 0] + k_start
-            if key.numel() == 0:
-                continue
-            heads = slice(r * group_size, (r + 1) * group_size)
-            scores = q[b, heads, i].double() @ k[b, r, key].double().T * scale
-            lse[b, heads, i] = scores.logsumexp(-1)
-            out[b, heads, i] = scores.softmax(-1) @ v[b, r, key].double()
-    return out, lse
-
-
 SELECTIONS = [
     # B, Hkv, Sq, Sk, Di, block_size, topk, local, init
     (1, 4, 1000, 1000, 128, 128, 4, 1, 0),
@@ -91,13 +70,6 @@ SELECTIONS = [
     (1, 16, 33, 2000, 16, 96, 40, 1, 0),
     (3, 4, 1, 20000, 128, 128, 16, 1, 0),
     (1, 4, 200, 6000, 128, 8, 64, 1, 0),
-]
-DECODES = [
-    # B, Hkv, G, Sq, Sk, D, Di, block_size, topk
-    (2, 4, 16, 1, 5000, 128, 128, 128, 16),
-    (3, 2, 5, 4, 900, 80, 96, 48, 5),
-    (1, 1, 1, 8, 900, 256, 64, 64, 3),
-    (2, 3, 3, 16, 300, 64, 16, 16, 40),
 ]
 
 
@@ -143,34 +115,6 @@ def packed_errors(device="cuda"):
         yield "selection of packed documents"
 
 
-def decode_errors(device="cuda", cases=None):
-    """Names of the decode shapes whose out or lse is off, or not the same twice."""
-    for shape, dtype in cases or with_dtypes(DECODES):
-        batch, groups, group_size, seqlen_q, seqlen_k, head_dim, depth, block_size, topk = shape
-
-        def normal(*size, dtype=dtype):
-            return torch.randn(size, device=device).to(dtype)
-
-        q = normal(batch, groups * group_size, seqlen_q, head_dim)
-        k, v = normal(batch, groups, seqlen_k, head_dim), normal(batch, groups, seqlen_k, head_dim)
-        index_q = integers(batch, groups, seqlen_q, depth, dtype=dtype, device=device)
-        index_k = integers(batch, 1, seqlen_k, depth, dtype=dtype, device=device)
-        sequences = plain(batch, seqlen_q, seqlen_k, device)
-        sequences[:, 4] -= torch.arange(batch, device=device, dtype=torch.int32) * 77 + 5
-        for b in range(batch):
-            for cache in (k, v, index_k):
-                cache[b, :, int(sequences[b, 4]) :] = float("nan")
-        rules = (block_size, topk, 1, 0, head_dim**-0.5)
-        found, again = (decode(q, k, v, index_q, index_k, sequences, *rules) for _ in range(2))
-        ids = dense_ids(index_q, index_k, sequences, block_size, topk, 1, 0)
-        out, lse = dense_attention(q, k, v, ids, sequences, block_size, head_dim**-0.5)
-        off = (found[0].double() - out).abs().max().item() / torch.finfo(dtype).eps
-        off_lse = (found[1].double() - lse).abs().max().item()
-        same = all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
-        if not (torch.equal(found[2], ids) and off < 8 and off_lse < 1e-4 and same):
-            yield f"decode {shape} {dtype}: out off by {off:.1f} eps, lse by {off_lse:.1e}, repeatable {same}"
-
-
 def large_errors():
     """Spot checks where offsets and tile counts are large, at M3's shape."""
     for seqlen_q, seqlen_k in [(131072, 131072), *CHUNKS, (1, 1 << 20)]:
@@ -210,28 +154,6 @@ def event_time(call, repeats=20, flush=None, warm_up=True):
     return median(times)
 
 
-def graph_time(calls, repeats=30):
-    """Median milliseconds of one of the calls, captured together in a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / len(calls))
-    return median(times)
-
-
 def ceilings():
     """Measured FLOP/s of a bf16 product and bytes/s (read + write) of a device copy."""
     a, b = normals(8192, 8192, dtype=torch.bfloat16), normals(8192, 8192, dtype=torch.bfloat16)
@@ -252,37 +174,6 @@ def time_selection(seqlen_q, seqlen_k, config=None):
     index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k)
     repeats = 3 if seqlen_q > 200_000 else 20
     return event_time(lambda: select_blocks(index_q, index_k, sequences, BLOCK, TOPK, 1, 0, config=config), repeats)
-
-
-def sdpa_time(q, k, v, causal, timer):
-    """Milliseconds of dense SDPA by backend; None where the backend refuses."""
-    times = {}
-    for name, backend in {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}.items():
-        try:
-            with sdpa_kernel(backend):
-                times[name] = timer(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True))
-        except RuntimeError:
-            times[name] = None
-    return times
-
-
-def time_decode(batch, seqlen_k):
-    """Milliseconds of decode and of its parts, and of dense SDPA on the same cache."""
-    copies = max(1, -(-(300 << 20) // (batch * seqlen_k * DEPTH * 2)))
-    sets: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = []
-    for _ in range(copies):
-        index_q, index_k, sequences = index_inputs(batch, 1, seqlen_k)
-        q = normals(batch, GROUPS * GROUP_SIZE, 1, DEPTH, dtype=torch.bfloat16)
-        k, v = (normals(batch, GROUPS, seqlen_k, DEPTH, dtype=torch.bfloat16) for _ in range(2))
-        sets.append((q, k, v, index_q, index_k, sequences))
-    scale = DEPTH**-0.5
-    ids = select_blocks(*sets[0][3:], BLOCK, TOPK, 1, 0)
-    return {
-        "decode": graph_time([lambda s=s: decode(*s, BLOCK, TOPK, 1, 0, scale) for s in sets]),
-        "select": graph_time([lambda s=s: select_blocks(*s[3:], BLOCK, TOPK, 1, 0) for s in sets]),
-        "attend": graph_time([lambda s=s: attend_blocks(*s[:3], ids, s[5], BLOCK, scale) for s in sets]),
-        **sdpa_time(*sets[0][:3], False, lambda call: graph_time([call])),
-    }
 
 
 def sweep(report):
@@ -325,7 +216,7 @@ def check():
     torch.manual_seed(0)
     errors = [
         error
-        for part in (selection_errors, packed_errors, decode_errors, large_errors, training_errors)
+        for part in (selection_errors, packed_errors, serving_errors, large_errors, training_errors)
         for error in part()
     ]
     print("\n".join(errors) if errors else "correct", flush=True)
@@ -349,7 +240,8 @@ def main():
         rows.append({"name": name, "ms": milliseconds, "floor_ms": floor, **more})
         shown = milliseconds if isinstance(milliseconds, str) or milliseconds is None else f"{milliseconds:10.4f}"
         print(f"{name:42} {shown} {'' if floor is None else f'floor {floor:10.4f}'}", flush=True)
-        (options.out / "gpu.json").write_text(json.dumps({**machine, "rows": rows}, indent=1))
+        found = {**machine, "chunks": chunk_calls(), "rows": rows}
+        (options.out / "gpu.json").write_text(json.dumps(found, indent=1))
 
     flops, bandwidth = ceilings()
     print(f"{flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s", flush=True)
@@ -361,11 +253,10 @@ def main():
         floor = selection_floor(seqlen_q, seqlen_k, flops)
         time = time_selection(seqlen_q, seqlen_k)
         report(f"selection {seqlen_q} x {seqlen_k}", time, floor, config=asdict(config))
-    for batch, seqlen_k in CACHES:
-        elements = batch * (seqlen_k * DEPTH + 2 * GROUPS * TOPK * BLOCK * DEPTH)
-        for name, time in time_decode(batch, seqlen_k).items():
-            floor = 2 * elements / bandwidth * 1e3 if name == "decode" else None
-            report(f"decode {batch} x {seqlen_k}: {name}", time, floor)
+    for name, time, floor in decode_times(bandwidth, quick=options.quick):
+        report(f"decode {name}", time, floor)
+    for name, time in chunk_times(event_time):
+        report(f"chunk {name}", time, None)
     for seqlen in LAYERS[:1] if options.quick else LAYERS:
         for name, floor in floors(seqlen, flops, bandwidth).items():
             report(f"floor {seqlen}: {name}", floor, None)

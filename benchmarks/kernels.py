@@ -17,6 +17,7 @@ from typing import Any
 import triton
 
 from flexmsa.kernels.triton import attention, attention_backward, configs, selection, walk
+from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps
 from flexmsa.kernels.triton.decode import attend_constants, attend_kernel
 from flexmsa.kernels.triton.index_loss import (
     block_lse_kernel,
@@ -116,15 +117,28 @@ def loss_costs(shape: Shape) -> Costs:
     }
 
 
-def decode_costs(shape: Shape) -> Costs:
-    """One token: the keys and values of its blocks, read for all heads of a group at once."""
-    keys = shape.topk * shape.block_size * shape.head_dim
-    return {"decode: attend": (4.0 * shape.num_heads * keys, 2.0 * shape.num_kv_heads * keys * shape.element)}
+def serving_costs(shape: Shape) -> Costs:
+    """One token against `tokens` keys: index keys, read for all groups at once; the keys and values of its blocks, read
+    for all heads of a group; its own vectors, read and written. The second of each pair reads e4m3 numbers and scales.
+    """
+    keys = shape.topk * shape.block_size * shape.num_kv_heads
+    score = 2.0 * shape.num_kv_heads * shape.index_head_dim * shape.tokens
+    attend = 4.0 * shape.num_heads * shape.topk * shape.block_size * shape.head_dim
+    new = 2 * shape.num_kv_heads * shape.head_dim + shape.index_head_dim
+    scales = 4.0 * (2 * shape.num_kv_heads + 1)
+    return {
+        "decode: select": (score, 1.0 * shape.tokens * shape.index_head_dim * shape.element),
+        "decode: select, e4m3": (score, shape.tokens * (shape.index_head_dim + 4.0)),
+        "decode: attend": (attend, 2.0 * keys * shape.head_dim * shape.element),
+        "decode: attend, e4m3": (attend, 2.0 * keys * (shape.head_dim + 4)),
+        "decode: append": (1.0 * new, 2.0 * new * shape.element),
+        "decode: append, e4m3": (3.0 * new, new * (shape.element + 1) + scales),
+    }
 
 
 def flops_per_byte(shape: Shape) -> dict[str, float]:
     """Of every kernel, after the cost formulas in the docstrings of its module."""
-    every = (selection_costs, forward_costs, backward_costs, loss_costs, decode_costs)
+    every = (selection_costs, forward_costs, backward_costs, loss_costs, serving_costs)
     costs = {label: cost for costs_of in every for label, cost in costs_of(shape).items()}
     return {label: round(flops / size, 2) for label, (flops, size) in costs.items()}
 
@@ -137,25 +151,37 @@ def pointers(kind: str, names: str) -> dict[str, str]:
 LISTS = pointers("i64", "entries offsets")
 
 
-def selection_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
-    """What `selection.select_blocks` launches in prefill."""
+def selection_launch(
+    label: str, target: configs.Target, shape: Shape, seqlen_q: int, paged: bool, scaled: bool
+) -> Launch:
+    """What `selection.select_blocks` launches for `seqlen_q` queries."""
     groups, depth, block, topk = shape.num_kv_heads, shape.index_head_dim, shape.block_size, shape.topk
     config = configs.selection_config(
         target,
         num_sequences=1,
         num_kv_heads=groups,
-        seqlen_q=shape.tokens,
+        seqlen_q=seqlen_q,
         seqlen_k=shape.tokens,
         index_head_dim=depth,
         block_size=block,
         topk=topk,
         element_size=shape.element,
+        key_size=1 if scaled else shape.element,
         tma_ready=True,
     )
     constants = selection.selection_constants(config, groups, depth, block, topk, False)
-    types = {"index_k": f"tensordesc<bf16[1,{block},{depth}]>"} if config.use_tma else {}
+    constants |= configs.storage_constants(target, paged, scaled)
+    element = "u8" if scaled else "bf16"
+    types = {"index_k": f"tensordesc<{element}[1,{block},{depth}]>" if config.use_tma else f"*{element}"}
+    if config.num_splits > 1:
+        types |= pointers("i64", "workspace")
     options = configs.launch_options(config.num_warps, config.num_stages, None)
-    yield "selection", selection.selection_kernel, constants, options, types
+    return label, selection.selection_kernel, constants, options, types
+
+
+def selection_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
+    """What `selection.select_blocks` launches in prefill."""
+    yield selection_launch("selection", target, shape, shape.tokens, False, False)
 
 
 def forward_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
@@ -166,11 +192,12 @@ def forward_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
     )
     scale = depth**-0.5
     tokens = config.walk_tokens(heads, topk)
-    constants = walk.walk_constants(config, heads, depth, block, scale, tokens, False, False, config.walk_tma)
+    storage = configs.storage_constants(target, paged=False, scaled=False)
+    constants = walk.walk_constants(config, heads, depth, block, scale, tokens, False, False, config.walk_tma) | storage
     tile = f"tensordesc<bf16[1,1,{constants['COLUMNS']},{depth}]>" if config.walk_tma else "*bf16"
     types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile}
     yield "forward: walk", walk.walk_kernel, constants, config.walk_options(), types
-    constants = attention.partial_constants(config, heads, depth, block, topk, scale)
+    constants = attention.partial_constants(config, heads, depth, block, topk, scale) | storage
     types = LISTS | pointers("bf16", "partial")
     kernel = attention.partial_attention_kernel
     yield "forward: partial_attention", kernel, constants, config.launch_options(), types
@@ -216,23 +243,33 @@ def loss_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
     yield "loss: sum_slots", sum_slots_kernel, constants, {"num_warps": 4}, types
 
 
-def decode_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
-    """The attention of `decode.attend_blocks` for one query."""
+def serving_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
+    """A step of one token: `select_blocks` and `decode.attend_blocks`, from bf16 and from e4m3 pages, and `append`."""
     groups, heads, depth = shape.num_kv_heads, shape.group_size, shape.head_dim
     block, topk = shape.block_size, shape.topk
+    yield selection_launch("decode: select", target, shape, 1, False, False)
+    yield selection_launch("decode: select, e4m3", target, shape, 1, True, True)
     config = configs.attend_config(
         target, num_rows=groups, head_dim=depth, block_size=block, topk=topk, element_size=shape.element
     )
     constants = attend_constants(config, groups, heads, depth, block, topk, False)
-    types = pointers("fp32", "out") if config.num_splits > 1 else {}
     options = configs.launch_options(config.num_warps, config.num_stages, None)
-    yield "decode: attend", attend_kernel, constants, options, types
+    types = pointers("fp32", "out") if config.num_splits > 1 else {}
+    yield "decode: attend", attend_kernel, constants | configs.storage_constants(target, False, False), options, types
+    constants |= configs.storage_constants(target, True, True)
+    yield "decode: attend, e4m3", attend_kernel, constants, options, types | pointers("u8", "k v")
+    for label, scaled in (("decode: append", False), ("decode: append, e4m3", True)):
+        constants = append_constants(
+            groups, depth, depth, block, 1, ragged=False, paged=scaled, scaled=scaled, index_scaled=scaled
+        )
+        types = pointers("bf16", "index_k") | pointers("u8" if scaled else "bf16", "cache_k cache_v cache_index_k")
+        yield label, append_kernel, constants, {"num_warps": append_warps(constants)}, types
 
 
 def compile_all(name: str, shape: Shape) -> Iterator[dict[str, Any]]:
     """A row for each kernel, built for the target of that name."""
     target = TARGETS[name]
-    for launches in (selection_launches, forward_launches, backward_launches, loss_launches, decode_launches):
+    for launches in (selection_launches, forward_launches, backward_launches, loss_launches, serving_launches):
         for label, kernel, constants, options, types in launches(target, shape):
             found = report(build(kernel, target, constants, options, types))
             numbers = {"registers": found.registers, "shared": found.shared, "spills": found.spilled}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/serving.md")
 
 
 def _load(name: str) -> dict:
@@ -138,6 +138,14 @@ def kernels_targets() -> str:
     return _markdown(["kernel", *targets], [[name, *(cells[name, target] for target in targets)] for name in names])
 
 
+def fp8_selection() -> str:
+    rows = [
+        [f"{row['seqlen'] // 1024}K", f"{row['ids_that_differ']:.1%}", f"{row['score_recall']:.2%}"]
+        for row in _load("fp8.json")["rows"]
+    ]
+    return _markdown(["keys", "ids that differ", "score recall"], rows)
+
+
 def summary() -> str:
     cpu = {(row["seqlen"], row["variant"]): row for row in _load("cpu.json")["rows"]}
     found = _gpu_rows()
@@ -173,6 +181,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu decode": gpu_decode,
     "gpu training": gpu_training,
     "gpu flex": gpu_flex,
+    "fp8 selection": fp8_selection,
     "kernels sm_90": kernels_sm_90,
     "kernels targets": kernels_targets,
     "summary": summary,

@@ -8,6 +8,7 @@ from flexmsa.flex import create_block_mask, pack_gqa, packed_flex_attention, unp
 from flexmsa.functional import attention, block_sparse_attention, decode, index_loss, select_blocks
 from flexmsa.kernels.workspace import set_workspace_limit
 from flexmsa.modules import MSAttention
+from flexmsa.paged_cache import PagedMSACache
 from flexmsa.types import AuxOutput, AuxRequest
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "MSACache",
     "MSAConfig",
     "MSAttention",
+    "PagedMSACache",
     "attention",
     "block_sparse_attention",
     "create_block_mask",

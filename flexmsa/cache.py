@@ -1,27 +1,212 @@
-"""The key/value/index-key cache for generation."""
+"""Caches of keys, values and index keys for generation: the part that all share, and the contiguous one."""
+
+from typing import NoReturn, Self
 
 import torch
 from torch import Tensor
 
-from flexmsa import validation
+from flexmsa import ops, validation
+from flexmsa.backends import choose_backend
 
-__all__ = ["MSACache"]
+__all__ = ["Cache", "MSACache"]
+
+FP8 = torch.float8_e4m3fn
 
 
-class MSACache:
-    """Keys, values and index keys of one layer, in buffers of a fixed size.
+class Cache:
+    """What every cache holds and does; made as `MSACache` or `PagedMSACache`.
 
     Attributes:
-        k, v: [B, Hkv, capacity, D].
-        index_k: [B, 1, capacity, Di].
-        kv_starts: [B] int32, the first key of each row: the number of padding tokens on the left of its prompt.
-        kv_lens: [B] int32, the end of the filled part, alike in every row.
-        length: the same as a Python int.
+        k, v: keys and values; index_k: index keys.
+        k_scale, v_scale, index_k_scale: float32, one factor for each token and head of what is stored in e4m3; else
+            None.
+        page_table: [B, max_pages] int32, or None in a contiguous cache.
+        kv_starts: [B] int32, the first key of each row.
+        kv_lens: [B] int32, the end of the filled part of each row.
+        capacity: tokens that a row can hold.
+    """
+
+    page_table: Tensor | None = None
+    capacity: int
+
+    def __init__(self, k: Tensor, v: Tensor, index_k: Tensor, batch_size: int) -> None:
+        """Take over the buffers; rows start empty."""
+        self.k, self.v, self.index_k = k, v, index_k
+        self.k_scale, self.v_scale, self.index_k_scale = (
+            torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device) if x.dtype == FP8 else None
+            for x in (k, v, index_k)
+        )
+        self.kv_lens = torch.zeros(batch_size, dtype=torch.int32, device=k.device)
+        self.kv_starts = torch.zeros_like(self.kv_lens)
+        self._sequences = torch.zeros(2 * batch_size, 5, dtype=torch.int32, device=k.device)
+        self._status = torch.zeros(2, dtype=torch.int32, device=k.device)
+        # No row is longer than its bound. Exact lengths are on the device and cost a wait.
+        self._bounds = [0] * batch_size
+        self._newest: tuple[int, bool] | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self.kv_lens.shape[0]
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Keys, values, index keys and the scales that there are."""
+        every = (self.k, self.v, self.index_k, self.k_scale, self.v_scale, self.index_k_scale)
+        return [x for x in every if x is not None]
+
+    def append(
+        self, k: Tensor, v: Tensor, index_k: Tensor, *, lens: Tensor | None = None, backend: str | None = None
+    ) -> None:
+        """Write new tokens behind those already there, in place; e4m3 buffers are quantised token by token.
+
+        Args:
+            k, v: [B, Hkv, n, D].
+            index_k: [B, 1, n, Di].
+            lens: [B] int; row b brings its first lens[b] tokens, 0 to n. None: all n.
+            backend: as for `flexmsa.decode`.
+
+        Raises:
+            ValueError, TypeError: a shape, dtype or device differs from the cache's, or the tokens do not fit. The
+                cache is then unchanged. In compiled code on a GPU and in a CUDA graph, rows that are full stay as
+                they are, and `check` raises afterwards.
+        """
+        for name, new, buffer in (("k", k, self.k), ("v", v, self.v), ("index_k", index_k, self.index_k)):
+            validation.check_cache_input(name, new, buffer, (self.batch_size, k.shape[2]))
+        validation.check_row_counts("lens", lens, self.kv_lens)
+        count = k.shape[2]
+        self.check_room(count, lens)
+        ops.append(
+            k.detach(),
+            v.detach(),
+            index_k.detach(),
+            lens,
+            self.k,
+            self.v,
+            self.index_k,
+            self.k_scale,
+            self.v_scale,
+            self.index_k_scale,
+            self.page_table,
+            self.kv_starts,
+            self.kv_lens,
+            self._sequences,
+            self._status,
+            choose_backend("decode", backend, k),
+        )
+        self._newest = count, lens is not None
+        if not is_recorded():
+            counts = self._known_counts(count, lens)
+            self._bounds = [bound + more for bound, more in zip(self._bounds, counts, strict=True)]
+
+    def check_room(self, count: int, lens: Tensor | None = None) -> None:
+        """Raise ValueError unless `count` more tokens fit into every row, or lens[b] more into row b."""
+        if is_recorded():
+            # What runs later, and how often, is not known here; the kernels look for themselves.
+            self._bounds = [self.capacity] * self.batch_size
+            return
+        counts = self._known_counts(count, lens)
+        if not self._make_room([bound + more for bound, more in zip(self._bounds, counts, strict=True)]):
+            self._bounds = self.kv_lens.tolist()
+            counts = [count] * self.batch_size if lens is None else lens.clamp(0, count).tolist()
+            if not self._make_room([length + more for length, more in zip(self._bounds, counts, strict=True)]):
+                self._refuse(counts)
+
+    def _refuse(self, counts: list[int]) -> NoReturn:
+        """Raise ValueError about the first row that cannot take as many tokens."""
+        row = next(row for row, more in enumerate(counts) if self._bounds[row] + more > self.capacity)
+        length = self._bounds[row]
+        raise ValueError(
+            f"cache: expected at most {self.capacity - length} more tokens in row {row}, got {counts[row]}: it holds "
+            f"{length} of {self.capacity}; make it with a larger capacity"
+        )
+
+    def _known_counts(self, count: int, lens: Tensor | None) -> list[int]:
+        """Bounds of how many tokens each row brings, found without waiting for a device."""
+        return [count] * self.batch_size
+
+    def _make_room(self, lengths: list[int]) -> bool:
+        """Whether row b can hold lengths[b] tokens, once this has been called."""
+        return max(lengths) <= self.capacity
+
+    def check(self) -> None:
+        """Raise ValueError if an append did not fit in compiled code or a CUDA graph. Waits for the device."""
+        refused = int(self._status[1])
+        self._status[1] = 0
+        if refused:
+            raise ValueError(
+                f"cache: {refused} times a row was full and an append left it as it was; results since then are "
+                "those of the shorter row. Make the cache larger, or reserve pages before the graph is captured"
+            )
+
+    def next_positions(self, count: int) -> Tensor:
+        """Return [B, count] int64: where each row's next tokens stand, for RoPE; to be asked before they are appended.
+
+        In compiled code ask here rather than read kv_lens, which the compiler may do after the append.
+        """
+        return ops.next_positions(self.kv_lens, self.kv_starts, count)
+
+    def newest(self, seqlen_q: int) -> Tensor:
+        """Return the table of sequences (see flexmsa.kernels) whose queries are each row's newest tokens.
+
+        They are the tokens of the last append if it brought `seqlen_q`, else the last `seqlen_q` tokens of each row.
+        """
+        if self._newest is not None and self._newest[0] == seqlen_q:
+            return self._sequences if self._newest[1] else self._sequences[: self.batch_size]
+        queries = self.kv_lens.new_empty(self.batch_size, 1, seqlen_q, 0)
+        return ops.sequence_table(queries, None, self.kv_starts, self.kv_lens, self.capacity)
+
+    def trim(self, counts: int | Tensor) -> None:
+        """Forget the newest tokens of each row, such as rejected speculative ones.
+
+        Args:
+            counts: how many; an int, or [B] int for each row. No row gets shorter than empty.
+
+        Raises:
+            ValueError, TypeError: counts is negative or has another shape or device.
+        """
+        if isinstance(counts, Tensor):
+            validation.check_row_counts("counts", counts, self.kv_lens)
+            counts = counts.clamp(min=0)
+        else:
+            validation.check_int("counts", counts, 0)
+            if not is_recorded():
+                self._bounds = [max(0, bound - counts) for bound in self._bounds]
+        self.kv_lens.sub_(counts).clamp_(min=0)
+        self._newest = None
+
+    def reset(self) -> None:
+        """Forget every token of every row."""
+        self.kv_lens.zero_()
+        self._bounds = [0] * self.batch_size
+        self._newest = None
+
+    def contiguous(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return k, v [B, Hkv, capacity, D] and index_k [B, 1, capacity, Di], unquantised: a copy, to look at.
+
+        Tokens from kv_lens on have any value.
+        """
+        return (
+            self._gather(self.k, self.k_scale),
+            self._gather(self.v, self.v_scale),
+            self._gather(self.index_k, self.index_k_scale),
+        )
+
+    def _gather(self, buffer: Tensor, scale: Tensor | None) -> Tensor:
+        return buffer.clone() if scale is None else buffer.float() * scale[..., None]
+
+
+class MSACache(Cache):
+    """Keys, values and index keys of one layer, each row in one piece: k, v [B, Hkv, capacity, D], index_k
+    [B, 1, capacity, Di].
 
     >>> cache = MSACache(batch_size=2, num_kv_heads=1, head_dim=16, index_head_dim=8, capacity=32)
     >>> cache.append(torch.ones(2, 1, 5, 16), torch.ones(2, 1, 5, 16), torch.ones(2, 1, 5, 8))
-    >>> cache.length, cache.kv_lens.tolist()
-    (5, [5, 5])
+    >>> cache.append(
+    ...     torch.ones(2, 1, 3, 16), torch.ones(2, 1, 3, 16), torch.ones(2, 1, 3, 8), lens=torch.tensor([3, 1])
+    ... )
+    >>> cache.kv_lens.tolist()
+    [8, 6]
     """
 
     def __init__(
@@ -34,6 +219,7 @@ class MSACache:
         *,
         kv_starts: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        index_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         """Allocate an empty cache.
@@ -41,56 +227,38 @@ class MSACache:
         Args:
             capacity: tokens that a row can hold, padding included.
             kv_starts: [B] int; padding tokens on the left of each row's prompt. None: no padding.
+            dtype: of keys and values; torch.float8_e4m3fn stores them with a scale for each token and head.
+            index_dtype: of index keys, likewise; None: dtype.
         """
-        for name, size in (("batch_size", batch_size), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
-            validation.check_int(name, size, 1)
-        validation.check_int("index_head_dim", index_head_dim, 1)
-        validation.check_int("capacity", capacity, 1)
-        self.k = torch.zeros(batch_size, num_kv_heads, capacity, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
-        self.index_k = torch.zeros(batch_size, 1, capacity, index_head_dim, dtype=dtype, device=device)
-        self.kv_lens = torch.zeros(batch_size, dtype=torch.int32, device=self.k.device)
-        self.kv_starts = torch.zeros_like(self.kv_lens)
+        validation.check_cache_sizes(batch_size, num_kv_heads, head_dim, index_head_dim, capacity=capacity)
+        self.capacity = capacity
+        k = torch.zeros(batch_size, num_kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        index_k = torch.zeros(
+            batch_size, 1, capacity, index_head_dim, dtype=dtype if index_dtype is None else index_dtype, device=device
+        )
+        super().__init__(k, torch.zeros_like(k), index_k, batch_size)
         if kv_starts is not None:
             validation.check_sequences(batch_size, 1, capacity, self.k.device, None, kv_starts, None)
             self.kv_starts.copy_(kv_starts)
-        self.length = 0
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that a row can hold."""
-        return self.k.shape[2]
-
-    def append(self, k: Tensor, v: Tensor, index_k: Tensor) -> None:
-        """Write the keys, values and index keys of n new tokens behind those already there, in place.
+    def reorder(self, rows: Tensor) -> Self:
+        """Make row b a copy of what row rows[b] was, in place, for beam search; returns the cache.
 
         Args:
-            k, v: [B, Hkv, n, D].
-            index_k: [B, 1, n, Di].
-
-        Raises:
-            ValueError, TypeError: a shape, dtype or device differs from the cache's, or the tokens do not fit. The
-                cache is then unchanged.
+            rows: [B] int; every buffer is read and written once.
         """
-        for name, new, buffer in (("k", k, self.k), ("v", v, self.v), ("index_k", index_k, self.index_k)):
-            validation.check_cache_input(name, new, buffer, tokens=k)
-        count = k.shape[2]
-        self.check_room(count)
-        positions = self.kv_lens[0] + torch.arange(count, device=k.device)
-        for new, buffer in ((k, self.k), (v, self.v), (index_k, self.index_k)):
-            buffer.index_copy_(2, positions, new.detach())
-        self.kv_lens += count
-        self.length += count
+        validation.check_row_counts("rows", rows, self.kv_lens)
+        for buffer in (*self.buffers, self.kv_starts, self.kv_lens):
+            # Bytes, because not every device copies rows of e4m3.
+            raw = buffer.view(torch.uint8) if buffer.dtype == FP8 else buffer
+            raw.copy_(raw.index_select(0, rows))
+        self._bounds = [max(self._bounds)] * self.batch_size
+        self._newest = None
+        return self
 
-    def check_room(self, count: int) -> None:
-        """Raise ValueError unless `count` more tokens fit."""
-        if self.length + count > self.capacity:
-            raise ValueError(
-                f"cache: expected at most {self.capacity - self.length} more tokens, got {count}: it holds "
-                f"{self.length} of {self.capacity}; make it with a larger capacity"
-            )
 
-    def reset(self) -> None:
-        """Forget every token; the buffers and `kv_starts` stay."""
-        self.kv_lens.zero_()
-        self.length = 0
+def is_recorded() -> bool:
+    """Whether this code is being turned into a graph that runs later, where no value can be looked at."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flexmsa import functional, ops
-from flexmsa.cache import MSACache
+from flexmsa.cache import Cache, MSACache
 from flexmsa.config import MSAConfig
 from flexmsa.kernels.sequences import key_ranges
 from flexmsa.types import AuxRequest
@@ -71,7 +71,9 @@ class MSAttention(nn.Module):
         self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
         self.index_q_norm, self.index_k_norm = norm(config.index_head_dim), norm(config.index_head_dim)
 
-    def new_cache(self, batch_size: int, capacity: int, kv_starts: Tensor | None = None) -> MSACache:
+    def new_cache(
+        self, batch_size: int, capacity: int, kv_starts: Tensor | None = None, index_dtype: torch.dtype | None = None
+    ) -> MSACache:
         """Return an empty cache for this layer, on its device and in its dtype."""
         weight = self.k_proj.weight
         config = self.config
@@ -83,6 +85,7 @@ class MSAttention(nn.Module):
             capacity,
             kv_starts=kv_starts,
             dtype=weight.dtype,
+            index_dtype=index_dtype,
             device=weight.device,
         )
 
@@ -90,7 +93,9 @@ class MSAttention(nn.Module):
         self,
         x: Tensor,
         *,
-        cache: MSACache | None = None,
+        cache: Cache | None = None,
+        lens: Tensor | None = None,
+        block_indices: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         kv_starts: Tensor | None = None,
         with_index_loss: bool | None = None,
@@ -101,6 +106,8 @@ class MSAttention(nn.Module):
         Args:
             x: [B, S, hidden_size]; with a cache, the tokens that follow those in it.
             cache: appended to in place; attention runs over all of it. For inference.
+            lens: [B] int; with a cache, only the first lens[b] tokens of row b are new ones.
+            block_indices: [B, Hkv, S, topk] of another layer, to attend to instead of selecting; with a cache.
             cu_seqlens, kv_starts: documents packed along S, or padding on the left, as for `flexmsa.attention`; a
                 cache has its own kv_starts.
             with_index_loss: compute the loss of the index branch; default: in training mode without a cache.
@@ -110,7 +117,8 @@ class MSAttention(nn.Module):
             out [B, S, hidden_size], and the index loss, a scalar, or None if it was not asked for.
 
         Raises:
-            ValueError: x has another shape, the cache is full, or a cache came with cu_seqlens, kv_starts or a loss.
+            ValueError: x has another shape, the cache is full, a cache came with cu_seqlens, kv_starts or a loss, or
+                lens or block_indices came without a cache.
         """
         if x.dim() != 3 or x.shape[-1] != self.config.hidden_size:
             raise ValueError(f"x: expected [B, S, hidden_size={self.config.hidden_size}], got {list(x.shape)}")
@@ -122,7 +130,9 @@ class MSAttention(nn.Module):
                 "give kv_starts to the cache, and train without one"
             )
         if cache is not None:
-            return self._generate(x, cache, backend), None
+            return self.generate(x, cache, lens=lens, block_indices=block_indices, backend=backend)[0], None
+        if lens is not None or block_indices is not None:
+            raise ValueError("lens, block_indices: expected None without a cache")
         aux = AuxRequest(index_loss=with_index_loss)
         out, extra = functional.attention(
             *self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts),
@@ -134,27 +144,36 @@ class MSAttention(nn.Module):
         )
         return self._merge(out), extra.index_loss
 
-    def _generate(self, x: Tensor, cache: MSACache, backend: str | None) -> Tensor:
-        cache.check_room(x.shape[1])
-        after = cache.kv_lens + x.shape[1]
-        q, k, v, index_q, index_k = self.project(x, kv_starts=cache.kv_starts, kv_lens=after, seqlen_k=cache.capacity)
-        cache.append(k, v, index_k)
-        if x.shape[1] <= _DECODE_TOKENS:
-            out = functional.decode(q, cache, index_q, **self._selection(), backend=backend)
-        else:
-            out = functional.attention(
-                q,
-                cache.k,
-                cache.v,
-                index_q,
-                cache.index_k,
-                **self._selection(),
-                kv_starts=cache.kv_starts,
-                kv_lens=cache.kv_lens,
-                backend=backend,
-            )
-        assert isinstance(out, Tensor)
-        return self._merge(out)
+    def generate(
+        self,
+        x: Tensor,
+        cache: Cache,
+        *,
+        lens: Tensor | None = None,
+        block_indices: Tensor | None = None,
+        backend: str | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Append to the cache and attend, as `forward` does; returns (out, block_indices) for a next layer to reuse.
+
+        Args:
+            As for `forward`.
+
+        Returns:
+            out [B, S, hidden_size], and the block_indices [B, Hkv, S, topk] attended to, None in the warm-up.
+        """
+        cache.check_room(x.shape[1], lens)
+        q, k, v, index_q, index_k = self.project(x, positions=cache.next_positions(x.shape[1]))
+        cache.append(k, v, index_k, lens=lens, backend=backend)
+        out, aux = functional.decode(
+            q,
+            cache,
+            index_q,
+            **self._selection(),
+            block_indices=block_indices,
+            backend=backend,
+            return_aux=AuxRequest(block_indices=True),
+        )
+        return self._merge(out), aux.block_indices
 
     def _selection(self) -> dict[str, Any]:
         config = self.config
@@ -171,19 +190,19 @@ class MSAttention(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         kv_starts: Tensor | None = None,
-        kv_lens: Tensor | None = None,
-        seqlen_k: int | None = None,
+        positions: Tensor | None = None,
     ) -> Projections:
         """Return what the layer attends with, for `flexmsa.metrics` or an attention call of one's own.
 
         Args:
             x: [B, S, hidden_size].
-            cu_seqlens, kv_starts, kv_lens: the sequences, as for `flexmsa.attention`; RoPE counts from their start.
-            seqlen_k: length of the buffer that kv_starts and kv_lens speak of; default S.
+            cu_seqlens, kv_starts: the sequences, as for `flexmsa.attention`; RoPE counts from their start.
+            positions: [B, S] int, for RoPE, where something else is to be counted.
         """
-        sequences = ops.sequence_table(x.unsqueeze(1), cu_seqlens, kv_starts, kv_lens, seqlen_k or x.shape[1])
-        start, end = key_ranges(sequences, x.shape[0], x.shape[1])
-        positions = (end - start - 1).clamp(min=0)
+        if positions is None:
+            sequences = ops.sequence_table(x.unsqueeze(1), cu_seqlens, kv_starts, None, x.shape[1])
+            start, end = key_ranges(sequences, x.shape[0], x.shape[1])
+            positions = (end - start - 1).clamp(min=0)
         config = self.config
         detached = x.detach()
 
@@ -203,7 +222,3 @@ class MSAttention(nn.Module):
 
     def _merge(self, out: Tensor) -> Tensor:
         return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-# From here on the kernels for whole sequences are faster than the one for a few tokens.
-_DECODE_TOKENS = 16

@@ -4,8 +4,13 @@
 Checks of values (ids in range, offsets rising) are in flexmsa.ops.checks, where they can run under torch.compile.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from flexmsa.cache import Cache
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -191,10 +196,80 @@ def check_block_mask_inputs(
     check_sequences(batch, seqlen_q, seqlen_k, block_indices.device, cu_seqlens, kv_starts, kv_lens)
 
 
-def check_cache_input(name: str, new: Tensor, buffer: Tensor, tokens: Tensor) -> None:
+def check_cache_sizes(batch_size: int, num_kv_heads: int, head_dim: int, index_head_dim: int, **more: int) -> None:
+    sizes = {
+        "batch_size": batch_size,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "index_head_dim": index_head_dim,
+        **more,
+    }
+    for name, size in sizes.items():
+        check_int(name, size, 1)
+
+
+def check_cache_input(name: str, new: Tensor, buffer: Tensor, tokens: tuple[int, int]) -> None:
+    """`tokens` is (B, n); the heads and their size are the buffer's."""
     _check_tensor(name, new, "[B, H, tokens, D]")
-    batch, heads, _, head_dim = buffer.shape
-    _check_shape(name, new, (batch, heads, tokens.shape[2], head_dim), "[B, H, tokens, D] of the cache")
-    _check_alike({"the cache": buffer, name: new})
-    if new.dtype != buffer.dtype:
+    batch, count = tokens
+    heads, head_dim = buffer.shape[1], buffer.shape[3]
+    _check_shape(name, new, (batch, heads, count, head_dim), "[B, H, tokens, D] of the cache")
+    if new.device != buffer.device:
+        raise ValueError(f"{name}: expected the device of the cache, {buffer.device}, got {new.device}")
+    if new.dtype != buffer.dtype and buffer.element_size() > 1:
         raise TypeError(f"{name}: expected the dtype of the cache, {buffer.dtype}, got {new.dtype}")
+
+
+def check_decode_inputs(
+    q: Tensor, index_q: Tensor | None, cache: "Cache", block_size: int, scale: float | None
+) -> None:
+    _check_tensor("q", q, "[B, Hq, Sq, D]")
+    batch, num_heads, seqlen_q, head_dim = q.shape
+    num_kv_heads = cache.k.shape[1]
+    if batch != cache.batch_size or head_dim != cache.k.shape[3] or num_heads % num_kv_heads or seqlen_q < 1:
+        raise ValueError(
+            f"q: expected [B={cache.batch_size}, Hq a multiple of {num_kv_heads}, Sq >= 1, D={cache.k.shape[3]}] for "
+            f"this cache, got {list(q.shape)}"
+        )
+    tensors = {"q": q}
+    if index_q is not None:
+        _check_tensor("index_q", index_q, "[B, Hkv, Sq, Di]")
+        expected = (batch, num_kv_heads, seqlen_q, cache.index_k.shape[3])
+        _check_shape("index_q", index_q, expected, "[B, Hkv, Sq, Di] for q and this cache")
+        if cache.index_k_scale is None:
+            _check_same_dtype("index_q", index_q, "the cache's index keys", cache.index_k)
+        tensors["index_q"] = index_q
+    for name, x in tensors.items():
+        if x.device != cache.k.device:
+            raise ValueError(f"{name}: expected the device of the cache, {cache.k.device}, got {x.device}")
+    if cache.k_scale is None:
+        _check_same_dtype("q", q, "the cache's keys", cache.k)
+    _check_scale("scale", scale)
+    if cache.page_table is not None and cache.k.shape[2] != block_size:
+        raise ValueError(
+            f"block_size: expected the page size of the cache, {cache.k.shape[2]}, got {block_size}; make the cache "
+            "with page_size=block_size"
+        )
+
+
+def _check_same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {x.dtype}; cast one of them")
+
+
+def check_row_counts(name: str, counts: Tensor | None, kv_lens: Tensor) -> None:
+    if counts is not None:
+        _check_lengths(name, counts, kv_lens.device)
+        _check_shape(name, counts, tuple(kv_lens.shape), "[B]")
+
+
+def check_page_table(page_table: Tensor, kv_lens: Tensor, device: torch.device) -> None:
+    _check_lengths("page_table", page_table, device)
+    _check_lengths("kv_lens", kv_lens, device)
+    if page_table.dtype != torch.int32 or page_table.dim() != 2 or not page_table.is_contiguous():
+        raise ValueError(
+            f"page_table: expected contiguous int32 [B, max_pages], got {page_table.dtype} {list(page_table.shape)}"
+        )
+    _check_shape("kv_lens", kv_lens, (page_table.shape[0],), "[B] with page_table's B")
+    if kv_lens.dtype != torch.int32:
+        raise TypeError(f"kv_lens: expected int32, which is updated in place, got {kv_lens.dtype}")

@@ -52,3 +52,8 @@ def key_ranges(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Tensor, Te
     _, _, q_end, k_start, k_end = sequences[query_sequences(sequences, batch, seqlen_q)].unbind(1)
     token = torch.arange(seqlen_q, device=sequences.device, dtype=torch.int32).repeat(batch)
     return k_start.reshape(batch, seqlen_q).contiguous(), (k_end - q_end + token + 1).view(batch, seqlen_q)
+
+
+def next_positions(kv_lens: Tensor, kv_starts: Tensor, count: int) -> Tensor:
+    """Return [B, count] int64: where the next tokens of each row stand, counted from its first key."""
+    return (kv_lens - kv_starts).clamp(min=0)[:, None] + torch.arange(count, device=kv_lens.device)

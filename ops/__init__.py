@@ -2,21 +2,23 @@
 
 from .attention import block_sparse_attention, block_sparse_attention_backward
 from .autocast import cast_to_autocast
-from .decode import decode
+from .cache import append, attend_blocks
 from .flex import block_mask_lists, dense_mask_lists, pack_gqa, unpack_gqa
 from .index_loss import index_loss, index_loss_backward
 from .selection import select_blocks
-from .sequences import sequence_table
+from .sequences import next_positions, sequence_table
 
 __all__ = [
+    "append",
+    "attend_blocks",
     "block_mask_lists",
     "block_sparse_attention",
     "block_sparse_attention_backward",
     "cast_to_autocast",
-    "decode",
     "dense_mask_lists",
     "index_loss",
     "index_loss_backward",
+    "next_positions",
     "pack_gqa",
     "select_blocks",
     "sequence_table",

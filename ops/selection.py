@@ -11,7 +11,7 @@ from .dispatch import run_kernel
     "flexmsa::select_blocks",
     mutates_args=(),
     schema="(Tensor index_q, Tensor index_k, Tensor sequences, int block_size, int topk, int num_local_blocks, "
-    "int num_init_blocks, str backend) -> Tensor",
+    "int num_init_blocks, str backend, Tensor? page_table=None, Tensor? index_k_scale=None) -> Tensor",
 )
 def select_blocks(
     index_q: Tensor,
@@ -22,15 +22,38 @@ def select_blocks(
     num_local_blocks: int,
     num_init_blocks: int,
     backend: str,
+    page_table: Tensor | None = None,
+    index_k_scale: Tensor | None = None,
 ) -> Tensor:
-    """Return block_indices [B, Hkv, Sq, topk] int32 for index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di]."""
+    """Return block_indices [B, Hkv, Sq, topk] int32 for index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di] or pages."""
     return run_kernel(
-        backend, "select_blocks", index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks
+        backend,
+        "select_blocks",
+        index_q,
+        index_k,
+        sequences,
+        block_size,
+        topk,
+        num_local_blocks,
+        num_init_blocks,
+        page_table,
+        index_k_scale,
     )
 
 
 @select_blocks.register_fake
-def _(index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks, backend):
+def _(
+    index_q,
+    index_k,
+    sequences,
+    block_size,
+    topk,
+    num_local_blocks,
+    num_init_blocks,
+    backend,
+    page_table=None,
+    index_k_scale=None,
+):
     return index_q.new_empty((*index_q.shape[:3], topk), dtype=torch.int32)
 
 

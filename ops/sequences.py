@@ -27,3 +27,19 @@ def sequence_table(
 def _(q, cu_seqlens, kv_starts, kv_lens, seqlen_k):
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return q.new_empty((count, 5), dtype=torch.int32)
+
+
+# An operator because compiled code may put off plain arithmetic until kv_lens has changed (seen with torch 2.13).
+@torch.library.custom_op(
+    "flexmsa::next_positions",
+    mutates_args=(),
+    schema="(Tensor kv_lens, Tensor kv_starts, SymInt count) -> Tensor",
+)
+def next_positions(kv_lens: Tensor, kv_starts: Tensor, count: int) -> Tensor:
+    """Return [B, count] int64: where the next `count` tokens of each row stand, counted from its first key."""
+    return kernel.next_positions(kv_lens, kv_starts, count)
+
+
+@next_positions.register_fake
+def _(kv_lens, kv_starts, count):
+    return kv_lens.new_empty((kv_lens.shape[0], count), dtype=torch.int64)

@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from flexmsa import MSAConfig, __main__, demo
-from flexmsa.demo.model import GPT, dense_twin, generate
+from flexmsa.demo.generate import generate
+from flexmsa.demo.model import GPT, dense_twin
 from flexmsa.demo.progress import Progress
 from flexmsa.demo.report import write_whole
 from flexmsa.demo.text import read_standard_library
@@ -103,16 +105,39 @@ def test_the_twin_is_the_warm_up():
     assert not torch.allclose(dense_twin(model)(ids)[0], model(ids)[0])
 
 
-@pytest.mark.parametrize("prompt", [b"d", b"def a_longer_prompt(than, a_few, tokens):"])
-def test_cached_generation_equals_the_whole(prompt):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cached_generation_equals_the_whole(compiled):
     torch.manual_seed(0)
     model = GPT(CONFIG, num_layers=2).eval()
-    written, ids, logits = generate(model, prompt, 20, temperature=0, generator=torch.Generator())
-    assert written.startswith(prompt)
-    assert len(written) == len(prompt) + 20
-    whole = model(ids)[0].detach()
-    torch.testing.assert_close(logits, whole)
-    assert written[len(prompt) :] == bytes(whole[0, len(prompt) - 1 :].argmax(-1).tolist())
+    prompts = [b"d", b"def a_longer_prompt(than, a_few, tokens):", b"import"]
+    result = generate(model, prompts, 20, compiled=compiled)
+    for prompt, text, logits in zip(prompts, result.texts, result.logits, strict=True):
+        assert text.startswith(prompt) and len(text) == len(prompt) + 20
+        whole = model(torch.tensor([list(text[:-1])]))[0][0].detach()
+        torch.testing.assert_close(logits, whole)
+        assert text[len(prompt) :] == bytes(whole[len(prompt) - 1 :].argmax(-1).tolist())
+
+
+def test_a_step_of_generation_is_compiled_once():
+    model = GPT(CONFIG, num_layers=2).eval()
+    counter = CompileCounter()
+    with torch.no_grad():
+        caches = model.new_caches(2, 40)
+        model.read(torch.zeros(2, 10, dtype=torch.int64), caches, torch.tensor([10, 3]))
+        step = torch.compile(lambda new: model.read(new, caches), backend=counter, fullgraph=True)
+        for _ in range(10):
+            step(torch.zeros(2, 1, dtype=torch.int64))
+    assert counter.frame_count == 1
+    assert caches[0].kv_lens.tolist() == [20, 13]
+
+
+def test_layers_reuse_a_selection_when_asked():
+    torch.manual_seed(0)
+    model = GPT(CONFIG, num_layers=2).eval()
+    ids = torch.randint(256, (1, 60))
+    with torch.no_grad():
+        apart, reused = (model.read(ids, model.new_caches(1, 60), select_every=every) for every in (1, 2))
+    assert not torch.allclose(apart, reused)
 
 
 def test_the_text_is_split_by_file(tmp_path):

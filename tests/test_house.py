@@ -96,7 +96,7 @@ def test_the_examples_in_the_documents(page):
         assert ((ROOT / page).parent / link).exists(), link
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "docs/serving.md"])
 def test_the_figures_in_the_documents_are_those_of_the_results(page):
     tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
     text = (ROOT / page).read_text()

@@ -38,12 +38,40 @@ def test_opcheck_of_every_operator():
             arguments = (*frozen[:2], *branches, indices, lse, *loss, with_grad, "cpu")
             opcheck(ops.index_loss._opoverload, arguments)
     opcheck(ops.index_loss_backward._opoverload, (torch.ones(()), out, torch.float16))
-    opcheck(ops.decode._opoverload, (*frozen, SEQUENCES, 8, 2, 1, 0, 0.25, "cpu"))
+    for indices in (ids, None):
+        opcheck(ops.attend_blocks._opoverload, (*frozen[:3], indices, SEQUENCES, 8, 0.25, "cpu"))
     opcheck(ops.pack_gqa._opoverload, (strided, 2))
     opcheck(ops.unpack_gqa._opoverload, (ops.pack_gqa(frozen[0], 2).requires_grad_(), 6))
     opcheck(ops.block_mask_lists._opoverload, (ids, SEQUENCES, 33, 8, 8, 2, 5, True, True))
     opcheck(ops.block_mask_lists._opoverload, (ids, SEQUENCES, 33, 8, 16, 4, 3, False, False))
     opcheck(ops.dense_mask_lists._opoverload, (SEQUENCES, 1, 33, 33, 16, 8, True))
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_opcheck_of_the_cache_operators(paged, dtype):
+    new = make_inputs(5, batch=2)
+    sizes = (2, 2, 16, 16)
+    cache = (
+        flexmsa.PagedMSACache(*sizes, num_pages=6, max_pages=3, page_size=8, dtype=dtype)
+        if paged
+        else flexmsa.MSACache(*sizes, capacity=24, dtype=dtype)
+    )
+    for lens in (None, lengths(5, 2)):
+        cache.append(new.k, new.v, new.index_k, lens=lens)
+    if paged:
+        cache.reserve(24)
+    # The check of the schema multiplies its inputs, which PyTorch cannot do in e4m3.
+    everything = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    check = partial(opcheck, test_utils=everything[dtype.itemsize == 1 :])
+    table = cache.newest(5)
+    buffers = (cache.k, cache.v, cache.index_k, cache.k_scale, cache.v_scale, cache.index_k_scale, cache.page_table)
+    state = (cache.kv_starts, cache.kv_lens, torch.zeros(4, 5, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
+    check(ops.next_positions._opoverload, (cache.kv_lens, cache.kv_starts, 3))
+    check(ops.append._opoverload, (new.k, new.v, new.index_k, lengths(3, 4), *buffers, *state, "cpu"))
+    ids = ops.select_blocks(new.index_q, cache.index_k, table, 8, 2, 1, 0, "cpu", cache.page_table, cache.index_k_scale)
+    scales = (cache.page_table, cache.k_scale, cache.v_scale)
+    check(ops.attend_blocks._opoverload, (new.q, cache.k, cache.v, ids, table, 8, 0.25, "cpu", *scales))
 
 
 def _graphs(counter: CompileCounterWithBackend) -> int:

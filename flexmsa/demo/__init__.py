@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flexmsa.demo.model import generate
+from flexmsa.demo.generate import generate
 from flexmsa.demo.progress import Progress, clock
 from flexmsa.demo.report import save
 from flexmsa.demo.text import Text, read_standard_library
@@ -170,12 +170,12 @@ def write_text(training: Training) -> dict[str, Any]:
     training.msa.eval()
     generator = torch.Generator().manual_seed(settings.seed)
     started = time.monotonic()
-    written, ids, cached = generate(
-        training.msa, settings.prompt.encode(), settings.generated_bytes, settings.temperature, generator
-    )
+    prompts = [settings.prompt.encode()]
+    result = generate(training.msa, prompts, settings.generated_bytes, settings.temperature, generator)
     seconds = time.monotonic() - started
+    written, cached = result.texts[0], result.logits[0]
     with torch.no_grad():
-        plain, _ = training.msa(ids)
+        plain = training.msa(torch.tensor([list(written[:-1])], device=cached.device))[0][0]
     difference = (cached - plain).abs().max().item()
     print(f"\nThe MSA model writes on after {settings.prompt!r} (temperature {settings.temperature}):\n")
     print("\n".join("    " + line for line in written.decode(errors="replace").splitlines()))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flexmsa.cache import MSACache
+from flexmsa.cache import Cache
 from flexmsa.config import MSAConfig
 from flexmsa.modules import MSAttention, rotate
 
@@ -44,17 +44,25 @@ class DenseAttention(nn.Module):
 class Block(nn.Module):
     """Attention and a perceptron, each behind a norm and beside a residual."""
 
-    def __init__(self, attention: nn.Module, width: int) -> None:
+    def __init__(self, attention: Any, width: int) -> None:
         super().__init__()
         self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
         self.attention = attention
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor, **options: MSACache) -> tuple[Tensor, Tensor | None]:
-        """Options go to the attention; returns the new x and the attention's index loss, if it has one."""
-        attended, index_loss = self.attention(self.attention_norm(x), **options)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the new x, and the attention's index loss, if it has one."""
+        attended, index_loss = self.attention(self.attention_norm(x))
+        return self._finish(x, attended), index_loss
+
+    def generate(self, x: Tensor, cache: Cache, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """As `MSAttention.generate`: return the new x, and the blocks that were attended to."""
+        attended, block_indices = self.attention.generate(self.attention_norm(x), cache, **options)
+        return self._finish(x, attended), block_indices
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + attended
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x)))), index_loss
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
 class GPT(nn.Module):
@@ -79,29 +87,50 @@ class GPT(nn.Module):
                 writes = name.endswith(("o_proj.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 * (2 * num_layers) ** -0.5 if writes else 0.02)
 
-    def forward(self, ids: Tensor, caches: list[MSACache] | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Score the byte that follows each byte.
 
         Args:
-            ids: [B, S] int64; with caches, the bytes that follow those in them.
-            caches: one for each layer, from `new_caches`.
+            ids: [B, S] int64.
 
         Returns:
             logits [B, S, 256], and the sum of the layers' index losses, 0 where they compute none.
         """
         x = self.embedding(ids)
         total = x.new_zeros(())
-        for layer, block in enumerate(self.blocks):
-            x, index_loss = block(x) if caches is None else block(x, cache=caches[layer])
+        for block in self.blocks:
+            x, index_loss = block(x)
             total = total if index_loss is None else total + index_loss
-        return F.linear(self.norm(x), self.embedding.weight), total
+        return self._score(x), total
+
+    def read(self, ids: Tensor, caches: list[Cache], lens: Tensor | None = None, select_every: int = 1) -> Tensor:
+        """Score the byte that follows each of the bytes that follow those in the caches, which take them in.
+
+        Args:
+            ids: [B, S] int64.
+            caches: one for each layer, such as `new_caches` makes.
+            lens: [B] int; row b brings its first lens[b] bytes only.
+            select_every: 2 lets every second layer attend to the blocks that the layer before it chose, and so on.
+
+        Returns:
+            logits [B, S, 256].
+        """
+        x = self.embedding(ids)
+        block_indices = None
+        for layer, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
+            reused = None if layer % select_every == 0 else block_indices
+            x, block_indices = block.generate(x, cache, lens=lens, block_indices=reused)
+        return self._score(x)
+
+    def _score(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x), self.embedding.weight)
 
     def set_topk(self, topk: int | None) -> None:
         """Switch the selection of every MSA layer: None for the dense warm-up, an int for sparse."""
         for block in self.blocks:
             block.attention.topk = topk
 
-    def new_caches(self, batch_size: int, capacity: int) -> list[MSACache]:
+    def new_caches(self, batch_size: int, capacity: int) -> list[Cache]:
         """Return an empty cache for each layer of an MSA model."""
         return [block.attention.new_cache(batch_size, capacity) for block in self.blocks]
 
@@ -117,33 +146,3 @@ def dense_twin(model: GPT) -> GPT:
 def language_loss(logits: Tensor, ids: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy, in nats a byte, of logits [B, S, 256] for the bytes ids [B, S] that they should have foretold."""
     return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction=reduction)
-
-
-@torch.no_grad()
-def generate(
-    model: GPT, prompt: bytes, length: int, temperature: float, generator: torch.Generator
-) -> tuple[bytes, Tensor, Tensor]:
-    """Continue `prompt` by `length` bytes: the prompt in one go, then byte by byte through the caches.
-
-    Args:
-        temperature: divides the logits; 0 takes the best byte each time.
-        generator: of random numbers, on the CPU.
-
-    Returns:
-        The prompt with its continuation; the bytes read, ids [1, n] int64 (all but the last); and the logits
-        [1, n, 256] that the cached model gave for them.
-    """
-    device = model.embedding.weight.device
-    ids = torch.tensor([list(prompt)], device=device)
-    caches = model.new_caches(1, len(prompt) + length)
-    new, logits = ids, []
-    for _ in range(length):
-        logits.append(model(new, caches)[0])
-        last = logits[-1][0, -1].float().cpu()
-        if temperature == 0:
-            choice = last.argmax(keepdim=True)
-        else:
-            choice = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
-        new = choice[None].to(device)
-        ids = torch.cat([ids, new], dim=1)
-    return bytes(ids[0].tolist()), ids[:, :-1], torch.cat(logits, dim=1)

@@ -4,6 +4,7 @@ import argparse
 import math
 import time
 import traceback
+from collections.abc import Callable
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -16,7 +17,8 @@ from flexmsa.kernels.sequences import key_ranges
 from flexmsa.testing import oracle
 from flexmsa.testing.assertions import assert_close
 from flexmsa.testing.cases import Case
-from flexmsa.testing.strategies import cases
+from flexmsa.testing.schedules import Schedule, check_schedule
+from flexmsa.testing.strategies import cases, schedules
 
 __all__ = ["check_case", "main"]
 
@@ -128,7 +130,8 @@ def main(argv: list[str]) -> int:
     """Fuzz this installation; return 0 if every case passed, 1 if one failed."""
     parser = argparse.ArgumentParser(
         prog="python -m flexmsa check",
-        description="Compare flexmsa with a NumPy float64 oracle on random shapes, settings and inputs.",
+        description="Compare flexmsa with float64 oracles on random shapes, settings and inputs, and on random "
+        "schedules of what happens to a cache that serves.",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to try new cases (default 60)")
@@ -143,7 +146,7 @@ def main(argv: list[str]) -> int:
     _describe(options, dtypes)
 
     tried: dict[str, int] = {}
-    failed: list[tuple[Case, str]] = []
+    failed: list[tuple[Case | Schedule, str]] = []
     deadline = time.monotonic() + options.seconds
     number = 0
     try:
@@ -160,8 +163,9 @@ def main(argv: list[str]) -> int:
         return 0
     case, message = failed[-1]
     print(f"\nFAILED: {message}\n\nthe smallest failing case found, as code:\n")
-    print("from flexmsa.testing import Case, check_case")
-    print(f"check_case({case!r}, device={options.device!r}, backend={options.backend!r})")
+    check = _checker(case)
+    print(f"from flexmsa.testing import {type(case).__name__}, {check.__name__}")
+    print(f"{check.__name__}({case!r}, device={options.device!r}, backend={options.backend!r})")
     return 1
 
 
@@ -179,10 +183,12 @@ def _try_round(
     dtypes: tuple[str, ...],
     number: int,
     tried: dict[str, int],
-    failed: list[tuple[Case, str]],
+    failed: list[tuple[Case | Schedule, str]],
     deadline: float,
 ) -> None:
-    """Draw a round of cases; after a failure hypothesis goes on with smaller and smaller ones that fail too."""
+    """Draw a round of cases, every second time of schedules; after a failure hypothesis goes on with smaller and
+    smaller ones that fail too."""
+    serving = number % 2 == 1 and options.backend != "flex"
 
     @seed(number)
     @settings(
@@ -193,8 +199,8 @@ def _try_round(
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )
-    @given(cases(dtypes=dtypes))
-    def attempt(case: Case) -> None:
+    @given(schedules(dtypes=dtypes) if serving else cases(dtypes=dtypes))
+    def attempt(case: Case | Schedule) -> None:
         if not failed and time.monotonic() > deadline:
             return
         kind = f"{case.dtype} {_layout(case)}"
@@ -202,7 +208,7 @@ def _try_round(
         doing = "shrinking the failing case" if failed else f"{max(0, deadline - time.monotonic()):.0f} s left"
         print(f"\r{sum(tried.values())} cases tried, {doing:<30}", end="", flush=True)
         try:
-            check_case(case, options.device, options.backend)
+            _checker(case)(case, options.device, options.backend)
         except Exception as error:
             failed.append((case, f"{type(error).__name__}: {error}" if str(error) else traceback.format_exc()))
             raise
@@ -214,7 +220,14 @@ def _try_round(
             raise
 
 
-def _layout(case: Case) -> str:
+def _checker(case: Case | Schedule) -> Callable[..., None]:
+    return check_schedule if isinstance(case, Schedule) else check_case
+
+
+def _layout(case: Case | Schedule) -> str:
+    if isinstance(case, Schedule):
+        formats = ", e4m3" if case.fp8_index or case.fp8_keys else ""
+        return f"serving, {'paged' if case.paged else 'contiguous'}{formats}"
     if case.topk is None:
         return "warm-up"
     if case.cu_seqlens:

@@ -25,9 +25,18 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 304),
 }
 BF16 = {"index_q_ptr", "index_k", "q_ptr", "k_ptr", "v_ptr", "out_ptr"}
-FP32 = {"lse_ptr", "partial_out_ptr", "partial_lse_ptr"}
+FP32 = {"lse_ptr", "partial_out_ptr", "partial_lse_ptr", "k_scale_ptr", "v_scale_ptr", "index_k_scale_ptr"}
 # Strides of dense rows are 1 and the others multiples of 16, which the launcher finds by itself.
-UNIT_STRIDES = {"stride_qd", "stride_kd", "stride_vd", "stride_ik"}
+UNIT_STRIDES = {
+    "stride_qd",
+    "stride_kd",
+    "stride_vd",
+    "stride_ik",
+    "stride_id",
+    "stride_ckd",
+    "stride_cvd",
+    "stride_cid",
+}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from hypothesis import strategies as st
 
 from flexmsa.testing.cases import Case
+from flexmsa.testing.schedules import Schedule
 
-__all__ = ["cases", "packed_lengths"]
+__all__ = ["cases", "packed_lengths", "schedules"]
 
 GROUP_SIZES = (1, 2, 3, 4, 5, 6, 8, 16)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
@@ -72,5 +73,68 @@ def cases(
         dtype=draw(st.sampled_from(dtypes)),
         ties=draw(st.booleans()),
         strided=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@st.composite
+def schedules(
+    draw: st.DrawFn,
+    *,
+    dtypes: tuple[str, ...] = ("float32",),
+    group_sizes: tuple[int, ...] = (1, 3, 4),
+    head_dims: tuple[int, ...] = (16, 32),
+    max_steps: int = 8,
+    capacity: int = 128,
+) -> Schedule:
+    """A `Schedule` of appends, a token, a few, or a chunk of a prompt at once, and of what else may happen to a cache.
+
+    >>> from hypothesis import given
+    >>> @given(schedules())
+    ... def test_steps(schedule):
+    ...     assert schedule.steps[0][0] == "append"
+    >>> test_steps()
+    """
+    batch = draw(st.integers(1, 3))
+    paged = draw(st.booleans())
+    names = ["append", "append", "append", "trim", "reorder", "reset", *(["share"] if paged else [])]
+    row = st.integers(0, batch - 1)
+    arguments = {
+        "trim": st.tuples(*[st.integers(0, 9)] * batch),
+        "reorder": st.tuples(*[row] * batch),
+        "share": st.tuples(row, row),
+    }
+    steps: list[tuple] = []
+    # No row can be longer than all that was ever appended, since rows only copy each other.
+    longest = 0
+    for number in range(draw(st.integers(1, max_steps))):
+        name = "append" if number == 0 else draw(st.sampled_from(names))
+        if name == "append":
+            most = min(draw(st.sampled_from([1, 16, 60])), capacity - longest)
+            even = draw(st.booleans())
+            lens = st.just((most,) * batch) if even else st.tuples(*[st.integers(0, most)] * batch)
+            steps.append((name, draw(lens)))
+            longest += most
+        elif name == "reset":
+            steps.append((name,))
+            longest = 0
+        else:
+            steps.append((name, draw(arguments[name])))
+        if longest == capacity:
+            break
+    return Schedule(
+        steps=tuple(steps),
+        batch=batch,
+        num_kv_heads=draw(st.integers(1, 3)),
+        group_size=draw(st.sampled_from(group_sizes)),
+        head_dim=draw(st.sampled_from(head_dims)),
+        index_head_dim=draw(st.sampled_from(head_dims)),
+        block_size=draw(st.sampled_from([8, 16, 32])),
+        topk=draw(st.sampled_from([1, 2, 4, None])),
+        capacity=capacity,
+        paged=paged,
+        fp8_keys=draw(st.booleans()),
+        fp8_index=draw(st.booleans()),
+        dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 2**16)),
     )

@@ -1,14 +1,16 @@
 """Every kernel in plain PyTorch, for the CPU: one batched matrix product per key/value block and its queries."""
 
+from flexmsa.kernels.cpu.append import append
 from flexmsa.kernels.cpu.attention import block_sparse_attention_backward, block_sparse_attention_forward
-from flexmsa.kernels.cpu.decode import decode
+from flexmsa.kernels.cpu.decode import attend_blocks
 from flexmsa.kernels.cpu.index_loss import index_loss
 from flexmsa.kernels.cpu.selection import select_blocks
 
 __all__ = [
+    "append",
+    "attend_blocks",
     "block_sparse_attention_backward",
     "block_sparse_attention_forward",
-    "decode",
     "index_loss",
     "select_blocks",
 ]

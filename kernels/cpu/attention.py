@@ -16,7 +16,7 @@ Only one tile of S exists at a time.
 import torch
 from torch import Tensor
 
-from flexmsa.kernels.cpu.packing import Scratch, compute_dtype
+from flexmsa.kernels.cpu.packing import BlockTable, Scratch, compute_dtype
 from flexmsa.kernels.cpu.reverse_index import ReverseIndex
 from flexmsa.kernels.cpu.tile import OnlineSoftmax, max_tokens
 
@@ -29,17 +29,23 @@ def block_sparse_attention_forward(
     sequences: Tensor,
     block_size: int,
     scale: float,
+    page_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [B,Hq,Sq,D] over the visible keys of block_indices [B,Hkv,Sq,K] of k, v [B,Hkv,Sk,D].
 
     block_indices may be unsorted and may hold -1, repeats and blocks the query does not see; None stands for every
-    visible block. Returns out [B,Hq,Sq,D] of q's dtype and lse [B,Hq,Sq], float32 (float64 for float64).
+    visible block. With page_table [B,max_pages], k and v are pages [num_pages,Hkv,block_size,D]. Where they are e4m3,
+    k_scale and v_scale have their shape but for D. Returns out [B,Hq,Sq,D] of q's dtype and lse [B,Hq,Sq], float32
+    (float64 for float64).
     """
     batch, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group_size = num_heads // num_kv_heads
     index = ReverseIndex(sequences, block_indices, block_size, batch, num_kv_heads, seqlen_q)
-    k_blocks, v_blocks = index.table.pack(k, scale), index.table.pack(v)
+    table = index.table if page_table is None else BlockTable(sequences, block_size, page_table)
+    k_blocks, v_blocks = table.pack(k, scale, k_scale), table.pack(v, 1.0, v_scale)
     scratch = Scratch(k_blocks.dtype)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:-1], dtype=scratch.dtype)

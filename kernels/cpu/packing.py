@@ -5,7 +5,8 @@ row. A ``Chunk`` of the queries is packed at a time, small enough that gathering
 block, mostly hits the cache. One more row, the last, is all zeros: short lists of rows are padded with it.
 
 Blocks. The keys of every sequence are cut into blocks from the sequence's own first key; the last block of a
-sequence is filled up with zeros, so that nothing which lies between sequences is ever read.
+sequence is filled up with zeros, so that nothing which lies between sequences is ever read. In a paged cache every
+block is a page.
 """
 
 import math
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from flexmsa.kernels.cpu import fp8
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,15 +32,21 @@ class Scratch:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised tensor; it shares its memory with all earlier ones of this name."""
-        numel = math.prod(shape)
-        buffer = self._buffers.get(name)
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor; it shares its memory with all earlier ones of this name and type."""
+        key, numel = (name, dtype or self.dtype), math.prod(shape)
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < numel:
-            buffer = self._buffers[name] = torch.empty(numel, dtype=self.dtype)
+            buffer = self._buffers[key] = torch.empty(numel, dtype=key[1])
         return buffer[:numel].view(shape)
+
+    def widen(self, stored: Tensor, out: Tensor) -> Tensor:
+        """Fill ``out`` with the numbers ``stored``, e4m3 ones divided by ``fp8.SHIFT``."""
+        if fp8.is_e4m3(stored):
+            stored = fp8.as_float16(stored, self.take("e4m3", *stored.shape, dtype=torch.int16))
+        return out.copy_(stored)
 
 
 @dataclass(frozen=True)
@@ -91,31 +100,73 @@ def _steps(stop: int, step: int) -> Iterator[range]:
     return (range(first, min(first + step, stop)) for first in range(0, stop, step))
 
 
+def locate_block(
+    batch: Tensor, k_start: Tensor, block: Tensor, block_size: int, page_table: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Where block ``block`` of a sequence lies: a place in the first dimension, and the first key there."""
+    if page_table is None:
+        return batch, k_start + block * block_size
+    return page_table[batch, block].to(torch.int64), torch.zeros_like(block)
+
+
+def count_blocks(sequences: Tensor, block_size: int) -> Tensor:
+    """The number of blocks [N] of each sequence, none where it has no query."""
+    _, q_start, q_end, k_start, k_end = sequences.to(torch.int64).unbind(1)
+    return torch.where(q_end > q_start, k_end - k_start + block_size - 1, 0).clamp(min=0) // block_size
+
+
+def check_page_table(page_table: Tensor | None, sequences: Tensor, block_size: int, num_pages: int) -> None:
+    """Raise ValueError unless every block of every sequence has a page."""
+    if page_table is None:
+        return
+    num_blocks = count_blocks(sequences, block_size)
+    pages = page_table[sequences[:, 0].to(torch.int64)]
+    wrong = ((pages < 0) | (pages >= num_pages)) & (torch.arange(page_table.shape[1]) < num_blocks[:, None])
+    if bool(wrong.any()):
+        n, block = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"page_table: expected a page from 0 to {num_pages - 1} for each of the {int(num_blocks[n])} blocks of "
+            f"batch row {int(sequences[n, 0])}, got {int(pages[n, block])} for block {block}; reserve a page for it"
+        )
+
+
 class BlockTable:
     """Where the blocks of every sequence lie: block ``b`` of sequence ``n`` is ``first_block[n] + b``."""
 
-    def __init__(self, sequences: Tensor, block_size: int) -> None:
+    def __init__(self, sequences: Tensor, block_size: int, page_table: Tensor | None = None) -> None:
         table = sequences.to(torch.int64)
-        batch, k_start, k_end = table[:, 0], table[:, 3], table[:, 4]
         self.block_size = block_size
-        self.num_blocks = (k_end - k_start + block_size - 1).clamp(min=0) // block_size
+        self.num_blocks = count_blocks(table, block_size)
         self.first_block = self.num_blocks.cumsum(0) - self.num_blocks
         self.total = int(self.num_blocks.sum())
         owner = torch.repeat_interleave(self.num_blocks)
-        start = k_start[owner] + (torch.arange(self.total) - self.first_block[owner]) * block_size
-        token = start[:, None] + torch.arange(block_size)
-        last = k_end[owner, None] - 1
-        self._is_padding = (token > last).flatten()
+        batch, _, _, k_start, k_end = table[owner].unbind(1)
+        block = torch.arange(self.total) - self.first_block[owner]
+        row, first = locate_block(batch, k_start, block, block_size, page_table)
+        last = k_end - k_start - 1 - block * block_size
+        offset = torch.arange(block_size)
+        self._is_padding = (offset > last[:, None]).flatten()
         self._has_padding = bool(self._is_padding.any())
-        self._token = torch.minimum(token, last).flatten()
-        self._batch = batch[owner].repeat_interleave(block_size)
+        self._token = (first[:, None] + torch.minimum(offset, last[:, None])).flatten()
+        self._batch = row.repeat_interleave(block_size)
 
-    def pack(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """[B,H,Sk,D] to blocks [H * total, block_size, D] in the compute dtype, times ``scale``."""
-        blocks = x.transpose(0, 1)[:, self._batch, self._token].to(compute_dtype(x.dtype))
+    def pack(self, x: Tensor, scale: float = 1.0, token_scale: Tensor | None = None) -> Tensor:
+        """[B,H,Sk,D] to blocks [H * total, block_size, D] in the compute dtype, times ``scale``.
+
+        e4m3 numbers come with their token_scale [B,H,Sk].
+        """
+        blocks = self._take(x).to(compute_dtype(x.dtype))
+        if token_scale is not None:
+            blocks.mul_(fp8.factors(self._take(token_scale))[..., None])
         if self._has_padding:
             blocks[:, self._is_padding] = 0
         return blocks.mul_(scale).view(x.shape[1] * self.total, self.block_size, x.shape[-1])
+
+    def _take(self, x: Tensor) -> Tensor:
+        """[B,H,Sk,...] to [H, total * block_size, ...], e4m3 numbers divided by ``fp8.SHIFT``."""
+        if fp8.is_e4m3(x):
+            return fp8.as_float16(self._take(x.view(torch.int8)))
+        return x.transpose(0, 1)[:, self._batch, self._token]
 
     def unpack(self, blocks: Tensor, like: Tensor, scale: float = 1.0) -> Tensor:
         """The transpose of :meth:`pack`: a contiguous tensor of ``like``'s shape and type, zero for other keys."""

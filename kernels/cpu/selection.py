@@ -11,13 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexmsa.kernels.cpu.packing import Scratch, compute_dtype, query_positions
+from flexmsa.kernels.cpu import fp8
+from flexmsa.kernels.cpu.packing import Scratch, check_page_table, compute_dtype, query_positions
 from flexmsa.kernels.cpu.reverse_index import batch_by_size
 
-# Token scores computed at once.
+# Token scores computed at once, and keys copied for them.
 _SCORES_PER_STEP = 2**19
+_KEYS_PER_STEP = 2**14
 # Query vectors in a tile, when there are that many.
 _VECTORS_PER_TILE = 512
+# Up to so many, one product per block is faster than one for all blocks.
+_FEW_VECTORS = 64
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,19 @@ def select_blocks(
     topk: int,
     num_local_blocks: int,
     num_init_blocks: int,
+    page_table: Tensor | None = None,
+    index_k_scale: Tensor | None = None,
 ) -> Tensor:
     """index_q [B,Hkv,Sq,Di], index_k [B,1,Sk,Di] to block_indices [B,Hkv,Sq,topk] int32.
+
+    With page_table [B,max_pages], index_k is pages [num_pages,1,block_size,Di]. e4m3 keys have an index_k_scale of
+    the shape of index_k but for Di.
 
     Numbers count from the first block of the query's sequence; they ascend and are padded with -1. The newest
     ``num_local_blocks`` and the oldest ``num_init_blocks`` visible blocks rank above all others, equal scores rank
     by block number, NaN is the lowest score. Only visible blocks are selected, whatever the numbers.
     """
+    check_page_table(page_table, sequences, block_size, index_k.shape[0])
     rules = _Rules(block_size, topk, num_local_blocks, num_init_blocks)
     batch, num_kv_heads, seqlen_q, _ = index_q.shape
     _, position = query_positions(sequences, batch, seqlen_q)
@@ -70,7 +80,9 @@ def select_blocks(
     sizes = [(tile.stop - tile.start, tile.num_blocks) for tile in tiles]
     scratch = Scratch(compute_dtype(index_q.dtype))
     for group in batch_by_size(sizes, max(1, _SCORES_PER_STEP // (num_kv_heads * block_size))):
-        _select(index_q, index_k, [tiles[i] for i in group], rules, scratch, block_indices)
+        members = [tiles[i] for i in group]
+        keys = _IndexKeys(index_k, index_k_scale, page_table, members, block_size, scratch)
+        _select(index_q, keys, members, rules, scratch, block_indices)
     return block_indices
 
 
@@ -88,9 +100,58 @@ def _tiles(sequences: Tensor, rules: _Rules, num_kv_heads: int) -> list[_Queries
     return tiles
 
 
+class _IndexKeys:
+    """The index keys of C sequences, read from a contiguous or paged cache in stretches of blocks.
+
+    They are copied into one buffer: products are fastest on what the processor's cache holds. Scores of e4m3 keys are
+    to be multiplied by ``factors`` [C, num_blocks * block_size], None for others. Keys and factors are zero beyond
+    the end of a sequence.
+    """
+
+    def __init__(
+        self,
+        index_k: Tensor,
+        index_k_scale: Tensor | None,
+        page_table: Tensor | None,
+        tiles: list[_Queries],
+        block_size: int,
+        scratch: Scratch,
+    ) -> None:
+        self._keys = index_k[:, 0]
+        self._page_table = page_table
+        self._tiles = tiles
+        self._block_size = block_size
+        self._scratch = scratch
+        self.num_blocks = max(tile.num_blocks for tile in tiles)
+        self.factors: Tensor | None = None
+        if index_k_scale is not None:
+            self.factors = fp8.factors(self._load("scales", index_k_scale[:, 0], 0, self.num_blocks))
+
+    def blocks(self, first: int, stop: int) -> Tensor:
+        """Blocks ``first .. stop - 1`` of each sequence in the compute dtype, [C, n * block_size, Di]."""
+        return self._load("keys", self._keys, first, stop)
+
+    def _load(self, name: str, x: Tensor, first: int, stop: int) -> Tensor:
+        """These blocks of x [B,S,...] or of pages of it, [C, n * block_size, ...]."""
+        start, num_keys = first * self._block_size, (stop - first) * self._block_size
+        out = self._scratch.take(name, len(self._tiles), num_keys, *x.shape[2:])
+        for part, tile in zip(out, self._tiles, strict=True):
+            count = max(0, min(tile.k_end - tile.k_start - start, num_keys))
+            if self._page_table is None:
+                stored = x[tile.batch, tile.k_start + start : tile.k_start + start + count]
+            else:
+                pages = self._page_table[tile.batch, first : first - (-count // self._block_size)]
+                stored = self._scratch.take("pages", len(pages), *x.shape[1:], dtype=x.dtype)
+                stored = torch.index_select(x, 0, pages, out=stored).flatten(0, 1)[:count]
+            self._scratch.widen(stored, part[:count])
+            if count < num_keys:
+                part[count:].zero_()
+        return out
+
+
 def _select(
     index_q: Tensor,
-    index_k: Tensor,
+    index_k: _IndexKeys,
     tiles: list[_Queries],
     rules: _Rules,
     scratch: Scratch,
@@ -108,9 +169,9 @@ def _select(
     position = token + torch.tensor([[tile.position - tile.start] for tile in tiles])
     position = position.repeat_interleave(num_kv_heads, 1)[:, None]
     queries = index_q[batch, :, token].to(compute_dtype(index_q.dtype)).flatten(1, 2)
-    scores = _block_scores(queries, index_k, position, tiles, rules, scratch, clean=False)
+    scores = _block_scores(queries, index_k, position, rules, scratch, clean=False)
     if bool(scores.isnan().any()):
-        scores = _block_scores(queries, index_k, position, tiles, rules, scratch, clean=True)
+        scores = _block_scores(queries, index_k, position, rules, scratch, clean=True)
     block = torch.arange(scores.shape[1])[:, None]
     newest = position.div(rules.block_size, rounding_mode="floor")
     limit = torch.finfo(scores.dtype).max
@@ -125,9 +186,8 @@ def _select(
 
 def _block_scores(
     queries: Tensor,
-    index_k: Tensor,
+    index_k: _IndexKeys,
     position: Tensor,
-    tiles: list[_Queries],
     rules: _Rules,
     scratch: Scratch,
     clean: bool,
@@ -138,33 +198,38 @@ def _block_scores(
     not forced lies wholly in the past, except where there is no forced local block.
     """
     num_tiles, num_vectors, _ = queries.shape
-    num_blocks, block_size = max(tile.num_blocks for tile in tiles), rules.block_size
+    num_blocks, block_size = index_k.num_blocks, rules.block_size
     block_scores = scratch.take("block_scores", num_tiles, num_blocks, num_vectors).zero_()
     num_scored = num_blocks - rules.num_local_blocks
-    step = max(1, _SCORES_PER_STEP // (num_tiles * num_vectors * block_size))
+    step = min(_SCORES_PER_STEP // num_vectors, _KEYS_PER_STEP) // (num_tiles * block_size)
     limit = torch.finfo(queries.dtype).max
-    for first in range(rules.num_init_blocks, num_scored, step):
-        stop = min(first + step, num_scored)
-        keys = _keys(index_k, tiles, first * block_size, stop * block_size).to(queries.dtype)
-        scores = scratch.take("scores", num_tiles, keys.shape[1], num_vectors)
-        torch.bmm(keys, queries.transpose(1, 2), out=scores)
+    for first in range(rules.num_init_blocks, num_scored, max(1, step)):
+        stop = min(first + max(1, step), num_scored)
+        scores = _products(index_k.blocks(first, stop), queries, block_size, scratch)
+        if index_k.factors is not None:
+            factors = index_k.factors[:, first * block_size : stop * block_size]
+            scores.mul_(factors.view(num_tiles, -1, block_size, 1))
         if clean:
             scores.nan_to_num_(-limit, limit, -limit)
         if rules.num_local_blocks == 0:
-            key = torch.arange(first * block_size, stop * block_size)[:, None]
-            scores.masked_fill_(key > position, -torch.inf)
-        by_block = scores.view(num_tiles, stop - first, block_size, num_vectors)
-        torch.amax(by_block, 2, out=block_scores[:, first:stop])
+            key = torch.arange(first * block_size, stop * block_size).view(-1, block_size, 1)
+            scores.masked_fill_(key > position[:, None], -torch.inf)
+        torch.amax(scores, 2, out=block_scores[:, first:stop])
     return block_scores
 
 
-def _keys(index_k: Tensor, tiles: list[_Queries], start: int, stop: int) -> Tensor:
-    """Keys ``start .. stop - 1`` of each tile's sequence [C, stop - start, Di]; its last key repeats beyond its end."""
-    if len(tiles) == 1 and tiles[0].k_start + stop <= tiles[0].k_end:
-        return index_k[tiles[0].batch, :, tiles[0].k_start + start : tiles[0].k_start + stop]
-    key = torch.tensor([[tile.k_start] for tile in tiles]) + torch.arange(start, stop)
-    key = torch.minimum(key, torch.tensor([[tile.k_end - 1] for tile in tiles]))
-    return index_k[torch.tensor([[tile.batch] for tile in tiles]), 0, key]
+def _products(keys: Tensor, queries: Tensor, block_size: int, scratch: Scratch) -> Tensor:
+    """keys [C, n * block_size, Di] times queries [C, R, Di]: [C, n, block_size, R], in the order that is fastest."""
+    num_vectors = queries.shape[1]
+    blocks = keys.unflatten(1, (-1, block_size))
+    if num_vectors > _FEW_VECTORS:
+        scores = scratch.take("scores", *blocks.shape[:3], num_vectors)
+        torch.bmm(keys, queries.transpose(1, 2), out=scores.flatten(1, 2))
+        return scores
+    scores = scratch.take("scores", *blocks.shape[:2], num_vectors, block_size)
+    by_block = queries[:, None].expand(-1, blocks.shape[1], -1, -1).flatten(0, 1)
+    torch.bmm(by_block, blocks.flatten(0, 1).transpose(1, 2), out=scores.flatten(0, 1))
+    return scores.transpose(2, 3)
 
 
 def _best(scores: Tensor, topk: int) -> Tensor:

@@ -1,16 +1,17 @@
 """The kernels in Triton, for CUDA and ROCm: selection in one pass over the index keys, training, and decoding."""
 
+from flexmsa.kernels.triton.append import append
 from flexmsa.kernels.triton.attention import block_sparse_attention_forward
 from flexmsa.kernels.triton.attention_backward import block_sparse_attention_backward
-from flexmsa.kernels.triton.decode import attend_blocks, decode
+from flexmsa.kernels.triton.decode import attend_blocks
 from flexmsa.kernels.triton.index_loss import index_loss
 from flexmsa.kernels.triton.selection import select_blocks
 
 __all__ = [
+    "append",
     "attend_blocks",
     "block_sparse_attention_backward",
     "block_sparse_attention_forward",
-    "decode",
     "index_loss",
     "select_blocks",
 ]

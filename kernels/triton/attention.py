@@ -3,6 +3,7 @@
     out[i, h] = sum_j softmax_j(scale <q[i, h], k[j]>) v[j],   lse[i, h] = log sum_j exp(scale <q[i, h], k[j]>)
 
 Layouts: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D], any strides; out [B, Hq, Sq, D] and lse [B, Hq, Sq] fp32, contiguous.
+For inference, k and v may be kept in pages and in e4m3, as in `decode`.
 
 Two orders of work, chosen tile by tile on the device (see `union`): neighbouring tokens that chose much the same
 blocks walk the union of them (see `walk`); all other tokens take the KV-outer order of this file. There, one program
@@ -25,7 +26,8 @@ import triton.language as tl
 
 from ..workspace import chunk_tokens
 from .configs import ForwardConfig, forward_config, padded, target_of
-from .primitives import LN_2, LOG2_E, load_tile
+from .fp8 import Cache, as_bits, load_vectors
+from .primitives import LN_2, LOG2_E, key_limit, locate_block, page_arguments
 from .reverse_index import chunk_origin, load_block, load_piece, reverse_index
 from .union import choose_tiles
 from .walk import walk_tiles
@@ -33,11 +35,16 @@ from .walk import walk_tiles
 
 @triton.jit
 def load_halves(
-    base, first, count, stride_s, stride_d, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr
-):
-    """`load_tile` of the first HALF columns and of the rest of a matrix [S, HEAD_DIM]."""
-    left = load_tile(base, first, count, stride_s, stride_d, COLUMNS, HEAD_DIM, HALF)
-    right = load_tile(base + HALF * stride_d, first, count, stride_s, stride_d, COLUMNS, HEAD_DIM - HALF, HALF)
+    base, scales, count, stride_s, stride_d, dtype: tl.constexpr,
+    COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """`load_vectors` of the first HALF columns and of the rest of a matrix [S, HEAD_DIM]."""
+    left = load_vectors(
+        base, scales, count, stride_s, stride_d, dtype, COLUMNS, HEAD_DIM, HALF, SCALED, NATIVE
+    )  # fmt: skip
+    right = load_vectors(
+        base + HALF * stride_d, scales, count, stride_s, stride_d, dtype, COLUMNS, HEAD_DIM - HALF, HALF, SCALED, NATIVE
+    )  # fmt: skip
     return left, right
 
 
@@ -109,11 +116,14 @@ def attend_rows(
     tl.store(partial_row + HALF, acc.to(partial_ptr.dtype.element_ty), mask=right)
 
 
-@triton.jit(do_not_specialize=["chunk"])
+@triton.jit(do_not_specialize=["chunk", "seqlen_k", "max_pages", "num_pages", "num_kv_heads"])
 def partial_attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    page_table_ptr,
     blocks_ptr,
     entries_ptr,
     offsets_ptr,
@@ -135,21 +145,29 @@ def partial_attention_kernel(
     stride_vd,
     chunk,
     seqlen_q,
+    seqlen_k,
+    max_pages,
+    num_pages,
     first_token,
     num_tokens,
     chunk_tokens,
     num_blocks,
     num_items,
+    num_kv_heads,
     scale,
     TOPK: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
     STAGES: tl.constexpr,
     POSITIVE: tl.constexpr,
+    PAGED: tl.constexpr,
+    SCALED: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """Fill the partial results of one piece.
 
@@ -162,10 +180,21 @@ def partial_attention_kernel(
     batch, first_key, stop_key, shift = load_block(blocks_ptr, block)
     group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, TOPK)
     num_keys = stop_key - first_key
-    k_base = k_ptr + batch * stride_kb + group * stride_kh
-    v_base = v_ptr + batch * stride_vb + group * stride_vh
-    k_left, k_right = load_halves(k_base, first_key, num_keys, stride_ks, stride_kd, COLUMNS, HEAD_DIM, DEPTH // 2)
-    v_left, v_right = load_halves(v_base, first_key, num_keys, stride_vs, stride_vd, COLUMNS, HEAD_DIM, DEPTH // 2)
+    place, key = batch, first_key
+    if PAGED:
+        place, key = locate_block(
+            page_table_ptr, max_pages, batch, 0, first_key // BLOCK, num_pages, BLOCK, PAGED
+        )  # fmt: skip
+    key = key.to(tl.int64)
+    vector = (place * num_kv_heads + group) * seqlen_k + key
+    k_left, k_right = load_halves(
+        k_ptr + place * stride_kb + group * stride_kh + key * stride_ks, k_scale_ptr + vector, num_keys,
+        stride_ks, stride_kd, q_ptr.dtype.element_ty, COLUMNS, HEAD_DIM, DEPTH // 2, SCALED, NATIVE,
+    )  # fmt: skip
+    v_left, v_right = load_halves(
+        v_ptr + place * stride_vb + group * stride_vh + key * stride_vs, v_scale_ptr + vector, num_keys,
+        stride_vs, stride_vd, q_ptr.dtype.element_ty, COLUMNS, HEAD_DIM, DEPTH // 2, SCALED, NATIVE,
+    )  # fmt: skip
     q_base = q_ptr + batch * stride_qb + group * GROUP_SIZE * stride_qh
     entries_ptr += begin
     num_rows = ((stop - begin) * GROUP_SIZE).to(tl.int32)
@@ -265,11 +294,12 @@ def combine_slots_kernel(
 def partial_constants(
     config: ForwardConfig, group_size: int, head_dim: int, block_size: int, topk: int, scale: float
 ) -> dict[str, int | bool]:
-    """The compile-time arguments of `partial_attention_kernel`."""
+    """The compile-time arguments of `partial_attention_kernel`, beside those of `storage_constants`."""
     return {
         "TOPK": topk,
         "GROUP_SIZE": group_size,
         "HEAD_DIM": head_dim,
+        "BLOCK": block_size,
         "COLUMNS": padded(block_size),
         "DEPTH": padded(head_dim, least=32),
         "ROWS": config.rows,
@@ -290,7 +320,7 @@ def combine_constants(group_size: int, head_dim: int, topk: int) -> dict[str, in
     }
 
 
-def attend_by_block(q, k, v, block_indices, sequences, skip, block_size, scale, config, out, lse) -> None:
+def attend_by_block(q, k, v, cache, block_indices, sequences, skip, block_size, scale, config, out, lse) -> None:
     """Fill out and lse of the tokens whose `skip` [Hkv, B*Sq] is 0, in KV-outer order."""
     batch, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads, topk = k.shape[1], block_indices.shape[3]
@@ -302,7 +332,7 @@ def attend_by_block(q, k, v, block_indices, sequences, skip, block_size, scale, 
         batch=batch,
         num_kv_heads=num_kv_heads,
         seqlen_q=seqlen_q,
-        seqlen_k=k.shape[2],
+        seqlen_k=key_limit(cache.page_table, k),
         block_size=block_size,
         chunk_tokens=size,
         skip=skip,
@@ -310,11 +340,15 @@ def attend_by_block(q, k, v, block_indices, sequences, skip, block_size, scale, 
     pieces = index.pieces(config.length)
     partial = q.new_empty(index.chunk_tokens, topk, group_size, head_dim)
     partial_lse = lse.new_empty(index.chunk_tokens, topk, group_size)
+    pages, max_pages, num_pages = page_arguments(cache.page_table, sequences, k)
     for chunk in range(index.num_chunks):
         partial_attention_kernel[(pieces.num_items,)](
             q,
-            k,
-            v,
+            as_bits(k),
+            as_bits(v),
+            lse if cache.k_scale is None else cache.k_scale,
+            lse if cache.v_scale is None else cache.v_scale,
+            pages,
             index.blocks,
             index.entries,
             index.offsets,
@@ -327,13 +361,18 @@ def attend_by_block(q, k, v, block_indices, sequences, skip, block_size, scale, 
             *v.stride(),
             chunk,
             seqlen_q,
+            k.shape[2],
+            max_pages,
+            num_pages,
             index.first_token,
             index.num_tokens,
             index.chunk_tokens,
             index.num_blocks,
             pieces.num_items,
+            num_kv_heads,
             scale * LOG2_E.value,
             **partial_constants(config, group_size, head_dim, block_size, topk, scale),
+            **cache.constants(target_of(q.device)),
             **config.launch_options(),
         )
         combine_slots_kernel[(index.chunk_tokens,)](
@@ -365,12 +404,15 @@ def block_sparse_attention_forward(
     block_size: int,
     scale: float,
     config: ForwardConfig | None = None,
+    cache: Cache | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, Hq, Sq, D] and lse [B, Hq, Sq], as the module's docstring defines them.
 
     block_indices [B, Hkv, Sq, topk] may be in any order and hold -1, repeats, ids out of range and blocks that the
-    query does not see; None stands for every visible block. `config` overrides the choice of tiles.
+    query does not see; None stands for every visible block. `cache` says how k and v are kept, contiguous and in q's
+    dtype by default; `config` overrides the choice of tiles.
     """
+    cache = cache or Cache()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() == 0 or (block_indices is not None and block_indices.shape[3] == 0):
@@ -383,13 +425,14 @@ def block_sparse_attention_forward(
         block_size=block_size,
         topk=topk,
         element_size=q.element_size(),
+        decoded=cache.k_scale is not None,
     )
     tiles = choose_tiles(block_indices, sequences, q, k, block_size, config)
     if config.walk_all:
         # Tokens without a block to see are in no walk.
         out.zero_()
         lse.fill_(-torch.inf)
-    walk_tiles(q, k, v, tiles, sequences, block_size, scale, config, out, lse)
+    walk_tiles(q, k, v, cache, tiles, sequences, block_size, scale, config, out, lse)
     if block_indices is not None and not config.walk_all:
-        attend_by_block(q, k, v, block_indices, sequences, tiles.skip, block_size, scale, config, out, lse)
+        attend_by_block(q, k, v, cache, block_indices, sequences, tiles.skip, block_size, scale, config, out, lse)
     return out, lse

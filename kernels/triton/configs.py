@@ -26,6 +26,11 @@ class Target:
         by_arch: dict[int | str, int] = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
         return by_arch.get(self.arch, 99) << 10
 
+    @property
+    def has_e4m3(self) -> bool:
+        """Whether the GPU converts e4m3 numbers by itself."""
+        return self.backend == "cuda" and int(self.arch) >= 89
+
 
 @functools.lru_cache
 def target_of(device: torch.device) -> Target:
@@ -40,7 +45,11 @@ def target_of(device: torch.device) -> Target:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """rows: query rows (tokens x groups) a tile; period: blocks scored between two merges; kept: padded topk."""
+    """rows: query rows (tokens x groups) a tile; period: blocks scored between two merges; kept: padded topk.
+
+    clear: blocks that every row sees whole take a loop of their own, without masks; swap: the keys are the rows of
+    the product, as a few query rows would not fill them.
+    """
 
     rows: int
     num_warps: int
@@ -49,6 +58,8 @@ class SelectionConfig:
     kept: int
     num_splits: int
     use_tma: bool
+    clear: bool
+    swap: bool
 
     def tokens(self, num_kv_heads: int) -> int:
         """Query tokens a tile."""
@@ -70,17 +81,21 @@ def padded(size: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(size))
 
 
-def split_count(num_tiles: int, num_blocks: int, num_sms: int, limit: int, overhead: float = 4.0) -> int:
+def split_count(
+    num_tiles: int, num_blocks: int, num_sms: int, limit: int, per_sm: int = 1, overhead: float = 4.0
+) -> int:
     """How many programs share the keys of a tile, so that the last wave of programs is full.
 
-    Minimises waves * (blocks per split + overhead), in units of one block's time; `overhead` is what a program
-    costs beside its blocks, and the merge launch after a split costs about as much.
+    Minimises waves * (time of the blocks of a split + overhead), in units of one block's time; `overhead` is what a
+    program costs beside its blocks, and the merge launch after a split costs about as much. Up to `per_sm` programs
+    share a multiprocessor: their blocks take their time in turns, and what they cost beside overlaps.
     """
     limit = max(1, min(limit, num_blocks // 2, max(1, 4 * num_sms // max(num_tiles, 1))))
 
     def cost(splits: int) -> float:
-        waves = -(-num_tiles * splits // num_sms)
-        return waves * (-(-num_blocks // splits) + overhead) + (overhead if splits > 1 else 0.0)
+        waves = -(-num_tiles * splits // (num_sms * per_sm))
+        sharing = min(per_sm, -(-num_tiles * splits // num_sms))
+        return waves * (sharing * -(-num_blocks // splits) + overhead / sharing) + (overhead if splits > 1 else 0.0)
 
     return min(range(1, limit + 1), key=cost)
 
@@ -96,38 +111,56 @@ def selection_config(
     block_size: int,
     topk: int,
     element_size: int,
+    key_size: int,
     tma_ready: bool,
 ) -> SelectionConfig:
-    """Tiles of the scorer: the largest row tile that registers and shared memory hold, no more than there are rows."""
+    """Tiles of the scorer: the largest row tile that registers and shared memory hold, no more than there are rows.
+
+    key_size is the bytes of a number of the index keys, 1 for e4m3: those are decoded in registers.
+    """
     period = 8
     kept = max(period, triton.next_power_of_2(topk))
     columns, depth = padded(block_size), padded(index_head_dim)
     hopper = target.backend == "cuda" and target.arch in (90, 100, 103)
+    decoded = key_size < element_size
     rows = 256 if hopper else 128 if target.arch == 80 else 64
+    if hopper and decoded:
+        rows = 128 if target.arch == 90 else 64
     if element_size > 2:
         rows = 32
     rows = min(rows, max(16, 256 * 128 // columns), max(16, 4096 // kept))
     rows = min(rows, padded(min(seqlen_q, 4096) * num_kv_heads))
     rows = max(rows, padded(num_kv_heads))
 
-    num_warps = 8 if rows * columns > 128 * 64 else 4
-    spare = target.shared_memory - rows * depth * element_size - 2048
-    num_stages = max(1, min(4 if rows <= 64 else 3, spare // (columns * depth * element_size)))
+    # A decoding step waits for memory: its keys go from shared memory to the product without passing registers, and
+    # two programs to a multiprocessor keep loads in flight while one of them merges.
+    swap = target.arch == 90 and rows < 64 <= columns and element_size == 2
+    per_sm = 2 if swap else 1
+    if decoded and not swap:
+        num_warps = 8 if rows >= 64 and target.arch != 90 else 4
+    else:
+        num_warps = 8 if decoded or rows * columns > 128 * 64 else 4
+    spare = target.shared_memory // per_sm - rows * (depth + (columns if swap else 0)) * element_size - 2048
+    if decoded and not swap:
+        spare -= columns * depth * element_size
+    most = 6 if swap else 4 if rows <= 64 else 3
+    num_stages = max(1, min(most, spare // (columns * depth * key_size)))
     if target.backend == "hip":
         num_stages = min(num_stages, 2)
 
     tiles = num_sequences * triton.cdiv(seqlen_q, rows // num_kv_heads)
-    num_splits = split_count(tiles, triton.cdiv(seqlen_k, block_size), target.num_sms, limit=max(1, 8192 // kept))
-    # The small tile of a decoding step waits for memory either way, and ptxas spills a few bytes of it with TMA.
-    copies = hopper and tma_ready and rows >= 64
+    limit = max(1, 8192 // kept)
+    num_splits = split_count(tiles, triton.cdiv(seqlen_k, block_size), target.num_sms, limit, per_sm)
+    # Without the swap, ptxas spills a few bytes of a small tile with TMA.
+    copies = hopper and tma_ready and (swap or rows >= 64)
     use_tma = copies and element_size == 2 and (columns, depth) == (block_size, index_head_dim)
-    return SelectionConfig(rows, num_warps, num_stages, period, kept, num_splits, use_tma)
+    return SelectionConfig(rows, num_warps, num_stages, period, kept, num_splits, use_tma, rows >= 64, swap)
 
 
 def merge_config(target: Target, num_rows: int, num_splits: int) -> tuple[int, int, int]:
     """(lanes, rows, warps) of the merge: a thread holds one lane of one row, a warp at least; more for many rows."""
-    lanes = min(32, triton.next_power_of_2(num_splits))
-    columns = min(128, max(32, triton.next_power_of_2(max(1, num_rows * lanes // (4 * target.num_sms)))))
+    lanes = min(128, triton.next_power_of_2(num_splits))
+    columns = min(128, max(32, lanes, triton.next_power_of_2(max(1, num_rows * lanes // (4 * target.num_sms)))))
     return lanes, columns // lanes, columns // 32
 
 
@@ -143,6 +176,11 @@ def attend_config(
     steps = topk * triton.cdiv(padded(block_size), chunk)
     num_splits = min(steps, 64, max(1, 2 * target.num_sms // max(num_rows, 1)))
     return AttendConfig(chunk, 4, num_stages, triton.cdiv(steps, triton.cdiv(steps, num_splits)))
+
+
+def storage_constants(target: Target, paged: bool, scaled: bool) -> dict[str, int | bool]:
+    """The compile-time arguments that say how a kernel's keys are kept: in pages, in e4m3 with scales."""
+    return {"PAGED": paged, "SCALED": scaled, "NATIVE": scaled and target.has_e4m3}
 
 
 def launch_options(num_warps: int, num_stages: int, max_registers: int | None) -> dict[str, int]:
@@ -188,9 +226,19 @@ class ForwardConfig:
 
 
 def forward_config(
-    target: Target, *, group_size: int, head_dim: int, block_size: int, topk: int, element_size: int
+    target: Target,
+    *,
+    group_size: int,
+    head_dim: int,
+    block_size: int,
+    topk: int,
+    element_size: int,
+    decoded: bool = False,
 ) -> ForwardConfig:
-    """Tiles of the main branch's forward: keys, values, queries and the copies in flight fill the shared memory."""
+    """Tiles of the main branch's forward: keys, values, queries and the copies in flight fill the shared memory.
+
+    decoded: keys and values are e4m3, and pass through registers.
+    """
     columns, depth = padded(block_size), padded(head_dim)
     hopper = target.backend == "cuda" and target.arch in (90, 100, 103)
     # What is meant for tiles of 128 keys of 128 numbers of 16 bits takes fewer rows of anything larger.
@@ -198,7 +246,7 @@ def forward_config(
     # Below Hopper the block's keys and values end up in registers, which leaves less room for rows.
     rows = max(16, (64 if hopper else 16 if depth <= 64 else 32) // large)
     # Half a block a step: with 128 registers a thread, two programs share a multiprocessor.
-    walk_columns = max(16, min(columns, 64 // large))
+    walk_columns = max(16, min(columns, (32 if decoded and not hopper else 64) // large))
     walk_rows = max(padded(group_size), (128 if hopper else 64) // large)
     walk_tile = (walk_rows + 4 * walk_columns) * depth * element_size
     # Where a whole block of keys and values does not fit, every tile walks, in steps of part of a block.

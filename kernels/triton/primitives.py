@@ -131,6 +131,20 @@ def load_sequence(sequences_ptr, sequence):
 
 
 @triton.jit
+def locate_block(page_table_ptr, max_pages, batch, k_start, block, num_pages, BLOCK: tl.constexpr, PAGED: tl.constexpr):
+    """Where block `block` of a sequence lies in a cache: (index of the first dimension as int64, first key).
+
+    PAGED: in the page that page_table [B, max_pages] names, all of it; an id that names no page is pulled into range.
+    `block` may be a tensor. Blocks that the sequence has not are not to be asked for.
+    """
+    if PAGED:
+        page = tl.load(page_table_ptr + batch * max_pages + block)
+        return tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64), block * 0
+    else:
+        return batch, k_start + block * BLOCK
+
+
+@triton.jit
 def find_tile(tile, tile_ends_ptr, num_sequences, seqlen_q, TOKENS: tl.constexpr, TABLE: tl.constexpr):
     """(sequence, tile within it) of the program's number, the tiles with the most keys coming first.
 
@@ -167,6 +181,18 @@ def tile_ends_kernel(sequences_ptr, tile_ends_ptr, num_sequences, TOKENS: tl.con
         total += tl.sum(tiles, axis=0)
 
 
+def page_arguments(
+    page_table: torch.Tensor | None, sequences: torch.Tensor, cache: torch.Tensor
+) -> tuple[torch.Tensor, int, int]:
+    """(page_table, max_pages, num_pages) as `locate_block` takes them; without pages, a table that is not read."""
+    return (sequences, 0, 0) if page_table is None else (page_table, page_table.shape[1], cache.shape[0])
+
+
+def key_limit(page_table: torch.Tensor | None, cache: torch.Tensor) -> int:
+    """Keys that a row of a cache [.., .., capacity or block_size, D] has room for."""
+    return cache.shape[2] * (1 if page_table is None else page_table.shape[1])
+
+
 def tma_ready(x: torch.Tensor) -> bool:
     """Whether the bulk copy engine can read x [..., D]: 16-byte alignment throughout, dense last dimension."""
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
@@ -177,11 +203,12 @@ def tma_ready(x: torch.Tensor) -> bool:
 def tile_ends(sequences: torch.Tensor, batch: int, seqlen_q: int, tokens: int) -> tuple[torch.Tensor, int, bool]:
     """The table that `find_tile` searches, the number of tiles to launch, and whether the table is needed.
 
-    Without packing, or when no sequence is longer than a tile, every sequence has the same number of tiles.
+    Without packing, or when no sequence is longer than a tile, every sequence has the same number of tiles. Where a row
+    has two sequences, new tokens and none, half the programs return at once, for less than a launch costs.
     """
     num_sequences = sequences.shape[0]
     per_row = triton.cdiv(seqlen_q, tokens)
-    if num_sequences == batch or per_row == 1:
+    if num_sequences <= 2 * batch or per_row == 1:
         return sequences, num_sequences * per_row, False
     ends = sequences.new_empty(num_sequences)
     tile_ends_kernel[(1,)](sequences, ends, num_sequences, TOKENS=tokens, CHUNK=1024)

@@ -5,7 +5,9 @@
     ids[i, r]      = the topk visible blocks with the largest m, the smaller id first among equals, ascending
 
 Layouts: index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di], any strides; ids [B, Hkv, Sq, topk] int32 contiguous, padded
-with -1. Sequences as in `flexmsa.kernels`.
+with -1. Sequences as in `flexmsa.kernels`. With page_table [B, max_pages], index_k is pages [num_pages, 1, block_size,
+Di], and block b of row r lies in page page_table[r, b]. e4m3 keys have scales of the shape of index_k but for Di: a key
+is multiplied as it is stored, which is exact, and its score by its scale.
 
 One program owns `rows` query rows, rows // Hkv neighbouring tokens times all Hkv groups of one sequence, and a range of
 its blocks: all of them, or one split's share. So each key is loaded once for all groups. The program holds its
@@ -16,7 +18,7 @@ of the tile sees whole and that are not forced are walked without masks; the las
 Cost: 2 Hkv Di FLOPs per (query, visible key): 8.8 TFLOP at 128K causal tokens with Hkv 4, Di 128, which is 11.2 ms at
 783 TFLOP/s. A block costs each row block_size comparisons for the maximum and about 8 exchanges of 64-bit keys
 for the merge, against block_size * Di multiply-adds. Keys are read Sq * Hkv / rows times, from L2; memory sees
-index_k about once: decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25 TB/s.
+index_k about once: decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25 TB/s, and half of it in e4m3.
 
 Few query rows leave the GPU idle, so the keys are then split; each split writes its kept keys to a workspace
 [B*Hkv*Sq, splits, kept] int64, and a second kernel merges them: a tree of bitonic half merges.
@@ -27,17 +29,21 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import SelectionConfig, merge_config, padded, selection_config, target_of
+from .configs import SelectionConfig, merge_config, padded, selection_config, storage_constants, target_of
+from .fp8 import as_bits, decode_e4m3, load_scales
 from .primitives import (
     EMPTY_KEY,
     FLT_MAX,
     ascending_ids,
     find_tile,
     keep_best,
+    key_limit,
     load_sequence,
+    locate_block,
     log2,
     merge_bitonic,
     pack_keys,
+    page_arguments,
     reverse_columns,
     tile_ends,
     tma_ready,
@@ -47,33 +53,58 @@ from .primitives import (
 
 @triton.jit
 def load_keys(
-    index_k,
-    batch,
-    k_start,
-    start,
-    num_keys,
-    stride_kb,
-    stride_ks,
-    stride_kd,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    index_k, row, key, count, stride_kb, stride_ks, stride_kd,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
     USE_TMA: tl.constexpr,
-):
-    """The keys [COLUMNS, DEPTH] of the block that begins at key `start` of the sequence.
+):  # fmt: skip
+    """The keys [COLUMNS, DEPTH] of the block that begins at (row, key) of the cache, `count` keys of it, or WHOLE.
 
     Columns past a block size that is no power of two repeat its last key, which changes no maximum.
     """
     if USE_TMA:
-        return tl.reshape(index_k.load([batch.to(tl.int32), k_start + start, 0]), [COLUMNS, DEPTH])
+        return tl.reshape(index_k.load([row.to(tl.int32), key, 0]), [COLUMNS, DEPTH])
     else:
         column = tl.minimum(tl.arange(0, COLUMNS), BLOCK - 1)
         depth = tl.arange(0, DEPTH)
-        inside = (start + column < num_keys)[:, None] & (depth < HEAD_DIM)[None, :]
-        base = index_k + batch * stride_kb + (k_start + start).to(tl.int64) * stride_ks
-        offsets = column.to(tl.int64)[:, None] * stride_ks + depth.to(tl.int64)[None, :] * stride_kd
-        return tl.load(base + offsets, mask=inside, other=0.0)
+        base = index_k + row * stride_kb + key.to(tl.int64) * stride_ks
+        place = base + column.to(tl.int64)[:, None] * stride_ks + depth.to(tl.int64)[None, :] * stride_kd
+        if WHOLE and HEAD_DIM == DEPTH:
+            return tl.load(place)
+        else:
+            return tl.load(place, mask=(column < count)[:, None] & (depth < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def look_ahead(
+    page_table_ptr, max_pages, num_pages, scale_ptr, seqlen_k, batch, k_start, num_keys, block, last,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, PAGED: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Of a block, or of block `last` if that comes before: where it lies, (row, key), and its scales [COLUMNS].
+
+    Asked for a step before they are needed: what an address waits for would keep the loads of keys from running ahead.
+    """
+    if PAGED or SCALED:
+        block = tl.maximum(tl.minimum(block, last), 0)
+    row, key = locate_block(page_table_ptr, max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
+    if SCALED:
+        column = tl.minimum(tl.arange(0, COLUMNS), BLOCK - 1)
+        scales = load_scales(scale_ptr + row * seqlen_k + key, column, column < num_keys - block * BLOCK)
+    else:
+        scales = tl.full([COLUMNS], 1.0, tl.float32)
+    return row, key, scales
+
+
+@triton.jit
+def score_keys(q, keys, scales, SCALED: tl.constexpr, NATIVE: tl.constexpr, SWAP: tl.constexpr):
+    """Scores [rows, columns] of queries [rows, DEPTH] and keys [columns, DEPTH]; SWAP: keys are the product's rows."""
+    precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
+    if SCALED:
+        keys = decode_e4m3(keys, q.dtype, NATIVE)
+    if SWAP:
+        scores = tl.trans(tl.dot(keys, tl.trans(q), input_precision=precision))
+    else:
+        scores = tl.dot(q, tl.trans(keys), input_precision=precision)
+    return scores * scales[None, :] if SCALED else scores
 
 
 @triton.jit
@@ -106,12 +137,17 @@ def collect(kept, fresh, worst, best, block, flush, PERIOD: tl.constexpr):
     return kept, fresh, worst
 
 
-@triton.jit(do_not_specialize=["num_sequences", "seqlen_q", "num_splits", "num_local", "num_init"])
+LENGTHS = ["num_sequences", "seqlen_q", "seqlen_k", "max_pages", "num_pages", "num_splits", "num_local", "num_init"]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def selection_kernel(
     index_q_ptr,
     index_k,
     sequences_ptr,
     tile_ends_ptr,
+    page_table_ptr,
+    index_k_scale_ptr,
     ids_ptr,
     workspace_ptr,
     stride_qb,
@@ -123,6 +159,9 @@ def selection_kernel(
     stride_kd,
     num_sequences,
     seqlen_q,
+    seqlen_k,
+    max_pages,
+    num_pages,
     num_splits,
     num_local,
     num_init,
@@ -139,6 +178,10 @@ def selection_kernel(
     TABLE: tl.constexpr,
     SPLIT: tl.constexpr,
     USE_TMA: tl.constexpr,
+    SWAP: tl.constexpr,
+    PAGED: tl.constexpr,
+    SCALED: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """See the module's docstring. Grid (tiles, splits)."""
     TOKENS: tl.constexpr = ROWS // GROUPS
@@ -177,47 +220,34 @@ def selection_kernel(
         mask=live[:, None] & (depth < HEAD_DIM)[None, :],
         other=0.0,
     )
-    precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
-
+    place, key, scales = look_ahead(
+        page_table_ptr, max_pages, num_pages, index_k_scale_ptr, seqlen_k, batch, k_start, num_keys, begin, end - 1,
+        BLOCK, COLUMNS, PAGED, SCALED,
+    )  # fmt: skip
     masked_begin = begin
     if CLEAR:
         masked_begin = tl.maximum(begin, tl.minimum(clear_end, end - 1))
         for block in range(begin, masked_begin):
             keys = load_keys(
-                index_k,
-                batch,
-                k_start,
-                block * BLOCK,
-                num_keys,
-                stride_kb,
-                stride_ks,
-                stride_kd,
-                HEAD_DIM,
-                BLOCK,
-                COLUMNS,
-                DEPTH,
-                USE_TMA,
-            )
-            best = clear_maximum(tl.dot(q, tl.trans(keys), input_precision=precision))
+                index_k, place, key, BLOCK, stride_kb, stride_ks, stride_kd,
+                HEAD_DIM, BLOCK, COLUMNS, DEPTH, True, USE_TMA,
+            )  # fmt: skip
+            best = clear_maximum(score_keys(q, keys, scales, SCALED, NATIVE, SWAP))
+            place, key, scales = look_ahead(
+                page_table_ptr, max_pages, num_pages, index_k_scale_ptr, seqlen_k, batch, k_start, num_keys, block + 1,
+                end - 1, BLOCK, COLUMNS, PAGED, SCALED,
+            )  # fmt: skip
             kept, fresh, worst = collect(kept, fresh, worst, best, block, False, PERIOD)
     for block in tl.range(masked_begin, end, num_stages=1 if CLEAR else None):
         keys = load_keys(
-            index_k,
-            batch,
-            k_start,
-            block * BLOCK,
-            num_keys,
-            stride_kb,
-            stride_ks,
-            stride_kd,
-            HEAD_DIM,
-            BLOCK,
-            COLUMNS,
-            DEPTH,
-            USE_TMA,
-        )
-        scores = tl.dot(q, tl.trans(keys), input_precision=precision)
-        best = masked_maximum(scores, block, visible, num_local, BLOCK)
+            index_k, place, key, num_keys - block * BLOCK, stride_kb, stride_ks, stride_kd,
+            HEAD_DIM, BLOCK, COLUMNS, DEPTH, False, USE_TMA,
+        )  # fmt: skip
+        best = masked_maximum(score_keys(q, keys, scales, SCALED, NATIVE, SWAP), block, visible, num_local, BLOCK)
+        place, key, scales = look_ahead(
+            page_table_ptr, max_pages, num_pages, index_k_scale_ptr, seqlen_k, batch, k_start, num_keys, block + 1,
+            end - 1, BLOCK, COLUMNS, PAGED, SCALED,
+        )  # fmt: skip
         kept, fresh, worst = collect(kept, fresh, worst, best, block, block == end - 1, PERIOD)
 
     if SPLIT:
@@ -278,9 +308,14 @@ def key_tiles(index_k: torch.Tensor, config: SelectionConfig, block_size: int):
 
 
 def selection_constants(
-    config: SelectionConfig, num_kv_heads: int, index_head_dim: int, block_size: int, topk: int, table: bool
+    config: SelectionConfig,
+    num_kv_heads: int,
+    index_head_dim: int,
+    block_size: int,
+    topk: int,
+    table: bool,
 ) -> dict[str, int | bool]:
-    """The compile-time arguments of `selection_kernel`."""
+    """The compile-time arguments of `selection_kernel`, beside those of `storage_constants`."""
     return {
         "GROUPS": num_kv_heads,
         "TOPK": topk,
@@ -291,26 +326,31 @@ def selection_constants(
         "DEPTH": padded(index_head_dim),
         "KEPT": config.kept,
         "PERIOD": config.period,
-        "CLEAR": config.rows >= 64,
+        "CLEAR": config.clear,
         "TABLE": table,
         "SPLIT": config.num_splits > 1,
         "USE_TMA": config.use_tma,
+        "SWAP": config.swap,
     }
 
 
-def choose_config(index_q, index_k, sequences, block_size: int, topk: int) -> SelectionConfig:
+def choose_config(
+    index_q, index_k, sequences, block_size: int, topk: int, page_table: torch.Tensor | None = None
+) -> SelectionConfig:
     """`selection_config` for these tensors."""
-    _, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
+    batch, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
     return selection_config(
         target_of(index_q.device),
-        num_sequences=sequences.shape[0],
+        # Of the two sequences of a row whose queries are not all new, one has no keys to score.
+        num_sequences=batch if sequences.shape[0] <= 2 * batch else sequences.shape[0],
         num_kv_heads=num_kv_heads,
         seqlen_q=seqlen_q,
-        seqlen_k=index_k.shape[2],
+        seqlen_k=key_limit(page_table, index_k),
         index_head_dim=index_head_dim,
         block_size=block_size,
         topk=topk,
         element_size=index_q.element_size(),
+        key_size=index_k.element_size(),
         tma_ready=tma_ready(index_k),
     )
 
@@ -323,6 +363,8 @@ def select_blocks(
     topk: int,
     num_local_blocks: int,
     num_init_blocks: int,
+    page_table: torch.Tensor | None = None,
+    index_k_scale: torch.Tensor | None = None,
     config: SelectionConfig | None = None,
 ) -> torch.Tensor:
     """block_indices [B, Hkv, Sq, topk] int32, as the module's docstring defines them.
@@ -333,9 +375,10 @@ def select_blocks(
     ids = torch.empty(batch, num_kv_heads, seqlen_q, topk, dtype=torch.int32, device=index_q.device)
     if ids.numel() == 0:
         return ids
-    config = config or choose_config(index_q, index_k, sequences, block_size, topk)
-    tokens = config.rows // num_kv_heads
-    ends, num_tiles, table = tile_ends(sequences, batch, seqlen_q, tokens)
+    target = target_of(index_q.device)
+    config = config or choose_config(index_q, index_k, sequences, block_size, topk, page_table)
+    ends, num_tiles, table = tile_ends(sequences, batch, seqlen_q, config.tokens(num_kv_heads))
+    pages, max_pages, num_pages = page_arguments(page_table, sequences, index_k)
     split = config.num_splits > 1
     num_rows = batch * num_kv_heads * seqlen_q
     workspace = ids
@@ -343,9 +386,11 @@ def select_blocks(
         workspace = ids.new_empty(num_rows, config.num_splits, config.kept, dtype=torch.int64)
     selection_kernel[(num_tiles, config.num_splits)](
         index_q,
-        key_tiles(index_k, config, block_size),
+        key_tiles(as_bits(index_k), config, block_size),
         sequences,
         ends,
+        pages,
+        sequences if index_k_scale is None else index_k_scale,
         ids,
         workspace,
         *index_q.stride(),
@@ -354,15 +399,19 @@ def select_blocks(
         index_k.stride(3),
         sequences.shape[0],
         seqlen_q,
+        index_k.shape[2],
+        max_pages,
+        num_pages,
         config.num_splits,
         num_local_blocks,
         num_init_blocks,
         **selection_constants(config, num_kv_heads, index_head_dim, block_size, topk, table),
+        **storage_constants(target, page_table is not None, index_k_scale is not None),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     if split:
-        lanes, rows, num_warps = merge_config(target_of(ids.device), num_rows, config.num_splits)
+        lanes, rows, num_warps = merge_config(target, num_rows, config.num_splits)
         merge_kernel[(triton.cdiv(num_rows, rows),)](
             workspace,
             ids,

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import ForwardConfig, padded
-from .primitives import LN_2, LOG2_E, find_tile, load_sequence, load_tile, tma_ready
+from .configs import ForwardConfig, padded, target_of
+from .fp8 import Cache, as_bits, dequantize, load_scales
+from .primitives import LN_2, LOG2_E, find_tile, load_sequence, load_tile, locate_block, page_arguments, tma_ready
 from .union import Tiles
 
 
@@ -28,20 +29,27 @@ def load_member(list_ptr, members_ptr, place, step, token, DENSE: tl.constexpr):
 
 @triton.jit
 def load_keys(
-    tiles, base, at, num_keys, stride_s, stride_d,
+    tiles, base, scale_ptr, at, num_keys, stride_b, stride_s, stride_d, seqlen_k, dtype: tl.constexpr,
     COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, MASKED: tl.constexpr, USE_TMA: tl.constexpr,
+    SCALED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Rows [COLUMNS, DEPTH] of k or v from `at`, (batch, group, key), on.
+    """Vectors [COLUMNS, DEPTH] of k or v from `at`, (row of the cache, group, key), on, in dtype.
 
-    USE_TMA: by the bulk copy engine, all COLUMNS rows; else by pointer, and with MASKED zero from num_keys on.
+    USE_TMA: by the bulk copy engine, all COLUMNS of them; else by pointer, and with MASKED zero from num_keys on.
     """
-    batch, group, first_key = at
-    if USE_TMA:
-        return tl.reshape(tiles.load([batch.to(tl.int32), group.to(tl.int32), first_key, 0]), [COLUMNS, DEPTH])
-    if MASKED or HEAD_DIM != DEPTH:
-        return load_tile(base, first_key, num_keys, stride_s, stride_d, COLUMNS, HEAD_DIM, DEPTH)
+    place, group, key = at
     column, d = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-    return tl.load(base + (first_key + column).to(tl.int64)[:, None] * stride_s + d.to(tl.int64)[None, :] * stride_d)
+    if USE_TMA:
+        x = tl.reshape(tiles.load([place.to(tl.int32), group.to(tl.int32), key, 0]), [COLUMNS, DEPTH])
+    elif MASKED or HEAD_DIM != DEPTH:
+        x = load_tile(base + place * stride_b, key, num_keys, stride_s, stride_d, COLUMNS, HEAD_DIM, DEPTH)
+    else:
+        row = base + place * stride_b + (key + column).to(tl.int64)[:, None] * stride_s
+        x = tl.load(row + d.to(tl.int64)[None, :] * stride_d)
+    if SCALED:
+        vector = (place * tl.num_programs(1) + group) * seqlen_k + key
+        x = dequantize(x, load_scales(scale_ptr + vector, column, column < num_keys), dtype, NATIVE)
+    return x
 
 
 @triton.jit
@@ -81,13 +89,16 @@ def walk_step(
     return acc, new_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen_k", "max_pages", "num_pages"])
 def walk_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     k_tiles,
     v_tiles,
+    k_scale_ptr,
+    v_scale_ptr,
+    page_table_ptr,
     sequences_ptr,
     tile_ends_ptr,
     list_ptr,
@@ -109,6 +120,9 @@ def walk_kernel(
     stride_vd,
     num_sequences,
     seqlen_q,
+    seqlen_k,
+    max_pages,
+    num_pages,
     limit,
     scale,
     GROUP_SIZE: tl.constexpr,
@@ -124,6 +138,9 @@ def walk_kernel(
     POSITIVE: tl.constexpr,
     PARTS: tl.constexpr,
     USE_TMA: tl.constexpr,
+    PAGED: tl.constexpr,
+    SCALED: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """out and lse of one tile of TOKENS tokens and one group; DENSE walks every visible block, without a list.
 
@@ -155,25 +172,39 @@ def walk_kernel(
     inside = live[:, None] & (d < HEAD_DIM)[None, :]
     q_row = batch * stride_qb + (group * GROUP_SIZE + head) * stride_qh + query.to(tl.int64) * stride_qs
     q = tl.load(q_ptr + q_row[:, None] + d[None, :] * stride_qd, mask=inside, other=0.0)
-    k_base, v_base = k_ptr + batch * stride_kb + group * stride_kh, v_ptr + batch * stride_vb + group * stride_vh
+    k_base, v_base = k_ptr + group * stride_kh, v_ptr + group * stride_vh
     row_max, row_sum = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DEPTH], tl.float32)
     # Blocks that pad their columns are never whole.
     num_clear = num_whole * PARTS if COLUMNS * PARTS == BLOCK else 0
     for step in tl.range(0, num_clear, num_stages=STAGES):
         block, member = load_member(list_ptr, members_ptr, union * limit + step // PARTS, step // PARTS, token, DENSE)
-        at = batch, group, k_start + block * BLOCK + step % PARTS * COLUMNS
-        k = load_keys(k_tiles, k_base, at, COLUMNS, stride_ks, stride_kd, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA)
-        v = load_keys(v_tiles, v_base, at, COLUMNS, stride_vs, stride_vd, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA)
+        place, key = locate_block(page_table_ptr, max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
+        at = place, group, key + step % PARTS * COLUMNS
+        k = load_keys(
+            k_tiles, k_base, k_scale_ptr, at, COLUMNS, stride_kb, stride_ks, stride_kd, seqlen_k, q.dtype,
+            COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE,
+        )  # fmt: skip
+        v = load_keys(
+            v_tiles, v_base, v_scale_ptr, at, COLUMNS, stride_vb, stride_vs, stride_vd, seqlen_k, q.dtype,
+            COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE,
+        )  # fmt: skip
         acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, row, member, scale, False, POSITIVE)
     for step in tl.range(num_clear, length * PARTS, num_stages=1):
         block, member = load_member(list_ptr, members_ptr, union * limit + step // PARTS, step // PARTS, token, DENSE)
         first_column = block * BLOCK + step % PARTS * COLUMNS
         num_keys = tl.minimum(BLOCK - step % PARTS * COLUMNS, k_end - k_start - first_column)
         last = tl.minimum(query + shift - first_column, num_keys - 1)
-        at = batch, group, k_start + first_column
-        k = load_keys(k_tiles, k_base, at, num_keys, stride_ks, stride_kd, COLUMNS, HEAD_DIM, DEPTH, True, False)
-        v = load_keys(v_tiles, v_base, at, num_keys, stride_vs, stride_vd, COLUMNS, HEAD_DIM, DEPTH, True, False)
+        place, key = locate_block(page_table_ptr, max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
+        at = place, group, key + step % PARTS * COLUMNS
+        k = load_keys(
+            k_tiles, k_base, k_scale_ptr, at, num_keys, stride_kb, stride_ks, stride_kd, seqlen_k, q.dtype,
+            COLUMNS, HEAD_DIM, DEPTH, True, False, SCALED, NATIVE,
+        )  # fmt: skip
+        v = load_keys(
+            v_tiles, v_base, v_scale_ptr, at, num_keys, stride_vb, stride_vs, stride_vd, seqlen_k, q.dtype,
+            COLUMNS, HEAD_DIM, DEPTH, True, False, SCALED, NATIVE,
+        )  # fmt: skip
         acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, last, member, scale, True, POSITIVE)
     # Read once more: places known from the start would be kept, and spilled, through both loops.
     batch, q_start, q_end, _, _ = load_sequence(sequences_ptr, sequence)
@@ -197,7 +228,7 @@ def walk_constants(
     dense: bool,
     tma: bool,
 ) -> dict[str, int | bool]:
-    """The compile-time arguments of `walk_kernel`."""
+    """The compile-time arguments of `walk_kernel`, beside those of `storage_constants`."""
     columns = min(padded(block_size), config.walk_columns)
     return {
         "GROUP_SIZE": group_size,
@@ -222,19 +253,24 @@ def key_tiles(x, columns: int):
 
 
 def walk_tiles(
-    q, k, v, tiles: Tiles, sequences, block_size: int, scale: float, config: ForwardConfig, out, lse
+    q, k, v, cache: Cache, tiles: Tiles, sequences, block_size: int, scale: float, config: ForwardConfig, out, lse
 ) -> None:
     """Fill out and lse of the tokens in walking tiles; layouts as in `attention`."""
     group_size, head_dim = q.shape[1] // k.shape[1], q.shape[3]
     dense = tiles.list is None
     tma = config.walk_tma and head_dim == padded(head_dim) and tma_ready(k) and tma_ready(v)
     constants = walk_constants(config, group_size, head_dim, block_size, scale, tiles.tokens, tiles.table, dense, tma)
+    pages, max_pages, num_pages = page_arguments(cache.page_table, sequences, k)
+    k, v = as_bits(k), as_bits(v)
     walk_kernel[(tiles.num_tiles, k.shape[1])](
         q,
         k,
         v,
         key_tiles(k, constants["COLUMNS"]) if tma else k,
         key_tiles(v, constants["COLUMNS"]) if tma else v,
+        lse if cache.k_scale is None else cache.k_scale,
+        lse if cache.v_scale is None else cache.v_scale,
+        pages,
         sequences,
         tiles.ends,
         sequences if dense else tiles.list,
@@ -247,8 +283,12 @@ def walk_tiles(
         *v.stride(),
         sequences.shape[0],
         q.shape[2],
+        k.shape[2],
+        max_pages,
+        num_pages,
         tiles.limit,
         scale * LOG2_E.value,
         **constants,
+        **cache.constants(target_of(q.device)),
         **config.walk_options(),
     )

@@ -10,17 +10,28 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from flexmsa.kernels.triton import configs, primitives, selection  # noqa: E402
+from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps  # noqa: E402
 from flexmsa.kernels.triton.decode import attend_constants, attend_kernel, combine_kernel  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
 GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK = 4, 16, 128, 128, 16
+SELECTIONS = {
+    # name: (Sq, Sk, paged, e4m3)
+    "prefill": (131072, 131072, False, False),
+    "prefill, pages, e4m3": (131072, 131072, True, True),
+    "decode": (1, 1 << 20, False, False),
+    "decode, pages": (1, 1 << 20, True, False),
+    "decode, e4m3": (1, 1 << 20, False, True),
+    "decode, pages, e4m3": (1, 1 << 20, True, True),
+    "drafts, pages": (16, 131072, True, False),
+    "drafts, pages, e4m3": (16, 131072, True, True),
+}
 
 
-@pytest.mark.parametrize(
-    ("seqlen_q", "seqlen_k", "table"), [(131072, 131072, True), (1, 1 << 20, False)], ids=["prefill", "decode"]
-)
-def test_selection(build, target, seqlen_q, seqlen_k, table):
+@pytest.mark.parametrize("case", SELECTIONS.values(), ids=SELECTIONS)
+def test_selection(build, target, case):
+    seqlen_q, seqlen_k, paged, scaled = case
     config = configs.selection_config(
         target,
         num_sequences=1,
@@ -31,16 +42,18 @@ def test_selection(build, target, seqlen_q, seqlen_k, table):
         block_size=BLOCK,
         topk=TOPK,
         element_size=2,
+        key_size=1 if scaled else 2,
         tma_ready=True,
     )
-    constants = selection.selection_constants(config, GROUPS, DEPTH, BLOCK, TOPK, table)
-    overrides = {"workspace_ptr": "*i64"} if config.num_splits > 1 else {}
-    if config.use_tma:
-        overrides["index_k"] = f"tensordesc<bf16[1,{BLOCK},{DEPTH}]>"
-    compiled = build(selection.selection_kernel, target, constants, config.num_warps, config.num_stages, **overrides)
-    if target.arch == 90 and seqlen_q > 1:
-        assert "wgmma.mma_async" in compiled.asm["ptx"]
-    assert (config.num_splits > 1) == (seqlen_q == 1)
+    constants = selection.selection_constants(config, GROUPS, DEPTH, BLOCK, TOPK, seqlen_q > 16)
+    constants |= configs.storage_constants(target, paged, scaled)
+    types = {"workspace_ptr": "*i64"} if config.num_splits > 1 else {}
+    element = "u8" if scaled else "bf16"
+    types["index_k"] = f"tensordesc<{element}[1,{BLOCK},{DEPTH}]>" if config.use_tma else f"*{element}"
+    compiled = build(selection.selection_kernel, target, constants, config.num_warps, config.num_stages, **types)
+    if target.arch == 90:
+        assert config.use_tma and "wgmma.mma_async" in compiled.asm["ptx"]
+    assert (config.num_splits > 1) == (seqlen_q <= 16)
 
 
 @pytest.mark.parametrize(("num_rows", "splits"), [(4, 256), (1352, 16)])
@@ -50,17 +63,30 @@ def test_merge(build, target, num_rows, splits):
     build(selection.merge_kernel, target, constants, num_warps, workspace_ptr="*i64")
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])
 @pytest.mark.parametrize("batch", [1, 128])
-def test_attend_and_combine(build, target, batch):
+def test_attend_and_combine(build, target, batch, scaled):
     config = configs.attend_config(
         target, num_rows=batch * GROUPS, head_dim=DEPTH, block_size=BLOCK, topk=TOPK, element_size=2
     )
     constants = attend_constants(config, GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK, False)
-    split = {"out_ptr": "*fp32"} if config.num_splits > 1 else {}
-    build(attend_kernel, target, constants, config.num_warps, config.num_stages, **split)
+    constants |= configs.storage_constants(target, scaled, scaled)
+    types = {"out_ptr": "*fp32"} if config.num_splits > 1 else {}
+    if scaled:
+        types |= {"k_ptr": "*u8", "v_ptr": "*u8"}
+    build(attend_kernel, target, constants, config.num_warps, config.num_stages, **types)
     splits = triton.next_power_of_2(config.num_splits)
     if splits > 1:
         build(combine_kernel, target, {"HEAD_DIM": DEPTH, "SPLITS": splits, "DEPTH": DEPTH}, 4)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])
+@pytest.mark.parametrize("num_tokens", [1, 1024])
+def test_append(build, target, num_tokens, scaled):
+    storage = {"ragged": scaled, "paged": scaled, "scaled": scaled, "index_scaled": scaled}
+    constants = append_constants(GROUPS, DEPTH, DEPTH, BLOCK, num_tokens, **storage)
+    caches = dict.fromkeys(["cache_k_ptr", "cache_v_ptr", "cache_index_k_ptr"], "*u8" if scaled else "*bf16")
+    build(append_kernel, target, constants, append_warps(constants), index_k_ptr="*bf16", **caches)
 
 
 def test_tile_ends(build, target):

@@ -11,42 +11,67 @@ from flexmsa.kernels.triton import attention, configs, union, walk  # noqa: E402
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
 BLOCK, TOPK = 128, 16
-# (query heads, KV heads, head dim)
-SHAPES = {"64/4/128": (64, 4, 128), "32/8/128": (32, 8, 128), "16/2/64": (16, 2, 64)}
+# (query heads, KV heads, head dim), and how keys and values are kept: in pages, in e4m3.
+CONTIGUOUS = (False, False)
+CASES = {
+    "64/4/128": ((64, 4, 128), CONTIGUOUS),
+    "32/8/128": ((32, 8, 128), CONTIGUOUS),
+    "16/2/64": ((16, 2, 64), CONTIGUOUS),
+    "pages": ((64, 4, 128), (True, False)),
+    "pages, e4m3": ((64, 4, 128), (True, True)),
+}
 
 
-@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
-def shape(request):
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def case(request):
     return request.param
 
 
-def chosen(target, shape):
-    num_heads, num_kv_heads, head_dim = shape
+def chosen(target, case):
+    (num_heads, num_kv_heads, head_dim), (_, scaled) = case
     group_size = num_heads // num_kv_heads
     config = configs.forward_config(
-        target, group_size=group_size, head_dim=head_dim, block_size=BLOCK, topk=TOPK, element_size=2
+        target,
+        group_size=group_size,
+        head_dim=head_dim,
+        block_size=BLOCK,
+        topk=TOPK,
+        element_size=2,
+        decoded=scaled,
     )
     return config, group_size, head_dim
 
 
-def test_by_block(build, target, shape):
-    config, group_size, head_dim = chosen(target, shape)
+def test_by_block(build, target, case):
+    config, group_size, head_dim = chosen(target, case)
+    paged, scaled = case[1]
     constants = attention.partial_constants(config, group_size, head_dim, BLOCK, TOPK, 0.1)
-    wide = {"entries_ptr": "*i64", "offsets_ptr": "*i64", "partial_ptr": "*bf16", "partial_lse_ptr": "*fp32"}
-    compiled = build(attention.partial_attention_kernel, target, constants, **config.launch_options(), **wide)
+    constants |= configs.storage_constants(target, paged, scaled)
+    types = {"entries_ptr": "*i64", "offsets_ptr": "*i64", "partial_ptr": "*bf16", "partial_lse_ptr": "*fp32"}
+    if scaled:
+        types |= {"k_ptr": "*u8", "v_ptr": "*u8"}
+    compiled = build(attention.partial_attention_kernel, target, constants, **config.launch_options(), **types)
     if target.arch == 90:
         assert "wgmma.mma_async" in compiled.asm["ptx"]
+
+
+def test_combine_slots(build, target, case):
+    _, group_size, head_dim = chosen(target, case)
     constants = attention.combine_constants(group_size, head_dim, TOPK)
     build(attention.combine_slots_kernel, target, constants, 4, partial_ptr="*bf16", skip_ptr="*i8")
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["union", "dense"])
-def test_walk(build, target, shape, dense):
-    config, group_size, head_dim = chosen(target, shape)
+def test_walk(build, target, case, dense):
+    config, group_size, head_dim = chosen(target, case)
+    paged, scaled = case[1]
     tokens = config.walk_tokens(group_size, TOPK)
     constants = walk.walk_constants(config, group_size, head_dim, BLOCK, 0.1, tokens, False, dense, config.walk_tma)
-    tile = f"tensordesc<bf16[1,1,{constants['COLUMNS']},{head_dim}]>" if config.walk_tma else "*bf16"
-    types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile}
+    constants |= configs.storage_constants(target, paged, scaled)
+    element = "u8" if scaled else "bf16"
+    tile = f"tensordesc<{element}[1,1,{constants['COLUMNS']},{head_dim}]>" if config.walk_tma else f"*{element}"
+    pointers = {"k_ptr": f"*{element}", "v_ptr": f"*{element}"}
+    types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile, **pointers}
     # A limit of 128 registers costs the places of a few output rows, which are spilled once, outside the loops.
     spills = 0 if config.walk_registers is None else 104
     compiled = build(walk.walk_kernel, target, constants, **config.walk_options(), spills=spills, **types)
@@ -54,8 +79,8 @@ def test_walk(build, target, shape, dense):
         assert "wgmma.mma_async" in compiled.asm["ptx"]
 
 
-def test_union(build, target, shape):
-    config, group_size, _ = chosen(target, shape)
+def test_union(build, target, case):
+    config, group_size, _ = chosen(target, case)
     constants = union.union_constants(config, group_size, TOPK, BLOCK, False)
     warps = union.union_warps(constants)
     build(union.union_kernel, target, constants, warps, members_ptr="*i64", skip_ptr="*i8")

@@ -54,7 +54,8 @@ def assert_attention(found, wanted, dtype):
 def test_decode(dense, case):
     q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(dense, case)
     scale = q.shape[-1] ** -0.5
-    out, lse, ids = kernels.decode(q, k, v, index_q, index_k, sequences, block_size, topk, 1, 0, scale)
+    ids = kernels.select_blocks(index_q, index_k, sequences, block_size, topk, 1, 0)
+    out, lse = kernels.attend_blocks(q, k, v, ids, sequences, block_size, scale)
     assert torch.equal(ids, dense.select(index_q, index_k, sequences, block_size, topk, 1, 0))
     wanted = dense.attend(q, k.nan_to_num(), v.nan_to_num(), ids, sequences, block_size, scale)
     assert_attention((out, lse), wanted, q.dtype)
@@ -67,7 +68,7 @@ def test_any_ids_and_splits(dense, splits):
     ids = torch.tensor([-1, 3, 99, 2**31 - 1, 0, -(2**31), 18, -1], dtype=torch.int32).expand(2, 4, 2, 8)
     target = target_of(q.device)
     config = attend_config(target, num_rows=16, head_dim=16, block_size=block_size, topk=8, element_size=4)
-    found = kernels.attend_blocks(q, k, v, ids, sequences, block_size, 0.3, replace(config, num_splits=splits))
+    found = kernels.attend_blocks(q, k, v, ids, sequences, block_size, 0.3, config=replace(config, num_splits=splits))
     seen = ids.where((ids >= 0) & (ids < 19), -1)
     assert_attention(found, dense.attend(q, k, v, seen, sequences, block_size, 0.3), q.dtype)
 

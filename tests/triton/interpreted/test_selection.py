@@ -20,7 +20,7 @@ def check(dense, index_q, index_k, block_size, topk, local=1, init=0, sequences=
     if sequences is None:
         sequences = dense.plain(index_q.shape[0], index_q.shape[2], index_k.shape[2])
     config = replace(choose_config(index_q, index_k, sequences, block_size, topk), **overrides)
-    found = select_blocks(index_q, index_k, sequences, block_size, topk, local, init, config)
+    found = select_blocks(index_q, index_k, sequences, block_size, topk, local, init, config=config)
     wanted = dense.select(index_q, index_k, sequences, block_size, topk, local, init)
     assert found.dtype == torch.int32 and found.is_contiguous()
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
@@ -50,6 +50,19 @@ def test_matches_definition(dense, shape, draw):
     index_q = draw(batch, groups, seqlen_q, depth, dtype=dtype)
     index_k = draw(batch, 1, seqlen_k, depth, dtype=dtype)
     check(dense, index_q, index_k, block_size, topk, local, init, num_splits=splits)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 20])
+@pytest.mark.parametrize("clear", [False, True])
+def test_keys_as_the_rows_of_the_product(dense, seqlen_q, clear):
+    index_q, index_k = integers(2, 3, seqlen_q, 16), integers(2, 1, 333, 16)
+    for splits in (1, 4):
+        check(dense, index_q, index_k, 48, 3, num_splits=splits, swap=True, clear=clear, period=4)
+
+
+def test_bulk_copies(dense):
+    index_q, index_k = integers(2, 3, 20, 16), integers(2, 1, 333, 16)
+    check(dense, index_q, index_k, 16, 3, use_tma=True, num_splits=2)
 
 
 def test_packed_documents(dense):
@@ -105,7 +118,7 @@ def test_any_table_of_sequences(data):
     sequences = torch.stack([0 * ends, starts, ends, starts, ends], 1).int()
     index_q, index_k = integers(1, groups, total, 16), integers(1, 1, total, 16)
     config = replace(choose_config(index_q, index_k, sequences, 8, topk), num_splits=splits)
-    found = select_blocks(index_q, index_k, sequences, 8, topk, local, 0, config)
+    found = select_blocks(index_q, index_k, sequences, 8, topk, local, 0, config=config)
     start = starts.repeat_interleave(torch.tensor(lengths))[None]
     wanted = reference.select_blocks(index_q, index_k, start, torch.arange(1, total + 1)[None], 8, topk, local)
     assert torch.equal(found, wanted)

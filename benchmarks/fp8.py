@@ -1,0 +1,69 @@
+"""What e4m3 index keys do to the selection: `python -m benchmarks.fp8`. Writes benchmarks/results/fp8.json.
+
+Queries and keys are normal, the selection is of the last queries of a sequence, in groups of M3's shape. The keys that
+e4m3 is compared with are bf16.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import flexmsa
+
+GROUPS, DEPTH, BLOCK, TOPK = 4, 128, 128, 16
+LENGTHS = (8192, 32768, 131072)
+QUERIES = 256
+RESULTS = Path(__file__).parent / "results" / "fp8.json"
+
+
+def quantised(index_k: Tensor) -> Tensor:
+    """index_k [1, 1, S, Di] as an e4m3 cache gives it back, float32."""
+    seqlen = index_k.shape[2]
+    cache = flexmsa.MSACache(1, 1, DEPTH, DEPTH, seqlen, dtype=index_k.dtype, index_dtype=torch.float8_e4m3fn)
+    cache.append(index_k, index_k, index_k)
+    return cache.contiguous()[2]
+
+
+def selection(index_q: Tensor, index_k: Tensor) -> Tensor:
+    return flexmsa.select_blocks(index_q.float(), index_k.float(), block_size=BLOCK, topk=TOPK)
+
+
+def mass(index_q: Tensor, index_k: Tensor, ids: Tensor) -> Tensor:
+    """[groups, queries]: the softmax mass of the index scores, scaled as in the loss, in the chosen blocks."""
+    scores = index_q.float()[0] @ index_k.float()[0].transpose(-1, -2) * DEPTH**-0.5
+    seqlen = index_k.shape[2]
+    newest = torch.arange(seqlen - index_q.shape[2], seqlen)
+    scores.masked_fill_(torch.arange(seqlen) > newest[:, None], -torch.inf)
+    by_block = scores.softmax(-1).unflatten(-1, (-1, BLOCK)).sum(-1)
+    chosen = ids[0].long()
+    return by_block.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0.0).sum(-1)
+
+
+def measure(seqlen: int) -> dict[str, float]:
+    """One row of the table."""
+    generator = torch.Generator().manual_seed(0)
+    index_q = torch.randn(1, GROUPS, QUERIES, DEPTH, generator=generator).bfloat16()
+    index_k = torch.randn(1, 1, seqlen, DEPTH, generator=generator).bfloat16()
+    plain, coarse = selection(index_q, index_k), selection(index_q, quantised(index_k))
+    kept = (coarse[..., None] == plain[..., None, :]).any(-1)
+    # The local block is forced, so it cannot differ.
+    differ = (~kept).sum().item() / (kept.numel() - kept.numel() // TOPK)
+    recall = (mass(index_q, index_k, coarse) / mass(index_q, index_k, plain)).mean().item()
+    return {"seqlen": seqlen, "ids_that_differ": differ, "score_recall": recall}
+
+
+def main() -> int:
+    rows = []
+    for seqlen in LENGTHS:
+        rows.append(measure(seqlen))
+        print(
+            f"{seqlen} keys: {rows[-1]['ids_that_differ']:.1%} ids differ, score recall {rows[-1]['score_recall']:.4f}"
+        )
+    RESULTS.write_text(json.dumps({"queries": QUERIES, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

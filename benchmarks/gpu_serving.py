@@ -1,0 +1,273 @@
+"""Serving on a GPU, beside dense attention: a part of `benchmarks/gpu.py`.
+
+Caches are checked first, by schedules and at a length where offsets are large. A decoding step is then timed in a CUDA
+graph: the selection over a whole cache and the attention to what was chosen. The calls in a graph take turns on caches
+that together exceed the L2 cache. All at M3's shape: 64 query heads, 4 KV heads, head dim 128, blocks of 128 keys,
+topk 16, bf16 queries.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+import flexmsa
+from flexmsa.kernels.triton import attend_blocks, select_blocks
+from flexmsa.testing import Schedule, check_schedule
+
+HEADS, GROUPS, DEPTH, BLOCK, TOPK = 64, 4, 128, 128, 16
+RULES = (BLOCK, TOPK, 1, 0)
+SCALE = DEPTH**-0.5
+FP8 = torch.float8_e4m3fn
+Timer = Callable[[Callable[[], object]], float]
+# The shapes with a bar, then the grid of workloads.json; batch, keys, new tokens.
+STEPS = [(1, 131072, 1), (1, 1 << 20, 1), (4, 1 << 20, 1), (8, 131072, 1), (16, 131072, 1)]
+GRID = [
+    (batch, keys, tokens)
+    for batch in (1, 8, 32, 128)
+    for keys in (4000, 10000, 50000, 100000, 200000, 1000000)
+    for tokens in (1, 4, 8)
+    if batch * keys <= 16_000_000
+]
+# Query length, keys in the end, calls that they stand for: prefill calls of workloads.json.
+CHUNKS = [
+    (16384, 47744, 2477),
+    (338, 74578, 1418),
+    (16384, 84480, 1347),
+    (171, 55339, 1325),
+    (1626, 93146, 565),
+    (1404, 46844, 492),
+    (347, 131547, 312),
+    (9844, 48884, 110),
+    (16384, 173824, 35),
+]
+SCHEDULES = [
+    Schedule(
+        steps=(("append", (100, 37)), ("append", (1, 1)), ("trim", (0, 3)), ("append", (4, 0)), ("append", (1, 1)))
+    ),
+    Schedule(
+        steps=(("append", (300, 150)), ("reorder", (1, 1)), ("append", (16, 5)), ("append", (1, 1))),
+        num_kv_heads=4,
+        group_size=16,
+        head_dim=128,
+        index_head_dim=128,
+        block_size=32,
+        topk=5,
+        capacity=512,
+    ),
+    Schedule(
+        steps=(("append", (700, 0)), ("share", (0, 1)), ("append", (1, 1)), ("append", (8, 8))),
+        group_size=5,
+        head_dim=80,
+        index_head_dim=96,
+        block_size=48,
+        topk=4,
+        capacity=800,
+    ),
+    Schedule(
+        steps=(("append", (900, 880, 3)), ("append", (1, 1, 1)), ("append", (2, 0, 2))),
+        batch=3,
+        num_kv_heads=1,
+        group_size=1,
+        head_dim=64,
+        index_head_dim=64,
+        block_size=128,
+        topk=2,
+        capacity=1024,
+    ),
+]
+
+
+def serving_errors() -> Iterator[str]:
+    """What is wrong with caches, appends and decoding; nothing if all is well."""
+    for schedule in SCHEDULES:
+        for changes in (
+            {"dtype": "bfloat16"},
+            {"dtype": "float16", "paged": True},
+            {"dtype": "bfloat16", "paged": True, "fp8_index": True},
+            {"dtype": "bfloat16", "fp8_index": True, "fp8_keys": True},
+        ):
+            try:
+                check_schedule(replace(schedule, **changes), "cuda")
+            except AssertionError as error:
+                yield f"serving, {changes}: {error}"
+    yield from long_errors()
+
+
+def long_errors() -> Iterator[str]:
+    """A step at M3's shape over a million keys, against dense attention in float64."""
+    for dtype in (torch.bfloat16, FP8):
+        step, cache = caches(1, 1 << 20, 1, dtype, copies=1)[0]
+        # Small integers, whose products are exact in any order.
+        step[1].copy_(torch.randint(-3, 4, step[1].shape, device="cuda"))
+        cache.index_k.copy_(torch.randint(-3, 4, cache.index_k.shape, device="cuda"))
+        if cache.index_k_scale is not None:
+            cache.index_k_scale.fill_(1.0)
+        ids = select(step, cache)
+        if not torch.equal(ids, select(step, cache)):
+            yield f"selection over a million keys, {dtype}: not repeatable"
+        index_k = cache.index_k.double() if cache.index_k_scale is None else cache.contiguous()[2].double()
+        scores = (step[1][0, :, 0].double() @ index_k[0, 0].T).view(GROUPS, -1, BLOCK).amax(-1)
+        scores[:, -1] = torch.inf
+        wanted = scores.sort(descending=True, stable=True).indices[:, :TOPK].sort(-1).values
+        if not torch.equal(ids[0, :, 0].long(), wanted):
+            yield f"selection over a million keys, {dtype}: {int((ids[0, :, 0] != wanted).sum())} ids differ"
+        out, _ = attend_blocks(step[0], cache.k, cache.v, ids, cache.newest(1), BLOCK, SCALE)
+        for group in range(GROUPS):
+            k, v = (
+                x[0, group].view(-1, BLOCK, DEPTH)[wanted[group]].flatten(0, 1).double() for x in (cache.k, cache.v)
+            )
+            heads = slice(group * 16, group * 16 + 16)
+            right = (step[0][0, heads, 0].double() @ k.T * SCALE).softmax(-1) @ v
+            error = (out[0, heads, 0].double() - right).abs().max().item()
+            if error > 8 * torch.finfo(torch.bfloat16).eps * right.abs().max().item():
+                yield f"attention over a million keys, group {group}: off by {error:.1e}"
+
+
+def graph_time(calls: list[Callable[[], object]], repeats: int = 30) -> float:
+    """Median milliseconds of one of the calls, captured together in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(calls))
+    return median(times)
+
+
+Step = tuple[Tensor, Tensor]
+
+
+def caches(
+    batch: int, keys: int, tokens: int, index_dtype: torch.dtype, copies: int | None = None, spread: float = 0.0
+) -> list[tuple[Step, flexmsa.MSACache]]:
+    """Filled caches that together exceed the L2 cache, each with (q, index_q); rows are up to `spread` shorter."""
+    if copies is None:
+        copies = min(64, max(1, -(-(300 << 20) // (batch * keys * DEPTH * index_dtype.itemsize))))
+    made = []
+    for _ in range(copies):
+        cache = flexmsa.MSACache(
+            batch, GROUPS, DEPTH, DEPTH, keys, dtype=torch.bfloat16, index_dtype=index_dtype, device="cuda"
+        )
+        cache.k.normal_()
+        cache.v.normal_()
+        if index_dtype == FP8:
+            cache.index_k.copy_(torch.randn(cache.index_k.shape, dtype=torch.bfloat16, device="cuda").mul_(100))
+            cache.index_k_scale.fill_(0.01)
+        else:
+            cache.index_k.normal_()
+        cache.kv_lens.copy_((keys * (1 - spread * torch.rand(batch, device="cuda"))).int())
+        q = torch.randn(batch, HEADS, tokens, DEPTH, dtype=torch.bfloat16, device="cuda")
+        index_q = torch.randn(batch, GROUPS, tokens, DEPTH, dtype=torch.bfloat16, device="cuda")
+        made.append(((q, index_q), cache))
+    return made
+
+
+def select(step: Step, cache: flexmsa.MSACache, sequences: Tensor | None = None) -> Tensor:
+    sequences = cache.newest(step[1].shape[2]) if sequences is None else sequences
+    return select_blocks(step[1], cache.index_k, sequences, *RULES, None, cache.index_k_scale)
+
+
+def time_step(batch: int, keys: int, tokens: int, index_dtype: torch.dtype, spread: float = 0.0) -> dict[str, float]:
+    """Milliseconds of a step and of its two parts."""
+    made = [
+        (step, cache, cache.newest(tokens)) for step, cache in caches(batch, keys, tokens, index_dtype, None, spread)
+    ]
+    ids = select(*made[0])
+
+    def attend(step: Step, cache: flexmsa.MSACache, sequences: Tensor, ids: Tensor) -> None:
+        attend_blocks(step[0], cache.k, cache.v, ids, sequences, BLOCK, SCALE)
+
+    return {
+        "step": graph_time([lambda each=each: attend(*each, select(*each)) for each in made]),
+        "selection": graph_time([lambda each=each: select(*each) for each in made]),
+        "attention": graph_time([lambda each=each: attend(*each, ids) for each in made]),
+    }
+
+
+def dense_step(batch: int, keys: int) -> dict[str, float | None]:
+    """Milliseconds of one new token's dense attention, by backend; None where it refuses."""
+    q = torch.randn(batch, HEADS, 1, DEPTH, dtype=torch.bfloat16, device="cuda")
+    k, v = (torch.randn(batch, GROUPS, keys, DEPTH, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    times: dict[str, float | None] = {}
+    for name, backend in {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}.items():
+        try:
+            with sdpa_kernel(backend):
+                times[name] = graph_time([lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)])
+        except RuntimeError:
+            times[name] = None
+    return times
+
+
+def read_time(size: int) -> float:
+    """Milliseconds of summing `size` bytes, the plainest read there is, in a graph over the same kind of rotation."""
+    buffers = [torch.ones(size // 4, device="cuda") for _ in range(max(2, (300 << 20) // size))]
+    return graph_time([lambda x=x: x.sum() for x in buffers])
+
+
+def step_bytes(batch: int, keys: int, tokens: int, index_bytes: float) -> float:
+    """Bytes that a step has to read: every index key once, and the chosen keys and values of each token and group."""
+    chosen = 2 * GROUPS * min(keys, TOPK * BLOCK) * DEPTH * 2
+    return batch * (keys * index_bytes + tokens * chosen)
+
+
+def decode_times(bandwidth: float, quick: bool = False) -> Iterator[tuple[str, float | None, float | None]]:
+    """(what, milliseconds, floor in milliseconds) of decoding steps."""
+    for size in (256 << 20, 128 << 20):
+        yield f"plain read of {size >> 20} MiB", read_time(size), size / bandwidth * 1e3
+    for batch, keys, tokens in STEPS:
+        for name, dtype, width in (("bf16", torch.bfloat16, 2 * DEPTH), ("e4m3", FP8, DEPTH + 4)):
+            floor = step_bytes(batch, keys, tokens, width) / bandwidth * 1e3
+            for part, time in time_step(batch, keys, tokens, dtype).items():
+                yield f"{batch} x {keys}: {name} {part}", time, floor if part == "step" else None
+        for name, dense in dense_step(batch, keys).items():
+            yield f"{batch} x {keys}: dense {name}", dense, None
+    for batch, keys, tokens in [] if quick else GRID:
+        floor = step_bytes(batch, keys, tokens, 2 * DEPTH) / bandwidth * 1e3
+        yield f"{batch} x {keys} x {tokens}: step", time_step(batch, keys, tokens, torch.bfloat16, 0.2)["step"], floor
+
+
+def chunk_times(timer: Timer) -> Iterator[tuple[str, float]]:
+    """(what, milliseconds) of chunks of a prompt over a filled prefix, and of dense attention."""
+    for tokens, keys, _ in CHUNKS:
+        ((q, index_q), cache) = caches(1, keys, tokens, torch.bfloat16, copies=1)[0]
+        sequences = cache.newest(tokens)
+        yield (
+            f"{tokens} x {keys}: selection and attention",
+            timer(
+                lambda q=q, index_q=index_q, cache=cache, sequences=sequences: attend_blocks(
+                    q, cache.k, cache.v, select((q, index_q), cache, sequences), sequences, BLOCK, SCALE
+                )
+            ),
+        )
+        mask = causal_lower_right(tokens, keys)
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
+            yield (
+                f"{tokens} x {keys}: dense",
+                timer(
+                    lambda q=q, cache=cache, mask=mask: scaled_dot_product_attention(
+                        q, cache.k, cache.v, attn_mask=mask, enable_gqa=True
+                    )
+                ),
+            )
+
+
+def chunk_calls() -> dict[str, dict[str, int]]:
+    """How many calls each chunk stands for, by its name in `chunk_times`."""
+    return {f"{tokens} x {keys}": {"calls": calls} for tokens, keys, calls in CHUNKS}

@@ -1,0 +1,259 @@
+"""PagedMSACache: keys, values and index keys in pages of one block, which rows take as they grow and may share."""
+
+from typing import NoReturn, Self
+
+import torch
+from torch import Tensor
+
+from flexmsa import validation
+from flexmsa.cache import FP8, Cache, is_recorded
+from flexmsa.pages import Pages
+
+__all__ = ["PagedMSACache"]
+
+
+class PagedMSACache(Cache):
+    """Keys, values and index keys of one layer in pages: k, v [num_pages, Hkv, page_size, D], index_k
+    [num_pages, 1, page_size, Di]; block b of row r lies in page page_table[r, b].
+
+    Rows take free pages as tokens are appended. In compiled code and CUDA graphs they cannot, so `reserve` before.
+
+    >>> cache = PagedMSACache(2, num_kv_heads=1, head_dim=16, index_head_dim=8, num_pages=6, max_pages=4, page_size=4)
+    >>> cache.append(torch.ones(2, 1, 6, 16), torch.ones(2, 1, 6, 16), torch.ones(2, 1, 6, 8))
+    >>> cache.page_table.tolist()
+    [[0, 1, -1, -1], [2, 3, -1, -1]]
+    >>> cache.share(0, [1], tokens=5)
+    >>> cache.page_table.tolist(), cache.kv_lens.tolist()
+    ([[0, 1, -1, -1], [0, 3, -1, -1]], [6, 5])
+    """
+
+    page_table: Tensor
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        index_head_dim: int,
+        *,
+        num_pages: int,
+        max_pages: int,
+        page_size: int = 128,
+        dtype: torch.dtype = torch.float32,
+        index_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate an empty cache.
+
+        Args:
+            num_pages: pages for all rows together.
+            max_pages: pages that one row can have.
+            page_size: tokens in a page; the attention's block_size.
+            dtype, index_dtype: as for `MSACache`.
+        """
+        validation.check_cache_sizes(
+            batch_size,
+            num_kv_heads,
+            head_dim,
+            index_head_dim,
+            num_pages=num_pages,
+            max_pages=max_pages,
+            page_size=page_size,
+        )
+        k = torch.zeros(num_pages, num_kv_heads, page_size, head_dim, dtype=dtype, device=device)
+        index_dtype = dtype if index_dtype is None else index_dtype
+        index_k = torch.zeros(num_pages, 1, page_size, index_head_dim, dtype=index_dtype, device=device)
+        self.page_table = torch.full((batch_size, max_pages), -1, dtype=torch.int32, device=k.device)
+        self._pages: Pages | None = Pages(num_pages, batch_size)
+        self._reserved = [0] * batch_size
+        super().__init__(k, torch.zeros_like(k), index_k, batch_size)
+
+    @classmethod
+    def wrap(cls, k: Tensor, v: Tensor, index_k: Tensor, page_table: Tensor, kv_lens: Tensor) -> Self:
+        """Return a cache on the buffers of a server that hands out pages itself.
+
+        The server writes page_table (before an append, for the pages that it needs) and may write kv_lens; `append`
+        writes kv_lens too. `reserve`, `share` and `reorder` are the server's business.
+
+        Args:
+            k, v: [num_pages, Hkv, page_size, D]; index_k: [num_pages, 1, page_size, Di].
+            page_table: [B, max_pages] int32; kv_lens: [B] int32.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes or devices do not fit together.
+        """
+        validation.check_page_table(page_table, kv_lens, k.device)
+        heads = (k.shape[0], k.shape[2])
+        if k.dim() != 4 or v.shape != k.shape or (index_k.shape[0], index_k.shape[2]) != heads or index_k.shape[1] != 1:
+            raise ValueError(
+                "k, v, index_k: expected [num_pages, Hkv, page_size, D], the same, and [num_pages, 1, page_size, Di], "
+                f"got {list(k.shape)}, {list(v.shape)} and {list(index_k.shape)}"
+            )
+        cache = cls.__new__(cls)
+        Cache.__init__(cache, k, v, index_k, page_table.shape[0])
+        cache.page_table, cache.kv_lens, cache._pages = page_table, kv_lens, None
+        return cache
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self.k.shape[2]
+
+    @property
+    def capacity(self) -> int:  # type: ignore[override]
+        """Tokens that a row can hold at most."""
+        return self.page_table.shape[1] * self.page_size
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no row has."""
+        return self._own_pages().num_free
+
+    def reserve(self, tokens: int | list[int]) -> None:
+        """Give every row pages for `tokens` tokens in all, or row b for tokens[b]; more than it has stays.
+
+        Raises:
+            ValueError: a row cannot have so many, or too few pages are free. The cache is then unchanged.
+        """
+        wanted = tokens if isinstance(tokens, list) else [tokens] * self.batch_size
+        validation.check_int("tokens", min(wanted), 0)
+        if max(wanted) > self.capacity:
+            raise ValueError(f"tokens: expected at most max_pages * page_size = {self.capacity}, got {max(wanted)}")
+        pages = self._own_pages().copy()
+        for row, count in enumerate(wanted):
+            pages.extend(row, self._pages_for(count))
+            self._reserved[row] = max(self._reserved[row], self._pages_for(count))
+        self._keep(pages)
+
+    def share(self, source: int, rows: list[int], tokens: int) -> None:
+        """Let rows begin with the first `tokens` tokens of row `source`, whatever they held, without a copy.
+
+        Full pages are shared; the tokens after the last full page are copied.
+
+        Raises:
+            ValueError: the source is shorter, or too few pages are free. The cache is then unchanged.
+        """
+        held = int(self.kv_lens[source])
+        if not 0 <= tokens <= held:
+            raise ValueError(f"tokens: expected 0 to {held}, the tokens of row {source}, got {tokens}")
+        if source in rows or len(set(rows)) < len(rows):
+            raise ValueError(f"rows: expected distinct rows other than the source {source}, got {rows}")
+        pages, full = self._own_pages().copy(), tokens // self.page_size
+        copies = []
+        for row in rows:
+            pages.share(source, row, full)
+        for row in rows if tokens % self.page_size else []:
+            pages.extend(row, full + 1)
+            copies.append((pages.rows[source][full], pages.rows[row][full]))
+        self._keep(pages, copies)
+        self._set_lens(rows, tokens)
+
+    def reorder(self, rows: Tensor) -> Self:
+        """Make row b a copy of what row rows[b] was, for beam search; returns the cache.
+
+        Full pages are shared, part-filled ones copied. Waits for the device, to know the lengths.
+
+        Args:
+            rows: [B] int.
+
+        Raises:
+            ValueError: too few pages are free. The cache is then unchanged.
+        """
+        validation.check_row_counts("rows", rows, self.kv_lens)
+        parents, lens = rows.tolist(), self.kv_lens.tolist()
+        pages = self._own_pages().copy()
+        self._keep(pages, pages.reorder(parents, lens, self.page_size))
+        self.kv_lens.copy_(self.kv_lens[rows])
+        self._bounds = [lens[parent] for parent in parents]
+        self._newest = None
+        return self
+
+    def trim(self, counts: int | Tensor) -> None:
+        """As `Cache.trim`. If rows share pages, this waits for the device, and a row that is cut back into a shared
+        page gets a copy of it; not so in compiled code and CUDA graphs, where no row may be cut back that far."""
+        super().trim(counts)
+        if self._pages is None or is_recorded() or not any(map(self._pages.is_shared, range(self.batch_size))):
+            return
+        pages, copies = self._pages.copy(), []
+        for row, length in enumerate(self.kv_lens.tolist()):
+            if pages.is_shared(row, length // self.page_size):
+                pages.truncate(row, self._pages_for(length))
+                if length % self.page_size:
+                    copies.append(pages.own(row, self._pages_for(length)))
+        self._keep(pages, copies)
+
+    def reset(self, rows: list[int] | None = None) -> None:
+        """Forget every token of the rows, or of all, and free their pages."""
+        rows = list(range(self.batch_size)) if rows is None else rows
+        if self._pages is not None:
+            for row in rows:
+                self._pages.truncate(row, 0)
+                self._reserved[row] = 0
+            self._keep(self._pages)
+        self._set_lens(rows, 0)
+
+    def _gather(self, buffer: Tensor, scale: Tensor | None) -> Tensor:
+        pages = buffer if scale is None else buffer.float() * scale[..., None]
+        rows = pages[self.page_table.clamp(min=0).long()]
+        return rows.transpose(1, 2).flatten(2, 3)
+
+    def _known_counts(self, count: int, lens: Tensor | None) -> list[int]:
+        # Pages are handed out by exact lengths, or bounds that grow too fast would use them up.
+        return super()._known_counts(count, lens) if lens is None else lens.clamp(0, count).tolist()
+
+    def _make_room(self, lengths: list[int]) -> bool:
+        if max(lengths) > self.capacity:
+            return False
+        if self._pages is None or all(
+            self._pages_for(length) <= len(self._pages.rows[row]) for row, length in enumerate(lengths)
+        ):
+            return True
+        pages = self._pages.copy()
+        for row, bound in enumerate(self._bounds):
+            # Pages taken for tokens that were trimmed since.
+            pages.truncate(row, max(self._pages_for(bound), self._reserved[row]))
+        try:
+            for row, length in enumerate(lengths):
+                pages.extend(row, self._pages_for(length))
+        except ValueError:
+            return False
+        self._keep(pages)
+        return True
+
+    def _refuse(self, counts: list[int]) -> NoReturn:
+        if max(length + more for length, more in zip(self._bounds, counts, strict=True)) > self.capacity:
+            super()._refuse(counts)
+        pages = self._own_pages()
+        needed = sum(
+            max(0, self._pages_for(self._bounds[row] + more) - len(pages.rows[row])) for row, more in enumerate(counts)
+        )
+        raise ValueError(
+            f"cache: expected to need at most the {pages.num_free} pages that are free, got {needed}; make it with "
+            "more pages, or reset rows that are done"
+        )
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def _own_pages(self) -> Pages:
+        if self._pages is None:
+            raise ValueError("cache: expected one that hands out its own pages, got one made by `wrap`")
+        return self._pages
+
+    def _set_lens(self, rows: list[int], length: int) -> None:
+        self.kv_lens[torch.tensor(rows, device=self.kv_lens.device, dtype=torch.int64)] = length
+        for row in rows:
+            self._bounds[row] = length
+        self._newest = None
+
+    def _keep(self, pages: Pages, copies: list[tuple[int, int]] | None = None) -> None:
+        """Let `pages` be who has what from now on, on the device too, and copy what it takes."""
+        self._pages = pages
+        width = self.page_table.shape[1]
+        table = [row + [-1] * (width - len(row)) for row in pages.rows]
+        self.page_table.copy_(torch.tensor(table, dtype=torch.int32))
+        if copies:
+            source, target = torch.tensor(copies, device=self.k.device).unbind(1)
+            for buffer in self.buffers:
+                raw = buffer.view(torch.uint8) if buffer.dtype == FP8 else buffer
+                raw.index_copy_(0, target, raw.index_select(0, source))

@@ -1,0 +1,105 @@
+"""Which row has which pages: the bookkeeping of a paged cache, on the host."""
+
+from copy import deepcopy
+from typing import Self
+
+__all__ = ["Pages"]
+
+
+class Pages:
+    """The pages of each row, in order, and how many rows have each page; a page that no row has is free.
+
+    A method that raises may leave things half done: change a `copy`, and keep it if all went well.
+
+    >>> pages = Pages(num_pages=5, num_rows=2)
+    >>> pages.extend(0, 3)
+    >>> pages.share(0, 1, 2)
+    >>> pages.rows, pages.num_free, pages.is_shared(0, 2)
+    ([[0, 1, 2], [0, 1]], 2, False)
+    """
+
+    def __init__(self, num_pages: int, num_rows: int) -> None:
+        self.rows: list[list[int]] = [[] for _ in range(num_rows)]
+        self._uses = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    def copy(self) -> Self:
+        """Return the same, to be changed by itself."""
+        return deepcopy(self)
+
+    @property
+    def num_free(self) -> int:
+        """Pages that no row has."""
+        return len(self._free)
+
+    def is_shared(self, row: int, first: int = 0) -> bool:
+        """Whether another row has any of the row's pages from number `first` on."""
+        return any(self._uses[page] > 1 for page in self.rows[row][first:])
+
+    def extend(self, row: int, length: int) -> None:
+        """Give the row free pages until it has `length`.
+
+        Raises:
+            ValueError: there are too few.
+        """
+        pages = self.rows[row]
+        if length - len(pages) > len(self._free):
+            raise ValueError(
+                f"cache: expected to need at most the {len(self._free)} pages that are free, got "
+                f"{length - len(pages)} more for row {row}; make it with more pages, or reset rows that are done"
+            )
+        while len(pages) < length:
+            page = self._free.pop()
+            self._uses[page] = 1
+            pages.append(page)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Take the pages after the first `length` from the row."""
+        self._assign({row: self.rows[row][:length]})
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Let the target have the first `length` pages of the source, and none else."""
+        self._assign({target: self.rows[source][:length]})
+
+    def own(self, row: int, length: int) -> tuple[int, int]:
+        """Give the row, which has `length` pages, a free one in place of the last; returns (old page, new page)."""
+        old = self.rows[row][length - 1]
+        self.truncate(row, length - 1)
+        self.extend(row, length)
+        return old, self.rows[row][-1]
+
+    def reorder(self, parents: list[int], lens: list[int], page_size: int) -> list[tuple[int, int]]:
+        """Give row b the pages of row parents[b]: full pages shared, a part-filled one copied to a page of its own.
+
+        Args:
+            lens: tokens in each row, as it was.
+
+        Returns:
+            (page to copy from, page to copy to) of each copy.
+        """
+        # One child takes over all that its parent has: the parent's own row, or else the first.
+        heirs = {parent: child for child, parent in reversed(list(enumerate(parents)))}
+        heirs.update({row: row for row, parent in enumerate(parents) if row == parent})
+        old = [list(pages) for pages in self.rows]
+        others = [(child, parent) for child, parent in enumerate(parents) if heirs[parent] != child]
+        rows = {child: old[parent] for parent, child in heirs.items()}
+        rows.update({child: old[parent][: lens[parent] // page_size] for child, parent in others})
+        self._assign(rows)
+        copies = []
+        for child, parent in others:
+            full, rest = divmod(lens[parent], page_size)
+            if rest:
+                self.extend(child, full + 1)
+                copies.append((old[parent][full], self.rows[child][full]))
+        return copies
+
+    def _assign(self, rows: dict[int, list[int]]) -> None:
+        before = [page for row in rows for page in self.rows[row]]
+        for row, pages in rows.items():
+            self.rows[row] = list(pages)
+            for page in pages:
+                self._uses[page] += 1
+        for page in before:
+            self._uses[page] -= 1
+            if self._uses[page] == 0:
+                self._free.append(page)

@@ -1,0 +1,229 @@
+"""Serving as a test case: a schedule of what happens to a cache, compared after every append with dense attention.
+
+A plain list of tensors for each row mirrors what the cache should hold. Every slot of the cache that holds no token is
+filled with NaN before each step, so that one that is read shows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexmsa import MSACache, PagedMSACache, decode, reference
+from flexmsa.cache import Cache
+from flexmsa.testing.assertions import assert_close
+from flexmsa.types import AuxRequest
+
+__all__ = ["Schedule", "check_schedule"]
+
+FP8 = torch.float8_e4m3fn
+# Numbers that e4m3 holds exactly if the largest of a token is 1.75: its scale is then 2^-8.
+_EXACT = torch.tensor([0.0, 0.25, -0.25, 0.5, -0.5, 0.75, -0.75, 1.0, -1.0, 1.25, -1.25, 1.5, -1.5, 1.75, -1.75])
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A cache and what happens to it.
+
+    steps: ("append", lens), tokens that each row brings, in one call; ("trim", counts); ("reorder", rows);
+    ("share", (source, target)), half of the source's tokens, for paged caches; ("reset",).
+
+    >>> check_schedule(Schedule(steps=(("append", (20, 7)), ("trim", (1, 0)), ("append", (1, 1)))))
+    """
+
+    steps: tuple[tuple[Any, ...], ...]
+    batch: int = 2
+    num_kv_heads: int = 2
+    group_size: int = 2
+    head_dim: int = 16
+    index_head_dim: int = 16
+    block_size: int = 16
+    topk: int | None = 2
+    num_init_blocks: int = 0
+    capacity: int = 128
+    paged: bool = False
+    fp8_keys: bool = False
+    fp8_index: bool = False
+    dtype: str = "float32"
+    seed: int = 0
+
+    def new_cache(self, device: str | torch.device) -> Cache:
+        """Return the empty cache that the schedule begins with."""
+        dtype = getattr(torch, self.dtype)
+        settings: dict[str, Any] = {
+            "dtype": FP8 if self.fp8_keys else dtype,
+            "index_dtype": FP8 if self.fp8_index else dtype,
+            "device": device,
+        }
+        sizes = (self.batch, self.num_kv_heads, self.head_dim, self.index_head_dim)
+        if not self.paged:
+            return MSACache(*sizes, self.capacity, **settings)
+        pages = -(-self.capacity // self.block_size)
+        # One page a row to spare, for copies while rows are reordered.
+        count = (pages + 1) * self.batch
+        return PagedMSACache(*sizes, num_pages=count, max_pages=pages, page_size=self.block_size, **settings)
+
+
+@dataclass
+class _Run:
+    schedule: Schedule
+    cache: Cache
+    backend: str | None
+    generator: torch.Generator
+    rows: list[list[Tensor]] = field(default_factory=list)
+
+    def draw(self, heads: int, count: int, size: int, fp8: bool, exact: bool) -> Tensor:
+        """[B, heads, count, size]; exact ones have exact products and frequent ties."""
+        shape = (self.schedule.batch, heads, count, size)
+        if fp8:
+            x = _EXACT[torch.randint(len(_EXACT), shape, generator=self.generator)]
+            x[..., 0] = 1.75
+        elif exact:
+            x = torch.randint(-31, 32, shape, generator=self.generator) / 16
+        else:
+            x = torch.randn(shape, generator=self.generator)
+        return x.to(device=self.cache.k.device, dtype=getattr(torch, self.schedule.dtype))
+
+
+def check_schedule(schedule: Schedule, device: str | torch.device = "cpu", backend: str | None = None) -> None:
+    """Assert that after every append the newest tokens attend as they would in one dense pass over their row.
+
+    Args:
+        schedule: sizes, steps and seed.
+        device: where to run.
+        backend: as for `flexmsa.decode`.
+
+    Raises:
+        AssertionError: names the step and what is wrong.
+    """
+    run = _Run(schedule, schedule.new_cache(device), backend, torch.Generator().manual_seed(schedule.seed))
+    sizes = ((schedule.num_kv_heads, schedule.head_dim),) * 2 + ((1, schedule.index_head_dim),)
+    dtype = getattr(torch, schedule.dtype)
+    empty = [torch.zeros(heads, 0, size, dtype=dtype, device=run.cache.k.device) for heads, size in sizes]
+    run.rows = [list(empty) for _ in range(schedule.batch)]
+    for number, (name, *arguments) in enumerate(schedule.steps):
+        _poison(run.cache)
+        try:
+            _STEPS[name](run, *arguments)
+            lens = [row[0].shape[1] for row in run.rows]
+            assert run.cache.kv_lens.tolist() == lens, f"kv_lens: got {run.cache.kv_lens.tolist()} for {lens}"
+        except AssertionError as error:
+            raise AssertionError(f"step {number}, {name} {arguments}: {error}") from error
+    run.cache.check()
+
+
+def _append(run: _Run, lens: tuple[int, ...]) -> None:
+    schedule, cache = run.schedule, run.cache
+    count = max(1, *lens)
+    q = run.draw(schedule.num_kv_heads * schedule.group_size, count, schedule.head_dim, False, False)
+    k, v = (run.draw(schedule.num_kv_heads, count, schedule.head_dim, schedule.fp8_keys, False) for _ in range(2))
+    index_q = run.draw(schedule.num_kv_heads, count, schedule.index_head_dim, False, True)
+    index_k = run.draw(1, count, schedule.index_head_dim, schedule.fp8_index, True)
+    ragged = torch.tensor(lens, dtype=torch.int32, device=k.device) if len({*lens, count}) > 1 else None
+    cache.append(k, v, index_k, lens=ragged, backend=run.backend)
+    result = decode(
+        q,
+        cache,
+        index_q,
+        block_size=schedule.block_size,
+        topk=schedule.topk,
+        num_init_blocks=schedule.num_init_blocks,
+        backend=run.backend,
+        return_aux=AuxRequest(lse=True, block_indices=True),
+    )
+    assert isinstance(result, tuple)
+    out, aux = result
+    assert aux.lse is not None
+    for row, length in enumerate(lens):
+        new = [x[row, :, :length] for x in (k, v, index_k)]
+        run.rows[row] = [torch.cat(pair, dim=1) for pair in zip(run.rows[row], new, strict=True)]
+        found = out[row], aux.lse[row], None if aux.block_indices is None else aux.block_indices[row]
+        _compare(run, row, q[row], index_q[row], length, found)
+
+
+def _compare(
+    run: _Run, row: int, q: Tensor, index_q: Tensor, length: int, found: tuple[Tensor, Tensor, Tensor | None]
+) -> None:
+    """Compare the row's result (out, lse, block_indices) for its `length` newest tokens with the dense reference."""
+    schedule, (out, lse, ids) = run.schedule, found
+    assert not out[:, length:].any(), f"row {row}: out of a query without a token is not 0"
+    assert (lse[:, length:] == -torch.inf).all(), f"row {row}: lse of a query without a token is not -inf"
+    assert ids is None or (ids[:, length:] == -1).all(), f"row {row}: a query without a token has blocks"
+    if length == 0:
+        return
+    k, v, index_k = (x[None] for x in run.rows[row])
+    total = k.shape[2]
+    end = torch.arange(total - length + 1, total + 1, device=k.device)[None]
+    rules = (torch.zeros_like(end), end, schedule.block_size)
+    expected = None
+    if ids is not None:
+        assert schedule.topk is not None
+        expected = reference.select_blocks(
+            index_q[None, :, :length], index_k, *rules, schedule.topk, 1, schedule.num_init_blocks
+        )
+        assert torch.equal(ids[None, :, :length], expected), f"row {row}: other blocks than the dense reference"
+    scale = schedule.head_dim**-0.5
+    q = q[None, :, :length]
+    exact = reference.block_sparse_attention(q.double(), k.double(), v.double(), expected, *rules, scale)
+    eager = reference.block_sparse_attention(q, k, v, expected, *rules, scale, q.dtype)
+    for name, got, right, base in zip(("out", "lse"), (out, lse), exact, eager, strict=True):
+        assert_close(f"row {row}, {name}", got[None, :, :length].cpu(), right.cpu(), base.cpu())
+
+
+def _trim(run: _Run, counts: tuple[int, ...]) -> None:
+    lens = [row[0].shape[1] for row in run.rows]
+    counts = tuple(min(count, length) for count, length in zip(counts, lens, strict=True))
+    run.cache.trim(counts[0] if len(set(counts)) == 1 else torch.tensor(counts, device=run.cache.k.device))
+    run.rows = [[x[:, : x.shape[1] - count] for x in row] for row, count in zip(run.rows, counts, strict=True)]
+
+
+def _reorder(run: _Run, rows: tuple[int, ...]) -> None:
+    cache = run.cache
+    assert isinstance(cache, MSACache | PagedMSACache)
+    cache.reorder(torch.tensor(rows, device=cache.k.device))
+    run.rows = [list(run.rows[row]) for row in rows]
+
+
+def _share(run: _Run, pair: tuple[int, int]) -> None:
+    source, target = pair
+    if not isinstance(run.cache, PagedMSACache) or source == target:
+        return
+    tokens = (run.rows[source][0].shape[1] + 1) // 2
+    run.cache.share(source, [target], tokens)
+    run.rows[target] = [x[:, :tokens] for x in run.rows[source]]
+
+
+def _reset(run: _Run) -> None:
+    run.cache.reset()
+    run.rows = [[x[:, :0] for x in row] for row in run.rows]
+
+
+_STEPS: dict[str, Callable[..., None]] = {
+    "append": _append,
+    "trim": _trim,
+    "reorder": _reorder,
+    "share": _share,
+    "reset": _reset,
+}
+
+
+def _poison(cache: Cache) -> None:
+    """Fill every slot that holds no token with NaN."""
+    lens = cache.kv_lens.tolist()
+    size = cache.k.shape[2]
+    live = torch.zeros(cache.k.shape[0], size, dtype=torch.bool)
+    for row, length in enumerate(lens):
+        if cache.page_table is None:
+            live[row, :length] = True
+            continue
+        for number, first in enumerate(range(0, length, size)):
+            live[int(cache.page_table[row, number]), : min(size, length - first)] = True
+    dead = ~live.to(cache.k.device)[:, None]
+    for buffer in cache.buffers:
+        if buffer.dtype == FP8:
+            # 0x7F is NaN in e4m3.
+            buffer.view(torch.uint8).masked_fill_(dead[..., None], 0x7F)
+        else:
+            buffer.masked_fill_(dead if buffer.dim() == 3 else dead[..., None], torch.nan)

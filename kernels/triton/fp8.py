@@ -1,0 +1,105 @@
+"""Vectors kept as e4m3 numbers with one fp32 scale each: vector = scale * stored, scale = max |vector| / 448.
+
+A scale for each token, because appending then never changes what was stored before. The kernels take e4m3 tensors as
+uint8, and decode and encode the bits themselves where the GPU has no such type. A vector that is not finite has a
+scale that is not: it counts as NaN throughout, whatever was stored.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import Target, storage_constants
+from .primitives import load_tile
+
+LARGEST = tl.constexpr(448.0)
+# fp32 bits: 480, the first number that e4m3 cannot round to 448; 2^-6, its smallest normal number; and 2^14, the
+# number whose last place is 2^-9, as that of e4m3's subnormals.
+OVERFLOW_BITS = tl.constexpr(0x43F00000)
+NORMAL_BITS = tl.constexpr(0x3C800000)
+SUBNORMAL_BITS = tl.constexpr(0x46800000)
+
+
+@triton.jit
+def decode_e4m3(x, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """The e4m3 numbers of uint8 `x` in `dtype`: exact in bf16, fp16 and fp32.
+
+    Not NATIVE, as the bits of fp16 numbers 2^8 times smaller, subnormals included.
+    """
+    if NATIVE:
+        return x.to(tl.float8e4nv, bitcast=True).to(dtype)
+    else:
+        wide = x.to(tl.uint16)
+        half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+        return (half.to(tl.float16, bitcast=True) * 256.0).to(dtype)
+
+
+@triton.jit
+def encode_e4m3(x):
+    """The bits (uint8) of the e4m3 numbers nearest to fp32 `x`, ties to even; NaN where |x| >= 480."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    last_kept = (magnitude >> 20) & 1
+    normal = (magnitude - (120 << 23) + 0x7FFFF + last_kept) >> 20
+    # An addition of fp32 rounds to the last place that it keeps.
+    unit = tl.full(x.shape, SUBNORMAL_BITS, tl.int32).to(tl.float32, bitcast=True)
+    subnormal = (magnitude.to(tl.float32, bitcast=True) + unit).to(tl.int32, bitcast=True) - SUBNORMAL_BITS
+    code = tl.where(magnitude < NORMAL_BITS, subnormal, tl.where(magnitude < OVERFLOW_BITS, normal, 0x7F))
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def quantize(x):
+    """(uint8 [N, D], scale fp32 [N]) of vectors x [N, D]."""
+    x = x.to(tl.float32)
+    # As integers, the bits of NaN and infinity are the largest: a maximum of numbers would lose NaN.
+    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
+    divisor = tl.where(scale == 0.0, 1.0, scale)
+    stored = encode_e4m3(tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape)))
+    return tl.where((scale == 0.0)[:, None], 0, stored), scale
+
+
+@triton.jit
+def load_scales(scales, column, mask):
+    """The scales at scales + column; NaN for a vector that is not finite."""
+    scale = tl.load(scales + column, mask=mask, other=0.0)
+    return tl.where(scale < float("inf"), scale, float("nan"))
+
+
+@triton.jit
+def dequantize(x, scale, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """Vectors [N, D] in `dtype` from uint8 `x` and their scales [N]."""
+    return (decode_e4m3(x, tl.float32, NATIVE) * scale[:, None]).to(dtype)
+
+
+@triton.jit
+def load_vectors(
+    base, scales, count, stride_s, stride_d, dtype: tl.constexpr,
+    COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The first `count` vectors from `base` on as a tile [COLUMNS, DEPTH], zero beyond; SCALED: dequantized."""
+    x = load_tile(base, 0, count, stride_s, stride_d, COLUMNS, HEAD_DIM, DEPTH)
+    if SCALED:
+        column = tl.arange(0, COLUMNS)
+        x = dequantize(x, load_scales(scales, column, column < count), dtype, NATIVE)
+    return x
+
+
+class Cache(NamedTuple):
+    """How the attention's keys and values are kept: contiguous and in the dtype of q where all is None."""
+
+    page_table: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+    def constants(self, target: Target) -> dict[str, int | bool]:
+        """The compile-time arguments that say so."""
+        return storage_constants(target, self.page_table is not None, self.k_scale is not None)
+
+
+def as_bits(x: torch.Tensor) -> torch.Tensor:
+    """An e4m3 tensor as the kernels take it: uint8; any other as it is."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x

@@ -1,0 +1,120 @@
+"""flexmsa::append and flexmsa::attend_blocks: writing to a cache in place, and attention to chosen blocks of it.
+
+Both are for inference and have no gradient. Layouts of contiguous and paged caches are in docs/serving.md.
+"""
+
+import torch
+from torch import Tensor
+
+from .attention import statistics_dtype
+from .autocast import register_autocast
+from .dispatch import run_kernel
+
+
+@torch.library.custom_op(
+    "flexmsa::append",
+    mutates_args=(
+        "cache_k",
+        "cache_v",
+        "cache_index_k",
+        "cache_k_scale",
+        "cache_v_scale",
+        "cache_index_k_scale",
+        "kv_lens",
+        "sequences",
+        "status",
+    ),
+    schema="(Tensor k, Tensor v, Tensor index_k, Tensor? lens, Tensor(a!) cache_k, Tensor(b!) cache_v, "
+    "Tensor(c!) cache_index_k, Tensor(d!)? cache_k_scale, Tensor(e!)? cache_v_scale, "
+    "Tensor(f!)? cache_index_k_scale, Tensor? page_table, Tensor kv_starts, Tensor(g!) kv_lens, "
+    "Tensor(h!) sequences, Tensor(i!) status, str backend) -> ()",
+)
+def append(
+    k: Tensor,
+    v: Tensor,
+    index_k: Tensor,
+    lens: Tensor | None,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    cache_index_k: Tensor,
+    cache_k_scale: Tensor | None,
+    cache_v_scale: Tensor | None,
+    cache_index_k_scale: Tensor | None,
+    page_table: Tensor | None,
+    kv_starts: Tensor,
+    kv_lens: Tensor,
+    sequences: Tensor,
+    status: Tensor,
+    backend: str,
+) -> None:
+    """Write n new tokens of each row behind its kv_lens tokens; kv_lens and the table `sequences` follow."""
+    run_kernel(
+        backend,
+        "append",
+        k,
+        v,
+        index_k,
+        lens,
+        cache_k,
+        cache_v,
+        cache_index_k,
+        cache_k_scale,
+        cache_v_scale,
+        cache_index_k_scale,
+        page_table,
+        kv_starts,
+        kv_lens,
+        sequences,
+        status,
+    )
+
+
+@append.register_fake
+def _(*args):
+    return None
+
+
+@torch.library.custom_op(
+    "flexmsa::attend_blocks",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? block_indices, Tensor sequences, int block_size, float scale, "
+    "str backend, Tensor? page_table=None, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)",
+)
+def attend_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor | None,
+    sequences: Tensor,
+    block_size: int,
+    scale: float,
+    backend: str,
+    page_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None takes every visible block."""
+    return run_kernel(
+        backend,
+        "attend_blocks",
+        q,
+        k,
+        v,
+        block_indices,
+        sequences,
+        block_size,
+        scale,
+        page_table,
+        k_scale,
+        v_scale,
+    )
+
+
+@attend_blocks.register_fake
+def _(q, k, v, block_indices, sequences, block_size, scale, backend, page_table=None, k_scale=None, v_scale=None):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
+
+
+# Casting here would copy a whole cache; the public function casts the few queries instead.
+register_autocast(append, cast=0)
+register_autocast(attend_blocks, cast=0)

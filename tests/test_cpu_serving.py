@@ -1,0 +1,400 @@
+"""The CPU kernels that read and fill caches, against plain loops and dense attention."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import lengths, visible
+
+from flexmsa.kernels import cpu
+from flexmsa.kernels.cpu import fp8
+from flexmsa.testing import assert_close
+
+HEADS, GROUP, DEPTH, BLOCK, TOPK = 2, 3, 16, 8, 3
+SCALE = DEPTH**-0.5
+FP8 = torch.float8_e4m3fn
+CAPACITY = 104
+
+
+def make(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def ragged(lens, kv_lens, seqlen_q, kv_starts=None):
+    """The table of sequences when row b has lens[b] new tokens."""
+    kv_starts = kv_starts or [0] * len(lens)
+    rows = zip(itertools.count(), lens, kv_lens, kv_starts, strict=False)
+    pairs = [[[b, 0, n, start, end], [b, n, seqlen_q, 0, 0]] for b, n, end, start in rows]
+    return torch.tensor(pairs, dtype=torch.int32).flatten(0, 1)
+
+
+class Layer:
+    """Queries, and a cache whose unused part is NaN, contiguous and in pages."""
+
+    def __init__(self, kv_lens, seqlen_q, dtype=torch.float32, cache_dtype=None, seed=0):
+        batch, rounded = len(kv_lens), dtype if cache_dtype in (None, FP8) else cache_dtype
+        self.q = make(batch, HEADS * GROUP, seqlen_q, DEPTH, dtype=dtype, seed=seed)
+        self.index_q = make(batch, HEADS, seqlen_q, DEPTH, dtype=dtype, seed=seed + 1)
+        caches = [make(batch, h, CAPACITY, DEPTH, dtype=rounded, seed=seed + 2 + h) for h in (HEADS, HEADS, 1)]
+        for x in caches:
+            for row, length in enumerate(kv_lens):
+                x[row, :, length:] = torch.nan
+        if cache_dtype == FP8:
+            stored, scales = zip(*(fp8.quantize(x) for x in caches), strict=True)
+        else:
+            stored, scales = caches, [None] * 3
+        self.contiguous = [*stored, None, *scales]
+        max_pages = CAPACITY // BLOCK
+        self.table = torch.randperm(2 * batch * max_pages, generator=torch.Generator().manual_seed(seed)).int()
+        self.table = self.table[: batch * max_pages].view(batch, max_pages)
+        pools = [None if x is None else self._pool(x) for x in (*stored, *scales)]
+        garbage = torch.tensor([-1, 2**31 - 1, -(2**31), 10**6], dtype=torch.int32)
+        for row, length in enumerate(kv_lens):
+            unused = self.table[row, -(-length // BLOCK) :]
+            unused.copy_(garbage.repeat(max_pages)[: len(unused)])
+        self.paged = [*pools[:3], self.table, *pools[3:]]
+
+    def _pool(self, x):
+        pool = torch.full((2 * self.table.numel(), x.shape[1], BLOCK, *x.shape[3:]), torch.nan).to(x.dtype)
+        for (row, block), page in zip(
+            itertools.product(range(len(x)), range(CAPACITY // BLOCK)), self.table.flatten().tolist(), strict=True
+        ):
+            pool[page] = x[row, :, block * BLOCK : (block + 1) * BLOCK]
+        return pool
+
+    def select(self, sequences, cache, local=1, init=0):
+        _, _, index_k, table, _, _, scale = cache
+        return cpu.select_blocks(self.index_q, index_k, sequences, BLOCK, TOPK, local, init, table, scale)
+
+    def attend(self, ids, sequences, cache):
+        k, v, _, table, k_scale, v_scale, _ = cache
+        return cpu.attend_blocks(self.q, k, v, ids, sequences, BLOCK, SCALE, table, k_scale, v_scale)
+
+
+def dequantized(cache):
+    k, v, index_k, _, *scales = cache
+    return [x if s is None else x.float() * s[..., None] for x, s in zip((k, v, index_k), scales, strict=True)]
+
+
+def dense_selection(index_q, index_k, sequences, local=1, init=0):
+    """The definition, one query at a time, in float64."""
+    batch, heads, seqlen_q, _ = index_q.shape
+    ids = torch.full((batch, heads, seqlen_q, TOPK), -1, dtype=torch.int32)
+    start, end = visible(sequences, batch, seqlen_q)
+    for b, h, i in itertools.product(range(batch), range(heads), range(seqlen_q)):
+        first, stop = int(start[b, i]), int(end[b, i])
+        scores = index_k[b, 0, first:stop].double() @ index_q[b, h, i].double()
+        blocks = [x.nan_to_num(-torch.inf, torch.inf, -torch.inf).max().item() for x in scores.split(BLOCK) if len(x)]
+        blocks = [torch.inf if c < init or c >= len(blocks) - local else x for c, x in enumerate(blocks)]
+        best = sorted(sorted(range(len(blocks)), key=lambda c: (-blocks[c], c))[:TOPK])
+        ids[b, h, i, : len(best)] = torch.tensor(best, dtype=torch.int32)
+    return ids
+
+
+def dense_attention(q, k, v, ids, sequences, dtype):
+    """Attention over all keys under a mask, in dtype. The keys that no query sees may be NaN."""
+    batch, seqlen_q = q.shape[0], q.shape[2]
+    k, v = (x.nan_to_num(0.0).to(dtype).repeat_interleave(GROUP, 1) for x in (k, v))
+    start, end = (x[:, None, :, None] for x in visible(sequences, batch, seqlen_q))
+    key = torch.arange(k.shape[2])
+    seen = ((key >= start) & (key < end)).expand(-1, HEADS, -1, -1)
+    if ids is not None:
+        member = ((key - start).div(BLOCK, rounding_mode="floor")[..., None] == ids[..., None, :]).any(-1)
+        seen = seen & member
+    seen = seen.repeat_interleave(GROUP, 1)
+    scores = (q.to(dtype) @ k.transpose(-1, -2) * SCALE).masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1).nan_to_num(0.0) @ v, scores.logsumexp(-1)
+
+
+def check_attention(layer, cache, ids, sequences):
+    k, v, _ = dequantized(cache)
+    actual = layer.attend(ids, sequences, cache)
+    exact = dense_attention(layer.q, k, v, ids, sequences, torch.float64)
+    baseline = dense_attention(layer.q, k, v, ids, sequences, layer.q.dtype)
+    for name, *results in zip(("out", "lse"), actual, exact, baseline, strict=True):
+        assert_close(name, *results)
+    return actual
+
+
+BATCHES = {
+    "one token": ([1, 1, 1], [97, 8, 33], 1),
+    "ragged": ([5, 0, 2], [104, 40, 2], 5),
+    "empty rows": ([0, 3, 1], [0, 3, 1], 3),
+    "nothing": ([0, 0], [0, 5], 1),
+    "no tokens": ([0], [9], 0),
+    "the most that gather": ([16, 9, 16], [90, 80, 16], 16),
+    "a chunk of a prompt": ([40, 7, 0], [100, 97, 50], 40),
+}
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16, FP8], ids=str)
+@pytest.mark.parametrize("name", BATCHES)
+def test_caches_are_read_as_dense_attention_reads_them(name, cache_dtype):
+    lens, kv_lens, seqlen_q = BATCHES[name]
+    layer = Layer(kv_lens, seqlen_q, torch.bfloat16 if cache_dtype == FP8 else cache_dtype, cache_dtype)
+    sequences = ragged(lens, kv_lens, seqlen_q)
+    ids = layer.select(sequences, layer.contiguous)
+    assert torch.equal(ids, dense_selection(layer.index_q, dequantized(layer.contiguous)[2], sequences))
+    assert torch.equal(layer.select(sequences, layer.paged), ids)
+    for chosen in (ids, None):
+        out, lse = check_attention(layer, layer.contiguous, chosen, sequences)
+        paged_out, paged_lse = layer.attend(chosen, sequences, layer.paged)
+        assert torch.equal(paged_out, out)
+        assert torch.equal(paged_lse, lse)
+        for row, count in enumerate(lens):
+            assert (out[row, :, count:] == 0).all()
+            assert (lse[row, :, count:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("seqlen_q", range(1, 17))
+def test_every_new_token_has_its_own_limit(seqlen_q):
+    layer = Layer([70, seqlen_q], seqlen_q, seed=seqlen_q)
+    sequences = ragged([seqlen_q] * 2, [70, seqlen_q], seqlen_q)
+    ids = layer.select(sequences, layer.paged)
+    check_attention(layer, layer.contiguous, ids, sequences)
+    both = layer.attend(ids, sequences, layer.paged)
+    for i in range(seqlen_q):
+        shorter = sequences.clone()
+        shorter[::2, 4] -= seqlen_q - 1 - i
+        one = Layer([70, seqlen_q], seqlen_q, seed=seqlen_q)
+        one.q, one.index_q = one.q[:, :, i : i + 1], one.index_q[:, :, i : i + 1]
+        shorter[:, 1:3] = torch.tensor([[0, 1], [1, 1]]).repeat(2, 1)
+        assert torch.equal(one.select(shorter, one.paged), ids[:, :, i : i + 1])
+        for alone, together in zip(one.attend(ids[:, :, i : i + 1], shorter, one.paged), both, strict=True):
+            torch.testing.assert_close(alone, together[:, :, i : i + 1])
+
+
+@pytest.mark.parametrize(("local", "init"), [(0, 0), (0, 1), (2, 1)])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, FP8], ids=str)
+def test_forced_blocks(local, init, cache_dtype):
+    layer = Layer([97, 30], 20, cache_dtype=cache_dtype)
+    sequences = ragged([20, 6], [97, 30], 20)
+    wanted = dense_selection(layer.index_q, dequantized(layer.contiguous)[2], sequences, local, init)
+    for cache in (layer.contiguous, layer.paged):
+        assert torch.equal(layer.select(sequences, cache, local, init), wanted)
+
+
+def test_left_padding():
+    layer = Layer([97, 60], 2)
+    sequences = ragged([2, 1], [97, 60], 2, kv_starts=[13, 60])
+    for cache in (layer.contiguous[0], layer.contiguous[1], layer.contiguous[2]):
+        cache[0, :, :13] = torch.nan
+    ids = layer.select(sequences, layer.contiguous)
+    assert torch.equal(ids, dense_selection(layer.index_q, layer.contiguous[2], sequences))
+    check_attention(layer, layer.contiguous, ids, sequences)
+
+
+@pytest.mark.parametrize("seqlen_q", [4, 20])
+def test_ids_that_are_no_visible_block_are_ignored(seqlen_q):
+    layer = Layer([97, 30], seqlen_q)
+    sequences = ragged([seqlen_q, 2], [97, 30], seqlen_q)
+    ids = layer.select(sequences, layer.paged)
+    wanted = layer.attend(ids, sequences, layer.paged)
+    for dtype in (torch.int32, torch.int64):
+        worst = torch.iinfo(dtype)
+        for bad in (-7, 13, 10**6, worst.max, worst.min):
+            tail = torch.full((*ids.shape[:3], 2), bad, dtype=dtype)
+            more = torch.cat([tail, ids.to(dtype), ids.to(dtype)], -1)
+            for result, expected in zip(layer.attend(more, sequences, layer.paged), wanted, strict=True):
+                assert torch.equal(result, expected)
+    out, lse = layer.attend(torch.full_like(ids, -1), sequences, layer.paged)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+def test_blocks_that_are_not_chosen_are_not_read():
+    layer = Layer([97, 97], 1)
+    sequences = ragged([1, 1], [97, 97], 1)
+    ids = torch.tensor([[2, -1, -1], [4, 5, -1], [-1, -1, -1], [3, 4, 5]], dtype=torch.int32).view(2, 2, 1, 3)
+    wanted = check_attention(layer, layer.contiguous, ids, sequences)
+    k, v = layer.contiguous[:2]
+    for row, head in itertools.product(range(2), range(2)):
+        unchosen = ~torch.isin(torch.arange(CAPACITY) // BLOCK, ids[row, head])
+        k[row, head, unchosen], v[row, head, unchosen] = torch.nan, torch.nan
+    for result, expected in zip(layer.attend(ids, sequences, layer.contiguous), wanted, strict=True):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, FP8], ids=str)
+def test_caches_may_be_strided(cache_dtype):
+    layer = Layer([97, 30], 3, cache_dtype=cache_dtype)
+    sequences = ragged([3, 2], [97, 30], 3)
+    for cache in (layer.contiguous, layer.paged):
+        ids = layer.select(sequences, cache)
+        wanted = layer.attend(ids, sequences, cache)
+        strided = [torch.stack([x, x], 2)[:, :, 0] if x is not cache[3] and x is not None else x for x in cache]
+        assert torch.equal(layer.select(sequences, strided), ids)
+        for result, expected in zip(layer.attend(ids, sequences, strided), wanted, strict=True):
+            assert torch.equal(result, expected)
+
+
+def test_results_repeat_bit_for_bit():
+    layer = Layer([97, 30], 3, torch.bfloat16, FP8)
+    sequences = ragged([3, 2], [97, 30], 3)
+    ids = layer.select(sequences, layer.paged)
+    assert torch.equal(layer.select(sequences, layer.paged), ids)
+    first, second = (layer.attend(ids, sequences, layer.paged) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("bad", [-1, 10**6])
+def test_a_visible_block_without_a_page_is_an_error(bad):
+    layer = Layer([97, 30], 1)
+    sequences = ragged([1, 1], [97, 30], 1)
+    ids = layer.select(sequences, layer.paged)
+    layer.table[1, 2] = bad
+    message = f"page_table: expected a page from 0 to 51 for each of the 4 blocks of batch row 1, got {bad} for block 2"
+    with pytest.raises(ValueError, match=message):
+        layer.select(sequences, layer.paged)
+    with pytest.raises(ValueError, match=message):
+        layer.attend(ids, sequences, layer.paged)
+    idle = ragged([1, 0], [97, 30], 1)
+    layer.attend(layer.select(idle, layer.paged), idle, layer.paged)
+
+
+def test_many_blocks_are_scored_as_few():
+    keys = make(1, 1, 20_011, DEPTH)
+    index_q = make(1, HEADS, 1, DEPTH, seed=1)
+    scores = (keys[0, 0, :20_008].double() @ index_q[0, :, 0].double().T).view(-1, BLOCK, HEADS).amax(1)
+    wanted = scores.topk(TOPK - 1, 0).indices.sort(0).values.T
+    sequences = torch.tensor([[0, 0, 1, 0, 20_011]], dtype=torch.int32)
+    ids = cpu.select_blocks(index_q, keys, sequences, BLOCK, TOPK, 1, 0)
+    assert torch.equal(ids[0, :, 0, :-1].long(), wanted)
+    assert (ids[0, :, 0, -1] == 2501).all()
+
+
+def test_e4m3_codes_are_read_exactly():
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8)
+    values = fp8.as_float16(codes).float() * fp8.SHIFT
+    is_nan = codes.float().isnan()
+    assert torch.equal(values[~is_nan], codes.float()[~is_nan])
+    assert torch.equal(values[is_nan].abs(), torch.tensor([480.0, 480.0]))
+
+
+def test_quantization_is_that_of_torch():
+    x = make(3, 5, DEPTH) * torch.logspace(-30, 30, 5)[:, None]
+    x[1, 2] = 0.0
+    stored, scale = fp8.quantize(x)
+    assert torch.equal(scale, x.abs().amax(-1) / 448)
+    divisor = torch.where(scale == 0, 1.0, scale)
+    assert torch.equal(stored.float(), (x / divisor[..., None]).to(FP8).float())
+    assert (stored.float().abs().amax(-1) == 448).sum() == 14
+    assert (stored[1, 2].float() == 0).all()
+    error = (stored.float() * scale[..., None] - x).abs()
+    assert (error <= x.abs() * 2.0**-4 + scale[..., None] * 2.0**-10).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_an_e4m3_key_that_is_not_finite_scores_nothing(bad):
+    layer = Layer([97], 1, cache_dtype=FP8)
+    _, _, index_k, _, _, _, scale = layer.contiguous
+    keys = index_k.float() * scale[..., None]
+    keys[0, 0, 40:48], keys[0, 0, 50] = bad, bad
+    index_k[:], scale[:] = fp8.quantize(keys)
+    sequences = ragged([1], [97], 1)
+    keys[0, 0, 40:48], keys[0, 0, 50] = torch.nan, torch.nan
+    ids = layer.select(sequences, layer.contiguous)
+    assert torch.equal(ids, dense_selection(layer.index_q, keys, sequences))
+    assert not (ids == 5).any()
+
+
+class Filled:
+    """A cache to append to, contiguous or paged, and a plain copy of what it should hold."""
+
+    def __init__(self, kv_lens, is_paged, dtype=torch.float32):
+        batch, self.capacity = len(kv_lens), 4 * BLOCK
+        max_pages, num_pages = 4, 4 * batch + 3
+        first = (num_pages, BLOCK) if is_paged else (batch, self.capacity)
+        shapes = [(first[0], h, first[1], DEPTH) for h in (HEADS, HEADS, 1)]
+        self.caches = [make(*shape, seed=h).to(dtype) for h, shape in enumerate(shapes)]
+        self.scales = [torch.rand(x.shape[:3]) if dtype == FP8 else None for x in self.caches]
+        order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0)).int()
+        self.table = order[: batch * max_pages].view(batch, max_pages) if is_paged else None
+        self.kv_lens, self.kv_starts = lengths(*kv_lens), lengths(*([0] * batch))
+        self.sequences = torch.full((2 * batch + 1, 5), 99, dtype=torch.int32)
+        self.status = torch.zeros(2, dtype=torch.int32)
+
+    def tensors(self):
+        return [x for x in (*self.caches, *self.scales, self.kv_lens, self.sequences, self.status) if x is not None]
+
+    def append(self, new, lens):
+        cpu.append(
+            *new,
+            lens,
+            *self.caches,
+            *self.scales,
+            self.table,
+            self.kv_starts,
+            self.kv_lens,
+            self.sequences,
+            self.status,
+        )
+
+    def place(self, row, key):
+        return (row, key) if self.table is None else (int(self.table[row, key // BLOCK]), key % BLOCK)
+
+
+def new_tokens(batch, count, strided):
+    tokens = [make(batch, h, count, DEPTH, seed=9 + h) for h in (HEADS, HEADS, 1)]
+    if strided:
+        tokens = [x.transpose(1, 2).contiguous().transpose(1, 2).repeat_interleave(2, -1)[..., ::2] for x in tokens]
+    return tokens
+
+
+@pytest.mark.parametrize("lens", [None, (9, 0, 3), (-2, 50, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_append_is_a_plain_loop(is_paged, dtype, lens):
+    kv_lens = [0, 15, 23]
+    cache = Filled(kv_lens, is_paged, dtype)
+    cache.kv_starts += lengths(0, 4, 0)
+    new = new_tokens(3, 9, strided=True)
+    caches, scales = ([None if x is None else x.clone() for x in part] for part in (cache.caches, cache.scales))
+    counts = [9] * 3 if lens is None else [min(max(n, 0), 9) for n in lens]
+    for x, into, scale in zip(new, caches, scales, strict=True):
+        for row, count in enumerate(counts):
+            for token in range(count):
+                place, key = cache.place(row, kv_lens[row] + token)
+                if scale is None:
+                    into[place, :, key] = x[row, :, token].to(dtype)
+                else:
+                    scale[place, :, key] = x[row, :, token].abs().amax(-1) / 448
+                    into[place, :, key] = (x[row, :, token] / scale[place, :, key, None]).to(FP8)
+    cache.append(new, None if lens is None else lengths(*lens))
+    for actual, wanted in zip((*cache.caches, *cache.scales), (*caches, *scales), strict=True):
+        if wanted is not None:
+            assert torch.equal(actual.float(), wanted.float())
+    ends = [length + count for length, count in zip(kv_lens, counts, strict=True)]
+    assert cache.kv_lens.tolist() == ends
+    table = ragged(counts, ends, 9, cache.kv_starts.tolist())
+    table = table[::2] if lens is None else table
+    assert torch.equal(cache.sequences[: len(table)], table)
+    assert (cache.sequences[len(table) :] == 99).all()
+    assert cache.status.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_an_append_without_room_changes_nothing(is_paged):
+    cache = Filled([3, 28, 0], is_paged)
+    before = [x.clone() for x in cache.tensors()]
+    for lens in (None, lengths(5, 5, 5), lengths(0, 5, 0)):
+        with pytest.raises(
+            ValueError, match="cache: expected at most 4 more tokens in row 1, got 5: it holds 28 of 32"
+        ):
+            cache.append(new_tokens(3, 5, strided=False), lens)
+    assert all(torch.equal(x, y) for x, y in zip(cache.tensors(), before, strict=True))
+    cache.append(new_tokens(3, 5, strided=False), lengths(5, 4, 0))
+    assert cache.kv_lens.tolist() == [8, 32, 0]
+
+
+@pytest.mark.parametrize("bad", [-1, 15])
+def test_an_append_without_a_page_changes_nothing(bad):
+    cache = Filled([3, 14, 0], is_paged=True)
+    cache.table[1, 2] = bad
+    before = [x.clone() for x in cache.tensors()]
+    with pytest.raises(ValueError, match=f"page_table: expected a page from 0 to 14 for block 2 of row 1, got {bad}"):
+        cache.append(new_tokens(3, 5, strided=False), None)
+    assert all(torch.equal(x, y) for x, y in zip(cache.tensors(), before, strict=True))
+    cache.append(new_tokens(3, 5, strided=False), lengths(5, 2, 5))
+    assert cache.kv_lens.tolist() == [8, 16, 5]

@@ -1,0 +1,90 @@
+"""Selection and attention from e4m3 caches against the definition on what the caches stand for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flexmsa.kernels import triton as kernels
+from flexmsa.kernels.triton.selection import choose_config
+from flexmsa.testing import assert_close
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+E4M3 = torch.float8_e4m3fn
+BATCH, GROUPS, GROUP_SIZE, DEPTH, SEQLEN = 2, 2, 3, 16, 96
+
+
+def quantized(heads, dtype=torch.float32):
+    """(stored, scale, the same numbers in dtype) of random vectors, one token's larger, one's zero."""
+    x = torch.randn(BATCH, heads, SEQLEN, DEPTH)
+    x[:, :, 5] *= 8
+    x[:, :, 7] = 0
+    scale = x.abs().amax(-1) / 448
+    stored = (x / scale.clamp(min=1e-30)[..., None]).to(E4M3)
+    return stored, scale, (stored.float() * scale[..., None]).to(dtype)
+
+
+def paged(block_size, *caches):
+    """(page_table, caches cut into shuffled pages)."""
+    blocks = SEQLEN // block_size
+    table = torch.randperm(BATCH * blocks).view(BATCH, blocks).int()
+    pages = []
+    for x in caches:
+        cut = x.view(torch.uint8 if x.dtype == E4M3 else x.dtype).unflatten(2, (blocks, block_size)).movedim(2, 1)
+        page = torch.empty_like(cut.flatten(0, 1)).contiguous()
+        page[table.flatten().long()] = cut.flatten(0, 1)
+        pages.append(page.view(x.dtype))
+    return table, pages
+
+
+def sequences_of(seqlen_q, kv_lens=(96, 71)):
+    return torch.tensor([[b, 0, seqlen_q, 0, length] for b, length in enumerate(kv_lens)], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 7, 40])
+@pytest.mark.parametrize("block_size", [16, 12])
+def test_selection(dense, seqlen_q, block_size):
+    stored, scale, _ = quantized(1)
+    index_q = torch.randn(BATCH, GROUPS, seqlen_q, DEPTH)
+    sequences = sequences_of(seqlen_q)
+    rules = sequences, block_size, 3, 1, 0
+    exact = stored.double() * scale.double()[..., None]
+    wanted = dense.select(index_q.double(), exact, *rules)
+    config = choose_config(index_q, stored, sequences, block_size, 3)
+    for splits, clear in ((1, False), (3, True)):
+        variant = replace(config, num_splits=splits, clear=clear)
+        assert torch.equal(kernels.select_blocks(index_q, stored, *rules, None, scale, config=variant), wanted)
+    table, (pages, page_scale) = paged(block_size, stored, scale)
+    assert torch.equal(kernels.select_blocks(index_q, pages, *rules, table, page_scale), wanted)
+
+
+def test_keys_that_are_not_finite_score_as_nothing(dense):
+    """A scale that is not finite makes its key NaN, whatever is stored: of no use to its block."""
+    stored, scale, keys = quantized(1)
+    scale[0, 0, 40], scale[0, 0, 64:80], scale[1, 0, 3] = torch.inf, torch.nan, torch.inf
+    keys = keys.masked_fill(~scale[..., None].isfinite(), torch.nan)
+    index_q = torch.randn(BATCH, GROUPS, 4, DEPTH)
+    rules = sequences_of(4), 16, 3, 1, 0
+    assert torch.equal(kernels.select_blocks(index_q, stored, *rules, None, scale), dense.select(index_q, keys, *rules))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("seqlen_q", [1, 7, 40])
+def test_attention(dense, seqlen_q, dtype):
+    (k, k_scale, k_values), (v, v_scale, v_values) = quantized(GROUPS, dtype), quantized(GROUPS, dtype)
+    q = torch.randn(BATCH, GROUPS * GROUP_SIZE, seqlen_q, DEPTH).to(dtype)
+    sequences = sequences_of(seqlen_q)
+    table, (k_pages, v_pages, *scales) = paged(16, k, v, k_scale, v_scale)
+    for topk in (3, None):
+        ids = torch.randint(-1, 6, (BATCH, GROUPS, seqlen_q, topk)).sort().values if topk else None
+        chosen = torch.arange(6).expand(BATCH, GROUPS, seqlen_q, 6) if ids is None else ids
+        exact = dense.attend(q, *(x.double() * s.double()[..., None] for x, s in ((k, k_scale), (v, v_scale))),
+                             chosen, sequences, 16, 0.3)  # fmt: skip
+        rounded = dense.attend(q, k_values, v_values, chosen, sequences, 16, 0.3)
+        arguments = ids, sequences, 16, 0.3
+        out, lse = kernels.attend_blocks(q, k, v, *arguments, None, k_scale, v_scale)
+        assert_close("out", out, exact[0], rounded[0].to(dtype))
+        assert_close("lse", lse, exact[1], rounded[1].float())
+        pages = kernels.attend_blocks(q, k_pages, v_pages, *arguments, table, *scales)
+        assert torch.equal(pages[0], out) and torch.equal(pages[1], lse)
