@@ -56,4 +56,4 @@ def key_ranges(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Tensor, Te
 
 def next_positions(kv_lens: Tensor, kv_starts: Tensor, count: int) -> Tensor:
     """Return [B, count] int64: where the next tokens of each row stand, counted from its first key."""
-    return (kv_lens - kv_starts).clamp(min=0)[:, None] + torch.arange(count, device=kv_lens.device)
+    return ((kv_lens - kv_starts)[:, None] + torch.arange(count, device=kv_lens.device)).clamp(min=0)
