@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .configs import padded, target_of
 from .fp8 import as_bits, quantize
-from .primitives import key_limit, locate_block, overlap_launches, page_arguments
+from .primitives import await_previous, key_limit, locate_block, page_arguments
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def append_kernel(
     OVERLAP: tl.constexpr,
 ):
     """See the module's docstring. Grid (batch, tiles of tokens); HEADS pads num_kv_heads, BLOCK is 1 without pages."""
-    overlap_launches(OVERLAP)
+    await_previous(OVERLAP)
     row = tl.program_id(0) + tl.arange(0, 1)
     filled, count, _ = new_tokens(
         row, row < batch, lens_ptr, lens_stride, kv_lens_ptr, page_table_ptr, num_tokens, capacity, max_pages,

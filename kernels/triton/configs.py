@@ -34,7 +34,7 @@ class Target:
     def overlap(self) -> dict[str, bool]:
         """How the kernels of a decoding step are launched: each while the one before it ends, where the GPU can.
 
-        A constant for `primitives.overlap_launches`, and Triton's option.
+        A constant for `primitives.await_previous`, and Triton's option.
         """
         if self.backend == "cuda" and int(self.arch) >= 90:
             return {"OVERLAP": True, "launch_pdl": True}
@@ -56,9 +56,8 @@ def target_of(device: torch.device) -> Target:
 class SelectionConfig:
     """rows: query rows (tokens x groups) a tile; period: blocks scored between two merges; kept: padded topk.
 
-    live: how many of the rows can be in use, where so few that all threads sort one row's blocks, or 0; clear: blocks
-    that every row sees whole take a loop of their own, without masks; swap: the keys are the rows of the product, as a
-    few query rows would not fill them; fp8_product: e4m3 keys are multiplied as they are.
+    clear: blocks that every row sees whole take a loop of their own, without masks; swap: the keys are the rows of
+    the product, as a few query rows would not fill them; fp8_product: e4m3 keys are multiplied as they are.
     """
 
     rows: int
@@ -70,7 +69,6 @@ class SelectionConfig:
     use_tma: bool
     clear: bool
     swap: bool
-    live: int = 0
     fp8_product: bool = False
 
     def tokens(self, num_kv_heads: int) -> int:
@@ -102,7 +100,7 @@ def split_count(
     program costs beside its blocks, and the merge launch after a split costs about as much. Up to `per_sm` programs
     share a multiprocessor: their blocks take their time in turns, and what they cost beside overlaps.
     """
-    limit = max(1, min(limit, num_blocks // 2, max(1, 4 * num_sms // max(num_tiles, 1))))
+    limit = max(1, min(limit, num_blocks // max(2, per_sm), max(1, 4 * num_sms // max(num_tiles, 1))))
 
     def cost(splits: int) -> float:
         waves = -(-num_tiles * splits // (num_sms * per_sm))
@@ -147,10 +145,12 @@ def selection_config(
     rows = max(rows, padded(num_kv_heads))
 
     # A decoding step waits for memory: its keys go from shared memory to the product without passing registers, and
-    # two programs to a multiprocessor keep loads in flight while one of them merges.
+    # several programs to a multiprocessor keep loads in flight while one of them merges.
     swap = target.arch == 90 and rows < 64 <= columns and element_size == 2
     fp8_product = swap and decoded and dtype == torch.bfloat16 and depth >= 32
-    per_sm = 2 if swap else 1
+    if swap:
+        rows = min(rows, padded(seqlen_q * num_kv_heads, least=8))
+    per_sm = 4 if fp8_product and rows == 8 else 2 if swap else 1
     if decoded and not swap:
         num_warps = 8 if rows >= 64 and target.arch != 90 else 4
     else:
@@ -169,27 +169,18 @@ def selection_config(
     # Without the swap, ptxas spills a few bytes of a small tile with TMA.
     copies = hopper and tma_ready and (swap or rows >= 64)
     use_tma = copies and element_size == 2 and (columns, depth) == (block_size, index_head_dim)
-    live = triton.next_power_of_2(seqlen_q * num_kv_heads) if swap and rows == 16 and kept <= 64 else 0
     return SelectionConfig(
         rows=rows,
         num_warps=num_warps,
         num_stages=num_stages,
-        period=64 if live else period,
+        period=period,
         kept=kept,
         num_splits=num_splits,
         use_tma=use_tma,
         clear=rows >= 64,
         swap=swap,
-        live=live,
         fp8_product=fp8_product,
     )
-
-
-def merge_config(target: Target, num_rows: int, num_splits: int) -> tuple[int, int, int]:
-    """(lanes, rows, warps) of the merge: a thread holds one lane of one row, a warp at least; more for many rows."""
-    lanes = min(128, triton.next_power_of_2(num_splits))
-    columns = min(128, max(32, lanes, triton.next_power_of_2(max(1, num_rows * lanes // (4 * target.num_sms)))))
-    return lanes, columns // lanes, columns // 32
 
 
 def attend_config(

@@ -29,10 +29,10 @@ from .fp8 import Cache, as_bits, load_vectors
 from .primitives import (
     LN_2,
     LOG2_E,
+    await_previous,
     find_tile,
     load_sequence,
     locate_block,
-    overlap_launches,
     page_arguments,
     softmax_update,
     tile_ends,
@@ -117,7 +117,7 @@ def attend_kernel(
     OVERLAP: tl.constexpr,
 ):
     """See the module's docstring. Grid (queries, GROUPS, splits); HEADS is G, and out and lse [B*Hq*Sq, splits, ..]."""
-    overlap_launches(OVERLAP)
+    await_previous(OVERLAP)
     sequence, offset = find_tile(tl.program_id(0), tile_ends_ptr, num_sequences, seqlen_q, 1, TABLE)
     if sequence >= num_sequences:
         return
@@ -192,7 +192,7 @@ def combine_kernel(
     OVERLAP: tl.constexpr,
 ):
     """out and lse of one query row from partials: lse = log sum_s exp(lse_s), out = sum_s exp(lse_s - lse) out_s."""
-    overlap_launches(OVERLAP)
+    await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     depth = tl.arange(0, DEPTH)

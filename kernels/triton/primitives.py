@@ -1,14 +1,4 @@
-"""Named pieces that the kernels of this folder are built of.
-
-Ranked blocks travel as one int64 a block, so that sorting and ties need no second tensor:
-
-    key = ordered(score) << 32 | (2^31 - 1 - id)
-
-`ordered` maps fp32 to int32 monotonically, so a larger key is a better score and, among equal scores, the smaller
-id. `-inf` marks a block that may not be chosen and `+inf` a forced one: scores proper are clamped to the finite
-range. Tiles of keys are `[K, R]`, a query row a column, because Triton then gives all K keys of a row to one
-thread, and a sorting network along K moves nothing between threads.
-"""
+"""Named pieces that the kernels of this folder are built of: sequences, blocks and pages, tiles, the softmax."""
 
 import torch
 import triton
@@ -17,138 +7,13 @@ import triton.language as tl
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-ID_MASK = tl.constexpr(0x7FFFFFFF)
-ORDERED_NEG_INF = tl.constexpr(-2139095041)
-EMPTY_KEY = tl.constexpr(-2139095041 << 32)
-
-
-@triton.constexpr_function
-def log2(power_of_two):
-    """The exponent of a power of two, at compile time."""
-    return power_of_two.bit_length() - 1
 
 
 @triton.jit
-def pack_keys(scores, ids):
-    """Sortable int64 keys of fp32 `scores` and int32 `ids` (one shape). -0.0 ties with 0.0."""
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & ID_MASK)
-    return (ordered.to(tl.int64) << 32) | (ids ^ ID_MASK).to(tl.int64)
-
-
-@triton.jit
-def key_scores(keys):
-    """The fp32 scores of packed keys."""
-    ordered = (keys >> 32).to(tl.int32)
-    return (ordered ^ ((ordered >> 31) & ID_MASK)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def exchange(x, SPAN: tl.constexpr, STRIDE: tl.constexpr, descending):
-    """Order the pairs of x `[N, R]` that lie STRIDE rows apart: one layer of a bitonic network.
-
-    Runs of SPAN rows alternate between the given order and its reverse, as the next wider layer needs.
-    `descending` is 0 or 1, or an int32 tensor [1, 1, 1, R] of them.
-    """
-    N: tl.constexpr = x.shape[0]
-    R: tl.constexpr = x.shape[1]
-    pairs = tl.reshape(x, [N // (2 * STRIDE), 2, STRIDE, R])
-    upper = tl.max(pairs, axis=1, keep_dims=True)
-    lower = tl.min(pairs, axis=1, keep_dims=True)
-    second = tl.arange(0, 2)[None, :, None, None]
-    reverse = (tl.arange(0, N // (2 * STRIDE)) // (SPAN // (2 * STRIDE)) % 2)[:, None, None, None]
-    take_upper = second ^ reverse ^ descending
-    return tl.reshape(tl.where(take_upper == 1, upper, lower), [N, R])
-
-
-@triton.jit
-def reverse_columns(x):
-    """x `[N, R]` with its N rows in reverse order."""
-    N: tl.constexpr = x.shape[0]
-    R: tl.constexpr = x.shape[1]
-    for step in tl.static_range(log2(N)):
-        x = tl.reshape(x, [N >> (step + 1), 2, 1 << step, R])
-        x = tl.reshape(tl.xor_sum(x, axis=1, keep_dims=True) ^ x, [N, R])
-    return x
-
-
-@triton.jit
-def merge_bitonic(x, SPAN: tl.constexpr, descending):
-    """Sort each bitonic run of SPAN rows of x `[N, R]`, every second run in reverse order."""
-    STEPS: tl.constexpr = log2(SPAN)
-    for step in tl.static_range(STEPS):
-        x = exchange(x, SPAN, SPAN >> (step + 1), descending)
-    return x
-
-
-@triton.jit
-def sort_columns(x, DESCENDING: tl.constexpr):
-    """Sort x `[N, R]` along N."""
-    STEPS: tl.constexpr = log2(x.shape[0])
-    for step in tl.static_range(STEPS):
-        x = merge_bitonic(x, 2 << step, DESCENDING)
-    return x
-
-
-@triton.jit
-def keep_best(kept, fresh, first_id):
-    """Merge new block scores into the kept keys of each column.
-
-    kept `[K, R]` keys, descending; fresh `[P, R]` fp32, P <= K, row p being block `first_id + p`. A bitonic half
-    merge: kept against reversed fresh, the larger of each pair, sorted again.
-    """
-    K: tl.constexpr = kept.shape[0]
-    P: tl.constexpr = fresh.shape[0]
-    R: tl.constexpr = kept.shape[1]
-    keys = sort_columns(pack_keys(fresh, first_id + tl.arange(0, P)[:, None]), 0)
-    runs = tl.reshape(kept, [K // P, P, R])
-    last = (tl.arange(0, K // P) == K // P - 1)[:, None, None]
-    best = tl.where(last, tl.maximum(runs, keys[None, :, :]), runs)
-    return merge_bitonic(tl.reshape(best, [K, R]), K, 1)
-
-
-@triton.jit
-def keep_best_few(kept, fresh, first_id, LIVE: tl.constexpr):
-    """As `keep_best`, where only the first LIVE columns are in use, and P >= K: all threads share their sorts."""
-    K: tl.constexpr = kept.shape[0]
-    P: tl.constexpr = fresh.shape[0]
-    R: tl.constexpr = kept.shape[1]
-    live = (tl.arange(0, R // LIVE) == 0)[None, :, None]
-    keys = pack_keys(fresh, first_id + tl.arange(0, P)[:, None])
-    keys = tl.max(tl.where(live, tl.reshape(keys, [P, R // LIVE, LIVE]), EMPTY_KEY), axis=1)
-    keys = tl.sort(tl.trans(keys), descending=True)
-    best = (tl.arange(0, P // K) == 0)[None, :, None]
-    keys = tl.max(tl.where(best, tl.reshape(keys, [LIVE, P // K, K]), EMPTY_KEY), axis=1)
-    old = tl.max(tl.where(live, tl.reshape(kept, [K, R // LIVE, LIVE]), EMPTY_KEY), axis=1)
-    keys = tl.sort(tl.maximum(tl.flip(tl.trans(old), 1), keys), descending=True)
-    return tl.reshape(tl.where(live, tl.trans(keys)[:, None, :], EMPTY_KEY), [K, R])
-
-
-@triton.jit
-def worst_kept(kept):
-    """The score `[R]` that a new block has to beat: that of the last key of kept `[K, R]`."""
-    return key_scores(tl.min(kept, axis=0))
-
-
-@triton.jit
-def ascending_ids(kept, topk):
-    """Block ids `[K, R]` of the first `topk` keys of each column, ascending, -1 after the last."""
-    rank = tl.arange(0, kept.shape[0])[:, None]
-    chosen = ((kept >> 32) > ORDERED_NEG_INF) & (rank < topk)
-    ids = tl.where(chosen, (kept & ID_MASK).to(tl.int32) ^ ID_MASK, ID_MASK)
-    ids = sort_columns(ids, 0)
-    return tl.where(ids == ID_MASK, -1, ids)
-
-
-@triton.jit
-def overlap_launches(OVERLAP: tl.constexpr):
-    """Wait for the kernel before this one, beside whose end it was launched, and let the next one be launched so.
-
-    To be called before anything is read or written.
-    """
+def await_previous(OVERLAP: tl.constexpr):
+    """Wait for the kernel before this one, beside whose end it was launched: before anything is read or written."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -29,26 +29,26 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import SelectionConfig, merge_config, padded, selection_config, storage_constants, target_of
+from .configs import SelectionConfig, padded, selection_config, storage_constants, target_of
 from .fp8 import as_bits, decode_e4m3, load_scales, split_e4m3
 from .primitives import (
-    EMPTY_KEY,
     FLT_MAX,
-    ascending_ids,
+    await_previous,
     find_tile,
-    keep_best,
-    keep_best_few,
     key_limit,
     load_sequence,
     locate_block,
-    log2,
-    merge_bitonic,
-    overlap_launches,
-    pack_keys,
     page_arguments,
-    reverse_columns,
     tile_ends,
     tma_ready,
+)
+from .ranking import (
+    EMPTY_KEY,
+    ascending_ids,
+    keep_best,
+    merge_constants,
+    merge_kernel,
+    pack_keys,
     worst_kept,
 )
 
@@ -139,16 +139,13 @@ def masked_maximum(scores, block, visible, num_local, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def collect(kept, fresh, worst, best, block, origin, flush, PERIOD: tl.constexpr, LIVE: tl.constexpr):
-    """Note block's maxima `best` [rows] in fresh; merge fresh into kept when it is full, or when told to flush.
-
-    Periods are counted from block `origin` on.
-    """
-    slot = (block - origin) % PERIOD
+def collect(kept, fresh, worst, best, block, flush, PERIOD: tl.constexpr):
+    """Note block's maxima `best` [rows] in fresh; merge fresh into kept when it is full, or when told to flush."""
+    slot = block % PERIOD
     fresh = tl.where(tl.arange(0, PERIOD)[:, None] == slot, best[None, :], fresh)
     if (slot == PERIOD - 1) | flush:
         if tl.max((tl.max(fresh, axis=0) > worst).to(tl.int32), axis=0) > 0:
-            kept = keep_best_few(kept, fresh, block - slot, LIVE) if LIVE > 0 else keep_best(kept, fresh, block - slot)
+            kept = keep_best(kept, fresh, block - slot)
             worst = worst_kept(kept)
         fresh = tl.full(fresh.shape, float("-inf"), tl.float32)
     return kept, fresh, worst
@@ -191,7 +188,6 @@ def selection_kernel(
     DEPTH: tl.constexpr,
     KEPT: tl.constexpr,
     PERIOD: tl.constexpr,
-    LIVE: tl.constexpr,
     CLEAR: tl.constexpr,
     TABLE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -204,7 +200,7 @@ def selection_kernel(
     OVERLAP: tl.constexpr,
 ):
     """See the module's docstring. Grid (tiles, splits)."""
-    overlap_launches(OVERLAP)
+    await_previous(OVERLAP)
     TOKENS: tl.constexpr = ROWS // GROUPS
     sequence, tile = find_tile(tl.program_id(0), tile_ends_ptr, num_sequences, seqlen_q, TOKENS, TABLE)
     if sequence >= num_sequences:
@@ -226,8 +222,6 @@ def selection_kernel(
     share = tl.cdiv(tl.maximum(num_blocks - forced, 0), num_splits)
     begin = forced + tl.program_id(1) * share
     end = tl.minimum(begin + share, num_blocks)
-    # A long period holds all of a split's share; a short one is counted from 0, which takes a register less.
-    origin = begin if LIVE > 0 else 0
 
     rank = tl.arange(0, KEPT)[:, None]
     given = (rank < forced) & (rank * BLOCK < visible[None, :]) & (tl.program_id(1) == 0)
@@ -262,7 +256,7 @@ def selection_kernel(
                 page_table_ptr, max_pages, num_pages, index_k_scale_ptr, seqlen_k, batch, k_start, num_keys, block + 1,
                 end - 1, BLOCK, COLUMNS, PAGED, SCALED,
             )  # fmt: skip
-            kept, fresh, worst = collect(kept, fresh, worst, best, block, origin, False, PERIOD, LIVE)
+            kept, fresh, worst = collect(kept, fresh, worst, best, block, False, PERIOD)
     for block in tl.range(masked_begin, end, num_stages=1 if CLEAR else None):
         keys = load_keys(
             index_k, place, key, num_keys - block * BLOCK, stride_kb, stride_ks, stride_kd,
@@ -274,7 +268,7 @@ def selection_kernel(
             page_table_ptr, max_pages, num_pages, index_k_scale_ptr, seqlen_k, batch, k_start, num_keys, block + 1,
             end - 1, BLOCK, COLUMNS, PAGED, SCALED,
         )  # fmt: skip
-        kept, fresh, worst = collect(kept, fresh, worst, best, block, origin, block == end - 1, PERIOD, LIVE)
+        kept, fresh, worst = collect(kept, fresh, worst, best, block, block == end - 1, PERIOD)
 
     if SPLIT:
         place = (query_row * num_splits + tl.program_id(1)) * KEPT
@@ -282,45 +276,6 @@ def selection_kernel(
     else:
         ids = ascending_ids(kept, TOPK)
         tl.store(ids_ptr + query_row[None, :] * TOPK + rank, ids, mask=live[None, :] & (rank < TOPK))
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_splits"])
-def merge_kernel(
-    workspace_ptr,
-    ids_ptr,
-    num_rows,
-    num_splits,
-    TOPK: tl.constexpr,
-    KEPT: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """ids of ROWS query rows from the kept keys of their splits, [num_rows, num_splits, KEPT], each descending.
-
-    Columns (row, lane) take the splits lane, lane + LANES, ... in turn, then a tree joins the lanes. To join two
-    sorted columns, one of them is reversed and the larger of each pair kept, a bitonic column to be sorted again.
-    """
-    overlap_launches(OVERLAP)
-    COLUMNS: tl.constexpr = ROWS * LANES
-    column = tl.arange(0, COLUMNS)[None, :]
-    query_row = tl.program_id(0).to(tl.int64) * ROWS + column // LANES
-    rank = tl.arange(0, KEPT)[:, None]
-    keys = tl.full([KEPT, COLUMNS], EMPTY_KEY, tl.int64)
-    for first in range(0, num_splits, LANES):
-        split = first + column % LANES
-        place = (query_row * num_splits + split) * KEPT + (KEPT - 1 - rank)
-        live = (query_row < num_rows) & (split < num_splits)
-        more = tl.load(workspace_ptr + place, mask=live, other=EMPTY_KEY)
-        keys = merge_bitonic(tl.maximum(keys, more), KEPT, 1)
-    for step in tl.static_range(log2(LANES)):
-        odd = tl.arange(0, COLUMNS >> step)[None, :] % 2
-        keys = tl.where(odd == 1, reverse_columns(keys), keys)
-        keys = tl.max(tl.reshape(keys, [KEPT, COLUMNS >> (step + 1), 2]), axis=2)
-        keys = merge_bitonic(keys, KEPT, 1)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :]
-    ids = ascending_ids(keys, TOPK)
-    tl.store(ids_ptr + row * TOPK + rank, ids, mask=(row < num_rows) & (rank < TOPK))
 
 
 def key_tiles(index_k: torch.Tensor, config: SelectionConfig, block_size: int):
@@ -354,7 +309,6 @@ def selection_constants(
         "DEPTH": padded(index_head_dim),
         "KEPT": config.kept,
         "PERIOD": config.period,
-        "LIVE": config.live,
         "CLEAR": config.clear,
         "TABLE": table,
         "SPLIT": config.num_splits > 1,
@@ -442,17 +396,12 @@ def select_blocks(
         num_stages=config.num_stages,
     )
     if split:
-        lanes, rows, num_warps = merge_config(target, num_rows, config.num_splits)
-        merge_kernel[(triton.cdiv(num_rows, rows),)](
+        merge_kernel[(num_rows,)](
             workspace,
             ids,
-            num_rows,
             config.num_splits,
-            TOPK=topk,
-            KEPT=config.kept,
-            LANES=lanes,
-            ROWS=rows,
+            **merge_constants(topk, config.kept, config.num_splits),
             **target.overlap(),
-            num_warps=num_warps,
+            num_warps=1,
         )
     return ids

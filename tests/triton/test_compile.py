@@ -10,7 +10,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import configs, primitives, selection  # noqa: E402
+from flexmsa.kernels.triton import configs, primitives, ranking, selection  # noqa: E402
 from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps  # noqa: E402
 from flexmsa.kernels.triton.decode import attend_constants, attend_kernel, combine_kernel  # noqa: E402
 
@@ -53,16 +53,14 @@ def test_selection(build, target, case):
     types["index_k"] = f"tensordesc<{element}[1,{BLOCK},{DEPTH}]>" if config.use_tma else f"*{element}"
     compiled = build(selection.selection_kernel, target, constants, config.num_warps, config.num_stages, **types)
     if target.arch == 90:
-        product = "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3" if scaled and seqlen_q == 1 else "wgmma.mma_async"
-        assert config.use_tma and product in compiled.asm["ptx"]
+        product = "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3" if scaled else "mma.sync"
+        assert config.use_tma and (product if seqlen_q == 1 else "wgmma.mma_async") in compiled.asm["ptx"]
     assert (config.num_splits > 1) == (seqlen_q <= 16)
 
 
-@pytest.mark.parametrize(("num_rows", "splits"), [(4, 256), (1352, 16)])
-def test_merge(build, target, num_rows, splits):
-    lanes, rows, num_warps = configs.merge_config(target, num_rows, splits)
-    constants = {"TOPK": TOPK, "KEPT": 16, "LANES": lanes, "ROWS": rows}
-    build(selection.merge_kernel, target, constants, num_warps, workspace_ptr="*i64")
+@pytest.mark.parametrize(("topk", "splits"), [(16, 528), (16, 6), (64, 90)])
+def test_merge(build, target, topk, splits):
+    build(ranking.merge_kernel, target, ranking.merge_constants(topk, max(8, topk), splits), 1, workspace_ptr="*i64")
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])

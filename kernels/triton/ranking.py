@@ -1,0 +1,186 @@
+"""Ranking in registers: packed keys, sorting networks, and the merge of ranked lists.
+
+Ranked blocks travel as one int64 a block, so that sorting and ties need no second tensor:
+
+    key = ordered(score) << 32 | (2^31 - 1 - id)
+
+`ordered` maps fp32 to int32 monotonically, so a larger key is a better score and, among equal scores, the smaller
+id. `-inf` marks a block that may not be chosen and `+inf` a forced one: scores proper are clamped to the finite
+range. Tiles of keys are `[K, R]`, a query row a column, because Triton then gives all K keys of a row to one
+thread, and a sorting network along K moves nothing between threads.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import await_previous
+
+ID_MASK = tl.constexpr(0x7FFFFFFF)
+ORDERED_NEG_INF = tl.constexpr(-2139095041)
+EMPTY_KEY = tl.constexpr(-2139095041 << 32)
+
+
+@triton.constexpr_function
+def log2(power_of_two):
+    """The exponent of a power of two, at compile time."""
+    return power_of_two.bit_length() - 1
+
+
+@triton.jit
+def pack_keys(scores, ids):
+    """Sortable int64 keys of fp32 `scores` and int32 `ids` (one shape). -0.0 ties with 0.0."""
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & ID_MASK)
+    return (ordered.to(tl.int64) << 32) | (ids ^ ID_MASK).to(tl.int64)
+
+
+@triton.jit
+def key_scores(keys):
+    """The fp32 scores of packed keys."""
+    ordered = (keys >> 32).to(tl.int32)
+    return (ordered ^ ((ordered >> 31) & ID_MASK)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exchange(x, SPAN: tl.constexpr, STRIDE: tl.constexpr, descending):
+    """Order the pairs of x `[N, R]` that lie STRIDE rows apart: one layer of a bitonic network.
+
+    Runs of SPAN rows alternate between the given order and its reverse, as the next wider layer needs.
+    `descending` is 0 or 1, or an int32 tensor [1, 1, 1, R] of them.
+    """
+    N: tl.constexpr = x.shape[0]
+    R: tl.constexpr = x.shape[1]
+    pairs = tl.reshape(x, [N // (2 * STRIDE), 2, STRIDE, R])
+    upper = tl.max(pairs, axis=1, keep_dims=True)
+    lower = tl.min(pairs, axis=1, keep_dims=True)
+    second = tl.arange(0, 2)[None, :, None, None]
+    reverse = (tl.arange(0, N // (2 * STRIDE)) // (SPAN // (2 * STRIDE)) % 2)[:, None, None, None]
+    take_upper = second ^ reverse ^ descending
+    return tl.reshape(tl.where(take_upper == 1, upper, lower), [N, R])
+
+
+@triton.jit
+def reverse_columns(x):
+    """x `[N, R]` with its N rows in reverse order."""
+    N: tl.constexpr = x.shape[0]
+    R: tl.constexpr = x.shape[1]
+    for step in tl.static_range(log2(N)):
+        x = tl.reshape(x, [N >> (step + 1), 2, 1 << step, R])
+        x = tl.reshape(tl.xor_sum(x, axis=1, keep_dims=True) ^ x, [N, R])
+    return x
+
+
+@triton.jit
+def merge_bitonic(x, SPAN: tl.constexpr, descending):
+    """Sort each bitonic run of SPAN rows of x `[N, R]`, every second run in reverse order."""
+    STEPS: tl.constexpr = log2(SPAN)
+    for step in tl.static_range(STEPS):
+        x = exchange(x, SPAN, SPAN >> (step + 1), descending)
+    return x
+
+
+@triton.jit
+def sort_columns(x, DESCENDING: tl.constexpr):
+    """Sort x `[N, R]` along N."""
+    STEPS: tl.constexpr = log2(x.shape[0])
+    for step in tl.static_range(STEPS):
+        x = merge_bitonic(x, 2 << step, DESCENDING)
+    return x
+
+
+@triton.jit
+def keep_best(kept, fresh, first_id):
+    """Merge new block scores into the kept keys of each column.
+
+    kept `[K, R]` keys, descending; fresh `[P, R]` fp32, P <= K, row p being block `first_id + p`. A bitonic half
+    merge: kept against reversed fresh, the larger of each pair, sorted again.
+    """
+    K: tl.constexpr = kept.shape[0]
+    P: tl.constexpr = fresh.shape[0]
+    R: tl.constexpr = kept.shape[1]
+    keys = sort_columns(pack_keys(fresh, first_id + tl.arange(0, P)[:, None]), 0)
+    runs = tl.reshape(kept, [K // P, P, R])
+    last = (tl.arange(0, K // P) == K // P - 1)[:, None, None]
+    best = tl.where(last, tl.maximum(runs, keys[None, :, :]), runs)
+    return merge_bitonic(tl.reshape(best, [K, R]), K, 1)
+
+
+@triton.jit
+def worst_kept(kept):
+    """The score `[R]` that a new block has to beat: that of the last key of kept `[K, R]`."""
+    return key_scores(tl.min(kept, axis=0))
+
+
+@triton.jit
+def ascending_ids(kept, topk):
+    """Block ids `[K, R]` of the first `topk` keys of each column, ascending, -1 after the last."""
+    rank = tl.arange(0, kept.shape[0])[:, None]
+    chosen = ((kept >> 32) > ORDERED_NEG_INF) & (rank < topk)
+    ids = tl.where(chosen, (kept & ID_MASK).to(tl.int32) ^ ID_MASK, ID_MASK)
+    ids = sort_columns(ids, 0)
+    return tl.where(ids == ID_MASK, -1, ids)
+
+
+@triton.jit
+def join_columns(keys):
+    """The best K keys `[K, 1]` of all columns of keys `[K, C]`, each descending.
+
+    A tree: of two neighbours one is reversed and the larger of each pair kept, a bitonic column to be sorted again.
+    """
+    K: tl.constexpr = keys.shape[0]
+    COLUMNS: tl.constexpr = keys.shape[1]
+    for step in tl.static_range(log2(COLUMNS)):
+        odd = tl.arange(0, COLUMNS >> step)[None, :] % 2
+        keys = tl.where(odd == 1, reverse_columns(keys), keys)
+        keys = tl.max(tl.reshape(keys, [K, COLUMNS >> (step + 1), 2]), axis=2)
+        keys = merge_bitonic(keys, K, 1)
+    return keys
+
+
+@triton.jit
+def best_splits(workspace_ptr, first_list, num_splits, KEPT: tl.constexpr, COLUMNS: tl.constexpr):
+    """The numbers `[KEPT, 1]` of the splits whose best blocks are best; num_splits or more where there are fewer.
+
+    A split comes before another if all its blocks do, so among equal scores its number ranks as its blocks' ids.
+    """
+    best = tl.full([KEPT, COLUMNS], EMPTY_KEY, tl.int64)
+    for first in range(0, num_splits, KEPT * COLUMNS):
+        split = first + tl.arange(0, KEPT)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        keys = tl.load(workspace_ptr + (first_list + split) * KEPT, mask=split < num_splits, other=EMPTY_KEY)
+        keys = ((keys >> 32) << 32) | (split ^ ID_MASK).to(tl.int64)
+        best = merge_bitonic(tl.maximum(best, sort_columns(keys, 0)), KEPT, 1)
+    return (join_columns(best) & ID_MASK) ^ ID_MASK
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def merge_kernel(
+    workspace_ptr,
+    ids_ptr,
+    num_splits,
+    TOPK: tl.constexpr,
+    KEPT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LISTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """ids of one query row from the kept keys of its splits, [num_rows, num_splits, KEPT], each descending.
+
+    KEPT splits at most hold a block that is chosen: those whose best blocks are best. Only their lists are read.
+    """
+    await_previous(OVERLAP)
+    row = tl.program_id(0).to(tl.int64)
+    splits = best_splits(workspace_ptr, row * num_splits, num_splits, KEPT, COLUMNS)
+    rank = tl.arange(0, KEPT)[:, None]
+    keys = tl.full([KEPT, LISTS], EMPTY_KEY, tl.int64)
+    for first in range(0, KEPT, LISTS):
+        split = tl.sum(tl.where(rank == first + tl.arange(0, LISTS)[None, :], splits, 0), axis=0)[None, :]
+        place = (row * num_splits + split) * KEPT + (KEPT - 1 - rank)
+        more = tl.load(workspace_ptr + place, mask=split < num_splits, other=EMPTY_KEY)
+        keys = merge_bitonic(tl.maximum(keys, more), KEPT, 1)
+    tl.store(ids_ptr + row * TOPK + rank, ascending_ids(join_columns(keys), TOPK), mask=rank < TOPK)
+
+
+def merge_constants(topk: int, kept: int, num_splits: int) -> dict[str, int]:
+    """The compile-time arguments of `merge_kernel`: tiles of up to 512 keys, 16 a thread of its one warp."""
+    columns = min(max(1, 512 // kept), triton.next_power_of_2(triton.cdiv(num_splits, kept)))
+    return {"TOPK": topk, "KEPT": kept, "COLUMNS": columns, "LISTS": min(kept, max(1, 512 // kept))}
