@@ -60,17 +60,6 @@ def exchange(x, SPAN: tl.constexpr, STRIDE: tl.constexpr, descending):
 
 
 @triton.jit
-def reverse_columns(x):
-    """x `[N, R]` with its N rows in reverse order."""
-    N: tl.constexpr = x.shape[0]
-    R: tl.constexpr = x.shape[1]
-    for step in tl.static_range(log2(N)):
-        x = tl.reshape(x, [N >> (step + 1), 2, 1 << step, R])
-        x = tl.reshape(tl.xor_sum(x, axis=1, keep_dims=True) ^ x, [N, R])
-    return x
-
-
-@triton.jit
 def merge_bitonic(x, SPAN: tl.constexpr, descending):
     """Sort each bitonic run of SPAN rows of x `[N, R]`, every second run in reverse order."""
     STEPS: tl.constexpr = log2(SPAN)
@@ -122,34 +111,33 @@ def ascending_ids(kept, topk):
 
 
 @triton.jit
-def join_columns(keys):
-    """The best K keys `[K, 1]` of all columns of keys `[K, C]`, each descending.
+def keep_first(best, keys):
+    """The K first of best `[K]`, descending, and of keys `[N]`, in any order; descending again.
 
-    A tree: of two neighbours one is reversed and the larger of each pair kept, a bitonic column to be sorted again.
+    Each key's place is how many come before it. All pairs are compared, at once: few keys take less time so than in
+    the many steps of a sort. Keys are distinct, but for EMPTY_KEY.
     """
-    K: tl.constexpr = keys.shape[0]
-    COLUMNS: tl.constexpr = keys.shape[1]
-    for step in tl.static_range(log2(COLUMNS)):
-        odd = tl.arange(0, COLUMNS >> step)[None, :] % 2
-        keys = tl.where(odd == 1, reverse_columns(keys), keys)
-        keys = tl.max(tl.reshape(keys, [K, COLUMNS >> (step + 1), 2]), axis=2)
-        keys = merge_bitonic(keys, K, 1)
-    return keys
+    order = tl.arange(0, best.shape[0])[None, :]
+    place = tl.sum((keys[:, None] > keys[None, :]).to(tl.int32), axis=0)
+    place += tl.sum((best[:, None] > keys[None, :]).to(tl.int32), axis=0)
+    kept_place = tl.arange(0, best.shape[0]) + tl.sum((keys[:, None] > best[None, :]).to(tl.int32), axis=0)
+    moved = tl.max(tl.where(place[:, None] == order, keys[:, None], EMPTY_KEY), axis=0)
+    kept = tl.max(tl.where(kept_place[:, None] == order, best[:, None], EMPTY_KEY), axis=0)
+    return tl.maximum(moved, kept)
 
 
 @triton.jit
-def best_splits(workspace_ptr, first_list, num_splits, KEPT: tl.constexpr, COLUMNS: tl.constexpr):
-    """The numbers `[KEPT, 1]` of the splits whose best blocks are best; num_splits or more where there are fewer.
+def best_splits(workspace_ptr, first_list, num_splits, KEPT: tl.constexpr, HEADS: tl.constexpr):
+    """The numbers `[KEPT]` of the splits whose best blocks are best; num_splits or more where there are fewer.
 
     A split comes before another if all its blocks do, so among equal scores its number ranks as its blocks' ids.
     """
-    best = tl.full([KEPT, COLUMNS], EMPTY_KEY, tl.int64)
-    for first in range(0, num_splits, KEPT * COLUMNS):
-        split = first + tl.arange(0, KEPT)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    best = tl.full([KEPT], EMPTY_KEY, tl.int64)
+    for first in range(0, num_splits, HEADS):
+        split = first + tl.arange(0, HEADS)
         keys = tl.load(workspace_ptr + (first_list + split) * KEPT, mask=split < num_splits, other=EMPTY_KEY)
-        keys = ((keys >> 32) << 32) | (split ^ ID_MASK).to(tl.int64)
-        best = merge_bitonic(tl.maximum(best, sort_columns(keys, 0)), KEPT, 1)
-    return (join_columns(best) & ID_MASK) ^ ID_MASK
+        best = keep_first(best, ((keys >> 32) << 32) | (split ^ ID_MASK).to(tl.int64))
+    return (best & ID_MASK) ^ ID_MASK
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -159,7 +147,7 @@ def merge_kernel(
     num_splits,
     TOPK: tl.constexpr,
     KEPT: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
     LISTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -169,18 +157,22 @@ def merge_kernel(
     """
     await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
-    splits = best_splits(workspace_ptr, row * num_splits, num_splits, KEPT, COLUMNS)
-    rank = tl.arange(0, KEPT)[:, None]
-    keys = tl.full([KEPT, LISTS], EMPTY_KEY, tl.int64)
-    for first in range(0, KEPT, LISTS):
-        split = tl.sum(tl.where(rank == first + tl.arange(0, LISTS)[None, :], splits, 0), axis=0)[None, :]
-        place = (row * num_splits + split) * KEPT + (KEPT - 1 - rank)
-        more = tl.load(workspace_ptr + place, mask=split < num_splits, other=EMPTY_KEY)
-        keys = merge_bitonic(tl.maximum(keys, more), KEPT, 1)
-    tl.store(ids_ptr + row * TOPK + rank, ascending_ids(join_columns(keys), TOPK), mask=rank < TOPK)
+    rank = tl.arange(0, KEPT)
+    splits = best_splits(workspace_ptr, row * num_splits, num_splits, KEPT, HEADS)
+    best = tl.full([KEPT], EMPTY_KEY, tl.int64)
+    for first in range(0, tl.minimum(KEPT, num_splits), LISTS):
+        split = tl.max(tl.where(rank[:, None] == first + tl.arange(0, LISTS)[None, :], splits[:, None], 0), axis=0)
+        place = (row * num_splits + split)[:, None] * KEPT + rank[None, :]
+        keys = tl.load(workspace_ptr + place, mask=(split < num_splits)[:, None], other=EMPTY_KEY)
+        best = keep_first(best, tl.reshape(keys, [LISTS * KEPT]))
+    chosen = ((best >> 32) > ORDERED_NEG_INF) & (rank < TOPK)
+    ids = tl.where(chosen, (best & ID_MASK).to(tl.int32) ^ ID_MASK, ID_MASK)
+    place = tl.sum((ids[:, None] < ids[None, :]).to(tl.int32), axis=0)
+    tl.store(ids_ptr + row * TOPK + place, ids, mask=chosen)
+    tl.store(ids_ptr + row * TOPK + rank, -1, mask=(rank < TOPK) & (chosen == 0))
 
 
-def merge_constants(topk: int, kept: int, num_splits: int) -> dict[str, int]:
-    """The compile-time arguments of `merge_kernel`: tiles of up to 512 keys, 16 a thread of its one warp."""
-    columns = min(max(1, 512 // kept), triton.next_power_of_2(triton.cdiv(num_splits, kept)))
-    return {"TOPK": topk, "KEPT": kept, "COLUMNS": columns, "LISTS": min(kept, max(1, 512 // kept))}
+def merge_constants(kept: int, topk: int, num_splits: int) -> dict[str, int]:
+    """The compile-time arguments of `merge_kernel`: up to 128 keys are compared at once."""
+    heads = min(128, triton.next_power_of_2(num_splits))
+    return {"TOPK": topk, "KEPT": kept, "HEADS": heads, "LISTS": min(kept, max(1, 128 // kept))}

@@ -400,8 +400,8 @@ def select_blocks(
             workspace,
             ids,
             config.num_splits,
-            **merge_constants(topk, config.kept, config.num_splits),
+            **merge_constants(config.kept, topk, config.num_splits),
             **target.overlap(),
-            num_warps=1,
+            num_warps=4,
         )
     return ids

@@ -58,9 +58,11 @@ def test_selection(build, target, case):
     assert (config.num_splits > 1) == (seqlen_q <= 16)
 
 
-@pytest.mark.parametrize(("topk", "splits"), [(16, 528), (16, 6), (64, 90)])
+@pytest.mark.parametrize(("topk", "splits"), [(16, 528), (16, 6)])
 def test_merge(build, target, topk, splits):
-    build(ranking.merge_kernel, target, ranking.merge_constants(topk, max(8, topk), splits), 1, workspace_ptr="*i64")
+    constants = ranking.merge_constants(max(8, topk), topk, splits)
+    spills = 8 if target.arch == 86 else 0
+    build(ranking.merge_kernel, target, constants, 4, spills=spills, workspace_ptr="*i64")
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])
