@@ -132,6 +132,7 @@ def long_errors() -> Iterator[str]:
 def graph_time(calls: list[Callable[[], object]], repeats: int = 30) -> float:
     """Median milliseconds of one of the calls, captured together in a CUDA graph."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
             call()
