@@ -106,5 +106,5 @@ def test_other_models_are_refused():
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     other = MistralForCausalLM(MistralConfig(vocab_size=97, num_key_value_heads=1, sliding_window=8, **sizes))
     other.set_attn_implementation("flexmsa")
-    with pytest.raises(NotImplementedError, match="expected a MiniMax-M3 model, got MistralAttention"):
+    with pytest.raises(NotImplementedError, match="expected MiniMax-M3 or a converted model, got MistralAttention"):
         other(tokens(1, 20))

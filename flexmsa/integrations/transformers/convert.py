@@ -12,17 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmsa.config import MSAConfig
-from flexmsa.integrations.transformers.converted_attention import (
-    IMPLEMENTATION,
-    Conversion,
-    ForwardPass,
-    Report,
-    hook_attention,
-    keep_losses_when_checkpointing,
-)
+from flexmsa.integrations.transformers.attention import IMPLEMENTATION, register_attention
+from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
 from flexmsa.integrations.transformers.index_branch import add_index_branch
+from flexmsa.integrations.transformers.losses import IndexLosses, keep_losses_when_checkpointing
 
-__all__ = ["conversion_of", "convert", "install", "msa_config", "set_warm_up"]
+__all__ = ["conversion_of", "convert", "install", "model_sizes", "msa_config", "set_warm_up"]
 
 # Settings that the model itself has, so that the saved ones need not repeat them.
 _OF_THE_MODEL = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "rotary_dim", "rope_theta")
@@ -37,12 +32,13 @@ def msa_config(model: PreTrainedModel, **settings: Any) -> MSAConfig:
             model's head_dim), qk_norm, norm_eps, bias.
     """
     config = model.config.get_text_config()
-    sizes = _sizes(config)
+    sizes = model_sizes(config)
     epsilon = getattr(config, "rms_norm_eps", getattr(config, "layer_norm_eps", 1e-6))
     return MSAConfig(**{**sizes, "index_head_dim": sizes["head_dim"], "norm_eps": epsilon, **settings})
 
 
-def _sizes(config: PreTrainedConfig) -> dict[str, int]:
+def model_sizes(config: PreTrainedConfig) -> dict[str, int]:
+    """The settings of `MSAConfig` that a model has itself."""
     heads = config.num_attention_heads
     return {
         "hidden_size": config.hidden_size,
@@ -87,7 +83,7 @@ def convert(
             "load it with flexmsa.integrations.transformers.from_pretrained"
         )
     config = settings if isinstance(settings, MSAConfig) else msa_config(model, **(settings or {}))
-    _check_settings(config, _sizes(model.config.get_text_config()))
+    _check_settings(config, model_sizes(model.config.get_text_config()))
     modules = _attention_modules(model)
     chosen = _choose_layers(modules, layers)
     return install(model, config, chosen, warm_up=True)
@@ -109,9 +105,10 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, Any]:
     Raises:
         ValueError: there are none, or they do what flexmsa does not.
     """
+    found: Iterable[Any] = model.modules()
     modules = {
         module.layer_idx: module
-        for module in model.modules()
+        for module in found
         if type(module).__name__.endswith("Attention")
         and getattr(module, "is_causal", False)
         and isinstance(getattr(module, "layer_idx", None), int)
@@ -164,6 +161,7 @@ def _choose_layers(modules: dict[int, Any], layers: Iterable[int] | None) -> tup
 
 def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: bool) -> PreTrainedModel:
     """Do what `convert` does, without its checks."""
+    register_attention()
     _own_config(model)
     text_config = model.config.get_text_config()
     modules = _attention_modules(model)
@@ -176,10 +174,7 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
             weight = next(module.parameters())
             dtype = weight.dtype if weight.is_floating_point() else model.dtype
             add_index_branch(module, config, std, dtype, weight.device)
-        if _window(module) is None:
-            hook_attention(module, conversion)
-        else:
-            module.msa = conversion
+        hook_attention(module, conversion, fallback=None if _window(module) is None else fallback)
     model.flexmsa = conversion
     text_config._attn_implementation = IMPLEMENTATION
     _store_settings(model)
@@ -228,29 +223,45 @@ def _store_settings(model: Any) -> None:
 
 
 def _before_forward(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Ask the layers for what this forward pass needs."""
+    if model.config.get_text_config()._attn_implementation != IMPLEMENTATION:
+        return args, kwargs
+    if kwargs.get("index_losses") is not None:
+        raise ValueError(
+            "index_losses: expected none, got some; the loss of a converted model has them, with its weight"
+        )
     conversion: Conversion = model.flexmsa
     trains = model.training and torch.is_grad_enabled()
     if trains:
         keep_losses_when_checkpointing(model)
-    wanted = ForwardPass(with_index_loss=trains or conversion.with_health, with_health=conversion.with_health)
-    return args, {**kwargs, "msa_pass": wanted}
+    # Everything after the tokens may be positions, where it is given by place.
+    has_positions = len(args) > 1 or kwargs.get("position_ids") is not None
+    forward_pass = ForwardPass(has_positions, with_health=conversion.with_health)
+    losses = IndexLosses() if trains or conversion.with_health else None
+    return args, {**kwargs, "msa_pass": forward_pass, "index_losses": losses}
 
 
 def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Add the index loss to the outputs, and in training to their loss."""
     conversion: Conversion = model.flexmsa
-    found: ForwardPass = kwargs["msa_pass"]
-    if not found.with_index_loss:
+    losses: IndexLosses | None = kwargs.get("index_losses")
+    if losses is None:
         return output
-    if len(found.index_losses) != len(conversion.layers):
+    values = losses.values
+    if values.keys() != set(conversion.layers):
         raise RuntimeError(
             f"{type(model).__name__} does not hand keyword arguments on to its attention modules: "
-            f"expected {len(conversion.layers)} index losses, got {len(found.index_losses)}"
+            f"expected index losses of the layers {list(conversion.layers)}, got {list(values)}"
         )
-    losses = torch.stack([loss.to(found.index_losses[0].device) for loss in found.index_losses])
     named = isinstance(output, Mapping)
     lm_loss = output.get("loss") if named else output[0] if kwargs.get("labels") is not None else None
-    conversion.report = Report(None if lm_loss is None else lm_loss.detach(), losses.detach(), tuple(found.health))
+    health = kwargs["msa_pass"].health
+    first = values[conversion.layers[0]].device
+    conversion.report = Report(
+        None if lm_loss is None else lm_loss.detach(),
+        torch.stack([values[number].to(first) for number in conversion.layers]),
+        tuple(health[number] for number in conversion.layers if number in health),
+    )
     index_loss = losses.sum()
     if named:
         output["index_loss"] = index_loss

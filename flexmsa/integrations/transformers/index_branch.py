@@ -9,7 +9,14 @@ from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, S
 
 from flexmsa.config import MSAConfig
 
-__all__ = ["IndexHeads", "add_index_branch", "cache_index_keys", "is_index_weight", "project_index"]
+__all__ = [
+    "IndexHeads",
+    "add_index_branch",
+    "cache_index_keys",
+    "has_index_branch",
+    "is_index_weight",
+    "project_index",
+]
 
 _PARTS = frozenset({"index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"})
 
@@ -36,6 +43,11 @@ def add_index_branch(
             norm = nn.RMSNorm(config.index_head_dim, eps=config.norm_eps, dtype=dtype, device=device)
         module.add_module(f"{name}_proj", projection)
         module.add_module(f"{name}_norm", norm)
+
+
+def has_index_branch(module: nn.Module) -> bool:
+    """Whether an attention module has an index branch, of `add_index_branch` or as MiniMax-M3 has it."""
+    return hasattr(module, "index_q_proj") or getattr(module, "indexer", None) is not None
 
 
 def is_index_weight(name: str) -> bool:
@@ -86,7 +98,7 @@ def cache_index_keys(cache: Cache, layer_idx: int, index_k: Tensor) -> Tensor:
     """
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
+    layer: Any = cache.layers[layer_idx]
     if not hasattr(layer, "update_indexer"):
         if type(layer) not in (DynamicLayer, StaticLayer) or layer.is_initialized:
             raise ValueError(

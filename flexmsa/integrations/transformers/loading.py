@@ -11,10 +11,13 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from flexmsa.config import MSAConfig
-from flexmsa.integrations.transformers.convert import install, msa_config
+from flexmsa.integrations.transformers.convert import install, model_sizes, msa_config
 from flexmsa.integrations.transformers.index_branch import is_index_weight
 
 __all__ = ["from_pretrained"]
+
+# Which files are meant, and so for config.json too.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def from_pretrained(
@@ -28,9 +31,11 @@ def from_pretrained(
         kwargs: for transformers' own `from_pretrained`: dtype, device_map, ...
 
     Raises:
-        ValueError: the checkpoint is of a dense model, lacks index weights, or has other settings.
+        ValueError: the checkpoint is of a dense model, lacks index weights, or has other settings; the message says
+            what differs.
     """
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path)
+    where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **where)
     stored = getattr(config.get_text_config(), "flexmsa", None)
     if stored is None:
         raise ValueError(
@@ -38,7 +43,7 @@ def from_pretrained(
             "load it with transformers and convert it"
         )
     if settings is not None:
-        _check_same_settings(path, stored, settings)
+        _check_same_settings(path, {**stored, **model_sizes(config.get_text_config())}, settings)
     name = (config.architectures or [""])[0]
     architecture = getattr(transformers, name, None)
     if architecture is None:
@@ -62,7 +67,14 @@ def from_pretrained(
 
 
 def _check_same_settings(path: str | Path, stored: dict[str, Any], settings: MSAConfig | Mapping[str, Any]) -> None:
+    """Compare what both name; RoPE is always the model's own."""
     wanted = dataclasses.asdict(settings) if isinstance(settings, MSAConfig) else dict(settings)
+    known = {setting.name for setting in dataclasses.fields(MSAConfig)}
+    for name in wanted:
+        if name not in known:
+            raise ValueError(
+                f"settings: expected names of MSAConfig, got {name!r}; choose from {', '.join(sorted(known))}"
+            )
     differences = [
         f"{name} is {stored[name]} there and {value} here"
         for name, value in wanted.items()

@@ -7,10 +7,49 @@ row and sees none either.
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from flexmsa import ops
 
-__all__ = ["document_table", "row_table"]
+__all__ = ["document_table", "find_sequences", "row_table"]
+
+
+def find_sequences(
+    tokens: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    cache: Cache | None = None,
+    layer_idx: int = 0,
+) -> Tensor | None:
+    """Return `sequences`, or None where every row is one sequence, which ends with the last key.
+
+    Args:
+        tokens: [B, Sq] or [B, Sq, width], the new tokens; only its shape and device are read.
+        mask: [B, keys] bool, False for padding. None: no padding.
+        position_ids: [B or 1, Sq], from which documents are known. None: one document a row.
+        cu_seqlens: [documents + 1] int32, offsets of documents packed in one row; takes the place of both.
+        cache: what has the keys before, none of the new ones yet in its layer `layer_idx`.
+
+    Raises:
+        ValueError: the mask or the offsets are not as described, or padding lies between tokens.
+    """
+    seqlen = tokens.shape[1]
+    past: int | Tensor = 0
+    ends_with_last_key = True
+    if cache is not None:
+        past = cache.get_seq_length(layer_idx)
+        # A static cache hands out all of its buffer, and its own counter as the length.
+        ends_with_last_key = isinstance(past, int) and past + seqlen == cache.get_mask_sizes(seqlen, layer_idx)[0]
+    if isinstance(past, Tensor):
+        past = past.to(tokens.device)
+    if cu_seqlens is not None:
+        return document_table(cu_seqlens, tokens, past)
+    if mask is None and position_ids is None and ends_with_last_key:
+        return None
+    table = row_table(mask, position_ids, tokens, past)
+    is_whole = mask is None and ends_with_last_key and isinstance(past, int) and past == 0
+    return None if is_whole and len(table) == len(tokens) else table
 
 
 def document_table(cu_seqlens: Tensor, tokens: Tensor, past: int | Tensor) -> Tensor:

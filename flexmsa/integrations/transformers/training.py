@@ -95,9 +95,16 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, resum
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad or name in conversion.frozen]
     outside = [name for name, parameter in trained if parameter not in known]
     _refuse(outside, "every weight that a phase trains, got one without some", "make it after convert, before freezing")
-    if resumed and optimizer.state:
+    if resumed and not _keeps_no_state(optimizer):
         stateless = [name for name, parameter in index if parameter not in optimizer.state]
         _refuse(stateless, "the state of the index weights, got none", "resume from a checkpoint of this conversion")
+
+
+def _keeps_no_state(optimizer: torch.optim.Optimizer) -> bool:
+    """SGD without momentum."""
+    # accelerate, and so Trainer, wraps it.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)
 
 
 def _refuse(names: list[str], expected: str, advice: str) -> None:
@@ -170,7 +177,8 @@ class ConversionCallback(TrainerCallback, ExportableState):
         stored = model.config.get_text_config().flexmsa
         self._settings = {name: value for name, value in stored.items() if name not in ("warm_up", "fallback")}
         if state.global_step > 0:
-            self._compare(state.stateful_callbacks.get(type(self).__name__))
+            callbacks: Any = state.stateful_callbacks
+            self._compare(callbacks.get(type(self).__name__))
         conversion.index_loss_weight = self.index_loss_weight
         self._enter(model, state.global_step)
         check_optimizer(model, optimizer, resumed=state.global_step > 0)

@@ -111,7 +111,8 @@ class Demo:
     def __init__(self, settings: Settings, text: Text) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.text = settings, text
-        self.dense: Any = Qwen3ForCausalLM(settings.dense_model()).to(settings.device)
+        dense: Any = Qwen3ForCausalLM(settings.dense_model())
+        self.dense = dense.to(settings.device)
         self.converted: Any = None
         self.batches = torch.Generator().manual_seed(settings.seed)
         self.losses: dict[str, list[float]] = {}
