@@ -9,7 +9,14 @@ from integrations.converted import GROUPED, MODELS, SETTINGS, make_converted, ma
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StableLmConfig, StableLmForCausalLM
 
 from flexmsa import MSAConfig
-from flexmsa.integrations.transformers import convert, from_pretrained, msa_config, set_warm_up
+from flexmsa.integrations.transformers import (
+    IndexLosses,
+    convert,
+    from_pretrained,
+    msa_config,
+    sequences,
+    set_warm_up,
+)
 from flexmsa.integrations.transformers.health import random_blocks
 from flexmsa.integrations.transformers.index_branch import project_index
 from flexmsa.modules import rotate
@@ -175,6 +182,10 @@ def test_other_checkpoints_are_refused(tmp_path):
     model.save_pretrained(tmp_path / "converted")
     with pytest.raises(ValueError, match="block_size is 4 there and 8 here; topk is 3 there and 2 here"):
         from_pretrained(tmp_path / "converted", {"block_size": 8, "topk": 2})
+    with pytest.raises(ValueError, match="head_dim is 16 there and 8 here"):
+        from_pretrained(tmp_path / "converted", {"head_dim": 8})
+    with pytest.raises(ValueError, match="settings: expected names of MSAConfig, got 'top_k'"):
+        from_pretrained(tmp_path / "converted", {"top_k": 2})
     model.save_pretrained(
         tmp_path / "partial", state_dict={k: v for k, v in model.state_dict().items() if "1.self_attn.index_" not in k}
     )
@@ -186,6 +197,32 @@ def test_other_checkpoints_are_refused(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"index_k_norm.weight is \[16\] there and \[24\] here"):
         from_pretrained(tmp_path / "converted")
+
+
+@torch.no_grad()
+def test_with_another_attention_it_is_the_dense_model():
+    model, dense, ids = make_converted(), make_dense(), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    by_index = model(ids, attention_mask=mask).logits
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits, dense(ids, attention_mask=mask).logits)
+    assert model.train()(ids, labels=ids).get("index_loss") is None
+    model.eval().set_attn_implementation("flexmsa")
+    assert torch.equal(model(ids, attention_mask=mask).logits, by_index)
+
+
+def test_rows_of_one_sequence_need_no_table(monkeypatch):
+    """Nothing is looked for, which would wait for a GPU."""
+    model, ids = make_converted().train(), tokens(2, 30)
+
+    def refuse(*args):
+        raise AssertionError("a table was made")
+
+    monkeypatch.setattr(sequences, "row_table", refuse)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    with pytest.raises(AssertionError, match="a table was made"):
+        model(ids, position_ids=torch.arange(30)[None], use_cache=False)
 
 
 def test_a_copy_is_a_model_of_its_own():
@@ -226,6 +263,8 @@ def test_settings_that_do_not_fit_are_named():
         convert(make_dense("mistral", sliding_window=8), SETTINGS)
     with pytest.raises(ValueError, match="no attention_dropout"):
         convert(make_dense(attention_dropout=0.1), SETTINGS)
+    with pytest.raises(ValueError, match="index_losses: expected none"):
+        make_converted()(tokens(1, 5), index_losses=IndexLosses())
     with pytest.raises(ValueError, match="index_head_dim: expected at least the 16 dimensions"):
         convert(make_dense(), {**SETTINGS, "index_head_dim": 8})(tokens(1, 5))
 

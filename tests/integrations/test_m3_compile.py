@@ -61,11 +61,14 @@ def test_decoding_from_a_static_cache_compiles_once():
                 assert error(actual[:, 0], expected[:, i]) < 1e-4
 
 
-def test_a_training_step_with_the_index_loss():
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_training_step_with_the_index_loss(checkpointed):
     x = tokens(2, 50)
 
     def gradients(wrap):
         model = make_m3("flexmsa", **SETTINGS).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
         losses = IndexLosses()
         out = wrap(model)(x, labels=x, use_cache=False, index_losses=losses)
         losses.add_to(out.loss, weight=0.5).backward()

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from integrations.m3 import IMAGE_TOKEN, error, make_m3, make_vision_m3, tokens
-from transformers import DynamicCache, MiniMaxM3VLForCausalLM, MistralConfig, MistralForCausalLM, StaticCache
+from transformers import (
+    DynamicCache,
+    MiniMaxM3SparseForConditionalGeneration,
+    MiniMaxM3VLForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +97,15 @@ def test_saved_loaded_and_switched_back(eager, model, tmp_path):
     assert loaded(x).logits.equal(model(x).logits)
     loaded.set_attn_implementation("eager")
     assert loaded(x).logits.equal(eager(x).logits)
+
+
+def test_a_saved_vision_language_model(tmp_path):
+    x = tokens(1, 40)
+    model = make_vision_m3("flexmsa")
+    model.save_pretrained(tmp_path)
+    loaded = MiniMaxM3SparseForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flexmsa")
+    assert loaded.model.language_model.config._attn_implementation == "flexmsa"
+    assert loaded(x).logits.equal(model(x).logits)
 
 
 def test_settings_that_cannot_run_are_refused():

@@ -90,15 +90,28 @@ def test_its_gradient_reaches_the_index_weights_only():
         torch.testing.assert_close(twice[name], 2 * with_loss[name])
 
 
-def test_the_index_branches_alone():
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+def test_the_index_branches_alone(checkpointing):
     model = warm_up(make_m3("flexmsa"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".indexer." in name)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(checkpointing)
     losses = IndexLosses()
-    model.train()(tokens(2, 60), index_losses=losses)
+    model.train()(tokens(2, 60), index_losses=losses, use_cache=False)
     losses.add_to(torch.zeros(()), weight=1.0).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == (".indexer." in name), name
+
+
+def test_frozen_indexers_are_noticed():
+    model = make_m3("flexmsa").train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".indexer." not in name)
+    losses = IndexLosses()
+    out = model(tokens(1, 30), labels=tokens(1, 30), index_losses=losses)
+    with pytest.raises(RuntimeError, match="the index weights are frozen"):
+        losses.add_to(out.loss, weight=1.0)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -128,15 +141,6 @@ def test_autocast_is_close_to_float32():
     for name in (name for name in gradients if ".indexer." in name):
         assert autocast_gradients[name].dtype == torch.float32
         assert torch.cosine_similarity(autocast_gradients[name].flatten(), gradients[name].flatten(), dim=0) > 0.98
-
-
-def test_reentrant_checkpointing_needs_the_loss_of_the_model():
-    model = make_m3("flexmsa").train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    losses = IndexLosses()
-    model(tokens(1, 30), index_losses=losses)
-    with pytest.raises(RuntimeError, match="add to the model's own loss"):
-        losses.add_to(torch.zeros(()), weight=1.0)
 
 
 def test_padding_and_packing_do_not_change_the_loss():

@@ -91,17 +91,27 @@ def _smooth(values: list[float], reach: int) -> list[float]:
 
 
 def _draw_losses(axes: Axes, demo: Demo, unigram_loss: float) -> None:
-    dense = demo.losses.get("dense training", [])
-    axes.plot(range(1, len(dense) + 1), _smooth(dense, 10), color=GREY, label="dense training")
-    for way in reversed(WAYS):
-        losses = demo.losses.get(way, [])
-        steps = range(len(dense) + 1, len(dense) + len(losses) + 1)
-        axes.plot(steps, _smooth(losses, 10), color=COLOURS[way], label=f"then {NAMES[way]}")
-    axes.axhline(unigram_loss, color=GREY, linestyle=":", linewidth=1, label="unigram")
-    lowest = min(map(min, filter(None, demo.losses.values())), default=0.0)
-    axes.set(xlabel="step", ylabel="nats a byte", ylim=(lowest - 0.1, 1.1 * unigram_loss))
-    axes.legend(frameon=False, fontsize="small")
+    training = demo.losses.get("dense training", [])
+    axes.plot(range(1, len(training) + 1), _smooth(training, 10), color=GREY, label="dense training")
+    axes.axhline(unigram_loss, color=GREY, linestyle=":", linewidth=1, label="bytes by how often they come")
+    axes.set(xlabel="step", ylabel="nats a byte", ylim=(min(training, default=0.0) - 0.1, 1.5 * unigram_loss))
+    axes.legend(frameon=False, fontsize="small", loc="upper right")
     _title(axes, "Loss in training, smoothed")
+    _draw_excess(axes.inset_axes((0.36, 0.36, 0.62, 0.3)), demo)
+
+
+def _draw_excess(axes: Axes, demo: Demo) -> None:
+    """What each way loses against the dense model, which sees the same batches."""
+    dense = demo.losses.get("dense", [])
+    for way in WAYS:
+        excess = [loss - other for loss, other in zip(demo.losses.get(way, []), dense, strict=False)]
+        if way != "dense" and excess:
+            axes.plot(range(1, len(excess) + 1), _smooth(excess, 10), color=COLOURS[way], label=way)
+    axes.axhline(0.0, color=COLOURS["dense"], linewidth=1, label="dense")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize="small")
+    axes.legend(frameon=False, fontsize="x-small", ncols=4, loc="lower right", bbox_to_anchor=(1.02, 0.96))
+    axes.set_xlabel("step after phase 1: above dense, on the same batches", fontsize="small")
 
 
 def _draw_answers(axes: Axes, demo: Demo) -> None:
@@ -141,7 +151,7 @@ def _draw_recalls(axes: Axes, demo: Demo) -> None:
                 recalls,
                 color=colour,
                 linestyle=style,
-                label=f"{name}, by {'mass' if kind == 'score' else 'number'}",
+                label=f"{name}, {kind} recall",
             )
     axes.axvline(demo.settings.warm_up_steps + 0.5, color=GREY, linestyle="--", linewidth=1)
     axes.set(xlabel="step after the conversion", ylabel="share", ylim=(0, 1.02))
