@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo test lint types check bench bench-gpu clean
+.PHONY: help demo convert-demo test lint types check bench bench-gpu clean
 
 help:  ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -16,6 +16,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)  ## train a small language model, dense warm-up then sparse, and generate from it (about 4 minutes)
 	$(BIN)/python -m flexmsa demo
+
+convert-demo: $(INSTALLED)  ## train a dense transformers model, convert it, and compare (about 10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m flexmsa convert-demo
 
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest -n auto

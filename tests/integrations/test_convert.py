@@ -6,7 +6,15 @@ import json
 import pytest
 import torch
 from integrations.converted import GROUPED, MODELS, SETTINGS, make_converted, make_dense, tokens
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StableLmConfig, StableLmForCausalLM
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
 from flexmsa import MSAConfig
 from flexmsa.integrations.transformers import (
@@ -247,6 +255,9 @@ def test_a_dense_model_of_the_same_config_stays_dense():
 def test_settings_that_do_not_fit_are_named():
     with pytest.raises(TypeError, match="model: expected a transformers PreTrainedModel, got Linear"):
         convert(torch.nn.Linear(2, 2), SETTINGS)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0))
+    with pytest.raises(ValueError, match="expected attention with RoPE, got GPT2Attention"):
+        convert(gpt2, SETTINGS)
     with pytest.raises(ValueError, match="converted already"):
         convert(make_converted(), SETTINGS)
     with pytest.raises(ValueError, match="expected num_kv_heads=2, as the model has, got 4"):

@@ -1,13 +1,16 @@
 """convert-demo from end to end on its quick settings, Ctrl-C included."""
 
+import copy
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from flexmsa import __main__
 from flexmsa.demo.progress import Progress
+from flexmsa.demo.text import Text
 from flexmsa.integrations.transformers import demo
 from flexmsa.integrations.transformers.demo.retrieval import (
     FIRST_LETTER,
@@ -18,6 +21,7 @@ from flexmsa.integrations.transformers.demo.retrieval import (
     plant_early_keys,
     plant_keys,
 )
+from flexmsa.integrations.transformers.demo.train import WAYS, Demo, Settings
 
 QUICK = ["--quick", "--device", "cpu"]
 
@@ -118,3 +122,16 @@ def test_the_keys_of_the_retrieval_task():
     assert answered(logits, early).all()
     logits[0, -1] = 0
     assert answered(logits, early).sum() == 39
+
+
+def test_every_way_goes_on_from_the_same_model():
+    settings = Settings(**{**demo.QUICK, "warm_up_steps": 1, "sparse_steps": 1, "context": 48, "test_windows": 8})
+    text = torch.randint(256, (4000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    run = Demo(settings, Text(Path(), 1, text, text))
+    run.warm_up(Progress(1))
+    before = copy.deepcopy(run.converted.state_dict())
+    for way in WAYS:
+        run.train_way(way, Progress(1))
+    assert all(torch.equal(x, before[name]) for name, x in run.converted.state_dict().items())
+    assert all(torch.equal(before[name], x) for name, x in run.dense.state_dict().items())
+    assert run.losses["window"][0] != run.losses["dense"][0]

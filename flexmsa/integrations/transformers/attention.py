@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flexmsa import functional, ops, validation
 from flexmsa.backends import choose_backend
-from flexmsa.integrations.transformers.index_branch import IndexHeads
+from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch
 from flexmsa.integrations.transformers.losses import IndexLosses
 from flexmsa.types import AuxRequest
 
@@ -94,6 +94,8 @@ def _attend(
             f"attention_mask: expected the table of sequences, got {attention_mask.dtype} "
             f"{list(attention_mask.shape)}; call the model, not a layer of it"
         )
+    if block_indices is None and has_index_branch(module):
+        raise RuntimeError(f"{type(module).__name__} does not hand keyword arguments on to its attention function")
     if dropout:
         raise NotImplementedError(f"attention_dropout: expected 0, got {dropout}; set config.attention_dropout = 0")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

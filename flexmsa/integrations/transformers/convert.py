@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -118,6 +119,8 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, Any]:
             f"model: expected causal attention modules with a layer_idx, found none in {type(model).__name__}"
         )
     for module in modules.values():
+        if not hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb"):
+            raise ValueError(f"model: expected attention with RoPE, got {type(module).__name__} without it")
         refused = {
             "attention_dropout": getattr(module, "attention_dropout", 0),
             "attn_logit_softcapping": getattr(module, "attn_logit_softcapping", None),
@@ -130,18 +133,16 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, Any]:
     return modules
 
 
-def _window(module: Any) -> int | None:
-    """The sliding window of an attention module; some classes keep it in the configuration of all layers."""
-    if hasattr(module, "sliding_window"):
-        return module.sliding_window
+def _is_local(module: Any) -> bool:
+    """Whether an attention module sees a window or a chunk only; some classes keep that in the configuration."""
     kinds = getattr(module.config, "layer_types", None)
-    if kinds is not None and kinds[module.layer_idx] == "full_attention":
-        return None
-    return getattr(module.config, "sliding_window", None)
+    if kinds is not None:
+        return kinds[module.layer_idx] != "full_attention"
+    return getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)) is not None
 
 
 def _choose_layers(modules: dict[int, Any], layers: Iterable[int] | None) -> tuple[int, ...]:
-    full = [number for number, module in sorted(modules.items()) if _window(module) is None]
+    full = [number for number, module in sorted(modules.items()) if not _is_local(module)]
     if layers is None:
         if not full:
             raise ValueError(
@@ -174,7 +175,7 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
             weight = next(module.parameters())
             dtype = weight.dtype if weight.is_floating_point() else model.dtype
             add_index_branch(module, config, std, dtype, weight.device)
-        hook_attention(module, conversion, fallback=None if _window(module) is None else fallback)
+        hook_attention(module, conversion, fallback=fallback if _is_local(module) else None)
     model.flexmsa = conversion
     text_config._attn_implementation = IMPLEMENTATION
     _store_settings(model)

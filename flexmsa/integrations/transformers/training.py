@@ -151,7 +151,8 @@ class ConversionCallback(TrainerCallback, ExportableState):
 
     It freezes and unfreezes, switches the selection on, clips the base's and the index branches' gradients apart
     (`TrainingArguments.max_grad_norm` each; jointly with fp16, FSDP or DeepSpeed, whose gradients it cannot read), and
-    puts `log_entries` into every log. A run that resumes from a checkpoint of either phase goes on as it would have.
+    puts `log_entries` into every log, with the norms before clipping as grad_norm/base and grad_norm/index. A run that
+    resumes from a checkpoint of either phase goes on as it would have.
 
     Args:
         warm_up_steps: optimizer steps of phase 1; the rest of the run is phase 2.
@@ -162,6 +163,7 @@ class ConversionCallback(TrainerCallback, ExportableState):
         self.warm_up_steps, self.index_loss_weight = warm_up_steps, index_loss_weight
         self._settings: dict[str, Any] = {}
         self._max_grad_norm = 0.0
+        self._norms: tuple[Tensor, Tensor] | None = None
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps, to compare with when a run resumes."""
@@ -182,7 +184,7 @@ class ConversionCallback(TrainerCallback, ExportableState):
         conversion.index_loss_weight = self.index_loss_weight
         self._enter(model, state.global_step)
         check_optimizer(model, optimizer, resumed=state.global_step > 0)
-        if not (args.fp16 or args.fsdp or args.deepspeed):
+        if args.max_grad_norm and not (args.fp16 or args.fsdp or args.deepspeed):
             self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
 
     def _compare(self, before: dict[str, Any] | None) -> None:
@@ -214,7 +216,7 @@ class ConversionCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Clip."""
         if self._max_grad_norm > 0:
-            clip_gradients(kwargs["model"], self._max_grad_norm)
+            self._norms = clip_gradients(kwargs["model"], self._max_grad_norm)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave evaluations alone."""
@@ -231,6 +233,10 @@ class ConversionCallback(TrainerCallback, ExportableState):
         """Add the entries to the log and to the history that checkpoints keep."""
         if logs is not None and "loss" in logs:
             entries = log_entries(kwargs["model"])
+            if self._norms is not None:
+                entries |= {
+                    f"grad_norm/{part}": x.item() for part, x in zip(("base", "index"), self._norms, strict=True)
+                }
             logs.update(entries)
             state.log_history[-1].update(entries)
 

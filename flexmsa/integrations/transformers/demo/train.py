@@ -103,6 +103,7 @@ class Demo:
     """The models, and what has been measured so far.
 
     Attributes:
+        dense, converted: as they are after dense training and after phase 1, where every way goes on from.
         losses: phase or way -> the model's own loss at each step.
         entries: of the converted model's log at the measured steps, with "step" and "warm_up".
         swapped, trained: way -> its score before and after it trained on.
@@ -152,8 +153,6 @@ class Demo:
         finally:
             if self.losses[way]:
                 self.trained[way] = self.score(model)
-        if way == "MSA":
-            self.converted = model
 
     def _attending(self, way: str) -> Any:
         """A model of its own that attends this way."""
