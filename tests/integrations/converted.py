@@ -77,3 +77,10 @@ def make_converted(name: str = "qwen3", layers=None, warm_up: bool = False, **ch
 def tokens(*shape: int, seed: int = 0) -> Tensor:
     """Token ids, none of them padding."""
     return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """The same names, and under each the same numbers to rounding."""
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        torch.testing.assert_close(x, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
