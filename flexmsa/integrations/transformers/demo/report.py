@@ -94,10 +94,10 @@ def _draw_losses(axes: Axes, demo: Demo, unigram_loss: float) -> None:
     training = demo.losses.get("dense training", [])
     axes.plot(range(1, len(training) + 1), _smooth(training, 10), color=GREY, label="dense training")
     axes.axhline(unigram_loss, color=GREY, linestyle=":", linewidth=1, label="bytes by how often they come")
-    axes.set(xlabel="step", ylabel="nats a byte", ylim=(min(training, default=0.0) - 0.1, 1.5 * unigram_loss))
-    axes.legend(frameon=False, fontsize="small", loc="upper right")
+    axes.set(xlabel="step", ylabel="nats a byte", ylim=(min(training, default=0.0) - 0.1, 1.7 * unigram_loss))
+    axes.legend(frameon=False, fontsize="small", loc="center right", bbox_to_anchor=(1.0, 0.37))
     _title(axes, "Loss in training, smoothed")
-    _draw_excess(axes.inset_axes((0.36, 0.36, 0.62, 0.3)), demo)
+    _draw_excess(axes.inset_axes((0.3, 0.71, 0.68, 0.19)), demo)
 
 
 def _draw_excess(axes: Axes, demo: Demo) -> None:
@@ -105,13 +105,13 @@ def _draw_excess(axes: Axes, demo: Demo) -> None:
     dense = demo.losses.get("dense", [])
     for way in WAYS:
         excess = [loss - other for loss, other in zip(demo.losses.get(way, []), dense, strict=False)]
-        if way != "dense" and excess:
+        if excess:
             axes.plot(range(1, len(excess) + 1), _smooth(excess, 10), color=COLOURS[way], label=way)
-    axes.axhline(0.0, color=COLOURS["dense"], linewidth=1, label="dense")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize="small")
-    axes.legend(frameon=False, fontsize="x-small", ncols=4, loc="lower right", bbox_to_anchor=(1.02, 0.96))
-    axes.set_xlabel("step after phase 1: above dense, on the same batches", fontsize="small")
+    axes.set_title("from there on: above dense, by step", fontsize="small", loc="left")
+    if axes.lines:
+        axes.legend(frameon=False, fontsize="small", ncols=4, loc="upper right", bbox_to_anchor=(1.03, -0.25))
 
 
 def _draw_answers(axes: Axes, demo: Demo) -> None:
