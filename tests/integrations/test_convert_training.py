@@ -11,6 +11,7 @@ from flexmsa.integrations.transformers import (
     begin_warm_up,
     check_optimizer,
     clip_gradients,
+    converted_attention,
     from_pretrained,
     log_entries,
     parameter_groups,
@@ -85,6 +86,30 @@ def test_checkpointing_keeps_the_index_loss(phase, use_reentrant):
     assert_same(gradients(checkpointed, ours.loss), wanted)
     alone = gradients(checkpointed, checkpointed(ids, use_cache=False).index_loss)
     assert_same(index_part(alone), index_part(wanted))
+
+
+def test_a_checkpointed_layer_is_measured_once(monkeypatch):
+    model, ids = make_converted().train(), tokens(2, 30)
+    model.gradient_checkpointing_enable()
+    model.flexmsa.with_health = True
+    measured = []
+    monkeypatch.setattr(converted_attention, "measure", lambda *args: measured.append(args))
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert len(measured) == 2
+
+
+def test_the_untrained_branch_is_the_same_every_time():
+    model, ids = make_converted().train(), tokens(2, 30)
+    model.flexmsa.with_health = True
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        model(ids)
+        assert torch.get_rng_state().equal(state)
+        found.append([layer.untrained for layer in model.flexmsa.report.health])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
 
 
 def test_padding_has_no_part_in_the_index_loss():

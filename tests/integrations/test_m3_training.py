@@ -45,6 +45,13 @@ def test_a_loss_for_each_sparse_layer():
     assert gradients.keys() == dict(make_m3("flexmsa").named_parameters()).keys()
 
 
+def test_the_losses_are_summed_over_the_layers():
+    losses = IndexLosses()
+    out = make_m3("flexmsa").train()(tokens(2, 60), labels=tokens(2, 60), index_losses=losses)
+    total = losses.add_to(out.loss, weight=0.25)
+    torch.testing.assert_close(total, out.loss + 0.25 * losses.values[1] + 0.25 * losses.values[2])
+
+
 @pytest.mark.parametrize("topk", [3, None])
 def test_the_loss_is_that_of_the_definition(topk):
     model = make_m3("flexmsa")
