@@ -128,6 +128,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     assert_same(gradients(model, halves), whole)
 
 
+@pytest.mark.filterwarnings("error")
 def test_autocast():
     model, ids = make_converted().train(), tokens(2, 30)
     exact = index_part(gradients(model, model(ids, labels=ids).loss))

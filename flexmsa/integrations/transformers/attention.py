@@ -73,7 +73,7 @@ def _attend(
     dropout: float = 0.0,
     block_indices: Selection | None = None,
     index_losses: IndexLosses | None = None,
-    observe: Callable[[Tensor, Tensor, Tensor | None, float | None], None] | None = None,
+    observe: Callable[[Tensor, Tensor, Tensor | None, float], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D] to out [B, Sq, Hq, D], and no weights.

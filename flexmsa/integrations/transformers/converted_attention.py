@@ -143,9 +143,10 @@ def _observe(
 def _sequences(
     forward_pass: ForwardPass, hidden_states: Tensor, cache: Cache | None, layer_idx: int, kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """The table of sequences, found by the first layer that asks."""
+    """The table of sequences, found by the first layer that asks, on the device of the one that asks now."""
     if forward_pass.has_sequences:
-        return forward_pass.sequences
+        found = forward_pass.sequences
+        return None if found is None else found.to(hidden_states.device)
     position_ids = kwargs.get("position_ids") if forward_pass.has_positions else None
     mask, cu_seqlens = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
     sequences = find_sequences(hidden_states, mask, position_ids, cu_seqlens, cache, layer_idx)

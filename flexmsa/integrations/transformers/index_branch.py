@@ -68,10 +68,14 @@ def project_index(
     """
     detached = hidden_states.detach()
     size = branch.index_k_proj.out_features
-    index_q, index_k = (
-        norm(project(detached).unflatten(-1, (-1, size))).transpose(1, 2)
-        for project, norm in ((branch.index_q_proj, branch.index_q_norm), (branch.index_k_proj, branch.index_k_norm))
-    )
+
+    def heads(project: nn.Module, norm: Any) -> Tensor:
+        found = project(detached).unflatten(-1, (-1, size))
+        # Under autocast, back to the dtype of the norm's weight.
+        return norm(found.to(getattr(norm, "weight", found).dtype)).transpose(1, 2)
+
+    index_q = heads(branch.index_q_proj, branch.index_q_norm)
+    index_k = heads(branch.index_k_proj, branch.index_k_norm)
     if getattr(attention, "use_rope", True):
         index_q, index_k = _rotate(attention, index_q, index_k, *position_embeddings)
     return IndexHeads(index_q, index_k)
