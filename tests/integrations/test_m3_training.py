@@ -1,10 +1,13 @@
 """The index loss of each layer: its value, whom its gradient reaches, and that checkpointing keeps it."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from integrations.m3 import make_m3, tokens
+from transformers import TrainingArguments
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import apply_rotary_pos_emb
 
 import flexmsa
@@ -148,6 +151,35 @@ def test_autocast_is_close_to_float32():
     for name in (name for name in gradients if ".indexer." in name):
         assert autocast_gradients[name].dtype == torch.float32
         assert torch.cosine_similarity(autocast_gradients[name].flatten(), gradients[name].flatten(), dim=0) > 0.98
+
+
+def test_the_trainer_of_the_documents_accumulates(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
+    recipe = next(x for x in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "class MSATrainer" in x)
+    names = {"IndexLosses": IndexLosses}
+    exec(recipe.split("arguments =")[0], names)
+    rows = [{"input_ids": tokens(40, seed=row), "labels": tokens(40, seed=row)} for row in range(4)]
+    trained = []
+    for steps in (1, 2):
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=4 // steps,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        model = make_m3("flexmsa")
+        names["MSATrainer"](model, arguments, train_dataset=rows).train()
+        trained.append(model.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, msg=name)
 
 
 def test_padding_and_packing_do_not_change_the_loss():
