@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
 from flexmsa.kernels.triton import attention, attention_backward, configs, selection, walk
@@ -165,13 +166,13 @@ def selection_launch(
         index_head_dim=depth,
         block_size=block,
         topk=topk,
-        element_size=shape.element,
+        dtype=torch.bfloat16,
         key_size=1 if scaled else shape.element,
         tma_ready=True,
     )
     constants = selection.selection_constants(config, groups, depth, block, topk, False)
     constants |= configs.storage_constants(target, paged, scaled)
-    element = "u8" if scaled else "bf16"
+    element = "fp8e4nv" if config.fp8_product else "u8" if scaled else "bf16"
     types = {"index_k": f"tensordesc<{element}[1,{block},{depth}]>" if config.use_tma else f"*{element}"}
     if config.num_splits > 1:
         types |= pointers("i64", "workspace")

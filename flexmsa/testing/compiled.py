@@ -70,6 +70,8 @@ def build(
     """The kernel compiled for a target: compile-time arguments, launch options, and the types its names do not tell."""
     units = UNIT_STRIDES & set(kernel.arg_names)
     constants = {**constants, **dict.fromkeys(units, 1)}
+    if "OVERLAP" in kernel.arg_names:
+        constants["OVERLAP"] = target.overlap()["OVERLAP"]
     signature = {name: "constexpr" if name in constants else argument_type(name, types) for name in kernel.arg_names}
     aligned = [
         (place,)

@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import padded
+from .configs import padded, target_of
 from .fp8 import as_bits, quantize
-from .primitives import key_limit, locate_block, page_arguments
+from .primitives import key_limit, locate_block, overlap_launches, page_arguments
 
 
 @triton.jit
@@ -169,8 +169,10 @@ def append_kernel(
     PAGED: tl.constexpr,
     SCALED: tl.constexpr,
     INDEX_SCALED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """See the module's docstring. Grid (batch, tiles of tokens); HEADS pads num_kv_heads, BLOCK is 1 without pages."""
+    overlap_launches(OVERLAP)
     row = tl.program_id(0) + tl.arange(0, 1)
     filled, count, _ = new_tokens(
         row, row < batch, lens_ptr, lens_stride, kv_lens_ptr, page_table_ptr, num_tokens, capacity, max_pages,
@@ -324,5 +326,6 @@ def append(
         num_pages,
         num_kv_heads,
         **constants,
+        **target_of(k.device).overlap(),
         num_warps=append_warps(constants),
     )

@@ -31,6 +31,15 @@ class Target:
         """Whether the GPU converts e4m3 numbers by itself."""
         return self.backend == "cuda" and int(self.arch) >= 89
 
+    def overlap(self) -> dict[str, bool]:
+        """How the kernels of a decoding step are launched: each while the one before it ends, where the GPU can.
+
+        A constant for `primitives.overlap_launches`, and Triton's option.
+        """
+        if self.backend == "cuda" and int(self.arch) >= 90:
+            return {"OVERLAP": True, "launch_pdl": True}
+        return {"OVERLAP": False}
+
 
 @functools.lru_cache
 def target_of(device: torch.device) -> Target:
@@ -47,8 +56,9 @@ def target_of(device: torch.device) -> Target:
 class SelectionConfig:
     """rows: query rows (tokens x groups) a tile; period: blocks scored between two merges; kept: padded topk.
 
-    clear: blocks that every row sees whole take a loop of their own, without masks; swap: the keys are the rows of
-    the product, as a few query rows would not fill them.
+    live: how many of the rows can be in use, where so few that all threads sort one row's blocks, or 0; clear: blocks
+    that every row sees whole take a loop of their own, without masks; swap: the keys are the rows of the product, as a
+    few query rows would not fill them; fp8_product: e4m3 keys are multiplied as they are.
     """
 
     rows: int
@@ -60,6 +70,8 @@ class SelectionConfig:
     use_tma: bool
     clear: bool
     swap: bool
+    live: int = 0
+    fp8_product: bool = False
 
     def tokens(self, num_kv_heads: int) -> int:
         """Query tokens a tile."""
@@ -110,14 +122,16 @@ def selection_config(
     index_head_dim: int,
     block_size: int,
     topk: int,
-    element_size: int,
+    dtype: torch.dtype,
     key_size: int,
     tma_ready: bool,
 ) -> SelectionConfig:
     """Tiles of the scorer: the largest row tile that registers and shared memory hold, no more than there are rows.
 
-    key_size is the bytes of a number of the index keys, 1 for e4m3: those are decoded in registers.
+    dtype is that of the queries, key_size the bytes of a number of the index keys: 1 for e4m3. Those are decoded in
+    registers, but where few queries meet many keys: there the tensor cores take them as they are.
     """
+    element_size = dtype.itemsize
     period = 8
     kept = max(period, triton.next_power_of_2(topk))
     columns, depth = padded(block_size), padded(index_head_dim)
@@ -135,15 +149,16 @@ def selection_config(
     # A decoding step waits for memory: its keys go from shared memory to the product without passing registers, and
     # two programs to a multiprocessor keep loads in flight while one of them merges.
     swap = target.arch == 90 and rows < 64 <= columns and element_size == 2
+    fp8_product = swap and decoded and dtype == torch.bfloat16 and depth >= 32
     per_sm = 2 if swap else 1
     if decoded and not swap:
         num_warps = 8 if rows >= 64 and target.arch != 90 else 4
     else:
-        num_warps = 8 if decoded or rows * columns > 128 * 64 else 4
+        num_warps = 8 if (decoded and not fp8_product) or rows * columns > 128 * 64 else 4
     spare = target.shared_memory // per_sm - rows * (depth + (columns if swap else 0)) * element_size - 2048
     if decoded and not swap:
         spare -= columns * depth * element_size
-    most = 6 if swap else 4 if rows <= 64 else 3
+    most = 4 if fp8_product else 6 if swap else 4 if rows <= 64 else 3
     num_stages = max(1, min(most, spare // (columns * depth * key_size)))
     if target.backend == "hip":
         num_stages = min(num_stages, 2)
@@ -154,7 +169,20 @@ def selection_config(
     # Without the swap, ptxas spills a few bytes of a small tile with TMA.
     copies = hopper and tma_ready and (swap or rows >= 64)
     use_tma = copies and element_size == 2 and (columns, depth) == (block_size, index_head_dim)
-    return SelectionConfig(rows, num_warps, num_stages, period, kept, num_splits, use_tma, rows >= 64, swap)
+    live = triton.next_power_of_2(seqlen_q * num_kv_heads) if swap and rows == 16 and kept <= 64 else 0
+    return SelectionConfig(
+        rows=rows,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        period=64 if live else period,
+        kept=kept,
+        num_splits=num_splits,
+        use_tma=use_tma,
+        clear=rows >= 64,
+        swap=swap,
+        live=live,
+        fp8_product=fp8_product,
+    )
 
 
 def merge_config(target: Target, num_rows: int, num_splits: int) -> tuple[int, int, int]:

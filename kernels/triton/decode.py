@@ -32,13 +32,15 @@ from .primitives import (
     find_tile,
     load_sequence,
     locate_block,
+    overlap_launches,
     page_arguments,
     softmax_update,
     tile_ends,
 )
 
-# With more queries, the tiles of `attention` share what neighbours load.
-FEW_QUERIES = 16
+# With more queries a sequence, and more pairs of a query and a group in all, the tiles of `attention` gain more from
+# sharing what neighbours load than their many launches cost: measured on an H200 at M3's shape.
+FEW_QUERIES, FEW_ROWS = 16, 8192
 
 
 @triton.jit
@@ -112,8 +114,10 @@ def attend_kernel(
     PAGED: tl.constexpr,
     SCALED: tl.constexpr,
     NATIVE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """See the module's docstring. Grid (queries, GROUPS, splits); HEADS is G, and out and lse [B*Hq*Sq, splits, ..]."""
+    overlap_launches(OVERLAP)
     sequence, offset = find_tile(tl.program_id(0), tile_ends_ptr, num_sequences, seqlen_q, 1, TABLE)
     if sequence >= num_sequences:
         return
@@ -185,8 +189,10 @@ def combine_kernel(
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     DEPTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out and lse of one query row from partials: lse = log sum_s exp(lse_s), out = sum_s exp(lse_s - lse) out_s."""
+    overlap_launches(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     depth = tl.arange(0, DEPTH)
@@ -245,7 +251,8 @@ def attend_blocks(
     A few queries are taken one by one, more in the tiles of `attention`. `config` overrides the choice of tiles of
     the former, for tests and tuning.
     """
-    if block_indices is None or q.shape[2] > FEW_QUERIES:
+    many = q.shape[2] > FEW_QUERIES and q.shape[0] * q.shape[2] * k.shape[1] > FEW_ROWS
+    if block_indices is None or many:
         cache = Cache(page_table, k_scale, v_scale)
         return block_sparse_attention_forward(q, k, v, block_indices, sequences, block_size, scale, cache=cache)
     batch, num_heads, seqlen_q, head_dim = q.shape
@@ -295,6 +302,7 @@ def attend_blocks(
         scale,
         **attend_constants(config, num_kv_heads, num_heads // num_kv_heads, head_dim, block_size, topk, table),
         **storage_constants(target, page_table is not None, k_scale is not None),
+        **target.overlap(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -308,6 +316,7 @@ def attend_blocks(
             HEAD_DIM=head_dim,
             SPLITS=triton.next_power_of_2(splits),
             DEPTH=padded(head_dim),
+            **target.overlap(),
             num_warps=4,
         )
     return out, lse

@@ -88,6 +88,25 @@ def load_vectors(
     return x
 
 
+@triton.jit
+def split_e4m3(x):
+    """e4m3 numbers [2 N, D] for vectors x [N, D]: rows p, then rows r, with x = p + r / 16 up to a power of two a row.
+
+    Two of them hold the 8 significant bits of a bf16 number, but of one less than 2^-13 of the largest in its row.
+    """
+    N: tl.constexpr = x.shape[0]
+    D: tl.constexpr = x.shape[1]
+    x = x.to(tl.float32)
+    exponent = tl.max((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, axis=1)
+    # The largest number comes to 128 .. 256: e4m3 ends at 448.
+    factor = (tl.minimum(261 - exponent, 254) << 23).to(tl.float32, bitcast=True)
+    x = x * factor[:, None]
+    p = encode_e4m3(x)
+    r = encode_e4m3((x - decode_e4m3(p, tl.float32, False)) * 16.0)
+    both = tl.permute(tl.join(p, r), (2, 0, 1))
+    return tl.reshape(both, [2 * N, D]).to(tl.float8e4nv, bitcast=True)
+
+
 class Cache(NamedTuple):
     """How the attention's keys and values are kept: contiguous and in the dtype of q where all is None."""
 

@@ -108,6 +108,23 @@ def keep_best(kept, fresh, first_id):
 
 
 @triton.jit
+def keep_best_few(kept, fresh, first_id, LIVE: tl.constexpr):
+    """As `keep_best`, where only the first LIVE columns are in use, and P >= K: all threads share their sorts."""
+    K: tl.constexpr = kept.shape[0]
+    P: tl.constexpr = fresh.shape[0]
+    R: tl.constexpr = kept.shape[1]
+    live = (tl.arange(0, R // LIVE) == 0)[None, :, None]
+    keys = pack_keys(fresh, first_id + tl.arange(0, P)[:, None])
+    keys = tl.max(tl.where(live, tl.reshape(keys, [P, R // LIVE, LIVE]), EMPTY_KEY), axis=1)
+    keys = tl.sort(tl.trans(keys), descending=True)
+    best = (tl.arange(0, P // K) == 0)[None, :, None]
+    keys = tl.max(tl.where(best, tl.reshape(keys, [LIVE, P // K, K]), EMPTY_KEY), axis=1)
+    old = tl.max(tl.where(live, tl.reshape(kept, [K, R // LIVE, LIVE]), EMPTY_KEY), axis=1)
+    keys = tl.sort(tl.maximum(tl.flip(tl.trans(old), 1), keys), descending=True)
+    return tl.reshape(tl.where(live, tl.trans(keys)[:, None, :], EMPTY_KEY), [K, R])
+
+
+@triton.jit
 def worst_kept(kept):
     """The score `[R]` that a new block has to beat: that of the last key of kept `[K, R]`."""
     return key_scores(tl.min(kept, axis=0))
@@ -121,6 +138,17 @@ def ascending_ids(kept, topk):
     ids = tl.where(chosen, (kept & ID_MASK).to(tl.int32) ^ ID_MASK, ID_MASK)
     ids = sort_columns(ids, 0)
     return tl.where(ids == ID_MASK, -1, ids)
+
+
+@triton.jit
+def overlap_launches(OVERLAP: tl.constexpr):
+    """Wait for the kernel before this one, beside whose end it was launched, and let the next one be launched so.
+
+    To be called before anything is read or written.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

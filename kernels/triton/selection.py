@@ -30,18 +30,20 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import SelectionConfig, merge_config, padded, selection_config, storage_constants, target_of
-from .fp8 import as_bits, decode_e4m3, load_scales
+from .fp8 import as_bits, decode_e4m3, load_scales, split_e4m3
 from .primitives import (
     EMPTY_KEY,
     FLT_MAX,
     ascending_ids,
     find_tile,
     keep_best,
+    keep_best_few,
     key_limit,
     load_sequence,
     locate_block,
     log2,
     merge_bitonic,
+    overlap_launches,
     pack_keys,
     page_arguments,
     reverse_columns,
@@ -108,6 +110,18 @@ def score_keys(q, keys, scales, SCALED: tl.constexpr, NATIVE: tl.constexpr, SWAP
 
 
 @triton.jit
+def score_e4m3(q, keys, scales):
+    """Scores [rows, columns] of queries [2 rows, DEPTH] from `split_e4m3` and e4m3 keys [columns, DEPTH], scaled.
+
+    The tensor cores add up e4m3 products in less than fp32, so no more than 32 of them at a time.
+    """
+    products = tl.dot(keys, tl.trans(q), max_num_imprecise_acc=32)
+    products = tl.reshape(products, [keys.shape[0], 2, q.shape[0] // 2])
+    weights = tl.where(tl.arange(0, 2) == 0, 1.0, 1.0 / 16)[None, :, None]
+    return tl.trans(tl.sum(products * weights, axis=1) * scales[:, None])
+
+
+@triton.jit
 def clear_maximum(scores):
     """m [rows] of a block that every row sees whole and that is not forced, from its scores [rows, columns]."""
     return tl.minimum(tl.maximum(tl.max(scores, axis=1), -FLT_MAX), FLT_MAX)
@@ -125,13 +139,16 @@ def masked_maximum(scores, block, visible, num_local, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def collect(kept, fresh, worst, best, block, flush, PERIOD: tl.constexpr):
-    """Note block's maxima `best` [rows] in fresh; merge fresh into kept when it is full, or when told to flush."""
-    slot = block % PERIOD
+def collect(kept, fresh, worst, best, block, origin, flush, PERIOD: tl.constexpr, LIVE: tl.constexpr):
+    """Note block's maxima `best` [rows] in fresh; merge fresh into kept when it is full, or when told to flush.
+
+    Periods are counted from block `origin` on.
+    """
+    slot = (block - origin) % PERIOD
     fresh = tl.where(tl.arange(0, PERIOD)[:, None] == slot, best[None, :], fresh)
     if (slot == PERIOD - 1) | flush:
         if tl.max((tl.max(fresh, axis=0) > worst).to(tl.int32), axis=0) > 0:
-            kept = keep_best(kept, fresh, block - slot)
+            kept = keep_best_few(kept, fresh, block - slot, LIVE) if LIVE > 0 else keep_best(kept, fresh, block - slot)
             worst = worst_kept(kept)
         fresh = tl.full(fresh.shape, float("-inf"), tl.float32)
     return kept, fresh, worst
@@ -174,16 +191,20 @@ def selection_kernel(
     DEPTH: tl.constexpr,
     KEPT: tl.constexpr,
     PERIOD: tl.constexpr,
+    LIVE: tl.constexpr,
     CLEAR: tl.constexpr,
     TABLE: tl.constexpr,
     SPLIT: tl.constexpr,
     USE_TMA: tl.constexpr,
     SWAP: tl.constexpr,
+    FP8_PRODUCT: tl.constexpr,
     PAGED: tl.constexpr,
     SCALED: tl.constexpr,
     NATIVE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """See the module's docstring. Grid (tiles, splits)."""
+    overlap_launches(OVERLAP)
     TOKENS: tl.constexpr = ROWS // GROUPS
     sequence, tile = find_tile(tl.program_id(0), tile_ends_ptr, num_sequences, seqlen_q, TOKENS, TABLE)
     if sequence >= num_sequences:
@@ -205,6 +226,8 @@ def selection_kernel(
     share = tl.cdiv(tl.maximum(num_blocks - forced, 0), num_splits)
     begin = forced + tl.program_id(1) * share
     end = tl.minimum(begin + share, num_blocks)
+    # A long period holds all of a split's share; a short one is counted from 0, which takes a register less.
+    origin = begin if LIVE > 0 else 0
 
     rank = tl.arange(0, KEPT)[:, None]
     given = (rank < forced) & (rank * BLOCK < visible[None, :]) & (tl.program_id(1) == 0)
@@ -220,6 +243,8 @@ def selection_kernel(
         mask=live[:, None] & (depth < HEAD_DIM)[None, :],
         other=0.0,
     )
+    if FP8_PRODUCT:
+        q = split_e4m3(q)
     place, key, scales = look_ahead(
         page_table_ptr, max_pages, num_pages, index_k_scale_ptr, seqlen_k, batch, k_start, num_keys, begin, end - 1,
         BLOCK, COLUMNS, PAGED, SCALED,
@@ -237,18 +262,19 @@ def selection_kernel(
                 page_table_ptr, max_pages, num_pages, index_k_scale_ptr, seqlen_k, batch, k_start, num_keys, block + 1,
                 end - 1, BLOCK, COLUMNS, PAGED, SCALED,
             )  # fmt: skip
-            kept, fresh, worst = collect(kept, fresh, worst, best, block, False, PERIOD)
+            kept, fresh, worst = collect(kept, fresh, worst, best, block, origin, False, PERIOD, LIVE)
     for block in tl.range(masked_begin, end, num_stages=1 if CLEAR else None):
         keys = load_keys(
             index_k, place, key, num_keys - block * BLOCK, stride_kb, stride_ks, stride_kd,
             HEAD_DIM, BLOCK, COLUMNS, DEPTH, False, USE_TMA,
         )  # fmt: skip
-        best = masked_maximum(score_keys(q, keys, scales, SCALED, NATIVE, SWAP), block, visible, num_local, BLOCK)
+        scores = score_e4m3(q, keys, scales) if FP8_PRODUCT else score_keys(q, keys, scales, SCALED, NATIVE, SWAP)
+        best = masked_maximum(scores, block, visible, num_local, BLOCK)
         place, key, scales = look_ahead(
             page_table_ptr, max_pages, num_pages, index_k_scale_ptr, seqlen_k, batch, k_start, num_keys, block + 1,
             end - 1, BLOCK, COLUMNS, PAGED, SCALED,
         )  # fmt: skip
-        kept, fresh, worst = collect(kept, fresh, worst, best, block, block == end - 1, PERIOD)
+        kept, fresh, worst = collect(kept, fresh, worst, best, block, origin, block == end - 1, PERIOD, LIVE)
 
     if SPLIT:
         place = (query_row * num_splits + tl.program_id(1)) * KEPT
@@ -268,12 +294,14 @@ def merge_kernel(
     KEPT: tl.constexpr,
     LANES: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """ids of ROWS query rows from the kept keys of their splits, [num_rows, num_splits, KEPT], each descending.
 
     Columns (row, lane) take the splits lane, lane + LANES, ... in turn, then a tree joins the lanes. To join two
     sorted columns, one of them is reversed and the larger of each pair kept, a bitonic column to be sorted again.
     """
+    overlap_launches(OVERLAP)
     COLUMNS: tl.constexpr = ROWS * LANES
     column = tl.arange(0, COLUMNS)[None, :]
     query_row = tl.program_id(0).to(tl.int64) * ROWS + column // LANES
@@ -326,11 +354,13 @@ def selection_constants(
         "DEPTH": padded(index_head_dim),
         "KEPT": config.kept,
         "PERIOD": config.period,
+        "LIVE": config.live,
         "CLEAR": config.clear,
         "TABLE": table,
         "SPLIT": config.num_splits > 1,
         "USE_TMA": config.use_tma,
         "SWAP": config.swap,
+        "FP8_PRODUCT": config.fp8_product,
     }
 
 
@@ -349,7 +379,7 @@ def choose_config(
         index_head_dim=index_head_dim,
         block_size=block_size,
         topk=topk,
-        element_size=index_q.element_size(),
+        dtype=index_q.dtype,
         key_size=index_k.element_size(),
         tma_ready=tma_ready(index_k),
     )
@@ -386,7 +416,7 @@ def select_blocks(
         workspace = ids.new_empty(num_rows, config.num_splits, config.kept, dtype=torch.int64)
     selection_kernel[(num_tiles, config.num_splits)](
         index_q,
-        key_tiles(as_bits(index_k), config, block_size),
+        key_tiles(index_k if config.fp8_product else as_bits(index_k), config, block_size),
         sequences,
         ends,
         pages,
@@ -407,6 +437,7 @@ def select_blocks(
         num_init_blocks,
         **selection_constants(config, num_kv_heads, index_head_dim, block_size, topk, table),
         **storage_constants(target, page_table is not None, index_k_scale is not None),
+        **target.overlap(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -421,6 +452,7 @@ def select_blocks(
             KEPT=config.kept,
             LANES=lanes,
             ROWS=rows,
+            **target.overlap(),
             num_warps=num_warps,
         )
     return ids

@@ -6,6 +6,7 @@ Asserted of the machine code: nothing is spilled, shared memory fits the target,
 import os
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -41,18 +42,19 @@ def test_selection(build, target, case):
         index_head_dim=DEPTH,
         block_size=BLOCK,
         topk=TOPK,
-        element_size=2,
+        dtype=torch.bfloat16,
         key_size=1 if scaled else 2,
         tma_ready=True,
     )
     constants = selection.selection_constants(config, GROUPS, DEPTH, BLOCK, TOPK, seqlen_q > 16)
     constants |= configs.storage_constants(target, paged, scaled)
     types = {"workspace_ptr": "*i64"} if config.num_splits > 1 else {}
-    element = "u8" if scaled else "bf16"
+    element = "fp8e4nv" if config.fp8_product else "u8" if scaled else "bf16"
     types["index_k"] = f"tensordesc<{element}[1,{BLOCK},{DEPTH}]>" if config.use_tma else f"*{element}"
     compiled = build(selection.selection_kernel, target, constants, config.num_warps, config.num_stages, **types)
     if target.arch == 90:
-        assert config.use_tma and "wgmma.mma_async" in compiled.asm["ptx"]
+        product = "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3" if scaled and seqlen_q == 1 else "wgmma.mma_async"
+        assert config.use_tma and product in compiled.asm["ptx"]
     assert (config.num_splits > 1) == (seqlen_q <= 16)
 
 

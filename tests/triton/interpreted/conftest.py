@@ -10,6 +10,7 @@ from helpers import visible
 from triton.runtime.interpreter import InterpreterBuilder
 
 from flexmsa import reference
+from flexmsa.kernels.triton import decode
 
 # As on a GPU, where a maximum ignores NaN; the interpreter does so since Triton 3.9.
 InterpreterBuilder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
@@ -39,6 +40,12 @@ def plain(batch, seqlen_q, seqlen_k):
 def dense():
     """The dense definitions, taking the kernels' table of sequences."""
     return SimpleNamespace(select=select, attend=attend, plain=plain)
+
+
+@pytest.fixture(autouse=True)
+def chunks_in_tiles(monkeypatch):
+    """As few queries as tests have are enough for the kernels that large chunks of a prompt take."""
+    monkeypatch.setattr(decode, "FEW_ROWS", 0)
 
 
 @pytest.fixture(autouse=True)

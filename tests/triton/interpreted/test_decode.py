@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flexmsa.kernels import triton as kernels
+from flexmsa.kernels.triton import decode
 from flexmsa.kernels.triton.configs import attend_config, target_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -15,6 +16,7 @@ CASES = {
     "several tokens": (4, 3, 2, 300, 16, 16, 16, 4, None, torch.float32),
     "filled parts": (1, 5, 1, 300, 80, 16, 48, 3, [[0, 0, 1, 0, 100], [1, 0, 1, 20, 290]], torch.float32),
     "M3 group": (3, 16, 3, 200, 16, 96, 128, 16, [[0, 0, 3, 0, 2], [1, 0, 3, 20, 190]], torch.float32),
+    "chunk": (2, 3, 40, 300, 16, 16, 16, 4, [[0, 0, 40, 0, 300], [1, 0, 40, 20, 50]], torch.float32),
     "one head": (1, 1, 4, 300, 96, 16, 16, 3, None, torch.float16),
     "packed": (
         2, 2, 6, 60, 16, 16, 16, 2,
@@ -51,7 +53,8 @@ def assert_attention(found, wanted, dtype):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_decode(dense, case):
+def test_decode(dense, case, monkeypatch):
+    monkeypatch.setattr(decode, "FEW_ROWS", 8192)
     q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(dense, case)
     scale = q.shape[-1] ** -0.5
     ids = kernels.select_blocks(index_q, index_k, sequences, block_size, topk, 1, 0)

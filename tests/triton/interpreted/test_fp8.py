@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from flexmsa.kernels import triton as kernels
+from flexmsa.kernels.triton.fp8 import decode_e4m3, split_e4m3
 from flexmsa.kernels.triton.selection import choose_config
 from flexmsa.testing import assert_close
 
@@ -88,3 +91,27 @@ def test_attention(dense, seqlen_q, dtype):
         assert_close("lse", lse, exact[1], rounded[1].float())
         pages = kernels.attend_blocks(q, k_pages, v_pages, *arguments, table, *scales)
         assert torch.equal(pages[0], out) and torch.equal(pages[1], lse)
+
+
+@triton.jit
+def split_kernel(x_ptr, out_ptr, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    place = tl.arange(0, ROWS)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
+    both = decode_e4m3(split_e4m3(tl.load(x_ptr + place)).to(tl.uint8, bitcast=True), tl.float32, False)
+    row = tl.arange(0, 2 * ROWS)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
+    tl.store(out_ptr + row, both)
+
+
+def test_queries_as_two_e4m3_numbers():
+    """Every bf16 number down to 2^-13 of the largest is kept whole, a smaller one to 2^-21 of it."""
+    x = (torch.randn(16, 32) * torch.exp2(torch.randint(-40, 40, (16, 1)))).bfloat16().float()
+    x[3] = 0
+    x[5] *= torch.exp2(-torch.arange(32.0))
+    found = torch.empty(32, 32)
+    split_kernel[(1,)](x, found, 16, 32)
+    found = found[:16] + found[16:] / 16
+    largest = x.abs().amax(1, keepdim=True)
+    factor = found.abs().amax(1, keepdim=True) / largest.clamp(min=1e-30)
+    assert (factor.log2() % 1 == 0)[factor > 0].all()
+    error = (found - x * factor).abs() / (largest * factor).clamp(min=1e-30)
+    assert error.max() <= 2**-21
+    assert (error == 0)[x.abs() >= 2**-13 * largest].all()

@@ -57,7 +57,15 @@ def test_matches_definition(dense, shape, draw):
 def test_keys_as_the_rows_of_the_product(dense, seqlen_q, clear):
     index_q, index_k = integers(2, 3, seqlen_q, 16), integers(2, 1, 333, 16)
     for splits in (1, 4):
-        check(dense, index_q, index_k, 48, 3, num_splits=splits, swap=True, clear=clear, period=4)
+        check(dense, index_q, index_k, 48, 3, num_splits=splits, swap=True, clear=clear, period=4, live=0)
+
+
+@pytest.mark.parametrize("draw", [integers, torch.randn], ids=["ties", "normal"])
+@pytest.mark.parametrize("live", [0, 4, 16])
+def test_rows_that_threads_share(dense, draw, live):
+    index_q, index_k = draw(2, 3, 1, 16), draw(2, 1, 200 * 16, 16)
+    for splits in (1, 2, 7):
+        check(dense, index_q, index_k, 16, 5, num_splits=splits, live=live, period=64 if live else 8)
 
 
 def test_bulk_copies(dense):
