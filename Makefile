@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo test lint types check bench bench-gpu clean
+.PHONY: help demo convert-demo test lint types check bench bench-gpu clean
 
 help:  ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -11,11 +11,14 @@ help:  ## say what each target does
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,plot]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,plot,transformers]'
 	@touch $@
 
 demo: $(INSTALLED)  ## train a small language model, dense warm-up then sparse, and generate from it (about 4 minutes)
 	$(BIN)/python -m flexmsa demo
+
+convert-demo: $(INSTALLED)  ## train a dense transformers model, convert it, and compare (about 10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m flexmsa convert-demo
 
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest -n auto

@@ -7,6 +7,10 @@ import sys
 # Command, module with `main(argv) -> exit code`, and what it does.
 COMMANDS = {
     "demo": ("flexmsa.demo", "train a small language model with MSA beside a dense one, and compare them"),
+    "convert-demo": (
+        "flexmsa.integrations.transformers.demo",
+        "train a small dense transformers model, convert it, and compare it with other uses of the same budget",
+    ),
     "check": ("flexmsa.testing.check", "compare every backend that runs on this machine with the definition"),
 }
 
@@ -21,7 +25,13 @@ def main(argv: list[str]) -> int:
         # The command's own parser answers --help.
         commands.add_parser(name, help=summary, add_help=False)
     chosen, rest = parser.parse_known_args(argv)
-    module = importlib.import_module(COMMANDS[chosen.command][0])
+    try:
+        module = importlib.import_module(COMMANDS[chosen.command][0])
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        print(f"{chosen.command} needs transformers: pip install flexmsa[transformers]", file=sys.stderr)
+        return 1
     return module.main(rest)
 
 

@@ -43,6 +43,12 @@ def test_arrows_run_one_way(room):
         assert all(any(name.startswith(allowed) for allowed in ALLOWED[room]) for name in own), (path, own)
 
 
+def test_nothing_imports_the_integrations():
+    for path in (ROOT / "flexmsa").rglob("*.py"):
+        if "integrations" not in path.parts:
+            assert not any(name.startswith("flexmsa.integrations") for name in _imports(path)), path
+
+
 def test_kernels_import_torch_and_triton_only():
     for path in (ROOT / "kernels").rglob("*.py"):
         outside = {name.split(".")[0] for name in _imports(path)} - {"flexmsa"} - set(sys.stdlib_module_names)
@@ -54,7 +60,8 @@ def test_the_reference_imports_no_kernel():
 
 
 def test_run_time_needs_torch_triton_and_numpy_only():
-    code = "import sys, flexmsa; print(' '.join(m for m in ('hypothesis', 'matplotlib', 'pytest') if m in sys.modules))"
+    optional = ("hypothesis", "matplotlib", "pytest", "transformers", "flexmsa.integrations")
+    code = f"import sys, flexmsa; print(' '.join(m for m in {optional} if m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 
@@ -80,6 +87,8 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_docstrings(name):
+    if name.startswith("flexmsa.integrations."):
+        pytest.importorskip("transformers")
     module = importlib.import_module(name)
     public = {item: getattr(flexmsa, item) for item in flexmsa.__all__}
     torch.manual_seed(0)
@@ -91,6 +100,8 @@ def test_the_examples_in_the_documents(page):
     text = (ROOT / page).read_text()
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        if "transformers" in block:
+            pytest.importorskip("transformers")
         exec(compile(block, page, "exec"), names)
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert ((ROOT / page).parent / link).exists(), link

@@ -1,0 +1,31 @@
+"""flexmsa in Hugging Face transformers (`pip install flexmsa[transformers]`)."""
+
+from flexmsa.integrations.transformers.convert import convert, msa_config, set_warm_up
+from flexmsa.integrations.transformers.loading import from_pretrained
+from flexmsa.integrations.transformers.losses import IndexLosses
+from flexmsa.integrations.transformers.minimax_m3 import register
+from flexmsa.integrations.transformers.training import (
+    ConversionCallback,
+    begin_sparse,
+    begin_warm_up,
+    check_optimizer,
+    clip_gradients,
+    log_entries,
+    parameter_groups,
+)
+
+__all__ = [
+    "ConversionCallback",
+    "IndexLosses",
+    "begin_sparse",
+    "begin_warm_up",
+    "check_optimizer",
+    "clip_gradients",
+    "convert",
+    "from_pretrained",
+    "log_entries",
+    "msa_config",
+    "parameter_groups",
+    "register",
+    "set_warm_up",
+]

@@ -1,0 +1,289 @@
+"""Turn a dense causal model of transformers into one with MiniMax Sparse Attention."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from flexmsa.config import MSAConfig
+from flexmsa.integrations.transformers.attention import IMPLEMENTATION, register_attention
+from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
+from flexmsa.integrations.transformers.index_branch import add_index_branch
+from flexmsa.integrations.transformers.losses import IndexLosses, keep_losses_when_checkpointing
+
+__all__ = ["conversion_of", "convert", "install", "model_sizes", "msa_config", "set_warm_up"]
+
+# Settings that the model itself has, so that the saved ones need not repeat them.
+_OF_THE_MODEL = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "rotary_dim", "rope_theta")
+
+
+def msa_config(model: PreTrainedModel, **settings: Any) -> MSAConfig:
+    """The settings of a converted layer of `model`: sizes and epsilon are the model's, the rest is `settings`.
+
+    Args:
+        model: a causal model of transformers.
+        settings: of `MSAConfig`: block_size, topk, num_local_blocks, num_init_blocks, index_head_dim (default: the
+            model's head_dim), qk_norm, norm_eps, bias.
+    """
+    config = model.config.get_text_config()
+    sizes = model_sizes(config)
+    epsilon = getattr(config, "rms_norm_eps", getattr(config, "layer_norm_eps", 1e-6))
+    return MSAConfig(**{**sizes, "index_head_dim": sizes["head_dim"], "norm_eps": epsilon, **settings})
+
+
+def model_sizes(config: PreTrainedConfig) -> dict[str, int]:
+    """The settings of `MSAConfig` that a model has itself."""
+    heads = config.num_attention_heads
+    return {
+        "hidden_size": config.hidden_size,
+        "num_heads": heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+    }
+
+
+def convert(
+    model: PreTrainedModel,
+    settings: MSAConfig | Mapping[str, Any] | None = None,
+    *,
+    layers: Iterable[int] | None = None,
+) -> PreTrainedModel:
+    """Add an index branch to attention layers of a dense causal model, in place; its own weights stay as they are.
+
+    The model starts in the warm-up: its logits are those of the dense model. Train it with
+    `flexmsa.integrations.transformers.training`, or switch the selection on with `set_warm_up(model, False)`. In
+    training mode `outputs.index_loss` is the sum over the layers of the index losses, and `outputs.loss` has
+    `model.flexmsa.index_loss_weight` times that sum in it.
+
+    Args:
+        model: grouped-query or multi-head attention with RoPE, such as Llama, Qwen2, Qwen3, Mistral, Gemma 3, Phi.
+        settings: an MSAConfig that fits the model, or the arguments of `msa_config`. The model's own RoPE turns the
+            index heads.
+        layers: the numbers of the layers to convert; default: all without a sliding window.
+
+    Returns:
+        The model. `model.flexmsa` is its `Conversion`, and `model.config.flexmsa` the settings, saved with it.
+
+    Raises:
+        ValueError, TypeError: the model or the settings are not as described.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    if hasattr(model, "flexmsa"):
+        raise ValueError("model: expected a dense model, got one that is converted already")
+    if getattr(model.config.get_text_config(), "flexmsa", None) is not None:
+        raise ValueError(
+            "model: expected a dense model, got the checkpoint of a converted one without its index branch; "
+            "load it with flexmsa.integrations.transformers.from_pretrained"
+        )
+    config = settings if isinstance(settings, MSAConfig) else msa_config(model, **(settings or {}))
+    _check_settings(config, model_sizes(model.config.get_text_config()))
+    modules = _attention_modules(model)
+    chosen = _choose_layers(modules, layers)
+    return install(model, config, chosen, warm_up=True)
+
+
+def _check_settings(config: MSAConfig, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        if getattr(config, name) != size:
+            raise ValueError(f"settings: expected {name}={size}, as the model has, got {getattr(config, name)}")
+    if config.topk is None:
+        raise ValueError("settings: expected an int for topk, got None; the warm-up is a mode of a converted model")
+    if config.rotary_dim is not None or config.rope_theta != MSAConfig.rope_theta:
+        raise ValueError("settings: expected no rotary_dim and rope_theta; index heads turn by the model's own RoPE")
+
+
+def _attention_modules(model: PreTrainedModel) -> dict[int, Any]:
+    """The causal self-attention modules by their layer's number.
+
+    Raises:
+        ValueError: there are none, or they do what flexmsa does not.
+    """
+    found: Iterable[Any] = model.modules()
+    modules = {
+        module.layer_idx: module
+        for module in found
+        if type(module).__name__.endswith("Attention")
+        and getattr(module, "is_causal", False)
+        and isinstance(getattr(module, "layer_idx", None), int)
+    }
+    if not modules:
+        raise ValueError(
+            f"model: expected causal attention modules with a layer_idx, found none in {type(model).__name__}"
+        )
+    for module in modules.values():
+        if not hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb"):
+            raise ValueError(f"model: expected attention with RoPE, got {type(module).__name__} without it")
+        refused = {
+            "attention_dropout": getattr(module, "attention_dropout", 0),
+            "attn_logit_softcapping": getattr(module, "attn_logit_softcapping", None),
+            "sinks": getattr(module, "sinks", None),
+            "indexer of its own": getattr(module, "indexer", None),
+        }
+        for name, value in refused.items():
+            if isinstance(value, Tensor | nn.Module) or value:
+                raise ValueError(f"model: expected no {name}, which flexmsa does not do, in {type(module).__name__}")
+    return modules
+
+
+def _is_local(module: Any) -> bool:
+    """Whether an attention module sees a window or a chunk only; some classes keep that in the configuration."""
+    kinds = getattr(module.config, "layer_types", None)
+    if kinds is not None:
+        return kinds[module.layer_idx] != "full_attention"
+    return getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)) is not None
+
+
+def _choose_layers(modules: dict[int, Any], layers: Iterable[int] | None) -> tuple[int, ...]:
+    full = [number for number, module in sorted(modules.items()) if not _is_local(module)]
+    if layers is None:
+        if not full:
+            raise ValueError(
+                "layers: expected layers that attend to everything, got a model whose every layer has a sliding "
+                "window; set config.sliding_window = None if the model was not trained with one"
+            )
+        return tuple(full)
+    chosen = tuple(sorted(set(layers)))
+    for number in chosen:
+        if number not in full:
+            kind = "has a sliding window" if number in modules else "does not exist"
+            raise ValueError(f"layers: expected some of {full}, got {number}, which {kind}")
+    if not chosen:
+        raise ValueError("layers: expected at least one layer, got none")
+    return chosen
+
+
+def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: bool) -> PreTrainedModel:
+    """Do what `convert` does, without its checks."""
+    register_attention()
+    _own_config(model)
+    text_config = model.config.get_text_config()
+    modules = _attention_modules(model)
+    dense = text_config._attn_implementation
+    fallback = dense if dense not in (None, "eager", IMPLEMENTATION) else "sdpa"
+    conversion = Conversion(config, layers, fallback, warm_up)
+    std = config.hidden_size**-0.5
+    for number, module in modules.items():
+        if number in layers:
+            weight = next(module.parameters())
+            dtype = weight.dtype if weight.is_floating_point() else model.dtype
+            add_index_branch(module, config, std, dtype, weight.device)
+        hook_attention(module, conversion, fallback=fallback if _is_local(module) else None)
+    model.flexmsa = conversion
+    text_config._attn_implementation = IMPLEMENTATION
+    _store_settings(model)
+    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    model.register_forward_hook(_after_forward, with_kwargs=True)
+    return model
+
+
+def _own_config(model: Any) -> None:
+    """Give the model a configuration of its own, for others may have been made from the same one."""
+    shared = model.config, model.config.get_text_config()
+    own = copy.deepcopy(model.config)
+    owned = own, own.get_text_config()
+    for module in model.modules():
+        for theirs, ours in zip(shared, owned, strict=True):
+            if getattr(module, "config", None) is theirs:
+                module.config = ours
+
+
+def set_warm_up(model: Any, warm_up: bool) -> None:
+    """Make the main branch of a converted model dense (the warm-up), or switch its selection on."""
+    conversion_of(model).warm_up = warm_up
+    _store_settings(model)
+
+
+def conversion_of(model: Any) -> Conversion:
+    """The state of a converted model."""
+    conversion = getattr(model, "flexmsa", None)
+    if not isinstance(conversion, Conversion):
+        raise ValueError(f"model: expected a converted model, got a {type(model).__name__}; call convert(model) first")
+    return conversion
+
+
+def _store_settings(model: Any) -> None:
+    """Write the settings where save_pretrained finds them."""
+    conversion: Conversion = model.flexmsa
+    settings = {
+        name: value for name, value in dataclasses.asdict(conversion.config).items() if name not in _OF_THE_MODEL
+    }
+    model.config.get_text_config().flexmsa = {
+        **settings,
+        "layers": list(conversion.layers),
+        "fallback": conversion.fallback,
+        "warm_up": conversion.warm_up,
+    }
+
+
+def _before_forward(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Ask the layers for what this forward pass needs."""
+    if model.config.get_text_config()._attn_implementation != IMPLEMENTATION:
+        return args, kwargs
+    if kwargs.get("index_losses") is not None:
+        raise ValueError(
+            "index_losses: expected none, got some; the loss of a converted model has them, with its weight"
+        )
+    conversion: Conversion = model.flexmsa
+    trains = model.training and torch.is_grad_enabled()
+    if trains:
+        keep_losses_when_checkpointing(model)
+    # Everything after the tokens may be positions, where it is given by place.
+    has_positions = len(args) > 1 or kwargs.get("position_ids") is not None
+    forward_pass = ForwardPass(has_positions, with_health=conversion.with_health)
+    losses = IndexLosses() if trains or conversion.with_health else None
+    return args, {**kwargs, "msa_pass": forward_pass, "index_losses": losses}
+
+
+def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Add the index loss to the outputs, and in training to their loss."""
+    conversion: Conversion = model.flexmsa
+    losses: IndexLosses | None = kwargs.get("index_losses")
+    if losses is None:
+        return output
+    values = losses.values
+    if values.keys() != set(conversion.layers):
+        raise RuntimeError(
+            f"{type(model).__name__} does not hand keyword arguments on to its attention modules: "
+            f"expected index losses of the layers {list(conversion.layers)}, got {list(values)}"
+        )
+    named = isinstance(output, Mapping)
+    lm_loss = output.get("loss") if named else output[0] if kwargs.get("labels") is not None else None
+    health = kwargs["msa_pass"].health
+    first = values[conversion.layers[0]].device
+    conversion.report = Report(
+        None if lm_loss is None else lm_loss.detach(),
+        torch.stack([values[number].to(first) for number in conversion.layers]),
+        tuple(health[number] for number in conversion.layers if number in health),
+    )
+    index_loss = losses.sum()
+    if named:
+        output["index_loss"] = index_loss
+    if lm_loss is None or not model.training:
+        return output
+    loss = lm_loss + conversion.index_loss_weight * _share_of_step(kwargs) * index_loss.to(lm_loss.device)
+    if not named:
+        return (loss, *output[1:])
+    output["loss"] = loss
+    return output
+
+
+def _share_of_step(kwargs: dict[str, Any]) -> Tensor | float:
+    """The part of an optimizer step's tokens in this forward pass.
+
+    Trainer divides the summed loss of each micro-batch by the tokens of the whole step; the index loss, a mean, is
+    weighted alike, so that accumulating gradients does not multiply it.
+    """
+    count = kwargs.get("num_items_in_batch")
+    if count is None:
+        return 1.0
+    shifted = kwargs.get("shift_labels")
+    labels = kwargs["labels"][..., 1:] if shifted is None else shifted
+    return labels.ne(-100).sum() / count

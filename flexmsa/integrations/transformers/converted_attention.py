@@ -1,0 +1,156 @@
+"""A converted model: its state, and the hook by which each attention module computes its index heads.
+
+A transformers attention module keeps its projections, norms, RoPE and cache. A forward pre-hook gives it the keyword
+arguments that it hands on to the attention function (see attention.py), so that the index heads arrive beside q, k and
+v. A `ForwardPass`, made once for each call of the model, travels to the hooks the same way.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from flexmsa.config import MSAConfig
+from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection
+from flexmsa.integrations.transformers.health import LayerHealth, measure, untrained_heads
+from flexmsa.integrations.transformers.index_branch import IndexHeads, cache_index_keys, has_index_branch, project_index
+from flexmsa.integrations.transformers.sequences import find_sequences
+
+__all__ = ["Conversion", "ForwardPass", "Report", "hook_attention"]
+
+
+@dataclass
+class ForwardPass:
+    """One call of a converted model.
+
+    Attributes:
+        has_positions: position_ids came from the caller, and may tell documents apart.
+        with_health: compare what each index branch selects with where the main branch looks.
+        health: layer number -> what was found.
+        sequences: the table of sequences, None where every row is one; `has_sequences` once a layer has found out.
+    """
+
+    has_positions: bool = True
+    with_health: bool = False
+    health: dict[int, LayerHealth] = field(default_factory=dict)
+    sequences: Tensor | None = None
+    has_sequences: bool = False
+
+
+class Report(NamedTuple):
+    """What the last forward pass found, detached.
+
+    Attributes:
+        lm_loss: scalar, the model's own loss; None without labels.
+        index_losses: [converted layers]; None if they were not computed.
+        health: of the converted layers; empty unless it was asked for.
+    """
+
+    lm_loss: Tensor | None = None
+    index_losses: Tensor | None = None
+    health: tuple[LayerHealth, ...] = ()
+
+
+@dataclass
+class Conversion:
+    """The state of a converted model, `model.flexmsa`.
+
+    Attributes:
+        config: the settings of every converted layer.
+        layers: the numbers of the converted layers.
+        fallback: the attention implementation of layers with a sliding window.
+        warm_up: whether the main branch is dense.
+        index_loss_weight: of the summed index losses in the loss of a model in training mode.
+        with_health: measure each forward pass.
+        select: instead of the index branch's choice, (index_q, index_k, config) -> block_indices [B, Hkv, Sq, topk],
+            such as `random_blocks`; for rows of one sequence each.
+        report: what the last forward pass found.
+        frozen: the parameters that the warm-up froze and the sparse phase trains again.
+    """
+
+    config: MSAConfig
+    layers: tuple[int, ...]
+    fallback: str
+    warm_up: bool = True
+    index_loss_weight: float = 1.0
+    with_health: bool = False
+    select: Callable[[Tensor, Tensor, MSAConfig], Tensor] | None = None
+    report: Report = field(default_factory=Report)
+    frozen: set[str] = field(default_factory=set)
+
+    def selection(self, heads: IndexHeads) -> Selection:
+        """What a layer with these index heads attends by."""
+        config, select = self.config, self.select
+        return Selection(
+            heads,
+            config.block_size,
+            None if self.warm_up else config.topk,
+            config.num_local_blocks,
+            config.num_init_blocks,
+            None if select is None else lambda index_q, index_k: select(index_q, index_k, config),
+        )
+
+
+def hook_attention(module: nn.Module, conversion: Conversion, fallback: str | None) -> None:
+    """Let `module`, with or without an index branch, attend through flexmsa, or through the `fallback` named."""
+    # Both are copied together with the model, as attributes of the module.
+    module.msa = conversion  # type: ignore[assignment]
+    module.flexmsa_fallback = fallback  # type: ignore[assignment]
+    module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+
+
+def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Put the table of sequences, the index heads and what measures them among the keyword arguments of `module`."""
+    kwargs = dict(kwargs)
+    forward_pass = kwargs.pop("msa_pass", None) or ForwardPass()
+    if module.flexmsa_fallback is not None or module.config._attn_implementation != IMPLEMENTATION:
+        kwargs.pop("index_losses", None)
+        return args, kwargs
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    kwargs["attention_mask"] = _sequences(forward_pass, hidden_states, cache, module.layer_idx, kwargs)
+    if not has_index_branch(module):
+        return args, kwargs
+    rope = kwargs["position_embeddings"]
+    heads = project_index(module, module, hidden_states, rope)
+    if cache is not None:
+        heads = IndexHeads(heads.index_q, cache_index_keys(cache, module.layer_idx, heads.index_k))
+    kwargs["block_indices"] = module.msa.selection(heads)
+    # A checkpointed layer runs again in the backward pass, and is not measured again.
+    if forward_pass.with_health and module.layer_idx not in forward_pass.health:
+        untrained = untrained_heads(module, module.msa.config, hidden_states, rope)
+        kwargs["observe"] = partial(_observe, forward_pass, module, heads, untrained)
+    return args, kwargs
+
+
+def _observe(
+    forward_pass: ForwardPass,
+    module: Any,
+    heads: IndexHeads,
+    untrained: IndexHeads,
+    q: Tensor,
+    k: Tensor,
+    sequences: Tensor | None,
+    scale: float,
+) -> None:
+    forward_pass.health[module.layer_idx] = measure(q, k, heads, untrained, sequences, module.msa.config, scale)
+
+
+def _sequences(
+    forward_pass: ForwardPass, hidden_states: Tensor, cache: Cache | None, layer_idx: int, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The table of sequences, found by the first layer that asks, on the device of the one that asks now."""
+    if forward_pass.has_sequences:
+        found = forward_pass.sequences
+        return None if found is None else found.to(hidden_states.device)
+    position_ids = kwargs.get("position_ids") if forward_pass.has_positions else None
+    mask, cu_seqlens = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
+    sequences = find_sequences(hidden_states, mask, position_ids, cu_seqlens, cache, layer_idx)
+    # A traced layer that is checkpointed may not change what is outside of it.
+    if not torch.compiler.is_compiling():
+        forward_pass.sequences, forward_pass.has_sequences = sequences, True
+    return sequences

@@ -1,0 +1,157 @@
+"""`python -m flexmsa convert-demo`: a dense transformers model learns, is converted, and is compared."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from flexmsa.demo.progress import Progress, clock
+from flexmsa.demo.text import Text, read_standard_library
+from flexmsa.integrations.transformers.demo.report import draw_table, save
+from flexmsa.integrations.transformers.demo.retrieval import KEY_LENGTH
+from flexmsa.integrations.transformers.demo.train import WAYS, Demo, Settings, unigram_loss
+
+__all__ = ["main"]
+
+QUICK = {
+    "dense_steps": 150,
+    "warm_up_steps": 30,
+    "sparse_steps": 10,
+    "context": 96,
+    "hidden_size": 48,
+    "num_layers": 2,
+    "head_dim": 16,
+    "block_size": 4,
+    "topk": 6,
+    "measure_every": 5,
+    "test_windows": 32,
+}
+INTERRUPTED = 130
+# What the conversion is expected to reach.
+MOST_ABOVE_DENSE = 0.02
+
+
+def main(argv: list[str]) -> int:
+    """Run the demo; returns the exit code, 130 after Ctrl-C."""
+    try:
+        return run(parse(argv))
+    except (FileNotFoundError, FileExistsError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped.")
+        return INTERRUPTED
+
+
+def parse(argv: list[str]) -> Settings:
+    """Read the options; those not given keep the defaults of `Settings`, or of the quick run."""
+    default = Settings()
+    parser = argparse.ArgumentParser(
+        prog="python -m flexmsa convert-demo",
+        description="Train a small dense Qwen3 of transformers on the Python standard library's source, convert it to "
+        "MiniMax Sparse Attention, and compare it with other uses of the same budget. About ten minutes on two CPU "
+        "cores.",
+    )
+    parser.add_argument("--quick", action="store_true", help="a much smaller model for a few steps: seconds")
+    for name, text in (
+        ("dense-steps", "training steps of the dense model"),
+        ("warm-up-steps", "steps of phase 1: the index branch alone learns"),
+        ("sparse-steps", "steps of phase 2, and of each other way to attend"),
+        ("batch-size", "windows of text in a batch"),
+        ("seed", "of the weights and the batches"),
+    ):
+        value = getattr(default, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} (default: {value})")
+    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"where the results go (default: {default.out}/)")
+    options = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    preset = QUICK if options.pop("quick") else {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = Settings(**{"device": device, **preset, **options})
+    for name in ("dense_steps", "warm_up_steps", "sparse_steps", "batch_size"):
+        if getattr(settings, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(settings, name)}")
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device: {str(error).splitlines()[0]}")
+    return settings
+
+
+def run(settings: Settings) -> int:
+    """Train, convert, compare and save, saying so; Ctrl-C goes straight to the saving."""
+    started = time.monotonic()
+    settings.out.mkdir(parents=True, exist_ok=True)
+    text = read_standard_library()
+    demo = Demo(settings, text)
+    results: dict[str, Any] = {"settings": {**dataclasses.asdict(settings), "out": str(settings.out)}}
+    results |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    results |= {"threads": torch.get_num_threads(), "unigram_loss": unigram_loss(text), "interrupted": False}
+    introduce(settings, text, demo)
+    try:
+        train(demo, settings, results["unigram_loss"])
+    except KeyboardInterrupt:
+        results["interrupted"] = True
+        print("\nStopped; saving what there is.")
+    results["seconds"] = time.monotonic() - started
+    for name, scores in (("not_retrained", demo.swapped), ("retrained", demo.trained)):
+        results[name] = {way: {"loss": score.loss, "answers": score.answers} for way, score in scores.items()}
+    written = save(demo, results)
+    print(f"\n{draw_table(demo, results['unigram_loss'])}")
+    print(f"Wrote {', '.join(str(path) for path in written)}. Took {clock(results['seconds'])}.")
+    conclude(demo)
+    return INTERRUPTED if results["interrupted"] else 0
+
+
+def introduce(settings: Settings, text: Text, demo: Demo) -> None:
+    """Say what is about to happen."""
+    size = sum(parameter.numel() for parameter in demo.dense.parameters())
+    keys = settings.block_size * settings.topk
+    print(
+        f"Text: {text.num_files} files of Python source from {text.source};\n"
+        f"  {len(text.train):,} bytes to learn from, {len(text.validation):,} bytes of other files to test on.\n"
+        f"Model: {type(demo.dense).__name__}, {settings.num_layers} layers of width {settings.hidden_size}, "
+        f"{size:,} parameters, on {settings.device}.\n"
+        f"Budget: {keys} of {settings.context} keys, {settings.topk} blocks of {settings.block_size}.\n"
+        f"Retrieval: a key of {KEY_LENGTH} letters, told in the first half of the context and asked for at its end.\n"
+        f"  KL: how far the index branches are from the main branch's attention, sum over the layers.\n"
+        f"  Score recall: how much of the attention on the {settings.topk} best blocks they find.",
+        flush=True,
+    )
+
+
+def train(demo: Demo, settings: Settings, unigram: float) -> None:
+    """Everything that takes time."""
+    print(f"\nDense training, {settings.dense_steps} steps.", flush=True)
+    demo.train_dense(Progress(settings.dense_steps))
+    print(
+        f"\nConverted. Phase 1, {settings.warm_up_steps} steps: the index branches learn, all else is frozen.",
+        flush=True,
+    )
+    demo.warm_up(Progress(settings.warm_up_steps))
+    demo.try_ways()
+    dense = demo.swapped["dense"]
+    print(f"The dense model: {dense.loss:.3f} nats a byte (unigram {unigram:.3f}), retrieval {dense.answers:.0%}.")
+    for way in WAYS:
+        print(f"\nOn from there, {settings.sparse_steps} steps: {way}.", flush=True)
+        demo.train_way(way, Progress(settings.sparse_steps))
+
+
+def conclude(demo: Demo) -> None:
+    """Say whether the conversion did what is expected of it."""
+    if not {"dense", "MSA", "window"} <= demo.trained.keys():
+        return
+    dense, msa, window = (demo.trained[way] for way in ("dense", "MSA", "window"))
+    above = msa.loss / dense.loss - 1
+    error = (msa.losses - dense.losses).std().item() / len(msa.losses) ** 0.5 / dense.loss
+    near = "within" if above <= MOST_ABOVE_DENSE else "not within"
+    ahead = "ahead of" if msa.answers > window.answers else "not ahead of"
+    print(
+        f"MSA is {above:+.1%} from dense (standard error {error:.1%}), {near} the {MOST_ABOVE_DENSE:.0%} expected,\n"
+        f"and {ahead} the window on retrieval ({msa.answers:.0%} and {window.answers:.0%})."
+    )

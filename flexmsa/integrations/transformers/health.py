@@ -1,0 +1,119 @@
+"""How good a selection is, beside what costs nothing: an untrained index branch, a window, and chance."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flexmsa import functional, metrics
+from flexmsa.config import MSAConfig
+from flexmsa.integrations.transformers.index_branch import IndexHeads, add_index_branch, project_index
+
+__all__ = ["LayerHealth", "measure", "random_blocks", "untrained_heads", "window_blocks"]
+
+# The newest queries of the longest sequence: enough to average over, and linear in the number of keys.
+MEASURED_QUERIES = 128
+
+
+class LayerHealth(NamedTuple):
+    """Recalls (see flexmsa.metrics) of one layer: of its index branch, and of two selections that learn nothing."""
+
+    learned: metrics.Recall
+    untrained: metrics.Recall
+    window: metrics.Recall
+
+
+@torch.no_grad()
+def untrained_heads(
+    attention: Any, config: MSAConfig, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+) -> IndexHeads:
+    """The index heads of a branch as `convert` makes it, the same one every time."""
+    weight = attention.index_q_proj.weight
+    branch = nn.Module()
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        torch.manual_seed(attention.layer_idx)
+        add_index_branch(branch, config, config.hidden_size**-0.5, weight.dtype, weight.device)
+    return project_index(branch, attention, hidden_states, position_embeddings)
+
+
+@torch.no_grad()
+def measure(
+    q: Tensor,
+    k: Tensor,
+    heads: IndexHeads,
+    untrained: IndexHeads,
+    sequences: Tensor | None,
+    config: MSAConfig,
+    scale: float | None,
+) -> LayerHealth:
+    """Compare three selections of `config.topk` blocks with the blocks that hold most of the main branch's attention.
+
+    Measured on the newest queries of the longest sequence in the batch; in the warm-up too, where nothing is left out
+    yet. Reads the lengths back from a GPU.
+    """
+    row, queries, keys = _longest(q, k, sequences)
+    q, k = q[row, :, queries], k[row, :, keys]
+
+    def recall(block_indices: Tensor) -> metrics.Recall:
+        return metrics.recall(q, k, block_indices, block_size=config.block_size, scale=scale)
+
+    def chosen(branch: IndexHeads) -> Tensor:
+        return select(branch.index_q[row, :, queries], branch.index_k[row, :, keys], config)
+
+    trained = chosen(heads)
+    window = window_blocks(heads.index_q[row, :, queries], heads.index_k[row, :, keys], config)
+    return LayerHealth(recall(trained), recall(chosen(untrained)), recall(window))
+
+
+def _longest(q: Tensor, k: Tensor, sequences: Tensor | None) -> tuple[slice, slice, slice]:
+    """The batch row, the measured queries and the keys of the longest sequence."""
+    if sequences is None:
+        return slice(0, 1), slice(max(0, q.shape[2] - MEASURED_QUERIES), q.shape[2]), slice(0, k.shape[2])
+    length = torch.where(sequences[:, 4] > sequences[:, 3], sequences[:, 2] - sequences[:, 1], -1)
+    row, q_start, q_end, k_start, k_end = sequences[length.argmax()].tolist()
+    return slice(row, row + 1), slice(max(q_start, q_end - MEASURED_QUERIES), q_end), slice(k_start, k_end)
+
+
+def select(index_q: Tensor, index_k: Tensor, config: MSAConfig) -> Tensor:
+    """What the index branch chooses: block_indices [B, Hkv, Sq, topk]."""
+    assert config.topk is not None
+    return functional.select_blocks(
+        index_q,
+        index_k,
+        block_size=config.block_size,
+        topk=config.topk,
+        num_local_blocks=config.num_local_blocks,
+        num_init_blocks=config.num_init_blocks,
+    )
+
+
+def window_blocks(index_q: Tensor, index_k: Tensor, config: MSAConfig, num_init_blocks: int = 0) -> Tensor:
+    """The newest blocks, and the `num_init_blocks` oldest ones as an attention sink, `config.topk` in all.
+
+    Returns:
+        block_indices [B, Hkv, Sq, topk] int32 for one causal sequence a row, as `select` gives them.
+    """
+    newest = _own_block(index_q, index_k, config)[:, None]
+    assert config.topk is not None
+    ids = torch.arange(config.topk, device=newest.device)
+    reach = config.topk - num_init_blocks
+    window = torch.where(ids < num_init_blocks, ids, newest - reach + 1 + ids - num_init_blocks)
+    window = window.masked_fill((ids >= num_init_blocks) & (window < num_init_blocks), -1)
+    window = window.masked_fill(window > newest, -1)
+    return window.to(torch.int32).expand(*index_q.shape[:3], -1)
+
+
+def random_blocks(index_q: Tensor, index_k: Tensor, config: MSAConfig) -> Tensor:
+    """The query's own block and others by chance, `config.topk` in all; the shape is that of `window_blocks`."""
+    newest = _own_block(index_q, index_k, config)[:, None]
+    blocks = torch.arange(-(-index_k.shape[2] // config.block_size), device=newest.device)
+    scores = torch.rand(*index_q.shape[:3], len(blocks), device=newest.device)
+    scores = scores.masked_fill(blocks == newest, 2.0).masked_fill(blocks > newest, -1.0)
+    assert config.topk is not None
+    best = scores.topk(min(config.topk, len(blocks)), dim=-1)
+    return best.indices.masked_fill(best.values < 0, -1).to(torch.int32)
+
+
+def _own_block(index_q: Tensor, index_k: Tensor, config: MSAConfig) -> Tensor:
+    seqlen_q, seqlen_k = index_q.shape[2], index_k.shape[2]
+    return torch.arange(seqlen_k - seqlen_q, seqlen_k, device=index_q.device) // config.block_size

@@ -1,0 +1,110 @@
+"""MiniMax-M3 of transformers through flexmsa: nothing of size Sq x Sk, documents and padding right, a trained indexer.
+
+Three places of transformers' model change, and only where `attn_implementation="flexmsa"`:
+
+- the text model finds, once for all layers, which keys each token sees, and hands that to them as their mask;
+- the indexer returns its heads, with its weights, norms, RoPE and cache, and leaves the selection to
+- the attention function, which selects, attends, and computes the index loss when asked to.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as modeling
+
+from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection, register_attention
+from flexmsa.integrations.transformers.index_branch import IndexHeads
+from flexmsa.integrations.transformers.losses import keep_losses_when_checkpointing
+from flexmsa.integrations.transformers.sequences import find_sequences
+
+__all__ = ["register"]
+
+
+@functools.cache
+def register() -> None:
+    """Make `attn_implementation="flexmsa"` known to transformers, for MiniMax-M3 text and vision-language models.
+
+    Call it before `from_pretrained(..., attn_implementation="flexmsa")` or `model.set_attn_implementation("flexmsa")`;
+    calling it again does nothing. Models with another implementation run as before.
+
+    >>> from transformers import AttentionInterface
+    >>> register()
+    >>> "flexmsa" in AttentionInterface().valid_keys()
+    True
+    """
+    register_attention()
+    modeling.MiniMaxM3VLAttention.flexmsa_fallback = None  # type: ignore[attr-defined]
+    # The vision tower is not causal.
+    modeling.MiniMaxM3VLVisionAttention.flexmsa_fallback = "sdpa"  # type: ignore[attr-defined]
+    for changed, wrap in (
+        (modeling.MiniMaxM3VLIndexer, _indexer_forward),
+        (modeling.MiniMaxM3VLTextModel, _text_model_forward),
+    ):
+        changed.forward = wrap(changed.forward)  # type: ignore[method-assign]
+
+
+def _text_model_forward(forward: Callable) -> Callable:
+    """Wrap the text model's `forward`: a mask in a dict is one that it gives to every layer as it is."""
+
+    @functools.wraps(forward)
+    def wrapped(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if self.config._attn_implementation == IMPLEMENTATION and tokens is not None:
+            padding = next(iter(attention_mask.values())) if isinstance(attention_mask, dict) else attention_mask
+            documents = kwargs.get("cu_seq_lens_q")
+            attention_mask = {
+                "full_attention": find_sequences(tokens, padding, position_ids, documents, past_key_values)
+            }
+            if kwargs.get("index_losses") is not None:
+                keep_losses_when_checkpointing(self)
+        return forward(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    return wrapped
+
+
+def _indexer_forward(forward: Callable) -> Callable:
+    """Wrap the indexer's `forward`: the same heads, of a detached input, and no scores."""
+
+    @functools.wraps(forward)
+    def wrapped(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Cache | None,
+        position_ids: Tensor,
+    ) -> Tensor | Selection:
+        if self.config._attn_implementation != IMPLEMENTATION:
+            return forward(self, hidden_states, position_embeddings, past_key_values, position_ids)
+        detached = hidden_states.detach()
+
+        def heads(projection: nn.Module, norm: nn.Module) -> Tensor:
+            return norm(projection(detached).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+
+        cos, sin = (x[..., : self.head_dim] for x in position_embeddings)
+        index_q, index_k = modeling.apply_rotary_pos_emb(
+            heads(self.q_proj, self.q_norm), heads(self.k_proj, self.k_norm), cos, sin
+        )
+        if past_key_values is not None:
+            index_k = past_key_values.layers[self.layer_idx].update_index(index_k)
+        return Selection(IndexHeads(index_q, index_k), self.block_size, self.topk_blocks, self.local_blocks)
+
+    return wrapped

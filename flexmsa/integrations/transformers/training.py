@@ -1,0 +1,248 @@
+"""The two phases that train a converted model: as functions for a loop of one's own, and as a Trainer callback.
+
+Phase 1, the warm-up: the base is frozen, its attention dense, and the index branches learn from the KL divergence over
+everything that a token sees. Phase 2: the selection is on and everything trains on
+
+    model's own loss + index_loss_weight * sum over layers of KL
+
+which is what `outputs.loss` of a converted model in training mode is. In phase 1 only the KL has a gradient.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from flexmsa.integrations.transformers.convert import conversion_of, set_warm_up
+from flexmsa.integrations.transformers.health import LayerHealth
+from flexmsa.integrations.transformers.index_branch import is_index_weight
+
+__all__ = [
+    "ConversionCallback",
+    "begin_sparse",
+    "begin_warm_up",
+    "check_optimizer",
+    "clip_gradients",
+    "log_entries",
+    "parameter_groups",
+]
+
+
+def begin_warm_up(model: nn.Module) -> None:
+    """Phase 1: dense attention, and only the index weights train."""
+    conversion = conversion_of(model)
+    set_warm_up(model, True)
+    for name, parameter in model.named_parameters():
+        if is_index_weight(name):
+            parameter.requires_grad_(True)
+        elif parameter.requires_grad:
+            parameter.requires_grad_(False)
+            conversion.frozen.add(name)
+
+
+def begin_sparse(model: nn.Module) -> None:
+    """Phase 2: the selection is on, and what `begin_warm_up` froze trains again."""
+    conversion = conversion_of(model)
+    set_warm_up(model, False)
+    for name, parameter in model.named_parameters():
+        if name in conversion.frozen:
+            parameter.requires_grad_(True)
+    conversion.frozen.clear()
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """All parameters for an optimizer that serves both phases: the base, then the index weights.
+
+    Made once, before `begin_warm_up` or after it: an optimizer passes over weights without a gradient.
+    """
+    branches: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        branches[is_index_weight(name)].append(parameter)
+    return [{"params": branches[False]}, {"params": branches[True]}]
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Clip the gradient of the base and that of the index weights apart, so that neither loss scales the other's step.
+
+    Returns:
+        The norms of both before.
+    """
+    base, index = (
+        torch.nn.utils.clip_grad_norm_([p for p in group["params"] if p.grad is not None], max_norm)
+        for group in parameter_groups(model)
+    )
+    return base, index
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, resumed: bool = False) -> None:
+    """Find the mistakes that leave an index branch untrained, or train it otherwise than before.
+
+    Args:
+        optimizer: of both phases.
+        resumed: its state was loaded from a checkpoint of a conversion.
+
+    Raises:
+        ValueError: a parameter is not in the optimizer, index weights are frozen, or their state is missing.
+    """
+    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    conversion = conversion_of(model)
+    index = [(name, parameter) for name, parameter in model.named_parameters() if is_index_weight(name)]
+    frozen = [name for name, parameter in index if not parameter.requires_grad]
+    _refuse(frozen, "index weights that train, got frozen ones", "call begin_warm_up or begin_sparse")
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad or name in conversion.frozen]
+    outside = [name for name, parameter in trained if parameter not in known]
+    _refuse(outside, "every weight that a phase trains, got one without some", "make it after convert, before freezing")
+    if resumed and not _keeps_no_state(optimizer):
+        stateless = [name for name, parameter in index if parameter not in optimizer.state]
+        _refuse(stateless, "the state of the index weights, got none", "resume from a checkpoint of this conversion")
+
+
+def _keeps_no_state(optimizer: torch.optim.Optimizer) -> bool:
+    """SGD without momentum."""
+    # accelerate, and so Trainer, wraps it.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)
+
+
+def _refuse(names: list[str], expected: str, advice: str) -> None:
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(f"optimizer: expected {expected}: {names[0]}{more}; {advice}")
+
+
+def log_entries(model: nn.Module) -> dict[str, float]:
+    """What the last forward pass in training mode found, for a log.
+
+    Returns:
+        lm_loss; kl, the sum over the layers, and kl/layer_N. If `model.flexmsa.with_health` was set: block_recall and
+        score_recall of the index branch, of an untrained one, and of a window of the same budget, over the layers;
+        block_recall/layer_N and score_recall/layer_N.
+    """
+    conversion = conversion_of(model)
+    lm_loss, index_losses, health = conversion.report
+    entries: dict[str, float] = {}
+    if lm_loss is not None:
+        entries["lm_loss"] = lm_loss.item()
+    if index_losses is not None:
+        by_layer = index_losses.tolist()
+        entries["kl"] = sum(by_layer)
+        entries |= {f"kl/layer_{layer}": kl for layer, kl in zip(conversion.layers, by_layer, strict=True)}
+    if health:
+        entries |= _recalls(conversion.layers, health)
+    return entries
+
+
+def _recalls(layers: Iterable[int], health: tuple[LayerHealth, ...]) -> dict[str, float]:
+    entries: dict[str, float] = {}
+    for kind in ("block", "score"):
+        for name, suffix in (("learned", ""), ("untrained", "_untrained"), ("window", "_window")):
+            recalls = [getattr(getattr(layer, name), kind).item() for layer in health]
+            entries[f"{kind}_recall{suffix}"] = sum(recalls) / len(recalls)
+            if name == "learned":
+                entries |= {f"{kind}_recall/layer_{n}": x for n, x in zip(layers, recalls, strict=True)}
+    return entries
+
+
+class ConversionCallback(TrainerCallback, ExportableState):
+    """Both phases of a conversion in one run of `transformers.Trainer`, on a model that `convert` made.
+
+    It freezes and unfreezes, switches the selection on, clips the base's and the index branches' gradients apart
+    (`TrainingArguments.max_grad_norm` each; jointly with fp16, FSDP or DeepSpeed, whose gradients it cannot read), and
+    puts `log_entries` into every log, with the norms before clipping as grad_norm/base and grad_norm/index. A run that
+    resumes from a checkpoint of either phase goes on as it would have.
+
+    Args:
+        warm_up_steps: optimizer steps of phase 1; the rest of the run is phase 2.
+        index_loss_weight: of the sum over layers of the KL.
+    """
+
+    def __init__(self, warm_up_steps: int, index_loss_weight: float = 1.0) -> None:
+        self.warm_up_steps, self.index_loss_weight = warm_up_steps, index_loss_weight
+        self._settings: dict[str, Any] = {}
+        self._max_grad_norm = 0.0
+        self._norms: tuple[Tensor, Tensor] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What trainer_state.json keeps, to compare with when a run resumes."""
+        arguments = {"warm_up_steps": self.warm_up_steps, "index_loss_weight": self.index_loss_weight}
+        return {"args": arguments, "attributes": {"_settings": self._settings}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Enter the phase of the step that comes, and find what would train wrongly."""
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        conversion = conversion_of(model)
+        stored = model.config.get_text_config().flexmsa
+        self._settings = {name: value for name, value in stored.items() if name not in ("warm_up", "fallback")}
+        if state.global_step > 0:
+            callbacks: Any = state.stateful_callbacks
+            self._compare(callbacks.get(type(self).__name__))
+        conversion.index_loss_weight = self.index_loss_weight
+        self._enter(model, state.global_step)
+        check_optimizer(model, optimizer, resumed=state.global_step > 0)
+        if args.max_grad_norm and not (args.fp16 or args.fsdp or args.deepspeed):
+            self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+
+    def _compare(self, before: dict[str, Any] | None) -> None:
+        if before is None:
+            raise ValueError("resume_from_checkpoint: expected a run with a ConversionCallback, got one without")
+        now = self.state()
+        there, here = (x["args"] | x["attributes"]["_settings"] for x in (before, now))
+        changed = [
+            f"{name} is {there.get(name)} there and {here[name]} here" for name in here if there.get(name) != here[name]
+        ]
+        if changed:
+            raise ValueError(f"resume_from_checkpoint: expected a run with the same settings, but {'; '.join(changed)}")
+
+    def _enter(self, model: nn.Module, step: int) -> None:
+        (begin_warm_up if step < self.warm_up_steps else begin_sparse)(model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Switch to phase 2 when its first step comes; measure the steps that are logged."""
+        model = kwargs["model"]
+        if state.global_step == self.warm_up_steps:
+            begin_sparse(model)
+        step, every = state.global_step + 1, max(1, int(state.logging_steps))
+        conversion_of(model).with_health = step % every == 0 or (step == 1 and args.logging_first_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Clip."""
+        if self._max_grad_norm > 0:
+            self._norms = clip_gradients(kwargs["model"], self._max_grad_norm)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave evaluations alone."""
+        conversion_of(kwargs["model"]).with_health = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the entries to the log and to the history that checkpoints keep."""
+        if logs is not None and "loss" in logs:
+            entries = log_entries(kwargs["model"])
+            if self._norms is not None:
+                entries |= {
+                    f"grad_norm/{part}": x.item() for part, x in zip(("base", "index"), self._norms, strict=True)
+                }
+            logs.update(entries)
+            state.log_history[-1].update(entries)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the clipping back."""
+        if self._max_grad_norm > 0:
+            args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, 0.0
