@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PATTERNS = ("random", "block 0 hot", "neighbours share", "8 hot blocks")
 PAGES = ("README.md", "docs/performance.md", "docs/serving.md")
 
 
@@ -60,7 +61,9 @@ def gpu_machine() -> str:
 
 
 def _gpu_rows() -> dict[str, dict]:
-    return {row["name"]: row for row in _load("gpu-h200.json")["rows"]}
+    """Rows by name. Serving was measured in a run of its own, so no ratio mixes the two files."""
+    rows = _load("gpu-h200.json")["rows"] + _load("gpu-h200-serving.json")["rows"]
+    return {row["name"]: row for row in rows}
 
 
 def gpu_selection() -> str:
@@ -79,38 +82,123 @@ def gpu_selection() -> str:
 
 def gpu_decode() -> str:
     found = _gpu_rows()
-    shapes = [name.removeprefix("decode ").split(":")[0] for name in found if name.endswith(": decode")]
+    shapes = [name.removeprefix("decode ").split(":")[0] for name in found if name.endswith(": bf16 step")]
     rows = []
     for shape in shapes:
-        ours, dense = found[f"decode {shape}: decode"], found[f"decode {shape}: cudnn"]["ms"]
-        times = [f"{1e3 * ms:.0f} us" for ms in (ours["ms"], ours["floor_ms"], dense)]
-        rows.append([shape, *times, f"{dense / ours['ms']:.1f}x"])
-    return _markdown(["batch x keys", "decode step", "byte floor", "dense cuDNN", "faster"], rows)
+        dense = found[f"decode {shape}: dense cudnn"]["ms"]
+        cells = [shape, f"{1e3 * dense:.0f} us"]
+        for kind in ("bf16", "e4m3"):
+            step = found[f"decode {shape}: {kind} step"]
+            times = (f"{1e3 * ms:.0f} us" for ms in (step["ms"], step["floor_ms"]))
+            cells += [*times, f"{dense / step['ms']:.1f}x"]
+        rows.append(cells)
+    head = ["batch x keys", "dense cuDNN", "bf16 index keys", "byte floor", "faster"]
+    return _markdown([*head, "e4m3 index keys", "byte floor", "faster"], rows)
+
+
+def gpu_grid() -> str:
+    """Steps over the grid of batches and lengths, in times of their byte floor."""
+    steps = {}
+    for name, row in _gpu_rows().items():
+        if name.startswith("decode ") and name.count(" x ") == 2:
+            batch, keys, tokens = name.removeprefix("decode ").removesuffix(": step").split(" x ")
+            steps[int(batch), int(keys), int(tokens)] = row
+    lengths = sorted({keys for _, keys, _ in steps})
+    rows = []
+    for batch, tokens in sorted({(batch, tokens) for batch, _, tokens in steps}):
+        cells = [steps.get((batch, keys, tokens)) for keys in lengths]
+        shown = [f"{1e3 * row['ms']:.0f} ({1e3 * row['floor_ms']:.0f})" if row else "" for row in cells]
+        rows.append([str(batch), str(tokens), *shown])
+    return _markdown(["batch", "new tokens", *(f"{keys // 1000}K keys" for keys in lengths)], rows)
+
+
+def gpu_chunks() -> str:
+    """Chunks of a prompt over a filled prefix, and their mean weighted by how often production runs each."""
+    found, rows = _gpu_rows(), []
+    total = {"ours": 0.0, "dense": 0.0}
+    for shape, calls in workload_weights().items():
+        ours, dense = (found[f"chunk {shape}: {what}"]["ms"] for what in ("selection and attention", "dense"))
+        total = {"ours": total["ours"] + calls * ours, "dense": total["dense"] + calls * dense}
+        rows.append([shape, str(calls), f"{ours:.2f} ms", f"{dense:.2f} ms", f"{dense / ours:.1f}x"])
+    calls = sum(workload_weights().values())
+    ours, dense = total["ours"] / calls, total["dense"] / calls
+    rows.append(["weighted mean", str(calls), f"{ours:.2f} ms", f"{dense:.2f} ms", f"{dense / ours:.1f}x"])
+    return _markdown(["queries x keys", "calls", "ours", "dense", "faster"], rows)
+
+
+def workload_weights() -> dict[str, int]:
+    """Calls that each chunk of the GPU benchmark stands for."""
+    return {name: row["calls"] for name, row in _load("gpu-h200-serving.json")["chunks"].items()}
+
+
+def _layer(seqlen: int, pattern: str) -> dict[str, float]:
+    """Milliseconds of a training layer's steps, and of dense attention's."""
+    found = _gpu_rows()
+
+    def ms(name: str) -> float:
+        return found[f"layer {seqlen}: {name}"]["ms"]
+
+    return {
+        "selection": ms("selection"),
+        "forward": ms(f"{pattern}, main branch, forward"),
+        "backward": ms(f"{pattern}, main branch, backward"),
+        "loss": ms(f"{pattern}, KL value and gradient"),
+        "dense": ms("dense cuDNN, forward") + ms("dense cuDNN, backward"),
+    }
+
+
+def _layer_lengths() -> list[int]:
+    return [
+        int(name.split(":")[0].removeprefix("layer "))
+        for name in _gpu_rows()
+        if name.endswith(": dense cuDNN, forward") and name.startswith("layer ")
+    ]
 
 
 def gpu_training() -> str:
-    rows = [
-        [
-            row["pattern"],
-            row["step"],
-            f"{row['ms']:.1f} ms",
-            f"{row['products_ms']:.1f} ms",
-            "" if row["bytes_ms"] is None else f"{row['bytes_ms']:.1f} ms",
-        ]
-        for row in _load("gpu-h200-training.json")["rows"]
-    ]
-    return _markdown(["selection", "step", "time", "products alone", "bytes alone, KV-outer"], rows)
+    rows = []
+    for seqlen in _layer_lengths():
+        for pattern in ("random", "neighbours share"):
+            layer = _layer(seqlen, pattern)
+            dense = layer.pop("dense")
+            ours = sum(layer.values())
+            times = (f"{time:.1f} ms" for time in (*layer.values(), ours, dense))
+            rows.append([f"{seqlen // 1024}K", pattern, *times, f"{dense / ours:.1f}x"])
+    head = ["tokens", "chosen", "selection", "forward", "backward", "KL loss", "together", "dense cuDNN", "faster"]
+    return _markdown(head, rows)
+
+
+def gpu_floors() -> str:
+    found = _gpu_rows()
+    rows = []
+    for step in ("main branch, forward", "main branch, backward", "KL value and gradient"):
+        floor = found[f"floor 131072: {step}"]["ms"]
+        by_bytes = found.get(f"floor 131072: {step}, bytes in KV-outer order")
+        cells = [f"{found[f'layer 131072: {pattern}, {step}']['ms']:.1f} ms" for pattern in PATTERNS]
+        rows.append([step, *cells, f"{floor:.1f} ms", "" if by_bytes is None else f"{by_bytes['ms']:.1f} ms"])
+    return _markdown(["128K tokens", *PATTERNS, "products alone", "bytes alone, KV-outer"], rows)
+
+
+def gpu_prefill() -> str:
+    found = _gpu_rows()
+    selection, dense = (found[f"prefill 1048576: {what}"]["ms"] for what in ("selection", "dense cuDNN, forward"))
+    rows = []
+    for pattern in ("random", "neighbours share"):
+        main = found[f"prefill 1048576: {pattern}, main branch, forward"]["ms"]
+        times = (f"{time:.0f} ms" for time in (selection, main, dense))
+        rows.append([pattern, *times, f"{dense / (selection + main):.1f}x"])
+    return _markdown(["1M tokens", "selection", "main branch", "dense cuDNN", "faster"], rows)
 
 
 def gpu_flex() -> str:
-    """FlexAttention's main branch beside dense cuDNN, forward and with its backward."""
+    """FlexAttention's main branch beside the Triton kernels'."""
+    found = _gpu_rows()
     rows = []
-    for name, row in _gpu_rows().items():
-        if name.startswith("main branch ") and name.endswith("+ backward"):
-            forward = _gpu_rows()[name.replace("+ backward", "forward")]
-            seqlen, what = name.removeprefix("main branch ").removesuffix(", + backward").split(": ")
-            rows.append([f"{int(seqlen) // 1024}K", what, f"{forward['ms']:.1f} ms", f"{row['ms']:.1f} ms"])
-    return _markdown(["tokens", "", "forward", "forward + backward"], rows)
+    for pattern in ("random", "neighbours share"):
+        for kind, name in (("Triton", "main branch"), ("FlexAttention", "main branch by FlexAttention")):
+            times = (found[f"layer 32768: {pattern}, {name}, {step}"]["ms"] for step in ("forward", "backward"))
+            rows.append([pattern, kind, *(f"{time:.1f} ms" for time in times)])
+    return _markdown(["32K tokens", "", "forward", "backward"], rows)
 
 
 def kernels_sm_90() -> str:
@@ -161,14 +249,22 @@ def summary() -> str:
         f"- H200, selection for 128K queries, 64/4 heads: {selection['ms']:.1f} ms; its products alone take "
         f"{selection['floor_ms']:.1f} ms."
     )
-    training: dict[str, list[float]] = {}
-    for row in _load("gpu-h200-training.json")["rows"]:
-        training.setdefault(row["step"], []).append(row["ms"])
-    spans = ", ".join(f"{step} {min(ms):.0f} to {max(ms):.0f} ms" for step, ms in training.items())
-    lines.append(f"- H200, training at 128K tokens, 64/4 heads, by how much neighbouring tokens choose alike: {spans}.")
-    ours, dense = found["decode 1 x 1048576: decode"]["ms"], found["decode 1 x 1048576: cudnn"]["ms"]
-    faster = f"{dense / ours:.1f} times faster than dense cuDNN"
-    lines.append(f"- H200, one decoding step at 1M tokens: {1e3 * ours:.0f} us, {faster}.")
+    for seqlen in (32768, 131072):
+        ratios = []
+        for pattern in ("random", "neighbours share"):
+            layer = _layer(seqlen, pattern)
+            ratios.append(layer.pop("dense") / sum(layer.values()))
+        lines.append(
+            f"- H200, training at {seqlen // 1024}K tokens, 64/4 heads, selection and KL loss included: "
+            f"**{min(ratios):.1f} to {max(ratios):.1f} times faster** than dense cuDNN, forward and backward."
+        )
+    for kind in ("bf16", "e4m3"):
+        ours = found[f"decode 1 x 1048576: {kind} step"]["ms"]
+        dense = found["decode 1 x 1048576: dense cudnn"]["ms"]
+        lines.append(
+            f"- H200, one decoding step at 1M tokens, {kind} index keys: {1e3 * ours:.0f} us, "
+            f"**{dense / ours:.1f} times faster** than dense cuDNN."
+        )
     return "\n".join(lines)
 
 
@@ -180,7 +276,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu selection": gpu_selection,
     "gpu decode": gpu_decode,
     "gpu training": gpu_training,
+    "gpu floors": gpu_floors,
+    "gpu prefill": gpu_prefill,
     "gpu flex": gpu_flex,
+    "gpu grid": gpu_grid,
+    "gpu chunks": gpu_chunks,
     "fp8 selection": fp8_selection,
     "kernels sm_90": kernels_sm_90,
     "kernels targets": kernels_targets,
