@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 
-from flexmsa.kernels.triton import attention, attention_backward, configs, selection, walk
+from flexmsa.kernels.triton import attention_backward, by_block, combine_slots, configs, selection, walk
 from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps
 from flexmsa.kernels.triton.decode import attend_constants, attend_kernel
 from flexmsa.kernels.triton.index_loss import (
@@ -198,14 +198,14 @@ def forward_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
     tile = f"tensordesc<bf16[1,1,{constants['COLUMNS']},{depth}]>" if config.walk_tma else "*bf16"
     types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile}
     yield "forward: walk", walk.walk_kernel, constants, config.walk_options(), types
-    constants = attention.partial_constants(config, heads, depth, block, topk, scale) | storage
+    constants = by_block.partial_constants(config, heads, depth, block, topk, scale) | storage
     types = LISTS | pointers("bf16", "partial")
-    kernel = attention.partial_attention_kernel
+    kernel = by_block.partial_attention_kernel
     yield "forward: partial_attention", kernel, constants, config.launch_options(), types
-    constants = attention.combine_constants(heads, depth, topk)
+    constants = combine_slots.combine_constants(heads, depth, topk)
     types |= pointers("i8", "skip")
     options = {"num_warps": 4}
-    yield "forward: combine_slots", attention.combine_slots_kernel, constants, options, types
+    yield "forward: combine_slots", combine_slots.combine_slots_kernel, constants, options, types
 
 
 def backward_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:

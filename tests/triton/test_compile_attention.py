@@ -6,7 +6,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import attention, configs, union, walk  # noqa: E402
+from flexmsa.kernels.triton import by_block, combine_slots, configs, union, walk  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
@@ -45,20 +45,20 @@ def chosen(target, case):
 def test_by_block(build, target, case):
     config, group_size, head_dim = chosen(target, case)
     paged, scaled = case[1]
-    constants = attention.partial_constants(config, group_size, head_dim, BLOCK, TOPK, 0.1)
+    constants = by_block.partial_constants(config, group_size, head_dim, BLOCK, TOPK, 0.1)
     constants |= configs.storage_constants(target, paged, scaled)
     types = {"entries_ptr": "*i64", "offsets_ptr": "*i64", "partial_ptr": "*bf16", "partial_lse_ptr": "*fp32"}
     if scaled:
         types |= {"k_ptr": "*u8", "v_ptr": "*u8"}
-    compiled = build(attention.partial_attention_kernel, target, constants, **config.launch_options(), **types)
+    compiled = build(by_block.partial_attention_kernel, target, constants, **config.launch_options(), **types)
     if target.arch == 90:
         assert "wgmma.mma_async" in compiled.asm["ptx"]
 
 
 def test_combine_slots(build, target, case):
     _, group_size, head_dim = chosen(target, case)
-    constants = attention.combine_constants(group_size, head_dim, TOPK)
-    build(attention.combine_slots_kernel, target, constants, 4, partial_ptr="*bf16", skip_ptr="*i8")
+    constants = combine_slots.combine_constants(group_size, head_dim, TOPK)
+    build(combine_slots.combine_slots_kernel, target, constants, 4, partial_ptr="*bf16", skip_ptr="*i8")
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["union", "dense"])

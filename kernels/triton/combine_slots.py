@@ -1,0 +1,90 @@
+"""The end of the forward in KV-outer order (see `by_block`): a token's attention from that to each of its blocks."""
+
+import triton
+import triton.language as tl
+
+from .configs import padded
+from .primitives import LN_2
+
+
+@triton.jit
+def slots_lse(
+    partial_lse_ptr, numbers, first_slot, num_lists, topk, GROUP_SIZE, HEADS: tl.constexpr, SLOTS: tl.constexpr
+):
+    """[HEADS] fp32, base 2: the lse over all used slots of one token and group."""
+    head = tl.arange(0, HEADS)
+    row_max = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    for start in range(0, topk, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        used = tl.load(numbers + slot, mask=slot < topk, other=num_lists) < num_lists
+        place = (first_slot + slot)[:, None] * GROUP_SIZE + head[None, :]
+        mask = used[:, None] & (head < GROUP_SIZE)[None, :]
+        lse = tl.load(partial_lse_ptr + place, mask=mask, other=float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(lse, axis=0))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        total = total * tl.exp2(row_max - shift) + tl.sum(tl.exp2(lse - shift[None, :]), axis=0)
+        row_max = new_max
+    return row_max + tl.log2(total)
+
+
+@triton.jit(do_not_specialize=["chunk"])
+def combine_slots_kernel(
+    partial_ptr,
+    partial_lse_ptr,
+    numbers_ptr,
+    skip_ptr,
+    out_ptr,
+    lse_ptr,
+    chunk,
+    seqlen_q,
+    first_token,
+    num_tokens,
+    chunk_tokens,
+    num_lists,
+    num_kv_heads,
+    topk,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """out and lse of one token and group: its slots' partial outputs, weighted by exp2(their lse - lse)."""
+    num_chunks = tl.cdiv(num_tokens, chunk_tokens)
+    group, row = tl.cast(chunk // num_chunks, tl.int64), tl.program_id(0)
+    token = chunk % num_chunks * chunk_tokens + row
+    if token >= num_tokens:
+        return
+    if tl.load(skip_ptr + group * num_tokens + token) != 0:
+        return
+    numbers = numbers_ptr + (group * num_tokens + token) * topk
+    first_slot = tl.cast(row, tl.int64) * topk
+    lse = slots_lse(partial_lse_ptr, numbers, first_slot, num_lists, topk, GROUP_SIZE, HEADS, SLOTS)
+    offset = tl.where(lse == float("-inf"), 0.0, lse)
+    head, d = tl.arange(0, HEADS), tl.arange(0, DEPTH)
+    acc = tl.zeros([HEADS, DEPTH], tl.float32)
+    inside = (head < GROUP_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
+    for slot in tl.range(0, topk, loop_unroll_factor=4):
+        # An unused slot has no heads to load.
+        used = head < tl.where(tl.load(numbers + slot) < num_lists, GROUP_SIZE, 0)
+        place = (first_slot + slot) * GROUP_SIZE + head
+        slot_lse = tl.load(partial_lse_ptr + place, mask=used, other=float("-inf"))
+        mask = used[:, None] & (d < HEAD_DIM)[None, :]
+        part = tl.load(partial_ptr + place[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
+        acc += tl.exp2(slot_lse - offset)[:, None] * part.to(tl.float32)
+    batch, query = (first_token + token) // seqlen_q, (first_token + token) % seqlen_q
+    out_row = ((tl.cast(batch, tl.int64) * num_kv_heads + group) * GROUP_SIZE + head) * seqlen_q + query
+    tl.store(out_ptr + out_row[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + out_row, lse * LN_2, mask=head < GROUP_SIZE)
+
+
+def combine_constants(group_size: int, head_dim: int, topk: int) -> dict[str, int]:
+    """The compile-time arguments of `combine_slots_kernel`."""
+    return {
+        "GROUP_SIZE": group_size,
+        "HEAD_DIM": head_dim,
+        "HEADS": triton.next_power_of_2(group_size),
+        "DEPTH": padded(head_dim),
+        "SLOTS": min(64, triton.next_power_of_2(topk)),
+    }
