@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 
-from flexmsa.kernels.triton import attention_backward, by_block, combine_slots, configs, selection, walk
+from flexmsa.kernels.triton import backward_gradient, backward_sums, by_block, combine_slots, configs, selection, walk
 from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps
 from flexmsa.kernels.triton.decode import attend_constants, attend_kernel
 from flexmsa.kernels.triton.index_loss import (
@@ -214,14 +214,14 @@ def backward_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
     config = configs.backward_config(
         target, group_size=heads, head_dim=depth, block_size=shape.block_size, element_size=shape.element
     )
-    constants = attention_backward.gradient_constants(config, heads, depth, shape.block_size) | {"OFFSET": 0}
+    constants = backward_gradient.gradient_constants(config, heads, depth, shape.block_size) | {"OFFSET": 0}
     constants["stride_gd"] = 1
     types = pointers("bf16", "grad_out partial_q grad_q")
     types |= pointers("fp32", "row_delta row_lse2 partial_k partial_v grad_k grad_v")
     options = configs.launch_options(config.num_warps, config.num_stages, None)
-    yield "backward: gradient", attention_backward.gradient_kernel, constants, options, types
+    yield "backward: gradient", backward_gradient.gradient_kernel, constants, options, types
     constants = {"HEADS": heads, "HEAD_DIM": depth, "SLOTS": 4, "TILE": 16, "DEPTH": depth}
-    yield "backward: sum_slots", attention_backward.sum_slots_kernel, constants, {"num_warps": 8}, types
+    yield "backward: sum_slots", backward_sums.sum_slots_kernel, constants, {"num_warps": 8}, types
 
 
 def loss_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:

@@ -7,8 +7,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import attention_backward as backward  # noqa: E402
-from flexmsa.kernels.triton import configs  # noqa: E402
+from flexmsa.kernels.triton import backward_gradient, backward_rows, backward_sums, configs  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
@@ -32,9 +31,9 @@ def config_of(target, group_size, head_dim, element_size=2, block_size=BLOCK):
 @pytest.mark.parametrize(("group_size", "head_dim"), SHAPES.values(), ids=SHAPES)
 def test_gradients(build, target, group_size, head_dim):
     config = config_of(target, group_size, head_dim)
-    constants = backward.gradient_constants(config, group_size, head_dim, BLOCK) | UNITS | {"OFFSET": 0}
+    constants = backward_gradient.gradient_constants(config, group_size, head_dim, BLOCK) | UNITS | {"OFFSET": 0}
     assert config.columns == BLOCK
-    compiled = build(backward.gradient_kernel, target, constants, config.num_warps, config.num_stages, **TYPES)
+    compiled = build(backward_gradient.gradient_kernel, target, constants, config.num_warps, config.num_stages, **TYPES)
     if target.arch == 90:
         ptx = compiled.asm["ptx"]
         # Scores and their gradient: head_dim / 16 steps, dV and dK: rows / 16, dQ: block / 16; nothing on slower units.
@@ -43,7 +42,15 @@ def test_gradients(build, target, group_size, head_dim):
         assert "mma.sync" not in ptx
 
 
-@pytest.mark.parametrize("kernel", ["statistics", "gather", "sum_pieces", "sum_slots"])
+HELPERS = {
+    "statistics": backward_rows.statistics_kernel,
+    "gather": backward_rows.gather_kernel,
+    "sum_pieces": backward_sums.sum_pieces_kernel,
+    "sum_slots": backward_sums.sum_slots_kernel,
+}
+
+
+@pytest.mark.parametrize("kernel", HELPERS)
 def test_helpers(build, target, kernel):
     group_size, head_dim = SHAPES["M3"]
     heads = {"HEADS": group_size}
@@ -53,11 +60,10 @@ def test_helpers(build, target, kernel):
         "sum_pieces": {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "KEYS": 16, "DEPTH": 128},
         "sum_slots": heads | {"HEAD_DIM": head_dim, "SLOTS": 4, "TILE": 16, "DEPTH": 128},
     }[kernel]
-    function = getattr(backward, f"{kernel}_kernel")
-    names = set(function.arg_names)
+    names = set(HELPERS[kernel].arg_names)
     constants = {name: value for name, value in constants.items() if name in names}
     warps = 8 if kernel == "sum_slots" else 4
-    build(function, target, constants, warps, **{name: kind for name, kind in TYPES.items() if name in names})
+    build(HELPERS[kernel], target, constants, warps, **{name: kind for name, kind in TYPES.items() if name in names})
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,8 @@ def test_other_tiles(build, target, head_dim, block_size, dtype):
     if head_dim == 256 and target.arch == 90:
         pytest.skip("spills 128 bytes")
     config = config_of(target, 3, head_dim, 4 if dtype == "fp32" else 2, block_size)
-    constants = backward.gradient_constants(config, 3, head_dim, block_size) | UNITS | {"OFFSET": config.columns}
+    constants = backward_gradient.gradient_constants(config, 3, head_dim, block_size)
+    constants |= UNITS | {"OFFSET": config.columns}
     assert config.columns < block_size
     types = TYPES | dict.fromkeys(BF16, f"*{dtype}")
-    build(backward.gradient_kernel, target, constants, config.num_warps, config.num_stages, **types)
+    build(backward_gradient.gradient_kernel, target, constants, config.num_warps, config.num_stages, **types)
