@@ -20,13 +20,9 @@ import triton
 from flexmsa.kernels.triton import backward_gradient, backward_sums, by_block, combine_slots, configs, selection, walk
 from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps
 from flexmsa.kernels.triton.decode import attend_constants, attend_kernel
-from flexmsa.kernels.triton.index_loss import (
-    block_lse_kernel,
-    index_loss_kernel,
-    loss_constants,
-    lse_constants,
-    sum_slots_kernel,
-)
+from flexmsa.kernels.triton.loss_gradient import index_loss_kernel, loss_constants
+from flexmsa.kernels.triton.loss_student import block_lse_kernel, lse_constants
+from flexmsa.kernels.triton.loss_sums import sum_slots_kernel
 from flexmsa.testing.compiled import TARGETS, build, report
 
 RESULT = Path(__file__).resolve().parent / "results" / "kernels.json"

@@ -7,15 +7,9 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from flexmsa.kernels.triton import configs  # noqa: E402
-from flexmsa.kernels.triton.index_loss import (  # noqa: E402
-    block_lse_kernel,
-    index_loss_kernel,
-    index_lse_kernel,
-    loss_constants,
-    lse_constants,
-    sum_pieces_kernel,
-    sum_slots_kernel,
-)
+from flexmsa.kernels.triton.loss_gradient import index_loss_kernel, loss_constants  # noqa: E402
+from flexmsa.kernels.triton.loss_student import block_lse_kernel, index_lse_kernel, lse_constants  # noqa: E402
+from flexmsa.kernels.triton.loss_sums import sum_pieces_kernel, sum_slots_kernel  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
