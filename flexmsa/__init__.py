@@ -4,8 +4,9 @@ from flexmsa import metrics
 from flexmsa.cache import MSACache
 from flexmsa.checkpoint import save_selection_policy
 from flexmsa.config import MSAConfig
+from flexmsa.decoding import decode
 from flexmsa.flex import create_block_mask, pack_gqa, packed_flex_attention, unpack_gqa
-from flexmsa.functional import attention, block_sparse_attention, decode, index_loss, select_blocks
+from flexmsa.functional import attention, block_sparse_attention, index_loss, select_blocks
 from flexmsa.kernels.workspace import set_workspace_limit
 from flexmsa.modules import MSAttention
 from flexmsa.paged_cache import PagedMSACache

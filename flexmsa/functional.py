@@ -1,15 +1,14 @@
-"""The functional API: check the input, fill the defaults, pick the backend, call the operators."""
+"""Attention and its steps apart: check the input, fill the defaults, pick the backend, call the operators."""
 
 import torch
 from torch import Tensor
 
 from flexmsa import dense, flex, ops, reference, validation
 from flexmsa.backends import choose_backend, dense_backend, step_backend
-from flexmsa.cache import Cache
 from flexmsa.kernels.sequences import key_ranges
 from flexmsa.types import AuxOutput, AuxRequest, Lengths
 
-__all__ = ["attention", "block_sparse_attention", "decode", "index_loss", "select_blocks"]
+__all__ = ["attention", "block_sparse_attention", "index_loss", "select_blocks"]
 
 
 def attention(
@@ -336,99 +335,6 @@ def index_loss(
         backend,
     )
     return loss
-
-
-def decode(
-    q: Tensor,
-    cache: Cache,
-    index_q: Tensor | None,
-    *,
-    block_size: int = 128,
-    topk: int | None = 16,
-    num_local_blocks: int = 1,
-    num_init_blocks: int = 0,
-    scale: float | None = None,
-    block_indices: Tensor | None = None,
-    backend: str | None = None,
-    return_aux: AuxRequest | None = None,
-) -> Tensor | tuple[Tensor, AuxOutput]:
-    """Attend from new tokens to a cache that already holds their keys; for inference, without gradients.
-
-    Equal to `attention` on the filled part of each row, for one token, a few speculative ones, or a chunk of a prompt.
-    After an append with `lens`, row b's queries are the first lens[b]; the others give 0.
-
-    Args:
-        q: [B, Hq, Sq, D], the tokens of the last append, or, if Sq is another, the last Sq tokens of each row.
-        cache: filled by its `append`, the keys of these tokens included.
-        index_q: [B, Hkv, Sq, Di]; may be None if nothing is selected.
-        block_size: as for `attention`; equal to the page size of a paged cache.
-        block_indices: [B, Hkv, Sq, topk] of another layer, to attend to instead of selecting; -1 and blocks that the
-            query does not see are ignored.
-        Others: as for `attention`; `backend` may also be "triton".
-
-    Returns:
-        out [B, Hq, Sq, D], or (out, AuxOutput) if `return_aux` is given. A row without keys gives 0.
-
-    Raises:
-        ValueError, TypeError: an argument is not as described.
-        NotImplementedError: the backend named cannot run this.
-
-    >>> cache = MSACache(1, num_kv_heads=1, head_dim=16, index_head_dim=16, capacity=64)
-    >>> cache.append(torch.randn(1, 1, 20, 16), torch.randn(1, 1, 20, 16), torch.randn(1, 1, 20, 16))
-    >>> decode(torch.randn(1, 4, 1, 16), cache, torch.randn(1, 1, 1, 16), block_size=8, topk=2).shape
-    torch.Size([1, 4, 1, 16])
-    """
-    if not isinstance(cache, Cache):
-        raise TypeError(f"cache: expected an MSACache or a PagedMSACache, got {type(cache).__name__}")
-    aux = return_aux or AuxRequest()
-    if aux.index_loss:
-        raise ValueError("return_aux: expected lse or block_indices, got index_loss; decode is for inference")
-    validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
-    validation.check_decode_inputs(q, index_q, cache, block_size, scale)
-    backend = choose_backend("decode", backend, q)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    sequences = cache.newest(q.shape[2])
-    if block_indices is not None:
-        validation.check_block_indices(block_indices, q.shape[0], cache.k.shape[1], q.shape[2], q.device)
-    elif topk is not None:
-        if index_q is None:
-            raise TypeError("index_q: expected a tensor to select by, got None; or pass block_indices or topk=None")
-        block_indices = _select_from_cache(
-            index_q, cache, sequences, (block_size, topk, num_local_blocks, num_init_blocks), backend
-        )
-    if backend == "reference":
-        k, v, _ = cache.contiguous()
-        ranges = key_ranges(sequences, q.shape[0], q.shape[2])
-        out, lse = reference.block_sparse_attention(q, k, v, block_indices, *ranges, block_size, scale)
-    else:
-        out, lse = ops.attend_blocks(
-            q.detach(),
-            cache.k,
-            cache.v,
-            block_indices,
-            sequences,
-            block_size,
-            scale,
-            backend,
-            cache.page_table,
-            cache.k_scale,
-            cache.v_scale,
-        )
-    if return_aux is None:
-        return out
-    return out, AuxOutput(lse=lse if aux.lse else None, block_indices=block_indices if aux.block_indices else None)
-
-
-def _select_from_cache(
-    index_q: Tensor, cache: Cache, sequences: Tensor, rules: tuple[int, int, int, int], backend: str
-) -> Tensor:
-    if backend == "reference":
-        index_k = cache.contiguous()[2]
-        ranges = key_ranges(sequences, index_q.shape[0], index_q.shape[2])
-        return reference.select_blocks(index_q, index_k, *ranges, *rules)
-    return ops.select_blocks(
-        index_q.detach(), cache.index_k, sequences, *rules, backend, cache.page_table, cache.index_k_scale
-    )
 
 
 def _reject_forward_ad(*tensors: Tensor) -> None:

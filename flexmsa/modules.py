@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flexmsa import functional, ops
+from flexmsa import decoding, functional, ops
 from flexmsa.cache import Cache, MSACache
 from flexmsa.config import MSAConfig
 from flexmsa.kernels.sequences import key_ranges
@@ -164,7 +164,7 @@ class MSAttention(nn.Module):
         cache.check_room(x.shape[1], lens)
         q, k, v, index_q, index_k = self.project(x, positions=cache.next_positions(x.shape[1]))
         cache.append(k, v, index_k, lens=lens, backend=backend)
-        out, aux = functional.decode(
+        out, aux = decoding.decode(
             q,
             cache,
             index_q,
