@@ -1,5 +1,6 @@
 """Inputs that several tests share."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -42,8 +43,20 @@ def make_inputs(
     return Inputs(*(x.requires_grad_(requires_grad) for x in tensors))
 
 
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
 def lengths(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def ragged(lens, kv_lens, seqlen_q, kv_starts=None):
+    """The table of sequences when row b has lens[b] new tokens."""
+    kv_starts = kv_starts or [0] * len(lens)
+    rows = zip(itertools.count(), lens, kv_lens, kv_starts, strict=False)
+    pairs = [[[b, 0, n, start, end], [b, n, seqlen_q, 0, 0]] for b, n, end, start in rows]
+    return torch.tensor(pairs, dtype=torch.int32).flatten(0, 1)
 
 
 def visible(sequences, batch, seqlen_q):
