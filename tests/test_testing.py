@@ -52,3 +52,13 @@ def test_check_says_what_it_tried(capsys):
     assert check.main(["--device", "cpu", "--seconds", "2", "--dtype", "bfloat16"]) == 0
     printed = capsys.readouterr().out
     assert "every case agreed with the oracle" in printed and "bfloat16" in printed
+
+
+def test_a_pointer_of_unknown_type_is_not_built():
+    pytest.importorskip("triton")
+    from flexmsa.testing.compiled import argument_type
+
+    assert argument_type("ids_ptr", {}) == "*i32"
+    assert argument_type("new_ptr", {"new_ptr": "*i64"}) == "*i64"
+    with pytest.raises(ValueError, match="new_ptr: expected a pointer whose type is known"):
+        argument_type("new_ptr", {})

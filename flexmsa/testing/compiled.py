@@ -26,6 +26,13 @@ TARGETS = {
 }
 BF16 = {"index_q_ptr", "index_k", "q_ptr", "k_ptr", "v_ptr", "out_ptr"}
 FP32 = {"lse_ptr", "partial_out_ptr", "partial_lse_ptr", "k_scale_ptr", "v_scale_ptr", "index_k_scale_ptr"}
+# Where the keys are not split, selection's workspace is its ids.
+INT32 = {
+    *("sequences_ptr", "tile_ends_ptr", "page_table_ptr", "kv_starts_ptr", "kv_lens_ptr", "lens_ptr", "status_ptr"),
+    *("ids_ptr", "workspace_ptr", "block_indices_ptr", "list_ptr", "counts_ptr"),
+    *("numbers_ptr", "blocks_ptr", "ends_ptr", "items_ptr", "slots_ptr"),
+    *("plan_ptr", "queries_ptr", "limits_ptr", "places_ptr"),
+}
 # Strides of dense rows are 1 and the others multiples of 16, which the launcher finds by itself.
 UNIT_STRIDES = {
     "stride_qd",
@@ -61,7 +68,11 @@ def argument_type(name: str, types: Mapping[str, str]) -> str:
         return "*bf16"
     if name in FP32:
         return "*fp32"
-    return "fp32" if name == "scale" else "*i32" if name.endswith("_ptr") else "i32"
+    if name in INT32:
+        return "*i32"
+    if name.endswith("_ptr"):
+        raise ValueError(f"{name}: expected a pointer whose type is known, got a new name; give its type or list it")
+    return "fp32" if name == "scale" else "i32"
 
 
 def build(
