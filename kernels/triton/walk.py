@@ -29,14 +29,15 @@ def load_member(list_ptr, members_ptr, place, step, token, DENSE: tl.constexpr):
 
 @triton.jit
 def load_keys(
-    tiles, base, scale_ptr, at, num_keys, stride_b, stride_s, stride_d, seqlen_k, dtype: tl.constexpr,
-    COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, MASKED: tl.constexpr, USE_TMA: tl.constexpr,
-    SCALED: tl.constexpr, NATIVE: tl.constexpr,
+    source, at, num_keys, seqlen_k, dtype: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DEPTH: tl.constexpr, MASKED: tl.constexpr, USE_TMA: tl.constexpr, SCALED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Vectors [COLUMNS, DEPTH] of k or v from `at`, (row of the cache, group, key), on, in dtype.
 
     USE_TMA: by the bulk copy engine, all COLUMNS of them; else by pointer, and with MASKED zero from num_keys on.
+    source: (tiles for the engine, the group's vectors, the scales, and the strides of rows, keys and elements).
     """
+    tiles, base, scale_ptr, stride_b, stride_s, stride_d = source
     place, group, key = at
     column, d = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     if USE_TMA:
@@ -172,7 +173,8 @@ def walk_kernel(
     inside = live[:, None] & (d < HEAD_DIM)[None, :]
     q_row = batch * stride_qb + (group * GROUP_SIZE + head) * stride_qh + query.to(tl.int64) * stride_qs
     q = tl.load(q_ptr + q_row[:, None] + d[None, :] * stride_qd, mask=inside, other=0.0)
-    k_base, v_base = k_ptr + group * stride_kh, v_ptr + group * stride_vh
+    keys = k_tiles, k_ptr + group * stride_kh, k_scale_ptr, stride_kb, stride_ks, stride_kd
+    values = v_tiles, v_ptr + group * stride_vh, v_scale_ptr, stride_vb, stride_vs, stride_vd
     row_max, row_sum = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DEPTH], tl.float32)
     # Blocks that pad their columns are never whole.
@@ -181,14 +183,8 @@ def walk_kernel(
         block, member = load_member(list_ptr, members_ptr, union * limit + step // PARTS, step // PARTS, token, DENSE)
         place, key = locate_block(page_table_ptr, max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
         at = place, group, key + step % PARTS * COLUMNS
-        k = load_keys(
-            k_tiles, k_base, k_scale_ptr, at, COLUMNS, stride_kb, stride_ks, stride_kd, seqlen_k, q.dtype,
-            COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE,
-        )  # fmt: skip
-        v = load_keys(
-            v_tiles, v_base, v_scale_ptr, at, COLUMNS, stride_vb, stride_vs, stride_vd, seqlen_k, q.dtype,
-            COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE,
-        )  # fmt: skip
+        k = load_keys(keys, at, COLUMNS, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE)
+        v = load_keys(values, at, COLUMNS, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE)
         acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, row, member, scale, False, POSITIVE)
     for step in tl.range(num_clear, length * PARTS, num_stages=1):
         block, member = load_member(list_ptr, members_ptr, union * limit + step // PARTS, step // PARTS, token, DENSE)
@@ -197,14 +193,8 @@ def walk_kernel(
         last = tl.minimum(query + shift - first_column, num_keys - 1)
         place, key = locate_block(page_table_ptr, max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
         at = place, group, key + step % PARTS * COLUMNS
-        k = load_keys(
-            k_tiles, k_base, k_scale_ptr, at, num_keys, stride_kb, stride_ks, stride_kd, seqlen_k, q.dtype,
-            COLUMNS, HEAD_DIM, DEPTH, True, False, SCALED, NATIVE,
-        )  # fmt: skip
-        v = load_keys(
-            v_tiles, v_base, v_scale_ptr, at, num_keys, stride_vb, stride_vs, stride_vd, seqlen_k, q.dtype,
-            COLUMNS, HEAD_DIM, DEPTH, True, False, SCALED, NATIVE,
-        )  # fmt: skip
+        k = load_keys(keys, at, num_keys, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, True, False, SCALED, NATIVE)
+        v = load_keys(values, at, num_keys, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, True, False, SCALED, NATIVE)
         acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, last, member, scale, True, POSITIVE)
     # Read once more: places known from the start would be kept, and spilled, through both loops.
     batch, q_start, q_end, _, _ = load_sequence(sequences_ptr, sequence)
