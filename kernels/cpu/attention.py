@@ -1,9 +1,11 @@
 """Block-sparse attention, forward and backward, one batched product per key/value block and its queries.
 
-Forward, for each block and the rows that selected it:
+Forward, for each block and the rows that selected it, S = scale Q K^T:
 
-    S = scale Q K^T,  w = sigmoid(logsumexp S - lse)
-    out <- (1 - w) out + w softmax(S) V,  lse <- logaddexp(lse, logsumexp S)
+    out <- out + exp(S) V,  sum <- sum + rowsum exp(S),  and in the end  out / sum,  lse = log sum
+
+Rows whose sums leave the range of float32 are done again, with a running logsumexp (see ``softmax``). So what a row
+gets depends on its own keys alone, to the last bit.
 
 Backward, from the saved lse, with delta = rowsum(dO * out) - dlse:
 
@@ -13,12 +15,15 @@ Backward, from the saved lse, with delta = rowsum(dO * out) - dlse:
 Only one tile of S exists at a time.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from flexmsa.kernels.cpu.packing import BlockTable, Scratch, compute_dtype
 from flexmsa.kernels.cpu.reverse_index import ReverseIndex
-from flexmsa.kernels.cpu.tile import OnlineSoftmax, max_tokens
+from flexmsa.kernels.cpu.softmax import OnlineAttention, PlainAttention
+from flexmsa.kernels.cpu.tile import max_tokens
 
 
 def block_sparse_attention_forward(
@@ -40,28 +45,46 @@ def block_sparse_attention_forward(
     k_scale and v_scale have their shape but for D. Returns out [B,Hq,Sq,D] of q's dtype and lse [B,Hq,Sq], float32
     (float64 for float64).
     """
-    batch, num_heads, seqlen_q, head_dim = q.shape
+    batch, num_heads, seqlen_q, _ = q.shape
     num_kv_heads = k.shape[1]
     group_size = num_heads // num_kv_heads
     index = ReverseIndex(sequences, block_indices, block_size, batch, num_kv_heads, seqlen_q)
     table = index.table if page_table is None else BlockTable(sequences, block_size, page_table)
-    k_blocks, v_blocks = table.pack(k, scale, k_scale), table.pack(v, 1.0, v_scale)
-    scratch = Scratch(k_blocks.dtype)
+    k_blocks, v_blocks = table.pack(k, scale * math.log2(math.e), k_scale), table.pack(v, 1.0, v_scale)
+    out, lse = _attend(PlainAttention, index, q, k_blocks, v_blocks)
+    exact = PlainAttention.is_exact(out, lse).unflatten(1, (num_kv_heads, group_size)).all(2) | ~index.sees_keys
+    if not bool(exact.all()):
+        if block_indices is not None:
+            index = ReverseIndex(
+                sequences, block_indices.masked_fill(exact[..., None], -1), block_size, batch, num_kv_heads, seqlen_q
+            )
+        again = _attend(OnlineAttention, index, q, k_blocks.mul_(math.log(2)), v_blocks)
+        for x, replacement in zip((out, lse), again, strict=True):
+            inexact = ~exact[:, :, None].expand(-1, -1, group_size, -1).flatten(1, 2)
+            x[inexact] = replacement[inexact]
+    return out, lse
+
+
+def _attend(
+    attention: type[PlainAttention] | type[OnlineAttention],
+    index: ReverseIndex,
+    q: Tensor,
+    k_blocks: Tensor,
+    v_blocks: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """out and lse of q [B,Hq,Sq,D], the keys multiplied by the scale, in the base that ``attention`` takes."""
+    group_size, head_dim, scratch = q.shape[1] // index.num_kv_heads, q.shape[3], Scratch(k_blocks.dtype)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:-1], dtype=scratch.dtype)
     for chunk in index.chunks(group_size, head_dim):
         q_rows = chunk.pack(q, scratch, "q_rows")
-        out_rows = scratch.take("out_rows", *q_rows.shape).zero_()
-        softmax = OnlineSoftmax(chunk.num_rows, group_size, scratch.dtype)
-        for tile in index.tiles(chunk, max_tokens(group_size, head_dim, block_size)):
+        so_far = attention(chunk.num_rows, group_size, head_dim, scratch)
+        for tile in index.tiles(chunk, max_tokens(group_size, head_dim, index.table.block_size)):
             scores = tile.score(tile.gather(q_rows, scratch, "q", group_size), k_blocks, scratch, "scores")
-            probs, weight = softmax.update(tile, tile.hide_future(scores, -torch.inf), scratch)
-            before = tile.gather(out_rows, scratch, "out", group_size)
-            merged = torch.bmm(probs, tile.operand(v_blocks), out=scratch.take("q", *before.shape))
-            torch.lerp(before, merged, weight, out=merged)
-            out_rows.index_copy_(0, tile.rows, merged.view(-1, out_rows.shape[1]))
+            so_far.add(tile, tile.hide_future(scores, -torch.inf), v_blocks)
+        out_rows, lse_rows = so_far.finish()
         chunk.unpack(out_rows, out)
-        chunk.unpack(softmax.lse, lse)
+        chunk.unpack(lse_rows, lse)
     return out, lse
 
 

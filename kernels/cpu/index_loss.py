@@ -16,7 +16,8 @@ from torch import Tensor
 
 from flexmsa.kernels.cpu.packing import Chunk, Scratch, compute_dtype
 from flexmsa.kernels.cpu.reverse_index import ReverseIndex
-from flexmsa.kernels.cpu.tile import OnlineSoftmax, max_tokens
+from flexmsa.kernels.cpu.softmax import OnlineSoftmax
+from flexmsa.kernels.cpu.tile import max_tokens
 
 
 def index_loss(
@@ -85,9 +86,9 @@ def index_loss(
 
 def _index_lse(index: ReverseIndex, chunk: Chunk, index_rows: Tensor, index_blocks: Tensor, scratch: Scratch) -> Tensor:
     """Logsumexp of the student's scores, rows [num_rows + 1, 1]."""
-    softmax = OnlineSoftmax(chunk.num_rows, 1, scratch.dtype)
+    softmax = OnlineSoftmax(chunk.num_rows, 1, scratch)
     for tile in index.tiles(chunk, max_tokens(1, *index_blocks.shape[1:])):
         index_tile = tile.gather(index_rows, scratch, "index_q", 1)
         scores = tile.score(index_tile, index_blocks, scratch, "student")
-        softmax.update(tile, tile.hide_future(scores, -torch.inf), scratch)
+        softmax.update(tile, tile.hide_future(scores, -torch.inf))
     return softmax.lse

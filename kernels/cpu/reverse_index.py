@@ -54,15 +54,21 @@ class ReverseIndex:
         seqlen_q: int,
     ) -> None:
         self.table = BlockTable(sequences, block_size)
+        self.num_kv_heads = num_kv_heads
         self._shape = batch, num_kv_heads, seqlen_q
         self._sequences: list[list[int]] = sequences.tolist()
         self._block_indices = block_indices
         self._sequence, self._position = query_positions(sequences, batch, seqlen_q)
 
     @property
+    def sees_keys(self) -> Tensor:
+        """Whether each query [B,1,Sq] sees at least one key."""
+        return (self._position >= 0)[:, None]
+
+    @property
     def num_visible(self) -> int:
         """How many (batch, group, query) see at least one key."""
-        return int((self._position >= 0).sum()) * self._shape[1]
+        return int(self.sees_keys.sum()) * self.num_kv_heads
 
     def chunks(self, group_size: int, head_dim: int) -> Iterator[Chunk]:
         """Cut up the queries; many blocks to choose from ask for long chunks, or the jobs become short."""

@@ -61,32 +61,6 @@ class Tile:
             blocks.index_add_(0, torch.tensor(self.blocks), torch.bmm(scores.transpose(1, 2), gathered))
 
 
-class OnlineSoftmax:
-    """The logsumexp of the scores that each row and head [num_rows + 1, G] has met so far."""
-
-    def __init__(self, num_rows: int, group_size: int, dtype: torch.dtype) -> None:
-        self.lse = torch.full((num_rows + 1, group_size), -torch.inf, dtype=dtype)
-
-    def update(self, tile: Tile, scores: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-        """Meet scores [C, T * G, block_size]: returns their softmax, and the weight [C, T * G, 1] of this block's
-        result against the result so far.
-
-        Softmax is one fused pass, and gives back the logsumexp: its largest value is exp(maximum - logsumexp).
-        """
-        maximum = scores.amax(-1, keepdim=True)
-        if maximum.min() == -torch.inf:
-            # Every score of a row overflowed: the block shall weigh nothing, rather than NaN.
-            lowest = torch.finfo(scores.dtype).min
-            scores.clamp_(min=lowest)
-            maximum.clamp_(min=lowest)
-        probs = torch.softmax(scores, -1, out=scratch.take("probs", *scores.shape))
-        new = maximum.sub_(probs.amax(-1, keepdim=True).log_())
-        old = tile.column(self.lse)
-        lse = torch.logaddexp(old, new)
-        self.lse.index_copy_(0, tile.rows, lse.view(-1, self.lse.shape[1]))
-        return probs, new.sub_(old).sigmoid_()
-
-
 def max_tokens(group_size: int, *sizes: int) -> int:
     """Tokens per tile, for operands with rows of ``sizes`` numbers: together they should fit the second-level cache."""
     return max(1, 2**19 // (group_size * max(*sizes, 32)))
