@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from integrations.device import DEVICE
 from integrations.m3 import error, make_m3, tokens
 from transformers import StaticCache
 
@@ -20,11 +21,11 @@ def compiled(model):
 
 
 def left_padding(length):
-    return {"attention_mask": torch.arange(length) >= torch.tensor([[0], [17]])}
+    return {"attention_mask": torch.arange(length, device=DEVICE) >= torch.tensor([[0], [17]], device=DEVICE)}
 
 
 def documents(length):
-    return {"position_ids": torch.cat([torch.arange(17), torch.arange(length - 17)])[None]}
+    return {"position_ids": torch.cat([torch.arange(n, device=DEVICE) for n in (17, length - 17)])[None]}
 
 
 @pytest.mark.parametrize("sequences", [lambda length: {}, left_padding, documents])

@@ -9,6 +9,7 @@ import pytest
 _PROBE = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
+from integrations.device import DEVICE
 from integrations.m3 import make_m3, tokens
 torch.set_num_threads(1)
 model = make_m3(
@@ -16,6 +17,8 @@ model = make_m3(
     num_attention_heads=2, num_key_value_heads=1, index_n_heads=1, index_block_size=128, index_topk_blocks=8,
 )
 def high_water():
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / (1 << 20)
     # Not getrusage's, which starts with the parent's.
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
