@@ -3,10 +3,12 @@
 import pytest
 import torch
 from helpers import lengths, make_inputs
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
 
 import flexmsa
 from flexmsa import create_block_mask, pack_gqa, packed_flex_attention, unpack_gqa
+from flexmsa.backends import dense_backend
 from flexmsa.testing import assert_close
 
 SEQUENCES = [
@@ -99,3 +101,10 @@ def test_what_flex_attention_cannot_do_on_a_cpu_raises():
     inputs = make_inputs(32, requires_grad=True)
     with pytest.raises(NotImplementedError, match="no gradient and no lse"):
         flexmsa.attention(*inputs, block_size=16, topk=1, backend="flex")
+
+
+@pytest.mark.parametrize(("head_dim", "backend"), [(8, "triton"), (16, "flex")])
+def test_the_warm_up_on_a_gpu_takes_it_for_heads_that_it_has_kernels_for(head_dim, backend):
+    pytest.importorskip("triton")
+    with FakeTensorMode():
+        assert dense_backend(None, torch.empty(1, 2, 4, head_dim, device="cuda")) == backend

@@ -1,6 +1,7 @@
 """Tiny dense models of transformers' own classes, with random weights that make the selection matter."""
 
 import torch
+from integrations.device import DEVICE
 from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
@@ -61,7 +62,7 @@ def make_dense(name: str = "qwen3", **changes) -> PreTrainedModel:
     """The model of this name, with the same weights each time."""
     model, config, settings = MODELS[name]
     torch.manual_seed(0)
-    return model(config(**{**settings, **changes})).eval()
+    return model(config(**{**settings, **changes})).to(DEVICE).eval()
 
 
 def make_converted(name: str = "qwen3", layers=None, warm_up: bool = False, **changes) -> PreTrainedModel:
@@ -76,7 +77,7 @@ def make_converted(name: str = "qwen3", layers=None, warm_up: bool = False, **ch
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
     """Token ids, none of them padding."""
-    return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

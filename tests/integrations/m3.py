@@ -1,6 +1,7 @@
 """Tiny MiniMax-M3 models of transformers' own classes, with random weights that make the selection matter."""
 
 import torch
+from integrations.device import DEVICE
 from torch import Tensor
 from transformers import (
     MiniMaxM3SparseForConditionalGeneration,
@@ -52,7 +53,7 @@ def make_m3(implementation: str, **settings) -> MiniMaxM3VLForCausalLM:
     torch.manual_seed(0)
     model = MiniMaxM3VLForCausalLM(m3_text_config(**settings))
     model.set_attn_implementation(implementation)
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 def make_vision_m3(implementation: str) -> MiniMaxM3SparseForConditionalGeneration:
@@ -71,12 +72,12 @@ def make_vision_m3(implementation: str) -> MiniMaxM3SparseForConditionalGenerati
     torch.manual_seed(0)
     model = MiniMaxM3SparseForConditionalGeneration(config)
     model.set_attn_implementation(implementation)
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
     """Token ids, none of them special."""
-    return torch.randint(1, VOCABULARY - 2, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(1, VOCABULARY - 2, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from integrations.converted import GROUPED, MODELS, SETTINGS, make_converted, make_dense, tokens
+from integrations.device import DEVICE
 from transformers import (
     DynamicCache,
     GPT2Config,
@@ -50,7 +51,8 @@ def test_the_warm_up_is_the_dense_model(name):
 @pytest.mark.parametrize(("name", "rotary"), [("llama", 8), ("qwen3", 16), ("phi", 4)])
 @torch.no_grad()
 def test_the_index_heads_turn_by_the_rope_of_the_model(name, rotary):
-    model, x, positions = make_converted(name), torch.randn(1, 9, 32), torch.arange(9)[None]
+    model = make_converted(name)
+    x, positions = torch.randn(1, 9, 32, device=DEVICE), torch.arange(9, device=DEVICE)[None]
     attention = model.model.layers[0].self_attn
     heads = project_index(attention, attention, x, model.model.rotary_emb(x, positions))
     for found, part in zip(heads, ("index_q", "index_k"), strict=True):
@@ -120,9 +122,9 @@ def test_left_padded_prompts_generate_what_they_do_alone():
 def test_packed_documents_are_what_they_are_alone():
     model, ids = make_converted(), tokens(1, 40)
     lengths = (17, 1, 22)
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    positions = torch.cat([torch.arange(n, device=DEVICE) for n in lengths])[None]
     packed = model(ids, position_ids=positions, use_cache=False).logits
-    offsets = torch.tensor([0, 17, 18, 40], dtype=torch.int32)
+    offsets = torch.tensor([0, 17, 18, 40], dtype=torch.int32, device=DEVICE)
     flattened = model(ids, position_ids=positions, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, use_cache=False)
     alone = torch.cat([model(part).logits for part in ids.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(packed, alone)
@@ -142,7 +144,7 @@ def test_only_the_layers_asked_for_are_converted():
 
 
 def _rope(model, ids):
-    return model.model.rotary_emb(torch.zeros(1), torch.arange(ids.shape[1])[None])
+    return model.model.rotary_emb(torch.zeros(1, device=DEVICE), torch.arange(ids.shape[1], device=DEVICE)[None])
 
 
 @torch.no_grad()
@@ -163,7 +165,7 @@ def test_a_selection_of_ones_own():
     model.flexmsa.select = random_blocks
     assert (model(ids).logits - by_index).abs().max() > 0.01
     with pytest.raises(ValueError, match=r"select: .* one sequence"):
-        model(ids, attention_mask=torch.tensor([[0] + [1] * 29] * 2))
+        model(ids, attention_mask=torch.tensor([[0] + [1] * 29] * 2, device=DEVICE))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
@@ -230,7 +232,7 @@ def test_rows_of_one_sequence_need_no_table(monkeypatch):
     monkeypatch.setattr(sequences, "row_table", refuse)
     model(ids, labels=ids, use_cache=False).loss.backward()
     with pytest.raises(AssertionError, match="a table was made"):
-        model(ids, position_ids=torch.arange(30)[None], use_cache=False)
+        model(ids, position_ids=torch.arange(30, device=DEVICE)[None], use_cache=False)
 
 
 def test_a_copy_is_a_model_of_its_own():

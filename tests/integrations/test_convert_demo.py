@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from integrations.device import DEVICE
 
 from flexmsa import __main__
 from flexmsa.demo.progress import Progress
@@ -23,7 +24,7 @@ from flexmsa.integrations.transformers.demo.retrieval import (
 )
 from flexmsa.integrations.transformers.demo.train import WAYS, Demo, Settings
 
-QUICK = ["--quick", "--device", "cpu"]
+QUICK = ["--quick", "--device", DEVICE.type]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from integrations.converted import assert_same, make_converted, make_dense, tokens
+from integrations.device import DEVICE
 from transformers import Trainer, TrainingArguments
 
 from flexmsa.integrations.transformers import ConversionCallback
@@ -18,7 +19,7 @@ class Rows(torch.utils.data.Dataset):
         return 64
 
     def __getitem__(self, row):
-        ids = tokens(40, seed=row)
+        ids = tokens(40, seed=row).cpu()
         return {"input_ids": ids, "labels": ids}
 
 
@@ -33,7 +34,7 @@ def make_trainer(folder, model=None, callback=None, steps=STEPS, **options):
         save_steps=2,
         report_to=[],
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=DEVICE.type == "cpu",
         seed=0,
         **options,
     )
@@ -132,7 +133,9 @@ def test_resuming_without_the_state_of_the_optimizer_is_refused(whole_run, tmp_p
 def test_resuming_from_a_dense_run_is_refused(tmp_path):
     dense = Trainer(
         make_dense(),
-        TrainingArguments(str(tmp_path), max_steps=2, save_steps=2, report_to=[], disable_tqdm=True, use_cpu=True),
+        TrainingArguments(
+            str(tmp_path), max_steps=2, save_steps=2, report_to=[], disable_tqdm=True, use_cpu=DEVICE.type == "cpu"
+        ),
         train_dataset=Rows(),
     )
     dense.train()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from integrations.converted import assert_same, make_converted, tokens
+from integrations.device import DEVICE
 
 from flexmsa.integrations.transformers import (
     begin_sparse,
@@ -122,17 +123,17 @@ def test_padding_has_no_part_in_the_index_loss():
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     model, ids = make_converted().train(), tokens(4, 30)
-    count = torch.tensor(4 * 29)
+    count = torch.tensor(4 * 29, device=DEVICE)
     whole = gradients(model, model(ids, labels=ids, num_items_in_batch=count).loss)
     halves = sum(model(part, labels=part, num_items_in_batch=count).loss for part in ids.split(2))
     assert_same(gradients(model, halves), whole)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:Mismatch dtype")
 def test_autocast():
     model, ids = make_converted().train(), tokens(2, 30)
     exact = index_part(gradients(model, model(ids, labels=ids).loss))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         loss = model(ids, labels=ids).loss
     found = index_part(gradients(model, loss))
     for name, x in exact.items():

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from integrations.converted import make_converted
+from integrations.device import DEVICE
 from integrations.m3 import error, make_m3, tokens
-from transformers import StaticCache
+from transformers import CompileConfig, StaticCache
 
 from flexmsa.integrations.transformers import IndexLosses
 
@@ -20,11 +22,11 @@ def compiled(model):
 
 
 def left_padding(length):
-    return {"attention_mask": torch.arange(length) >= torch.tensor([[0], [17]])}
+    return {"attention_mask": torch.arange(length, device=DEVICE) >= torch.tensor([[0], [17]], device=DEVICE)}
 
 
 def documents(length):
-    return {"position_ids": torch.cat([torch.arange(17), torch.arange(length - 17)])[None]}
+    return {"position_ids": torch.cat([torch.arange(n, device=DEVICE) for n in (17, length - 17)])[None]}
 
 
 @pytest.mark.parametrize("sequences", [lambda length: {}, left_padding, documents])
@@ -35,6 +37,15 @@ def test_a_forward(sequences):
         expected = model(x, use_cache=False, **sequences(70)).logits
         actual = compiled(model)(x, use_cache=False, **sequences(70)).logits
     assert error(actual[:, 17:], expected[:, 17:]) < 1e-4
+
+
+def test_documents_by_their_offsets():
+    model, x = make_m3("flexmsa", **SETTINGS), tokens(1, 70)
+    offsets = torch.tensor([0, 17, 70], dtype=torch.int32, device=DEVICE)
+    with torch.no_grad():
+        expected = model(x, use_cache=False, **documents(70)).logits
+        actual = compiled(model)(x, use_cache=False, cu_seq_lens_q=offsets).logits
+    assert error(actual, expected) < 1e-4
 
 
 def test_through_the_compiler():
@@ -59,6 +70,20 @@ def test_decoding_from_a_static_cache_compiles_once():
             for i in range(41, 50):
                 actual = step(x[:, i : i + 1], past_key_values=cache).logits
                 assert error(actual[:, 0], expected[:, i]) < 1e-4
+
+
+@pytest.mark.parametrize("make", [lambda: make_m3("flexmsa", **SETTINGS), make_converted], ids=["m3", "converted"])
+def test_generating_into_a_static_cache_compiles_once(make):
+    model, x = make(), tokens(2, 40) % 60 + 1
+    mask = (torch.arange(40, device=DEVICE) >= torch.tensor([[0], [5]], device=DEVICE)).long()
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(x, **settings)
+    # As transformers does by itself on a GPU.
+    compiling = CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager", mode=None)
+    compiling._compile_all_devices = True
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        actual = model.generate(x, **settings, cache_implementation="static", compile_config=compiling)
+    assert actual.equal(expected)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from integrations.device import DEVICE
 from integrations.m3 import IMAGE_TOKEN, error, make_m3, make_vision_m3, tokens
 from transformers import (
     DynamicCache,
@@ -48,7 +49,7 @@ def test_several_local_blocks():
 
 def test_a_batch_padded_on_the_right(eager, model):
     x = tokens(3, 100)
-    mask = torch.arange(100) < torch.tensor([100, 61, 3])[:, None]
+    mask = torch.arange(100, device=DEVICE) < torch.tensor([[100], [61], [3]], device=DEVICE)
     expected, actual = eager(x, attention_mask=mask).logits, model(x, attention_mask=mask).logits
     assert error(actual[mask], expected[mask]) < 1e-4
 
@@ -79,8 +80,8 @@ def test_beam_search_reorders_the_index_keys(eager, model):
 def test_the_vision_language_model():
     x = tokens(1, 60)
     x[:, 5:9] = IMAGE_TOKEN
-    pixels = torch.randn(16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1))
-    image = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    pixels = torch.randn(16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    image = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]], device=DEVICE)}
     eager, model = make_vision_m3("eager"), make_vision_m3("flexmsa")
     assert model.model.language_model.config._attn_implementation == "flexmsa"
     assert error(model(x, **image).logits, eager(x, **image).logits) < 1e-4

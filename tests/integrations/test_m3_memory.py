@@ -9,13 +9,17 @@ import pytest
 _PROBE = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
+from integrations.device import DEVICE
 from integrations.m3 import make_m3, tokens
 torch.set_num_threads(1)
 model = make_m3(
-    sys.argv[1], num_hidden_layers=1, layer_types=["minimax_m3_sparse"], mlp_layer_types=["dense"],
-    num_attention_heads=2, num_key_value_heads=1, index_n_heads=1, index_block_size=128, index_topk_blocks=8,
+    sys.argv[1], num_hidden_layers=2, layer_types=["full_attention", "minimax_m3_sparse"],
+    mlp_layer_types=["dense", "dense"], num_attention_heads=2, num_key_value_heads=1,
+    index_n_heads=1, index_block_size=128, index_topk_blocks=8,
 )
 def high_water():
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / (1 << 20)
     # Not getrusage's, which starts with the parent's.
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024

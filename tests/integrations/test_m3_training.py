@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from integrations.device import DEVICE
 from integrations.m3 import make_m3, tokens
 from transformers import TrainingArguments
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import apply_rotary_pos_emb
@@ -109,7 +110,7 @@ def test_the_index_branches_alone(checkpointing):
         model.gradient_checkpointing_enable(checkpointing)
     losses = IndexLosses()
     model.train()(tokens(2, 60), index_losses=losses, use_cache=False)
-    losses.add_to(torch.zeros(()), weight=1.0).backward()
+    losses.add_to(torch.zeros((), device=DEVICE), weight=1.0).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == (".indexer." in name), name
 
@@ -131,7 +132,7 @@ def test_checkpointing_changes_nothing(reentrant, autocast):
         model = make_m3("flexmsa")
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
             return train(model)
 
     (values, gradients), (expected_values, expected) = step(True), step(False)
@@ -143,7 +144,7 @@ def test_checkpointing_changes_nothing(reentrant, autocast):
 
 def test_autocast_is_close_to_float32():
     values, gradients = train(make_m3("flexmsa"))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         autocast_values, autocast_gradients = train(make_m3("flexmsa"))
     for layer in SPARSE_LAYERS:
         assert autocast_values[layer].dtype == torch.float32
@@ -158,7 +159,7 @@ def test_the_trainer_of_the_documents_accumulates(tmp_path):
     recipe = next(x for x in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "class MSATrainer" in x)
     names = {"IndexLosses": IndexLosses}
     exec(recipe.split("arguments =")[0], names)
-    rows = [{"input_ids": tokens(40, seed=row), "labels": tokens(40, seed=row)} for row in range(4)]
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(4, 40).cpu()]
     trained = []
     for steps in (1, 2):
         arguments = TrainingArguments(
@@ -173,7 +174,7 @@ def test_the_trainer_of_the_documents_accumulates(tmp_path):
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=DEVICE.type == "cpu",
         )
         model = make_m3("flexmsa")
         names["MSATrainer"](model, arguments, train_dataset=rows).train()
@@ -188,11 +189,12 @@ def test_padding_and_packing_do_not_change_the_loss():
     x = tokens(1, 60)
     ends = [0, 13, 24, 60]
     alone = [measure(model, x[:, start:end]) for start, end in itertools.pairwise(ends)]
-    lengths = torch.tensor([end - start for start, end in itertools.pairwise(ends)])
-    packed = measure(model, x, position_ids=torch.cat([torch.arange(n) for n in lengths])[None])
+    lengths = torch.tensor([end - start for start, end in itertools.pairwise(ends)], device=DEVICE)
+    packed = measure(model, x, position_ids=torch.cat([torch.arange(n, device=DEVICE) for n in lengths])[None])
     mean = (torch.stack(alone) * lengths[:, None]).sum(0) / lengths.sum()
     torch.testing.assert_close(packed, mean)
-    for mask in (torch.arange(80) >= 20, torch.arange(80) < 60):
+    token = torch.arange(80, device=DEVICE)
+    for mask in (token >= 20, token < 60):
         padded = tokens(1, 80, seed=5).masked_scatter(mask, x)
         torch.testing.assert_close(measure(model, padded, attention_mask=mask[None]), measure(model, x))
 

@@ -54,13 +54,22 @@ def register_attention() -> None:
 
 
 def _mask(
-    *args: Any, config: PreTrainedConfig | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    *args: Any,
+    config: PreTrainedConfig | None = None,
+    attention_mask: Tensor | None = None,
+    q_offset: int | Tensor = 0,
+    kv_length: int = 0,
+    **kwargs: Any,
 ) -> Tensor | None:
     """The padding as it is, [B, keys]; for the window layers of a converted model, the mask of its other attention."""
     fallback = (getattr(config, "flexmsa", None) or {}).get("fallback")
-    if "local_size" not in kwargs or fallback is None:
+    if "local_size" in kwargs and fallback is not None:
+        given = {"config": config, "attention_mask": attention_mask, "q_offset": q_offset, "kv_length": kv_length}
+        return ALL_MASK_ATTENTION_FUNCTIONS[fallback](*args, **given, **kwargs)
+    if attention_mask is None or not isinstance(q_offset, Tensor):
         return attention_mask
-    return ALL_MASK_ATTENTION_FUNCTIONS[fallback](*args, config=config, attention_mask=attention_mask, **kwargs)
+    # A static cache: generate's mask grows by a token a step, of which a compiled step would be compiled again.
+    return F.pad(attention_mask, (0, kv_length - attention_mask.shape[1]))
 
 
 def _attend(
