@@ -56,8 +56,9 @@ def target_of(device: torch.device) -> Target:
 class SelectionConfig:
     """rows: query rows (tokens x groups) a tile; period: blocks scored between two merges; kept: padded topk.
 
-    clear: blocks that every row sees whole take a loop of their own, without masks; swap: the keys are the rows of
-    the product, as a few query rows would not fill them; fp8_product: e4m3 keys are multiplied as they are.
+    clear: blocks that every row sees whole take a loop of their own, without masks; halves: there the products of one
+    half of the rows run while the other half's maxima are taken; swap: the keys are the rows of the product, as a few
+    query rows would not fill them; fp8_product: e4m3 keys are multiplied as they are.
     """
 
     rows: int
@@ -68,6 +69,7 @@ class SelectionConfig:
     num_splits: int
     use_tma: bool
     clear: bool
+    halves: bool
     swap: bool
     fp8_product: bool = False
 
@@ -178,6 +180,7 @@ def selection_config(
         num_splits=num_splits,
         use_tma=use_tma,
         clear=rows >= 64,
+        halves=target.arch == 90 and rows >= 128 and element_size == 2 and not decoded,
         swap=swap,
         fp8_product=fp8_product,
     )

@@ -30,126 +30,31 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import SelectionConfig, padded, selection_config, storage_constants, target_of
-from .fp8 import as_bits, decode_e4m3, load_scales, split_e4m3
+from .fp8 import as_bits, split_e4m3
 from .primitives import (
-    FLT_MAX,
     await_previous,
     find_tile,
     key_limit,
     load_sequence,
-    locate_block,
     page_arguments,
     tile_ends,
     tma_ready,
 )
-from .ranking import (
-    EMPTY_KEY,
-    ascending_ids,
-    keep_best,
-    merge_constants,
-    merge_kernel,
-    pack_keys,
-    worst_kept,
+from .ranking import EMPTY_KEY, ascending_ids, merge_constants, merge_kernel, pack_keys, worst_kept
+from .scoring import (
+    clear_maximum,
+    collect,
+    join_halves,
+    load_keys,
+    load_queries,
+    look_ahead,
+    masked_maximum,
+    merge_fresh,
+    note,
+    nothing_noted,
+    score_e4m3,
+    score_keys,
 )
-
-
-@triton.jit
-def load_keys(
-    index_k, row, key, count, stride_kb, stride_ks, stride_kd,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
-    USE_TMA: tl.constexpr,
-):  # fmt: skip
-    """The keys [COLUMNS, DEPTH] of the block that begins at (row, key) of the cache, `count` keys of it, or WHOLE.
-
-    Columns past a block size that is no power of two repeat its last key, which changes no maximum.
-    """
-    if USE_TMA:
-        return tl.reshape(index_k.load([row.to(tl.int32), key, 0]), [COLUMNS, DEPTH])
-    else:
-        column = tl.minimum(tl.arange(0, COLUMNS), BLOCK - 1)
-        depth = tl.arange(0, DEPTH)
-        base = index_k + row * stride_kb + key.to(tl.int64) * stride_ks
-        place = base + column.to(tl.int64)[:, None] * stride_ks + depth.to(tl.int64)[None, :] * stride_kd
-        if WHOLE and HEAD_DIM == DEPTH:
-            return tl.load(place)
-        else:
-            return tl.load(place, mask=(column < count)[:, None] & (depth < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def look_ahead(
-    page_table_ptr, max_pages, num_pages, scale_ptr, seqlen_k, batch, k_start, num_keys, block, last,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, PAGED: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
-    """Of a block, or of block `last` if that comes before: where it lies, (row, key), and its scales [COLUMNS].
-
-    Asked for a step before they are needed: what an address waits for would keep the loads of keys from running ahead.
-    """
-    if PAGED or SCALED:
-        block = tl.maximum(tl.minimum(block, last), 0)
-    row, key = locate_block(page_table_ptr, max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
-    if SCALED:
-        column = tl.minimum(tl.arange(0, COLUMNS), BLOCK - 1)
-        scales = load_scales(scale_ptr + row * seqlen_k + key, column, column < num_keys - block * BLOCK)
-    else:
-        scales = tl.full([COLUMNS], 1.0, tl.float32)
-    return row, key, scales
-
-
-@triton.jit
-def score_keys(q, keys, scales, SCALED: tl.constexpr, NATIVE: tl.constexpr, SWAP: tl.constexpr):
-    """Scores [rows, columns] of queries [rows, DEPTH] and keys [columns, DEPTH]; SWAP: keys are the product's rows."""
-    precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
-    if SCALED:
-        keys = decode_e4m3(keys, q.dtype, NATIVE)
-    if SWAP:
-        scores = tl.trans(tl.dot(keys, tl.trans(q), input_precision=precision))
-    else:
-        scores = tl.dot(q, tl.trans(keys), input_precision=precision)
-    return scores * scales[None, :] if SCALED else scores
-
-
-@triton.jit
-def score_e4m3(q, keys, scales):
-    """Scores [rows, columns] of queries [2 rows, DEPTH] from `split_e4m3` and e4m3 keys [columns, DEPTH], scaled.
-
-    The tensor cores add up e4m3 products in less than fp32, so no more than 32 of them at a time.
-    """
-    products = tl.dot(keys, tl.trans(q), max_num_imprecise_acc=32)
-    products = tl.reshape(products, [keys.shape[0], 2, q.shape[0] // 2])
-    weights = tl.where(tl.arange(0, 2) == 0, 1.0, 1.0 / 16)[None, :, None]
-    return tl.trans(tl.sum(products * weights, axis=1) * scales[:, None])
-
-
-@triton.jit
-def clear_maximum(scores):
-    """m [rows] of a block that every row sees whole and that is not forced, from its scores [rows, columns]."""
-    return tl.minimum(tl.maximum(tl.max(scores, axis=1), -FLT_MAX), FLT_MAX)
-
-
-@triton.jit
-def masked_maximum(scores, block, visible, num_local, BLOCK: tl.constexpr):
-    """m [rows] of any block: -inf where a row sees none of it, +inf where it is forced; visible [rows] in keys."""
-    column = tl.minimum(tl.arange(0, scores.shape[1]), BLOCK - 1)
-    seen = (block * BLOCK + column)[None, :] < visible[:, None]
-    best = clear_maximum(tl.where(seen, scores, float("-inf")))
-    newest = (visible - 1) // BLOCK
-    best = tl.where(block > newest - num_local, float("inf"), best)
-    return tl.where(block * BLOCK < visible, best, float("-inf"))
-
-
-@triton.jit
-def collect(kept, fresh, worst, best, block, flush, PERIOD: tl.constexpr):
-    """Note block's maxima `best` [rows] in fresh; merge fresh into kept when it is full, or when told to flush."""
-    slot = block % PERIOD
-    fresh = tl.where(tl.arange(0, PERIOD)[:, None] == slot, best[None, :], fresh)
-    if (slot == PERIOD - 1) | flush:
-        if tl.max((tl.max(fresh, axis=0) > worst).to(tl.int32), axis=0) > 0:
-            kept = keep_best(kept, fresh, block - slot)
-            worst = worst_kept(kept)
-        fresh = tl.full(fresh.shape, float("-inf"), tl.float32)
-    return kept, fresh, worst
-
 
 LENGTHS = ["num_sequences", "seqlen_q", "seqlen_k", "max_pages", "num_pages", "num_splits", "num_local", "num_init"]
 
@@ -189,6 +94,7 @@ def selection_kernel(
     KEPT: tl.constexpr,
     PERIOD: tl.constexpr,
     CLEAR: tl.constexpr,
+    HALVES: tl.constexpr,
     TABLE: tl.constexpr,
     SPLIT: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -227,49 +133,73 @@ def selection_kernel(
     given = (rank < forced) & (rank * BLOCK < visible[None, :]) & (tl.program_id(1) == 0)
     kept = tl.where(given, pack_keys(tl.where(given, float("inf"), 0.0), rank), EMPTY_KEY)
     worst = worst_kept(kept)
-    fresh = tl.full([PERIOD, ROWS], float("-inf"), tl.float32)
+
+    queries = index_q_ptr + batch * stride_qb, stride_qh, stride_qs, stride_qd
+    keys_of = index_k, stride_kb, stride_ks, stride_kd
+    cache = page_table_ptr, max_pages, num_pages, index_k_scale_ptr, seqlen_k, batch, k_start, num_keys
+    place, key, scales = look_ahead(cache, begin, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
+    if HALVES:
+        half = 2 * tl.arange(0, ROWS // 2)
+        even_q = load_queries(queries, half, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH, NATIVE)
+        odd_q = load_queries(queries, half + 1, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH, NATIVE)
+        even_visible, odd_visible = tl.split(tl.reshape(visible, [ROWS // 2, 2]))
+        even_fresh, odd_fresh = nothing_noted(ROWS // 2, PERIOD), nothing_noted(ROWS // 2, PERIOD)
+        even_best = tl.full([ROWS // 2], float("-inf"), tl.float32)
+        odd_scores = tl.full([ROWS // 2, COLUMNS], float("-inf"), tl.float32)
+        clear_end = tl.maximum(begin, tl.minimum(clear_end, end - 1))
+        for block in range(begin, clear_end):
+            keys = load_keys(keys_of, place, key, BLOCK, HEAD_DIM, BLOCK, COLUMNS, DEPTH, True, USE_TMA)
+            even_scores = score_keys(even_q, keys, scales, SCALED, NATIVE, SWAP)
+            odd_best = tl.where(block > begin, clear_maximum(odd_scores), float("-inf"))
+            even_fresh = note(even_fresh, even_best, block - 1, PERIOD)
+            odd_fresh = note(odd_fresh, odd_best, block - 1, PERIOD)
+            odd_scores = score_keys(odd_q, keys, scales, SCALED, NATIVE, SWAP)
+            even_best = clear_maximum(even_scores)
+            place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
+            if block % PERIOD == 0:
+                kept, worst = merge_fresh(kept, worst, join_halves(even_fresh, odd_fresh), block - PERIOD)
+                even_fresh, odd_fresh = nothing_noted(ROWS // 2, PERIOD), nothing_noted(ROWS // 2, PERIOD)
+        # Only behind the loop's own products: where ptxas sees that it may be skipped, it waits for each of them.
+        if clear_end > begin:
+            even_fresh = note(even_fresh, even_best, clear_end - 1, PERIOD)
+            odd_fresh = note(odd_fresh, clear_maximum(odd_scores), clear_end - 1, PERIOD)
+        for block in tl.range(clear_end, end, num_stages=1):
+            if block % PERIOD == 0:
+                kept, worst = merge_fresh(kept, worst, join_halves(even_fresh, odd_fresh), block - PERIOD)
+                even_fresh, odd_fresh = nothing_noted(ROWS // 2, PERIOD), nothing_noted(ROWS // 2, PERIOD)
+            count = num_keys - block * BLOCK
+            keys = load_keys(keys_of, place, key, count, HEAD_DIM, BLOCK, COLUMNS, DEPTH, False, USE_TMA)
+            even_scores = score_keys(even_q, keys, scales, SCALED, NATIVE, SWAP)
+            even_best = masked_maximum(even_scores, block, even_visible, num_local, BLOCK)
+            even_fresh = note(even_fresh, even_best, block, PERIOD)
+            odd_scores = score_keys(odd_q, keys, scales, SCALED, NATIVE, SWAP)
+            odd_best = masked_maximum(odd_scores, block, odd_visible, num_local, BLOCK)
+            odd_fresh = note(odd_fresh, odd_best, block, PERIOD)
+            place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
+        last = join_halves(even_fresh, odd_fresh)
+        kept, worst = merge_fresh(kept, worst, last, (end - 1) // PERIOD * PERIOD)
+    else:
+        q = load_queries(queries, row, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH, NATIVE)
+        if FP8_PRODUCT:
+            q = split_e4m3(q)
+        fresh = tl.full([PERIOD, ROWS], float("-inf"), tl.float32)
+        masked_begin = begin
+        if CLEAR:
+            masked_begin = tl.maximum(begin, tl.minimum(clear_end, end - 1))
+            for block in range(begin, masked_begin):
+                keys = load_keys(keys_of, place, key, BLOCK, HEAD_DIM, BLOCK, COLUMNS, DEPTH, True, USE_TMA)
+                best = clear_maximum(score_keys(q, keys, scales, SCALED, NATIVE, SWAP))
+                place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
+                kept, fresh, worst = collect(kept, fresh, worst, best, block, False, PERIOD)
+        for block in tl.range(masked_begin, end, num_stages=1 if CLEAR else None):
+            count = num_keys - block * BLOCK
+            keys = load_keys(keys_of, place, key, count, HEAD_DIM, BLOCK, COLUMNS, DEPTH, False, USE_TMA)
+            scores = score_e4m3(q, keys, scales) if FP8_PRODUCT else score_keys(q, keys, scales, SCALED, NATIVE, SWAP)
+            best = masked_maximum(scores, block, visible, num_local, BLOCK)
+            place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
+            kept, fresh, worst = collect(kept, fresh, worst, best, block, block == end - 1, PERIOD)
 
     query_row = (batch * GROUPS + row % GROUPS) * seqlen_q + token
-    depth = tl.arange(0, DEPTH)
-    q_rows = batch * stride_qb + (row % GROUPS).to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qs
-    q = tl.load(
-        index_q_ptr + q_rows[:, None] + depth.to(tl.int64)[None, :] * stride_qd,
-        mask=live[:, None] & (depth < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    if FP8_PRODUCT:
-        q = split_e4m3(q)
-    place, key, scales = look_ahead(
-        page_table_ptr, max_pages, num_pages, index_k_scale_ptr, seqlen_k, batch, k_start, num_keys, begin, end - 1,
-        BLOCK, COLUMNS, PAGED, SCALED,
-    )  # fmt: skip
-    masked_begin = begin
-    if CLEAR:
-        masked_begin = tl.maximum(begin, tl.minimum(clear_end, end - 1))
-        for block in range(begin, masked_begin):
-            keys = load_keys(
-                index_k, place, key, BLOCK, stride_kb, stride_ks, stride_kd,
-                HEAD_DIM, BLOCK, COLUMNS, DEPTH, True, USE_TMA,
-            )  # fmt: skip
-            best = clear_maximum(score_keys(q, keys, scales, SCALED, NATIVE, SWAP))
-            place, key, scales = look_ahead(
-                page_table_ptr, max_pages, num_pages, index_k_scale_ptr, seqlen_k, batch, k_start, num_keys, block + 1,
-                end - 1, BLOCK, COLUMNS, PAGED, SCALED,
-            )  # fmt: skip
-            kept, fresh, worst = collect(kept, fresh, worst, best, block, False, PERIOD)
-    for block in tl.range(masked_begin, end, num_stages=1 if CLEAR else None):
-        keys = load_keys(
-            index_k, place, key, num_keys - block * BLOCK, stride_kb, stride_ks, stride_kd,
-            HEAD_DIM, BLOCK, COLUMNS, DEPTH, False, USE_TMA,
-        )  # fmt: skip
-        scores = score_e4m3(q, keys, scales) if FP8_PRODUCT else score_keys(q, keys, scales, SCALED, NATIVE, SWAP)
-        best = masked_maximum(scores, block, visible, num_local, BLOCK)
-        place, key, scales = look_ahead(
-            page_table_ptr, max_pages, num_pages, index_k_scale_ptr, seqlen_k, batch, k_start, num_keys, block + 1,
-            end - 1, BLOCK, COLUMNS, PAGED, SCALED,
-        )  # fmt: skip
-        kept, fresh, worst = collect(kept, fresh, worst, best, block, block == end - 1, PERIOD)
-
     if SPLIT:
         place = (query_row * num_splits + tl.program_id(1)) * KEPT
         tl.store(workspace_ptr + place[None, :] + rank, kept, mask=live[None, :])
@@ -310,6 +240,7 @@ def selection_constants(
         "KEPT": config.kept,
         "PERIOD": config.period,
         "CLEAR": config.clear,
+        "HALVES": config.halves,
         "TABLE": table,
         "SPLIT": config.num_splits > 1,
         "USE_TMA": config.use_tma,

@@ -60,6 +60,14 @@ def test_keys_as_the_rows_of_the_product(dense, seqlen_q, clear):
         check(dense, index_q, index_k, 48, 3, num_splits=splits, swap=True, clear=clear, period=4)
 
 
+@pytest.mark.parametrize(("splits", "local", "init", "period"), [(1, 1, 0, 2), (2, 3, 1, 8)])
+def test_halves_of_the_rows(dense, splits, local, init, period):
+    """Two tiles, one with few blocks that are clear; the merge period does not divide their number."""
+    index_q, index_k = integers(1, 3, 40, 16), integers(1, 1, 170, 16)
+    changes = {"num_splits": splits, "rows": 64, "period": period}
+    check(dense, index_q, index_k, 16, 5, local, init, halves=True, clear=True, **changes)
+
+
 @pytest.mark.parametrize("draw", [integers, torch.randn], ids=["ties", "normal"])
 @pytest.mark.parametrize(("topk", "splits"), [(5, 3), (5, 40), (2, 200), (16, 150), (40, 90)])
 def test_many_splits(dense, draw, topk, splits):

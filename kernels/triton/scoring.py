@@ -1,0 +1,156 @@
+"""Pieces of the selection: loading queries and keys, scores, the maxima of blocks, and noting them until the merge."""
+
+import triton
+import triton.language as tl
+
+from .fp8 import decode_e4m3, load_scales
+from .primitives import FLT_MAX, locate_block
+from .ranking import keep_best, worst_kept
+
+
+@triton.jit
+def load_queries(
+    index_q, row, first, q_end,
+    GROUPS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Rows `row` of the tile whose first token is `first`, [rows, DEPTH]; zero past its last token.
+
+    index_q: (pointer to a row of the batch, strides of head, token and number). Bits of e4m3 come as bf16.
+    """
+    base, stride_h, stride_s, stride_d = index_q
+    token, depth = first + row // GROUPS, tl.arange(0, DEPTH)
+    live = (token < q_end) & (row // GROUPS < TOKENS)
+    place = (row % GROUPS).to(tl.int64) * stride_h + token.to(tl.int64) * stride_s
+    q = tl.load(
+        base + place[:, None] + depth.to(tl.int64)[None, :] * stride_d,
+        mask=live[:, None] & (depth < HEAD_DIM)[None, :],
+        other=0,
+    )
+    return decode_e4m3(q, tl.bfloat16, NATIVE) if q.dtype == tl.uint8 else q
+
+
+@triton.jit
+def load_keys(
+    index_k, row, key, count,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """The keys [COLUMNS, DEPTH] of the block that begins at (row, key) of the cache, `count` keys of it, or WHOLE.
+
+    index_k: (tensor or TMA descriptor, strides of row, key and number). Columns past a block size that is no power of
+    two repeat its last key, which changes no maximum.
+    """
+    base, stride_b, stride_s, stride_d = index_k
+    if USE_TMA:
+        return tl.reshape(base.load([row.to(tl.int32), key, 0]), [COLUMNS, DEPTH])
+    else:
+        column = tl.minimum(tl.arange(0, COLUMNS), BLOCK - 1)
+        depth = tl.arange(0, DEPTH)
+        start = base + row * stride_b + key.to(tl.int64) * stride_s
+        place = start + column.to(tl.int64)[:, None] * stride_s + depth.to(tl.int64)[None, :] * stride_d
+        if WHOLE and HEAD_DIM == DEPTH:
+            return tl.load(place)
+        else:
+            return tl.load(place, mask=(column < count)[:, None] & (depth < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def look_ahead(
+    cache, block, last, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, PAGED: tl.constexpr, SCALED: tl.constexpr
+):
+    """Of a block, or of block `last` if that comes before: where it lies, (row, key), and its scales [COLUMNS].
+
+    cache: (page table, its width, number of pages, pointer to scales, keys of a row, and of the sequence its batch row,
+    first key and number of keys). Asked for a step before they are needed: what an address waits for would keep the
+    loads of keys from running ahead.
+    """
+    page_table, max_pages, num_pages, scale_ptr, seqlen_k, batch, k_start, num_keys = cache
+    if PAGED or SCALED:
+        block = tl.maximum(tl.minimum(block, last), 0)
+    row, key = locate_block(page_table, max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
+    if SCALED:
+        column = tl.minimum(tl.arange(0, COLUMNS), BLOCK - 1)
+        scales = load_scales(scale_ptr + row * seqlen_k + key, column, column < num_keys - block * BLOCK)
+    else:
+        scales = tl.full([COLUMNS], 1.0, tl.float32)
+    return row, key, scales
+
+
+@triton.jit
+def score_keys(q, keys, scales, SCALED: tl.constexpr, NATIVE: tl.constexpr, SWAP: tl.constexpr):
+    """Scores [rows, columns] of queries [rows, DEPTH] and keys [columns, DEPTH]; SWAP: keys are the product's rows."""
+    precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
+    if keys.dtype == tl.uint8:
+        keys = decode_e4m3(keys, q.dtype, NATIVE)
+    if SWAP:
+        scores = tl.trans(tl.dot(keys, tl.trans(q), input_precision=precision))
+    else:
+        scores = tl.dot(q, tl.trans(keys), input_precision=precision)
+    return scores * scales[None, :] if SCALED else scores
+
+
+@triton.jit
+def score_e4m3(q, keys, scales):
+    """Scores [rows, columns] of queries [2 rows, DEPTH] from `split_e4m3` and e4m3 keys [columns, DEPTH], scaled.
+
+    The tensor cores add up e4m3 products in less than fp32, so no more than 32 of them at a time.
+    """
+    products = tl.dot(keys, tl.trans(q), max_num_imprecise_acc=32)
+    products = tl.reshape(products, [keys.shape[0], 2, q.shape[0] // 2])
+    weights = tl.where(tl.arange(0, 2) == 0, 1.0, 1.0 / 16)[None, :, None]
+    return tl.trans(tl.sum(products * weights, axis=1) * scales[:, None])
+
+
+@triton.jit
+def clear_maximum(scores):
+    """m [rows] of a block that every row sees whole and that is not forced, from its scores [rows, columns]."""
+    return tl.minimum(tl.maximum(tl.max(scores, axis=1), -FLT_MAX), FLT_MAX)
+
+
+@triton.jit
+def masked_maximum(scores, block, visible, num_local, BLOCK: tl.constexpr):
+    """m [rows] of any block: -inf where a row sees none of it, +inf where it is forced; visible [rows] in keys."""
+    column = tl.minimum(tl.arange(0, scores.shape[1]), BLOCK - 1)
+    seen = (block * BLOCK + column)[None, :] < visible[:, None]
+    best = clear_maximum(tl.where(seen, scores, float("-inf")))
+    newest = (visible - 1) // BLOCK
+    best = tl.where(block > newest - num_local, float("inf"), best)
+    return tl.where(block * BLOCK < visible, best, float("-inf"))
+
+
+@triton.jit
+def nothing_noted(ROWS: tl.constexpr, PERIOD: tl.constexpr):
+    """The tile that `note` fills: no block is among those of a period yet."""
+    return tl.full([ROWS, PERIOD], float("-inf"), tl.float32)
+
+
+@triton.jit
+def note(fresh, best, block, PERIOD: tl.constexpr):
+    """fresh [rows, PERIOD] with the maxima `best` [rows] of a block in its place."""
+    return tl.where((tl.arange(0, PERIOD) == block % PERIOD)[None, :], best[:, None], fresh)
+
+
+@triton.jit
+def merge_fresh(kept, worst, fresh, first_block):
+    """kept and worst after the blocks from `first_block` on, whose maxima are fresh [PERIOD, rows]."""
+    if tl.max((tl.max(fresh, axis=0) > worst).to(tl.int32), axis=0) > 0:
+        kept = keep_best(kept, fresh, first_block)
+        worst = worst_kept(kept)
+    return kept, worst
+
+
+@triton.jit
+def collect(kept, fresh, worst, best, block, flush, PERIOD: tl.constexpr):
+    """Note block's maxima `best` [rows] in fresh [PERIOD, rows]; merge it when it is full, or when told to flush."""
+    slot = block % PERIOD
+    fresh = tl.where(tl.arange(0, PERIOD)[:, None] == slot, best[None, :], fresh)
+    if (slot == PERIOD - 1) | flush:
+        kept, worst = merge_fresh(kept, worst, fresh, block - slot)
+        fresh = tl.full(fresh.shape, float("-inf"), tl.float32)
+    return kept, fresh, worst
+
+
+@triton.jit
+def join_halves(even, odd):
+    """fresh [PERIOD, rows] of what is noted for the even rows and for the odd, [rows // 2, PERIOD] each."""
+    return tl.reshape(tl.permute(tl.join(even, odd), [1, 0, 2]), [even.shape[1], 2 * even.shape[0]])
