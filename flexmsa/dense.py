@@ -7,10 +7,13 @@ from flexmsa.types import Lengths
 
 __all__ = ["cudnn_attention", "cudnn_runs"]
 
+# Asked once: torch.compile does not trace the question.
+_HAS_CUDNN = torch.backends.cudnn.is_available() and not torch.version.hip
+
 
 def cudnn_runs(q: Tensor, k: Tensor, lengths: Lengths) -> bool:
     """Whether cuDNN's fused attention takes these: 16 bits, D up to 128, a sequence a row, as many queries as keys."""
-    if q.device.type != "cuda" or torch.version.hip or not torch.backends.cudnn.is_available():
+    if q.device.type != "cuda" or not _HAS_CUDNN:
         return False
     fits = q.element_size() == 2 and q.shape[3] % 8 == 0 and q.shape[3] <= 128 and q.shape[2] == k.shape[2]
     return fits and lengths == (None, None, None) and torch.cuda.get_device_capability(q.device) >= (8, 0)

@@ -174,13 +174,13 @@ def test_a_selection_of_ones_own():
 def test_saved_and_loaded(name, warm_up, tmp_path):
     model, ids = make_converted(name, warm_up=warm_up), tokens(2, 30)
     model.save_pretrained(tmp_path)
-    loaded = from_pretrained(tmp_path, SETTINGS)
+    loaded = from_pretrained(tmp_path, SETTINGS).to(DEVICE)
     assert type(loaded) is type(model)
     assert loaded.flexmsa.config == model.flexmsa.config
     assert (loaded.flexmsa.layers, loaded.flexmsa.warm_up) == (model.flexmsa.layers, warm_up)
     assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
     loaded.save_pretrained(tmp_path / "again")
-    assert torch.equal(from_pretrained(tmp_path / "again").eval()(ids).logits, model(ids).logits)
+    assert torch.equal(from_pretrained(tmp_path / "again").to(DEVICE).eval()(ids).logits, model(ids).logits)
     assert from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
@@ -284,7 +284,7 @@ def test_settings_that_do_not_fit_are_named():
 
 def test_a_model_that_keeps_keyword_arguments_to_itself_is_refused():
     settings = {key: value for key, value in GROUPED.items() if key != "pad_token_id"}
-    model = convert(StableLmForCausalLM(StableLmConfig(**settings)), SETTINGS)
+    model = convert(StableLmForCausalLM(StableLmConfig(**settings)).to(DEVICE), SETTINGS)
     with pytest.raises(RuntimeError, match="does not hand keyword arguments on"):
         model.train()(tokens(1, 20))
 

@@ -93,7 +93,7 @@ def test_the_vision_language_model():
 def test_saved_loaded_and_switched_back(eager, model, tmp_path):
     x = tokens(1, 50)
     model.save_pretrained(tmp_path)
-    loaded = MiniMaxM3VLForCausalLM.from_pretrained(tmp_path, attn_implementation="flexmsa")
+    loaded = MiniMaxM3VLForCausalLM.from_pretrained(tmp_path, attn_implementation="flexmsa").to(DEVICE)
     assert loaded.config._attn_implementation == "flexmsa"
     assert loaded(x).logits.equal(model(x).logits)
     loaded.set_attn_implementation("eager")
@@ -105,6 +105,7 @@ def test_a_saved_vision_language_model(tmp_path):
     model = make_vision_m3("flexmsa")
     model.save_pretrained(tmp_path)
     loaded = MiniMaxM3SparseForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flexmsa")
+    loaded.to(DEVICE)
     assert loaded.model.language_model.config._attn_implementation == "flexmsa"
     assert loaded(x).logits.equal(model(x).logits)
 
@@ -122,6 +123,6 @@ def test_settings_that_cannot_run_are_refused():
 def test_other_models_are_refused():
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     other = MistralForCausalLM(MistralConfig(vocab_size=97, num_key_value_heads=1, sliding_window=8, **sizes))
-    other.set_attn_implementation("flexmsa")
+    other.to(DEVICE).set_attn_implementation("flexmsa")
     with pytest.raises(NotImplementedError, match="expected MiniMax-M3 or a converted model, got MistralAttention"):
         other(tokens(1, 20))
