@@ -180,7 +180,8 @@ def selection_config(
         num_splits=num_splits,
         use_tma=use_tma,
         clear=rows >= 64,
-        halves=target.arch == 90 and rows >= 128 and element_size == 2 and not decoded,
+        # Where it was measured to pay: on a long way through the keys.
+        halves=target.arch == 90 and rows >= 128 and not decoded and num_splits == 1 and seqlen_k >= 16384,
         swap=swap,
         fp8_product=fp8_product,
     )
