@@ -52,8 +52,7 @@ def exchange(x, SPAN: tl.constexpr, STRIDE: tl.constexpr, descending):
     R: tl.constexpr = x.shape[1]
     pairs = tl.reshape(x, [N // (2 * STRIDE), 2, STRIDE, R])
     upper = tl.max(pairs, axis=1, keep_dims=True)
-    # The other of the two: exclusive or costs less than a second comparison of 64 bits.
-    lower = tl.xor_sum(pairs, axis=1, keep_dims=True) ^ upper
+    lower = tl.min(pairs, axis=1, keep_dims=True)
     second = tl.arange(0, 2)[None, :, None, None]
     reverse = (tl.arange(0, N // (2 * STRIDE)) // (SPAN // (2 * STRIDE)) % 2)[:, None, None, None]
     take_upper = second ^ reverse ^ descending

@@ -52,7 +52,7 @@ def test_selection(build, target, case):
     element = "fp8e4nv" if config.fp8_product else "u8" if scaled else "bf16"
     types["index_k"] = f"tensordesc<{element}[1,{BLOCK},{DEPTH}]>" if config.use_tma else f"*{element}"
     # What the two halves of the scorer keep across their loops: none of it is touched inside the loop that matters.
-    spills = 24 if config.halves else 0
+    spills = 24 if config.halves else 8 if target.arch == 90 and config.swap else 0
     compiled = build(
         selection.selection_kernel, target, constants, config.num_warps, config.num_stages, spills=spills, **types
     )
