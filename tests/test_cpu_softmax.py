@@ -12,22 +12,20 @@ from flexmsa.testing import assert_close
 def results(inputs, **settings):
     q, k, v, index_q, index_k = inputs
     ids = flexmsa.select_blocks(index_q, index_k, block_size=16, topk=3, **settings)
-    wanted = flexmsa.AuxRequest(lse=True)
+    settings |= {"block_size": 16, "return_aux": flexmsa.AuxRequest(lse=True)}
     return {
-        backend: flexmsa.block_sparse_attention(
-            *(x.to(dtype) for x in (q, k, v)), ids, block_size=16, backend=backend, return_aux=wanted, **settings
-        )
-        for backend, dtype in ((None, q.dtype), ("reference", torch.float64))
-    } | {
-        "baseline": flexmsa.block_sparse_attention(
-            q, k, v, ids, block_size=16, backend="reference", return_aux=wanted, **settings
+        name: flexmsa.block_sparse_attention(*(x.to(dtype) for x in (q, k, v)), ids, backend=backend, **settings)
+        for name, backend, dtype in (
+            ("ours", None, q.dtype),
+            ("exact", "reference", torch.float64),
+            ("baseline", "reference", q.dtype),
         )
     }
 
 
 def check(inputs, **settings):
     found = results(inputs, **settings)
-    (out, aux), (exact, exact_aux), (baseline, baseline_aux) = (found[name] for name in (None, "reference", "baseline"))
+    (out, aux), (exact, exact_aux), (baseline, baseline_aux) = (found[name] for name in ("ours", "exact", "baseline"))
     assert_close("out", out, exact, baseline)
     assert_close("lse", aux.lse, exact_aux.lse, baseline_aux.lse)
     return PlainAttention.is_exact(out, aux.lse)
@@ -54,10 +52,10 @@ def test_scores_round_any_size(score):
 def test_a_row_depends_on_its_own_keys_alone():
     """One query and one key of another document overflow; the others' bits stay."""
     inputs, settings = make_inputs(96), {"cu_seqlens": lengths(0, 48, 96)}
-    calm = results(inputs, **settings)[None][0]
+    calm = results(inputs, **settings)["ours"][0]
     inputs.q[:, :, 20] *= 1000
     inputs.k[:, :, 10] *= 1000
-    assert torch.equal(results(inputs, **settings)[None][0][:, :, 48:], calm[:, :, 48:])
+    assert torch.equal(results(inputs, **settings)["ours"][0][:, :, 48:], calm[:, :, 48:])
 
 
 def test_values_that_plain_sums_cannot_hold():

@@ -72,7 +72,7 @@ def _attend(
     k_blocks: Tensor,
     v_blocks: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of q [B,Hq,Sq,D], the keys multiplied by the scale, in the base that ``attention`` takes."""
+    """out and lse of q [B,Hq,Sq,D], the keys multiplied by the scale; for ``PlainAttention`` also by log2(e)."""
     group_size, head_dim, scratch = q.shape[1] // index.num_kv_heads, q.shape[3], Scratch(k_blocks.dtype)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:-1], dtype=scratch.dtype)

@@ -54,11 +54,14 @@ class ReverseIndex:
         seqlen_q: int,
     ) -> None:
         self.table = BlockTable(sequences, block_size)
-        self.num_kv_heads = num_kv_heads
         self._shape = batch, num_kv_heads, seqlen_q
         self._sequences: list[list[int]] = sequences.tolist()
         self._block_indices = block_indices
         self._sequence, self._position = query_positions(sequences, batch, seqlen_q)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self._shape[1]
 
     @property
     def sees_keys(self) -> Tensor:

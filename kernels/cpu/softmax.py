@@ -50,8 +50,6 @@ class OnlineSoftmax:
 class OnlineAttention:
     """out [num_rows + 1, G * D] and lse [num_rows + 1, G] over the blocks so far: 0 and -inf before the first."""
 
-    base = math.e
-
     def __init__(self, num_rows: int, group_size: int, head_dim: int, scratch: Scratch) -> None:
         self._scratch = scratch
         self._softmax = OnlineSoftmax(num_rows, group_size, scratch)
@@ -71,8 +69,6 @@ class OnlineAttention:
 
 class PlainAttention:
     """The same, by way of plain sums; scores come in base 2, whose powers are cheaper."""
-
-    base = 2.0
 
     def __init__(self, num_rows: int, group_size: int, head_dim: int, scratch: Scratch) -> None:
         self._scratch = scratch

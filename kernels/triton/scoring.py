@@ -11,22 +11,21 @@ from .ranking import keep_best, worst_kept
 @triton.jit
 def load_queries(
     index_q, row, first, q_end,
-    GROUPS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, NATIVE: tl.constexpr,
+    GROUPS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Rows `row` of the tile whose first token is `first`, [rows, DEPTH]; zero past its last token.
 
-    index_q: (pointer to a row of the batch, strides of head, token and number). Bits of e4m3 come as bf16.
+    index_q: (pointer to a row of the batch, strides of head, token and number).
     """
     base, stride_h, stride_s, stride_d = index_q
     token, depth = first + row // GROUPS, tl.arange(0, DEPTH)
     live = (token < q_end) & (row // GROUPS < TOKENS)
     place = (row % GROUPS).to(tl.int64) * stride_h + token.to(tl.int64) * stride_s
-    q = tl.load(
+    return tl.load(
         base + place[:, None] + depth.to(tl.int64)[None, :] * stride_d,
         mask=live[:, None] & (depth < HEAD_DIM)[None, :],
-        other=0,
+        other=0.0,
     )
-    return decode_e4m3(q, tl.bfloat16, NATIVE) if q.dtype == tl.uint8 else q
 
 
 @triton.jit
@@ -80,7 +79,7 @@ def look_ahead(
 def score_keys(q, keys, scales, SCALED: tl.constexpr, NATIVE: tl.constexpr, SWAP: tl.constexpr):
     """Scores [rows, columns] of queries [rows, DEPTH] and keys [columns, DEPTH]; SWAP: keys are the product's rows."""
     precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
-    if keys.dtype == tl.uint8:
+    if SCALED:
         keys = decode_e4m3(keys, q.dtype, NATIVE)
     if SWAP:
         scores = tl.trans(tl.dot(keys, tl.trans(q), input_precision=precision))

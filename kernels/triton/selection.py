@@ -140,8 +140,8 @@ def selection_kernel(
     place, key, scales = look_ahead(cache, begin, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
     if HALVES:
         half = 2 * tl.arange(0, ROWS // 2)
-        even_q = load_queries(queries, half, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH, NATIVE)
-        odd_q = load_queries(queries, half + 1, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH, NATIVE)
+        even_q = load_queries(queries, half, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH)
+        odd_q = load_queries(queries, half + 1, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH)
         even_visible, odd_visible = tl.split(tl.reshape(visible, [ROWS // 2, 2]))
         even_fresh, odd_fresh = nothing_noted(ROWS // 2, PERIOD), nothing_noted(ROWS // 2, PERIOD)
         even_best = tl.full([ROWS // 2], float("-inf"), tl.float32)
@@ -179,7 +179,7 @@ def selection_kernel(
         last = join_halves(even_fresh, odd_fresh)
         kept, worst = merge_fresh(kept, worst, last, (end - 1) // PERIOD * PERIOD)
     else:
-        q = load_queries(queries, row, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH, NATIVE)
+        q = load_queries(queries, row, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH)
         if FP8_PRODUCT:
             q = split_e4m3(q)
         fresh = tl.full([PERIOD, ROWS], float("-inf"), tl.float32)
