@@ -13,6 +13,8 @@ from transformers import (
     StaticCache,
 )
 
+from flexmsa.integrations.transformers import register
+
 
 @pytest.fixture(autouse=True)
 def _no_grad():
@@ -121,6 +123,7 @@ def test_settings_that_cannot_run_are_refused():
 
 
 def test_other_models_are_refused():
+    register()
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     other = MistralForCausalLM(MistralConfig(vocab_size=97, num_key_value_heads=1, sliding_window=8, **sizes))
     other.to(DEVICE).set_attn_implementation("flexmsa")
