@@ -35,12 +35,11 @@ class Scratch:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor; it shares its memory with all earlier ones of this name and type."""
-        key, numel = (name, dtype or self.dtype), math.prod(shape)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < numel:
-            buffer = self._buffers[key] = torch.empty(numel, dtype=key[1])
-        return buffer[:numel].view(shape)
+        """An uninitialised tensor; the next call with this name and type takes it away."""
+        key = name, dtype or self.dtype
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(0, dtype=key[1])
+        return self._buffers[key].resize_(shape)
 
     def widen(self, stored: Tensor, out: Tensor) -> Tensor:
         """Fill ``out`` with the numbers ``stored``, e4m3 ones divided by ``fp8.SHIFT``."""

@@ -27,14 +27,15 @@ _VECTORS_PER_JOB = 2048
 class _Job(NamedTuple):
     """The rows ``start .. start + length - 1`` of the list, or these rows themselves if there is no list.
 
-    ``ordinal`` is the block's number in its sequence, ``block`` its place in the packed blocks. ``offset`` counts
-    the rows of the job that come before, in other pieces.
+    ``ordinal`` is the block's number in its sequence, ``block`` its place in the packed blocks. ``is_local`` says that
+    the first row does not see the whole block. ``offset`` counts the rows of the job that come before, in other pieces.
     """
 
     ordinal: int
     block: int
     start: int
     length: int
+    is_local: bool
     offset: int = 0
 
 
@@ -115,7 +116,9 @@ class ReverseIndex:
         list_id, length = torch.unique_consecutive(list_id, return_counts=True)
         ordinal, owner = list_id // num_lists, list_id % num_lists // num_heads
         block = list_id % num_heads * self.table.total + self.table.first_block[owner] + ordinal
-        columns = torch.stack([ordinal, block, length.cumsum(0) - length, length], 1)
+        start = length.cumsum(0) - length
+        is_local = position[rows[start]] < (ordinal + 1) * self.table.block_size - 1
+        columns = torch.stack([ordinal, block, start, length, is_local], 1)
         return [_Job(*numbers) for numbers in columns.tolist()], rows
 
     def _visible(self, chunk: Chunk) -> tuple[list[_Job], Tensor | None]:
@@ -134,7 +137,8 @@ class ReverseIndex:
                     block = head * self.table.total + first_block + ordinal
                     row = (batch - chunk.batch.start) * len(chunk.head) + head - chunk.head.start
                     row = row * len(chunk.token) + first - chunk.token.start
-                    jobs.append(_Job(ordinal, block, row, stop - first))
+                    is_local = first + shift < (ordinal + 1) * self.table.block_size - 1
+                    jobs.append(_Job(ordinal, block, row, stop - first, is_local))
         return sorted(jobs, key=lambda job: job.ordinal), None
 
     def _tile(self, pieces: list[_Job], rows: Tensor | None, position: Tensor) -> Tile:
@@ -142,12 +146,11 @@ class ReverseIndex:
         num_tokens = max(piece.length for piece in pieces)
         entry = self._padded(pieces, num_tokens, rows, position.numel() - 1)
         # At most block_size rows have their own newest key in this block, and they are the first of the job.
-        masked = max(min(piece.length, block_size - piece.offset) for piece in pieces)
+        masked = max(min(piece.length, block_size - piece.offset) if piece.is_local else 0 for piece in pieces)
         future = None
         if masked > 0:
             newest = position.take(entry[:, :masked]) - pieces[0].ordinal * block_size
-            if newest.min() < block_size - 1:
-                future = torch.arange(block_size) > newest[..., None]
+            future = torch.arange(block_size) > newest[..., None]
         return Tile([piece.block for piece in pieces], entry.flatten(), future)
 
     def _padded(self, pieces: list[_Job], num_tokens: int, rows: Tensor | None, padding: int) -> Tensor:
@@ -168,7 +171,7 @@ def _split(job: _Job, max_tokens: int) -> Iterator[_Job]:
     num_pieces = -(-job.length // max_tokens)
     for i in range(num_pieces):
         begin, end = job.length * i // num_pieces, job.length * (i + 1) // num_pieces
-        yield _Job(job.ordinal, job.block, job.start + begin, end - begin, begin)
+        yield job._replace(start=job.start + begin, length=end - begin, offset=begin)
 
 
 def batch_by_size(sizes: list[tuple[int, int]], budget: int) -> Iterator[list[int]]:

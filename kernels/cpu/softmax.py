@@ -78,7 +78,7 @@ class PlainAttention:
     @staticmethod
     def is_exact(out: Tensor, lse: Tensor) -> Tensor:
         """Which rows of out [..., D] and lse [...] are right to rounding; those that met no key are not."""
-        return (lse.abs() <= _LARGEST_LSE) & out.isfinite().all(-1)
+        return (lse.abs() <= _LARGEST_LSE) & out.sum(-1).isfinite()
 
     def add(self, tile: Tile, scores: Tensor, v_blocks: Tensor) -> None:
         """Meet the scores [C, T * G, block_size] of the tile's blocks; they are overwritten."""

@@ -37,7 +37,7 @@ class Tile:
     def operand(self, blocks: Tensor) -> Tensor:
         """blocks [num_blocks, block_size, D] to [C, block_size, D]."""
         if len(self.blocks) == 1:
-            return blocks[self.blocks[0], None]
+            return blocks.narrow(0, self.blocks[0], 1)
         return blocks[self.blocks]
 
     def score(self, gathered: Tensor, blocks: Tensor, scratch: Scratch, name: str) -> Tensor:
@@ -55,7 +55,7 @@ class Tile:
     def add_to_blocks(self, blocks: Tensor, scores: Tensor, gathered: Tensor) -> None:
         """Add scores^T [C, block_size, T * G] times gathered [C, T * G, D] to the tile's blocks."""
         if len(self.blocks) == 1:
-            block = blocks[self.blocks[0], None]
+            block = self.operand(blocks)
             torch.baddbmm(block, scores.transpose(1, 2), gathered, out=block)
         else:
             blocks.index_add_(0, torch.tensor(self.blocks), torch.bmm(scores.transpose(1, 2), gathered))
