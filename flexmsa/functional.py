@@ -137,7 +137,9 @@ def select_blocks(
     smaller id. Whatever the numbers, an id is -1 or a visible block. No gradient.
 
     Args:
-        index_q: [B, Hkv, Sq, Di]; index_k: [B, 1, Sk, Di].
+        index_q: [B, Hkv, Sq, Di]; index_k: [B, 1, Sk, Di]. Both may be float8_e4m3fn, which is faster on GPUs that
+            multiply it (Hopper, Blackwell) and ranks a little differently: cast `index_q * c` and `index_k * d`, with
+            positive numbers c and d that bring them within +-448, as such factors change no choice.
         Others: as for `attention`; `backend` may also be "triton".
 
     Returns:
@@ -153,7 +155,7 @@ def select_blocks(
     [[0, -1], [0, 1], [0, 2], [0, 3]]
     """
     _reject_forward_ad(index_q, index_k)
-    validation.check_index_inputs(index_q, index_k)
+    validation.check_index_inputs(index_q, index_k, e4m3=True)
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     if topk is None:
         raise TypeError("topk: expected an int, got None; the dense warm-up selects nothing")

@@ -43,13 +43,16 @@ def _check_scale(name: str, scale: float | None) -> None:
         raise TypeError(f"{name}: expected a float or None, got {type(scale).__name__}")
 
 
-def _check_tensor(name: str, x: object, layout: str) -> None:
+def _check_tensor(name: str, x: object, layout: str, e4m3: bool = False) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor {layout}, got {type(x).__name__}")
     if x.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions {layout}, got {x.dim()} of shape {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if x.dtype.itemsize == 1 and not (e4m3 and x.dtype == torch.float8_e4m3fn):
+        also = ", or float8_e4m3fn" if e4m3 else ""
+        raise TypeError(f"{name}: expected a floating dtype of 16 bits or more{also}, got {x.dtype}; cast it")
 
 
 def _check_alike(tensors: dict[str, Tensor]) -> None:
@@ -89,9 +92,9 @@ def check_main_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> N
     _check_scale("scale", scale)
 
 
-def check_index_inputs(index_q: Tensor, index_k: Tensor, index_scale: float | None = None) -> None:
-    _check_tensor("index_q", index_q, "[B, Hkv, Sq, Di]")
-    _check_tensor("index_k", index_k, "[B, 1, Sk, Di]")
+def check_index_inputs(index_q: Tensor, index_k: Tensor, index_scale: float | None = None, e4m3: bool = False) -> None:
+    _check_tensor("index_q", index_q, "[B, Hkv, Sq, Di]", e4m3)
+    _check_tensor("index_k", index_k, "[B, 1, Sk, Di]", e4m3)
     batch, _, seqlen_q, head_dim = index_q.shape
     seqlen_k = index_k.shape[2]
     if seqlen_q < 1 or seqlen_k < 1:

@@ -1,4 +1,5 @@
-"""Autocast for the operators: floating inputs are cast to the dtype of the region, statistics stay as they are.
+"""Autocast for the operators: floating inputs are cast to the dtype of the region, statistics stay as they are, and
+so does e4m3.
 
 `torch.library.register_autocast` fixes one dtype for good; this follows the one that the user chose.
 """
@@ -17,7 +18,8 @@ def cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+    kept = (torch.float64, torch.float8_e4m3fn)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype not in kept else x for x in tensors)
 
 
 def register_autocast(op: torch.library.CustomOpDef, *, cast: int) -> None:

@@ -166,6 +166,19 @@ def test_bad_numbers_never_give_an_id_out_of_range(data, bad):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_e4m3_index_queries_and_keys_are_the_numbers_they_are(backend):
+    index_q, index_k = torch.randn(2, 3, 70, 32), torch.randn(2, 1, 70, 32)
+    index_k[0, 0, 20] = torch.nan
+    stored = [x.to(torch.float8_e4m3fn) for x in (index_q, index_k)]
+    settings = {"block_size": 8, "topk": 3, "backend": backend}
+    ids = flexmsa.select_blocks(*stored, **settings)
+    assert torch.equal(ids, flexmsa.select_blocks(*(x.float() for x in stored), **settings))
+    assert not torch.equal(ids, flexmsa.select_blocks(index_q, index_k, **settings))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backend == "reference" or torch.equal(ids, flexmsa.select_blocks(*stored, **settings))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("topk", [2, None])
 def test_gradients_stay_in_their_branch(backend, topk):
     inputs = make_inputs(40, requires_grad=True)

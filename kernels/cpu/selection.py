@@ -62,13 +62,15 @@ def select_blocks(
     """index_q [B,Hkv,Sq,Di], index_k [B,1,Sk,Di] to block_indices [B,Hkv,Sq,topk] int32.
 
     With page_table [B,max_pages], index_k is pages [num_pages,1,block_size,Di]. e4m3 keys have an index_k_scale of
-    the shape of index_k but for Di.
+    the shape of index_k but for Di, or e4m3 queries.
 
     Numbers count from the first block of the query's sequence; they ascend and are padded with -1. The newest
     ``num_local_blocks`` and the oldest ``num_init_blocks`` visible blocks rank above all others, equal scores rank
     by block number, NaN is the lowest score. Only visible blocks are selected, whatever the numbers.
     """
     check_page_table(page_table, sequences, block_size, index_k.shape[0])
+    if fp8.is_e4m3(index_q):
+        index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
     rules = _Rules(block_size, topk, num_local_blocks, num_init_blocks)
     batch, num_kv_heads, seqlen_q, _ = index_q.shape
     _, position = query_positions(sequences, batch, seqlen_q)

@@ -28,7 +28,7 @@ class Target:
 
     @property
     def has_e4m3(self) -> bool:
-        """Whether the GPU converts e4m3 numbers by itself."""
+        """Whether the GPU converts and multiplies e4m3 numbers by itself."""
         return self.backend == "cuda" and int(self.arch) >= 89
 
     def overlap(self) -> dict[str, bool]:
@@ -58,7 +58,7 @@ class SelectionConfig:
 
     clear: blocks that every row sees whole take a loop of their own, without masks; halves: there the products of one
     half of the rows run while the other half's maxima are taken; swap: the keys are the rows of the product, as a few
-    query rows would not fill them; fp8_product: e4m3 keys are multiplied as they are.
+    query rows would not fill them; fp8_product: e4m3 keys are multiplied as they are, as are e4m3 queries.
     """
 
     rows: int
@@ -129,12 +129,16 @@ def selection_config(
     """Tiles of the scorer: the largest row tile that registers and shared memory hold, no more than there are rows.
 
     dtype is that of the queries, key_size the bytes of a number of the index keys: 1 for e4m3. Those are decoded in
-    registers, but where few queries meet many keys: there the tensor cores take them as they are.
+    registers, but where few queries meet many keys: there the tensor cores take them as they are. They take queries
+    and keys that both are e4m3 so, where they can; else both are to be brought to fp16.
     """
-    element_size = dtype.itemsize
     period = 8
     kept = max(period, triton.next_power_of_2(topk))
     columns, depth = padded(block_size), padded(index_head_dim)
+    as_they_are = dtype == torch.float8_e4m3fn and target.has_e4m3 and depth >= 32
+    if dtype == torch.float8_e4m3fn and not as_they_are:
+        dtype, key_size = torch.float16, 2
+    element_size = dtype.itemsize
     hopper = target.backend == "cuda" and target.arch in (90, 100, 103)
     decoded = key_size < element_size
     rows = 256 if hopper else 128 if target.arch == 80 else 64
@@ -170,7 +174,7 @@ def selection_config(
     num_splits = split_count(tiles, triton.cdiv(seqlen_k, block_size), target.num_sms, limit, per_sm)
     # Without the swap, ptxas spills a few bytes of a small tile with TMA.
     copies = hopper and tma_ready and (swap or rows >= 64)
-    use_tma = copies and element_size == 2 and (columns, depth) == (block_size, index_head_dim)
+    use_tma = copies and (element_size == 2 or as_they_are) and (columns, depth) == (block_size, index_head_dim)
     return SelectionConfig(
         rows=rows,
         num_warps=num_warps,
@@ -183,7 +187,7 @@ def selection_config(
         # Where it was measured to pay: on a long way through the keys.
         halves=target.arch == 90 and rows >= 128 and not decoded and num_splits == 1 and seqlen_k >= 16384,
         swap=swap,
-        fp8_product=fp8_product,
+        fp8_product=fp8_product or as_they_are,
     )
 
 

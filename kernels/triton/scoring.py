@@ -13,7 +13,7 @@ def load_queries(
     index_q, row, first, q_end,
     GROUPS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Rows `row` of the tile whose first token is `first`, [rows, DEPTH]; zero past its last token.
+    """Rows `row` of the tile whose first token is `first`, [rows, DEPTH]; zero past its last token. uint8 are e4m3.
 
     index_q: (pointer to a row of the batch, strides of head, token and number).
     """
@@ -21,11 +21,9 @@ def load_queries(
     token, depth = first + row // GROUPS, tl.arange(0, DEPTH)
     live = (token < q_end) & (row // GROUPS < TOKENS)
     place = (row % GROUPS).to(tl.int64) * stride_h + token.to(tl.int64) * stride_s
-    return tl.load(
-        base + place[:, None] + depth.to(tl.int64)[None, :] * stride_d,
-        mask=live[:, None] & (depth < HEAD_DIM)[None, :],
-        other=0.0,
-    )
+    places = base + place[:, None] + depth.to(tl.int64)[None, :] * stride_d
+    q = tl.load(places, mask=live[:, None] & (depth < HEAD_DIM)[None, :], other=0.0)
+    return q.to(tl.float8e4nv, bitcast=True) if q.dtype == tl.uint8 else q
 
 
 @triton.jit

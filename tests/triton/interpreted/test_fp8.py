@@ -62,6 +62,19 @@ def test_selection(dense, seqlen_q, block_size):
     assert torch.equal(kernels.select_blocks(index_q, pages, *rules, table, page_scale), wanted)
 
 
+@pytest.mark.parametrize("as_they_are", [False, True])
+@pytest.mark.parametrize("halves", [False, True])
+def test_selection_by_e4m3_queries(dense, as_they_are, halves):
+    """Without scales, and with e4m3's own NaN among the keys, which an interpreted product takes for 480."""
+    index_q, index_k = torch.randn(BATCH, GROUPS, 40, DEPTH).to(E4M3), torch.randn(BATCH, 1, SEQLEN, DEPTH).to(E4M3)
+    if not as_they_are:
+        index_k.view(torch.uint8)[:, :, 30] = 0x7F
+    rules = sequences_of(40), 16, 3, 1, 0
+    wanted = dense.select(index_q.double(), index_k.double(), *rules)
+    config = replace(choose_config(index_q, index_k, *rules[:3]), fp8_product=as_they_are, halves=halves, clear=True)
+    assert torch.equal(kernels.select_blocks(index_q, index_k, *rules, config=config), wanted)
+
+
 def test_keys_that_are_not_finite_score_as_nothing(dense):
     """A scale that is not finite makes its key NaN, whatever is stored: of no use to its block."""
     stored, scale, keys = quantized(1)
