@@ -30,6 +30,7 @@ from flexmsa.kernels.triton.selection import choose_config, select_blocks
 GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK = 4, 16, 128, 128, 16
 SQUARE = [8192, 32768, 131072, 524288]
 CHUNKS = [(338, 74578), (171, 55339), (1626, 93146), (16384, 47744)]
+FP8 = torch.float8_e4m3fn
 LAYERS = [8192, 16384, 32768, 131072, 524288]
 FLT_MAX = torch.finfo(torch.float32).max
 
@@ -115,6 +116,17 @@ def packed_errors(device="cuda"):
         yield "selection of packed documents"
 
 
+def e4m3_errors():
+    """Selection by e4m3 queries and keys, in which small integers are exact too."""
+    for seqlen_q, seqlen_k in [(1000, 1000), (20000, 20000), (40, 3000)]:
+        index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k, integers)
+        queries = sorted({0, seqlen_q // 3, seqlen_q // 2, seqlen_q - 1})
+        found = select_blocks(index_q.to(FP8), index_k.to(FP8), sequences, BLOCK, TOPK, 1, 0)
+        wanted = dense_ids(index_q, index_k, sequences, BLOCK, TOPK, 1, 0, queries)
+        if not torch.equal(found[:, :, queries], wanted[:, :, queries]):
+            yield f"selection by e4m3 of {seqlen_q} queries over {seqlen_k} keys"
+
+
 def large_errors():
     """Spot checks where offsets and tile counts are large, at M3's shape."""
     for seqlen_q, seqlen_k in [(131072, 131072), *CHUNKS, (1, 1 << 20)]:
@@ -170,8 +182,9 @@ def selection_floor(seqlen_q, seqlen_k, flops):
     return 2 * GROUPS * DEPTH * pairs / flops * 1e3
 
 
-def time_selection(seqlen_q, seqlen_k, config=None):
+def time_selection(seqlen_q, seqlen_k, config=None, dtype=torch.bfloat16):
     index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k)
+    index_q, index_k = index_q.to(dtype), index_k.to(dtype)
     repeats = 3 if seqlen_q > 200_000 else 20
     return event_time(lambda: select_blocks(index_q, index_k, sequences, BLOCK, TOPK, 1, 0, config=config), repeats)
 
@@ -216,7 +229,7 @@ def check():
     torch.manual_seed(0)
     errors = [
         error
-        for part in (selection_errors, packed_errors, serving_errors, large_errors, training_errors)
+        for part in (selection_errors, packed_errors, e4m3_errors, serving_errors, large_errors, training_errors)
         for error in part()
     ]
     print("\n".join(errors) if errors else "correct", flush=True)
@@ -253,6 +266,7 @@ def main():
         floor = selection_floor(seqlen_q, seqlen_k, flops)
         time = time_selection(seqlen_q, seqlen_k)
         report(f"selection {seqlen_q} x {seqlen_k}", time, floor, config=asdict(config))
+        report(f"selection e4m3 {seqlen_q} x {seqlen_k}", time_selection(seqlen_q, seqlen_k, dtype=FP8), floor / 2)
     for name, time, floor in decode_times(bandwidth, quick=options.quick):
         report(f"decode {name}", time, floor)
     for name, time in chunk_times(event_time):

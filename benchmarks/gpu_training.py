@@ -196,6 +196,9 @@ def prefill_times(seqlen: int, timer: Timer, patterns: list[str]) -> Iterator[tu
     # Timed once, so compiled before on a part of it.
     flexmsa.attention(*(x[:, :, :16384] for x in (q, k, v, index_q, index_k)), **SETTINGS)
     yield "selection", timer(lambda: flexmsa.select_blocks(index_q, index_k, **SETTINGS))
+    e4m3 = [x.to(torch.float8_e4m3fn) for x in (index_q, index_k)]
+    flexmsa.select_blocks(*(x[:, :, :16384] for x in e4m3), **SETTINGS)
+    yield "selection, e4m3", timer(lambda: flexmsa.select_blocks(*e4m3, **SETTINGS))
     for pattern in patterns:
         ids = chosen(PATTERNS[pattern], seqlen)
         attend = lambda ids=ids: flexmsa.block_sparse_attention(q, k, v, ids, block_size=BLOCK)  # noqa: E731

@@ -164,7 +164,7 @@ def selection_config(
     spare = target.shared_memory // per_sm - rows * (depth + (columns if swap else 0)) * element_size - 2048
     if decoded and not swap:
         spare -= columns * depth * element_size
-    most = 4 if fp8_product else 6 if swap else 4 if rows <= 64 else 3
+    most = 6 if swap and not fp8_product else 4 if rows <= 64 or fp8_product or as_they_are else 3
     num_stages = max(1, min(most, spare // (columns * depth * key_size)))
     if target.backend == "hip":
         num_stages = min(num_stages, 2)

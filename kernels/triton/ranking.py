@@ -111,38 +111,33 @@ def ascending_ids(kept, topk):
 
 
 @triton.jit
-def keep_first(best, lists):
-    """The K first of best `[K]`, descending, and of lists `[N, K]` but for row 0, in any order; descending again.
+def keep_first(best, keys):
+    """The K first of best `[K]`, descending, and of keys `[N]`, in any order; descending again.
 
     Each key's place is how many come before it. All pairs are compared, at once: few keys take less time so than in
     the many steps of a sort. Keys are distinct, but for EMPTY_KEY.
     """
-    lists = tl.where(tl.arange(0, lists.shape[0])[:, None] == 0, best[None, :], lists)
-    keys = tl.reshape(lists, [lists.shape[0] * lists.shape[1]])
+    order = tl.arange(0, best.shape[0])[None, :]
     place = tl.sum((keys[:, None] > keys[None, :]).to(tl.int32), axis=0)
-    is_first = tl.arange(0, best.shape[0])[:, None] == place[None, :]
-    return tl.max(tl.where(is_first, keys[None, :], EMPTY_KEY), axis=1)
+    place += tl.sum((best[:, None] > keys[None, :]).to(tl.int32), axis=0)
+    kept_place = tl.arange(0, best.shape[0]) + tl.sum((keys[:, None] > best[None, :]).to(tl.int32), axis=0)
+    moved = tl.max(tl.where(place[:, None] == order, keys[:, None], EMPTY_KEY), axis=0)
+    kept = tl.max(tl.where(kept_place[:, None] == order, best[:, None], EMPTY_KEY), axis=0)
+    return tl.maximum(moved, kept)
 
 
 @triton.jit
-def load_heads(lists_ptr, first, num_splits, KEPT: tl.constexpr, LISTS: tl.constexpr):
-    """The best keys of the splits from `first` on, split by split from row 1 of the result [LISTS, KEPT].
+def best_splits(workspace_ptr, first_list, num_splits, KEPT: tl.constexpr, HEADS: tl.constexpr):
+    """The numbers `[KEPT]` of the splits whose best blocks are best; num_splits or more where there are fewer.
 
     A split comes before another if all its blocks do, so among equal scores its number ranks as its blocks' ids.
     """
-    split = first + (tl.arange(0, LISTS) - 1)[:, None] * KEPT + tl.arange(0, KEPT)[None, :]
-    keys = tl.load(lists_ptr + split * KEPT, mask=(split >= first) & (split < num_splits), other=EMPTY_KEY)
-    return ((keys >> 32) << 32) | (split ^ ID_MASK).to(tl.int64)
-
-
-@triton.jit
-def load_lists(lists_ptr, splits, first, num_splits, KEPT: tl.constexpr, LISTS: tl.constexpr):
-    """The keys of the splits numbered splits `[KEPT]`, from the one in place `first` on, in row 1 and the next."""
-    place = first + tl.arange(0, LISTS) - 1
-    rank = tl.arange(0, KEPT)
-    split = tl.max(tl.where(rank[:, None] == place[None, :], splits[:, None], 0), axis=0)
-    read = (place >= first) & (place < KEPT) & (split < num_splits)
-    return tl.load(lists_ptr + split[:, None] * KEPT + rank[None, :], mask=read[:, None], other=EMPTY_KEY)
+    best = tl.full([KEPT], EMPTY_KEY, tl.int64)
+    for first in range(0, num_splits, HEADS):
+        split = first + tl.arange(0, HEADS)
+        keys = tl.load(workspace_ptr + (first_list + split) * KEPT, mask=split < num_splits, other=EMPTY_KEY)
+        best = keep_first(best, ((keys >> 32) << 32) | (split ^ ID_MASK).to(tl.int64))
+    return (best & ID_MASK) ^ ID_MASK
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -152,6 +147,7 @@ def merge_kernel(
     num_splits,
     TOPK: tl.constexpr,
     KEPT: tl.constexpr,
+    HEADS: tl.constexpr,
     LISTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -161,22 +157,14 @@ def merge_kernel(
     """
     await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
-    lists_ptr = workspace_ptr + row * num_splits * KEPT
     rank = tl.arange(0, KEPT)
-    # Either loop loads a step ahead: the latency of memory would make up half of it.
+    splits = best_splits(workspace_ptr, row * num_splits, num_splits, KEPT, HEADS)
     best = tl.full([KEPT], EMPTY_KEY, tl.int64)
-    ahead = load_heads(lists_ptr, 0, num_splits, KEPT, LISTS)
-    for first in range(0, num_splits, (LISTS - 1) * KEPT):
-        heads = ahead
-        ahead = load_heads(lists_ptr, first + (LISTS - 1) * KEPT, num_splits, KEPT, LISTS)
-        best = keep_first(best, heads)
-    splits = ((best & ID_MASK) ^ ID_MASK).to(tl.int32)
-    best = tl.full([KEPT], EMPTY_KEY, tl.int64)
-    ahead = load_lists(lists_ptr, splits, 0, num_splits, KEPT, LISTS)
-    for first in range(0, tl.minimum(KEPT, num_splits), LISTS - 1):
-        lists = ahead
-        ahead = load_lists(lists_ptr, splits, first + LISTS - 1, num_splits, KEPT, LISTS)
-        best = keep_first(best, lists)
+    for first in range(0, tl.minimum(KEPT, num_splits), LISTS):
+        split = tl.max(tl.where(rank[:, None] == first + tl.arange(0, LISTS)[None, :], splits[:, None], 0), axis=0)
+        place = (row * num_splits + split)[:, None] * KEPT + rank[None, :]
+        keys = tl.load(workspace_ptr + place, mask=(split < num_splits)[:, None], other=EMPTY_KEY)
+        best = keep_first(best, tl.reshape(keys, [LISTS * KEPT]))
     chosen = ((best >> 32) > ORDERED_NEG_INF) & (rank < TOPK)
     ids = tl.where(chosen, (best & ID_MASK).to(tl.int32) ^ ID_MASK, ID_MASK)
     place = tl.sum((ids[:, None] < ids[None, :]).to(tl.int32), axis=0)
@@ -184,6 +172,7 @@ def merge_kernel(
     tl.store(ids_ptr + row * TOPK + rank, -1, mask=(rank < TOPK) & (chosen == 0))
 
 
-def merge_constants(kept: int, topk: int) -> dict[str, int]:
-    """The compile-time arguments of `merge_kernel`: about 128 keys are compared at once."""
-    return {"TOPK": topk, "KEPT": kept, "LISTS": max(2, 128 // kept)}
+def merge_constants(kept: int, topk: int, num_splits: int) -> dict[str, int]:
+    """The compile-time arguments of `merge_kernel`: up to 128 keys are compared at once."""
+    heads = min(128, triton.next_power_of_2(num_splits))
+    return {"TOPK": topk, "KEPT": kept, "HEADS": heads, "LISTS": min(kept, max(1, 128 // kept))}

@@ -337,7 +337,7 @@ def select_blocks(
             workspace,
             ids,
             config.num_splits,
-            **merge_constants(config.kept, topk),
+            **merge_constants(config.kept, topk, config.num_splits),
             **target.overlap(),
             num_warps=4,
         )

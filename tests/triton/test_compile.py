@@ -67,10 +67,11 @@ def test_selection(build, target, case):
     assert (config.num_splits > 1) == (seqlen_q <= 16)
 
 
-@pytest.mark.parametrize("topk", [4, 16, 64])
-def test_merge(build, target, topk):
-    constants = ranking.merge_constants(max(8, topk), topk)
-    build(ranking.merge_kernel, target, constants, 4, spills=8 if target.arch == 80 else 0, workspace_ptr="*i64")
+@pytest.mark.parametrize(("topk", "splits"), [(16, 528), (16, 6)])
+def test_merge(build, target, topk, splits):
+    constants = ranking.merge_constants(max(8, topk), topk, splits)
+    spills = 8 if target.arch == 86 else 0
+    build(ranking.merge_kernel, target, constants, 4, spills=spills, workspace_ptr="*i64")
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])
