@@ -68,17 +68,18 @@ def _gpu_rows() -> dict[str, dict]:
 
 
 def gpu_selection() -> str:
-    rows = [
-        [
-            name.removeprefix("selection "),
-            f"{row['ms']:.3f} ms",
-            f"{row['floor_ms']:.3f} ms",
-            f"{row['floor_ms'] / row['ms']:.2f}",
-        ]
-        for name, row in _gpu_rows().items()
-        if name.startswith("selection ")
-    ]
-    return _markdown(["queries x keys", "selection", "FLOP floor", "share of it"], rows)
+    found = _gpu_rows()
+    rows = []
+    for name in found:
+        shape = name.removeprefix("selection ")
+        if shape == name or shape.startswith("e4m3 "):
+            continue
+        cells = [shape]
+        for row in (found[name], found.get(f"selection e4m3 {shape}")):
+            times = [] if row is None else [row["ms"], row["floor_ms"]]
+            cells += [f"{ms:.3f} ms" for ms in times] + [f"{times[1] / times[0]:.2f}"] if times else [""] * 3
+        rows.append(cells)
+    return _markdown(["queries x keys", "bf16", "FLOP floor", "share of it", "e4m3", "FLOP floor", "share of it"], rows)
 
 
 def gpu_decode() -> str:
@@ -181,14 +182,18 @@ def gpu_floors() -> str:
 
 
 def gpu_prefill() -> str:
-    found = _gpu_rows()
-    selection, dense = (found[f"prefill 1048576: {what}"]["ms"] for what in ("selection", "dense cuDNN, forward"))
+    """Each row from the one run that measured all of it."""
     rows = []
-    for pattern in ("random", "neighbours share"):
-        main = found[f"prefill 1048576: {pattern}, main branch, forward"]["ms"]
-        times = (f"{time:.0f} ms" for time in (selection, main, dense))
-        rows.append([pattern, *times, f"{dense / (selection + main):.1f}x"])
-    return _markdown(["1M tokens", "selection", "main branch", "dense cuDNN", "faster"], rows)
+    for name in ("gpu-h200.json", "gpu-h200-selection.json"):
+        found = {row["name"].removeprefix("prefill 1048576: "): row.get("ms") for row in _load(name)["rows"]}
+        for pattern in ("random", "neighbours share"):
+            main, dense = found.get(f"{pattern}, main branch, forward"), found["dense cuDNN, forward"]
+            for scores, step in (("bf16", "selection"), ("e4m3", "selection, e4m3")):
+                selection = found.get(step)
+                if main is not None and selection is not None:
+                    times = (f"{time:.0f} ms" for time in (selection, main, dense))
+                    rows.append([pattern, scores, *times, f"{dense / (selection + main):.1f}x"])
+    return _markdown(["1M tokens", "index scores", "selection", "main branch", "dense cuDNN", "faster"], rows)
 
 
 def gpu_flex() -> str:
