@@ -78,6 +78,7 @@ class PlainAttention:
     @staticmethod
     def is_exact(out: Tensor, lse: Tensor) -> Tensor:
         """Which rows of out [..., D] and lse [...] are right to rounding; those that met no key are not."""
+        # A sum is finite only if its terms are; where finite terms overflow, a row is done again for nothing.
         return (lse.abs() <= _LARGEST_LSE) & out.sum(-1).isfinite()
 
     def add(self, tile: Tile, scores: Tensor, v_blocks: Tensor) -> None:
