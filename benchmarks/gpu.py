@@ -23,14 +23,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu_serving import chunk_calls, chunk_times, decode_times, serving_errors
+from benchmarks.gpu_serving import FP8, chunk_calls, chunk_times, decode_times, serving_errors
 from benchmarks.gpu_training import PATTERNS, flex_times, floors, prefill_times, training_errors, training_times
 from flexmsa.kernels.triton.selection import choose_config, select_blocks
 
 GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK = 4, 16, 128, 128, 16
 SQUARE = [8192, 32768, 131072, 524288]
 CHUNKS = [(338, 74578), (171, 55339), (1626, 93146), (16384, 47744)]
-FP8 = torch.float8_e4m3fn
 LAYERS = [8192, 16384, 32768, 131072, 524288]
 FLT_MAX = torch.finfo(torch.float32).max
 
@@ -116,26 +115,17 @@ def packed_errors(device="cuda"):
         yield "selection of packed documents"
 
 
-def e4m3_errors():
-    """Selection by e4m3 queries and keys, in which small integers are exact too."""
-    for seqlen_q, seqlen_k in [(1000, 1000), (20000, 20000), (40, 3000)]:
-        index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k, integers)
-        queries = sorted({0, seqlen_q // 3, seqlen_q // 2, seqlen_q - 1})
-        found = select_blocks(index_q.to(FP8), index_k.to(FP8), sequences, BLOCK, TOPK, 1, 0)
-        wanted = dense_ids(index_q, index_k, sequences, BLOCK, TOPK, 1, 0, queries)
-        if not torch.equal(found[:, :, queries], wanted[:, :, queries]):
-            yield f"selection by e4m3 of {seqlen_q} queries over {seqlen_k} keys"
-
-
 def large_errors():
-    """Spot checks where offsets and tile counts are large, at M3's shape."""
-    for seqlen_q, seqlen_k in [(131072, 131072), *CHUNKS, (1, 1 << 20)]:
+    """Spot checks where offsets and tile counts are large, and by e4m3 queries and keys, at M3's shape."""
+    shapes = [(131072, 131072), *CHUNKS, (1, 1 << 20)]
+    cases = [*product(shapes, [torch.bfloat16]), *product([(1000, 1000), (20000, 20000), (40, 3000)], [FP8])]
+    for (seqlen_q, seqlen_k), dtype in cases:
         index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k, integers)
         queries = sorted({0, seqlen_q // 3, seqlen_q // 2, max(0, seqlen_q - 130), seqlen_q - 1})
-        found = select_blocks(index_q, index_k, sequences, BLOCK, TOPK, 1, 0)
+        found = select_blocks(index_q.to(dtype), index_k.to(dtype), sequences, BLOCK, TOPK, 1, 0)
         wanted = dense_ids(index_q, index_k, sequences, BLOCK, TOPK, 1, 0, queries)
         if not torch.equal(found[:, :, queries], wanted[:, :, queries]):
-            yield f"selection of {seqlen_q} queries over {seqlen_k} keys"
+            yield f"selection of {seqlen_q} queries over {seqlen_k} keys, {dtype}"
 
 
 def normals(*shape, dtype):
@@ -229,7 +219,7 @@ def check():
     torch.manual_seed(0)
     errors = [
         error
-        for part in (selection_errors, packed_errors, e4m3_errors, serving_errors, large_errors, training_errors)
+        for part in (selection_errors, packed_errors, serving_errors, large_errors, training_errors)
         for error in part()
     ]
     print("\n".join(errors) if errors else "correct", flush=True)

@@ -69,16 +69,16 @@ def _gpu_rows() -> dict[str, dict]:
 
 def gpu_selection() -> str:
     found = _gpu_rows()
-    rows = []
-    for name in found:
-        shape = name.removeprefix("selection ")
-        if shape == name or shape.startswith("e4m3 "):
-            continue
-        cells = [shape]
-        for row in (found[name], found.get(f"selection e4m3 {shape}")):
-            times = [] if row is None else [row["ms"], row["floor_ms"]]
-            cells += [f"{ms:.3f} ms" for ms in times] + [f"{times[1] / times[0]:.2f}"] if times else [""] * 3
-        rows.append(cells)
+
+    def cells(name: str) -> list[str]:
+        if name not in found:
+            return [""] * 3
+        ms, floor = found[name]["ms"], found[name]["floor_ms"]
+        return [f"{ms:.3f} ms", f"{floor:.3f} ms", f"{floor / ms:.2f}"]
+
+    plain = [name for name in found if name.startswith("selection ") and not name.startswith("selection e4m3 ")]
+    shapes = [name.removeprefix("selection ") for name in plain]
+    rows = [[shape, *cells(f"selection {shape}"), *cells(f"selection e4m3 {shape}")] for shape in shapes]
     return _markdown(["queries x keys", "bf16", "FLOP floor", "share of it", "e4m3", "FLOP floor", "share of it"], rows)
 
 

@@ -153,7 +153,7 @@ def selection_config(
     # A decoding step waits for memory: its keys go from shared memory to the product without passing registers, and
     # several programs to a multiprocessor keep loads in flight while one of them merges.
     swap = target.arch == 90 and rows < 64 <= columns and element_size == 2
-    fp8_product = swap and decoded and dtype == torch.bfloat16 and depth >= 32
+    fp8_product = as_they_are or (swap and decoded and dtype == torch.bfloat16 and depth >= 32)
     if swap:
         rows = min(rows, padded(seqlen_q * num_kv_heads, least=8))
     per_sm = 4 if fp8_product and rows == 8 else 2 if swap else 1
@@ -164,7 +164,7 @@ def selection_config(
     spare = target.shared_memory // per_sm - rows * (depth + (columns if swap else 0)) * element_size - 2048
     if decoded and not swap:
         spare -= columns * depth * element_size
-    most = 6 if swap and not fp8_product else 4 if rows <= 64 or fp8_product or as_they_are else 3
+    most = 4 if fp8_product else 6 if swap else 4 if rows <= 64 else 3
     num_stages = max(1, min(most, spare // (columns * depth * key_size)))
     if target.backend == "hip":
         num_stages = min(num_stages, 2)
@@ -174,7 +174,7 @@ def selection_config(
     num_splits = split_count(tiles, triton.cdiv(seqlen_k, block_size), target.num_sms, limit, per_sm)
     # Without the swap, ptxas spills a few bytes of a small tile with TMA.
     copies = hopper and tma_ready and (swap or rows >= 64)
-    use_tma = copies and (element_size == 2 or as_they_are) and (columns, depth) == (block_size, index_head_dim)
+    use_tma = copies and (element_size == 2 or fp8_product) and (columns, depth) == (block_size, index_head_dim)
     return SelectionConfig(
         rows=rows,
         num_warps=num_warps,
@@ -187,7 +187,7 @@ def selection_config(
         # Where it was measured to pay: on a long way through the keys.
         halves=target.arch == 90 and rows >= 128 and not decoded and num_splits == 1 and seqlen_k >= 16384,
         swap=swap,
-        fp8_product=fp8_product or as_they_are,
+        fp8_product=fp8_product,
     )
 
 
