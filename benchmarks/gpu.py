@@ -1,16 +1,19 @@
-"""The Triton kernels on a GPU: right first, then timed beside their floors. `python benchmarks/gpu.py --out DIR`
+"""The Triton kernels on a GPU: right first, then timed beside their floors.
+
+    python -m benchmarks.gpu [--only PART ...] [--quick] [--sweep] [--out out/gpu]
 
 Times are medians. Prefill: CUDA events round one call, the L2 cache overwritten before it. Decode: a CUDA graph of
 calls that take turns on caches which together exceed the L2 cache, divided by the number of calls. Floors come from
-ceilings measured in the same run: a bf16 product of 8192^3 and a device copy.
+ceilings measured in the same run: a bf16 product of 8192^3 and a device copy. With --only, the rows of these parts
+replace those in OUT/gpu.json, and the others stay, each part with the machine and the ceilings of its own run.
 """
 
 import argparse
-import json
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,6 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.gpu_results import Results
 from benchmarks.gpu_serving import FP8, chunk_calls, chunk_times, decode_times, serving_errors
 from benchmarks.gpu_training import PATTERNS, flex_times, floors, prefill_times, training_errors, training_times
 from flexmsa.kernels.triton.selection import choose_config, select_blocks
@@ -199,7 +203,7 @@ def sweep(report):
                 time = time_selection(seqlen, seqlen, replace(base, **change))
             except Exception as error:  # a variant may not fit the GPU: say so and go on
                 time = f"{type(error).__name__}: {str(error)[:80]}"
-            report(f"sweep {seqlen}, {name}", time, None)
+            report(f"sweep {seqlen}, {name}", time)
 
 
 def environment():
@@ -214,67 +218,112 @@ def environment():
     }
 
 
-def check():
-    """Print what is wrong; True if nothing is."""
+@dataclass(frozen=True)
+class Run:
+    """Where a part's rows go, the ceilings that its floors come from, and how much to time."""
+
+    report: Callable[..., None]
+    flops: float
+    bandwidth: float
+    quick: bool
+    sweep: bool
+
+
+def time_selections(run: Run) -> None:
+    if run.sweep:
+        sweep(run.report)
+    for seqlen_q, seqlen_k in [(s, s) for s in SQUARE if not (run.quick and s > 200_000)] + CHUNKS:
+        config = choose_config(*index_inputs(1, seqlen_q, seqlen_k), BLOCK, TOPK)
+        floor = selection_floor(seqlen_q, seqlen_k, run.flops)
+        time = time_selection(seqlen_q, seqlen_k)
+        run.report(f"selection {seqlen_q} x {seqlen_k}", time, floor, config=asdict(config))
+        run.report(f"selection e4m3 {seqlen_q} x {seqlen_k}", time_selection(seqlen_q, seqlen_k, dtype=FP8), floor / 2)
+
+
+def time_decoding(run: Run) -> None:
+    for name, time, floor in decode_times(run.bandwidth, quick=run.quick):
+        run.report(f"decode {name}", time, floor)
+
+
+def time_chunks(run: Run) -> None:
+    for name, time in chunk_times(event_time):
+        run.report(f"chunk {name}", time)
+
+
+def time_training(run: Run) -> None:
+    for seqlen in LAYERS[:1] if run.quick else LAYERS:
+        for name, floor in floors(seqlen, run.flops, run.bandwidth).items():
+            run.report(f"floor {seqlen}: {name}", floor)
+        timer = partial(event_time, repeats=20 if seqlen < 100_000 else 5)
+        dense_timer = partial(event_time, repeats=1, warm_up=False) if seqlen > 200_000 else timer
+        for name, time in training_times(seqlen, timer, dense_timer, list(PATTERNS)):
+            run.report(f"layer {seqlen}: {name}", time)
+
+
+def time_prefill(run: Run) -> None:
+    once = partial(event_time, repeats=1, warm_up=False)
+    for name, time in prefill_times(1 << 20, once, ["random", "neighbours share"]):
+        run.report(f"prefill {1 << 20}: {name}", time)
+
+
+def time_flex(run: Run) -> None:
+    for name, time in flex_times(32768, event_time, ["random", "neighbours share"]):
+        run.report(f"layer 32768: {name}", time)
+
+
+SELECTION_CHECKS = (selection_errors, packed_errors, large_errors)
+# What times a part, and what has to be right before it does.
+PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]], ...]]] = {
+    "selection": (time_selections, SELECTION_CHECKS),
+    "decode": (time_decoding, (serving_errors,)),
+    "chunks": (time_chunks, (serving_errors,)),
+    "training": (time_training, (training_errors,)),
+    "prefill": (time_prefill, (*SELECTION_CHECKS, training_errors)),
+    "flex": (time_flex, (training_errors,)),
+}
+QUICK = ("selection", "decode", "chunks", "training")
+
+
+def check(parts: list[str]) -> bool:
+    """Print what is wrong with what the parts time; True if nothing is."""
     torch.manual_seed(0)
-    errors = [
-        error
-        for part in (selection_errors, packed_errors, serving_errors, large_errors, training_errors)
-        for error in part()
-    ]
+    checks = dict.fromkeys(errors for part in parts for errors in PARTS[part][1])
+    errors = [error for found in checks for error in found()]
     print("\n".join(errors) if errors else "correct", flush=True)
     return not errors
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sweep", action="store_true", help="also time other selection configurations")
-    parser.add_argument("--quick", action="store_true", help="check, then only selection up to 128K and decode")
-    options = parser.parse_args()
+def report(results: Results, part: str, name: str, milliseconds, floor=None, **more) -> None:
+    """Keep a row and print it; a string in place of the time says why there is none."""
+    results.add(part, {"name": name, "ms": milliseconds, "floor_ms": floor, **more})
+    shown = milliseconds if isinstance(milliseconds, str) or milliseconds is None else f"{milliseconds:10.4f}"
+    print(f"{name:42} {shown} {'' if floor is None else f'floor {floor:10.4f}'}", flush=True)
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the parts to run in their order."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="where gpu.json goes (default out/gpu)")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--sweep", action="store_true", help="in the part selection, time other configurations too")
+    parser.add_argument("--quick", action="store_true", help=f"shorter lengths, and by default {', '.join(QUICK)} only")
+    options = parser.parse_args(argv)
+    wanted = options.only or (QUICK if options.quick else PARTS)
+    return options, [part for part in PARTS if part in wanted]
+
+
+def main(argv: list[str] | None = None) -> None:
+    options, parts = parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    if not check():
+    results = Results(options.out / "gpu.json", chunks=chunk_calls())
+    if not check(parts):
         sys.exit(1)
-
-    rows = []
-    machine = environment()
-
-    def report(name, milliseconds, floor, **more):
-        rows.append({"name": name, "ms": milliseconds, "floor_ms": floor, **more})
-        shown = milliseconds if isinstance(milliseconds, str) or milliseconds is None else f"{milliseconds:10.4f}"
-        print(f"{name:42} {shown} {'' if floor is None else f'floor {floor:10.4f}'}", flush=True)
-        found = {**machine, "chunks": chunk_calls(), "rows": rows}
-        (options.out / "gpu.json").write_text(json.dumps(found, indent=1))
-
     flops, bandwidth = ceilings()
     print(f"{flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s", flush=True)
-    rows.append({"name": "ceilings", "flops": flops, "bytes_per_s": bandwidth})
-    if options.sweep:
-        sweep(report)
-    for seqlen_q, seqlen_k in [(s, s) for s in SQUARE if not (options.quick and s > 200_000)] + CHUNKS:
-        config = choose_config(*index_inputs(1, seqlen_q, seqlen_k), BLOCK, TOPK)
-        floor = selection_floor(seqlen_q, seqlen_k, flops)
-        time = time_selection(seqlen_q, seqlen_k)
-        report(f"selection {seqlen_q} x {seqlen_k}", time, floor, config=asdict(config))
-        report(f"selection e4m3 {seqlen_q} x {seqlen_k}", time_selection(seqlen_q, seqlen_k, dtype=FP8), floor / 2)
-    for name, time, floor in decode_times(bandwidth, quick=options.quick):
-        report(f"decode {name}", time, floor)
-    for name, time in chunk_times(event_time):
-        report(f"chunk {name}", time, None)
-    for seqlen in LAYERS[:1] if options.quick else LAYERS:
-        for name, floor in floors(seqlen, flops, bandwidth).items():
-            report(f"floor {seqlen}: {name}", floor, None)
-        timer = partial(event_time, repeats=20 if seqlen < 100_000 else 5)
-        dense_timer = partial(event_time, repeats=1, warm_up=False) if seqlen > 200_000 else timer
-        for name, time in training_times(seqlen, timer, dense_timer, list(PATTERNS)):
-            report(f"layer {seqlen}: {name}", time, None)
-    for seqlen in [] if options.quick else [1 << 20]:
-        once = partial(event_time, repeats=1, warm_up=False)
-        for name, time in prefill_times(seqlen, once, ["random", "neighbours share"]):
-            report(f"prefill {seqlen}: {name}", time, None)
-    for seqlen in [] if options.quick else [32768]:
-        for name, time in flex_times(seqlen, event_time, ["random", "neighbours share"]):
-            report(f"layer {seqlen}: {name}", time, None)
+    machine = {**environment(), "flops": flops, "bytes_per_s": bandwidth}
+    for part in parts:
+        results.begin(part, machine)
+        PARTS[part][0](Run(partial(report, results, part), flops, bandwidth, options.quick, options.sweep))
 
 
 if __name__ == "__main__":

@@ -55,9 +55,18 @@ def cpu_memory() -> str:
     return _markdown(["", *(f"{int(n) // 1024}K" for n in lengths)], rows)
 
 
+def _runs(found: dict) -> list[dict]:
+    """The runs that measured a file's rows: one a part, or, in files of before the parts, the file's own."""
+    return list(found["parts"].values()) if "parts" in found else [found]
+
+
+def _machines(runs: list[dict]) -> str:
+    said = (f"{run['gpu']}, driver {run['driver']}, torch {run['torch']}, triton {run['triton']}" for run in runs)
+    return "; ".join(dict.fromkeys(said)) + "."
+
+
 def gpu_machine() -> str:
-    found = _load("gpu-h200.json")
-    return f"{found['gpu']}, driver {found['driver']}, torch {found['torch']}, triton {found['triton']}."
+    return _machines(_runs(_load("gpu-h200.json")))
 
 
 def _gpu_rows() -> dict[str, dict]:

@@ -1,0 +1,82 @@
+"""The benchmarks, as far as they need no GPU."""
+
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import gpu
+from benchmarks.gpu_results import Results
+
+
+def _run(path, parts, gpu, row_names):
+    results = Results(path)
+    for part in parts:
+        results.begin(part, {"gpu": gpu})
+        for name in row_names:
+            results.add(part, {"name": name})
+    return json.loads(path.read_text())
+
+
+def test_a_part_replaces_its_own_rows_only(tmp_path):
+    path = tmp_path / "gpu.json"
+    _run(path, ["selection", "decode"], "first", ["a", "b"])
+    found = _run(path, ["selection"], "second", ["c"])
+    rows = [(row["part"], row["name"]) for row in found["rows"]]
+    assert rows == [("decode", "a"), ("decode", "b"), ("selection", "c")]
+    assert found["parts"] == {"selection": {"gpu": "second"}, "decode": {"gpu": "first"}}
+
+
+def test_a_part_keeps_its_rows_until_there_is_a_new_one(tmp_path):
+    path = tmp_path / "gpu.json"
+    before = _run(path, ["selection"], "first", ["a"])
+    Results(path).begin("selection", {"gpu": "second"})
+    assert json.loads(path.read_text()) == before
+
+
+def test_rows_of_unknown_parts_are_refused(tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text('{"gpu": "old", "rows": [{"name": "a"}]}')
+    with pytest.raises(SystemExit, match="move this older file away"):
+        Results(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], list(gpu.PARTS)),
+        (["--quick"], list(gpu.QUICK)),
+        (["--only", "flex", "decode", "flex"], ["decode", "flex"]),
+        (["--quick", "--only", "prefill"], ["prefill"]),
+    ],
+)
+def test_which_parts_run(arguments, parts):
+    assert gpu.parse(arguments)[1] == parts
+
+
+def test_an_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu.parse(["--only", "sorting"])
+    said = capsys.readouterr().err
+    assert all(part in said for part in gpu.PARTS)
+
+
+def test_only_what_a_part_times_is_checked_and_each_check_once(monkeypatch):
+    ran = []
+
+    def errors():
+        ran.append("decode")
+        return iter(())
+
+    parts = {"decode": (None, (errors,)), "chunks": (None, (errors,)), "flex": (None, (None,))}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    assert gpu.check(["decode", "chunks"])
+    assert ran == ["decode"]
+
+
+def test_nothing_is_timed_where_a_check_fails(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "PARTS", {"decode": (None, (lambda: iter(["off by one"]),))})
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path)])
+    assert not (tmp_path / "gpu.json").exists()
