@@ -26,6 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import gpu_peers
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_serving import FP8, chunk_calls, chunk_times, decode_times, serving_errors
 from benchmarks.gpu_training import PATTERNS, flex_times, floors, prefill_times, training_errors, training_times
@@ -271,6 +272,14 @@ def time_flex(run: Run) -> None:
         run.report(f"layer 32768: {name}", time)
 
 
+def time_peers(run: Run) -> None:
+    nsa = gpu_peers.parallel_nsa()
+    for seqlen in gpu_peers.LENGTHS[:1] if run.quick else gpu_peers.LENGTHS:
+        timer = partial(event_time, repeats=20 if seqlen < 100_000 else 5)
+        for name, time in gpu_peers.peer_times(seqlen, timer, nsa):
+            run.report(f"peers {seqlen}: {name}", time)
+
+
 SELECTION_CHECKS = (selection_errors, packed_errors, large_errors)
 # What times a part, and what has to be right before it does.
 PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]], ...]]] = {
@@ -280,6 +289,7 @@ PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]],
     "training": (time_training, (training_errors,)),
     "prefill": (time_prefill, (*SELECTION_CHECKS, training_errors)),
     "flex": (time_flex, (training_errors,)),
+    "peers": (time_peers, (training_errors,)),
 }
 QUICK = ("selection", "decode", "chunks", "training")
 

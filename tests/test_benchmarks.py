@@ -1,12 +1,14 @@
 """The benchmarks, as far as they need no GPU."""
 
 import json
+import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_peers
 from benchmarks.gpu_results import Results
 
 
@@ -80,3 +82,29 @@ def test_nothing_is_timed_where_a_check_fails(monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path)])
     assert not (tmp_path / "gpu.json").exists()
+
+
+def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fla", None)
+    assert gpu_peers.parallel_nsa() is None
+    assert "pip install flash-linear-attention" in capsys.readouterr().out
+
+
+def test_one_wrong_head_of_a_token_shows_and_rounding_does_not():
+    exact = torch.randn(1, 64, 50, 128)
+    exact[:, :, 0] *= 1e-6
+    assert gpu_peers.relative_error(exact.bfloat16(), exact) < 2e-2
+    wrong = exact.bfloat16()
+    wrong[0, 5, 7] = 0
+    assert gpu_peers.relative_error(wrong, exact) > 2e-2
+    wrong[0, 5, 7] = torch.nan
+    assert not gpu_peers.relative_error(wrong, exact) < 2e-2
+
+
+def test_a_peer_that_fails_says_so_and_the_others_go_on():
+    def attend(q, k, v):
+        raise ValueError("no such shape")
+
+    inputs = tuple(torch.zeros(1, 1, 2, 4) for _ in range(3))
+    found = dict(gpu_peers.times(attend, inputs, inputs[0], lambda call: call()))
+    assert found == dict.fromkeys(("forward", "backward"), "ValueError: no such shape")
