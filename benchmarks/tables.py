@@ -217,6 +217,31 @@ def gpu_flex() -> str:
     return _markdown(["32K tokens", "", "forward", "backward"], rows)
 
 
+def gpu_peers() -> str:
+    """The main branch and its peers, with the machine of their own run; nothing until they are measured."""
+    if not (RESULTS / "gpu-peers.json").exists():
+        return ""
+    found = _load("gpu-peers.json")
+    times: dict[tuple[str, str], dict[tuple[int, str], float | str]] = {}
+    for row in found["rows"]:
+        if row["part"] == "peers":
+            seqlen, what = row["name"].removeprefix("peers ").split(": ")
+            peer, blocks, direction = what.split(", ")
+            times.setdefault((peer, blocks), {})[int(seqlen), direction] = row["ms"]
+    lengths = sorted({seqlen for by_length in times.values() for seqlen, _ in by_length})
+
+    def cell(ms: float | str | None) -> str:
+        # A string says why there is no time.
+        return f"{ms:.1f}" if isinstance(ms, float) else "-"
+
+    rows = []
+    for (peer, blocks), by_length in times.items():
+        pairs = [[by_length.get((seqlen, step)) for step in ("forward", "backward")] for seqlen in lengths]
+        rows.append([peer, blocks, *(f"{cell(forward)} / {cell(backward)}" for forward, backward in pairs)])
+    head = ["forward / backward, ms", "attends to", *(f"{seqlen // 1024}K" for seqlen in lengths)]
+    return f"{_machines([found['parts']['peers']])}\n\n{_markdown(head, rows)}"
+
+
 def kernels_sm_90() -> str:
     found = _load("kernels.json")
     rows = []
@@ -295,6 +320,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu floors": gpu_floors,
     "gpu prefill": gpu_prefill,
     "gpu flex": gpu_flex,
+    "gpu peers": gpu_peers,
     "gpu grid": gpu_grid,
     "gpu chunks": gpu_chunks,
     "fp8 selection": fp8_selection,

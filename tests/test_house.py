@@ -112,3 +112,10 @@ def test_the_figures_in_the_documents_are_those_of_the_results(page):
     tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
     text = (ROOT / page).read_text()
     assert tables["fill"](text) == text
+
+
+def test_every_table_stands_on_a_page_once_it_has_figures():
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+    text = "".join((ROOT / page).read_text() for page in tables["PAGES"])
+    shown = {name for name in tables["TABLES"] if f"<!-- {name} -->" in text}
+    assert shown == {name for name, make in tables["TABLES"].items() if make()}
