@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu_peers
+from benchmarks import gpu_peers, gpu_plot
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_serving import FP8, chunk_calls, chunk_times, decode_times, serving_errors
 from benchmarks.gpu_training import PATTERNS, flex_times, floors, prefill_times, training_errors, training_times
@@ -313,7 +313,7 @@ def report(results: Results, part: str, name: str, milliseconds, floor=None, **m
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the parts to run in their order."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="where gpu.json goes (default out/gpu)")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="for gpu.json and gpu.png (default out/gpu)")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--sweep", action="store_true", help="in the part selection, time other configurations too")
     parser.add_argument("--quick", action="store_true", help=f"shorter lengths, and by default {', '.join(QUICK)} only")
@@ -334,6 +334,7 @@ def main(argv: list[str] | None = None) -> None:
     for part in parts:
         results.begin(part, machine)
         PARTS[part][0](Run(partial(report, results, part), flops, bandwidth, options.quick, options.sweep))
+    gpu_plot.draw_if_possible(results.rows, results.parts.get("training", machine)["gpu"], options.out / "gpu.png")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, gpu_peers, tables
+from benchmarks import gpu, gpu_peers, gpu_plot, tables
 from benchmarks.gpu_results import Results
 
 
@@ -84,6 +84,19 @@ def test_nothing_is_timed_where_a_check_fails(monkeypatch, tmp_path):
     assert not (tmp_path / "gpu.json").exists()
 
 
+def test_each_part_keeps_the_ceilings_of_its_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "environment", lambda: {"gpu": "GPU"})
+    for part, flops in (("decode", 1e12), ("flex", 2e12), ("decode", 3e12)):
+        times = {name: (lambda run: run.report("a step", 1.5, 1e12 / run.flops), ()) for name in gpu.PARTS}
+        monkeypatch.setattr(gpu, "PARTS", times)
+        monkeypatch.setattr(gpu, "ceilings", lambda flops=flops: (flops, 1e12))
+        gpu.main(["--out", str(tmp_path), "--only", part])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: run["flops"] for name, run in found["parts"].items()} == {"decode": 3e12, "flex": 2e12}
+    floors = [(row["part"], row["floor_ms"]) for row in found["rows"]]
+    assert floors == [("flex", 0.5), ("decode", pytest.approx(1 / 3))]
+
+
 def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fla", None)
     assert gpu_peers.parallel_nsa() is None
@@ -122,3 +135,50 @@ def test_the_table_of_peers(monkeypatch, tmp_path):
     assert machine == "a GPU, driver 1, torch 2, triton 3."
     assert head == "| forward / backward, ms | attends to | 8K | 32K |"
     assert row == "| dense flash | every block | 1.2 / - | 4.0 / - |"
+
+
+def test_where_two_lines_cross():
+    dense = {1000: 1.0, 2000: 4.0, 4000: 16.0, 8000: 64.0}
+    tokens, milliseconds = gpu_plot.crossover({n: 3.0 * n / 1000 for n in dense}, dense)
+    assert (tokens, milliseconds) == (pytest.approx(3000), pytest.approx(9))
+    assert gpu_plot.crossover({n: 4.0 * n / 1000 for n in dense}, dense) == (pytest.approx(4000), pytest.approx(16))
+    assert gpu_plot.crossover({n: 0.5 * n / 1000 for n in dense}, dense) is None
+    assert gpu_plot.crossover({n: 20.0 * n / 1000 for n in dense}, dense) is None
+
+
+def test_the_lines_are_the_sums_of_the_table():
+    lines = gpu_plot.panel_lines(tables._gpu_rows().values())
+    training, prefill = lines.values()
+    assert list(training["random"]) == tables._layer_lengths()
+    for pattern in gpu_plot.SPARSE:
+        layer = tables._layer(32768, pattern)
+        assert prefill[pattern][32768] == pytest.approx(layer["selection"] + layer["forward"])
+        assert training["dense cuDNN"][32768] == pytest.approx(layer.pop("dense"))
+        assert training[pattern][32768] == pytest.approx(sum(layer.values()))
+
+
+def test_a_length_that_was_not_finished_is_not_drawn():
+    rows = list(tables._gpu_rows().values())
+    rows = [row for row in rows if row["name"] != "layer 524288: neighbours share, KL value and gradient"]
+    training, prefill = gpu_plot.panel_lines(rows).values()
+    assert max(training["random"]) == 131072
+    assert max(prefill["random"]) == 524288
+
+
+def test_the_picture_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    gpu_plot.draw(tables._gpu_rows().values(), "GPU", tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("lengths", "hidden", "said"),
+    [(1, "nothing", "two lengths or more"), (5, "matplotlib.figure", "pip install flexmsa[plot]")],
+)
+def test_why_there_is_no_picture(lengths, hidden, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, hidden, None)
+    drawn = tuple(f"layer {n}: " for n in tables._layer_lengths()[:lengths])
+    rows = [row for name, row in tables._gpu_rows().items() if name.startswith(drawn)]
+    gpu_plot.draw_if_possible(rows, "GPU", tmp_path / "gpu.png")
+    assert said in capsys.readouterr().out
+    assert not (tmp_path / "gpu.png").exists()

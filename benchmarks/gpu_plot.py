@@ -1,0 +1,120 @@
+"""Draw training and prefill against dense attention, by length: `python -m benchmarks.gpu_plot`.
+
+From the rows of the part training in `benchmarks/gpu.py`. Writes docs/images/gpu.png from the committed results.
+"""
+
+import math
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Milliseconds by tokens.
+Line = dict[int, float]
+DENSE, SPARSE = "dense cuDNN", ("random", "neighbours share")
+# What a panel adds up: the steps of ours on a selection, beside the selection itself, and those of dense attention.
+PANELS = {
+    "Training: selection, forward, backward, KL loss": (
+        ("main branch, forward", "main branch, backward", "KL value and gradient"),
+        ("forward", "backward"),
+    ),
+    "Prefill: selection, forward": (("main branch, forward",), ("forward",)),
+}
+COLOURS = {DENSE: "0.35", "random": "#0072b2", "neighbours share": "#009e73"}
+# Labels stand above (1) or below (-1) the line.
+SIDES = {DENSE: 0, "random": 1, "neighbours share": -1}
+
+
+def panel_lines(rows: Iterable[dict]) -> dict[str, dict[str, Line]]:
+    """The lines of each panel, by name, over the lengths at which all their steps were timed."""
+    times = {row["name"]: row["ms"] for row in rows if row["name"].startswith("layer ")}
+    lengths = sorted({int(name.split(":")[0].removeprefix("layer ")) for name in times})
+    panels = {}
+    for title, (ours, dense) in PANELS.items():
+        steps = {DENSE: [f"{DENSE}, {step}" for step in dense]}
+        steps |= {blocks: ["selection", *(f"{blocks}, {step}" for step in ours)] for blocks in SPARSE}
+        needed = [step for names in steps.values() for step in names]
+        complete = [n for n in lengths if all(f"layer {n}: {step}" in times for step in needed)]
+        panels[title] = {
+            line: {n: sum(times[f"layer {n}: {step}"] for step in names) for n in complete}
+            for line, names in steps.items()
+        }
+    return panels
+
+
+def crossover(ours: Line, dense: Line) -> tuple[float, float] | None:
+    """(tokens, milliseconds) where ours begins to be faster, on straight lines between logarithms; None if nowhere."""
+    for low, high in pairwise(sorted(ours)):
+        before, after = (math.log(ours[n] / dense[n]) for n in (low, high))
+        if before > 0 >= after:
+            share = before / (before - after)
+            return low * (high / low) ** share, ours[low] * (ours[high] / ours[low]) ** share
+    return None
+
+
+def draw(rows: Iterable[dict], gpu: str, path: Path) -> None:
+    """Draw both panels. ImportError without matplotlib, ValueError where fewer than two lengths were timed."""
+    panels = panel_lines(rows)
+    if any(len(lines[DENSE]) < 2 for lines in panels.values()):
+        raise ValueError("it takes the part training at two lengths or more")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, (title, lines) in zip((left, right), panels.items(), strict=True):
+        draw_panel(axes, lines)
+        axes.set_title(title, fontsize=11, loc="left")
+    left.set_yscale("log")
+    left.set_ylim(bottom=0.25)
+    left.set_yticks([1, 10, 100, 1e3, 1e4], ["1 ms", "10 ms", "0.1 s", "1 s", "10 s"])
+    figure.suptitle(f"An attention layer on one {gpu}: 64 query and 4 KV heads of 128, bf16", fontsize=12)
+    figure.savefig(path, dpi=130)
+
+
+def draw_if_possible(rows: Iterable[dict], gpu: str, path: Path) -> None:
+    try:
+        draw(rows, gpu, path)
+    except ImportError:
+        print("no picture: pip install flexmsa[plot]")
+    except ValueError as error:
+        print(f"no picture: {error}")
+
+
+def draw_panel(axes: "Axes", lines: dict[str, Line]) -> None:
+    dense, last = lines[DENSE], max(lines[DENSE])
+    for name, line in lines.items():
+        colour, side = COLOURS[name], SIDES[name]
+        axes.plot(list(line), list(line.values()), "o-", ms=4, lw=2, color=colour)
+        label = name if name == DENSE else f"flexmsa, {name}:\n{dense[last] / line[last]:.0f} times faster"
+        write(axes, label, (last, line[last]), (10, 8 * side), colour, va=("top", "center", "bottom")[side + 1])
+        point = crossover(line, dense)
+        if point:
+            axes.plot(*point, "o", ms=9, mfc="white", mec=colour, mew=2, zorder=3)
+            label = f"even at\n{point[0] / 1024:.1f}K"
+            write(axes, label, point, (-14 * side, 32 * side), colour, va="center", ha="center")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(dense), [f"{n // 1024}K" for n in dense])
+    # Room for the labels of what lies at its left end.
+    axes.set_xlim(left=min(dense) / 1.8)
+    axes.set_xlabel("tokens")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def write(axes: "Axes", text: str, point: tuple[float, float], offset: tuple[int, int], colour: str, **where) -> None:
+    axes.annotate(text, point, offset, textcoords="offset points", color=colour, fontsize=10.5, **where)
+
+
+def main() -> None:
+    from benchmarks import tables
+
+    found = tables._load("gpu-h200.json")
+    run = found["parts"]["training"] if "parts" in found else found
+    draw(tables._gpu_rows().values(), run["gpu"], tables.ROOT / "docs" / "images" / "gpu.png")
+
+
+if __name__ == "__main__":
+    main()
