@@ -99,13 +99,18 @@ def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def dense_peers(seqlen: int) -> dict[str, Attend]:
+    """What attends to every block up to the query, FlexAttention by a kernel compiled for this length."""
+
     def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    # Uncompiled it would make a tensor of S x S. A kernel for each length, as the others have.
+    # Once the compiler's cache for FlexAttention is full, of our own calls or of other lengths, it runs uncompiled and
+    # makes a tensor of S x S. So the cache is emptied, and fullgraph turns that into an error.
+    torch._dynamo.reset()
     mask = torch.compile(create_block_mask)(causal, None, None, seqlen, seqlen, device="cuda")
-    flex = partial(torch.compile(flex_attention, dynamic=False), block_mask=mask, enable_gqa=True)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    flex = partial(compiled, block_mask=mask, enable_gqa=True)
     return {"dense cuDNN": dense, "dense flash": flash, "dense FlexAttention": flex}
 
 
