@@ -214,12 +214,12 @@ def main(argv: list[str]) -> int:
     device, path = options.pop("device"), options.pop("out")
     options["dtype"] = getattr(torch, options["dtype"])
     options["index_head_dim"] = options["index_head_dim"] or options["head_dim"]
-    entries = []
     try:
         _target_of(device)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    entries = []
     try:
         for entry in _tune_kernels(options, device, path, lambda line: print(line, flush=True)):
             entries.append(entry)

@@ -142,14 +142,15 @@ def describe(changes: Changes) -> str:
 def event_time(call: Callable[[], object], repeats: int = 10) -> float:
     """Median milliseconds of a call on the current GPU, after one to warm up.
 
-    Before each, memory is overwritten: that empties the L2 cache, and lets the host run ahead with its launches.
+    Before each, memory is overwritten, four times: that empties the L2 cache, and lets the host run ahead.
     """
     spare = torch.empty(1 << 29, dtype=torch.int8, device="cuda")
     call()
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        spare.zero_()
+        for _ in range(4):
+            spare.zero_()
         start.record()
         call()
         end.record()
