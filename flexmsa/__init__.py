@@ -10,6 +10,7 @@ from flexmsa.functional import attention, block_sparse_attention, index_loss, se
 from flexmsa.kernels.workspace import set_workspace_limit
 from flexmsa.modules import MSAttention
 from flexmsa.paged_cache import PagedMSACache
+from flexmsa.tuning import autotune, clear_tuning, load_tuning
 from flexmsa.types import AuxOutput, AuxRequest
 
 __version__ = "0.1.0"
@@ -22,10 +23,13 @@ __all__ = [
     "MSAttention",
     "PagedMSACache",
     "attention",
+    "autotune",
     "block_sparse_attention",
+    "clear_tuning",
     "create_block_mask",
     "decode",
     "index_loss",
+    "load_tuning",
     "metrics",
     "pack_gqa",
     "packed_flex_attention",

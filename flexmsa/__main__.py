@@ -12,6 +12,10 @@ COMMANDS = {
         "train a small dense transformers model, convert it, and compare it with other uses of the same budget",
     ),
     "check": ("flexmsa.testing.check", "compare every backend that runs on this machine with the definition"),
+    "autotune": (
+        "flexmsa.tuning",
+        "time the Triton kernels with other tiles on this GPU, and write down what is faster",
+    ),
 }
 
 

@@ -11,6 +11,7 @@ blocks walk the union of them (see `walk`); all other tokens take the KV-outer o
 
 import torch
 
+from ..tuning import tuned
 from .by_block import attend_by_block
 from .configs import ForwardConfig, forward_config, target_of
 from .fp8 import Cache
@@ -41,7 +42,9 @@ def block_sparse_attention_forward(
     if out.numel() == 0 or (block_indices is not None and block_indices.shape[3] == 0):
         return out.zero_(), lse.fill_(-torch.inf)
     topk = 1 if block_indices is None else block_indices.shape[3]
-    config = config or forward_config(
+    config = config or tuned(
+        "forward",
+        forward_config,
         target_of(q.device),
         group_size=q.shape[1] // k.shape[1],
         head_dim=q.shape[3],

@@ -22,6 +22,7 @@ reading of dQ, 8 ms, does not overlap with the products.
 import triton
 from torch import Tensor
 
+from ..tuning import tuned
 from ..workspace import chunk_tokens
 from .backward_gradient import gradient_constants, gradient_kernel, plan_pieces
 from .backward_rows import gather_kernel, row_statistics
@@ -56,7 +57,9 @@ def block_sparse_attention_backward(
     if q.numel() * topk * seqlen_k == 0:
         return q.new_zeros(q.shape), grad_k.to(k.dtype), grad_v.to(v.dtype)
     grad_q = q.new_empty(q.shape)
-    config = config or backward_config(
+    config = config or tuned(
+        "backward",
+        backward_config,
         target_of(q.device),
         group_size=group_size,
         head_dim=head_dim,

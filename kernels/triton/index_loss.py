@@ -32,6 +32,7 @@ import torch
 import triton
 
 from ..sequences import key_ranges
+from ..tuning import tuned
 from ..workspace import chunk_tokens
 from .configs import LossConfig, loss_config, padded, target_of
 from .loss_gradient import index_loss_kernel, loss_constants
@@ -197,7 +198,9 @@ def index_loss(
     topk = triton.cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
     if q.numel() == 0 or topk == 0 or seqlen_k == 0:
         return loss.float(), grad_q, grad_k
-    config = config or loss_config(
+    config = config or tuned(
+        "loss",
+        loss_config,
         target_of(q.device),
         head_dim=head_dim,
         index_head_dim=index_dim,

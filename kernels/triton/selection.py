@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..tuning import tuned
 from .configs import SelectionConfig, padded, selection_config, storage_constants, target_of
 from .fp8 import as_bits, split_e4m3
 from .primitives import (
@@ -256,9 +257,11 @@ def selection_constants(
 def choose_config(
     index_q, index_k, sequences, block_size: int, topk: int, page_table: torch.Tensor | None = None
 ) -> SelectionConfig:
-    """`selection_config` for these tensors."""
+    """`selection_config` for these tensors, with what tuning changed."""
     batch, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
-    return selection_config(
+    return tuned(
+        "selection",
+        selection_config,
         target_of(index_q.device),
         # Of the two sequences of a row whose queries are not all new, one has no keys to score.
         num_sequences=batch if sequences.shape[0] <= 2 * batch else sequences.shape[0],

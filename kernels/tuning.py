@@ -1,0 +1,159 @@
+"""What tuning changed in the configurations that the Triton kernels are launched with, in this process.
+
+`triton/configs.py` chooses a configuration by target and shape. For a kernel, an architecture and a shape, whatever
+the sequence length, some of its fields may be changed: `tuned` is where the kernels ask, `tune` finds what pays.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+# What a configuration is chosen by, but differs from call to call.
+LENGTHS = {"num_sequences", "seqlen_q", "seqlen_k", "tma_ready"}
+# How much faster a candidate must be: less than this, and noise would choose.
+MARGIN = 0.03
+
+Changes = dict[str, int | None]
+Report = Callable[[str], object]
+
+
+class Key(NamedTuple):
+    """What a change holds for: kernel is "selection", "forward", "backward" or "loss"; shape: sorted names and values.
+
+    The shape has the rows of the configuration before the change: a selection of few queries takes fewer rows, and is
+    launched so differently that what was found for many does not hold for it.
+    """
+
+    kernel: str
+    arch: int | str
+    shape: tuple[tuple[str, Any], ...]
+
+
+class Found(NamedTuple):
+    """The changes that `tune` found, and the median milliseconds without and with them."""
+
+    changes: Changes
+    shipped_ms: float
+    best_ms: float
+
+
+_changes: dict[Key, Changes] = {}
+
+
+def clear_tuning() -> None:
+    """Go back to the shipped configurations: forget what `autotune` and `load_tuning` registered in this process.
+
+    >>> clear_tuning()
+    """
+    _changes.clear()
+
+
+def register(key: Key, changes: Changes) -> None:
+    """From now on, launch what `key` says with these fields changed; with none, as shipped."""
+    _changes[key] = changes
+
+
+def key_of(kernel: str, config: Any, target: Any, shape: Mapping[str, Any]) -> Key:
+    """The key of a configuration that was chosen for a target and a shape."""
+    lasting = {name: value for name, value in shape.items() if name not in LENGTHS}
+    for name, value in lasting.items():
+        if isinstance(value, torch.dtype):
+            lasting[name] = str(value).removeprefix("torch.")
+    return Key(kernel, target.arch, tuple(sorted({**lasting, "rows": config.rows}.items())))
+
+
+def tuned(kernel: str, choose: Callable[..., Any], target: Any, **shape: Any) -> Any:
+    """The configuration `choose(target, **shape)`, with what tuning changed in it."""
+    config = choose(target, **shape)
+    if not _changes:
+        return config
+    return replace(config, **_changes.get(key_of(kernel, config, target, shape), {}))
+
+
+def tune(
+    shipped: Any,
+    candidates: Iterable[Changes],
+    run: Callable[[Any], tuple[torch.Tensor, ...]],
+    time: Callable[[Callable[[], object]], float],
+    report: Report = lambda line: None,
+) -> Found:
+    """Which of the candidates' changes make `run(config)` faster; each is tried on top of those that did before it.
+
+    A candidate that does not compile or launch is left out, and so is one whose results are not those of `shipped`.
+
+    Args:
+        shipped: the configuration to begin with.
+        candidates: fields to change, and their values.
+        run: launches the kernel with a configuration and returns its results.
+        time: milliseconds of a call.
+        report: takes a line for each candidate.
+    """
+    expected = run(shipped)
+    best, best_ms = shipped, time(partial(run, shipped))
+    report(f"as shipped: {best_ms:.3f} ms")
+    for changes in candidates:
+        config = replace(best, **changes)
+        if config == best:
+            continue
+        try:
+            if not all(map(agree, run(config), expected)):
+                report(f"{describe(changes)}: other results")
+                continue
+            ms = time(partial(run, config))
+        except Exception as error:  # Triton, ptxas and the driver each have errors of their own.
+            report(f"{describe(changes)}: cannot be launched ({type(error).__name__})")
+            continue
+        report(f"{describe(changes)}: {ms:.3f} ms")
+        if ms < best_ms * (1 - MARGIN):
+            best, best_ms = config, ms
+    # Once more, side by side: clocks may have changed since the first.
+    shipped_ms, best_ms = time(partial(run, shipped)), time(partial(run, best))
+    if best_ms >= shipped_ms * (1 - MARGIN):
+        best, best_ms = shipped, shipped_ms
+    return Found(difference(shipped, best), shipped_ms, best_ms)
+
+
+def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two results are the same but for rounding, and ids but for choices that hang on it."""
+    if not expected.is_floating_point():
+        return bool((found != expected).float().mean() <= 1e-4)
+    return bool((found.float() - expected.float()).norm() <= 1e-2 * expected.float().norm())
+
+
+def difference(shipped: Any, config: Any) -> Changes:
+    """The fields in which two configurations differ, with the values of the second."""
+    names = (field.name for field in fields(config))
+    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(shipped, name)}
+
+
+def describe(changes: Changes) -> str:
+    """Changes in a line.
+
+    >>> describe({"rows": 64, "num_warps": 8})
+    'rows=64, num_warps=8'
+    """
+    return ", ".join(f"{name}={value}" for name, value in changes.items()) or "nothing"
+
+
+def event_time(call: Callable[[], object], repeats: int = 10) -> float:
+    """Median milliseconds of a call on the current GPU, after one to warm up.
+
+    Before each, memory is overwritten, four times: that empties the L2 cache, and lets the host run ahead.
+    """
+    spare = torch.empty(1 << 29, dtype=torch.int8, device="cuda")
+    call()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(4):
+            spare.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return median(times)
