@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import flexmsa
@@ -211,7 +212,10 @@ def time_step(batch: int, keys: int, tokens: int, index_dtype: torch.dtype, spre
 
 
 def dense_step(batch: int, keys: int) -> dict[str, float | None]:
-    """Milliseconds of one new token's dense attention, by backend; None where it refuses."""
+    """Milliseconds of one new token's dense attention, by backend; None where it refuses.
+
+    FlexAttention compiles into its kernel for few queries, which is FlashDecoding: the keys split between programs.
+    """
     q = torch.randn(batch, HEADS, 1, DEPTH, dtype=torch.bfloat16, device="cuda")
     k, v = (torch.randn(batch, GROUPS, keys, DEPTH, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     times: dict[str, float | None] = {}
@@ -221,6 +225,12 @@ def dense_step(batch: int, keys: int) -> dict[str, float | None]:
                 times[name] = graph_time([lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)])
         except RuntimeError:
             times[name] = None
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    try:
+        times["flex"] = graph_time([lambda: compiled(q, k, v, enable_gqa=True)])
+    except RuntimeError:
+        times["flex"] = None
     return times
 
 

@@ -216,7 +216,7 @@ def backward_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
     types |= pointers("fp32", "row_delta row_lse2 partial_k partial_v grad_k grad_v")
     options = configs.launch_options(config.num_warps, config.num_stages, None)
     yield "backward: gradient", backward_gradient.gradient_kernel, constants, options, types
-    constants = {"HEADS": heads, "HEAD_DIM": depth, "SLOTS": 4, "TILE": 16, "DEPTH": depth}
+    constants = {"HEADS": heads, "HEAD_DIM": depth, "TILE": 16, "DEPTH": depth}
     yield "backward: sum_slots", backward_sums.sum_slots_kernel, constants, {"num_warps": 8}, types
 
 

@@ -96,14 +96,14 @@ def gpu_decode() -> str:
     shapes = [name.removeprefix("decode ").split(":")[0] for name in found if name.endswith(": bf16 step")]
     rows = []
     for shape in shapes:
-        dense = found[f"decode {shape}: dense cudnn"]["ms"]
-        cells = [shape, f"{1e3 * dense:.0f} us"]
+        dense, flex = (found.get(f"decode {shape}: dense {name}", {}).get("ms") for name in ("cudnn", "flex"))
+        cells = [shape, f"{1e3 * dense:.0f} us", f"{1e3 * flex:.0f} us" if flex else ""]
         for kind in ("bf16", "e4m3"):
             step = found[f"decode {shape}: {kind} step"]
             times = (f"{1e3 * ms:.0f} us" for ms in (step["ms"], step["floor_ms"]))
             cells += [*times, f"{dense / step['ms']:.1f}x"]
         rows.append(cells)
-    head = ["batch x keys", "dense cuDNN", "bf16 index keys", "byte floor", "faster"]
+    head = ["batch x keys", "dense cuDNN", "dense FlexAttention", "bf16 index keys", "byte floor", "faster"]
     return _markdown([*head, "e4m3 index keys", "byte floor", "faster"], rows)
 
 

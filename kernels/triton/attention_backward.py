@@ -176,7 +176,6 @@ def block_sparse_attention_backward(
                 topk,
                 HEADS=group_size,
                 HEAD_DIM=head_dim,
-                SLOTS=4,
                 TILE=heads,
                 DEPTH=depth,
                 num_warps=max(1, min(8, heads * depth // 256)),

@@ -99,6 +99,7 @@ def gradient_kernel(
     If that is not the first, grad_q is added to what the launch for the keys before has left.
     """
     item = plan_ptr + tl.program_id(0) * 4
+    KNOWN_HEADS: tl.constexpr = ROWS % HEADS == 0 and ROWS >= 64
     first, last = tl.load(item + 1), tl.load(item + 2)
     if first >= last:
         return
@@ -126,7 +127,8 @@ def gradient_kernel(
         row = start + lane
         live = row < last * HEADS
         query = upcoming.to(tl.int64)
-        head = (row % HEADS).to(tl.int64)
+        # Known when this is compiled, which saves much work on addresses, but where registers are short of it.
+        head = (lane if KNOWN_HEADS else row).to(tl.int64) % HEADS
         upcoming = tl.load(queries_ptr + (row + ROWS) // HEADS, mask=row + ROWS < last * HEADS, other=0)
         q_rows = q_base + query * stride_qs + head * stride_qh
         grad_rows = grad_base + query * stride_gs + head * stride_gh

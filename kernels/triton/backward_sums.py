@@ -61,7 +61,6 @@ def sum_slots_kernel(
     topk,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    SLOTS: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
@@ -72,12 +71,10 @@ def sum_slots_kernel(
     mask = (head < HEADS) & (depth < HEAD_DIM)
     offsets = partial_offsets(head, depth, HEADS, HEAD_DIM)
     grad_q = tl.zeros([TILE, DEPTH], tl.float32)
-    for first_slot in range(0, topk, SLOTS):
-        slot = first_slot + tl.arange(0, SLOTS)
-        place = tl.load(places_ptr + local * topk + slot, mask=slot < topk, other=-1).to(tl.int64)[:, None, None]
-        partial = partial_q_ptr + place * (HEADS * HEAD_DIM) + offsets[None, :, :]
-        partial = tl.load(partial, mask=(place >= 0) & mask[None, :, :], other=0.0)
-        grad_q += tl.sum(partial.to(tl.float32), axis=0)
+    for slot in tl.range(0, topk, loop_unroll_factor=4):
+        place = tl.load(places_ptr + local * topk + slot).to(tl.int64)
+        partial = partial_q_ptr + place * (HEADS * HEAD_DIM) + offsets
+        grad_q += tl.load(partial, mask=mask & (place >= 0), other=0.0).to(tl.float32)
     token = tl.cast(token0, tl.int64) + local
     batch, query = token // seqlen_q, token % seqlen_q
     row = ((batch * num_kv_heads + group) * HEADS + head) * seqlen_q + query

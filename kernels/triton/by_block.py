@@ -3,9 +3,7 @@
 A program owns a piece of the list of (token, slot) entries that chose one block (see `reverse_index`). It loads the
 block's keys and values once and runs over the entries' query rows: row r is head r % G of entry r // G, so that tiles
 are full for any group size. Each (entry, head) gets a partial output, normalised, and its lse, in a workspace that one
-chunk of tokens fills at a time; `combine_slots` then joins the slots of each token. Keys and values are held as two
-halves of the head dim: accumulators and copies then take half the registers and shared memory, and three programs fit
-into a multiprocessor instead of two, which is what hides the latency of the gathers.
+chunk of tokens fills at a time; `combine_slots` then joins the slots of each token.
 
 Cost for E entries (topk a token and group): 4 E G Bk D FLOPs, 8.8 TFLOP at 128K tokens of M3's shape, which is 11.2 ms
 at 783 TFLOP/s. Bytes: E G D elements of queries read, as many of partials written, and read again; in bf16 34 GB each
@@ -17,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..workspace import chunk_tokens
-from .combine_slots import combine_constants, combine_slots_kernel
+from .combine_slots import COMBINED, combine_constants, combine_slots_kernel
 from .configs import ForwardConfig, padded, target_of
 from .fp8 import as_bits, load_vectors
 from .primitives import LOG2_E, key_limit, locate_block, page_arguments
@@ -25,71 +23,72 @@ from .reverse_index import chunk_origin, load_block, load_piece, reverse_index
 
 
 @triton.jit
-def load_halves(
-    base, scales, count, stride_s, stride_d, dtype: tl.constexpr,
-    COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr, NATIVE: tl.constexpr,
+def split_rows(first_row, GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """(entry of the list, head) of each of the rows of a step, first_row being a multiple of ROWS."""
+    lane = tl.arange(0, ROWS)
+    if ROWS % GROUP_SIZE == 0:
+        # Heads are known when this is compiled, which saves much of the work on addresses.
+        return first_row // GROUP_SIZE + lane // GROUP_SIZE, lane % GROUP_SIZE
+    else:
+        row = first_row + lane
+        return row // GROUP_SIZE, row % GROUP_SIZE
+
+
+@triton.jit
+def load_entries(entries_ptr, origin, first_row, num_entries, GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS] int32: each row's entry, counted from the chunk's first; beyond the last row, the last one."""
+    entry, _ = split_rows(first_row, GROUP_SIZE, ROWS)
+    return (tl.load(entries_ptr + tl.minimum(entry, num_entries - 1)) - origin).to(tl.int32)
+
+
+@triton.jit
+def load_queries(
+    q_base, entry, first_query, first_row, strides,
+    TOPK: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """`load_vectors` of the first HALF columns and of the rest of a matrix [S, HEAD_DIM]."""
-    left = load_vectors(
-        base, scales, count, stride_s, stride_d, dtype, COLUMNS, HEAD_DIM, HALF, SCALED, NATIVE
-    )  # fmt: skip
-    right = load_vectors(
-        base + HALF * stride_d, scales, count, stride_s, stride_d, dtype, COLUMNS, HEAD_DIM - HALF, HALF, SCALED, NATIVE
-    )  # fmt: skip
-    return left, right
+    """[ROWS, DEPTH]: the query rows of the entries; strides of heads, queries and elements."""
+    stride_qh, stride_qs, stride_qd = strides
+    d = tl.arange(0, DEPTH)
+    _, head = split_rows(first_row, GROUP_SIZE, entry.shape[0])
+    query = first_query + (entry.to(tl.uint32) // TOPK).to(tl.int32)
+    q_head = q_base + head.to(tl.int64)[:, None] * stride_qh + d[None, :] * stride_qd
+    row = q_head + query.to(tl.int64)[:, None] * stride_qs
+    return tl.load(row) if HEAD_DIM == DEPTH else tl.load(row, mask=(d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
 def attend_rows(
-    q_base,
-    k_left,
-    k_right,
-    v_left,
-    v_right,
-    entries_ptr,
+    q,
+    k,
+    v,
+    entry,
     partial_ptr,
     partial_lse_ptr,
-    origin,
     first_query,
     first_row,
-    num_rows,
+    num_entries,
     seen_from,
     num_keys,
-    stride_qh,
-    stride_qs,
-    stride_qd,
     scale,
     TOPK: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
     POSITIVE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One step of `partial_attention_kernel`: ROWS query rows from first_row on against the block's keys.
+    """One step of `partial_attention_kernel`: the query rows from first_row on against the block's keys.
 
     Query i sees the first i + seen_from columns. Without MASKED all rows see the whole tile.
     """
-    COLUMNS: tl.constexpr = k_left.shape[0]
-    HALF: tl.constexpr = k_left.shape[1]
-    precision: tl.constexpr = "ieee" if k_left.dtype == tl.float32 else "tf32"
-    column, d = tl.arange(0, COLUMNS), tl.arange(0, HALF)
-    row = first_row + tl.arange(0, ROWS)
-    live = row < num_rows
-    entry = (tl.load(entries_ptr + row // GROUP_SIZE, mask=live, other=0) - origin).to(tl.int32)
-    head = row % GROUP_SIZE
-    query = first_query + entry // TOPK
-    q_place = query.to(tl.int64) * stride_qs + head.to(tl.int64) * stride_qh
-    left = live[:, None] & (d < HEAD_DIM)[None, :]
-    right = live[:, None] & (d < HEAD_DIM - HALF)[None, :]
-    q_row = q_base + q_place[:, None] + d[None, :] * stride_qd
-    scores = tl.dot(tl.load(q_row, mask=left, other=0.0), tl.trans(k_left), input_precision=precision)
-    q_right = tl.load(q_row + HALF * stride_qd, mask=right, other=0.0)
-    scores = tl.dot(q_right, tl.trans(k_right), scores, input_precision=precision)
+    precision: tl.constexpr = "ieee" if k.dtype == tl.float32 else "tf32"
+    column, d = tl.arange(0, k.shape[0]), tl.arange(0, k.shape[1])
+    entry_number, head = split_rows(first_row, GROUP_SIZE, q.shape[0])
+    live = entry_number < num_entries
+    scores = tl.dot(q, tl.trans(k), input_precision=precision)
     if not POSITIVE:
         scores, scale = scores * scale, 1.0
     if MASKED:
-        count = tl.where(live, tl.minimum(query + seen_from, num_keys), num_keys)
+        count = tl.minimum(first_query + entry // TOPK + seen_from, num_keys)
         scores = tl.where(column[None, :] < count[:, None], scores, float("-inf"))
     # A positive scale is multiplied in after the maximum, together with the subtraction of it.
     row_max = tl.max(scores, axis=1) * scale
@@ -97,14 +96,13 @@ def attend_rows(
     weights = tl.exp2(scores * scale - shift[:, None])
     row_sum = tl.sum(weights, axis=1)
     normal = tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
-    place = entry.to(tl.int64) * GROUP_SIZE + head
+    place = entry * GROUP_SIZE + head
     tl.store(partial_lse_ptr + place, row_max + tl.log2(row_sum), mask=live)
-    weights = weights.to(v_left.dtype)
+    out = tl.dot(weights.to(v.dtype), v, input_precision=precision) * normal
     partial_row = partial_ptr + place[:, None] * HEAD_DIM + d[None, :]
-    acc = tl.dot(weights, v_left, input_precision=precision) * normal
-    tl.store(partial_row, acc.to(partial_ptr.dtype.element_ty), mask=left)
-    acc = tl.dot(weights, v_right, input_precision=precision) * normal
-    tl.store(partial_row + HALF, acc.to(partial_ptr.dtype.element_ty), mask=right)
+    # Read once, and by another kernel: the queries are to stay in the L2 cache instead.
+    inside = live[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(partial_row, out.to(partial_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["chunk", "seqlen_k", "max_pages", "num_pages", "num_kv_heads"])
@@ -178,36 +176,52 @@ def partial_attention_kernel(
         )  # fmt: skip
     key = key.to(tl.int64)
     vector = (place * num_kv_heads + group) * seqlen_k + key
-    k_left, k_right = load_halves(
+    k = load_vectors(
         k_ptr + place * stride_kb + group * stride_kh + key * stride_ks, k_scale_ptr + vector, num_keys,
-        stride_ks, stride_kd, q_ptr.dtype.element_ty, COLUMNS, HEAD_DIM, DEPTH // 2, SCALED, NATIVE,
+        stride_ks, stride_kd, q_ptr.dtype.element_ty, COLUMNS, HEAD_DIM, DEPTH, SCALED, NATIVE,
     )  # fmt: skip
-    v_left, v_right = load_halves(
+    v = load_vectors(
         v_ptr + place * stride_vb + group * stride_vh + key * stride_vs, v_scale_ptr + vector, num_keys,
-        stride_vs, stride_vd, q_ptr.dtype.element_ty, COLUMNS, HEAD_DIM, DEPTH // 2, SCALED, NATIVE,
+        stride_vs, stride_vd, q_ptr.dtype.element_ty, COLUMNS, HEAD_DIM, DEPTH, SCALED, NATIVE,
     )  # fmt: skip
     q_base = q_ptr + batch * stride_qb + group * GROUP_SIZE * stride_qh
     entries_ptr += begin
-    num_rows = ((stop - begin) * GROUP_SIZE).to(tl.int32)
+    num_entries = (stop - begin).to(tl.int32)
+    num_rows = num_entries * GROUP_SIZE
     first_query, seen_from = (token0 - batch * seqlen_q).to(tl.int32), shift - first_key + 1
-    # Tokens ascend: those that do not see the whole block come first.
+    # A step loads the rows of the next, whose entries were loaded a step before that.
+    strides = stride_qh, stride_qs, stride_qd
     row = tl.cast(0, tl.int32)
+    entry = load_entries(entries_ptr, origin, row, num_entries, GROUP_SIZE, ROWS)
+    upcoming = load_entries(entries_ptr, origin, row + ROWS, num_entries, GROUP_SIZE, ROWS)
+    q = load_queries(q_base, entry, first_query, row, strides, TOPK, GROUP_SIZE, HEAD_DIM, DEPTH)
+    # Tokens ascend: those that do not see the whole block come first.
     sees = first_query + ((tl.load(entries_ptr) - origin) // TOPK).to(tl.int32) + seen_from
     while (row < num_rows) & (tl.minimum(sees, num_keys) < COLUMNS):
-        attend_rows(
-            q_base, k_left, k_right, v_left, v_right, entries_ptr, partial_ptr, partial_lse_ptr,
-            origin, first_query, row, num_rows, seen_from, num_keys, stride_qh, stride_qs, stride_qd, scale,
-            TOPK, GROUP_SIZE, HEAD_DIM, ROWS, POSITIVE, True,
+        later = load_entries(entries_ptr, origin, row + 2 * ROWS, num_entries, GROUP_SIZE, ROWS)
+        following = load_queries(
+            q_base, upcoming, first_query, row + ROWS, strides, TOPK, GROUP_SIZE, HEAD_DIM, DEPTH
         )  # fmt: skip
+        attend_rows(
+            q, k, v, entry, partial_ptr, partial_lse_ptr,
+            first_query, row, num_entries, seen_from, num_keys, scale,
+            TOPK, GROUP_SIZE, HEAD_DIM, POSITIVE, True,
+        )  # fmt: skip
+        entry, upcoming, q = upcoming, later, following
         row += ROWS
-        entry = tl.load(entries_ptr + tl.minimum(row, num_rows - 1) // GROUP_SIZE) - origin
-        sees = first_query + (entry // TOPK).to(tl.int32) + seen_from
+        first_entry = tl.load(entries_ptr + tl.minimum(row // GROUP_SIZE, num_entries - 1)) - origin
+        sees = first_query + (first_entry // TOPK).to(tl.int32) + seen_from
     for clear_row in tl.range(row, num_rows, ROWS, num_stages=STAGES):
-        attend_rows(
-            q_base, k_left, k_right, v_left, v_right, entries_ptr, partial_ptr, partial_lse_ptr,
-            origin, first_query, clear_row, num_rows, seen_from, num_keys, stride_qh, stride_qs, stride_qd, scale,
-            TOPK, GROUP_SIZE, HEAD_DIM, ROWS, POSITIVE, False,
+        later = load_entries(entries_ptr, origin, clear_row + 2 * ROWS, num_entries, GROUP_SIZE, ROWS)
+        following = load_queries(
+            q_base, upcoming, first_query, clear_row + ROWS, strides, TOPK, GROUP_SIZE, HEAD_DIM, DEPTH
         )  # fmt: skip
+        attend_rows(
+            q, k, v, entry, partial_ptr, partial_lse_ptr,
+            first_query, clear_row, num_entries, seen_from, num_keys, scale,
+            TOPK, GROUP_SIZE, HEAD_DIM, POSITIVE, False,
+        )  # fmt: skip
+        entry, upcoming, q = upcoming, later, following
 
 
 def partial_constants(
@@ -220,7 +234,7 @@ def partial_constants(
         "HEAD_DIM": head_dim,
         "BLOCK": block_size,
         "COLUMNS": padded(block_size),
-        "DEPTH": padded(head_dim, least=32),
+        "DEPTH": padded(head_dim),
         "ROWS": config.rows,
         "LENGTH": config.length,
         "STAGES": config.num_stages,
@@ -234,6 +248,8 @@ def attend_by_block(q, k, v, cache, block_indices, sequences, skip, block_size, 
     num_kv_heads, topk = k.shape[1], block_indices.shape[3]
     group_size = num_heads // num_kv_heads
     size = chunk_tokens(batch * seqlen_q, topk * group_size * (head_dim * q.element_size() + 4))
+    # Elements of a chunk's partial results are numbered in 32 bits.
+    size = max(1, min(size, (2**31 - 1) // (topk * group_size * head_dim)))
     index = reverse_index(
         block_indices,
         sequences,
@@ -283,7 +299,7 @@ def attend_by_block(q, k, v, cache, block_indices, sequences, skip, block_size, 
             **cache.constants(target_of(q.device)),
             **config.launch_options(),
         )
-        combine_slots_kernel[(index.chunk_tokens,)](
+        combine_slots_kernel[(triton.cdiv(index.chunk_tokens, COMBINED),)](
             partial,
             partial_lse,
             index.numbers,

@@ -6,6 +6,9 @@ import triton.language as tl
 from .configs import padded
 from .primitives import LN_2
 
+# Tokens of a program.
+COMBINED = 8
+
 
 @triton.jit
 def slots_lse(
@@ -26,6 +29,47 @@ def slots_lse(
         total = total * tl.exp2(row_max - shift) + tl.sum(tl.exp2(lse - shift[None, :]), axis=0)
         row_max = new_max
     return row_max + tl.log2(total)
+
+
+@triton.jit
+def combine_token(
+    partial_ptr,
+    partial_lse_ptr,
+    numbers,
+    first_slot,
+    out_ptr,
+    lse_ptr,
+    out_row,
+    stride,
+    num_lists,
+    topk,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """out and lse of one token and group, from out_row on, heads being `stride` rows apart.
+
+    They are its slots' partial outputs, weighted by exp2(their lse - lse).
+    """
+    lse = slots_lse(partial_lse_ptr, numbers, first_slot, num_lists, topk, GROUP_SIZE, HEADS, SLOTS)
+    offset = tl.where(lse == float("-inf"), 0.0, lse)
+    head, d = tl.arange(0, HEADS), tl.arange(0, DEPTH)
+    acc = tl.zeros([HEADS, DEPTH], tl.float32)
+    inside = (head < GROUP_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
+    for slot in tl.range(0, topk, loop_unroll_factor=4):
+        # An unused slot has no heads to load.
+        used = head < tl.where(tl.load(numbers + slot) < num_lists, GROUP_SIZE, 0)
+        place = (first_slot + slot) * GROUP_SIZE + head
+        slot_lse = tl.load(partial_lse_ptr + place, mask=used, other=float("-inf"))
+        mask = used[:, None] & (d < HEAD_DIM)[None, :]
+        part_row = partial_ptr + place[:, None] * HEAD_DIM + d[None, :]
+        part = tl.load(part_row, mask=mask, other=0.0, eviction_policy="evict_first")
+        acc += tl.exp2(slot_lse - offset)[:, None] * part.to(tl.float32)
+    row = out_row + head.to(tl.int64) * stride
+    tl.store(out_ptr + row[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + row, lse * LN_2, mask=head < GROUP_SIZE)
 
 
 @triton.jit(do_not_specialize=["chunk"])
@@ -49,34 +93,25 @@ def combine_slots_kernel(
     HEADS: tl.constexpr,
     DEPTH: tl.constexpr,
     SLOTS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """out and lse of one token and group: its slots' partial outputs, weighted by exp2(their lse - lse)."""
+    """`combine_token` for those of TOKENS tokens of a chunk whose skip is 0."""
     num_chunks = tl.cdiv(num_tokens, chunk_tokens)
-    group, row = tl.cast(chunk // num_chunks, tl.int64), tl.program_id(0)
-    token = chunk % num_chunks * chunk_tokens + row
-    if token >= num_tokens:
-        return
-    if tl.load(skip_ptr + group * num_tokens + token) != 0:
-        return
-    numbers = numbers_ptr + (group * num_tokens + token) * topk
-    first_slot = tl.cast(row, tl.int64) * topk
-    lse = slots_lse(partial_lse_ptr, numbers, first_slot, num_lists, topk, GROUP_SIZE, HEADS, SLOTS)
-    offset = tl.where(lse == float("-inf"), 0.0, lse)
-    head, d = tl.arange(0, HEADS), tl.arange(0, DEPTH)
-    acc = tl.zeros([HEADS, DEPTH], tl.float32)
-    inside = (head < GROUP_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
-    for slot in tl.range(0, topk, loop_unroll_factor=4):
-        # An unused slot has no heads to load.
-        used = head < tl.where(tl.load(numbers + slot) < num_lists, GROUP_SIZE, 0)
-        place = (first_slot + slot) * GROUP_SIZE + head
-        slot_lse = tl.load(partial_lse_ptr + place, mask=used, other=float("-inf"))
-        mask = used[:, None] & (d < HEAD_DIM)[None, :]
-        part = tl.load(partial_ptr + place[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
-        acc += tl.exp2(slot_lse - offset)[:, None] * part.to(tl.float32)
-    batch, query = (first_token + token) // seqlen_q, (first_token + token) % seqlen_q
-    out_row = ((tl.cast(batch, tl.int64) * num_kv_heads + group) * GROUP_SIZE + head) * seqlen_q + query
-    tl.store(out_ptr + out_row[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + out_row, lse * LN_2, mask=head < GROUP_SIZE)
+    group, begin = tl.cast(chunk // num_chunks, tl.int64), chunk % num_chunks * chunk_tokens
+    first, end = begin + tl.program_id(0) * TOKENS, tl.minimum(begin + chunk_tokens, num_tokens)
+    skip_ptr += group * num_tokens
+    tokens = first + tl.arange(0, TOKENS)
+    # Where neighbours share, nearly all are left out: then there is little to launch, and one load to wait for.
+    if tl.min(tl.load(skip_ptr + tokens, mask=tokens < end, other=1), axis=0) == 0:
+        for token in range(first, tl.minimum(first + TOKENS, end)):
+            if tl.load(skip_ptr + token) == 0:
+                batch, query = (first_token + token) // seqlen_q, (first_token + token) % seqlen_q
+                out_row = (tl.cast(batch, tl.int64) * num_kv_heads + group) * GROUP_SIZE * seqlen_q + query
+                combine_token(
+                    partial_ptr, partial_lse_ptr, numbers_ptr + (group * num_tokens + token) * topk,
+                    tl.cast(token - begin, tl.int64) * topk, out_ptr, lse_ptr, out_row, seqlen_q, num_lists, topk,
+                    GROUP_SIZE, HEAD_DIM, HEADS, DEPTH, SLOTS,
+                )  # fmt: skip
 
 
 def combine_constants(group_size: int, head_dim: int, topk: int) -> dict[str, int]:
@@ -87,4 +122,5 @@ def combine_constants(group_size: int, head_dim: int, topk: int) -> dict[str, in
         "HEADS": triton.next_power_of_2(group_size),
         "DEPTH": padded(head_dim),
         "SLOTS": min(64, triton.next_power_of_2(topk)),
+        "TOKENS": COMBINED,
     }

@@ -283,7 +283,7 @@ def forward_config(
         rows=rows,
         num_warps=4 if hopper or target.backend == "hip" or depth <= 64 else 8,
         num_stages=1,
-        max_registers=168 if target.arch == 90 and large == 1 else None,
+        max_registers=208 if target.arch == 90 and large == 1 else None,
         length=max(16, 2048 // group_size),
         walk_rows=walk_rows,
         walk_columns=walk_columns,

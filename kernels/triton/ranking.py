@@ -148,23 +148,32 @@ def merge_kernel(
     TOPK: tl.constexpr,
     KEPT: tl.constexpr,
     HEADS: tl.constexpr,
-    LISTS: tl.constexpr,
+    LINES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """ids of one query row from the kept keys of its splits, [num_rows, num_splits, KEPT], each descending.
 
-    KEPT splits at most hold a block that is chosen: those whose best blocks are best. Only their lists are read.
+    KEPT splits at most hold a block that is chosen: those whose best blocks are best. Of the r-th of them, from 0, only
+    the first KEPT - r blocks can be among the KEPT best, since r best blocks and its own before them are better.
     """
     await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     rank = tl.arange(0, KEPT)
-    splits = best_splits(workspace_ptr, row * num_splits, num_splits, KEPT, HEADS)
-    best = tl.full([KEPT], EMPTY_KEY, tl.int64)
-    for first in range(0, tl.minimum(KEPT, num_splits), LISTS):
-        split = tl.max(tl.where(rank[:, None] == first + tl.arange(0, LISTS)[None, :], splits[:, None], 0), axis=0)
-        place = (row * num_splits + split)[:, None] * KEPT + rank[None, :]
-        keys = tl.load(workspace_ptr + place, mask=(split < num_splits)[:, None], other=EMPTY_KEY)
-        best = keep_first(best, tl.reshape(keys, [LISTS * KEPT]))
+    first_list = row * num_splits
+    splits = best_splits(workspace_ptr, first_list, num_splits, KEPT, HEADS)
+    best = tl.load(workspace_ptr + (first_list + splits) * KEPT, mask=splits < num_splits, other=EMPTY_KEY)
+    # Behind the best blocks, lists r and KEPT - 2 - r have KEPT places in all: they share a line.
+    for first in tl.static_range(0, KEPT // 2, LINES):
+        line, column = first + tl.arange(0, LINES)[:, None], tl.arange(0, KEPT)[None, :]
+        own = column < KEPT - 1 - line
+        number = tl.reshape(tl.where(own, line, KEPT - 2 - line), [LINES * KEPT])
+        depth = tl.reshape(tl.where(own, column + 1, column - (KEPT - 2 - line)), [LINES * KEPT])
+        # The list in the middle has no other.
+        wanted = tl.reshape(own | (line < KEPT // 2 - 1), [LINES * KEPT])
+        split = tl.max(tl.where(rank[:, None] == number[None, :], splits[:, None], 0), axis=0)
+        place = (first_list + split) * KEPT + depth
+        keys = tl.load(workspace_ptr + place, mask=wanted & (split < num_splits), other=EMPTY_KEY)
+        best = keep_first(best, keys)
     chosen = ((best >> 32) > ORDERED_NEG_INF) & (rank < TOPK)
     ids = tl.where(chosen, (best & ID_MASK).to(tl.int32) ^ ID_MASK, ID_MASK)
     place = tl.sum((ids[:, None] < ids[None, :]).to(tl.int32), axis=0)
@@ -175,4 +184,4 @@ def merge_kernel(
 def merge_constants(kept: int, topk: int, num_splits: int) -> dict[str, int]:
     """The compile-time arguments of `merge_kernel`: up to 128 keys are compared at once."""
     heads = min(128, triton.next_power_of_2(num_splits))
-    return {"TOPK": topk, "KEPT": kept, "HEADS": heads, "LISTS": min(kept, max(1, 128 // kept))}
+    return {"TOPK": topk, "KEPT": kept, "HEADS": heads, "LINES": min(kept // 2, max(1, 128 // kept))}

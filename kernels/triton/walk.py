@@ -186,14 +186,18 @@ def walk_kernel(
         k = load_keys(keys, at, COLUMNS, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE)
         v = load_keys(values, at, COLUMNS, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE)
         acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, row, member, scale, False, POSITIVE)
-    for step in tl.range(num_clear, length * PARTS, num_stages=1):
+    # The last block of a union is the newest, of which the first steps may be all that anyone sees.
+    newest = length - 1 if DENSE else tl.load(list_ptr + union * limit + length - 1)
+    seen = tl.minimum(first + TOKENS, q_end) + shift - newest * BLOCK
+    num_steps = (length - 1) * PARTS + tl.minimum(tl.cdiv(seen, COLUMNS), PARTS)
+    for step in tl.range(num_clear, num_steps, num_stages=1):
         block, member = load_member(list_ptr, members_ptr, union * limit + step // PARTS, step // PARTS, token, DENSE)
         first_column = block * BLOCK + step % PARTS * COLUMNS
         num_keys = tl.minimum(BLOCK - step % PARTS * COLUMNS, k_end - k_start - first_column)
         last = tl.minimum(query + shift - first_column, num_keys - 1)
         place, key = locate_block(page_table_ptr, max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
         at = place, group, key + step % PARTS * COLUMNS
-        k = load_keys(keys, at, num_keys, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, True, False, SCALED, NATIVE)
+        k = load_keys(keys, at, num_keys, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, True, USE_TMA, SCALED, NATIVE)
         v = load_keys(values, at, num_keys, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, True, False, SCALED, NATIVE)
         acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, last, member, scale, True, POSITIVE)
     # Read once more: places known from the start would be kept, and spilled, through both loops.

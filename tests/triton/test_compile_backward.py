@@ -58,7 +58,7 @@ def test_helpers(build, target, kernel):
         "statistics": heads | UNITS | {"HEAD_DIM": head_dim, "ROWS": 32, "DEPTH": 128, "GRAD_LSE": True},
         "gather": heads | {"ENTRIES": 64, "LANES": 16},
         "sum_pieces": {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "KEYS": 16, "DEPTH": 128},
-        "sum_slots": heads | {"HEAD_DIM": head_dim, "SLOTS": 4, "TILE": 16, "DEPTH": 128},
+        "sum_slots": heads | {"HEAD_DIM": head_dim, "TILE": 16, "DEPTH": 128},
     }[kernel]
     names = set(HELPERS[kernel].arg_names)
     constants = {name: value for name, value in constants.items() if name in names}
