@@ -70,7 +70,7 @@ def gpu_machine() -> str:
 
 
 def _gpu_rows() -> dict[str, dict]:
-    """Rows by name. Serving, and selection by itself, were measured in runs of their own; no ratio mixes the files."""
+    """Rows by name. Selection by itself, chunks and the grid have runs of their own; no ratio mixes the files."""
     names = ("gpu-h200.json", "gpu-h200-serving.json", "gpu-h200-selection.json")
     rows = [row for name in names for row in _load(name)["rows"]]
     return {row["name"]: row for row in rows}
@@ -94,17 +94,18 @@ def gpu_selection() -> str:
 def gpu_decode() -> str:
     found = _gpu_rows()
     shapes = [name.removeprefix("decode ").split(":")[0] for name in found if name.endswith(": bf16 step")]
+    dense = {"cudnn": "dense cuDNN", "flex": "dense FlexAttention"}
+    dense = {name: head for name, head in dense.items() if f"decode {shapes[0]}: dense {name}" in found}
     rows = []
     for shape in shapes:
-        dense, flex = (found.get(f"decode {shape}: dense {name}", {}).get("ms") for name in ("cudnn", "flex"))
-        cells = [shape, f"{1e3 * dense:.0f} us", f"{1e3 * flex:.0f} us" if flex else ""]
+        times = [found[f"decode {shape}: dense {name}"]["ms"] for name in dense]
+        cells = [shape, *(f"{1e3 * ms:.0f} us" if ms else "" for ms in times)]
         for kind in ("bf16", "e4m3"):
             step = found[f"decode {shape}: {kind} step"]
-            times = (f"{1e3 * ms:.0f} us" for ms in (step["ms"], step["floor_ms"]))
-            cells += [*times, f"{dense / step['ms']:.1f}x"]
+            cells += [f"{1e3 * ms:.0f} us" for ms in (step["ms"], step["floor_ms"])] + [f"{times[0] / step['ms']:.1f}x"]
         rows.append(cells)
-    head = ["batch x keys", "dense cuDNN", "dense FlexAttention", "bf16 index keys", "byte floor", "faster"]
-    return _markdown([*head, "e4m3 index keys", "byte floor", "faster"], rows)
+    ours = [head for kind in ("bf16", "e4m3") for head in (f"{kind} index keys", "byte floor", "faster")]
+    return _markdown(["batch x keys", *dense.values(), *ours], rows)
 
 
 def gpu_grid() -> str:
@@ -191,24 +192,23 @@ def gpu_floors() -> str:
 
 
 def gpu_prefill() -> str:
-    """Each row from the newest run that measured all of it."""
-    rows = {}
-    for name in ("gpu-h200.json", "gpu-h200-selection.json"):
-        found = {row["name"].removeprefix("prefill 1048576: "): row.get("ms") for row in _load(name)["rows"]}
-        for pattern in ("random", "neighbours share"):
-            main, dense = found.get(f"{pattern}, main branch, forward"), found["dense cuDNN, forward"]
-            for scores, step in (("bf16", "selection"), ("e4m3", "selection, e4m3")):
-                selection = found.get(step)
-                if main is not None and selection is not None:
-                    times = (f"{time:.0f} ms" for time in (selection, main, dense))
-                    rows[pattern, scores] = [pattern, scores, *times, f"{dense / (selection + main):.1f}x"]
-    head = ["1M tokens", "index scores", "selection", "main branch", "dense cuDNN", "faster"]
-    return _markdown(head, list(rows.values()))
+    found, rows = _gpu_rows(), []
+
+    def ms(step: str) -> float:
+        return found[f"prefill 1048576: {step}"]["ms"]
+
+    dense = ms("dense cuDNN, forward")
+    for pattern in ("random", "neighbours share"):
+        for scores, step in (("bf16", "selection"), ("e4m3", "selection, e4m3")):
+            selection, main = ms(step), ms(f"{pattern}, main branch, forward")
+            times = (f"{time:.0f} ms" for time in (selection, main, dense))
+            rows.append([pattern, scores, *times, f"{dense / (selection + main):.1f}x"])
+    return _markdown(["1M tokens", "index scores", "selection", "main branch", "dense cuDNN", "faster"], rows)
 
 
 def gpu_flex() -> str:
-    """FlexAttention's main branch beside the Triton kernels'."""
-    found = _gpu_rows()
+    """FlexAttention's main branch beside the Triton kernels', of one run."""
+    found = {row["name"]: row for row in _load("gpu-h200-flex.json")["rows"]}
     rows = []
     for pattern in ("random", "neighbours share"):
         for kind, name in (("Triton", "main branch"), ("FlexAttention", "main branch by FlexAttention")):
