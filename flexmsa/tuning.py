@@ -30,7 +30,7 @@ def autotune(
     block_size: int = 128,
     topk: int = 16,
     dtype: torch.dtype = torch.bfloat16,
-    seqlen: int = 16384,
+    seqlen: int = 65536,
     device: str | torch.device = "cuda",
     path: str | os.PathLike | None = None,
     report: Report = lambda line: None,
@@ -51,7 +51,7 @@ def autotune(
         head_dim, index_head_dim: D and Di; None for Di = D.
         block_size, topk: as for `flexmsa.attention`.
         dtype: of all inputs.
-        seqlen: tokens of the trial, in one sequence. It should be long enough that the GPU is busy.
+        seqlen: tokens of the trial, in one sequence; so many that every kernel fills the GPU several times over.
         device: the GPU to tune on.
         path: a JSON file to write, after each kernel. What it holds already, of other shapes, is kept.
         report: called with a line for each candidate.
@@ -207,7 +207,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--topk", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--seqlen", type=int, default=16384, help="tokens of the trial; the result holds for all")
+    parser.add_argument("--seqlen", type=int, default=65536, help="tokens of the trial; the result holds for all")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, required=True, help="the file; what it has of other shapes is kept")
     options = vars(parser.parse_args(argv))
