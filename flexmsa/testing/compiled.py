@@ -109,9 +109,21 @@ def report(compiled: Any) -> Report:
 
 def resource_usage(cubin: bytes) -> str:
     """What NVIDIA's tool prints of machine code; spilled registers are stack and local memory."""
+    return _dump(cubin, "--dump-resource-usage")
+
+
+def lone_products(cubin: bytes) -> tuple[int, int]:
+    """How many of Hopper's asynchronous products there are in machine code, and how many end a group.
+
+    If all do, each waits for the one before: as ptxas has it where registers do not suffice.
+    """
+    products = [line for line in _dump(cubin, "--dump-sass").splitlines() if "HGMMA" in line]
+    return len(products), sum("gsb0" in line for line in products)
+
+
+def _dump(cubin: bytes, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [str(tool), "--dump-resource-usage", str(path)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([str(tool), option, str(path)], capture_output=True, text=True, check=True).stdout

@@ -66,6 +66,7 @@ def walk_step(
     scale,
     MASKED: tl.constexpr,
     POSITIVE: tl.constexpr,
+    FINISH: tl.constexpr,
 ):
     """Fold one step's keys into the running softmax (base 2) of the rows that are members.
 
@@ -87,6 +88,10 @@ def walk_step(
     decay = tl.exp2(row_max - tl.where(new_max == float("-inf"), 0.0, new_max))
     row_sum = row_sum * decay + tl.sum(weights, axis=1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=precision)
+    if FINISH:
+        # There and back, which costs nothing, but is a use of acc: Triton would leave the product in flight into the
+        # next step, for which 128 registers are too few, and ptxas then makes every single product wait.
+        acc = acc.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
     return acc, new_max, row_sum
 
 
@@ -137,6 +142,7 @@ def walk_kernel(
     DENSE: tl.constexpr,
     STAGES: tl.constexpr,
     POSITIVE: tl.constexpr,
+    FINISH: tl.constexpr,
     PARTS: tl.constexpr,
     USE_TMA: tl.constexpr,
     PAGED: tl.constexpr,
@@ -185,7 +191,7 @@ def walk_kernel(
         at = place, group, key + step % PARTS * COLUMNS
         k = load_keys(keys, at, COLUMNS, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE)
         v = load_keys(values, at, COLUMNS, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE)
-        acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, row, member, scale, False, POSITIVE)
+        acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, row, member, scale, False, POSITIVE, FINISH)
     # The last block of a union is the newest, of which the first steps may be all that anyone sees.
     newest = length - 1 if DENSE else tl.load(list_ptr + union * limit + length - 1)
     seen = tl.minimum(first + TOKENS, q_end) + shift - newest * BLOCK
@@ -199,7 +205,7 @@ def walk_kernel(
         at = place, group, key + step % PARTS * COLUMNS
         k = load_keys(keys, at, num_keys, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, True, USE_TMA, SCALED, NATIVE)
         v = load_keys(values, at, num_keys, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, True, False, SCALED, NATIVE)
-        acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, last, member, scale, True, POSITIVE)
+        acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, last, member, scale, True, POSITIVE, FINISH)
     # Read once more: places known from the start would be kept, and spilled, through both loops.
     batch, q_start, q_end, _, _ = load_sequence(sequences_ptr, sequence)
     query = q_start + tile * TOKENS + token
@@ -237,6 +243,7 @@ def walk_constants(
         "DENSE": dense,
         "STAGES": config.walk_stages,
         "POSITIVE": scale > 0,
+        "FINISH": config.walk_registers is not None,
         "USE_TMA": tma,
     }
 

@@ -7,6 +7,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from flexmsa.kernels.triton import by_block, combine_slots, configs, union, walk  # noqa: E402
+from flexmsa.testing.compiled import lone_products  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
@@ -73,10 +74,12 @@ def test_walk(build, target, case, dense):
     pointers = {"k_ptr": f"*{element}", "v_ptr": f"*{element}"}
     types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile, **pointers}
     # A limit of 128 registers costs the places of a few output rows, which are spilled once, outside the loops.
-    spills = 0 if config.walk_registers is None else 40
+    spills = 0 if config.walk_registers is None else 72 if paged else 40
     compiled = build(walk.walk_kernel, target, constants, **config.walk_options(), spills=spills, **types)
     if target.arch == 90:
         assert "wgmma.mma_async" in compiled.asm["ptx"]
+        products, ends = lone_products(compiled.asm["cubin"])
+        assert 0 < ends < products
 
 
 def test_union(build, target, case):
