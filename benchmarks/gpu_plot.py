@@ -111,9 +111,8 @@ def write(axes: "Axes", text: str, point: tuple[float, float], offset: tuple[int
 def main() -> None:
     from benchmarks import tables
 
-    found = tables._load("gpu-h200.json")
-    run = found["parts"]["training"] if "parts" in found else found
-    draw(tables._gpu_rows().values(), run["gpu"], tables.ROOT / "docs" / "images" / "gpu.png")
+    gpu = tables._load("gpu-h200.json")["parts"]["training"]["gpu"]
+    draw(tables._gpu_rows().values(), gpu, tables.ROOT / "docs" / "images" / "gpu.png")
 
 
 if __name__ == "__main__":

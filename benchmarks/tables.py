@@ -55,18 +55,15 @@ def cpu_memory() -> str:
     return _markdown(["", *(f"{int(n) // 1024}K" for n in lengths)], rows)
 
 
-def _runs(found: dict) -> list[dict]:
-    """The runs that measured a file's rows: one a part, or, in files of before the parts, the file's own."""
-    return list(found["parts"].values()) if "parts" in found else [found]
-
-
-def _machines(runs: list[dict]) -> str:
+def _machines(name: str) -> str:
+    """The machines of the runs that measured the parts of a file."""
+    runs = _load(name)["parts"].values()
     said = (f"{run['gpu']}, driver {run['driver']}, torch {run['torch']}, triton {run['triton']}" for run in runs)
     return "; ".join(dict.fromkeys(said)) + "."
 
 
 def gpu_machine() -> str:
-    return _machines(_runs(_load("gpu-h200.json")))
+    return _machines("gpu-h200.json")
 
 
 def _gpu_rows() -> dict[str, dict]:
@@ -221,9 +218,8 @@ def gpu_peers() -> str:
     """The main branch and its peers, with the machine of their own run; nothing until they are measured."""
     if not (RESULTS / "gpu-peers.json").exists():
         return ""
-    found = _load("gpu-peers.json")
     times: dict[tuple[str, str], dict[tuple[int, str], float | str]] = {}
-    for row in found["rows"]:
+    for row in _load("gpu-peers.json")["rows"]:
         if row["part"] == "peers":
             seqlen, what = row["name"].removeprefix("peers ").split(": ")
             peer, blocks, direction = what.split(", ")
@@ -239,7 +235,7 @@ def gpu_peers() -> str:
         pairs = [[by_length.get((seqlen, step)) for step in ("forward", "backward")] for seqlen in lengths]
         rows.append([peer, blocks, *(f"{cell(forward)} / {cell(backward)}" for forward, backward in pairs)])
     head = ["forward / backward, ms", "attends to", *(f"{seqlen // 1024}K" for seqlen in lengths)]
-    return f"{_machines([found['parts']['peers']])}\n\n{_markdown(head, rows)}"
+    return f"{_machines('gpu-peers.json')}\n\n{_markdown(head, rows)}"
 
 
 def kernels_sm_90() -> str:

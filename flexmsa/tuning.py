@@ -97,8 +97,9 @@ def load_tuning(path: str | os.PathLike) -> None:
     >>> if os.path.exists("tuned.json"):
     ...     load_tuning("tuned.json")
     """
-    for entry in _read(Path(path), _target_of("cuda").arch)["kernels"]:
-        _register(entry, _target_of("cuda").arch)
+    arch = _target_of("cuda").arch
+    for entry in _read(Path(path), arch)["kernels"]:
+        _register(entry, arch)
 
 
 def _target_of(device: str | torch.device) -> Any:

@@ -70,16 +70,12 @@ def forward_candidates(target: Target, config: ForwardConfig, group_size: int, b
 
 def backward_candidates(target: Target, config: BackwardConfig, block_size: int) -> Iterator[Changes]:
     """Changes to try for the backward."""
-    yield from near("num_warps", config.num_warps, 4, 8)
-    yield from stages(target, "num_stages", config.num_stages)
-    yield from near("rows", config.rows, 16, 128)
-    yield from near("columns", config.columns, 16, padded(block_size))
-    yield from near("length", config.length, 16, 16384)
+    yield from loss_candidates(target, config, block_size)
     yield {"swap": not config.swap}
 
 
-def loss_candidates(target: Target, config: LossConfig, block_size: int) -> Iterator[Changes]:
-    """Changes to try for the index loss."""
+def loss_candidates(target: Target, config: LossConfig | BackwardConfig, block_size: int) -> Iterator[Changes]:
+    """Changes to try for the index loss, and for what else takes the rows of a piece past a part of its block."""
     yield from near("num_warps", config.num_warps, 4, 8)
     yield from stages(target, "num_stages", config.num_stages)
     yield from near("rows", config.rows, 16, 128)
