@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu [--only PART ...] [--quick] [--sweep] [--out out/gpu]
 
-Times are medians. Prefill: CUDA events round one call, the L2 cache overwritten before it. Decode: a CUDA graph of
-calls that take turns on caches which together exceed the L2 cache, divided by the number of calls. Floors come from
-ceilings measured in the same run: a bf16 product of 8192^3 and a device copy. With --only, the rows of these parts
-replace those in OUT/gpu.json, and the others stay, each part with the machine and the ceilings of its own run.
+Times are medians. Training and prefill: CUDA events round one call, before which memory is overwritten for some
+milliseconds, so that the L2 cache holds none of it and the host is ahead. Decode: a CUDA graph of calls that take turns
+on caches which together exceed the L2 cache, divided by the number of calls. Floors come from ceilings measured in the
+same run: a bf16 product of 8192^3 and a device copy. With --only, the rows of these parts replace those in
+OUT/gpu.json, and the others stay, each part with the machine and the ceilings of its own run.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ from benchmarks import gpu_peers, gpu_plot
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_serving import FP8, chunk_calls, chunk_times, decode_times, serving_errors
 from benchmarks.gpu_training import PATTERNS, flex_times, floors, prefill_times, training_errors, training_times
+from flexmsa.kernels import tuning
 from flexmsa.kernels.triton.selection import choose_config, select_blocks
 
 GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK = 4, 16, 128, 128, 16
@@ -144,20 +147,23 @@ def index_inputs(batch, seqlen_q, seqlen_k, draw=normals) -> tuple[Tensor, Tenso
     return index_q, index_k, plain(batch, seqlen_q, seqlen_k, "cuda")
 
 
-def event_time(call, repeats=20, flush=None, warm_up=True):
-    """Median milliseconds of one call, after one to warm up unless it would take too long."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda") if flush is None else flush
-    if warm_up:
-        call()
+# The host needs some milliseconds for the launches of a backward.
+event_time = partial(tuning.event_time, repeats=20, fills=24)
+
+
+def launch_time(call: Callable[[], object], repeats: int = 5) -> float:
+    """Median milliseconds that the host takes to launch a call, while the GPU is busy with other work."""
+    spare = torch.empty(1 << 29, dtype=torch.int8, device="cuda")
+    call()
     times = []
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        start.record()
+        torch.cuda.synchronize()
+        for _ in range(200):
+            spare.zero_()
+        start = perf_counter()
         call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append((perf_counter() - start) * 1e3)
+    torch.cuda.synchronize()
     return median(times)
 
 
@@ -181,14 +187,16 @@ def time_selection(seqlen_q, seqlen_k, config=None, dtype=torch.bfloat16):
     index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k)
     index_q, index_k = index_q.to(dtype), index_k.to(dtype)
     repeats = 3 if seqlen_q > 200_000 else 20
-    return event_time(lambda: select_blocks(index_q, index_k, sequences, BLOCK, TOPK, 1, 0, config=config), repeats)
+    return event_time(
+        lambda: select_blocks(index_q, index_k, sequences, BLOCK, TOPK, 1, 0, config=config), repeats=repeats
+    )
 
 
 def sweep(report):
-    """Selection with other tiles, warps, stages and merge periods."""
+    """Selection with other tiles, warps and stages, and with blocks ranked several at a time."""
     variants: dict[str, dict] = {
         "default": {},
-        **{f"period {p}": {"period": p} for p in (2, 4, 16)},
+        **{f"whole rows, period {p}": {"halves": False, "period": p} for p in (1, 4, 8, 16)},
         **{f"stages {s}": {"num_stages": s} for s in (2, 4)},
         "pointer loads": {"use_tma": False},
         "256 rows, 16 warps": {"num_warps": 16},
@@ -257,7 +265,7 @@ def time_training(run: Run) -> None:
             run.report(f"floor {seqlen}: {name}", floor)
         timer = partial(event_time, repeats=20 if seqlen < 100_000 else 5)
         dense_timer = partial(event_time, repeats=1, warm_up=False) if seqlen > 200_000 else timer
-        for name, time in training_times(seqlen, timer, dense_timer, list(PATTERNS)):
+        for name, time in training_times(seqlen, timer, dense_timer, launch_time, list(PATTERNS)):
             run.report(f"layer {seqlen}: {name}", time)
 
 

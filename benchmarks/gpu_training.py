@@ -148,8 +148,10 @@ def backward_time(call: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad:
     return timer(lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True))
 
 
-def training_times(seqlen: int, timer: Timer, dense_timer: Timer, patterns: list[str]) -> Iterator[tuple[str, float]]:
-    """(what, milliseconds) of every step of a training layer at one length, and of dense attention."""
+def training_times(
+    seqlen: int, timer: Timer, dense_timer: Timer, launch_timer: Timer, patterns: list[str]
+) -> Iterator[tuple[str, float]]:
+    """(what, milliseconds) of every step of a training layer at one length, of its launches, and of dense attention."""
     q, k, v, index_q, index_k = training_inputs(seqlen)
     grad = torch.randn_like(q)
     yield "dense cuDNN, forward", dense_timer(lambda: dense(q, k, v))
@@ -167,6 +169,11 @@ def training_times(seqlen: int, timer: Timer, dense_timer: Timer, patterns: list
         aux = AuxRequest(lse=True)
         lse = flexmsa.block_sparse_attention(q, k, v, ids, block_size=BLOCK, return_aux=aux)[1].lse
         yield f"{pattern}, KL value and gradient", timer(lambda ids=ids, lse=lse: loss_gradient(ids, lse))
+
+    def step() -> None:
+        train_step(q, k, v, index_q, index_k, flexmsa.select_blocks(index_q, index_k, **SETTINGS))
+
+    yield "launches", launch_timer(step)
 
 
 def main_branch_times(

@@ -172,8 +172,11 @@ def gpu_training() -> str:
             dense = layer.pop("dense")
             ours = sum(layer.values())
             times = (f"{time:.1f} ms" for time in (*layer.values(), ours, dense))
-            rows.append([f"{seqlen // 1024}K", pattern, *times, f"{dense / ours:.1f}x"])
+            launches = _gpu_rows().get(f"layer {seqlen}: launches")
+            host = "" if launches is None else f"{launches['ms']:.1f} ms"
+            rows.append([f"{seqlen // 1024}K", pattern, *times, f"{dense / ours:.1f}x", host])
     head = ["tokens", "chosen", "selection", "forward", "backward", "KL loss", "together", "dense cuDNN", "faster"]
+    head.append("launches")
     return _markdown(head, rows)
 
 

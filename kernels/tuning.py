@@ -139,17 +139,19 @@ def describe(changes: Changes) -> str:
     return ", ".join(f"{name}={value}" for name, value in changes.items()) or "nothing"
 
 
-def event_time(call: Callable[[], object], repeats: int = 10) -> float:
-    """Median milliseconds of a call on the current GPU, after one to warm up.
+def event_time(call: Callable[[], object], repeats: int = 10, warm_up: bool = True, fills: int = 4) -> float:
+    """Median milliseconds that a call keeps the current GPU, after one to warm up.
 
-    Before each, memory is overwritten, four times: that empties the L2 cache, and lets the host run ahead.
+    Before each, half a gigabyte is overwritten `fills` times: that empties the L2 cache, and lets the host run ahead,
+    as it does in training. What the host takes beyond that counts.
     """
     spare = torch.empty(1 << 29, dtype=torch.int8, device="cuda")
-    call()
+    if warm_up:
+        call()
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        for _ in range(4):
+        for _ in range(fills):
             spare.zero_()
         start.record()
         call()

@@ -117,7 +117,7 @@ def lone_products(cubin: bytes) -> tuple[int, int]:
 
     If all do, each waits for the one before: as ptxas has it where registers do not suffice.
     """
-    products = [line for line in _dump(cubin, "--dump-sass").splitlines() if "HGMMA" in line]
+    products = [line for line in _dump(cubin, "--dump-sass").splitlines() if "GMMA." in line]
     return len(products), sum("gsb0" in line for line in products)
 
 

@@ -57,52 +57,31 @@ def load_queries(
 
 
 @triton.jit
-def attend_rows(
-    q,
-    k,
-    v,
-    entry,
-    partial_ptr,
-    partial_lse_ptr,
-    first_query,
-    first_row,
-    num_entries,
-    seen_from,
-    num_keys,
-    scale,
-    TOPK: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    POSITIVE: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """One step of `partial_attention_kernel`: the query rows from first_row on against the block's keys.
+def softmax_rows(scores, count, scale, POSITIVE: tl.constexpr, MASKED: tl.constexpr):
+    """(weights, 1 / their sums, lse in base 2) of scores [ROWS, COLUMNS], of which row r sees the first count[r].
 
-    Query i sees the first i + seen_from columns. Without MASKED all rows see the whole tile.
+    Without MASKED all rows see the whole tile.
     """
-    precision: tl.constexpr = "ieee" if k.dtype == tl.float32 else "tf32"
-    column, d = tl.arange(0, k.shape[0]), tl.arange(0, k.shape[1])
-    entry_number, head = split_rows(first_row, GROUP_SIZE, q.shape[0])
-    live = entry_number < num_entries
-    scores = tl.dot(q, tl.trans(k), input_precision=precision)
     if not POSITIVE:
         scores, scale = scores * scale, 1.0
     if MASKED:
-        count = tl.minimum(first_query + entry // TOPK + seen_from, num_keys)
-        scores = tl.where(column[None, :] < count[:, None], scores, float("-inf"))
+        scores = tl.where(tl.arange(0, scores.shape[1])[None, :] < count[:, None], scores, float("-inf"))
     # A positive scale is multiplied in after the maximum, together with the subtraction of it.
     row_max = tl.max(scores, axis=1) * scale
     shift = tl.where(row_max == float("-inf"), 0.0, row_max)
     weights = tl.exp2(scores * scale - shift[:, None])
     row_sum = tl.sum(weights, axis=1)
-    normal = tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
-    place = entry * GROUP_SIZE + head
-    tl.store(partial_lse_ptr + place, row_max + tl.log2(row_sum), mask=live)
-    out = tl.dot(weights.to(v.dtype), v, input_precision=precision) * normal
-    partial_row = partial_ptr + place[:, None] * HEAD_DIM + d[None, :]
+    return weights, tl.where(row_sum > 0, 1.0 / row_sum, 0.0), row_max + tl.log2(row_sum)
+
+
+@triton.jit
+def store_rows(partial_ptr, slot, out, normal, live, HEAD_DIM: tl.constexpr):
+    """Write the rows of out [ROWS, DEPTH], times normal, to where they belong in the partial results."""
+    d = tl.arange(0, out.shape[1])
+    row = partial_ptr + slot[:, None] * HEAD_DIM + d[None, :]
+    out = (out * normal[:, None]).to(partial_ptr.dtype.element_ty)
     # Read once, and by another kernel: the queries are to stay in the L2 cache instead.
-    inside = live[:, None] & (d < HEAD_DIM)[None, :]
-    tl.store(partial_row, out.to(partial_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+    tl.store(row, out, mask=live[:, None] & (d < HEAD_DIM)[None, :], eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["chunk", "seqlen_k", "max_pages", "num_pages", "num_kv_heads"])
@@ -197,31 +176,44 @@ def partial_attention_kernel(
     q = load_queries(q_base, entry, first_query, row, strides, TOPK, GROUP_SIZE, HEAD_DIM, DEPTH)
     # Tokens ascend: those that do not see the whole block come first.
     sees = first_query + ((tl.load(entries_ptr) - origin) // TOPK).to(tl.int32) + seen_from
+    precision: tl.constexpr = "ieee" if k.dtype == tl.float32 else "tf32"
     while (row < num_rows) & (tl.minimum(sees, num_keys) < COLUMNS):
         later = load_entries(entries_ptr, origin, row + 2 * ROWS, num_entries, GROUP_SIZE, ROWS)
         following = load_queries(
             q_base, upcoming, first_query, row + ROWS, strides, TOPK, GROUP_SIZE, HEAD_DIM, DEPTH
         )  # fmt: skip
-        attend_rows(
-            q, k, v, entry, partial_ptr, partial_lse_ptr,
-            first_query, row, num_entries, seen_from, num_keys, scale,
-            TOPK, GROUP_SIZE, HEAD_DIM, POSITIVE, True,
-        )  # fmt: skip
+        number, head = split_rows(row, GROUP_SIZE, ROWS)
+        slot = entry * GROUP_SIZE + head
+        scores = tl.dot(q, tl.trans(k), input_precision=precision)
+        count = tl.minimum(first_query + entry // TOPK + seen_from, num_keys)
+        weights, normal, lse = softmax_rows(scores, count, scale, POSITIVE, True)
+        out = tl.dot(weights.to(v.dtype), v, input_precision=precision)
+        tl.store(partial_lse_ptr + slot, lse, mask=number < num_entries)
+        store_rows(partial_ptr, slot, out, normal, number < num_entries, HEAD_DIM)
         entry, upcoming, q = upcoming, later, following
         row += ROWS
         first_entry = tl.load(entries_ptr + tl.minimum(row // GROUP_SIZE, num_entries - 1)) - origin
         sees = first_query + (first_entry // TOPK).to(tl.int32) + seen_from
+    # A step's last product runs on into the next step, which stores it.
+    out, normal, slot = tl.zeros([ROWS, DEPTH], tl.float32), tl.zeros([ROWS], tl.float32), entry
     for clear_row in tl.range(row, num_rows, ROWS, num_stages=STAGES):
         later = load_entries(entries_ptr, origin, clear_row + 2 * ROWS, num_entries, GROUP_SIZE, ROWS)
         following = load_queries(
             q_base, upcoming, first_query, clear_row + ROWS, strides, TOPK, GROUP_SIZE, HEAD_DIM, DEPTH
         )  # fmt: skip
-        attend_rows(
-            q, k, v, entry, partial_ptr, partial_lse_ptr,
-            first_query, clear_row, num_entries, seen_from, num_keys, scale,
-            TOPK, GROUP_SIZE, HEAD_DIM, POSITIVE, False,
-        )  # fmt: skip
+        scores = tl.dot(q, tl.trans(k), input_precision=precision)
+        before, _ = split_rows(clear_row - ROWS, GROUP_SIZE, ROWS)
+        store_rows(partial_ptr, slot, out, normal, (before < num_entries) & (clear_row > row), HEAD_DIM)
+        weights, normal, lse = softmax_rows(scores, entry, scale, POSITIVE, False)
+        number, head = split_rows(clear_row, GROUP_SIZE, ROWS)
+        slot = entry * GROUP_SIZE + head
+        tl.store(partial_lse_ptr + slot, lse, mask=number < num_entries)
+        out = tl.dot(weights.to(v.dtype), v, input_precision=precision)
         entry, upcoming, q = upcoming, later, following
+    # Only behind the loop's own product: where ptxas sees that it may be skipped, it waits for each of them.
+    if row < num_rows:
+        number, _ = split_rows(row + (num_rows - row - 1) // ROWS * ROWS, GROUP_SIZE, ROWS)
+        store_rows(partial_ptr, slot, out, normal, number < num_entries, HEAD_DIM)
 
 
 def partial_constants(

@@ -41,7 +41,8 @@ def selection_candidates(target: Target, config: SelectionConfig, num_kv_heads: 
     """Changes to try for the selection."""
     yield from near("num_warps", config.num_warps, 2, 16)
     yield from stages(target, "num_stages", config.num_stages)
-    yield from near("period", config.period, 2, config.kept)
+    if config.period > 1:
+        yield from near("period", config.period, 2, config.kept)
     if config.swap:
         return
     for rows, warps in ((config.rows // 2, config.num_warps // 2), (config.rows * 2, config.num_warps * 2)):

@@ -54,11 +54,12 @@ def target_of(device: torch.device) -> Target:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """rows: query rows (tokens x groups) a tile; period: blocks scored between two merges; kept: padded topk.
+    """rows: query rows (tokens x groups) a tile; period: blocks ranked at a time; kept: padded topk.
 
     clear: blocks that every row sees whole take a loop of their own, without masks; halves: there the products of one
-    half of the rows run while the other half's maxima are taken; swap: the keys are the rows of the product, as a few
-    query rows would not fill them; fp8_product: e4m3 keys are multiplied as they are, as are e4m3 queries.
+    half of the rows run while the other half's maxima are taken, and the period is 1; swap: the keys are the rows of
+    the product, as a few query rows would not fill them; fp8_product: e4m3 keys are multiplied as they are, as are e4m3
+    queries.
     """
 
     rows: int
@@ -132,8 +133,7 @@ def selection_config(
     registers, but where few queries meet many keys: there the tensor cores take them as they are. They take queries
     and keys that both are e4m3 so, where they can; else both are to be brought to fp16.
     """
-    period = 8
-    kept = max(period, triton.next_power_of_2(topk))
+    kept = max(8, triton.next_power_of_2(topk))
     columns, depth = padded(block_size), padded(index_head_dim)
     as_they_are = dtype == torch.float8_e4m3fn and target.has_e4m3 and depth >= 32
     if dtype == torch.float8_e4m3fn and not as_they_are:
@@ -175,17 +175,17 @@ def selection_config(
     # Without the swap, ptxas spills a few bytes of a small tile with TMA.
     copies = hopper and tma_ready and (swap or rows >= 64)
     use_tma = copies and (element_size == 2 or fp8_product) and (columns, depth) == (block_size, index_head_dim)
+    halves = target.arch == 90 and rows >= 128 and not decoded
     return SelectionConfig(
         rows=rows,
         num_warps=num_warps,
         num_stages=num_stages,
-        period=period,
+        period=1 if halves or (swap and kept <= 32) else 8,
         kept=kept,
         num_splits=num_splits,
         use_tma=use_tma,
         clear=rows >= 64,
-        # Where it was measured to pay: on a long way through the keys.
-        halves=target.arch == 90 and rows >= 128 and not decoded and num_splits == 1 and seqlen_k >= 16384,
+        halves=halves,
         swap=swap,
         fp8_product=fp8_product,
     )
@@ -283,7 +283,7 @@ def forward_config(
         rows=rows,
         num_warps=4 if hopper or target.backend == "hip" or depth <= 64 else 8,
         num_stages=1,
-        max_registers=208 if target.arch == 90 and large == 1 else None,
+        max_registers=None,
         length=max(16, 2048 // group_size),
         walk_rows=walk_rows,
         walk_columns=walk_columns,

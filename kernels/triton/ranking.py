@@ -10,6 +10,9 @@ range. Tiles of keys are `[K, R]`, a query row a column, because Triton then giv
 thread, and a sorting network along K moves nothing between threads.
 """
 
+# Kernels let tuples grow, which is another type to mypy each time.
+# mypy: disable-error-code="assignment"
+
 import triton
 import triton.language as tl
 
@@ -111,6 +114,114 @@ def ascending_ids(kept, topk):
 
 
 @triton.jit
+def first_blocks(K: tl.constexpr, forced, visible, BLOCK: tl.constexpr):
+    """Lists of K blocks, (scores, ids), tuples of [rows]: of the first `forced` blocks those that a row sees.
+
+    visible [rows] in keys. What a list is short of has the score -inf and the id ID_MASK.
+    """
+    scores = ()
+    ids = ()
+    for rank in tl.static_range(K):
+        given = (rank < forced) & (rank * BLOCK < visible)
+        scores += (tl.where(given, float("inf"), float("-inf")),)
+        ids += (tl.where(given, rank, ID_MASK),)
+    return scores, ids
+
+
+@triton.jit
+def insert_block(lists, score, id):
+    """The lists, best first, with one more block in its place and without their last.
+
+    score [rows], id [rows] or one number. A block goes behind those that score the same, and nowhere with -inf.
+    """
+    scores, ids = lists
+    new_scores = ()
+    new_ids = ()
+    moved = score
+    for rank in tl.static_range(len(scores)):
+        before = score > scores[rank]
+        new_scores += (tl.maximum(moved, scores[rank]),)
+        new_ids += (tl.where(before, id, ids[rank]),)
+        moved, id = tl.minimum(moved, scores[rank]), tl.where(before, ids[rank], id)
+    return new_scores, new_ids
+
+
+@triton.jit
+def ascending(ids, COUNT: tl.constexpr):
+    """The first COUNT of a tuple of [rows], each row sorted."""
+    found = ()
+    for rank in tl.static_range(COUNT):
+        id = ids[rank]
+        longer = ()
+        for place in tl.static_range(rank):
+            longer += (tl.minimum(id, found[place]),)
+            id = tl.maximum(id, found[place])
+        longer += (id,)
+        found = longer
+    return found
+
+
+@triton.jit
+def start_ranking(forced, visible, KEPT: tl.constexpr, PERIOD: tl.constexpr, BLOCK: tl.constexpr):
+    """What `collect` keeps of the blocks so far, to begin with the first `forced` that a row sees; visible [rows].
+
+    With PERIOD 1 the lists of `first_blocks`, which are short enough for a thread to hold; else tiles: the kept keys
+    [KEPT, rows], the scores of a period's blocks [PERIOD, rows], and those that a new block has to beat [rows].
+    """
+    if PERIOD == 1:
+        return first_blocks(KEPT, forced, visible, BLOCK)
+    else:
+        rank = tl.arange(0, KEPT)[:, None]
+        given = (rank < forced) & (rank * BLOCK < visible[None, :])
+        kept = tl.where(given, pack_keys(tl.where(given, float("inf"), 0.0), rank), EMPTY_KEY)
+        return kept, tl.full([PERIOD, visible.shape[0]], float("-inf"), tl.float32), worst_kept(kept)
+
+
+@triton.jit
+def collect(ranking, best, block, flush, PERIOD: tl.constexpr):
+    """The ranking with block's maxima `best` [rows]; a period's are merged when it is full, or when told to flush."""
+    if PERIOD == 1:
+        return insert_block(ranking, best, block)
+    else:
+        kept, fresh, worst = ranking
+        slot = block % PERIOD
+        fresh = tl.where(tl.arange(0, PERIOD)[:, None] == slot, best[None, :], fresh)
+        if (slot == PERIOD - 1) | flush:
+            if tl.max((tl.max(fresh, axis=0) > worst).to(tl.int32), axis=0) > 0:
+                kept = keep_best(kept, fresh, block - slot)
+                worst = worst_kept(kept)
+            fresh = tl.full(fresh.shape, float("-inf"), tl.float32)
+        return kept, fresh, worst
+
+
+@triton.jit
+def store_ranking(
+    ranking, ids_ptr, workspace_ptr, query_row, live, num_splits,
+    TOPK: tl.constexpr, KEPT: tl.constexpr, PERIOD: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Write each live row's ids, ascending; or, of a SPLIT, its KEPT keys, descending, for `merge_kernel`."""
+    place = query_row * TOPK
+    if SPLIT:
+        place = (query_row * num_splits + tl.program_id(1)) * KEPT
+    if PERIOD == 1:
+        scores, ids = ranking
+        if SPLIT:
+            for rank in tl.static_range(KEPT):
+                tl.store(workspace_ptr + place + rank, pack_keys(scores[rank], ids[rank]), mask=live)
+        else:
+            ids = ascending(ids, TOPK)
+            for rank in tl.static_range(TOPK):
+                tl.store(ids_ptr + place + rank, tl.where(ids[rank] == ID_MASK, -1, ids[rank]), mask=live)
+    else:
+        rank = tl.arange(0, KEPT)[:, None]
+        if SPLIT:
+            tl.store(workspace_ptr + place[None, :] + rank, ranking[0], mask=live[None, :])
+        else:
+            ids = ascending_ids(ranking[0], TOPK)
+            tl.store(ids_ptr + place[None, :] + rank, ids, mask=live[None, :] & (rank < TOPK))
+
+
+@triton.jit
 def keep_first(best, keys):
     """The K first of best `[K]`, descending, and of keys `[N]`, in any order; descending again.
 
@@ -127,16 +238,27 @@ def keep_first(best, keys):
 
 
 @triton.jit
-def best_splits(workspace_ptr, first_list, num_splits, KEPT: tl.constexpr, HEADS: tl.constexpr):
+def load_heads(workspace_ptr, first_list, split, num_splits, KEPT: tl.constexpr):
+    """A key for each of the lists `split`: its best block's score, and its own number for an id."""
+    best = tl.load(workspace_ptr + (first_list + split) * KEPT, mask=split < num_splits, other=EMPTY_KEY)
+    return ((best >> 32) << 32) | (split ^ ID_MASK).to(tl.int64)
+
+
+@triton.jit
+def best_splits(workspace_ptr, first_list, num_splits, KEPT: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr):
     """The numbers `[KEPT]` of the splits whose best blocks are best; num_splits or more where there are fewer.
 
     A split comes before another if all its blocks do, so among equal scores its number ranks as its blocks' ids.
+    They are looked for in the KEPT groups, of GROUP neighbouring splits, that have the best ones.
     """
-    best = tl.full([KEPT], EMPTY_KEY, tl.int64)
-    for first in range(0, num_splits, HEADS):
-        split = first + tl.arange(0, HEADS)
-        keys = tl.load(workspace_ptr + (first_list + split) * KEPT, mask=split < num_splits, other=EMPTY_KEY)
-        best = keep_first(best, ((keys >> 32) << 32) | (split ^ ID_MASK).to(tl.int64))
+    nothing = tl.full([KEPT], EMPTY_KEY, tl.int64)
+    split = tl.arange(0, HEADS)
+    if GROUP > 1:
+        heads = load_heads(workspace_ptr, first_list, split, num_splits, KEPT)
+        groups = keep_first(nothing, tl.max(tl.reshape(heads, [HEADS // GROUP, GROUP]), axis=1))
+        first = ((groups & ID_MASK) ^ ID_MASK).to(tl.int32) // GROUP * GROUP
+        split = tl.reshape(first[:, None] + tl.arange(0, GROUP)[None, :], [KEPT * GROUP])
+    best = keep_first(nothing, load_heads(workspace_ptr, first_list, split, num_splits, KEPT))
     return (best & ID_MASK) ^ ID_MASK
 
 
@@ -148,6 +270,7 @@ def merge_kernel(
     TOPK: tl.constexpr,
     KEPT: tl.constexpr,
     HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     LINES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -160,7 +283,7 @@ def merge_kernel(
     row = tl.program_id(0).to(tl.int64)
     rank = tl.arange(0, KEPT)
     first_list = row * num_splits
-    splits = best_splits(workspace_ptr, first_list, num_splits, KEPT, HEADS)
+    splits = best_splits(workspace_ptr, first_list, num_splits, KEPT, HEADS, GROUP)
     best = tl.load(workspace_ptr + (first_list + splits) * KEPT, mask=splits < num_splits, other=EMPTY_KEY)
     # Behind the best blocks, lists r and KEPT - 2 - r have KEPT places in all: they share a line.
     for first in tl.static_range(0, KEPT // 2, LINES):
@@ -183,5 +306,6 @@ def merge_kernel(
 
 def merge_constants(kept: int, topk: int, num_splits: int) -> dict[str, int]:
     """The compile-time arguments of `merge_kernel`: up to 128 keys are compared at once."""
-    heads = min(128, triton.next_power_of_2(num_splits))
-    return {"TOPK": topk, "KEPT": kept, "HEADS": heads, "LINES": min(kept // 2, max(1, 128 // kept))}
+    heads = triton.next_power_of_2(num_splits)
+    group = heads // 64 if heads > 128 else 1
+    return {"TOPK": topk, "KEPT": kept, "HEADS": heads, "GROUP": group, "LINES": min(kept // 2, max(1, 128 // kept))}

@@ -1,11 +1,11 @@
-"""Pieces of the selection: loading queries and keys, scores, the maxima of blocks, and noting them until the merge."""
+"""Pieces of the selection: loading queries and keys, scores, the maxima of blocks, and the walk in halves."""
 
 import triton
 import triton.language as tl
 
 from .fp8 import decode_e4m3, load_scales
 from .primitives import FLT_MAX, locate_block
-from .ranking import keep_best, worst_kept
+from .ranking import insert_block
 
 
 @triton.jit
@@ -90,9 +90,10 @@ def score_keys(q, keys, scales, SCALED: tl.constexpr, NATIVE: tl.constexpr, SWAP
 def score_e4m3(q, keys, scales):
     """Scores [rows, columns] of queries [2 rows, DEPTH] from `split_e4m3` and e4m3 keys [columns, DEPTH], scaled.
 
-    The tensor cores add up e4m3 products in less than fp32, so no more than 32 of them at a time.
+    The tensor cores add up e4m3 products with about 14 bits, 32 of them as well as all. To wait for each 32, and add
+    these up in fp32, would take a twentieth of a decoding step, for an error that is far below that of the keys.
     """
-    products = tl.dot(keys, tl.trans(q), max_num_imprecise_acc=32)
+    products = tl.dot(keys, tl.trans(q), max_num_imprecise_acc=q.shape[1])
     products = tl.reshape(products, [keys.shape[0], 2, q.shape[0] // 2])
     weights = tl.where(tl.arange(0, 2) == 0, 1.0, 1.0 / 16)[None, :, None]
     return tl.trans(tl.sum(products * weights, axis=1) * scales[:, None])
@@ -116,38 +117,55 @@ def masked_maximum(scores, block, visible, num_local, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def nothing_noted(ROWS: tl.constexpr, PERIOD: tl.constexpr):
-    """The tile that `note` fills: no block is among those of a period yet."""
-    return tl.full([ROWS, PERIOD], float("-inf"), tl.float32)
+def interleave(even, odd):
+    """[rows] of what even rows and odd rows have, [rows // 2] each, a row to a thread.
+
+    As they leave a product, four threads have each row: the gather moves them, and all that is computed of them.
+    """
+    ROWS: tl.constexpr = 2 * even.shape[0]
+    return tl.gather(tl.reshape(tl.join(even, odd), [ROWS]), tl.arange(0, ROWS), axis=0)
 
 
 @triton.jit
-def note(fresh, best, block, PERIOD: tl.constexpr):
-    """fresh [rows, PERIOD] with the maxima `best` [rows] of a block in its place."""
-    return tl.where((tl.arange(0, PERIOD) == block % PERIOD)[None, :], best[:, None], fresh)
+def walk_halves(
+    lists, index_q, index_k, cache, bounds, first, q_end, visible, num_local,
+    GROUPS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, USE_TMA: tl.constexpr, PAGED: tl.constexpr, SCALED: tl.constexpr, NATIVE: tl.constexpr,
+    SWAP: tl.constexpr,
+):  # fmt: skip
+    """The lists of a tile's rows (see `first_blocks`) after the blocks of `bounds`: (first, first not clear, end).
 
-
-@triton.jit
-def merge_fresh(kept, worst, fresh, first_block):
-    """kept and worst after the blocks from `first_block` on, whose maxima are fresh [PERIOD, rows]."""
-    if tl.max((tl.max(fresh, axis=0) > worst).to(tl.int32), axis=0) > 0:
-        kept = keep_best(kept, fresh, first_block)
-        worst = worst_kept(kept)
-    return kept, worst
-
-
-@triton.jit
-def collect(kept, fresh, worst, best, block, flush, PERIOD: tl.constexpr):
-    """Note block's maxima `best` [rows] in fresh [PERIOD, rows]; merge it when it is full, or when told to flush."""
-    slot = block % PERIOD
-    fresh = tl.where(tl.arange(0, PERIOD)[:, None] == slot, best[None, :], fresh)
-    if (slot == PERIOD - 1) | flush:
-        kept, worst = merge_fresh(kept, worst, fresh, block - slot)
-        fresh = tl.full(fresh.shape, float("-inf"), tl.float32)
-    return kept, fresh, worst
-
-
-@triton.jit
-def join_halves(even, odd):
-    """fresh [PERIOD, rows] of what is noted for the even rows and for the odd, [rows // 2, PERIOD] each."""
-    return tl.reshape(tl.permute(tl.join(even, odd), [1, 0, 2]), [even.shape[1], 2 * even.shape[0]])
+    A clear block's products with the odd rows run while the maxima of the even rows are taken and both are inserted:
+    those of the odd rows are of the block before. Inserting blocks one by one takes the same time at each step, which
+    the products cover, where ranking several at once would take longer than they do.
+    """
+    begin, clear_end, end = bounds
+    ROWS: tl.constexpr = visible.shape[0]
+    row, half = tl.arange(0, ROWS), 2 * tl.arange(0, ROWS // 2)
+    even_q = load_queries(index_q, half, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH)
+    odd_q = load_queries(index_q, half + 1, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH)
+    even_visible, odd_visible = tl.split(tl.reshape(visible, [ROWS // 2, 2]))
+    nothing = tl.full([ROWS // 2], float("-inf"), tl.float32)
+    odd_scores = tl.full([ROWS // 2, COLUMNS], float("-inf"), tl.float32)
+    place, key, scales = look_ahead(cache, begin, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
+    for block in range(begin, clear_end):
+        keys = load_keys(index_k, place, key, BLOCK, HEAD_DIM, BLOCK, COLUMNS, DEPTH, True, USE_TMA)
+        even_scores = score_keys(even_q, keys, scales, SCALED, NATIVE, SWAP)
+        odd_best = tl.where(block > begin, clear_maximum(odd_scores), float("-inf"))
+        odd_scores = score_keys(odd_q, keys, scales, SCALED, NATIVE, SWAP)
+        best = interleave(clear_maximum(even_scores), odd_best)
+        lists = insert_block(lists, best, block - row % 2)
+        place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
+    # Only behind the loop's own products: where ptxas sees that it may be skipped, it waits for each of them.
+    if clear_end > begin:
+        lists = insert_block(lists, interleave(nothing, clear_maximum(odd_scores)), clear_end - 1)
+    for block in tl.range(clear_end, end, num_stages=1):
+        count = cache[7] - block * BLOCK
+        keys = load_keys(index_k, place, key, count, HEAD_DIM, BLOCK, COLUMNS, DEPTH, False, USE_TMA)
+        even_scores = score_keys(even_q, keys, scales, SCALED, NATIVE, SWAP)
+        even_best = masked_maximum(even_scores, block, even_visible, num_local, BLOCK)
+        odd_scores = score_keys(odd_q, keys, scales, SCALED, NATIVE, SWAP)
+        odd_best = masked_maximum(odd_scores, block, odd_visible, num_local, BLOCK)
+        lists = insert_block(lists, interleave(even_best, odd_best), block)
+        place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
+    return lists

@@ -42,20 +42,16 @@ from .primitives import (
     tile_ends,
     tma_ready,
 )
-from .ranking import EMPTY_KEY, ascending_ids, merge_constants, merge_kernel, pack_keys, worst_kept
+from .ranking import collect, merge_constants, merge_kernel, start_ranking, store_ranking
 from .scoring import (
     clear_maximum,
-    collect,
-    join_halves,
     load_keys,
     load_queries,
     look_ahead,
     masked_maximum,
-    merge_fresh,
-    note,
-    nothing_noted,
     score_e4m3,
     score_keys,
+    walk_halves,
 )
 
 LENGTHS = ["num_sequences", "seqlen_q", "seqlen_k", "max_pages", "num_pages", "num_splits", "num_local", "num_init"]
@@ -131,68 +127,27 @@ def selection_kernel(
     begin = forced + tl.program_id(1) * share
     end = tl.minimum(begin + share, num_blocks)
 
-    rank = tl.arange(0, KEPT)[:, None]
-    given = (rank < forced) & (rank * BLOCK < visible[None, :]) & (tl.program_id(1) == 0)
-    kept = tl.where(given, pack_keys(tl.where(given, float("inf"), 0.0), rank), EMPTY_KEY)
-    worst = worst_kept(kept)
-
     queries = index_q_ptr + batch * stride_qb, stride_qh, stride_qs, stride_qd
     keys_of = index_k, stride_kb, stride_ks, stride_kd
     cache = page_table_ptr, max_pages, num_pages, index_k_scale_ptr, seqlen_k, batch, k_start, num_keys
-    place, key, scales = look_ahead(cache, begin, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
+    ranking = start_ranking(tl.where(tl.program_id(1) == 0, forced, 0), visible, KEPT, PERIOD, BLOCK)
+    masked_begin = tl.maximum(begin, tl.minimum(clear_end, end - 1)) if CLEAR else begin
     if HALVES:
-        half = 2 * tl.arange(0, ROWS // 2)
-        even_q = load_queries(queries, half, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH)
-        odd_q = load_queries(queries, half + 1, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH)
-        even_visible, odd_visible = tl.split(tl.reshape(visible, [ROWS // 2, 2]))
-        even_fresh, odd_fresh = nothing_noted(ROWS // 2, PERIOD), nothing_noted(ROWS // 2, PERIOD)
-        even_best = tl.full([ROWS // 2], float("-inf"), tl.float32)
-        odd_scores = tl.full([ROWS // 2, COLUMNS], float("-inf"), tl.float32)
-        clear_end = tl.maximum(begin, tl.minimum(clear_end, end - 1))
-        for block in range(begin, clear_end):
-            keys = load_keys(keys_of, place, key, BLOCK, HEAD_DIM, BLOCK, COLUMNS, DEPTH, True, USE_TMA)
-            even_scores = score_keys(even_q, keys, scales, SCALED, NATIVE, SWAP)
-            odd_best = tl.where(block > begin, clear_maximum(odd_scores), float("-inf"))
-            even_fresh = note(even_fresh, even_best, block - 1, PERIOD)
-            odd_fresh = note(odd_fresh, odd_best, block - 1, PERIOD)
-            odd_scores = score_keys(odd_q, keys, scales, SCALED, NATIVE, SWAP)
-            even_best = clear_maximum(even_scores)
-            place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
-            if block % PERIOD == 0:
-                kept, worst = merge_fresh(kept, worst, join_halves(even_fresh, odd_fresh), block - PERIOD)
-                even_fresh, odd_fresh = nothing_noted(ROWS // 2, PERIOD), nothing_noted(ROWS // 2, PERIOD)
-        # Only behind the loop's own products: where ptxas sees that it may be skipped, it waits for each of them.
-        if clear_end > begin:
-            even_fresh = note(even_fresh, even_best, clear_end - 1, PERIOD)
-            odd_fresh = note(odd_fresh, clear_maximum(odd_scores), clear_end - 1, PERIOD)
-        for block in tl.range(clear_end, end, num_stages=1):
-            if block % PERIOD == 0:
-                kept, worst = merge_fresh(kept, worst, join_halves(even_fresh, odd_fresh), block - PERIOD)
-                even_fresh, odd_fresh = nothing_noted(ROWS // 2, PERIOD), nothing_noted(ROWS // 2, PERIOD)
-            count = num_keys - block * BLOCK
-            keys = load_keys(keys_of, place, key, count, HEAD_DIM, BLOCK, COLUMNS, DEPTH, False, USE_TMA)
-            even_scores = score_keys(even_q, keys, scales, SCALED, NATIVE, SWAP)
-            even_best = masked_maximum(even_scores, block, even_visible, num_local, BLOCK)
-            even_fresh = note(even_fresh, even_best, block, PERIOD)
-            odd_scores = score_keys(odd_q, keys, scales, SCALED, NATIVE, SWAP)
-            odd_best = masked_maximum(odd_scores, block, odd_visible, num_local, BLOCK)
-            odd_fresh = note(odd_fresh, odd_best, block, PERIOD)
-            place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
-        last = join_halves(even_fresh, odd_fresh)
-        kept, worst = merge_fresh(kept, worst, last, (end - 1) // PERIOD * PERIOD)
+        ranking = walk_halves(
+            ranking, queries, keys_of, cache, (begin, masked_begin, end), first, q_end, visible, num_local,
+            GROUPS, TOKENS, HEAD_DIM, BLOCK, COLUMNS, DEPTH, USE_TMA, PAGED, SCALED, NATIVE, SWAP,
+        )  # fmt: skip
     else:
         q = load_queries(queries, row, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH)
         if FP8_PRODUCT and SCALED:
             q = split_e4m3(q)
-        fresh = tl.full([PERIOD, ROWS], float("-inf"), tl.float32)
-        masked_begin = begin
+        place, key, scales = look_ahead(cache, begin, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
         if CLEAR:
-            masked_begin = tl.maximum(begin, tl.minimum(clear_end, end - 1))
             for block in range(begin, masked_begin):
                 keys = load_keys(keys_of, place, key, BLOCK, HEAD_DIM, BLOCK, COLUMNS, DEPTH, True, USE_TMA)
                 best = clear_maximum(score_keys(q, keys, scales, SCALED, NATIVE, SWAP))
                 place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
-                kept, fresh, worst = collect(kept, fresh, worst, best, block, False, PERIOD)
+                ranking = collect(ranking, best, block, False, PERIOD)
         for block in tl.range(masked_begin, end, num_stages=1 if CLEAR else None):
             count = num_keys - block * BLOCK
             keys = load_keys(keys_of, place, key, count, HEAD_DIM, BLOCK, COLUMNS, DEPTH, False, USE_TMA)
@@ -202,15 +157,9 @@ def selection_kernel(
                 scores = score_keys(q, keys, scales, SCALED, NATIVE, SWAP)
             best = masked_maximum(scores, block, visible, num_local, BLOCK)
             place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
-            kept, fresh, worst = collect(kept, fresh, worst, best, block, block == end - 1, PERIOD)
-
+            ranking = collect(ranking, best, block, block == end - 1, PERIOD)
     query_row = (batch * GROUPS + row % GROUPS) * seqlen_q + token
-    if SPLIT:
-        place = (query_row * num_splits + tl.program_id(1)) * KEPT
-        tl.store(workspace_ptr + place[None, :] + rank, kept, mask=live[None, :])
-    else:
-        ids = ascending_ids(kept, TOPK)
-        tl.store(ids_ptr + query_row[None, :] * TOPK + rank, ids, mask=live[None, :] & (rank < TOPK))
+    store_ranking(ranking, ids_ptr, workspace_ptr, query_row, live, num_splits, TOPK, KEPT, PERIOD, SPLIT)
 
 
 def key_tiles(index_k: torch.Tensor, config: SelectionConfig, block_size: int):

@@ -54,20 +54,7 @@ def load_keys(
 
 
 @triton.jit
-def walk_step(
-    acc,
-    row_max,
-    row_sum,
-    q,
-    k,
-    v,
-    last,
-    member,
-    scale,
-    MASKED: tl.constexpr,
-    POSITIVE: tl.constexpr,
-    FINISH: tl.constexpr,
-):
+def walk_step(acc, row_max, row_sum, q, k, v, last, member, scale, MASKED: tl.constexpr, POSITIVE: tl.constexpr):
     """Fold one step's keys into the running softmax (base 2) of the rows that are members.
 
     last [ROWS]: the newest column each row sees. Without MASKED every row sees all of them. A positive scale is
@@ -88,14 +75,10 @@ def walk_step(
     decay = tl.exp2(row_max - tl.where(new_max == float("-inf"), 0.0, new_max))
     row_sum = row_sum * decay + tl.sum(weights, axis=1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=precision)
-    if FINISH:
-        # There and back, which costs nothing, but is a use of acc: Triton would leave the product in flight into the
-        # next step, for which 128 registers are too few, and ptxas then makes every single product wait.
-        acc = acc.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["seqlen_k", "max_pages", "num_pages"])
+@triton.jit(do_not_specialize=["seqlen_k", "max_pages", "num_pages", "num_kv_heads"])
 def walk_kernel(
     q_ptr,
     k_ptr,
@@ -130,6 +113,7 @@ def walk_kernel(
     max_pages,
     num_pages,
     limit,
+    num_kv_heads,
     scale,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -142,7 +126,6 @@ def walk_kernel(
     DENSE: tl.constexpr,
     STAGES: tl.constexpr,
     POSITIVE: tl.constexpr,
-    FINISH: tl.constexpr,
     PARTS: tl.constexpr,
     USE_TMA: tl.constexpr,
     PAGED: tl.constexpr,
@@ -154,7 +137,7 @@ def walk_kernel(
     A block is walked in PARTS steps of COLUMNS keys.
     """
     number, num_tiles = tl.program_id(0), tl.num_programs(0)
-    group, num_groups = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    group = tl.program_id(1).to(tl.int64)
     sequence, tile = find_tile(number, tile_ends_ptr, num_sequences, seqlen_q, TOKENS, TABLE)
     if sequence >= num_sequences:
         return
@@ -191,7 +174,7 @@ def walk_kernel(
         at = place, group, key + step % PARTS * COLUMNS
         k = load_keys(keys, at, COLUMNS, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE)
         v = load_keys(values, at, COLUMNS, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE)
-        acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, row, member, scale, False, POSITIVE, FINISH)
+        acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, row, member, scale, False, POSITIVE)
     # The last block of a union is the newest, of which the first steps may be all that anyone sees.
     newest = length - 1 if DENSE else tl.load(list_ptr + union * limit + length - 1)
     seen = tl.minimum(first + TOKENS, q_end) + shift - newest * BLOCK
@@ -204,14 +187,21 @@ def walk_kernel(
         place, key = locate_block(page_table_ptr, max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
         at = place, group, key + step % PARTS * COLUMNS
         k = load_keys(keys, at, num_keys, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, True, USE_TMA, SCALED, NATIVE)
-        v = load_keys(values, at, num_keys, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, True, False, SCALED, NATIVE)
-        acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, last, member, scale, True, POSITIVE, FINISH)
-    # Read once more: places known from the start would be kept, and spilled, through both loops.
+        v = load_keys(values, at, num_keys, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, True, USE_TMA, SCALED, NATIVE)
+        if USE_TMA:
+            # Beyond the last key there may be NaN, which a weight of 0 does not silence.
+            v = tl.where((tl.arange(0, COLUMNS) < num_keys)[:, None], v, 0.0)
+        acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, last, member, scale, True, POSITIVE)
+    # Found once more, by way of a 0 that the compiler does not know to be one: what is known from the start would be
+    # kept, and spilled, through both loops.
+    zero = tl.minimum(tl.load(sequences_ptr), 0)
+    seqlen_q += zero
+    sequence, tile = find_tile(number + zero, tile_ends_ptr, num_sequences, seqlen_q, TOKENS, TABLE)
     batch, q_start, q_end, _, _ = load_sequence(sequences_ptr, sequence)
     query = q_start + tile * TOKENS + token
     live = (token < TOKENS) & (query < q_end)
     inside = live[:, None] & (d < HEAD_DIM)[None, :]
-    out_row = ((batch * num_groups + group) * GROUP_SIZE + head) * seqlen_q + query
+    out_row = ((batch * num_kv_heads + group) * GROUP_SIZE + head) * seqlen_q + query
     acc = acc * tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
     tl.store(out_ptr + out_row[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + out_row, (row_max + tl.log2(row_sum)) * LN_2, mask=live)
@@ -243,7 +233,6 @@ def walk_constants(
         "DENSE": dense,
         "STAGES": config.walk_stages,
         "POSITIVE": scale > 0,
-        "FINISH": config.walk_registers is not None,
         "USE_TMA": tma,
     }
 
@@ -288,6 +277,7 @@ def walk_tiles(
         max_pages,
         num_pages,
         tiles.limit,
+        k.shape[1],
         scale * LOG2_E.value,
         **constants,
         **cache.constants(target_of(q.device)),

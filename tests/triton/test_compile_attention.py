@@ -54,12 +54,17 @@ def test_by_block(build, target, case):
     compiled = build(by_block.partial_attention_kernel, target, constants, **config.launch_options(), **types)
     if target.arch == 90:
         assert "wgmma.mma_async" in compiled.asm["ptx"]
+        # A product that is still running at the end of a step is one that ptxas may not follow, and then waits for all.
+        products, ends = lone_products(compiled.asm["cubin"])
+        assert 0 < ends < products
 
 
 def test_combine_slots(build, target, case):
     _, group_size, head_dim = chosen(target, case)
     constants = combine_slots.combine_constants(group_size, head_dim, TOPK)
-    build(combine_slots.combine_slots_kernel, target, constants, 4, partial_ptr="*bf16", skip_ptr="*i8")
+    spills = 8 if target.arch == 86 else 0
+    types = {"partial_ptr": "*bf16", "skip_ptr": "*i8"}
+    build(combine_slots.combine_slots_kernel, target, constants, 4, spills=spills, **types)
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["union", "dense"])
@@ -73,13 +78,11 @@ def test_walk(build, target, case, dense):
     tile = f"tensordesc<{element}[1,1,{constants['COLUMNS']},{head_dim}]>" if config.walk_tma else f"*{element}"
     pointers = {"k_ptr": f"*{element}", "v_ptr": f"*{element}"}
     types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile, **pointers}
-    # A limit of 128 registers costs the places of a few output rows, which are spilled once, outside the loops.
-    spills = 0 if config.walk_registers is None else 72 if paged else 40
+    # A limit of 128 registers costs other shapes than the first a few numbers, spilled once, outside the loops.
+    spills = 0 if config.walk_registers is None or (case == CASES["64/4/128"] and not dense) else 72
     compiled = build(walk.walk_kernel, target, constants, **config.walk_options(), spills=spills, **types)
     if target.arch == 90:
         assert "wgmma.mma_async" in compiled.asm["ptx"]
-        products, ends = lone_products(compiled.asm["cubin"])
-        assert 0 < ends < products
 
 
 def test_union(build, target, case):

@@ -56,16 +56,17 @@ def test_matches_definition(dense, shape, draw):
 @pytest.mark.parametrize("clear", [False, True])
 def test_keys_as_the_rows_of_the_product(dense, seqlen_q, clear):
     index_q, index_k = integers(2, 3, seqlen_q, 16), integers(2, 1, 333, 16)
-    for splits in (1, 4):
-        check(dense, index_q, index_k, 48, 3, num_splits=splits, swap=True, clear=clear, period=4)
+    for splits, period in ((1, 4), (4, 1)):
+        check(dense, index_q, index_k, 48, 3, num_splits=splits, swap=True, clear=clear, period=period)
 
 
-@pytest.mark.parametrize(("splits", "local", "init", "period"), [(1, 1, 0, 2), (2, 3, 1, 8)])
-def test_halves_of_the_rows(dense, splits, local, init, period):
-    """Two tiles, one with few blocks that are clear; the merge period does not divide their number."""
+@pytest.mark.parametrize(("splits", "local", "init"), [(1, 1, 0), (2, 3, 1)])
+@pytest.mark.parametrize("halves", [False, True])
+def test_blocks_one_by_one(dense, splits, local, init, halves):
+    """Two tiles, one with few blocks that are clear; many scores are equal."""
     index_q, index_k = integers(1, 3, 40, 16), integers(1, 1, 170, 16)
-    changes = {"num_splits": splits, "rows": 64, "period": period}
-    check(dense, index_q, index_k, 16, 5, local, init, halves=True, clear=True, **changes)
+    changes = {"num_splits": splits, "rows": 64, "period": 1, "halves": halves}
+    check(dense, index_q, index_k, 16, 5, local, init, clear=True, **changes)
 
 
 @pytest.mark.parametrize(("draw", "init"), [(integers, 3), (torch.randn, 0)], ids=["ties, forced", "normal"])
