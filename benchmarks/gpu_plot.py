@@ -98,7 +98,7 @@ def draw_panel(axes: "Axes", lines: dict[str, Line]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(dense), [f"{n // 1024}K" for n in dense])
     # Room for the labels of what lies at its left end.
-    axes.set_xlim(left=min(dense) / 1.8)
+    axes.set_xlim(left=min(dense) / 3)
     axes.set_xlabel("tokens")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

@@ -67,10 +67,8 @@ def gpu_machine() -> str:
 
 
 def _gpu_rows() -> dict[str, dict]:
-    """Rows by name. Selection by itself, chunks and the grid have runs of their own; no ratio mixes the files."""
-    names = ("gpu-h200.json", "gpu-h200-serving.json", "gpu-h200-selection.json")
-    rows = [row for name in names for row in _load(name)["rows"]]
-    return {row["name"]: row for row in rows}
+    """Rows by name. A part is of one run, and no ratio mixes parts."""
+    return {row["name"]: row for row in _load("gpu-h200.json")["rows"]}
 
 
 def gpu_selection() -> str:
@@ -137,7 +135,7 @@ def gpu_chunks() -> str:
 
 def workload_weights() -> dict[str, int]:
     """Calls that each chunk of the GPU benchmark stands for."""
-    return {name: row["calls"] for name, row in _load("gpu-h200-serving.json")["chunks"].items()}
+    return {name: row["calls"] for name, row in _load("gpu-h200.json")["chunks"].items()}
 
 
 def _layer(seqlen: int, pattern: str) -> dict[str, float]:
@@ -207,8 +205,8 @@ def gpu_prefill() -> str:
 
 
 def gpu_flex() -> str:
-    """FlexAttention's main branch beside the Triton kernels', of one run."""
-    found = {row["name"]: row for row in _load("gpu-h200-flex.json")["rows"]}
+    """FlexAttention's main branch beside the Triton kernels', which are the part training's."""
+    found = _gpu_rows()
     rows = []
     for pattern in ("random", "neighbours share"):
         for kind, name in (("Triton", "main branch"), ("FlexAttention", "main branch by FlexAttention")):

@@ -180,7 +180,8 @@ def selection_config(
         rows=rows,
         num_warps=num_warps,
         num_stages=num_stages,
-        period=1 if halves or (swap and kept <= 32) else 8,
+        # A few rows, or a row a thread, are ranked in registers; between these, a thread would have many rows to rank.
+        period=1 if halves or (swap and rows <= 16 and kept <= 32) else 8,
         kept=kept,
         num_splits=num_splits,
         use_tma=use_tma,
@@ -291,7 +292,7 @@ def forward_config(
         walk_stages=2 if target.backend == "cuda" and walk_tile <= target.shared_memory else 1,
         walk_registers=128 if target.arch == 90 and large == 1 else None,
         walk_tma=hopper and element_size == 2,
-        walk_limit=topk * 9 // 4 if fits else 64 * topk,
+        walk_limit=topk * 2 if fits else 64 * topk,
         walk_all=not fits,
     )
 
