@@ -1,13 +1,14 @@
-"""Ranking in registers: packed keys, sorting networks, and the merge of ranked lists.
+"""Ranking in registers: lists that blocks are inserted into, tiles of packed keys, and the merge of the splits' lists.
 
-Ranked blocks travel as one int64 a block, so that sorting and ties need no second tensor:
+Lists are tuples, (scores, ids), of a tensor [rows] for each place: for a few rows, or a thread for each. Tiles take any
+number of places and rows. In tiles and in memory a block is one int64, so that sorting and ties need no second tensor:
 
     key = ordered(score) << 32 | (2^31 - 1 - id)
 
 `ordered` maps fp32 to int32 monotonically, so a larger key is a better score and, among equal scores, the smaller
 id. `-inf` marks a block that may not be chosen and `+inf` a forced one: scores proper are clamped to the finite
 range. Tiles of keys are `[K, R]`, a query row a column, because Triton then gives all K keys of a row to one
-thread, and a sorting network along K moves nothing between threads.
+thread, if there are rows enough, and a sorting network along K moves nothing between threads.
 """
 
 # Kernels let tuples grow, which is another type to mypy each time.

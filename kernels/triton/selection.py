@@ -7,22 +7,24 @@
 Layouts: index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di], any strides; ids [B, Hkv, Sq, topk] int32 contiguous, padded
 with -1. Sequences as in `flexmsa.kernels`. With page_table [B, max_pages], index_k is pages [num_pages, 1, block_size,
 Di], and block b of row r lies in page page_table[r, b]. e4m3 keys have scales of the shape of index_k but for Di: a key
-is multiplied as it is stored, which is exact, and its score by its scale. Queries may be e4m3 too, to keys without
-scales: Hopper multiplies them in half the time, adding up with about 14 bits instead of fp32's 24.
+is multiplied as it is stored, and its score by its scale. Queries may be e4m3 too, to keys without scales: Hopper
+multiplies them in half the time. It adds up products of e4m3 numbers with about 14 bits instead of fp32's 24.
 
 One program owns `rows` query rows, rows // Hkv neighbouring tokens times all Hkv groups of one sequence, and a range of
 its blocks: all of them, or one split's share. So each key is loaded once for all groups. The program holds its
-queries, walks the blocks, and collects the maxima of `period` blocks in a tile [period, rows]; then, if any row has
-a new block that beats its worst kept one, it merges them into the kept keys [kept, rows]. Blocks that every row
-of the tile sees whole and that are not forced are walked without masks; the last block always takes the masked path.
+queries, walks the blocks, and keeps each row's best ones (see `ranking.start_ranking`): with a period of 1 it inserts
+the blocks into lists one by one, else it collects the maxima of `period` blocks, and merges them if any row has one
+that beats its worst. Blocks that every row of the tile sees whole and that are not forced are walked without masks;
+the last block always takes the masked path.
 
 Cost: 2 Hkv Di FLOPs per (query, visible key): 8.8 TFLOP at 128K causal tokens with Hkv 4, Di 128, which is 11.2 ms at
-783 TFLOP/s. A block costs each row block_size comparisons for the maximum and about 8 exchanges of 64-bit keys
-for the merge, against block_size * Di multiply-adds. Keys are read Sq * Hkv / rows times, from L2; memory sees
-index_k about once: decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25 TB/s, and half of it in e4m3.
+783 TFLOP/s. A block costs each row block_size comparisons for the maximum and 5 kept operations for the insertion (or
+about 8 exchanges of 64-bit keys for its part of a merge), against block_size * Di multiply-adds. Keys are read Sq * Hkv
+/ rows times, from L2; memory sees index_k about once: decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25
+TB/s, and half of it in e4m3.
 
 Few query rows leave the GPU idle, so the keys are then split; each split writes its kept keys to a workspace
-[B*Hkv*Sq, splits, kept] int64, and a second kernel merges them: a tree of bitonic half merges.
+[B*Hkv*Sq, splits, kept] int64, and a second kernel merges them.
 """
 
 import torch
