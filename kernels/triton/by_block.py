@@ -204,13 +204,13 @@ def partial_attention_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=precision)
         before, _ = split_rows(clear_row - ROWS, GROUP_SIZE, ROWS)
         store_rows(partial_ptr, slot, out, normal, (before < num_entries) & (clear_row > row), HEAD_DIM)
-        weights, normal, lse = softmax_rows(scores, entry, scale, POSITIVE, False)
+        weights, normal, lse = softmax_rows(scores, None, scale, POSITIVE, False)
         number, head = split_rows(clear_row, GROUP_SIZE, ROWS)
         slot = entry * GROUP_SIZE + head
         tl.store(partial_lse_ptr + slot, lse, mask=number < num_entries)
         out = tl.dot(weights.to(v.dtype), v, input_precision=precision)
         entry, upcoming, q = upcoming, later, following
-    # Only behind the loop's own product: where ptxas sees that it may be skipped, it waits for each of them.
+    # On the loop's own path only: where ptxas sees one to here that leaves the loop out, it waits for each product.
     if row < num_rows:
         number, _ = split_rows(row + (num_rows - row - 1) // ROWS * ROWS, GROUP_SIZE, ROWS)
         store_rows(partial_ptr, slot, out, normal, number < num_entries, HEAD_DIM)

@@ -135,11 +135,12 @@ def walk_halves(
 ):  # fmt: skip
     """The lists of a tile's rows (see `first_blocks`) after the blocks of `bounds`: (first, first not clear, end).
 
-    A clear block's products with the odd rows run while the maxima of the even rows are taken and both are inserted:
-    those of the odd rows are of the block before. Inserting blocks one by one takes the same time at each step, which
-    the products cover, where ranking several at once would take longer than they do.
+    A clear block's products with the odd rows run while the maxima of the even rows are taken, and while these are
+    inserted together with the odd rows' maxima of the block before. One by one, since that takes the same time at each
+    step, which the products cover; ranking several blocks at once would take longer than they do.
     """
     begin, clear_end, end = bounds
+    num_keys = cache[7]
     ROWS: tl.constexpr = visible.shape[0]
     row, half = tl.arange(0, ROWS), 2 * tl.arange(0, ROWS // 2)
     even_q = load_queries(index_q, half, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH)
@@ -156,11 +157,11 @@ def walk_halves(
         best = interleave(clear_maximum(even_scores), odd_best)
         lists = insert_block(lists, best, block - row % 2)
         place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
-    # Only behind the loop's own products: where ptxas sees that it may be skipped, it waits for each of them.
+    # On the loop's own path only: where ptxas sees one to here that leaves the loop out, it waits for each product.
     if clear_end > begin:
         lists = insert_block(lists, interleave(nothing, clear_maximum(odd_scores)), clear_end - 1)
     for block in tl.range(clear_end, end, num_stages=1):
-        count = cache[7] - block * BLOCK
+        count = num_keys - block * BLOCK
         keys = load_keys(index_k, place, key, count, HEAD_DIM, BLOCK, COLUMNS, DEPTH, False, USE_TMA)
         even_scores = score_keys(even_q, keys, scales, SCALED, NATIVE, SWAP)
         even_best = masked_maximum(even_scores, block, even_visible, num_local, BLOCK)
