@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["assert_close"]
+__all__ = ["assert_close", "product_size"]
 
 
 def assert_close(name: str, actual: Tensor, exact: Tensor, baseline: Tensor, terms: float = 0.0) -> None:
@@ -44,6 +44,15 @@ def assert_close(name: str, actual: Tensor, exact: Tensor, baseline: Tensor, ter
     if error.max() > allowed:
         worst = error == error.max()
         raise AssertionError(f"{name}: {_place(worst, values, exact)}, an error above the {allowed:.3g} allowed")
+
+
+def product_size(q: Tensor, k: Tensor) -> float:
+    """The size of the products that a score of q [..., D] and k [..., D] is a sum of, and that may cancel in it.
+
+    >>> product_size(torch.full((1, 4), 3.0), torch.full((1, 4), -2.0))
+    3.0
+    """
+    return float(q.detach().abs().max() * k.detach().abs().max()) * q.shape[-1] ** -0.5
 
 
 def _place(mask: Tensor, values: Tensor, exact: Tensor) -> str:

@@ -15,7 +15,7 @@ from flexmsa import ops, reference
 from flexmsa.backends import default_backend
 from flexmsa.kernels.sequences import key_ranges
 from flexmsa.testing import oracle
-from flexmsa.testing.assertions import assert_close
+from flexmsa.testing.assertions import assert_close, product_size
 from flexmsa.testing.cases import Case
 from flexmsa.testing.schedules import Schedule, check_schedule
 from flexmsa.testing.strategies import cases, schedules
@@ -58,10 +58,10 @@ def check_case(
     narrow = tuple(x.detach().clone().requires_grad_() for x in inputs)
     exact_reference = _reference(wide, settings, got.block_indices, torch.float64)
     baseline = _reference(narrow, settings, got.block_indices, inputs[0].dtype)
-    # The loss is a difference of two entropies, of at most log(keys) each.
-    entropy = {"index_loss": math.log(1 + case.seqlen_k)}
+    # The loss is a difference of two entropies, of at most log(keys) each; where there is one key, lse is its score.
+    terms = {"index_loss": math.log(1 + case.seqlen_k), "lse": product_size(*inputs[:2])}
     for name, result in results.items():
-        pieces = exact[name], baseline[name].detach().cpu(), entropy.get(name, 0.0)
+        pieces = exact[name], baseline[name].detach().cpu(), terms.get(name, 0.0)
         assert_close(name, result.detach().cpu(), *pieces)
     if not gradients:
         return

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexmsa import MSACache, PagedMSACache, decode, reference
 from flexmsa.cache import Cache
-from flexmsa.testing.assertions import assert_close
+from flexmsa.testing.assertions import assert_close, product_size
 from flexmsa.types import AuxRequest
 
 __all__ = ["Schedule", "check_schedule"]
@@ -168,8 +168,9 @@ def _compare(
     q = q[None, :, :length]
     exact = reference.block_sparse_attention(q.double(), k.double(), v.double(), expected, *rules, scale)
     eager = reference.block_sparse_attention(q, k, v, expected, *rules, scale, q.dtype)
-    for name, got, right, base in zip(("out", "lse"), (out, lse), exact, eager, strict=True):
-        assert_close(f"row {row}, {name}", got[None, :, :length].cpu(), right.cpu(), base.cpu())
+    terms = {"out": 0.0, "lse": product_size(q, k)}
+    for name, got, right, base in zip(terms, (out, lse), exact, eager, strict=True):
+        assert_close(f"row {row}, {name}", got[None, :, :length].cpu(), right.cpu(), base.cpu(), terms[name])
 
 
 def _trim(run: _Run, counts: tuple[int, ...]) -> None:
