@@ -17,7 +17,16 @@ from typing import Any
 import torch
 import triton
 
-from flexmsa.kernels.triton import backward_gradient, backward_sums, by_block, combine_slots, configs, selection, walk
+from flexmsa.kernels.triton import (
+    backward_gradient,
+    backward_sums,
+    by_block,
+    combine_slots,
+    configs,
+    selection,
+    targets,
+    walk,
+)
 from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps
 from flexmsa.kernels.triton.decode import attend_constants, attend_kernel
 from flexmsa.kernels.triton.loss_gradient import index_loss_kernel, loss_constants
@@ -149,7 +158,7 @@ LISTS = pointers("i64", "entries offsets")
 
 
 def selection_launch(
-    label: str, target: configs.Target, shape: Shape, seqlen_q: int, paged: bool, scaled: bool
+    label: str, target: targets.Target, shape: Shape, seqlen_q: int, paged: bool, scaled: bool
 ) -> Launch:
     """What `selection.select_blocks` launches for `seqlen_q` queries."""
     groups, depth, block, topk = shape.num_kv_heads, shape.index_head_dim, shape.block_size, shape.topk
@@ -167,21 +176,21 @@ def selection_launch(
         tma_ready=True,
     )
     constants = selection.selection_constants(config, groups, depth, block, topk, False)
-    constants |= configs.storage_constants(target, paged, scaled)
+    constants |= targets.storage_constants(target, paged, scaled)
     element = "fp8e4nv" if config.fp8_product else "u8" if scaled else "bf16"
     types = {"index_k": f"tensordesc<{element}[1,{block},{depth}]>" if config.use_tma else f"*{element}"}
     if config.num_splits > 1:
         types |= pointers("i64", "workspace")
-    options = configs.launch_options(config.num_warps, config.num_stages, None)
+    options = targets.launch_options(config.num_warps, config.num_stages, None)
     return label, selection.selection_kernel, constants, options, types
 
 
-def selection_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
+def selection_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     """What `selection.select_blocks` launches in prefill."""
     yield selection_launch("selection", target, shape, shape.tokens, False, False)
 
 
-def forward_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
+def forward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     """What `attention.block_sparse_attention_forward` launches, in either order of work."""
     heads, depth, block, topk = shape.group_size, shape.head_dim, shape.block_size, shape.topk
     config = configs.forward_config(
@@ -189,7 +198,7 @@ def forward_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
     )
     scale = depth**-0.5
     tokens = config.walk_tokens(heads, topk)
-    storage = configs.storage_constants(target, paged=False, scaled=False)
+    storage = targets.storage_constants(target, paged=False, scaled=False)
     constants = walk.walk_constants(config, heads, depth, block, scale, tokens, False, False, config.walk_tma) | storage
     tile = f"tensordesc<bf16[1,1,{constants['COLUMNS']},{depth}]>" if config.walk_tma else "*bf16"
     types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile}
@@ -204,7 +213,7 @@ def forward_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
     yield "forward: combine_slots", combine_slots.combine_slots_kernel, constants, options, types
 
 
-def backward_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
+def backward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     """The main kernel and the last one of `attention_backward.block_sparse_attention_backward`."""
     heads, depth = shape.group_size, shape.head_dim
     config = configs.backward_config(
@@ -214,13 +223,13 @@ def backward_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
     constants["stride_gd"] = 1
     types = pointers("bf16", "grad_out partial_q grad_q")
     types |= pointers("fp32", "row_delta row_lse2 partial_k partial_v grad_k grad_v")
-    options = configs.launch_options(config.num_warps, config.num_stages, None)
+    options = targets.launch_options(config.num_warps, config.num_stages, None)
     yield "backward: gradient", backward_gradient.gradient_kernel, constants, options, types
     constants = {"HEADS": heads, "HEAD_DIM": depth, "TILE": 16, "DEPTH": depth}
     yield "backward: sum_slots", backward_sums.sum_slots_kernel, constants, {"num_warps": 8}, types
 
 
-def loss_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
+def loss_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     """The two kernels of `index_loss.index_loss` with products, and the last one."""
     depth, index_depth = shape.head_dim, shape.index_head_dim
     config = configs.loss_config(
@@ -229,18 +238,18 @@ def loss_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
     units = {"stride_xd": 1, "stride_yd": 1}
     types = LISTS | {"index_scale": "fp32"} | pointers("bf16", "index_k")
     types |= pointers("fp32", "index_lse unit loss partial_q partial_k grad_k grad_q")
-    options = configs.launch_options(4, config.num_stages, None)
+    options = targets.launch_options(4, config.num_stages, None)
     constants = lse_constants(config, index_depth) | units
     yield "loss: block_lse", block_lse_kernel, constants, options, types
     constants = loss_constants(config, depth, index_depth, True) | units
-    options = configs.launch_options(config.num_warps, config.num_stages, None)
+    options = targets.launch_options(config.num_warps, config.num_stages, None)
     yield "loss: index_loss", index_loss_kernel, constants, options, types
     parts = triton.cdiv(shape.block_size, config.columns)
     constants = {"INDEX_DIM": index_depth, "INDEX_DEPTH": index_depth, "PARTS": parts, "ROWS": 16}
     yield "loss: sum_slots", sum_slots_kernel, constants, {"num_warps": 4}, types
 
 
-def serving_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
+def serving_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     """A step of one token: `select_blocks` and `decode.attend_blocks`, from bf16 and from e4m3 pages, and `append`."""
     groups, heads, depth = shape.num_kv_heads, shape.group_size, shape.head_dim
     block, topk = shape.block_size, shape.topk
@@ -250,10 +259,10 @@ def serving_launches(target: configs.Target, shape: Shape) -> Iterator[Launch]:
         target, num_rows=groups, head_dim=depth, block_size=block, topk=topk, element_size=shape.element
     )
     constants = attend_constants(config, groups, heads, depth, block, topk, False)
-    options = configs.launch_options(config.num_warps, config.num_stages, None)
+    options = targets.launch_options(config.num_warps, config.num_stages, None)
     types = pointers("fp32", "out") if config.num_splits > 1 else {}
-    yield "decode: attend", attend_kernel, constants | configs.storage_constants(target, False, False), options, types
-    constants |= configs.storage_constants(target, True, True)
+    yield "decode: attend", attend_kernel, constants | targets.storage_constants(target, False, False), options, types
+    constants |= targets.storage_constants(target, True, True)
     yield "decode: attend, e4m3", attend_kernel, constants, options, types | pointers("u8", "k v")
     for label, scaled in (("decode: append", False), ("decode: append, e4m3", True)):
         constants = append_constants(

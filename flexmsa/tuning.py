@@ -110,7 +110,7 @@ def _target_of(device: str | torch.device) -> Any:
         raise RuntimeError("tuning is of GPU kernels, and torch finds no GPU: torch.cuda.is_available() is False")
     if torch.device(device).type != "cuda":
         raise ValueError(f"device: expected a GPU, as in 'cuda', got {device}")
-    from flexmsa.kernels.triton.configs import target_of
+    from flexmsa.kernels.triton.targets import target_of
 
     return target_of(torch.device(device))
 

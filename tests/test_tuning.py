@@ -10,7 +10,7 @@ import flexmsa
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import candidates, configs  # noqa: E402
+from flexmsa.kernels.triton import candidates, configs, targets  # noqa: E402
 from flexmsa.testing.compiled import TARGETS  # noqa: E402
 
 SHAPES = [(16, 4, 128, 128), (4, 8, 64, 64), (1, 2, 256, 48), (3, 1, 80, 512)]
@@ -54,7 +54,7 @@ def test_candidates_are_valid(target, shape, dtype):
             if kernel == "forward":
                 assert config.walk_rows >= group_size and config.walk_limit >= 1
                 assert target.backend == "cuda" or config.max_registers is config.walk_registers is None
-            assert getattr(config, "columns", 1) <= configs.padded(block_size)
+            assert getattr(config, "columns", 1) <= targets.padded(block_size)
             assert getattr(config, "length", 16) >= 16
 
 

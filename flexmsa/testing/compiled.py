@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flexmsa.kernels.triton.configs import Target
+from flexmsa.kernels.triton.targets import Target
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 108),

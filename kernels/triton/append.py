@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import padded, target_of
 from .fp8 import as_bits, quantize
 from .primitives import await_previous, key_limit, locate_block, page_arguments
+from .targets import padded, target_of
 
 
 @triton.jit

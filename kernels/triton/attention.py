@@ -13,8 +13,9 @@ import torch
 
 from ..tuning import tuned
 from .by_block import attend_by_block
-from .configs import ForwardConfig, forward_config, target_of
+from .configs import ForwardConfig, forward_config
 from .fp8 import Cache
+from .targets import target_of
 from .union import choose_tiles
 from .walk import walk_tiles
 

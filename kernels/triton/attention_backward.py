@@ -27,8 +27,9 @@ from ..workspace import chunk_tokens
 from .backward_gradient import gradient_constants, gradient_kernel, plan_pieces
 from .backward_rows import gather_kernel, row_statistics
 from .backward_sums import sum_pieces_kernel, sum_slots_kernel
-from .configs import BackwardConfig, backward_config, target_of
+from .configs import BackwardConfig, backward_config
 from .reverse_index import chunked_indexes
+from .targets import target_of
 
 
 def block_sparse_attention_backward(

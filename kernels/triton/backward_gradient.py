@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import BackwardConfig, padded
+from .configs import BackwardConfig
 from .primitives import LOG2_E
 from .reverse_index import Pieces, ReverseIndex, load_block
+from .targets import padded
 
 
 @triton.jit

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import padded
 from .primitives import LOG2_E
 from .reverse_index import chunk_origin
+from .targets import padded
 
 
 @triton.jit

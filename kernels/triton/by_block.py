@@ -16,10 +16,11 @@ import triton.language as tl
 
 from ..workspace import chunk_tokens
 from .combine_slots import COMBINED, combine_constants, combine_slots_kernel
-from .configs import ForwardConfig, padded, target_of
+from .configs import ForwardConfig
 from .fp8 import as_bits, load_vectors
 from .primitives import LOG2_E, key_limit, locate_block, page_arguments
 from .reverse_index import chunk_origin, load_block, load_piece, reverse_index
+from .targets import padded, target_of
 
 
 @triton.jit

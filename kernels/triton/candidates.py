@@ -7,7 +7,8 @@ the trial to find out.
 from collections.abc import Iterator
 
 from ..tuning import Changes
-from .configs import BackwardConfig, ForwardConfig, LossConfig, SelectionConfig, Target, padded
+from .configs import BackwardConfig, ForwardConfig, LossConfig, SelectionConfig
+from .targets import Target, padded
 
 # The fields that hold for every length: what a file of changes may name.
 TUNABLE = {

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .configs import padded
 from .primitives import LN_2
+from .targets import padded
 
 # Tokens of a program: with 8, what is read at once lies further apart, and memory is a fifth slower.
 COMBINED = 4

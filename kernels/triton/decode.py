@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .attention import block_sparse_attention_forward
-from .configs import AttendConfig, attend_config, padded, storage_constants, target_of
+from .configs import AttendConfig, attend_config
 from .fp8 import Cache, as_bits, load_vectors
 from .primitives import (
     LN_2,
@@ -37,6 +37,7 @@ from .primitives import (
     softmax_update,
     tile_ends,
 )
+from .targets import padded, storage_constants, target_of
 
 # With more queries a sequence, and more pairs of a query and a group in all, the tiles of `attention` gain more from
 # sharing what neighbours load than their many launches cost: measured on an H200 at M3's shape.

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import Target, storage_constants
 from .primitives import load_tile
+from .targets import Target, storage_constants
 
 LARGEST = tl.constexpr(448.0)
 # fp32 bits: 480, the first number that e4m3 cannot round to 448; 2^-6, its smallest normal number; and 2^14, the

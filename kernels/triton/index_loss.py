@@ -34,12 +34,13 @@ import triton
 from ..sequences import key_ranges
 from ..tuning import tuned
 from ..workspace import chunk_tokens
-from .configs import LossConfig, loss_config, padded, target_of
+from .configs import LossConfig, loss_config
 from .loss_gradient import index_loss_kernel, loss_constants
 from .loss_student import block_lse_kernel, index_lse_kernel, lse_constants
 from .loss_sums import sum_pieces_kernel, sum_slots_kernel
 from .primitives import LOG2_E
 from .reverse_index import ReverseIndex, chunked_indexes
+from .targets import padded, target_of
 
 
 def slot_bytes(config: LossConfig, parts: int, index_dim: int, with_grad: bool, index_groups: int) -> int:

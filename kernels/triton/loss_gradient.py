@@ -8,11 +8,12 @@ loss and each entry's share of grad_index_q, and sums grad_index_k. See `index_l
 import triton
 import triton.language as tl
 
-from .configs import LossConfig, padded
+from .configs import LossConfig
 from .loss_entries import VARYING, load_entries, load_part, load_rows
 from .loss_student import lse_constants
 from .primitives import LN_2, LOG2_E, load_tile
 from .reverse_index import chunk_origin, load_piece
+from .targets import padded
 
 TINY = tl.constexpr(1.1754943508222875e-38)
 

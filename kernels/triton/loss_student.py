@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
-from .configs import LossConfig, padded
+from .configs import LossConfig
 from .loss_entries import VARYING, load_entries, load_part, load_rows
 from .primitives import load_tile
 from .reverse_index import chunk_origin, load_piece
+from .targets import padded
 
 
 @triton.jit(do_not_specialize=VARYING)

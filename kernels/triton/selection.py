@@ -33,7 +33,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tuning import tuned
-from .configs import SelectionConfig, padded, selection_config, storage_constants, target_of
+from .configs import SelectionConfig, selection_config
 from .fp8 import as_bits, split_e4m3
 from .primitives import (
     await_previous,
@@ -55,6 +55,7 @@ from .scoring import (
     score_keys,
     walk_halves,
 )
+from .targets import padded, storage_constants, target_of
 
 LENGTHS = ["num_sequences", "seqlen_q", "seqlen_k", "max_pages", "num_pages", "num_splits", "num_local", "num_init"]
 

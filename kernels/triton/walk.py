@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import ForwardConfig, padded, target_of
+from .configs import ForwardConfig
 from .fp8 import Cache, as_bits, dequantize, load_scales
 from .primitives import LN_2, LOG2_E, find_tile, load_sequence, load_tile, locate_block, page_arguments, tma_ready
+from .targets import padded, target_of
 from .union import Tiles
 
 

@@ -4,7 +4,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import configs  # noqa: E402
+from flexmsa.kernels.triton import targets  # noqa: E402
 from flexmsa.testing import compiled as compiling  # noqa: E402
 from flexmsa.testing.compiled import TARGETS  # noqa: E402
 
@@ -18,7 +18,7 @@ def build(tmp_path, monkeypatch):
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
 
     def build(kernel, target, constants, num_warps, num_stages=2, maxnreg=None, spills=0, **overrides):
-        options = configs.launch_options(num_warps, num_stages, maxnreg)
+        options = targets.launch_options(num_warps, num_stages, maxnreg)
         compiled = compiling.build(kernel, target, constants, options, overrides)
         found = compiling.report(compiled)
         assert found.shared <= target.shared_memory

@@ -10,7 +10,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import configs, primitives, ranking, selection  # noqa: E402
+from flexmsa.kernels.triton import configs, primitives, ranking, selection, targets  # noqa: E402
 from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps  # noqa: E402
 from flexmsa.kernels.triton.decode import attend_constants, attend_kernel, combine_kernel  # noqa: E402
 from flexmsa.testing.compiled import lone_products  # noqa: E402
@@ -50,7 +50,7 @@ def test_selection(build, target, case):
         tma_ready=True,
     )
     constants = selection.selection_constants(config, GROUPS, DEPTH, BLOCK, TOPK, seqlen_q > 16)
-    constants |= configs.storage_constants(target, paged, scaled)
+    constants |= targets.storage_constants(target, paged, scaled)
     types = {"workspace_ptr": "*i64"} if config.num_splits > 1 else {}
     element = "fp8e4nv" if config.fp8_product else "u8" if scaled else "fp16" if e4m3_queries else "bf16"
     if e4m3_queries:
@@ -82,7 +82,7 @@ def test_attend_and_combine(build, target, batch, scaled):
         target, num_rows=batch * GROUPS, head_dim=DEPTH, block_size=BLOCK, topk=TOPK, element_size=2
     )
     constants = attend_constants(config, GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK, False)
-    constants |= configs.storage_constants(target, scaled, scaled)
+    constants |= targets.storage_constants(target, scaled, scaled)
     types = {"out_ptr": "*fp32"} if config.num_splits > 1 else {}
     if scaled:
         types |= {"k_ptr": "*u8", "v_ptr": "*u8"}

@@ -6,7 +6,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import by_block, combine_slots, configs, union, walk  # noqa: E402
+from flexmsa.kernels.triton import by_block, combine_slots, configs, targets, union, walk  # noqa: E402
 from flexmsa.testing.compiled import lone_products  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
@@ -47,7 +47,7 @@ def test_by_block(build, target, case):
     config, group_size, head_dim = chosen(target, case)
     paged, scaled = case[1]
     constants = by_block.partial_constants(config, group_size, head_dim, BLOCK, TOPK, 0.1)
-    constants |= configs.storage_constants(target, paged, scaled)
+    constants |= targets.storage_constants(target, paged, scaled)
     types = {"entries_ptr": "*i64", "offsets_ptr": "*i64", "partial_ptr": "*bf16", "partial_lse_ptr": "*fp32"}
     if scaled:
         types |= {"k_ptr": "*u8", "v_ptr": "*u8"}
@@ -73,7 +73,7 @@ def test_walk(build, target, case, dense):
     paged, scaled = case[1]
     tokens = config.walk_tokens(group_size, TOPK)
     constants = walk.walk_constants(config, group_size, head_dim, BLOCK, 0.1, tokens, False, dense, config.walk_tma)
-    constants |= configs.storage_constants(target, paged, scaled)
+    constants |= targets.storage_constants(target, paged, scaled)
     element = "u8" if scaled else "bf16"
     tile = f"tensordesc<{element}[1,1,{constants['COLUMNS']},{head_dim}]>" if config.walk_tma else f"*{element}"
     pointers = {"k_ptr": f"*{element}", "v_ptr": f"*{element}"}

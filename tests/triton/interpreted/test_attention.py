@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexmsa.kernels import workspace
-from flexmsa.kernels.triton import attention, configs
+from flexmsa.kernels.triton import attention, configs, targets
 from flexmsa.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -38,7 +38,7 @@ def poisoned(monkeypatch):
 
 def forward(q, k, v, ids, sequences, block_size, scale, limit, **overrides):
     config = configs.forward_config(
-        configs.target_of(q.device),
+        targets.target_of(q.device),
         group_size=q.shape[1] // k.shape[1],
         head_dim=q.shape[3],
         block_size=block_size,

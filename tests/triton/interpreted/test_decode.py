@@ -7,7 +7,8 @@ import torch
 
 from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.triton import decode
-from flexmsa.kernels.triton.configs import attend_config, target_of
+from flexmsa.kernels.triton.configs import attend_config
+from flexmsa.kernels.triton.targets import target_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from flexmsa.kernels import triton as kernels
-from flexmsa.kernels.triton.configs import attend_config, target_of
+from flexmsa.kernels.triton.configs import attend_config
 from flexmsa.kernels.triton.selection import choose_config
+from flexmsa.kernels.triton.targets import target_of
 from flexmsa.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -12,7 +12,7 @@ from triton.runtime.errors import OutOfResources
 import flexmsa
 from flexmsa import tuning
 from flexmsa.kernels.triton import trials
-from flexmsa.kernels.triton.configs import Target
+from flexmsa.kernels.triton.targets import Target
 from flexmsa.kernels.tuning import MARGIN, register, tune
 from flexmsa.testing import Case
 
