@@ -62,7 +62,7 @@ def test_by_block(build, target, case):
 def test_combine_slots(build, target, case):
     _, group_size, head_dim = chosen(target, case)
     constants = combine_slots.combine_constants(group_size, head_dim, TOPK)
-    spills = 8 if target.arch == 86 else 0
+    spills = 8 if target.arch == 86 and head_dim == 64 else 0
     types = {"partial_ptr": "*bf16", "skip_ptr": "*i8"}
     build(combine_slots.combine_slots_kernel, target, constants, 4, spills=spills, **types)
 
@@ -78,8 +78,8 @@ def test_walk(build, target, case, dense):
     tile = f"tensordesc<{element}[1,1,{constants['COLUMNS']},{head_dim}]>" if config.walk_tma else f"*{element}"
     pointers = {"k_ptr": f"*{element}", "v_ptr": f"*{element}"}
     types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile, **pointers}
-    # A limit of 128 registers costs other shapes than the first a few numbers, spilled once, outside the loops.
-    spills = 0 if config.walk_registers is None or (case == CASES["64/4/128"] and not dense) else 72
+    # A limit of 128 registers costs other cases than M3's a few numbers, spilled once, outside the loops.
+    spills = 0 if config.walk_registers is None or (case == CASES["64/4/128"] and not dense) else 32 if paged else 8
     compiled = build(walk.walk_kernel, target, constants, **config.walk_options(), spills=spills, **types)
     if target.arch == 90:
         assert "wgmma.mma_async" in compiled.asm["ptx"]
