@@ -208,7 +208,7 @@ def forward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     kernel = by_block.partial_attention_kernel
     yield "forward: partial_attention", kernel, constants, config.launch_options(), types
     constants = combine_slots.combine_constants(heads, depth, topk)
-    types |= pointers("i8", "skip")
+    types |= pointers("i8", "skip") | pointers("i16", "numbers")
     options = {"num_warps": 4}
     yield "forward: combine_slots", combine_slots.combine_slots_kernel, constants, options, types
 

@@ -30,8 +30,8 @@ FP32 = {"lse_ptr", "partial_out_ptr", "partial_lse_ptr", "k_scale_ptr", "v_scale
 INT32 = {
     *("sequences_ptr", "tile_ends_ptr", "page_table_ptr", "kv_starts_ptr", "kv_lens_ptr", "lens_ptr", "status_ptr"),
     *("ids_ptr", "workspace_ptr", "block_indices_ptr", "list_ptr", "counts_ptr"),
-    *("numbers_ptr", "blocks_ptr", "ends_ptr", "items_ptr", "slots_ptr"),
-    *("plan_ptr", "queries_ptr", "limits_ptr", "places_ptr"),
+    *("numbers_ptr", "blocks_ptr", "before_ptr", "plan_ptr", "shares_ptr"),
+    *("queries_ptr", "limits_ptr", "places_ptr"),
 }
 # Strides of dense rows are 1 and the others multiples of 16, which the launcher finds by itself.
 UNIT_STRIDES = {

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from ..tuning import tuned
 from ..workspace import chunk_tokens
-from .backward_gradient import gradient_constants, gradient_kernel, plan_pieces
+from .backward_gradient import gradient_constants, gradient_kernel
 from .backward_rows import gather_kernel, row_statistics
 from .backward_sums import sum_pieces_kernel, sum_slots_kernel
 from .configs import BackwardConfig, backward_config
+from .pieces import cut_lists
 from .reverse_index import chunked_indexes
 from .targets import target_of
 
@@ -85,10 +86,9 @@ def block_sparse_attention_backward(
     depth = constants["DEPTH"]
     heads = min(lanes, max(1, 2048 // depth))
     for index in chunked_indexes(block_indices, sequences, q, k, block_size, step):
-        pieces = index.pieces(config.length)
-        plans = plan_pieces(index, pieces)
-        for chunk, plan in enumerate(plans):
-            chunks = index.num_chunks // num_kv_heads
+        pieces = cut_lists(index, config.length)
+        chunks = index.num_chunks // num_kv_heads
+        for chunk in range(index.num_chunks):
             group, first_token = chunk // chunks, chunk % chunks * index.chunk_tokens
             tokens = min(index.chunk_tokens, index.num_tokens - first_token)
             places.fill_(-1)
@@ -109,6 +109,7 @@ def block_sparse_attention_backward(
                 index.num_tokens,
                 index.chunk_tokens,
                 index.num_blocks,
+                index.lowest,
                 topk,
                 seqlen_q,
                 num_kv_heads,
@@ -123,8 +124,7 @@ def block_sparse_attention_backward(
                     q,
                     k,
                     v,
-                    index.blocks,
-                    plan,
+                    pieces.plan,
                     queries,
                     limits,
                     row_delta,
@@ -138,7 +138,9 @@ def block_sparse_attention_backward(
                     *q.stride(),
                     *k.stride(),
                     *v.stride(),
+                    chunk,
                     group,
+                    pieces.num_items,
                     seqlen_k,
                     num_kv_heads,
                     scale,
@@ -150,8 +152,7 @@ def block_sparse_attention_backward(
             if num_slots > 0:
                 sum_pieces_kernel[(index.num_blocks, triton.cdiv(block_size, 16))](
                     index.blocks,
-                    plan,
-                    pieces.ends,
+                    pieces.shares,
                     partial_k,
                     partial_v,
                     grad_k,

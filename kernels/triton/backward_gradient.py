@@ -7,14 +7,12 @@ cannot hold dK and dV of a whole block, there is a launch for each part of its k
 formulas, and `backward_sums` for what adds up the shares.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .configs import BackwardConfig
+from .pieces import load_piece, load_slot
 from .primitives import LOG2_E
-from .reverse_index import Pieces, ReverseIndex, load_block
 from .targets import padded
 
 
@@ -49,13 +47,12 @@ def partial_offsets(row, depth, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
         return row * HEAD_DIM + depth
 
 
-@triton.jit(do_not_specialize=["group"])
+@triton.jit(do_not_specialize=["chunk", "group", "num_items"])
 def gradient_kernel(
     grad_out_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
-    blocks_ptr,
     plan_ptr,
     queries_ptr,
     limits_ptr,
@@ -82,7 +79,9 @@ def gradient_kernel(
     stride_vh,
     stride_vs,
     stride_vd,
+    chunk,
     group,
+    num_items,
     seqlen_k,
     num_kv_heads,
     scale,
@@ -95,16 +94,14 @@ def gradient_kernel(
     SWAP: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """See the module's docstring. Program i owns item i of `plan_pieces`, and COLUMNS of its block's keys from OFFSET.
+    """See the module's docstring. Program i owns item i of a chunk's plan, and COLUMNS of its block's keys from OFFSET.
 
     If that is not the first, grad_q is added to what the launch for the keys before has left.
     """
-    item = plan_ptr + tl.program_id(0) * 4
     KNOWN_HEADS: tl.constexpr = ROWS % HEADS == 0 and ROWS >= 64
-    first, last = tl.load(item + 1), tl.load(item + 2)
+    batch, first_key, stop_key, _, first, last = load_piece(plan_ptr, chunk, num_items)
     if first >= last:
         return
-    batch, first_key, stop_key, _ = load_block(blocks_ptr, tl.load(item))
     group = tl.cast(group, tl.int64)
 
     column = OFFSET + tl.arange(0, COLUMNS)
@@ -149,10 +146,9 @@ def gradient_kernel(
         tl.store(partial_q + place, grad_q.to(partial_q_ptr.dtype.element_ty), mask=mask)
 
     # Loaded again: the loop leaves no register to keep them in.
-    item = plan_ptr + tl.program_id(0) * 4
-    batch, first_key, stop_key, _ = load_block(blocks_ptr, tl.load(item))
+    batch, first_key, stop_key, _, _, _ = load_piece(plan_ptr, chunk, num_items)
+    slot = load_slot(plan_ptr, chunk, num_items)
     inside = (first_key + column < stop_key)[:, None] & (depth < HEAD_DIM)[None, :]
-    slot = tl.load(item + 3).to(tl.int64)
     alone = slot < 0
     place = tl.where(alone, (batch * num_kv_heads + group) * seqlen_k + first_key, slot * BLOCK) * HEAD_DIM
     tile = column[:, None] * HEAD_DIM + depth[None, :]
@@ -175,19 +171,3 @@ def gradient_constants(config: BackwardConfig, group_size: int, head_dim: int, b
         "DEPTH": padded(head_dim),
         "SWAP": config.swap,
     }
-
-
-def plan_pieces(index: ReverseIndex, pieces: Pieces) -> Tensor:
-    """[num_chunks, num_items, 4] int32: (block, first entry, last entry + 1, slot) of each piece.
-
-    Entries count from the chunk's first; slot as in `Pieces.slots`. Items beyond the last piece own no entry.
-    """
-    starts = index.offsets[:-1].view(index.num_chunks, index.num_blocks)
-    stops = index.offsets[1:].view(index.num_chunks, index.num_blocks)
-    block = pieces.items.clamp(max=index.num_blocks - 1).long()
-    before = torch.nn.functional.pad(pieces.ends, (1, -1))
-    item = torch.arange(pieces.num_items, dtype=torch.int32, device=block.device)
-    first = (starts - starts[:, :1]).gather(1, block) + (item - before.gather(1, block)) * pieces.length
-    last = torch.minimum((stops - starts[:, :1]).gather(1, block), first + pieces.length)
-    last = torch.where(pieces.items < index.num_blocks, last, first)
-    return torch.stack([block, first, last, pieces.slots()], 2).int()

@@ -99,7 +99,7 @@ def row_statistics(
     return delta, lse2
 
 
-@triton.jit(do_not_specialize=["chunk", "first_token", "num_tokens", "chunk_tokens"])
+@triton.jit(do_not_specialize=["chunk", "first_token", "num_tokens", "chunk_tokens", "lowest"])
 def gather_kernel(
     blocks_ptr,
     numbers_ptr,
@@ -117,6 +117,7 @@ def gather_kernel(
     num_tokens,
     chunk_tokens,
     num_blocks,
+    lowest,
     topk,
     seqlen_q,
     num_kv_heads,
@@ -135,7 +136,7 @@ def gather_kernel(
     place = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     live = place < count
     entry = tl.load(entries_ptr + begin + place, mask=live, other=0)
-    block = tl.load(numbers_ptr + entry, mask=live, other=0) - chunk * num_blocks
+    block = tl.load(numbers_ptr + entry, mask=live, other=lowest).to(tl.int64) - lowest - chunk * num_blocks
     group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
     # Tokens, and entries of a chunk, are numbered in 32 bits, and divided much faster so.
     local = tl.where(live, entry - origin, 0).to(tl.int32)

@@ -4,14 +4,13 @@ import triton
 import triton.language as tl
 
 from .backward_gradient import partial_offsets
-from .reverse_index import load_block
+from .pieces import load_share
 
 
 @triton.jit(do_not_specialize=["chunk", "group"])
 def sum_pieces_kernel(
     blocks_ptr,
-    plan_ptr,
-    ends_ptr,
+    shares_ptr,
     partial_k_ptr,
     partial_v_ptr,
     grad_k_ptr,
@@ -27,13 +26,11 @@ def sum_pieces_kernel(
 ):
     """Add the pieces of block program_id(0)'s list, if there are several, to KEYS of its keys' gradients."""
     block = tl.program_id(0)
-    place = tl.cast(chunk, tl.int64) * tl.num_programs(0) + block
-    before = tl.load(ends_ptr + place - 1, mask=block > 0, other=0)
-    pieces = tl.load(ends_ptr + place) - before
-    if pieces < 2:
+    slot, pieces = load_share(shares_ptr, chunk, tl.num_programs(0), block)
+    if pieces == 0:
         return
-    slot = tl.load(plan_ptr + before * 4 + 3).to(tl.int64)
-    batch, first_key, stop_key, _ = load_block(blocks_ptr, block)
+    row = blocks_ptr + block * 4
+    batch, first_key, stop_key = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
     key = tl.program_id(1) * KEYS + tl.arange(0, KEYS)[:, None]
     depth = tl.arange(0, DEPTH)[None, :]
     mask = (first_key + key < stop_key) & (key < BLOCK) & (depth < HEAD_DIM)
@@ -41,7 +38,7 @@ def sum_pieces_kernel(
     place = ((batch * num_kv_heads + group) * seqlen_k + first_key) * HEAD_DIM + tile
     grad_k = tl.load(grad_k_ptr + place, mask=mask, other=0.0)
     grad_v = tl.load(grad_v_ptr + place, mask=mask, other=0.0)
-    for piece in range(0, pieces):
+    for piece in tl.range(0, pieces, num_stages=4):
         partial = (slot + piece) * BLOCK * HEAD_DIM + tile
         grad_k += tl.load(partial_k_ptr + partial, mask=mask, other=0.0)
         grad_v += tl.load(partial_v_ptr + partial, mask=mask, other=0.0)

@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 
 from ..workspace import chunk_tokens
-from .combine_slots import COMBINED, combine_constants, combine_slots_kernel
+from .combine_slots import combine_constants, combine_slots_kernel
 from .configs import ForwardConfig
 from .fp8 import as_bits, load_vectors
-from .primitives import LOG2_E, key_limit, locate_block, page_arguments
-from .reverse_index import chunk_origin, load_block, load_piece, reverse_index
+from .pieces import cut_lists, load_piece
+from .primitives import LOG2_E, await_previous, key_limit, locate_block, page_arguments
+from .reverse_index import chunk_origin, reverse_index
 from .targets import padded, target_of
 
 
@@ -93,11 +94,9 @@ def partial_attention_kernel(
     k_scale_ptr,
     v_scale_ptr,
     page_table_ptr,
-    blocks_ptr,
     entries_ptr,
     offsets_ptr,
-    ends_ptr,
-    items_ptr,
+    plan_ptr,
     partial_ptr,
     partial_lse_ptr,
     stride_qb,
@@ -131,22 +130,22 @@ def partial_attention_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
-    LENGTH: tl.constexpr,
     STAGES: tl.constexpr,
     POSITIVE: tl.constexpr,
     PAGED: tl.constexpr,
     SCALED: tl.constexpr,
     NATIVE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Fill the partial results of one piece.
 
     For each slot of each token of the chunk and each head: partial [chunk_tokens, topk, G, D] is the attention to this
     block alone, partial_lse [chunk_tokens, topk, G] its lse, base 2.
     """
-    block, begin, stop = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
-    if block >= num_blocks:
+    await_previous(OVERLAP)
+    batch, first_key, stop_key, shift, begin, stop = load_piece(plan_ptr, chunk, num_items)
+    if begin >= stop:
         return
-    batch, first_key, stop_key, shift = load_block(blocks_ptr, block)
     group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, TOPK)
     num_keys = stop_key - first_key
     place, key = batch, first_key
@@ -165,8 +164,8 @@ def partial_attention_kernel(
         stride_vs, stride_vd, q_ptr.dtype.element_ty, COLUMNS, HEAD_DIM, DEPTH, SCALED, NATIVE,
     )  # fmt: skip
     q_base = q_ptr + batch * stride_qb + group * GROUP_SIZE * stride_qh
-    entries_ptr += begin
-    num_entries = (stop - begin).to(tl.int32)
+    entries_ptr += tl.load(offsets_ptr + tl.cast(chunk, tl.int64) * num_blocks) + begin
+    num_entries = stop - begin
     num_rows = num_entries * GROUP_SIZE
     first_query, seen_from = (token0 - batch * seqlen_q).to(tl.int32), shift - first_key + 1
     # A step loads the rows of the next, whose entries were loaded a step before that.
@@ -229,7 +228,6 @@ def partial_constants(
         "COLUMNS": padded(block_size),
         "DEPTH": padded(head_dim),
         "ROWS": config.rows,
-        "LENGTH": config.length,
         "STAGES": config.num_stages,
         "POSITIVE": scale > 0,
     }
@@ -254,10 +252,11 @@ def attend_by_block(q, k, v, cache, block_indices, sequences, skip, block_size, 
         chunk_tokens=size,
         skip=skip,
     )
-    pieces = index.pieces(config.length)
+    pieces = cut_lists(index, config.length)
     partial = q.new_empty(index.chunk_tokens, topk, group_size, head_dim)
     partial_lse = lse.new_empty(index.chunk_tokens, topk, group_size)
     pages, max_pages, num_pages = page_arguments(cache.page_table, sequences, k)
+    combine, overlap = combine_constants(group_size, head_dim, topk), target_of(q.device).overlap()
     for chunk in range(index.num_chunks):
         partial_attention_kernel[(pieces.num_items,)](
             q,
@@ -266,11 +265,9 @@ def attend_by_block(q, k, v, cache, block_indices, sequences, skip, block_size, 
             lse if cache.k_scale is None else cache.k_scale,
             lse if cache.v_scale is None else cache.v_scale,
             pages,
-            index.blocks,
             index.entries,
             index.offsets,
-            pieces.ends,
-            pieces.items,
+            pieces.plan,
             partial,
             partial_lse,
             *q.stride(),
@@ -291,8 +288,9 @@ def attend_by_block(q, k, v, cache, block_indices, sequences, skip, block_size, 
             **partial_constants(config, group_size, head_dim, block_size, topk, scale),
             **cache.constants(target_of(q.device)),
             **config.launch_options(),
+            **overlap,
         )
-        combine_slots_kernel[(triton.cdiv(index.chunk_tokens, COMBINED),)](
+        combine_slots_kernel[(triton.cdiv(index.chunk_tokens, combine["TOKENS"]),)](
             partial,
             partial_lse,
             index.numbers,
@@ -304,9 +302,10 @@ def attend_by_block(q, k, v, cache, block_indices, sequences, skip, block_size, 
             index.first_token,
             index.num_tokens,
             index.chunk_tokens,
-            index.num_chunks * index.num_blocks,
+            index.none,
             num_kv_heads,
             topk,
-            **combine_constants(group_size, head_dim, topk),
+            **combine,
+            **overlap,
             num_warps=4,
         )

@@ -3,25 +3,20 @@
 import triton
 import triton.language as tl
 
-from .primitives import LN_2
+from .primitives import LN_2, await_previous
 from .targets import padded
-
-# Tokens of a program: with 8, what is read at once lies further apart, and memory is a fifth slower.
-COMBINED = 4
 
 
 @triton.jit
-def slots_lse(
-    partial_lse_ptr, numbers, first_slot, num_lists, topk, GROUP_SIZE, HEADS: tl.constexpr, SLOTS: tl.constexpr
-):
+def slots_lse(partial_lse_ptr, numbers, first_row, none, topk, GROUP_SIZE, HEADS: tl.constexpr, SLOTS: tl.constexpr):
     """[HEADS] fp32, base 2: the lse over all used slots of one token and group."""
     head = tl.arange(0, HEADS)
     row_max = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     for start in range(0, topk, SLOTS):
         slot = start + tl.arange(0, SLOTS)
-        used = tl.load(numbers + slot, mask=slot < topk, other=num_lists) < num_lists
-        place = (first_slot + slot)[:, None] * GROUP_SIZE + head[None, :]
+        used = tl.load(numbers + slot, mask=slot < topk, other=none) < none
+        place = first_row + slot[:, None] * GROUP_SIZE + head[None, :]
         mask = used[:, None] & (head < GROUP_SIZE)[None, :]
         lse = tl.load(partial_lse_ptr + place, mask=mask, other=float("-inf"))
         new_max = tl.maximum(row_max, tl.max(lse, axis=0))
@@ -33,46 +28,33 @@ def slots_lse(
 
 @triton.jit
 def combine_token(
-    partial_ptr,
-    partial_lse_ptr,
-    numbers,
-    first_slot,
-    out_ptr,
-    lse_ptr,
-    out_row,
-    stride,
-    num_lists,
-    topk,
-    GROUP_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
+    partial_ptr, partial_lse_ptr, numbers, first_row, out_ptr, lse_ptr, out_row, stride, none, topk,
+    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, DEPTH: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
     """out and lse of one token and group, from out_row on, heads being `stride` rows apart.
 
     They are its slots' partial outputs, weighted by exp2(their lse - lse).
     """
-    lse = slots_lse(partial_lse_ptr, numbers, first_slot, num_lists, topk, GROUP_SIZE, HEADS, SLOTS)
+    lse = slots_lse(partial_lse_ptr, numbers, first_row, none, topk, GROUP_SIZE, HEADS, SLOTS)
     offset = tl.where(lse == float("-inf"), 0.0, lse)
-    head, d = tl.arange(0, HEADS), tl.arange(0, DEPTH)
+    head, d = tl.arange(0, HEADS), tl.arange(0, DEPTH)[None, :]
     acc = tl.zeros([HEADS, DEPTH], tl.float32)
-    inside = (head < GROUP_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
-    for slot in tl.range(0, topk, loop_unroll_factor=4):
+    # Copied into shared memory ahead of their use: the loads of an unrolled loop wait for one another.
+    for slot in tl.range(0, topk, num_stages=4):
         # An unused slot has no heads to load.
-        used = head < tl.where(tl.load(numbers + slot) < num_lists, GROUP_SIZE, 0)
-        place = (first_slot + slot) * GROUP_SIZE + head
-        slot_lse = tl.load(partial_lse_ptr + place, mask=used, other=float("-inf"))
-        mask = used[:, None] & (d < HEAD_DIM)[None, :]
-        part_row = partial_ptr + place[:, None] * HEAD_DIM + d[None, :]
-        part = tl.load(part_row, mask=mask, other=0.0, eviction_policy="evict_first")
-        acc += tl.exp2(slot_lse - offset)[:, None] * part.to(tl.float32)
+        used = head < tl.where(tl.load(numbers + slot) < none, GROUP_SIZE, 0)
+        place = first_row + slot * GROUP_SIZE + head
+        weight = tl.exp2(tl.load(partial_lse_ptr + place, mask=used, other=float("-inf")) - offset)
+        part = partial_ptr + place[:, None] * HEAD_DIM + d
+        mask = used[:, None] & (d < HEAD_DIM)
+        acc += weight[:, None] * tl.load(part, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     row = out_row + head.to(tl.int64) * stride
-    tl.store(out_ptr + row[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row[:, None] * HEAD_DIM + d, out, mask=(head < GROUP_SIZE)[:, None] & (d < HEAD_DIM))
     tl.store(lse_ptr + row, lse * LN_2, mask=head < GROUP_SIZE)
 
 
-@triton.jit(do_not_specialize=["chunk"])
+@triton.jit(do_not_specialize=["chunk", "none"])
 def combine_slots_kernel(
     partial_ptr,
     partial_lse_ptr,
@@ -85,7 +67,7 @@ def combine_slots_kernel(
     first_token,
     num_tokens,
     chunk_tokens,
-    num_lists,
+    none,
     num_kv_heads,
     topk,
     GROUP_SIZE: tl.constexpr,
@@ -94,8 +76,10 @@ def combine_slots_kernel(
     DEPTH: tl.constexpr,
     SLOTS: tl.constexpr,
     TOKENS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """`combine_token` for those of TOKENS tokens of a chunk whose skip is 0."""
+    await_previous(OVERLAP)
     num_chunks = tl.cdiv(num_tokens, chunk_tokens)
     group, begin = tl.cast(chunk // num_chunks, tl.int64), chunk % num_chunks * chunk_tokens
     first, end = begin + tl.program_id(0) * TOKENS, tl.minimum(begin + chunk_tokens, num_tokens)
@@ -109,18 +93,19 @@ def combine_slots_kernel(
                 out_row = (tl.cast(batch, tl.int64) * num_kv_heads + group) * GROUP_SIZE * seqlen_q + query
                 combine_token(
                     partial_ptr, partial_lse_ptr, numbers_ptr + (group * num_tokens + token) * topk,
-                    tl.cast(token - begin, tl.int64) * topk, out_ptr, lse_ptr, out_row, seqlen_q, num_lists, topk,
+                    (token - begin) * topk * GROUP_SIZE, out_ptr, lse_ptr, out_row, seqlen_q, none, topk,
                     GROUP_SIZE, HEAD_DIM, HEADS, DEPTH, SLOTS,
                 )  # fmt: skip
 
 
 def combine_constants(group_size: int, head_dim: int, topk: int) -> dict[str, int]:
-    """The compile-time arguments of `combine_slots_kernel`."""
+    """The compile-time arguments of `combine_slots_kernel`, but for OVERLAP."""
     return {
         "GROUP_SIZE": group_size,
         "HEAD_DIM": head_dim,
         "HEADS": triton.next_power_of_2(group_size),
         "DEPTH": padded(head_dim),
         "SLOTS": min(64, triton.next_power_of_2(topk)),
-        "TOKENS": COMBINED,
+        # With more tokens a program, what is read at once lies further apart, and memory is slower.
+        "TOKENS": 2,
     }

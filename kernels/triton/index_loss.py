@@ -31,13 +31,13 @@ workspace, the reverse index, and a copy of lse.
 import torch
 import triton
 
-from ..sequences import key_ranges
 from ..tuning import tuned
 from ..workspace import chunk_tokens
 from .configs import LossConfig, loss_config
 from .loss_gradient import index_loss_kernel, loss_constants
 from .loss_student import block_lse_kernel, index_lse_kernel, lse_constants
 from .loss_sums import sum_pieces_kernel, sum_slots_kernel
+from .pieces import cut_lists
 from .primitives import LOG2_E
 from .reverse_index import ReverseIndex, chunked_indexes
 from .targets import padded, target_of
@@ -74,22 +74,21 @@ def run_chunks(
     num_kv_heads, seqlen_q, index_dim = index_q.shape[1:]
     seqlen_k, topk, size = k.shape[2], index.topk, index.chunk_tokens
     parts = triton.cdiv(block_size, config.columns)
-    pieces = index.pieces(config.length)
-    slots = pieces.slots()
+    pieces = cut_lists(index, config.length)
     losses = lse_rows.new_zeros(index.num_chunks, pieces.num_items, parts)
     partial_lse = lse_rows.new_empty(size, topk, parts)
     index_lse = lse_rows.new_empty(size)
     partial_q = lse_rows.new_empty(size if with_grad else 0, topk, parts, index_dim)
     num_slots = min(pieces.num_items, 2 * (size * topk // config.length)) if with_grad else 0
     partial_k = lse_rows.new_empty(num_slots, parts, config.columns, index_dim)
-    lists = (index.blocks, index.entries, index.offsets, pieces.ends, pieces.items)
+    lists = (index.entries, index.offsets, pieces.plan)
     shares = min(64, triton.next_power_of_2(topk * parts))
     rows = max(16, 1024 // shares)
     dims = {"INDEX_DIM": index_dim, "INDEX_DEPTH": padded(index_dim)}
     for chunk in range(index.num_chunks):
         tokens = (chunk, index.first_token, index.num_tokens, size)
         items = (*tokens, index.num_blocks, pieces.num_items, topk)
-        entries = (*tokens, index.num_chunks * index.num_blocks, topk)
+        entries = (*tokens, index.none, topk)
         block_lse_kernel[(pieces.num_items, parts)](
             index_q,
             index_k,
@@ -116,7 +115,6 @@ def run_chunks(
             lse_rows,
             index_lse,
             *lists,
-            slots,
             unit,
             losses,
             partial_q,
@@ -141,14 +139,12 @@ def run_chunks(
         if num_slots > 0:
             sum_pieces_kernel[(index.num_blocks, triton.cdiv(block_size, 16))](
                 index.blocks,
-                pieces.ends,
-                slots,
+                pieces.shares,
                 partial_k,
                 grad_k,
                 seqlen_k,
                 chunk,
                 index.num_blocks,
-                pieces.num_items,
                 **dims,
                 SIZE=parts * config.columns,
                 ROWS=16,
@@ -208,8 +204,8 @@ def index_loss(
         block_size=block_size,
         element_size=q.element_size(),
     )
-    start, end = key_ranges(sequences, batch, seqlen_q)
-    count = ((end > start).sum() * num_kv_heads).clamp(min=1)
+    _, q_start, q_end, k_start, k_end = sequences.unbind(1)
+    count = ((k_end - k_start).minimum(q_end - q_start).clamp(min=0).sum() * num_kv_heads).clamp(min=1)
     unit = (index_scale / count).float()
     lse_rows = lse.transpose(1, 2).contiguous()
     parts = triton.cdiv(block_size, config.columns)

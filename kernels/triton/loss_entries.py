@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .reverse_index import load_block
+from .pieces import load_piece
 
 # Never worth a kernel of its own: lengths, counts, and what changes from launch to launch.
 VARYING = [
@@ -17,17 +17,17 @@ VARYING = [
     "chunk_tokens",
     "num_blocks",
     "num_items",
-    "num_lists",
+    "none",
     "topk",
 ]
 
 
 @triton.jit
-def load_part(blocks_ptr, block, COLUMNS: tl.constexpr):
-    """(batch, first key, last key + 1, shift) of program_id(1)'s share of a block; of no keys past its end."""
-    batch, first_key, stop_key, shift = load_block(blocks_ptr, block)
+def load_part(plan_ptr, chunk, num_items, COLUMNS: tl.constexpr):
+    """`load_piece`, but of program_id(1)'s share of the block's keys; of none past its end."""
+    batch, first_key, stop_key, shift, begin, stop = load_piece(plan_ptr, chunk, num_items)
     first_key += tl.program_id(1) * COLUMNS
-    return batch, first_key, tl.minimum(stop_key, first_key + COLUMNS), shift
+    return batch, first_key, tl.minimum(stop_key, first_key + COLUMNS), shift, begin, stop
 
 
 @triton.jit
@@ -42,8 +42,8 @@ def load_rows(base, query, stride_s, stride_d, DIM: tl.constexpr, DEPTH: tl.cons
 
 
 @triton.jit
-def load_entries(entries_ptr, begin, entry, num_entries, origin):
+def load_entries(entries_ptr, entry, num_entries, origin):
     """int32: which of the chunk's entries are those of a piece; the last one again past its end."""
-    place = entries_ptr + begin + tl.minimum(entry, num_entries - 1)
+    place = entries_ptr + tl.minimum(entry, num_entries - 1)
     # The low halves suffice, because the difference fits.
     return tl.load(place).to(tl.int32) - origin.to(tl.int32)

@@ -11,8 +11,9 @@ import triton.language as tl
 from .configs import LossConfig
 from .loss_entries import VARYING, load_entries, load_part, load_rows
 from .loss_student import lse_constants
+from .pieces import load_slot
 from .primitives import LN_2, LOG2_E, load_tile
-from .reverse_index import chunk_origin, load_piece
+from .reverse_index import chunk_origin
 from .targets import padded
 
 TINY = tl.constexpr(1.1754943508222875e-38)
@@ -70,12 +71,9 @@ def index_loss_kernel(
     index_k_ptr,
     lse_ptr,
     index_lse_ptr,
-    blocks_ptr,
     entries_ptr,
     offsets_ptr,
-    ends_ptr,
-    items_ptr,
-    slots_ptr,
+    plan_ptr,
     unit_ptr,
     loss_ptr,
     partial_q_ptr,
@@ -115,7 +113,6 @@ def index_loss_kernel(
     INDEX_DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    LENGTH: tl.constexpr,
     STAGES: tl.constexpr,
     WITH_GRAD: tl.constexpr,
 ):
@@ -123,10 +120,9 @@ def index_loss_kernel(
 
     lse [B*Sq, Hq] natural; index_lse [token in chunk], scale and index_scale in base 2; unit: the gradients' factor.
     """
-    block, begin, stop = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
-    if block >= num_blocks:
+    batch, first_key, stop_key, shift, begin, stop = load_part(plan_ptr, chunk, num_items, COLUMNS)
+    if begin >= stop:
         return
-    batch, first_key, stop_key, shift = load_part(blocks_ptr, block, COLUMNS)
     group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
     q_base = q_ptr + batch * stride_qb + group * group_size * stride_qh
     k_base = k_ptr + batch * stride_kb + group * stride_kh
@@ -136,7 +132,8 @@ def index_loss_kernel(
     index_k = load_tile(y_base, first_key, stop_key - first_key, stride_ys, stride_yd, COLUMNS, INDEX_DIM, INDEX_DEPTH)
     precision: tl.constexpr = "ieee" if index_k.dtype == tl.float32 else "tf32"
     query0 = (token0 - batch * seqlen_q).to(tl.int32)
-    num_entries = (stop - begin).to(tl.int32)
+    entries_ptr += tl.load(offsets_ptr + tl.cast(chunk, tl.int64) * num_blocks) + begin
+    num_entries = stop - begin
     lse_base = lse_ptr + (batch * seqlen_q * num_groups + group) * group_size
     num_keys = stop_key - first_key
     lead = shift + 1 - first_key
@@ -146,7 +143,7 @@ def index_loss_kernel(
     loss = tl.zeros([ROWS], tl.float32)
     for step in range(0, num_entries, ROWS):
         entry = step + tl.arange(0, ROWS)
-        local = load_entries(entries_ptr, begin, entry, num_entries, origin)
+        local = load_entries(entries_ptr, entry, num_entries, origin)
         query = query0 + local // topk
         index_q = load_rows(x_base, query, stride_xs, stride_xd, INDEX_DIM, INDEX_DEPTH)
         lse_rows = lse_base + query.to(tl.int64) * (num_groups * group_size)
@@ -169,7 +166,7 @@ def index_loss_kernel(
             grad_k = tl.dot(tl.trans(grad_scores), index_q, grad_k, input_precision=precision)
             grad_q = tl.dot(grad_scores, index_k, input_precision=precision)
             # Read again, so that no registers are held for it over the loop of the teacher.
-            local = tl.load(entries_ptr + begin + entry, mask=entry < num_entries, other=origin) - origin
+            local = tl.load(entries_ptr + entry, mask=entry < num_entries, other=origin) - origin
             share = local * tl.num_programs(1) + tl.program_id(1)
             place = partial_q_ptr + share[:, None] * INDEX_DIM + depth[None, :]
             tl.store(place, grad_q, mask=(entry < num_entries)[:, None] & (depth < INDEX_DIM)[None, :])
@@ -177,13 +174,13 @@ def index_loss_kernel(
     tl.store(loss_ptr + item * tl.num_programs(1) + tl.program_id(1), tl.sum(loss, axis=0) * LN_2)
     if WITH_GRAD:
         # Read again, so that no registers are held for it in the loop.
-        batch, first_key, stop_key, _ = load_part(blocks_ptr, block, COLUMNS)
+        batch, first_key, stop_key, _, _, _ = load_part(plan_ptr, chunk, num_items, COLUMNS)
         store_key_grads(
             grad_k * tl.load(unit_ptr),
             grad_k_ptr + (batch * seqlen_k + first_key) * INDEX_DIM,
             stop_key - first_key,
             partial_k_ptr,
-            tl.load(slots_ptr + item),
+            load_slot(plan_ptr, chunk, num_items),
             INDEX_DIM,
         )
 
@@ -199,7 +196,7 @@ def store_key_grads(grad_k, grad_k_rows, num_keys, partial_k_ptr, slot, INDEX_DI
         grad_k += tl.load(grad_k_rows + offsets, mask=inside, other=0.0)
         tl.store(grad_k_rows + offsets, grad_k, mask=inside)
     else:
-        part = slot.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        part = slot * tl.num_programs(1) + tl.program_id(1)
         tl.store(partial_k_ptr + part * grad_k.shape[0] * INDEX_DIM + offsets, grad_k, mask=inside)
 
 

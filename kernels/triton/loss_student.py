@@ -6,7 +6,7 @@ import triton.language as tl
 from .configs import LossConfig
 from .loss_entries import VARYING, load_entries, load_part, load_rows
 from .primitives import load_tile
-from .reverse_index import chunk_origin, load_piece
+from .reverse_index import chunk_origin
 from .targets import padded
 
 
@@ -14,11 +14,9 @@ from .targets import padded
 def block_lse_kernel(
     index_q_ptr,
     index_k_ptr,
-    blocks_ptr,
     entries_ptr,
     offsets_ptr,
-    ends_ptr,
-    items_ptr,
+    plan_ptr,
     partial_lse_ptr,
     stride_xb,
     stride_xh,
@@ -40,24 +38,23 @@ def block_lse_kernel(
     INDEX_DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    LENGTH: tl.constexpr,
 ):
     """partial_lse [entry, part] of the student's scores, base 2; index_scale is in base 2 as well."""
-    block, begin, stop = load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH)
-    if block >= num_blocks:
+    batch, first_key, stop_key, shift, begin, stop = load_part(plan_ptr, chunk, num_items, COLUMNS)
+    if begin >= stop:
         return
-    batch, first_key, stop_key, shift = load_part(blocks_ptr, block, COLUMNS)
     group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
     x_base = index_q_ptr + batch * stride_xb + group * stride_xh
     y_base = index_k_ptr + batch * stride_yb
     index_k = load_tile(y_base, first_key, stop_key - first_key, stride_ys, stride_yd, COLUMNS, INDEX_DIM, INDEX_DEPTH)
     precision: tl.constexpr = "ieee" if index_k.dtype == tl.float32 else "tf32"
     query0 = (token0 - batch * seqlen_q).to(tl.int32)
-    num_entries = (stop - begin).to(tl.int32)
+    entries_ptr += tl.load(offsets_ptr + tl.cast(chunk, tl.int64) * num_blocks) + begin
+    num_entries = stop - begin
     key = first_key + tl.arange(0, COLUMNS)
     for step in range(0, num_entries, ROWS):
         entry = step + tl.arange(0, ROWS)
-        local = load_entries(entries_ptr, begin, entry, num_entries, origin)
+        local = load_entries(entries_ptr, entry, num_entries, origin)
         query = query0 + local // topk
         index_q = load_rows(x_base, query, stride_xs, stride_xd, INDEX_DIM, INDEX_DEPTH)
         scores = tl.dot(index_q, tl.trans(index_k), input_precision=precision) * index_scale
@@ -79,7 +76,7 @@ def index_lse_kernel(
     first_token,
     num_tokens,
     chunk_tokens,
-    num_lists,
+    none,
     topk,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -95,7 +92,7 @@ def index_lse_kernel(
         share = first + tl.arange(0, SHARES)
         inside = live[:, None] & (share < topk * PARTS)[None, :]
         local = row[:, None] * topk + (share // PARTS)[None, :]
-        used = tl.load(numbers_ptr + origin + local, mask=inside, other=num_lists) < num_lists
+        used = tl.load(numbers_ptr + origin + local, mask=inside, other=none) < none
         lse = tl.load(partial_lse_ptr + local * PARTS + (share % PARTS)[None, :], mask=used, other=float("-inf"))
         new_largest = tl.maximum(largest, tl.max(lse, axis=1))
         offset = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -111,5 +108,4 @@ def lse_constants(config: LossConfig, index_dim: int) -> dict[str, int]:
         "INDEX_DEPTH": padded(index_dim),
         "ROWS": config.rows,
         "COLUMNS": config.columns,
-        "LENGTH": config.length,
     }

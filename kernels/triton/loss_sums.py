@@ -4,20 +4,19 @@ import triton
 import triton.language as tl
 
 from .loss_entries import VARYING
-from .reverse_index import chunk_origin, load_block
+from .pieces import load_share
+from .reverse_index import chunk_origin
 
 
 @triton.jit(do_not_specialize=VARYING)
 def sum_pieces_kernel(
     blocks_ptr,
-    ends_ptr,
-    slots_ptr,
+    shares_ptr,
     partial_k_ptr,
     grad_k_ptr,
     seqlen_k,
     chunk,
     num_blocks,
-    num_items,
     INDEX_DIM: tl.constexpr,
     INDEX_DEPTH: tl.constexpr,
     SIZE: tl.constexpr,
@@ -28,20 +27,17 @@ def sum_pieces_kernel(
     Program (block, i) owns ROWS of its keys; SIZE: keys of all its parts.
     """
     block = tl.program_id(0)
-    chunk = tl.cast(chunk, tl.int64)
-    ends = ends_ptr + chunk * num_blocks + block
-    before = tl.load(ends - 1, mask=block > 0, other=0)
-    pieces = tl.load(ends) - before
-    if pieces < 2:
+    slot, pieces = load_share(shares_ptr, chunk, num_blocks, block)
+    if pieces == 0:
         return
-    batch, first_key, stop_key, _ = load_block(blocks_ptr, block)
+    row = blocks_ptr + block * 4
+    batch, first_key, stop_key = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
     column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, INDEX_DEPTH)
     inside = (first_key + column < stop_key)[:, None] & (depth < INDEX_DIM)[None, :]
     offsets = column[:, None] * INDEX_DIM + depth[None, :]
-    slot = tl.load(slots_ptr + chunk * num_items + before).to(tl.int64)
     total = tl.zeros([ROWS, INDEX_DEPTH], tl.float32)
-    for piece in range(0, pieces):
+    for piece in tl.range(0, pieces, num_stages=4):
         total += tl.load(partial_k_ptr + (slot + piece) * SIZE * INDEX_DIM + offsets, mask=inside, other=0.0)
     place = grad_k_ptr + (batch * seqlen_k + first_key) * INDEX_DIM + offsets
     tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)
@@ -59,7 +55,7 @@ def sum_slots_kernel(
     first_token,
     num_tokens,
     chunk_tokens,
-    num_lists,
+    none,
     topk,
     INDEX_DIM: tl.constexpr,
     INDEX_DEPTH: tl.constexpr,
@@ -75,7 +71,7 @@ def sum_slots_kernel(
     grad_q = tl.zeros([ROWS, INDEX_DEPTH], tl.float32)
     for slot in range(0, topk):
         local = row * topk + slot
-        used = tl.load(numbers_ptr + origin + local, mask=live, other=num_lists) < num_lists
+        used = tl.load(numbers_ptr + origin + local, mask=live, other=none) < none
         for part in tl.static_range(PARTS):
             place = partial_q_ptr + (local * PARTS + part)[:, None] * INDEX_DIM + depth[None, :]
             grad_q += tl.load(place, mask=used[:, None] & deep, other=0.0)

@@ -4,15 +4,14 @@ An *entry* is one (group, token, slot) of block_indices, a token being a query o
 The tokens are worked through in *chunks*, so that what the kernels keep for each entry is bounded. A *list* is the
 entries of one (group, chunk, block), and its number is
 
-    (group * num_chunks + chunk) * num_blocks + block
+    lowest + (group * num_chunks + chunk) * num_blocks + block
 
 where block counts through the blocks of all sequences. Entries are sorted by list, then token, with a stable sort, so
 the order is always the same. A slot that holds no block, an id seen before in its row, or a block that the query does
-not see, belongs to no list. Lists are cut into *pieces* of bounded length, one program each, so that a block that every
-query chose is shared by many programs. Nothing is read back to the host: launches are sized by upper bounds, and
-programs beyond the last piece return at once.
+not see, belongs to no list. Nothing is read back to the host. `pieces` then shares the lists out among programs.
 
-Bytes for E entries: 4 E written for the numbers, about 4 * 12 * 2 E by the radix sort, 8 E read back by each kernel.
+Bytes for E entries: 2 E written for the numbers of up to 65,534 lists, about 2 * 10 * 2 E by the radix sort (4 E and
+4 * 12 * 2 E for more lists), 8 E read back by each kernel.
 """
 
 from collections.abc import Iterator
@@ -22,25 +21,88 @@ import torch
 import triton
 import triton.language as tl
 
-from ..sequences import query_sequences
+from .primitives import load_sequence
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_blocks"])
+def block_table_kernel(
+    sequences_ptr,
+    blocks_ptr,
+    before_ptr,
+    num_sequences,
+    num_blocks,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+):
+    """ROWS rows of `ReverseIndex.blocks`; before[n], how many rows come before those of sequence n, by program 0.
+
+    Rows past the last sequence's are of no keys.
+    """
+    block = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    batch = tl.zeros([ROWS], tl.int32)
+    first_key, stop_key, shift = batch, batch, batch
+    total = num_sequences * 0
+    for start in range(0, num_sequences, SEQUENCES):
+        n = start + tl.arange(0, SEQUENCES)
+        live = n < num_sequences
+        row = sequences_ptr + n.to(tl.int64) * 5
+        q_end = tl.load(row + 2, mask=live, other=0)
+        k_start = tl.load(row + 3, mask=live, other=0)
+        k_end = tl.load(row + 4, mask=live, other=0)
+        counts = tl.cdiv(tl.maximum(k_end - k_start, 0), BLOCK)
+        before = total + tl.cumsum(counts, axis=0) - counts
+        if tl.program_id(0) == 0:
+            tl.store(before_ptr + n, before, mask=live)
+        # At most one sequence owns a row.
+        owned = (block >= before[None, :]) & (block < (before + counts)[None, :])
+        key = k_start[None, :] + (block - before[None, :]) * BLOCK
+        batch += tl.sum(tl.where(owned, tl.load(row, mask=live, other=0)[None, :], 0), axis=1)
+        first_key += tl.sum(tl.where(owned, key, 0), axis=1)
+        stop_key += tl.sum(tl.where(owned, tl.minimum(key + BLOCK, k_end[None, :]), 0), axis=1)
+        shift += tl.sum(tl.where(owned, (k_end - q_end)[None, :], 0), axis=1)
+        total += tl.sum(counts, axis=0)
+    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = blocks_ptr + number.to(tl.int64) * 4
+    tl.store(place, batch, mask=number < num_blocks)
+    tl.store(place + 1, first_key, mask=number < num_blocks)
+    tl.store(place + 2, stop_key, mask=number < num_blocks)
+    tl.store(place + 3, shift, mask=number < num_blocks)
 
 
 @triton.jit
+def find_sequences(sequences_ptr, token, num_sequences, seqlen_q):
+    """[ROWS] int32: the sequence of each token of the flattened batch, found by bisection."""
+    low, high = token * 0, token * 0 + num_sequences
+    size = num_sequences
+    while size > 1:
+        middle = (low + high) // 2
+        row = sequences_ptr + middle.to(tl.int64) * 5
+        # A sequence of no queries starts where the next one does, which is then found.
+        below = tl.load(row).to(tl.int64) * seqlen_q + tl.load(row + 1) <= token
+        low, high = tl.where(below, middle, low), tl.where(below, high, middle)
+        size = tl.cdiv(size, 2)
+    return low
+
+
+@triton.jit(do_not_specialize=["num_sequences", "first_token", "num_tokens", "chunk_tokens", "num_blocks", "lowest"])
 def list_numbers_kernel(
     ids_ptr,
-    sees_ptr,
-    first_block_ptr,
+    sequences_ptr,
+    before_ptr,
     skip_ptr,
     numbers_ptr,
     stride_ib,
     stride_ih,
     stride_is,
     stride_ik,
+    num_sequences,
     seqlen_q,
     first_token,
     num_tokens,
     chunk_tokens,
     num_blocks,
+    lowest,
     topk,
     BLOCK: tl.constexpr,
     DENSE: tl.constexpr,
@@ -48,25 +110,26 @@ def list_numbers_kernel(
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """numbers[group, token, slot] = the entry's list, or the number of lists if it belongs to none.
+    """numbers[group, token, slot] = the entry's list, or the number past the last list if it belongs to none.
 
-    Program (i, group) owns ROWS tokens. sees[token] counts the keys the token sees, first_block[token] the blocks of
-    the sequences before its own, skip[group, token] leaves the token out.
+    Program (i, group) owns ROWS tokens. skip[group, token] leaves the token out.
     """
     group, num_groups = tl.program_id(1), tl.num_programs(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < num_tokens
-    token = first_token + row
-    sees = tl.load(sees_ptr + token, mask=live, other=0)
-    first_block = tl.load(first_block_ptr + token, mask=live, other=0)
+    token = tl.where(live, first_token + row, 0)
+    sequence = find_sequences(sequences_ptr, token, num_sequences, seqlen_q)
+    batch, _, q_end, k_start, k_end = load_sequence(sequences_ptr, sequence)
+    query = token % seqlen_q
+    sees = tl.where(live, k_end - q_end + query + 1 - k_start, 0)
     if SKIP:
         skipped = tl.load(skip_ptr + group.to(tl.int64) * num_tokens + row, mask=live, other=1)
         sees = tl.where(skipped != 0, 0, sees)
-    batch = (token // seqlen_q).to(tl.int64)
-    query = (token % seqlen_q).to(tl.int64)
-    ids_row = ids_ptr + batch * stride_ib + group.to(tl.int64) * stride_ih + query * stride_is
+    ids_row = ids_ptr + batch * stride_ib + group.to(tl.int64) * stride_ih + query.to(tl.int64) * stride_is
     num_chunks = tl.cdiv(num_tokens, chunk_tokens)
-    first_list = (group * num_chunks + row // chunk_tokens) * num_blocks + first_block
+    none = lowest + num_groups * num_chunks * num_blocks
+    first_list = lowest + (group * num_chunks + row // chunk_tokens) * num_blocks
+    first_list += tl.load(before_ptr + sequence)
     for first_slot in range(0, topk, SLOTS):
         slot = first_slot + tl.arange(0, SLOTS)
         inside = live[:, None] & (slot < topk)[None, :]
@@ -81,41 +144,14 @@ def list_numbers_kernel(
                 repeated |= (ids == other[:, None]) & (slot > earlier)[None, :]
         # Compared in 64 bits: an id of any size is out of range, never wrapped into it.
         seen = ids.to(tl.int64) * BLOCK < sees[:, None]
-        number = tl.where(
-            seen & ~repeated, first_list[:, None] + ids.to(tl.int32), num_groups * num_chunks * num_blocks
-        )
+        number = tl.where(seen & ~repeated, first_list[:, None] + ids.to(tl.int32), none)
         place = (group.to(tl.int64) * num_tokens + row)[:, None] * topk + slot[None, :]
-        tl.store(numbers_ptr + place, number, mask=inside)
-
-
-@triton.jit
-def load_piece(offsets_ptr, ends_ptr, items_ptr, chunk, num_blocks, num_items, LENGTH: tl.constexpr):
-    """(block, first entry, last entry + 1) of program 0's item; block is num_blocks past the last.
-
-    `chunk` is group * num_chunks + chunk. The pieces of one list are neighbouring items.
-    """
-    item = tl.program_id(0)
-    chunk = tl.cast(chunk, tl.int64)
-    block = tl.load(items_ptr + chunk * num_items + item)
-    live = block < num_blocks
-    place = chunk * num_blocks + block
-    before = tl.load(ends_ptr + place - 1, mask=live & (block > 0), other=0)
-    begin = tl.load(offsets_ptr + place, mask=live, other=0)
-    stop = tl.load(offsets_ptr + place + 1, mask=live, other=0)
-    begin += (item - before).to(tl.int64) * LENGTH
-    return block, begin, tl.minimum(begin + LENGTH, stop)
-
-
-@triton.jit
-def load_block(blocks_ptr, block):
-    """(batch as int64, first key, last key + 1, shift) of a block: query i sees its keys j <= i + shift."""
-    row = blocks_ptr + tl.cast(block, tl.int64) * 4
-    return tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+        tl.store(numbers_ptr + place, number.to(numbers_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def chunk_origin(chunk, first_token, num_tokens, chunk_tokens, TOPK):
-    """(the chunk's group, its first entry before sorting, its first token), all int64."""
+    """(group, first entry before sorting, first token) of chunk `group * num_chunks + chunk`, all int64."""
     num_chunks = tl.cdiv(num_tokens, chunk_tokens)
     group = tl.cast(chunk // num_chunks, tl.int64)
     token = tl.cast(chunk % num_chunks, tl.int64) * chunk_tokens
@@ -123,33 +159,12 @@ def chunk_origin(chunk, first_token, num_tokens, chunk_tokens, TOPK):
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """ends [groups * chunks, num_blocks]: running count of pieces; items [groups * chunks, max]: the block of each."""
-
-    length: int
-    ends: torch.Tensor
-    items: torch.Tensor
-
-    @property
-    def num_items(self) -> int:
-        return self.items.shape[1]
-
-    def slots(self) -> torch.Tensor:
-        """[groups * chunks, max] int32: a number for each piece of a list of several, -1 for a list's only piece.
-
-        They count through a chunk, so that they can name the places of a workspace.
-        """
-        counts = torch.nn.functional.pad(self.ends, (1, 0)).diff(dim=1)
-        several = torch.nn.functional.pad(counts, (0, 1)).gather(1, self.items.long()) > 1
-        return torch.where(several, several.cumsum(1) - 1, -1).int()
-
-
-@dataclass(frozen=True)
 class ReverseIndex:
     """Made by `reverse_index`.
 
-    blocks: [num_blocks, 4] int32, (batch, first key, last key + 1, shift) of each block, see `load_block`.
-    numbers: [groups, num_tokens, topk] int32, the list of each entry, num_lists for none.
+    blocks: [num_blocks, 4] int32, (batch, first key, last key + 1, shift) of each block: query i of the sequence sees
+    its keys j <= i + shift. There is room for as many blocks as the shapes allow; no list names those left over.
+    numbers: [groups, num_tokens, topk] int16 or int32, the list of each entry, `none` for none.
     entries: [groups * num_tokens * topk] int64, entries in the order of their lists.
     offsets: [num_lists + 1] int64, where each list begins in `entries`.
     """
@@ -158,6 +173,7 @@ class ReverseIndex:
     numbers: torch.Tensor
     entries: torch.Tensor
     offsets: torch.Tensor
+    lowest: int
     first_token: int
     chunk_tokens: int
 
@@ -178,33 +194,22 @@ class ReverseIndex:
         """Chunks of tokens of all groups: kernels run once for each."""
         return self.numbers.shape[0] * triton.cdiv(self.num_tokens, self.chunk_tokens)
 
-    def pieces(self, length: int) -> Pieces:
-        """Cut every list into pieces of at most `length` entries."""
-        counts = (self.offsets[1:] - self.offsets[:-1]).view(self.num_chunks, self.num_blocks)
-        ends = ((counts + (length - 1)) // length).cumsum(1, dtype=torch.int32)
-        limit = self.num_blocks + self.chunk_tokens * self.topk // length
-        item = torch.arange(limit, dtype=torch.int32, device=ends.device).expand(self.num_chunks, limit).contiguous()
-        return Pieces(length, ends, torch.searchsorted(ends, item, right=True, out_int32=True))
+    @property
+    def none(self) -> int:
+        return self.lowest + self.num_chunks * self.num_blocks
 
 
 def block_table(
     sequences: torch.Tensor, batch: int, seqlen_k: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of `ReverseIndex.blocks`, and [N] int32, how many of them come before each sequence's own.
-
-    There is room for as many blocks as the shapes allow; no list names the rows that are left over.
-    """
+    """`ReverseIndex.blocks`, and [N] int32, how many of its rows come before each sequence's own."""
     num_sequences = sequences.shape[0]
-    row, _, q_end, k_start, k_end = sequences.unbind(1)
-    counts = (k_end - k_start).clamp(min=0).add_(block_size - 1).div_(block_size, rounding_mode="floor")
-    ends = counts.cumsum(0, dtype=torch.int32)
-    before = ends - counts
     limit = batch * triton.cdiv(seqlen_k, block_size) + (num_sequences if num_sequences != batch else 0)
-    block = torch.arange(limit, dtype=torch.int32, device=sequences.device)
-    owner = torch.searchsorted(ends, block, right=True).clamp_(max=num_sequences - 1)
-    first_key = k_start[owner] + (block - before[owner]) * block_size
-    stop_key = torch.minimum(first_key + block_size, k_end[owner])
-    return torch.stack([row[owner], first_key, stop_key, (k_end - q_end)[owner]], 1), before
+    blocks, before = sequences.new_empty(limit, 4), sequences.new_empty(num_sequences)
+    block_table_kernel[(triton.cdiv(limit, 64),)](
+        sequences, blocks, before, num_sequences, limit, BLOCK=block_size, ROWS=64, SEQUENCES=64, num_warps=4
+    )
+    return blocks, before
 
 
 def reverse_index(
@@ -226,28 +231,29 @@ def reverse_index(
     """
     tokens = tokens or range(batch * seqlen_q)
     blocks, before = block_table(sequences, batch, seqlen_k, block_size)
-    owner = query_sequences(sequences, batch, seqlen_q)
-    _, _, q_end, k_start, k_end = sequences[owner].unbind(1)
-    query = torch.arange(seqlen_q, device=sequences.device, dtype=torch.int32).repeat(batch)
-    sees = k_end - q_end + query + 1 - k_start
     topk = triton.cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
-    numbers = sequences.new_empty(num_kv_heads, len(tokens), topk)
+    num_lists = num_kv_heads * triton.cdiv(len(tokens), chunk_tokens) * blocks.shape[0]
+    # Numbers of 16 bits are sorted in half the time, and have a sign.
+    dtype, lowest = (torch.int16, -(2**15)) if num_lists < 2**16 - 1 else (torch.int32, 0)
+    numbers = sequences.new_empty(num_kv_heads, len(tokens), topk, dtype=dtype)
     ids = numbers if block_indices is None else block_indices
     slots = min(64, triton.next_power_of_2(max(topk, 1)))
     rows = max(16, 2048 // slots)
     if numbers.numel() > 0:
         list_numbers_kernel[(triton.cdiv(len(tokens), rows), num_kv_heads)](
             ids,
-            sees,
-            before[owner],
+            sequences,
+            before,
             numbers if skip is None else skip,
             numbers,
             *(ids.stride() if block_indices is not None else (0, 0, 0, 0)),
+            sequences.shape[0],
             seqlen_q,
             tokens.start,
             len(tokens),
             chunk_tokens,
             blocks.shape[0],
+            lowest,
             topk,
             BLOCK=block_size,
             DENSE=block_indices is None,
@@ -256,14 +262,14 @@ def reverse_index(
             SLOTS=slots,
             num_warps=4,
         )
-    num_lists = num_kv_heads * triton.cdiv(len(tokens), chunk_tokens) * blocks.shape[0]
     ordered, entries = numbers.flatten().sort(stable=True)
-    number = torch.arange(num_lists + 1, dtype=torch.int32, device=sequences.device)
+    number = torch.arange(lowest, lowest + num_lists + 1, dtype=dtype, device=sequences.device)
     return ReverseIndex(
         blocks,
         numbers,
         entries,
         torch.searchsorted(ordered, number),
+        lowest,
         tokens.start,
         min(chunk_tokens, max(1, len(tokens))),
     )

@@ -10,7 +10,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import configs, primitives, ranking, selection, targets  # noqa: E402
+from flexmsa.kernels.triton import configs, pieces, primitives, ranking, reverse_index, selection, targets  # noqa: E402
 from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps  # noqa: E402
 from flexmsa.kernels.triton.decode import attend_constants, attend_kernel, combine_kernel  # noqa: E402
 from flexmsa.testing.compiled import lone_products  # noqa: E402
@@ -103,3 +103,12 @@ def test_append(build, target, num_tokens, scaled):
 
 def test_tile_ends(build, target):
     build(primitives.tile_ends_kernel, target, {"TOKENS": 64, "CHUNK": 1024}, 4)
+
+
+@pytest.mark.parametrize("numbers", ["i16", "i32"])
+def test_reverse_index(build, target, numbers):
+    build(reverse_index.block_table_kernel, target, {"BLOCK": BLOCK, "ROWS": 64, "SEQUENCES": 64}, 4)
+    constants = {"BLOCK": BLOCK, "DENSE": False, "SKIP": True, "ROWS": 128, "SLOTS": 16}
+    types = {"skip_ptr": "*i8", "numbers_ptr": f"*{numbers}"}
+    build(reverse_index.list_numbers_kernel, target, constants, 4, **types)
+    build(pieces.plan_kernel, target, {"LENGTH": 128, "BLOCKS": 1024}, 4, offsets_ptr="*i64")

@@ -62,9 +62,8 @@ def test_by_block(build, target, case):
 def test_combine_slots(build, target, case):
     _, group_size, head_dim = chosen(target, case)
     constants = combine_slots.combine_constants(group_size, head_dim, TOPK)
-    spills = 8 if target.arch == 86 and head_dim == 64 else 0
-    types = {"partial_ptr": "*bf16", "skip_ptr": "*i8"}
-    build(combine_slots.combine_slots_kernel, target, constants, 4, spills=spills, **types)
+    types = {"partial_ptr": "*bf16", "skip_ptr": "*i8", "numbers_ptr": "*i16"}
+    build(combine_slots.combine_slots_kernel, target, constants, 4, **types)
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["union", "dense"])

@@ -18,7 +18,7 @@ FP32 = [
     *("grad_lse_ptr", "lse_ptr", "delta_ptr", "lse2_ptr", "row_delta_ptr", "row_lse2_ptr"),
     *("partial_k_ptr", "partial_v_ptr", "grad_k_ptr", "grad_v_ptr"),
 ]
-TYPES = {**BF16, **dict.fromkeys(FP32, "*fp32"), "entries_ptr": "*i64", "offsets_ptr": "*i64"}
+TYPES = {**BF16, **dict.fromkeys(FP32, "*fp32"), "entries_ptr": "*i64", "offsets_ptr": "*i64", "numbers_ptr": "*i16"}
 UNITS = {"stride_gd": 1, "stride_qd": 1, "stride_kd": 1, "stride_vd": 1}
 
 

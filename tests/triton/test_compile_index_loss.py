@@ -21,7 +21,14 @@ UNITS = {"stride_xd": 1, "stride_yd": 1}
 def types(element):
     inputs = {f"{name}_ptr": f"*{element}" for name in ("q", "k", "index_q", "index_k")}
     floats = {f"{name}_ptr": "*fp32" for name in FP32}
-    return {"entries_ptr": "*i64", "offsets_ptr": "*i64", "index_scale": "fp32", **inputs, **floats}
+    return {
+        "entries_ptr": "*i64",
+        "offsets_ptr": "*i64",
+        "numbers_ptr": "*i16",
+        "index_scale": "fp32",
+        **inputs,
+        **floats,
+    }
 
 
 def chosen(target, head_dim, element_size):

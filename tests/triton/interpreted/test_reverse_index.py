@@ -5,6 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 
+from flexmsa.kernels.triton.pieces import cut_lists
 from flexmsa.kernels.triton.reverse_index import block_table, reverse_index
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -13,6 +14,8 @@ SEQUENCES = {
     "plain": ([[0, 0, 40, 0, 40], [1, 0, 40, 0, 40]], 2, 40, 40),
     "packed": ([[0, 0, 1, 0, 1], [0, 1, 30, 1, 30], [0, 30, 40, 30, 40]], 1, 40, 40),
     "cache": ([[0, 0, 8, 5, 61], [1, 0, 8, 0, 3]], 2, 8, 70),
+    # More than one step of the table of blocks takes, and of the bisection; the second has no queries.
+    "many": ([[0, 0, 1, 0, 3], [0, 1, 1, 3, 3], *([0, i, i + 1, 3 * i, 3 * i + 3] for i in range(1, 90))], 1, 90, 270),
 }
 BLOCK = 8
 
@@ -61,20 +64,44 @@ def test_lists(layout, chunk_tokens, dtype, skipping):
     )
     found = {}
     num_chunks = index.num_chunks // groups
-    for number in range(index.num_chunks * index.num_blocks):
+    for number in index.offsets.diff().nonzero().flatten().tolist():
         entries = index.entries[index.offsets[number] : index.offsets[number + 1]].tolist()
         launch, block = divmod(number, index.num_blocks)
         group, chunk = divmod(launch, num_chunks)
-        if entries:
-            found[group, chunk, block] = [(e // topk % index.num_tokens, e % topk) for e in entries]
-            assert {e // topk // index.num_tokens for e in entries} == {group}
+        found[group, chunk, block] = [(e // topk % index.num_tokens, e % topk) for e in entries]
+        assert {e // topk // index.num_tokens for e in entries} == {group}
     assert found == walk(ids, rows, seqlen_q, chunk_tokens, skip)
 
-    pieces = index.pieces(length)
+    pieces = cut_lists(index, length)
     for chunk in range(index.num_chunks):
-        counted = torch.bincount(pieces.items[chunk], minlength=index.num_blocks + 1)[: index.num_blocks]
-        lists = index.offsets[chunk * index.num_blocks :][: index.num_blocks + 1].diff()
-        assert torch.equal(counted, -(-lists // length))
+        offsets = index.offsets[chunk * index.num_blocks :][: index.num_blocks + 1]
+        expected, shares, slot = [], [], 0
+        for block, (begin, stop) in enumerate(zip(*(x.tolist() for x in (offsets[:-1], offsets[1:])), strict=True)):
+            starts = range(begin, stop, length)
+            several = len(starts) if len(starts) > 1 else 0
+            shares.append([slot, several])
+            for start in starts:
+                entries = [start - int(offsets[0]), min(start + length, stop) - int(offsets[0])]
+                expected.append([*index.blocks[block].tolist(), *entries, slot if several else -1, block])
+                slot += bool(several)
+        expected += [[0] * 8] * (pieces.num_items - len(expected))
+        assert pieces.plan[chunk].tolist() == expected
+        assert pieces.shares[chunk].tolist() == shares
+
+
+def test_many_lists():
+    """Numbers of 32 bits, where 16 do not suffice, give the same lists."""
+    rows, batch, seqlen_q, seqlen_k = SEQUENCES["cache"]
+    ids = torch.randint(-2, 7, (batch, 2, seqlen_q, 3))
+    shape = {"batch": batch, "num_kv_heads": 2, "seqlen_q": seqlen_q, "block_size": BLOCK, "chunk_tokens": 5}
+    few, many = (
+        reverse_index(ids, torch.tensor(rows, dtype=torch.int32), seqlen_k=keys, **shape) for keys in (seqlen_k, 80000)
+    )
+    assert (few.numbers.dtype, many.numbers.dtype) == (torch.int16, torch.int32)
+    for chunk in range(few.num_chunks):
+        found, expected = (x.offsets[chunk * x.num_blocks :][: few.num_blocks + 1] for x in (many, few))
+        assert torch.equal(found, expected)
+    assert torch.equal(many.entries, few.entries)
 
 
 def test_every_visible_block():
