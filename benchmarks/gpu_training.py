@@ -90,6 +90,30 @@ CASES = [
     ),
     Case(batch=2, group_size=6, seqlen_q=200, seqlen_k=260, kv_starts=(0, 31), kv_lens=(260, 231), block_size=32),
     Case(group_size=64, head_dim=64, index_head_dim=64, seqlen_q=150, seqlen_k=150, block_size=16, ties=True),
+    # Tiles that all walk, on Hopper by a kernel of its own: documents, and keys that end within a block.
+    Case(
+        num_kv_heads=2,
+        group_size=8,
+        head_dim=64,
+        index_head_dim=64,
+        seqlen_q=700,
+        seqlen_k=700,
+        cu_seqlens=(0, 1, 300, 700),
+        block_size=64,
+        topk=16,
+    ),
+    Case(
+        batch=2,
+        num_kv_heads=2,
+        group_size=16,
+        head_dim=128,
+        seqlen_q=300,
+        seqlen_k=475,
+        kv_starts=(0, 31),
+        kv_lens=(475, 446),
+        block_size=128,
+        topk=16,
+    ),
     Case(group_size=2, head_dim=256, index_head_dim=256, seqlen_q=300, seqlen_k=300, block_size=256, topk=1),
 ]
 
@@ -103,6 +127,7 @@ def training_errors(backend: str | None = None) -> Iterator[str]:
             except AssertionError as error:
                 yield f"{dtype} {case}: {error}"
     yield from repeat_errors()
+    yield from poison_errors()
 
 
 def repeat_errors() -> Iterator[str]:
@@ -117,6 +142,19 @@ def repeat_errors() -> Iterator[str]:
             yield f"{name} is not repeatable"
         if not x.isfinite().all():
             yield f"{name} is not finite"
+
+
+def poison_errors() -> Iterator[str]:
+    """An output that changes with what lies beyond the keys of its sequence, in the last block of which it ends."""
+    q, k, v, _, _ = (x[:, :, :500] for x in training_inputs(512))
+    ids = chosen(random_selection, 500)
+    end = torch.tensor([460], device="cuda", dtype=torch.int32)
+    outs = []
+    for beyond in (0.0, torch.nan):
+        k[:, :, 460:] = v[:, :, 460:] = beyond
+        outs.append(flexmsa.block_sparse_attention(q, k, v, ids, block_size=BLOCK, kv_lens=end))
+    if not torch.equal(*outs):
+        yield "what lies beyond the last key reaches the output"
 
 
 def training_inputs(seqlen: int) -> tuple[Tensor, ...]:

@@ -26,6 +26,7 @@ from flexmsa.kernels.triton import (
     selection,
     targets,
     walk,
+    walk_hopper,
 )
 from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps
 from flexmsa.kernels.triton.decode import attend_constants, attend_kernel
@@ -199,10 +200,25 @@ def forward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     scale = depth**-0.5
     tokens = config.walk_tokens(heads, topk)
     storage = targets.storage_constants(target, paged=False, scaled=False)
-    constants = walk.walk_constants(config, heads, depth, block, scale, tokens, False, False, config.walk_tma) | storage
-    tile = f"tensordesc<bf16[1,1,{constants['COLUMNS']},{depth}]>" if config.walk_tma else "*bf16"
-    types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile}
-    yield "forward: walk", walk.walk_kernel, constants, config.walk_options(), types
+    if config.walk_hopper:
+        constants = walk_hopper.hopper_constants(heads, depth, block, config)
+        q_box, k_box = walk_hopper.hopper_boxes(heads, depth, block)
+        tiles = dict(zip(("q_tiles", "k_tiles", "v_tiles"), (q_box, k_box, k_box), strict=True))
+        types = {
+            name: f"tensordesc<bf16{box},{walk_hopper.box_layout(box, torch.bfloat16)}>" for name, box in tiles.items()
+        }
+        yield (
+            "forward: walk",
+            walk_hopper.walk_hopper_kernel,
+            constants,
+            {"num_warps": 4},
+            types | {"members_ptr": "*i64"},
+        )
+    else:
+        constants = walk.walk_constants(config, heads, depth, block, scale, tokens, False, False, config.walk_tma)
+        tile = f"tensordesc<bf16[1,1,{constants['COLUMNS']},{depth}]>" if config.walk_tma else "*bf16"
+        types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile}
+        yield "forward: walk", walk.walk_kernel, constants | storage, config.walk_options(), types
     constants = by_block.partial_constants(config, heads, depth, block, topk, scale) | storage
     types = LISTS | pointers("bf16", "partial")
     kernel = by_block.partial_attention_kernel

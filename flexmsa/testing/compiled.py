@@ -14,6 +14,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from flexmsa.kernels.triton.targets import Target
 
@@ -29,7 +30,7 @@ FP32 = {"lse_ptr", "partial_out_ptr", "partial_lse_ptr", "k_scale_ptr", "v_scale
 # Where the keys are not split, selection's workspace is its ids.
 INT32 = {
     *("sequences_ptr", "tile_ends_ptr", "page_table_ptr", "kv_starts_ptr", "kv_lens_ptr", "lens_ptr", "status_ptr"),
-    *("ids_ptr", "workspace_ptr", "block_indices_ptr", "list_ptr", "counts_ptr"),
+    *("ids_ptr", "workspace_ptr", "block_indices_ptr", "list_ptr", "walks_ptr"),
     *("numbers_ptr", "blocks_ptr", "before_ptr", "plan_ptr", "shares_ptr"),
     *("queries_ptr", "limits_ptr", "places_ptr"),
 }
@@ -89,7 +90,8 @@ def build(
         for place, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or (kind == "i32" and name.startswith("stride"))
     ]
-    source = ASTSource(kernel, signature, constants, {place: [["tt.divisibility", 16]] for place in aligned})
+    source_of = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_of(kernel, signature, constants, {place: [["tt.divisibility", 16]] for place in aligned})
     lanes = 64 if target.backend == "hip" else 32
     return triton.compile(source, target=GPUTarget(target.backend, target.arch, lanes), options=dict(options))
 

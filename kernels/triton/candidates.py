@@ -15,7 +15,7 @@ TUNABLE = {
     "selection": ("rows", "num_warps", "num_stages", "period"),
     "forward": (
         *("rows", "num_warps", "num_stages", "max_registers", "length"),
-        *("walk_rows", "walk_columns", "walk_warps", "walk_stages", "walk_registers", "walk_limit"),
+        *("walk_rows", "walk_columns", "walk_warps", "walk_stages", "walk_registers", "walk_limit", "walk_hopper"),
     ),
     "backward": ("rows", "columns", "num_warps", "num_stages", "length", "swap"),
     "loss": ("rows", "columns", "num_warps", "num_stages", "length"),
@@ -60,11 +60,15 @@ def forward_candidates(target: Target, config: ForwardConfig, group_size: int, b
         yield from stages(target, "num_stages", config.num_stages)
         yield from registers(target, "max_registers", config.max_registers)
         yield from near("length", config.length, 16, 16384)
-    yield from near("walk_warps", config.walk_warps, 4, 8)
-    yield from near("walk_rows", config.walk_rows, padded(group_size), 256)
-    yield from near("walk_columns", config.walk_columns, 16, padded(block_size))
-    yield from stages(target, "walk_stages", config.walk_stages)
-    yield from registers(target, "walk_registers", config.walk_registers)
+    if config.walk_hopper:
+        yield from stages(target, "walk_stages", config.walk_stages)
+        yield {"walk_hopper": False}
+    else:
+        yield from near("walk_warps", config.walk_warps, 4, 8)
+        yield from near("walk_rows", config.walk_rows, padded(group_size), 256)
+        yield from near("walk_columns", config.walk_columns, 16, padded(block_size))
+        yield from stages(target, "walk_stages", config.walk_stages)
+        yield from registers(target, "walk_registers", config.walk_registers)
     if not config.walk_all:
         yield {"walk_limit": config.walk_limit * 3 // 4}
         yield {"walk_limit": config.walk_limit * 4 // 3}

@@ -34,7 +34,7 @@ def union_kernel(
     tile_ends_ptr,
     list_ptr,
     members_ptr,
-    counts_ptr,
+    walks_ptr,
     skip_ptr,
     stride_ib,
     stride_ih,
@@ -52,9 +52,9 @@ def union_kernel(
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """The union of one tile and group: list, members [limit], counts (length, how many every token sees whole).
+    """The union of one tile and group: list, members [limit], and its row of walks; see `Tiles`.
 
-    Both counts are 0, and skip of the tile's tokens too, if the union is longer than `limit`.
+    The length is 0, and skip of the tile's tokens too, if the union is longer than `limit`.
     """
     number = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
@@ -85,8 +85,15 @@ def union_kernel(
     union = group * num_tiles + number
     tl.store(list_ptr + union * limit + rank, block, mask=fresh & (rank < length))
     tl.store(members_ptr + union * limit + rank, members, mask=fresh & (rank < length))
-    tl.store(counts_ptr + union * 2, length)
-    tl.store(counts_ptr + union * 2 + 1, tl.where(length > 0, num_whole, 0))
+    walk = walks_ptr + union * 8
+    tl.store(walk, length)
+    tl.store(walk + 1, tl.where(length > 0, num_whole, 0))
+    tl.store(walk + 2, batch.to(tl.int32))
+    tl.store(walk + 3, first)
+    tl.store(walk + 4, tl.minimum(first + TOKENS, q_end))
+    tl.store(walk + 5, k_start)
+    tl.store(walk + 6, k_end - k_start)
+    tl.store(walk + 7, k_end - q_end - k_start)
     token = batch * seqlen_q + first + tl.arange(0, ROWS)
     inside = (tl.arange(0, ROWS) < TOKENS) & (first + tl.arange(0, ROWS) < q_end)
     skipped = tl.where(length > 0, 1, 0).to(tl.int8)
@@ -98,8 +105,10 @@ class Tiles:
     """Made by `choose_tiles`; for G groups and T tiles:
 
     list [G, T, limit] int32 and members [G, T, limit] int64: the union's blocks, ascending, and a bit for each of the
-    `tokens` tokens that chose it. counts [G, T, 2] int32: blocks in the list, and how many of them every token sees
-    whole. skip [G, B*Sq] int8: tokens that the KV-outer order leaves out, because their tile walks. None when dense.
+    `tokens` tokens that chose it. walks [G, T, 8] int32: blocks in the list, 0 for a tile that does not walk, and how
+    many of them every token sees whole; the tile's batch row, first query and last query + 1; its sequence's first key,
+    number of keys and shift: query i sees the sequence's keys j <= i + shift. skip [G, B*Sq] int8: tokens that the
+    KV-outer order leaves out, because their tile walks. None when dense.
     """
 
     ends: torch.Tensor
@@ -109,7 +118,7 @@ class Tiles:
     limit: int
     list: torch.Tensor | None = None
     members: torch.Tensor | None = None
-    counts: torch.Tensor | None = None
+    walks: torch.Tensor | None = None
     skip: torch.Tensor | None = None
 
 
@@ -144,7 +153,7 @@ def choose_tiles(block_indices, sequences, q, k, block_size: int, config: Forwar
         return Tiles(ends, num_tiles, table, tokens, 0)
     limit = min(config.walk_limit, tokens * topk)
     skip = sequences.new_zeros(num_kv_heads, batch * seqlen_q, dtype=torch.int8)
-    counts = sequences.new_zeros(num_kv_heads, num_tiles, 2)
+    walks = sequences.new_zeros(num_kv_heads, num_tiles, 8)
     blocks = sequences.new_empty(num_kv_heads, num_tiles, limit)
     members = sequences.new_empty(num_kv_heads, num_tiles, limit, dtype=torch.int64)
     constants = union_constants(config, num_heads // num_kv_heads, topk, block_size, table)
@@ -155,7 +164,7 @@ def choose_tiles(block_indices, sequences, q, k, block_size: int, config: Forwar
             ends,
             blocks,
             members,
-            counts,
+            walks,
             skip,
             *block_indices.stride(),
             sequences.shape[0],
@@ -166,4 +175,4 @@ def choose_tiles(block_indices, sequences, q, k, block_size: int, config: Forwar
             **constants,
             num_warps=union_warps(constants),
         )
-    return Tiles(ends, num_tiles, table, tokens, limit, blocks, members, counts, skip)
+    return Tiles(ends, num_tiles, table, tokens, limit, blocks, members, walks, skip)

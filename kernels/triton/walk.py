@@ -93,7 +93,7 @@ def walk_kernel(
     tile_ends_ptr,
     list_ptr,
     members_ptr,
-    counts_ptr,
+    walks_ptr,
     out_ptr,
     lse_ptr,
     stride_qb,
@@ -153,7 +153,7 @@ def walk_kernel(
         length = tl.cdiv(tl.maximum(stop + shift, 0), BLOCK)
         num_whole = tl.maximum(first + 1 + shift, 0) // BLOCK
     else:
-        length, num_whole = tl.load(counts_ptr + union * 2), tl.load(counts_ptr + union * 2 + 1)
+        length, num_whole = tl.load(walks_ptr + union * 8), tl.load(walks_ptr + union * 8 + 1)
         if length == 0:
             return
     row, d = tl.arange(0, ROWS), tl.arange(0, DEPTH)
@@ -266,7 +266,7 @@ def walk_tiles(
         tiles.ends,
         sequences if dense else tiles.list,
         sequences if dense else tiles.members,
-        sequences if dense else tiles.counts,
+        sequences if dense else tiles.walks,
         out,
         lse,
         *q.stride(),

@@ -3,11 +3,12 @@
 import os
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import by_block, combine_slots, configs, targets, union, walk  # noqa: E402
-from flexmsa.testing.compiled import lone_products  # noqa: E402
+from flexmsa.kernels.triton import by_block, combine_slots, configs, targets, union, walk, walk_hopper  # noqa: E402
+from flexmsa.testing.compiled import TARGETS, lone_products  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
@@ -82,6 +83,29 @@ def test_walk(build, target, case, dense):
     compiled = build(walk.walk_kernel, target, constants, **config.walk_options(), spills=spills, **types)
     if target.arch == 90:
         assert "wgmma.mma_async" in compiled.asm["ptx"]
+
+
+HOPPER = {"64/4/128": (16, 128, 128), "32/8/128": (4, 128, 128), "16/2/64": (8, 64, 128), "blocks of 64": (64, 64, 64)}
+
+
+@pytest.mark.parametrize("shape", HOPPER.values(), ids=HOPPER)
+def test_walk_hopper(build, shape):
+    group_size, head_dim, block_size = shape
+    target = TARGETS["sm_90"]
+    config = configs.forward_config(
+        target, group_size=group_size, head_dim=head_dim, block_size=block_size, topk=TOPK, element_size=2
+    )
+    assert config.walk_hopper and config.walk_tokens(group_size, TOPK) * group_size == 128
+    q_box, k_box = walk_hopper.hopper_boxes(group_size, head_dim, block_size)
+    tiles = {"q_tiles": q_box, "k_tiles": k_box, "v_tiles": k_box}
+    types = {
+        name: f"tensordesc<bf16{box},{walk_hopper.box_layout(box, torch.bfloat16)}>" for name, box in tiles.items()
+    }
+    constants = walk_hopper.hopper_constants(group_size, head_dim, block_size, config)
+    compiled = build(walk_hopper.walk_hopper_kernel, target, constants, 4, members_ptr="*i64", **types)
+    # A group of products for the keys and one for the values, in each of the two groups of warps.
+    products, ends = lone_products(compiled.asm["cubin"])
+    assert ends == 4 and products == 2 * (head_dim + block_size) // 16
 
 
 def test_union(build, target, case):
