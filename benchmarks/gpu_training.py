@@ -6,6 +6,7 @@ dim 128, blocks of 128 keys, topk 16, bf16, causal, batch 1.
 """
 
 from collections.abc import Callable, Iterator
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import flexmsa
-from flexmsa import AuxRequest
+from flexmsa import AuxRequest, MSAConfig, MSAttention
 from flexmsa.testing import Case, check_case
 
 HEADS, GROUPS, DEPTH, BLOCK, TOPK = 64, 4, 128, 128, 16
@@ -233,6 +234,32 @@ def flex_times(seqlen: int, timer: Timer, patterns: list[str]) -> Iterator[tuple
         ids = chosen(PATTERNS[pattern], seqlen)
         for direction, time in main_branch_times((q, k, v), ids, torch.randn_like(q), "flex", timer):
             yield f"{pattern}, main branch by FlexAttention, {direction}", time
+
+
+def layer_times(seqlen: int, repeats: int = 10) -> Iterator[tuple[str, float]]:
+    """(how, milliseconds) that a training step of the whole layer takes by the clock, the host's launches included."""
+    torch.manual_seed(0)
+    config = MSAConfig(hidden_size=2048, num_heads=HEADS, num_kv_heads=GROUPS, head_dim=DEPTH, index_head_dim=DEPTH)
+    layer = MSAttention(config).to("cuda", torch.bfloat16)
+    x = torch.randn(1, seqlen, config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    for how in ("eager", "default", "reduce-overhead"):
+        torch._dynamo.reset()
+        call = layer if how == "eager" else torch.compile(layer, fullgraph=True, dynamic=False, mode=how)
+
+        def step(call: Callable = call) -> None:
+            torch.compiler.cudagraph_mark_step_begin()
+            layer.zero_grad(set_to_none=True)
+            out, loss = call(x)
+            (out.float().square().mean() + loss).backward()
+
+        for _ in range(4):
+            step()
+        torch.cuda.synchronize()
+        start = perf_counter()
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
+        yield how, (perf_counter() - start) / repeats * 1e3
 
 
 def prefill_times(seqlen: int, timer: Timer, patterns: list[str]) -> Iterator[tuple[str, float]]:

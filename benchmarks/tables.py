@@ -55,15 +55,11 @@ def cpu_memory() -> str:
     return _markdown(["", *(f"{int(n) // 1024}K" for n in lengths)], rows)
 
 
-def _machines(name: str) -> str:
-    """The machines of the runs that measured the parts of a file."""
-    runs = _load(name)["parts"].values()
+def gpu_machine() -> str:
+    """The machines of the runs that measured the parts."""
+    runs = _load("gpu-h200.json")["parts"].values()
     said = (f"{run['gpu']}, driver {run['driver']}, torch {run['torch']}, triton {run['triton']}" for run in runs)
     return "; ".join(dict.fromkeys(said)) + "."
-
-
-def gpu_machine() -> str:
-    return _machines("gpu-h200.json")
 
 
 def _gpu_rows() -> dict[str, dict]:
@@ -204,6 +200,16 @@ def gpu_prefill() -> str:
     return _markdown(["1M tokens", "index scores", "selection", "main branch", "dense cuDNN", "faster"], rows)
 
 
+def gpu_steps() -> str:
+    """A training step of the layer by the clock: eager, compiled, and in CUDA graphs."""
+    found = _gpu_rows()
+    ways = ("eager", "default", "reduce-overhead")
+    rows = []
+    for tokens in (4096, 8192, 16384):
+        rows.append([f"{tokens // 1024}K", *(f"{found[f'step {tokens}: {way}']['ms']:.1f} ms" for way in ways)])
+    return _markdown(["tokens", "eager", "`torch.compile`", '`mode="reduce-overhead"`'], rows)
+
+
 def gpu_flex() -> str:
     """FlexAttention's main branch beside the Triton kernels', which are the part training's."""
     found = _gpu_rows()
@@ -216,11 +222,9 @@ def gpu_flex() -> str:
 
 
 def gpu_peers() -> str:
-    """The main branch and its peers, with the machine of their own run; nothing until they are measured."""
-    if not (RESULTS / "gpu-peers.json").exists():
-        return ""
+    """The main branch and its peers."""
     times: dict[tuple[str, str], dict[tuple[int, str], float | str]] = {}
-    for row in _load("gpu-peers.json")["rows"]:
+    for row in _load("gpu-h200.json")["rows"]:
         if row["part"] == "peers":
             seqlen, what = row["name"].removeprefix("peers ").split(": ")
             peer, blocks, direction = what.split(", ")
@@ -236,7 +240,7 @@ def gpu_peers() -> str:
         pairs = [[by_length.get((seqlen, step)) for step in ("forward", "backward")] for seqlen in lengths]
         rows.append([peer, blocks, *(f"{cell(forward)} / {cell(backward)}" for forward, backward in pairs)])
     head = ["forward / backward, ms", "attends to", *(f"{seqlen // 1024}K" for seqlen in lengths)]
-    return f"{_machines('gpu-peers.json')}\n\n{_markdown(head, rows)}"
+    return _markdown(head, rows)
 
 
 def kernels_sm_90() -> str:
@@ -316,6 +320,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu training": gpu_training,
     "gpu floors": gpu_floors,
     "gpu prefill": gpu_prefill,
+    "gpu steps": gpu_steps,
     "gpu flex": gpu_flex,
     "gpu peers": gpu_peers,
     "gpu grid": gpu_grid,

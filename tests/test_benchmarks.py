@@ -125,14 +125,12 @@ def test_a_peer_that_fails_says_so_and_the_others_go_on():
 
 def test_the_table_of_peers(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.gpu_peers() == ""
-    results = Results(tmp_path / "gpu-peers.json")
+    results = Results(tmp_path / "gpu-h200.json")
     results.begin("peers", {"gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3"})
     measured = [(8192, "forward", 1.25), (8192, "backward", "OutOfMemoryError"), (32768, "forward", 4.0)]
     for seqlen, direction, ms in measured:
         results.add("peers", {"name": f"peers {seqlen}: dense flash, every block, {direction}", "ms": ms})
-    machine, _, head, _, row = tables.gpu_peers().splitlines()
-    assert machine == "a GPU, driver 1, torch 2, triton 3."
+    head, _, row = tables.gpu_peers().splitlines()
     assert head == "| forward / backward, ms | attends to | 8K | 32K |"
     assert row == "| dense flash | every block | 1.2 / - | 4.0 / - |"
 

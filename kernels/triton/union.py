@@ -5,7 +5,7 @@ bit for each token that chose the block; a tile whose union is longer than `walk
 and its list is never used. The choice is made on the device, tile by tile, and is a function of block_indices alone.
 
 A block of the walk costs 4 T G Bk D FLOPs whether all tokens chose the block or one. So it pays while the union is less
-than about 2 topk: on an H200 a block more in every union costs 1.04 ms at 128K tokens of M3's shape, and topk blocks a
+than about 2 topk: on an H200 a block more in every union costs 1 ms at 128K tokens of M3's shape, and topk blocks a
 token in KV-outer order 34 ms, whatever the union.
 """
 

@@ -6,7 +6,7 @@ fetches queries, keys and values, a block a step, as buffers become free. Two gr
 heads each, and take turns at the tensor cores: one multiplies while the other is at its softmax.
 
 Results are those of `walk` but for the order in which a row's weights are added up. Triton's interpreter knows no
-Gluon, so that this kernel is compared with the oracle where there is a Hopper GPU.
+Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
 """
 
 import torch
