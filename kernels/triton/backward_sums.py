@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .backward_gradient import partial_offsets
 from .pieces import load_share
+from .reverse_index import load_block
 
 
 @triton.jit(do_not_specialize=["chunk", "group"])
@@ -29,8 +30,7 @@ def sum_pieces_kernel(
     slot, pieces = load_share(shares_ptr, chunk, tl.num_programs(0), block)
     if pieces == 0:
         return
-    row = blocks_ptr + block * 4
-    batch, first_key, stop_key = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
+    batch, first_key, stop_key = load_block(blocks_ptr, block)
     key = tl.program_id(1) * KEYS + tl.arange(0, KEYS)[:, None]
     depth = tl.arange(0, DEPTH)[None, :]
     mask = (first_key + key < stop_key) & (key < BLOCK) & (depth < HEAD_DIM)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .loss_entries import VARYING
 from .pieces import load_share
-from .reverse_index import chunk_origin
+from .reverse_index import chunk_origin, load_block
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -30,8 +30,7 @@ def sum_pieces_kernel(
     slot, pieces = load_share(shares_ptr, chunk, num_blocks, block)
     if pieces == 0:
         return
-    row = blocks_ptr + block * 4
-    batch, first_key, stop_key = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
+    batch, first_key, stop_key = load_block(blocks_ptr, block)
     column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, INDEX_DEPTH)
     inside = (first_key + column < stop_key)[:, None] & (depth < INDEX_DIM)[None, :]

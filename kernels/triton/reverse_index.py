@@ -150,6 +150,13 @@ def list_numbers_kernel(
 
 
 @triton.jit
+def load_block(blocks_ptr, block):
+    """(batch as int64, first key, last key + 1) of a block."""
+    row = blocks_ptr + tl.cast(block, tl.int64) * 4
+    return tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
+
+
+@triton.jit
 def chunk_origin(chunk, first_token, num_tokens, chunk_tokens, TOPK):
     """(group, first entry before sorting, first token) of chunk `group * num_chunks + chunk`, all int64."""
     num_chunks = tl.cdiv(num_tokens, chunk_tokens)

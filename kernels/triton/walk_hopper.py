@@ -75,6 +75,13 @@ def fold_scores(scores, row_max, row_sum, member, scale):
 
 
 @gluon.jit
+def hide_unseen(scores, last):
+    """The scores of a block, of which each row sees the columns up to last [ROWS]."""
+    column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
+    return gl.where(column[None, :] <= last[:, None], scores, float("-inf"))
+
+
+@gluon.jit
 def clear_values(v, count):
     """Zero the values [BLOCK, D] in shared memory from `count` on: a weight of 0 does not silence a NaN.
 
@@ -85,6 +92,19 @@ def clear_values(v, count):
     seen = gl.arange(0, v.shape[0], gl.SliceLayout(1, layout)) < count
     v.store(gl.where(seen[:, None], values, gl.full(v.shape, 0.0, v.dtype, layout)))
     fence_async_shared()
+
+
+@gluon.jit
+def store_rows(out_ptr, lse_ptr, place, live, acc, row_max, row_sum):
+    """Write out, from sums acc [ROWS, D], and lse of the rows that are live to `place` [ROWS]."""
+    layout: gl.constexpr = acc.type.layout
+    per_sum: gl.constexpr = gl.SliceLayout(1, layout)
+    gl.store(lse_ptr + place, (row_max + gl.log2(row_sum)) * LN_2, mask=live)
+    normal = gl.convert_layout(gl.where(row_sum > 0, 1.0 / row_sum, 0.0), per_sum)
+    place, live = gl.convert_layout(place, per_sum), gl.convert_layout(live, per_sum)
+    depth = gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
+    out = (acc * normal[:, None]).to(out_ptr.dtype.element_ty)
+    gl.store(out_ptr + place[:, None] * acc.shape[1] + depth[None, :], out, mask=live[:, None])
 
 
 @gluon.jit
@@ -106,7 +126,7 @@ def attend_tiles(
     per_sum: gl.constexpr = gl.SliceLayout(1, summed)
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     TOKENS: gl.constexpr = 2 * ROWS // GROUP_SIZE
-    row, column = gl.arange(0, ROWS, per_row), gl.arange(0, BLOCK, gl.SliceLayout(0, scored))
+    row = gl.arange(0, ROWS, per_row)
     q = q_buffers.index(half).reshape([ROWS, HEAD_DIM])
     step, turn, section = 0, 0, 0
     for walk in range(gl.program_id(0), num_walks, gl.num_programs(0)):
@@ -136,10 +156,9 @@ def attend_tiles(
                 scores = warpgroup_mma_wait(0, deps=[scores])
                 count = BLOCK
                 if number >= num_whole:
-                    first_column = gl.load(list_ptr + union + number) * BLOCK
-                    count = gl.minimum(num_keys - first_column, BLOCK)
-                    last = gl.minimum(query + shift - first_column, count - 1)
-                    scores = gl.where(column[None, :] <= last[:, None], scores, float("-inf"))
+                    first_key = gl.load(list_ptr + union + number) * BLOCK
+                    count = gl.minimum(num_keys - first_key, BLOCK)
+                    scores = hide_unseen(scores, gl.minimum(query + shift - first_key, count - 1))
                 member = ((members >> gl.cast(row % TOKENS, gl.int64)) & 1) != 0
                 weights, decay, row_max, row_sum = fold_scores(scores, row_max, row_sum, member, scale)
                 weights = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, summed, 2))
@@ -158,12 +177,7 @@ def attend_tiles(
             turn += 1
             head = walk // num_tiles * GROUP_SIZE + half * (GROUP_SIZE // 2) + row // TOKENS
             place = (gl.cast(batch, gl.int64) * num_kv_heads * GROUP_SIZE + head) * seqlen_q + query
-            live = query < stop
-            gl.store(lse_ptr + place, (row_max + gl.log2(row_sum)) * LN_2, mask=live)
-            normal = gl.convert_layout(gl.where(row_sum > 0, 1.0 / row_sum, 0.0), per_sum)
-            place, live = gl.convert_layout(place, per_sum), gl.convert_layout(live, per_sum)
-            depth = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, summed))[None, :]
-            gl.store(out_ptr + place[:, None] * HEAD_DIM + depth, (acc * normal[:, None]).to(dtype), mask=live[:, None])
+            store_rows(out_ptr, lse_ptr, place, query < stop, acc, row_max, row_sum)
 
 
 @gluon.jit
