@@ -33,8 +33,8 @@ from benchmarks.gpu_training import (
     PATTERNS,
     flex_times,
     floors,
-    layer_times,
     prefill_times,
+    step_times,
     training_errors,
     training_times,
 )
@@ -124,9 +124,9 @@ def time_training(run: Run) -> None:
             run.report(f"layer {seqlen}: {name}", time)
 
 
-def time_layers(run: Run) -> None:
+def time_steps(run: Run) -> None:
     for seqlen in (4096, 8192, 16384):
-        for how, time in layer_times(seqlen):
+        for how, time in step_times(seqlen):
             run.report(f"step {seqlen}: {how}", time)
 
 
@@ -156,7 +156,7 @@ PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]],
     "decode": (time_decoding, (serving_errors,)),
     "chunks": (time_chunks, (serving_errors,)),
     "training": (time_training, (training_errors,)),
-    "steps": (time_layers, (training_errors,)),
+    "steps": (time_steps, (training_errors,)),
     "prefill": (time_prefill, (*SELECTION_CHECKS, training_errors)),
     "flex": (time_flex, (training_errors,)),
     "peers": (time_peers, (training_errors,)),

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_serving import FP8
+from benchmarks.gpu_training import BLOCK, DEPTH, GROUPS, TOPK
 from flexmsa.kernels.triton.selection import choose_config, select_blocks
 
-GROUPS, DEPTH, BLOCK, TOPK = 4, 128, 128, 16
 SQUARE = [8192, 32768, 131072, 524288]
 CHUNKS = [(338, 74578), (171, 55339), (1626, 93146), (16384, 47744)]
 FLT_MAX = torch.finfo(torch.float32).max
@@ -132,11 +132,11 @@ def selection_floor(seqlen_q: int, seqlen_k: int, flops: float) -> float:
     return 2 * GROUPS * DEPTH * pairs / flops * 1e3
 
 
-def selection_time(timer: Callable[..., float], seqlen_q: int, seqlen_k: int, dtype=torch.bfloat16, config=None):
-    """Milliseconds of one selection, by random index queries and keys of a dtype."""
-    index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k)
-    index_q, index_k = index_q.to(dtype), index_k.to(dtype)
-    repeats = 3 if seqlen_q > 200_000 else 20
+def selection_time(
+    timer: Callable[..., float], index_q: Tensor, index_k: Tensor, sequences: Tensor, config=None
+) -> float:
+    """Milliseconds of one selection."""
+    repeats = 3 if index_q.shape[2] > 200_000 else 20
     return timer(lambda: select_blocks(index_q, index_k, sequences, BLOCK, TOPK, 1, 0, config=config), repeats=repeats)
 
 
@@ -146,10 +146,11 @@ def selection_times(
     """(what, milliseconds, those of its products alone, how it is launched)."""
     for seqlen_q, seqlen_k in [(s, s) for s in SQUARE if not (quick and s > 200_000)] + CHUNKS:
         floor = selection_floor(seqlen_q, seqlen_k, flops)
+        index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k)
         for label, dtype, share in (("", torch.bfloat16, 1.0), ("e4m3 ", FP8, 0.5)):
-            index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k)
-            config = choose_config(index_q.to(dtype), index_k.to(dtype), sequences, BLOCK, TOPK)
-            time = selection_time(timer, seqlen_q, seqlen_k, dtype)
+            inputs = index_q.to(dtype), index_k.to(dtype), sequences
+            config = choose_config(*inputs, BLOCK, TOPK)
+            time = selection_time(timer, *inputs)
             yield f"{label}{seqlen_q} x {seqlen_k}", time, floor * share, asdict(config)
 
 
@@ -166,11 +167,11 @@ def sweep_times(timer: Callable[..., float]) -> Iterator[tuple[str, float | str]
         "512 rows, 16 warps, 2 stages": {"rows": 512, "num_warps": 16, "num_stages": 2},
     }
     for seqlen in (32768, 131072):
-        index_q, index_k, sequences = index_inputs(1, seqlen, seqlen)
-        base = choose_config(index_q, index_k, sequences, BLOCK, TOPK)
+        inputs = index_inputs(1, seqlen, seqlen)
+        base = choose_config(*inputs, BLOCK, TOPK)
         for name, change in variants.items():
             try:
-                time = selection_time(timer, seqlen, seqlen, config=replace(base, **change))
+                time = selection_time(timer, *inputs, config=replace(base, **change))
             except Exception as error:  # a variant may not fit the GPU: say so and go on
                 time = f"{type(error).__name__}: {str(error)[:80]}"
             yield f"{seqlen}, {name}", time

@@ -236,7 +236,7 @@ def flex_times(seqlen: int, timer: Timer, patterns: list[str]) -> Iterator[tuple
             yield f"{pattern}, main branch by FlexAttention, {direction}", time
 
 
-def layer_times(seqlen: int, repeats: int = 10) -> Iterator[tuple[str, float]]:
+def step_times(seqlen: int, repeats: int = 10) -> Iterator[tuple[str, float]]:
     """(how, milliseconds) that a training step of the whole layer takes by the clock, the host's launches included."""
     torch.manual_seed(0)
     config = MSAConfig(hidden_size=2048, num_heads=HEADS, num_kv_heads=GROUPS, head_dim=DEPTH, index_head_dim=DEPTH)

@@ -18,7 +18,7 @@ from ..workspace import chunk_tokens
 from .combine_slots import combine_constants, combine_slots_kernel
 from .configs import ForwardConfig
 from .fp8 import as_bits, load_vectors
-from .pieces import cut_lists, load_piece
+from .pieces import cut_lists, load_piece, piece_entries
 from .primitives import LOG2_E, await_previous, key_limit, locate_block, page_arguments
 from .reverse_index import chunk_origin, reverse_index
 from .targets import padded, target_of
@@ -164,7 +164,7 @@ def partial_attention_kernel(
         stride_vs, stride_vd, q_ptr.dtype.element_ty, COLUMNS, HEAD_DIM, DEPTH, SCALED, NATIVE,
     )  # fmt: skip
     q_base = q_ptr + batch * stride_qb + group * GROUP_SIZE * stride_qh
-    entries_ptr += tl.load(offsets_ptr + tl.cast(chunk, tl.int64) * num_blocks) + begin
+    entries_ptr = piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin)
     num_entries = stop - begin
     num_rows = num_entries * GROUP_SIZE
     first_query, seen_from = (token0 - batch * seqlen_q).to(tl.int32), shift - first_key + 1
@@ -256,7 +256,15 @@ def attend_by_block(q, k, v, cache, block_indices, sequences, skip, block_size, 
     partial = q.new_empty(index.chunk_tokens, topk, group_size, head_dim)
     partial_lse = lse.new_empty(index.chunk_tokens, topk, group_size)
     pages, max_pages, num_pages = page_arguments(cache.page_table, sequences, k)
-    combine, overlap = combine_constants(group_size, head_dim, topk), target_of(q.device).overlap()
+    target = target_of(q.device)
+    overlap = target.overlap()
+    constants = {
+        **partial_constants(config, group_size, head_dim, block_size, topk, scale),
+        **cache.constants(target),
+        **config.launch_options(),
+        **overlap,
+    }
+    combine = combine_constants(group_size, head_dim, topk)
     for chunk in range(index.num_chunks):
         partial_attention_kernel[(pieces.num_items,)](
             q,
@@ -285,10 +293,7 @@ def attend_by_block(q, k, v, cache, block_indices, sequences, skip, block_size, 
             pieces.num_items,
             num_kv_heads,
             scale * LOG2_E.value,
-            **partial_constants(config, group_size, head_dim, block_size, topk, scale),
-            **cache.constants(target_of(q.device)),
-            **config.launch_options(),
-            **overlap,
+            **constants,
         )
         combine_slots_kernel[(triton.cdiv(index.chunk_tokens, combine["TOKENS"]),)](
             partial,

@@ -11,7 +11,7 @@ import triton.language as tl
 from .configs import LossConfig
 from .loss_entries import VARYING, load_entries, load_part, load_rows
 from .loss_student import lse_constants
-from .pieces import load_slot
+from .pieces import load_slot, piece_entries
 from .primitives import LN_2, LOG2_E, load_tile
 from .reverse_index import chunk_origin
 from .targets import padded
@@ -132,7 +132,7 @@ def index_loss_kernel(
     index_k = load_tile(y_base, first_key, stop_key - first_key, stride_ys, stride_yd, COLUMNS, INDEX_DIM, INDEX_DEPTH)
     precision: tl.constexpr = "ieee" if index_k.dtype == tl.float32 else "tf32"
     query0 = (token0 - batch * seqlen_q).to(tl.int32)
-    entries_ptr += tl.load(offsets_ptr + tl.cast(chunk, tl.int64) * num_blocks) + begin
+    entries_ptr = piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin)
     num_entries = stop - begin
     lse_base = lse_ptr + (batch * seqlen_q * num_groups + group) * group_size
     num_keys = stop_key - first_key

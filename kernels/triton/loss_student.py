@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .configs import LossConfig
 from .loss_entries import VARYING, load_entries, load_part, load_rows
+from .pieces import piece_entries
 from .primitives import load_tile
 from .reverse_index import chunk_origin
 from .targets import padded
@@ -49,7 +50,7 @@ def block_lse_kernel(
     index_k = load_tile(y_base, first_key, stop_key - first_key, stride_ys, stride_yd, COLUMNS, INDEX_DIM, INDEX_DEPTH)
     precision: tl.constexpr = "ieee" if index_k.dtype == tl.float32 else "tf32"
     query0 = (token0 - batch * seqlen_q).to(tl.int32)
-    entries_ptr += tl.load(offsets_ptr + tl.cast(chunk, tl.int64) * num_blocks) + begin
+    entries_ptr = piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin)
     num_entries = stop - begin
     key = first_key + tl.arange(0, COLUMNS)
     for step in range(0, num_entries, ROWS):

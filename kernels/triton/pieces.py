@@ -69,6 +69,12 @@ def load_piece(plan_ptr, chunk, num_items):
 
 
 @triton.jit
+def piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin):
+    """Where the entries of a piece are that begins `begin` entries after the chunk's first."""
+    return entries_ptr + tl.load(offsets_ptr + tl.cast(chunk, tl.int64) * num_blocks) + begin
+
+
+@triton.jit
 def load_slot(plan_ptr, chunk, num_items):
     """The slot of item program_id(0), as int64."""
     return tl.load(plan_ptr + (tl.cast(chunk, tl.int64) * num_items + tl.program_id(0)) * 8 + 6).to(tl.int64)

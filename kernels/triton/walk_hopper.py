@@ -22,12 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .configs import ForwardConfig
-from .primitives import LOG2_E
+from .primitives import LN_2, LOG2_E
 from .targets import target_of
 from .union import Tiles
 
 ROWS = gl.constexpr(64)
-LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit

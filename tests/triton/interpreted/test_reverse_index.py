@@ -1,6 +1,7 @@
 """The reverse index against a plain walk over block_indices."""
 
 from collections import defaultdict
+from itertools import pairwise
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_lists(layout, chunk_tokens, dtype, skipping):
     for chunk in range(index.num_chunks):
         offsets = index.offsets[chunk * index.num_blocks :][: index.num_blocks + 1]
         expected, shares, slot = [], [], 0
-        for block, (begin, stop) in enumerate(zip(*(x.tolist() for x in (offsets[:-1], offsets[1:])), strict=True)):
+        for block, (begin, stop) in enumerate(pairwise(offsets.tolist())):
             starts = range(begin, stop, length)
             several = len(starts) if len(starts) > 1 else 0
             shares.append([slot, several])
