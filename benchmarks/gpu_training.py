@@ -91,7 +91,7 @@ CASES = [
     ),
     Case(batch=2, group_size=6, seqlen_q=200, seqlen_k=260, kv_starts=(0, 31), kv_lens=(260, 231), block_size=32),
     Case(group_size=64, head_dim=64, index_head_dim=64, seqlen_q=150, seqlen_k=150, block_size=16, ties=True),
-    # Tiles that all walk, on Hopper by a kernel of its own: documents, and keys that end within a block.
+    # What Hopper has kernels of its own for: documents, and keys that end within a block.
     Case(
         num_kv_heads=2,
         group_size=8,
@@ -102,6 +102,17 @@ CASES = [
         cu_seqlens=(0, 1, 300, 700),
         block_size=64,
         topk=16,
+    ),
+    Case(
+        num_kv_heads=2,
+        group_size=32,
+        head_dim=64,
+        index_head_dim=64,
+        seqlen_q=900,
+        seqlen_k=900,
+        cu_seqlens=(0, 2, 300, 900),
+        block_size=128,
+        topk=3,
     ),
     Case(
         batch=2,
@@ -146,16 +157,30 @@ def repeat_errors() -> Iterator[str]:
 
 
 def poison_errors() -> Iterator[str]:
-    """An output that changes with what lies beyond the keys of its sequence, in the last block of which it ends."""
-    q, k, v, _, _ = (x[:, :, :500] for x in training_inputs(512))
+    """Results that change with what lies beyond the last key, in a block, or with a NaN that is none of theirs."""
+    *inputs, _, _ = (x[:, :, :500] for x in training_inputs(512))
+    _, k, v = inputs
     ids = chosen(random_selection, 500)
     end = torch.tensor([460], device="cuda", dtype=torch.int32)
-    outs = []
-    for beyond in (0.0, torch.nan):
-        k[:, :, 460:] = v[:, :, 460:] = beyond
-        outs.append(flexmsa.block_sparse_attention(q, k, v, ids, block_size=BLOCK, kv_lens=end))
-    if not torch.equal(*outs):
-        yield "what lies beyond the last key reaches the output"
+
+    def results(grad: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = flexmsa.block_sparse_attention(*leaves, ids, block_size=BLOCK, kv_lens=end)
+        grads = torch.autograd.grad(out, leaves, grad)
+        return [out, grads[0], *(x[:, :, :460] for x in grads[1:])]
+
+    grad = torch.randn_like(inputs[0])
+    kept = results(grad)
+    k[:, :, 460:] = v[:, :, 460:] = torch.nan
+    if not all(map(torch.equal, results(grad), kept)):
+        yield "what lies beyond the last key reaches a result"
+    grad[:, :, 300] = torch.nan
+    _, grad_q, *grads = results(grad)
+    if not torch.equal(grad_q.isfinite().all(3)[0, 0], torch.arange(500, device="cuda") != 300):
+        yield "a NaN in one token's gradient reaches another's"
+    # Token 300 is in block 2 and sees no later one.
+    if not all(x[:, :, 384:].isfinite().all() for x in grads):
+        yield "a NaN in one token's gradient reaches keys that it does not see"
 
 
 def training_inputs(seqlen: int) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ import triton
 
 from flexmsa.kernels.triton import (
     backward_gradient,
+    backward_hopper,
     backward_sums,
     by_block,
     combine_slots,
@@ -33,7 +34,7 @@ from flexmsa.kernels.triton.decode import attend_constants, attend_kernel
 from flexmsa.kernels.triton.loss_gradient import index_loss_kernel, loss_constants
 from flexmsa.kernels.triton.loss_student import block_lse_kernel, lse_constants
 from flexmsa.kernels.triton.loss_sums import sum_slots_kernel
-from flexmsa.testing.compiled import TARGETS, build, report
+from flexmsa.testing.compiled import TARGETS, box_types, build, report
 
 RESULT = Path(__file__).resolve().parent / "results" / "kernels.json"
 # An 8192^3 bf16 product and a device copy, as measured on an H200.
@@ -201,19 +202,9 @@ def forward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     tokens = config.walk_tokens(heads, topk)
     storage = targets.storage_constants(target, paged=False, scaled=False)
     if config.walk_hopper:
-        constants = walk_hopper.hopper_constants(heads, depth, block, config)
-        q_box, k_box = walk_hopper.hopper_boxes(heads, depth, block)
-        tiles = dict(zip(("q_tiles", "k_tiles", "v_tiles"), (q_box, k_box, k_box), strict=True))
-        types = {
-            name: f"tensordesc<bf16{box},{walk_hopper.box_layout(box, torch.bfloat16)}>" for name, box in tiles.items()
-        }
-        yield (
-            "forward: walk",
-            walk_hopper.walk_hopper_kernel,
-            constants,
-            {"num_warps": 4},
-            types | {"members_ptr": "*i64"},
-        )
+        constants, kernel = walk_hopper.hopper_constants(heads, depth, block, config), walk_hopper.walk_hopper_kernel
+        types = box_types(walk_hopper.hopper_boxes(heads, depth, block)) | {"members_ptr": "*i64"}
+        yield "forward: walk", kernel, constants, {"num_warps": 4}, types
     else:
         constants = walk.walk_constants(config, heads, depth, block, scale, tokens, False, False, config.walk_tma)
         tile = f"tensordesc<bf16[1,1,{constants['COLUMNS']},{depth}]>" if config.walk_tma else "*bf16"
@@ -235,13 +226,22 @@ def backward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     config = configs.backward_config(
         target, group_size=heads, head_dim=depth, block_size=shape.block_size, element_size=shape.element
     )
-    constants = backward_gradient.gradient_constants(config, heads, depth, shape.block_size) | {"OFFSET": 0}
-    constants["stride_gd"] = 1
     types = pointers("bf16", "grad_out partial_q grad_q")
     types |= pointers("fp32", "row_delta row_lse2 partial_k partial_v grad_k grad_v")
-    options = targets.launch_options(config.num_warps, config.num_stages, None)
-    yield "backward: gradient", backward_gradient.gradient_kernel, constants, options, types
-    constants = {"HEADS": heads, "HEAD_DIM": depth, "TILE": 16, "DEPTH": depth}
+    if config.hopper:
+        constants = backward_hopper.hopper_constants(config, heads, depth, shape.block_size)
+        kernel, boxes = (
+            backward_hopper.gradient_hopper_kernel,
+            backward_hopper.hopper_boxes(heads, depth, shape.block_size),
+        )
+        yield "backward: gradient", kernel, constants, {"num_warps": 8}, types | box_types(boxes)
+    else:
+        constants = backward_gradient.gradient_constants(config, heads, depth, shape.block_size)
+        constants |= {"OFFSET": 0, "stride_gd": 1}
+        options = targets.launch_options(config.num_warps, config.num_stages, None)
+        yield "backward: gradient", backward_gradient.gradient_kernel, constants, options, types
+    inside = backward_gradient.heads_inside(heads) and not config.hopper
+    constants = {"HEADS": heads, "HEAD_DIM": depth, "INSIDE": inside, "TILE": 16, "DEPTH": depth}
     yield "backward: sum_slots", backward_sums.sum_slots_kernel, constants, {"num_warps": 8}, types
 
 

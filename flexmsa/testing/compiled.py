@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from flexmsa.kernels.triton.hopper import box_layout
 from flexmsa.kernels.triton.targets import Target
 
 TARGETS = {
@@ -74,6 +76,17 @@ def argument_type(name: str, types: Mapping[str, str]) -> str:
     if name.endswith("_ptr"):
         raise ValueError(f"{name}: expected a pointer whose type is known, got a new name; give its type or list it")
     return "fp32" if name == "scale" else "i32"
+
+
+def box_types(boxes: Mapping[str, list[int]]) -> dict[str, str]:
+    """Triton's types of what a Gluon kernel copies in boxes: vectors of bf16, and numbers of rows in fp32."""
+    kinds = {
+        name: ("fp32", torch.float32) if len(box) == 1 else ("bf16", torch.bfloat16) for name, box in boxes.items()
+    }
+    return {
+        name: f"tensordesc<{kind}{boxes[name]},{box_layout(boxes[name], dtype)}>"
+        for name, (kind, dtype) in kinds.items()
+    }
 
 
 def build(

@@ -10,7 +10,8 @@ contiguous. Nothing is accumulated across programs, so that the results are the 
 The work goes chunk by chunk (see `reverse_index`), four launches each:
 
 - `gather_kernel` writes, in the order of the lists, what is needed of each entry and of its G rows (`backward_rows`);
-- `gradient_kernel`: one program owns one piece of a block's list, and makes its dK, dV and dQ (`backward_gradient`);
+- `gradient_kernel`: one program owns one piece of a block's list, and makes its dK, dV and dQ (`backward_gradient`, and
+  for Hopper `backward_hopper`);
 - `sum_pieces_kernel`: one program owns some keys of a block whose list has several pieces, and adds them in order;
 - `sum_slots_kernel`: one program owns some heads of one token, and sums dQ over its slots in order (`backward_sums`).
 
@@ -24,13 +25,14 @@ from torch import Tensor
 
 from ..tuning import tuned
 from ..workspace import chunk_tokens
-from .backward_gradient import gradient_constants, gradient_kernel
-from .backward_rows import gather_kernel, row_statistics
+from .backward_gradient import heads_inside
+from .backward_rows import Workspace, gather_kernel, row_statistics
 from .backward_sums import sum_pieces_kernel, sum_slots_kernel
 from .configs import BackwardConfig, backward_config
 from .pieces import cut_lists
+from .primitives import tma_ready
 from .reverse_index import chunked_indexes
-from .targets import target_of
+from .targets import padded, target_of
 
 
 def block_sparse_attention_backward(
@@ -75,15 +77,26 @@ def block_sparse_attention_backward(
     step = max(1, min(step, (2**31 - 1) // (topk * group_size) - 2 * config.rows))
     num_entries = min(step, batch * seqlen_q) * topk
     num_slots = 2 * num_entries // config.length if num_entries > config.length else 0
-    partial_q = q.new_empty(num_entries, group_size, head_dim)
-    partial_k, partial_v = (lse.new_empty(num_slots, block_size, head_dim) for _ in range(2))
-    queries, limits, places = (sequences.new_empty(num_entries) for _ in range(3))
-    row_delta, row_lse2 = (lse.new_empty(num_entries, group_size) for _ in range(2))
+    workspace = Workspace(
+        queries=sequences.new_empty(num_entries),
+        limits=sequences.new_empty(num_entries),
+        places=sequences.new_empty(num_entries),
+        row_delta=lse.new_empty(num_entries, group_size),
+        row_lse2=lse.new_empty(num_entries, group_size),
+        partial_q=q.new_empty(num_entries, group_size, head_dim),
+        partial_k=lse.new_empty(num_slots, block_size, head_dim),
+        partial_v=lse.new_empty(num_slots, block_size, head_dim),
+    )
+    hopper = hopper_takes(grad_out, q, k, v, config)
+    if hopper:
+        # Imported where it is launched: another version of Triton may not have what it needs.
+        from .backward_hopper import add_gradients
+    else:
+        from .backward_gradient import add_gradients
 
     lanes = triton.next_power_of_2(group_size)
     entries = max(1, 1024 // lanes)
-    constants = gradient_constants(config, group_size, head_dim, block_size)
-    depth = constants["DEPTH"]
+    depth = padded(head_dim)
     heads = min(lanes, max(1, 2048 // depth))
     for index in chunked_indexes(block_indices, sequences, q, k, block_size, step):
         pieces = cut_lists(index, config.length)
@@ -91,7 +104,7 @@ def block_sparse_attention_backward(
         for chunk in range(index.num_chunks):
             group, first_token = chunk // chunks, chunk % chunks * index.chunk_tokens
             tokens = min(index.chunk_tokens, index.num_tokens - first_token)
-            places.fill_(-1)
+            workspace.places.fill_(-1)
             gather_kernel[(triton.cdiv(tokens * topk, entries),)](
                 index.blocks,
                 index.numbers,
@@ -99,11 +112,11 @@ def block_sparse_attention_backward(
                 index.offsets,
                 delta,
                 lse2,
-                queries,
-                limits,
-                places,
-                row_delta,
-                row_lse2,
+                workspace.queries,
+                workspace.limits,
+                workspace.places,
+                workspace.row_delta,
+                workspace.row_lse2,
                 chunk,
                 index.first_token,
                 index.num_tokens,
@@ -118,43 +131,13 @@ def block_sparse_attention_backward(
                 LANES=lanes,
                 num_warps=4,
             )
-            for offset in range(0, block_size, config.columns):
-                gradient_kernel[(pieces.num_items,)](
-                    grad_out,
-                    q,
-                    k,
-                    v,
-                    pieces.plan,
-                    queries,
-                    limits,
-                    row_delta,
-                    row_lse2,
-                    partial_q,
-                    partial_k,
-                    partial_v,
-                    grad_k,
-                    grad_v,
-                    *grad_out.stride(),
-                    *q.stride(),
-                    *k.stride(),
-                    *v.stride(),
-                    chunk,
-                    group,
-                    pieces.num_items,
-                    seqlen_k,
-                    num_kv_heads,
-                    scale,
-                    **constants,
-                    OFFSET=offset,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                )
+            add_gradients(grad_out, q, k, v, workspace, pieces, chunk, group, scale, config, grad_k, grad_v)
             if num_slots > 0:
                 sum_pieces_kernel[(index.num_blocks, triton.cdiv(block_size, 16))](
                     index.blocks,
                     pieces.shares,
-                    partial_k,
-                    partial_v,
+                    workspace.partial_k,
+                    workspace.partial_v,
                     grad_k,
                     grad_v,
                     chunk,
@@ -168,8 +151,8 @@ def block_sparse_attention_backward(
                     num_warps=4,
                 )
             sum_slots_kernel[(tokens, triton.cdiv(group_size, heads))](
-                places,
-                partial_q,
+                workspace.places,
+                workspace.partial_q,
                 grad_q,
                 group,
                 index.first_token + first_token,
@@ -178,8 +161,14 @@ def block_sparse_attention_backward(
                 topk,
                 HEADS=group_size,
                 HEAD_DIM=head_dim,
+                INSIDE=heads_inside(group_size) and not hopper,
                 TILE=heads,
                 DEPTH=depth,
                 num_warps=max(1, min(8, heads * depth // 256)),
             )
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def hopper_takes(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, config: BackwardConfig) -> bool:
+    """Whether `backward_hopper` takes the tensors: the bulk copy engine has to read them."""
+    return config.hopper and all(tma_ready(x) for x in (grad_out, q, k, v))

@@ -1,17 +1,19 @@
 """The backward's main kernel: dK and dV of one piece of a block's list, and the share of dQ of each row in it.
 
 One program holds K, V, dK and dV of the block and walks the rows, row r being head r % G of entry r // G. It writes the
-rows' own share of dQ, [entries, G, D] in q's dtype (heads innermost if G is a multiple of 8: that is how the products
-leave them), and adds dK and dV to the fp32 sums if the list has no other piece; else they are kept apart. If registers
-cannot hold dK and dV of a whole block, there is a launch for each part of its keys. See `attention_backward` for the
-formulas, and `backward_sums` for what adds up the shares.
+rows' own share of dQ, [entries, G, D] in q's dtype (heads innermost if `heads_inside`), and adds dK and dV to the fp32
+sums if the list has no other piece; else they are kept apart. If registers cannot hold dK and dV of a whole block,
+there is a launch for each part of its keys. See `attention_backward` for the formulas, and `backward_sums` for what
+adds up the shares.
 """
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .backward_rows import Workspace
 from .configs import BackwardConfig
-from .pieces import load_piece, load_slot
+from .pieces import Pieces, load_piece, load_slot
 from .primitives import LOG2_E
 from .targets import padded
 
@@ -39,9 +41,9 @@ def gradient_tile(q, grad, k, v, lse2, delta, limit, grad_k, grad_v, scale, OFFS
 
 
 @triton.jit
-def partial_offsets(row, depth, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Where element `depth` of row `row` is kept in a partial dQ."""
-    if HEADS % 8 == 0:
+def partial_offsets(row, depth, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, INSIDE: tl.constexpr):
+    """Where element `depth` of row `row` is kept in a partial dQ; INSIDE: heads innermost."""
+    if INSIDE:
         return row // HEADS * (HEADS * HEAD_DIM) + row % HEADS + depth * HEADS
     else:
         return row * HEAD_DIM + depth
@@ -92,6 +94,7 @@ def gradient_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     SWAP: tl.constexpr,
+    INSIDE: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
     """See the module's docstring. Program i owns item i of a chunk's plan, and COLUMNS of its block's keys from OFFSET.
@@ -139,7 +142,7 @@ def gradient_kernel(
         grad_q, grad_k, grad_v = gradient_tile(q, grad, k, v, lse2, delta, limit, grad_k, grad_v, scale, OFFSET, SWAP)
         entry = start // HEADS
         partial_q = partial_q_ptr + entry.to(tl.int64) * (HEADS * HEAD_DIM)
-        place = partial_offsets((row - entry * HEADS)[None, :], depth[:, None], HEADS, HEAD_DIM)
+        place = partial_offsets((row - entry * HEADS)[None, :], depth[:, None], HEADS, HEAD_DIM, INSIDE)
         mask = live[None, :] if HEAD_DIM == DEPTH else live[None, :] & (depth < HEAD_DIM)[:, None]
         if OFFSET > 0:
             grad_q += tl.load(partial_q + place, mask=mask, other=0.0).to(tl.float32)
@@ -170,4 +173,61 @@ def gradient_constants(config: BackwardConfig, group_size: int, head_dim: int, b
         "COLUMNS": config.columns,
         "DEPTH": padded(head_dim),
         "SWAP": config.swap,
+        "INSIDE": heads_inside(group_size),
     }
+
+
+def heads_inside(group_size: int) -> bool:
+    """Whether a partial dQ has its heads innermost: as the products leave them, where that makes whole sectors."""
+    return group_size % 8 == 0
+
+
+def add_gradients(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    workspace: Workspace,
+    pieces: Pieces,
+    chunk: int,
+    group: int,
+    scale: float,
+    config: BackwardConfig,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Fill the partial results of a chunk of one KV head; lists of one piece are added to grad_k and grad_v."""
+    num_kv_heads, seqlen_k, head_dim = k.shape[1:]
+    block_size = workspace.partial_k.shape[1]
+    constants = gradient_constants(config, q.shape[1] // num_kv_heads, head_dim, block_size)
+    for offset in range(0, block_size, config.columns):
+        gradient_kernel[(pieces.num_items,)](
+            grad_out,
+            q,
+            k,
+            v,
+            pieces.plan,
+            workspace.queries,
+            workspace.limits,
+            workspace.row_delta,
+            workspace.row_lse2,
+            workspace.partial_q,
+            workspace.partial_k,
+            workspace.partial_v,
+            grad_k,
+            grad_v,
+            *grad_out.stride(),
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            chunk,
+            group,
+            pieces.num_items,
+            seqlen_k,
+            num_kv_heads,
+            scale,
+            **constants,
+            OFFSET=offset,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )

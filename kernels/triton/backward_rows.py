@@ -3,6 +3,8 @@
 See `attention_backward` for the formulas.
 """
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -97,6 +99,26 @@ def row_statistics(
         num_warps=4,
     )
     return delta, lse2
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What is kept of one chunk at a time, in the order of the lists.
+
+    queries, limits: [entries] int32, the query of an entry and how many keys of its block it sees; row_delta, row_lse2:
+    [entries, G] fp32; places: [tokens, topk] int32, where an entry went, -1 for a slot of no list; partial_q:
+    [entries, G, D] in q's dtype, each row's own share of dQ; partial_k, partial_v: [slots, block_size, D] fp32, the
+    shares of the pieces that have a slot.
+    """
+
+    queries: Tensor
+    limits: Tensor
+    places: Tensor
+    row_delta: Tensor
+    row_lse2: Tensor
+    partial_q: Tensor
+    partial_k: Tensor
+    partial_v: Tensor
 
 
 @triton.jit(do_not_specialize=["chunk", "first_token", "num_tokens", "chunk_tokens", "lowest"])

@@ -58,6 +58,7 @@ def sum_slots_kernel(
     topk,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    INSIDE: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
@@ -66,7 +67,7 @@ def sum_slots_kernel(
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
     depth = tl.arange(0, DEPTH)[None, :]
     mask = (head < HEADS) & (depth < HEAD_DIM)
-    offsets = partial_offsets(head, depth, HEADS, HEAD_DIM)
+    offsets = partial_offsets(head, depth, HEADS, HEAD_DIM, INSIDE)
     grad_q = tl.zeros([TILE, DEPTH], tl.float32)
     for slot in tl.range(0, topk, loop_unroll_factor=4):
         place = tl.load(places_ptr + local * topk + slot).to(tl.int64)

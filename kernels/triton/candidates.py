@@ -17,7 +17,7 @@ TUNABLE = {
         *("rows", "num_warps", "num_stages", "max_registers", "length"),
         *("walk_rows", "walk_columns", "walk_warps", "walk_stages", "walk_registers", "walk_limit", "walk_hopper"),
     ),
-    "backward": ("rows", "columns", "num_warps", "num_stages", "length", "swap"),
+    "backward": ("rows", "columns", "num_warps", "num_stages", "length", "swap", "hopper"),
     "loss": ("rows", "columns", "num_warps", "num_stages", "length"),
 }
 
@@ -76,6 +76,11 @@ def forward_candidates(target: Target, config: ForwardConfig, group_size: int, b
 
 def backward_candidates(target: Target, config: BackwardConfig, block_size: int) -> Iterator[Changes]:
     """Changes to try for the backward."""
+    if config.hopper:
+        yield from stages(target, "num_stages", config.num_stages)
+        yield from near("length", config.length, 16, 16384)
+        yield {"hopper": False}
+        return
     yield from loss_candidates(target, config, block_size)
     yield {"swap": not config.swap}
 

@@ -251,7 +251,8 @@ def forward_config(
 @dataclass(frozen=True)
 class BackwardConfig:
     """rows: query rows a step; columns: keys of a block that one program holds, further ones taking further launches;
-    length: entries of a piece, one program's share of a list; swap: how dQ is multiplied, see `gradient_tile`.
+    length: entries of a piece, one program's share of a list; swap: how dQ is multiplied, see `gradient_tile`;
+    hopper: by `backward_hopper`, where that takes the tensors, with its own rows and warps.
     """
 
     rows: int
@@ -260,6 +261,7 @@ class BackwardConfig:
     num_stages: int
     length: int
     swap: bool
+    hopper: bool = False
 
 
 def backward_config(
@@ -282,7 +284,9 @@ def backward_config(
     few = element_size <= 2 and columns * depth <= 64 * 64
     swap = target.backend == "cuda" and (element_size > 2 or depth > 128 or not large)
     num_warps = 4 if target.backend == "hip" or few else 8
-    return BackwardConfig(rows, columns, num_warps, num_stages, max(16, 8192 // group_size), swap)
+    plain = element_size == 2 and head_dim in (64, 128) and block_size == 128
+    hopper = GLUON and target.arch == 90 and plain and group_size in (8, 16, 32, 64)
+    return BackwardConfig(rows, columns, num_warps, num_stages, max(16, 8192 // group_size), swap, hopper)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ Results are those of `walk` but for the order in which a row's weights are added
 Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
 """
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .configs import ForwardConfig
+from .hopper import clear_rows, make_barriers, shared_box
 from .primitives import LN_2, LOG2_E
 from .targets import target_of
 from .union import Tiles
@@ -78,19 +77,6 @@ def hide_unseen(scores, last):
     """The scores of a block, of which each row sees the columns up to last [ROWS]."""
     column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
     return gl.where(column[None, :] <= last[:, None], scores, float("-inf"))
-
-
-@gluon.jit
-def clear_values(v, count):
-    """Zero the values [BLOCK, D] in shared memory from `count` on: a weight of 0 does not silence a NaN.
-
-    Both groups of warps do so, each before its own product: what they write is the same.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    values = v.load(layout)
-    seen = gl.arange(0, v.shape[0], gl.SliceLayout(1, layout)) < count
-    v.store(gl.where(seen[:, None], values, gl.full(v.shape, 0.0, v.dtype, layout)))
-    fence_async_shared()
 
 
 @gluon.jit
@@ -164,7 +150,8 @@ def attend_tiles(
                 acc = acc * gl.convert_layout(decay, per_sum)[:, None]
                 mbarrier.wait(v_full.index(stage), phase)
                 if count < BLOCK:
-                    clear_values(v, count)
+                    # Both groups of warps do so, each before its own product: what they write is the same.
+                    clear_rows(v, count)
                 mbarrier.wait(turns.index(half), section & 1)
                 acc = warpgroup_mma(weights, v, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
@@ -177,15 +164,6 @@ def attend_tiles(
             head = walk // num_tiles * GROUP_SIZE + half * (GROUP_SIZE // 2) + row // TOKENS
             place = (gl.cast(batch, gl.int64) * num_kv_heads * GROUP_SIZE + head) * seqlen_q + query
             store_rows(out_ptr, lse_ptr, place, query < stop, acc, row_max, row_sum)
-
-
-@gluon.jit
-def make_barriers(number: gl.constexpr, count: gl.constexpr):
-    """`number` barriers in shared memory, each of `count` arrivals."""
-    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(barriers.index(i), count=count)
-    return barriers
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "num_walks", "limit", "num_kv_heads", "seqlen_q"])
@@ -236,19 +214,11 @@ def walk_hopper_kernel(
     )
 
 
-def shared_box(x: torch.Tensor, box: list[int]) -> TensorDescriptor:
-    """x as boxes for the bulk copy engine, laid out in shared memory as the tensor cores take them."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, box_layout(box, x.dtype))
-
-
-def box_layout(box: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """The layout of a box in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
-
-
-def hopper_boxes(group_size: int, head_dim: int, block_size: int) -> tuple[list[int], list[int]]:
-    """The boxes of queries, half the heads of a tile's tokens, and of keys and values."""
-    return [1, group_size // 2, 2 * ROWS.value // group_size, head_dim], [1, 1, block_size, head_dim]
+def hopper_boxes(group_size: int, head_dim: int, block_size: int) -> dict[str, list[int]]:
+    """The box of each tensor that is copied: of queries, half the heads of a tile's tokens."""
+    keys = [1, 1, block_size, head_dim]
+    rows = [1, group_size // 2, 2 * ROWS.value // group_size, head_dim]
+    return {"q_tiles": rows, "k_tiles": keys, "v_tiles": keys}
 
 
 def hopper_constants(group_size: int, head_dim: int, block_size: int, config: ForwardConfig) -> dict[str, int]:
@@ -260,12 +230,10 @@ def walk_tiles_hopper(q, k, v, tiles: Tiles, block_size: int, scale: float, conf
     """Fill out and lse of the tokens in walking tiles; layouts as in `attention`."""
     num_kv_heads, head_dim = k.shape[1], k.shape[3]
     group_size = q.shape[1] // num_kv_heads
-    q_box, k_box = hopper_boxes(group_size, head_dim, block_size)
+    boxes = hopper_boxes(group_size, head_dim, block_size)
     num_walks = num_kv_heads * tiles.num_tiles
     walk_hopper_kernel[(min(num_walks, target_of(q.device).num_sms),)](
-        shared_box(q, q_box),
-        shared_box(k, k_box),
-        shared_box(v, k_box),
+        *(shared_box(x, box) for x, box in zip((q, k, v), boxes.values(), strict=True)),
         tiles.walks,
         tiles.list,
         tiles.members,

@@ -3,12 +3,11 @@
 import os
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton")
 
 from flexmsa.kernels.triton import by_block, combine_slots, configs, targets, union, walk, walk_hopper  # noqa: E402
-from flexmsa.testing.compiled import TARGETS, lone_products  # noqa: E402
+from flexmsa.testing.compiled import TARGETS, box_types, lone_products  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
@@ -100,11 +99,7 @@ def test_walk_hopper(build, shape):
         target, group_size=group_size, head_dim=head_dim, block_size=block_size, topk=TOPK, element_size=2
     )
     assert config.walk_hopper and config.walk_tokens(group_size, TOPK) * group_size == 128
-    q_box, k_box = walk_hopper.hopper_boxes(group_size, head_dim, block_size)
-    tiles = {"q_tiles": q_box, "k_tiles": k_box, "v_tiles": k_box}
-    types = {
-        name: f"tensordesc<bf16{box},{walk_hopper.box_layout(box, torch.bfloat16)}>" for name, box in tiles.items()
-    }
+    types = box_types(walk_hopper.hopper_boxes(group_size, head_dim, block_size))
     constants = walk_hopper.hopper_constants(group_size, head_dim, block_size, config)
     compiled = build(walk_hopper.walk_hopper_kernel, target, constants, 4, members_ptr="*i64", **types)
     # A group of products for the keys and one for the values, in each of the two groups of warps.

@@ -38,7 +38,7 @@ CHANGES = {
 LAUNCHES = {
     "selection": ("selection", "selection_constants"),
     "forward": ("by_block", "partial_constants"),
-    "backward": ("attention_backward", "gradient_constants"),
+    "backward": ("backward_gradient", "gradient_constants"),
     "loss": ("index_loss", "loss_constants"),
 }
 

@@ -1,0 +1,43 @@
+"""Named pieces that the Gluon kernels for Hopper are built of: barriers, boxes of the bulk copy engine, layouts."""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Numbers of 16 bits that lie next to each other where the tensor cores take them.
+HALF = gl.constexpr(64)
+# All warps of a part of a kernel meet; the name is another from Triton 3.7 on.
+meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.jit
+def make_barriers(number: gl.constexpr, count: gl.constexpr):
+    """`number` barriers in shared memory, each of `count` arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(barriers.index(i), count=count)
+    return barriers
+
+
+@gluon.jit
+def clear_rows(x, count):
+    """Zero the rows of x [N, D] in shared memory from `count` on: a weight of 0 does not silence a NaN."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    values = x.load(layout)
+    seen = gl.arange(0, x.shape[0], gl.SliceLayout(1, layout)) < count
+    x.store(gl.where(seen[:, None], values, gl.full(x.shape, 0.0, x.dtype, layout)))
+    fence_async_shared()
+
+
+def box_layout(box: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """The layout of a box in shared memory: as the tensor cores take it, or of one dimension as it is."""
+    if len(box) == 1:
+        return gl.NVMMASharedLayout(0, 8 * dtype.itemsize, 1)
+    return gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+
+
+def shared_box(x: torch.Tensor, box: list[int]) -> TensorDescriptor:
+    """x as boxes for the bulk copy engine."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, box_layout(box, x.dtype))
