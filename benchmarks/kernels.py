@@ -22,6 +22,7 @@ from flexmsa.kernels.triton import (
     backward_hopper,
     backward_sums,
     by_block,
+    by_block_hopper,
     combine_slots,
     configs,
     selection,
@@ -210,10 +211,18 @@ def forward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
         tile = f"tensordesc<bf16[1,1,{constants['COLUMNS']},{depth}]>" if config.walk_tma else "*bf16"
         types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile}
         yield "forward: walk", walk.walk_kernel, constants | storage, config.walk_options(), types
-    constants = by_block.partial_constants(config, heads, depth, block, topk, scale) | storage
     types = LISTS | pointers("bf16", "partial")
-    kernel = by_block.partial_attention_kernel
-    yield "forward: partial_attention", kernel, constants, config.launch_options(), types
+    if config.hopper:
+        constants, kernel = (
+            by_block_hopper.hopper_constants(topk, heads, depth, block),
+            by_block_hopper.partial_hopper_kernel,
+        )
+        options = {"num_warps": 4, "maxnreg": by_block_hopper.REGISTERS}
+        types |= box_types(by_block_hopper.hopper_boxes(heads, depth, block))
+    else:
+        constants = by_block.partial_constants(config, heads, depth, block, topk, scale) | storage
+        kernel, options = by_block.partial_attention_kernel, config.launch_options()
+    yield "forward: partial_attention", kernel, constants, options, types
     constants = combine_slots.combine_constants(heads, depth, topk)
     types |= pointers("i8", "skip") | pointers("i16", "numbers")
     options = {"num_warps": 4}

@@ -6,8 +6,8 @@ Layouts: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D], any strides; out [B, Hq, Sq, D]
 For inference, k and v may be kept in pages and in e4m3, as in `decode`.
 
 Two orders of work, chosen tile by tile on the device (see `union`): neighbouring tokens that chose much the same
-blocks walk the union of them (see `walk`, and for Hopper `walk_hopper`); all other tokens take the KV-outer order (see
-`by_block`).
+blocks walk the union of them (see `walk`); all other tokens take the KV-outer order (see `by_block`). For Hopper both
+have a kernel in Gluon (`walk_hopper`, `by_block_hopper`).
 """
 
 import torch
@@ -18,7 +18,7 @@ from .configs import ForwardConfig, forward_config
 from .fp8 import Cache
 from .primitives import tma_ready
 from .targets import target_of
-from .union import Tiles, choose_tiles
+from .union import choose_tiles
 from .walk import walk_tiles
 
 
@@ -61,7 +61,9 @@ def block_sparse_attention_forward(
         # Tokens without a block to see are in no walk.
         out.zero_()
         lse.fill_(-torch.inf)
-    if hopper_takes(q, k, v, cache, tiles, scale, config):
+    # What the kernels for Hopper take: keys and values as they are, and a positive scale.
+    plain = scale > 0 and cache.page_table is None and cache.k_scale is None and all(map(tma_ready, (q, k, v)))
+    if plain and config.walk_hopper and tiles.list is not None and tiles.tokens * (q.shape[1] // k.shape[1]) == 128:
         # Imported where it is launched: another version of Triton may not have what it needs.
         from .walk_hopper import walk_tiles_hopper
 
@@ -69,12 +71,6 @@ def block_sparse_attention_forward(
     else:
         walk_tiles(q, k, v, cache, tiles, sequences, block_size, scale, config, out, lse)
     if block_indices is not None and not config.walk_all:
-        attend_by_block(q, k, v, cache, block_indices, sequences, tiles.skip, block_size, scale, config, out, lse)
+        rules = block_size, scale, config, plain and config.hopper
+        attend_by_block(q, k, v, cache, block_indices, sequences, tiles.skip, *rules, out, lse)
     return out, lse
-
-
-def hopper_takes(q, k, v, cache: Cache, tiles: Tiles, scale: float, config: ForwardConfig) -> bool:
-    """Whether `walk_hopper` takes the tiles: chosen blocks, keys and values as they are, 128 rows, a positive scale."""
-    kept = tiles.list is not None and cache.page_table is None and cache.k_scale is None
-    whole = tiles.tokens * (q.shape[1] // k.shape[1]) == 128
-    return config.walk_hopper and kept and whole and scale > 0 and all(tma_ready(x) for x in (q, k, v))

@@ -22,18 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_rows import Workspace
 from .configs import BackwardConfig
-from .hopper import HALF, clear_rows, make_barriers, meet, shared_box
+from .hopper import HALF, clear_rows, gather_rows, load_item, make_barriers, meet, shared_box
 from .pieces import Pieces
 from .primitives import LOG2_E
 
 ROWS = gl.constexpr(64)
-
-
-@gluon.jit
-def load_item(plan_ptr, chunk, num_items):
-    """Where the row of item program_id(0) is in a chunk's plan, its first entry, and its last entry + 1."""
-    row = plan_ptr + (chunk * num_items + gl.program_id(0)) * 8
-    return row, gl.load(row + 4), gl.load(row + 5)
 
 
 @gluon.jit
@@ -64,18 +57,17 @@ def copy_rows(
         for step in range((last - begin) // ENTRIES):
             start, stage = begin + step * ENTRIES, step % STAGES
             ready = full.index(stage)
+            # All before any copy is asked for, so that they are under way together. In the place of an entry that
+            # lacks, any of the list: numbers that are finite if the others are.
+            queries = ()
+            for entry in gl.static_range(ENTRIES):
+                queries += (gl.load(queries_ptr + gl.maximum(start + entry, first)),)  # type: ignore[assignment]
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(ready, 2 * (ENTRIES * HALVES * q_tiles.block_type.nbytes + lse2_tiles.block_type.nbytes))
             tma.async_copy_global_to_shared(lse2_tiles, [start * HEADS], ready, lse2_buffers.index(stage))
             tma.async_copy_global_to_shared(delta_tiles, [start * HEADS], ready, delta_buffers.index(stage))
-            for entry in gl.static_range(ENTRIES):
-                # In the place of an entry that lacks, any of the list: numbers that are finite if the others are.
-                query = gl.load(queries_ptr + gl.maximum(start + entry, first))
-                for half in gl.static_range(HALVES):
-                    at = [batch, group * HEADS, query, half * HALF]
-                    box = (stage * HALVES + half) * ENTRIES + entry
-                    tma.async_copy_global_to_shared(q_tiles, at, ready, q_boxes.index(box))
-                    tma.async_copy_global_to_shared(grad_tiles, at, ready, grad_boxes.index(box))
+            gather_rows(q_tiles, q_boxes, queries, batch, group * HEADS, stage, ready, HALVES)
+            gather_rows(grad_tiles, grad_boxes, queries, batch, group * HEADS, stage, ready, HALVES)
 
 
 @gluon.jit

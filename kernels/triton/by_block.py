@@ -233,8 +233,47 @@ def partial_constants(
     }
 
 
-def attend_by_block(q, k, v, cache, block_indices, sequences, skip, block_size, scale, config, out, lse) -> None:
-    """Fill out and lse of the tokens whose `skip` [Hkv, B*Sq] is 0, in KV-outer order."""
+def attend_chunk(q, k, v, cache, sequences, index, pieces, chunk, scale, partial, partial_lse, constants) -> None:
+    """Fill the partial results of a chunk."""
+    pages, max_pages, num_pages = page_arguments(cache.page_table, sequences, k)
+    partial_attention_kernel[(pieces.num_items,)](
+        q,
+        as_bits(k),
+        as_bits(v),
+        partial_lse if cache.k_scale is None else cache.k_scale,
+        partial_lse if cache.v_scale is None else cache.v_scale,
+        pages,
+        index.entries,
+        index.offsets,
+        pieces.plan,
+        partial,
+        partial_lse,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        chunk,
+        q.shape[2],
+        k.shape[2],
+        max_pages,
+        num_pages,
+        index.first_token,
+        index.num_tokens,
+        index.chunk_tokens,
+        index.num_blocks,
+        pieces.num_items,
+        k.shape[1],
+        scale * LOG2_E.value,
+        **constants,
+    )
+
+
+def attend_by_block(
+    q, k, v, cache, block_indices, sequences, skip, block_size, scale, config, hopper, out, lse
+) -> None:
+    """Fill out and lse of the tokens whose `skip` [Hkv, B*Sq] is 0, in KV-outer order.
+
+    hopper: by the kernel of `by_block_hopper`.
+    """
     batch, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads, topk = k.shape[1], block_indices.shape[3]
     group_size = num_heads // num_kv_heads
@@ -255,7 +294,6 @@ def attend_by_block(q, k, v, cache, block_indices, sequences, skip, block_size, 
     pieces = cut_lists(index, config.length)
     partial = q.new_empty(index.chunk_tokens, topk, group_size, head_dim)
     partial_lse = lse.new_empty(index.chunk_tokens, topk, group_size)
-    pages, max_pages, num_pages = page_arguments(cache.page_table, sequences, k)
     target = target_of(q.device)
     overlap = target.overlap()
     constants = {
@@ -265,36 +303,14 @@ def attend_by_block(q, k, v, cache, block_indices, sequences, skip, block_size, 
         **overlap,
     }
     combine = combine_constants(group_size, head_dim, topk)
+    if hopper:
+        # Imported where it is launched: another version of Triton may not have what it needs.
+        from .by_block_hopper import attend_chunk_hopper
     for chunk in range(index.num_chunks):
-        partial_attention_kernel[(pieces.num_items,)](
-            q,
-            as_bits(k),
-            as_bits(v),
-            lse if cache.k_scale is None else cache.k_scale,
-            lse if cache.v_scale is None else cache.v_scale,
-            pages,
-            index.entries,
-            index.offsets,
-            pieces.plan,
-            partial,
-            partial_lse,
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
-            chunk,
-            seqlen_q,
-            k.shape[2],
-            max_pages,
-            num_pages,
-            index.first_token,
-            index.num_tokens,
-            index.chunk_tokens,
-            index.num_blocks,
-            pieces.num_items,
-            num_kv_heads,
-            scale * LOG2_E.value,
-            **constants,
-        )
+        if hopper:
+            attend_chunk_hopper(q, k, v, index, pieces, chunk, block_size, scale, partial, partial_lse)
+        else:
+            attend_chunk(q, k, v, cache, sequences, index, pieces, chunk, scale, partial, partial_lse, constants)
         combine_slots_kernel[(triton.cdiv(index.chunk_tokens, combine["TOKENS"]),)](
             partial,
             partial_lse,

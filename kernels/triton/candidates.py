@@ -15,7 +15,16 @@ TUNABLE = {
     "selection": ("rows", "num_warps", "num_stages", "period"),
     "forward": (
         *("rows", "num_warps", "num_stages", "max_registers", "length"),
-        *("walk_rows", "walk_columns", "walk_warps", "walk_stages", "walk_registers", "walk_limit", "walk_hopper"),
+        *(
+            "walk_rows",
+            "walk_columns",
+            "walk_warps",
+            "walk_stages",
+            "walk_registers",
+            "walk_limit",
+            "walk_hopper",
+            "hopper",
+        ),
     ),
     "backward": ("rows", "columns", "num_warps", "num_stages", "length", "swap", "hopper"),
     "loss": ("rows", "columns", "num_warps", "num_stages", "length"),
@@ -54,7 +63,10 @@ def selection_candidates(target: Target, config: SelectionConfig, num_kv_heads: 
 
 def forward_candidates(target: Target, config: ForwardConfig, group_size: int, block_size: int) -> Iterator[Changes]:
     """Changes to try for the forward: of the KV-outer kernel, of the walking one, and of the choice between them."""
-    if not config.walk_all:
+    if config.hopper:
+        yield from near("length", config.length, 16, 16384)
+        yield {"hopper": False}
+    elif not config.walk_all:
         yield from near("num_warps", config.num_warps, 4, 8)
         yield from near("rows", config.rows, 16, 128)
         yield from stages(target, "num_stages", config.num_stages)

@@ -169,8 +169,8 @@ class ForwardConfig:
 
     rows: packed query rows a step of the KV-outer kernel; length: entries of a piece; walk_rows: rows of a tile that
     walks the union of its tokens' blocks, walk_columns: keys a step of it, and walk_limit: the longest union that it
-    walks, 0 for never; walk_all: a block is too large for the KV-outer kernel, so every tile walks; walk_hopper: by
-    `walk_hopper`, where that takes the tiles.
+    walks, 0 for never; walk_all: a block is too large for the KV-outer kernel, so every tile walks; walk_hopper and
+    hopper: by `walk_hopper` and `by_block_hopper`, where these take the tensors.
     """
 
     rows: int
@@ -187,6 +187,7 @@ class ForwardConfig:
     walk_limit: int
     walk_all: bool
     walk_hopper: bool
+    hopper: bool
 
     def launch_options(self) -> dict[str, int]:
         """Launch options of the KV-outer kernel."""
@@ -229,7 +230,7 @@ def forward_config(
     block_bytes = 2 * columns * depth * element_size
     fits = block_bytes + rows * depth * element_size <= max(target.shared_memory, 72 << 10)
     plain = element_size == 2 and not decoded and head_dim in (64, 128) and block_size in (64, 128)
-    walk_hopper = GLUON and target.arch == 90 and plain and group_size in (2, 4, 8, 16, 32, 64)
+    gluon = GLUON and target.arch == 90 and plain
     return ForwardConfig(
         rows=rows,
         num_warps=4 if hopper or target.backend == "hip" or depth <= 64 else 8,
@@ -244,7 +245,8 @@ def forward_config(
         walk_tma=hopper and element_size == 2,
         walk_limit=topk * 2 if fits else 64 * topk,
         walk_all=not fits,
-        walk_hopper=walk_hopper,
+        walk_hopper=gluon and group_size in (2, 4, 8, 16, 32, 64),
+        hopper=gluon and block_size == 128 and group_size in (8, 16, 32, 64),
     )
 
 

@@ -3,7 +3,7 @@
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Numbers of 16 bits that lie next to each other where the tensor cores take them.
@@ -19,6 +19,26 @@ def make_barriers(number: gl.constexpr, count: gl.constexpr):
     for i in gl.static_range(number):
         mbarrier.init(barriers.index(i), count=count)
     return barriers
+
+
+@gluon.jit
+def load_item(plan_ptr, chunk, num_items):
+    """Where the row of item program_id(0) is in a chunk's plan, its first entry, and its last entry + 1."""
+    row = plan_ptr + (chunk * num_items + gl.program_id(0)) * 8
+    return row, gl.load(row + 4), gl.load(row + 5)
+
+
+@gluon.jit
+def gather_rows(tiles, boxes, queries, batch, head, stage, ready, HALVES: gl.constexpr):
+    """Ask for the vectors of queries, each of all heads from `head` on, in halves of the head dim.
+
+    The first halves of a stage come before the second ones, as [rows, HALVES * HALF] lies for the tensor cores.
+    """
+    ENTRIES: gl.constexpr = len(queries)
+    for number in gl.static_range(ENTRIES):
+        for half in gl.static_range(HALVES):
+            box = boxes.index((stage * HALVES + half) * ENTRIES + number)
+            tma.async_copy_global_to_shared(tiles, [batch, head, queries[number], half * HALF], ready, box)
 
 
 @gluon.jit

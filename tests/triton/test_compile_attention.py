@@ -6,7 +6,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import by_block, combine_slots, configs, targets, union, walk, walk_hopper  # noqa: E402
+from flexmsa.kernels.triton import by_block, by_block_hopper, combine_slots, configs, targets, union, walk, walk_hopper  # noqa: E402
 from flexmsa.testing.compiled import TARGETS, box_types, lone_products  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
@@ -105,6 +105,30 @@ def test_walk_hopper(build, shape):
     # A group of products for the keys and one for the values, in each of the two groups of warps.
     products, ends = lone_products(compiled.asm["cubin"])
     assert ends == 4 and products == 2 * (head_dim + block_size) // 16
+
+
+BY_BLOCK = {name: shape for name, shape in HOPPER.items() if shape[0] >= 8 and shape[2] == 128} | {"64": (64, 128, 128)}
+
+
+@pytest.mark.parametrize("shape", BY_BLOCK.values(), ids=BY_BLOCK)
+def test_by_block_hopper(build, shape):
+    group_size, head_dim, block_size = shape
+    target = TARGETS["sm_90"]
+    config = configs.forward_config(
+        target, group_size=group_size, head_dim=head_dim, block_size=block_size, topk=TOPK, element_size=2
+    )
+    assert config.hopper
+    types = {"entries_ptr": "*i64", "offsets_ptr": "*i64"} | box_types(
+        by_block_hopper.hopper_boxes(group_size, head_dim, block_size)
+    )
+    constants = by_block_hopper.hopper_constants(TOPK, group_size, head_dim, block_size)
+    compiled = build(
+        by_block_hopper.partial_hopper_kernel, target, constants, 4, maxnreg=by_block_hopper.REGISTERS, **types
+    )
+    products, ends = lone_products(compiled.asm["cubin"])
+    assert ends == 2 and products == (head_dim + block_size) // 16
+    # Two programs share a multiprocessor's 228 KiB, of which each takes 1 KiB for itself.
+    assert 2 * (compiled.metadata.shared + 1024) <= 228 << 10
 
 
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
