@@ -80,13 +80,11 @@ def argument_type(name: str, types: Mapping[str, str]) -> str:
 
 def box_types(boxes: Mapping[str, list[int]]) -> dict[str, str]:
     """Triton's types of what a Gluon kernel copies in boxes: vectors of bf16, and numbers of rows in fp32."""
-    kinds = {
-        name: ("fp32", torch.float32) if len(box) == 1 else ("bf16", torch.bfloat16) for name, box in boxes.items()
-    }
-    return {
-        name: f"tensordesc<{kind}{boxes[name]},{box_layout(boxes[name], dtype)}>"
-        for name, (kind, dtype) in kinds.items()
-    }
+    types = {}
+    for name, box in boxes.items():
+        kind, dtype = ("fp32", torch.float32) if len(box) == 1 else ("bf16", torch.bfloat16)
+        types[name] = f"tensordesc<{kind}{box},{box_layout(tuple(box), dtype)}>"
+    return types
 
 
 def build(

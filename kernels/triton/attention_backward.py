@@ -90,9 +90,10 @@ def block_sparse_attention_backward(
     hopper = hopper_takes(grad_out, q, k, v, config)
     if hopper:
         # Imported where it is launched: another version of Triton may not have what it needs.
-        from .backward_hopper import add_gradients
+        from .backward_hopper import gradient_launcher
     else:
-        from .backward_gradient import add_gradients
+        from .backward_gradient import gradient_launcher
+    add_gradients = gradient_launcher(grad_out, q, k, v, workspace, scale, config, grad_k, grad_v)
 
     lanes = triton.next_power_of_2(group_size)
     entries = max(1, 1024 // lanes)
@@ -131,7 +132,7 @@ def block_sparse_attention_backward(
                 LANES=lanes,
                 num_warps=4,
             )
-            add_gradients(grad_out, q, k, v, workspace, pieces, chunk, group, scale, config, grad_k, grad_v)
+            add_gradients(pieces, chunk, group)
             if num_slots > 0:
                 sum_pieces_kernel[(index.num_blocks, triton.cdiv(block_size, 16))](
                     index.blocks,

@@ -7,6 +7,8 @@ there is a launch for each part of its keys. See `attention_backward` for the fo
 adds up the shares.
 """
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -182,52 +184,56 @@ def heads_inside(group_size: int) -> bool:
     return group_size % 8 == 0
 
 
-def add_gradients(
+def gradient_launcher(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     workspace: Workspace,
-    pieces: Pieces,
-    chunk: int,
-    group: int,
     scale: float,
     config: BackwardConfig,
     grad_k: Tensor,
     grad_v: Tensor,
-) -> None:
-    """Fill the partial results of a chunk of one KV head; lists of one piece are added to grad_k and grad_v."""
+) -> Callable[[Pieces, int, int], None]:
+    """What fills the partial results of a chunk, given its pieces, its number, and its KV head.
+
+    Lists of one piece are added to grad_k and grad_v.
+    """
     num_kv_heads, seqlen_k, head_dim = k.shape[1:]
     block_size = workspace.partial_k.shape[1]
     constants = gradient_constants(config, q.shape[1] // num_kv_heads, head_dim, block_size)
-    for offset in range(0, block_size, config.columns):
-        gradient_kernel[(pieces.num_items,)](
-            grad_out,
-            q,
-            k,
-            v,
-            pieces.plan,
-            workspace.queries,
-            workspace.limits,
-            workspace.row_delta,
-            workspace.row_lse2,
-            workspace.partial_q,
-            workspace.partial_k,
-            workspace.partial_v,
-            grad_k,
-            grad_v,
-            *grad_out.stride(),
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
-            chunk,
-            group,
-            pieces.num_items,
-            seqlen_k,
-            num_kv_heads,
-            scale,
-            **constants,
-            OFFSET=offset,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+
+    def launch(pieces: Pieces, chunk: int, group: int) -> None:
+        for offset in range(0, block_size, config.columns):
+            gradient_kernel[(pieces.num_items,)](
+                grad_out,
+                q,
+                k,
+                v,
+                pieces.plan,
+                workspace.queries,
+                workspace.limits,
+                workspace.row_delta,
+                workspace.row_lse2,
+                workspace.partial_q,
+                workspace.partial_k,
+                workspace.partial_v,
+                grad_k,
+                grad_v,
+                *grad_out.stride(),
+                *q.stride(),
+                *k.stride(),
+                *v.stride(),
+                chunk,
+                group,
+                pieces.num_items,
+                seqlen_k,
+                num_kv_heads,
+                scale,
+                **constants,
+                OFFSET=offset,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+
+    return launch

@@ -8,6 +8,8 @@ the tensor cores take them. The rows' own dQ, [entries, G, D], leaves by the sam
 Triton's interpreter knows no Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -290,49 +292,45 @@ def hopper_constants(config: BackwardConfig, group_size: int, head_dim: int, blo
     return {"HEADS": group_size, "HEAD_DIM": head_dim, "BLOCK": block_size, "STAGES": config.num_stages}
 
 
-def add_gradients(
+def gradient_launcher(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     workspace: Workspace,
-    pieces: Pieces,
-    chunk: int,
-    group: int,
     scale: float,
     config: BackwardConfig,
     grad_k: Tensor,
     grad_v: Tensor,
-) -> None:
-    """As `backward_gradient.add_gradients`, but that a partial dQ is [entries, G, D] for every G."""
+) -> Callable[[Pieces, int, int], None]:
+    """As `backward_gradient.gradient_launcher`, but that a partial dQ is [entries, G, D] for every G."""
     num_kv_heads, seqlen_k, head_dim = k.shape[1:]
     group_size, block_size = q.shape[1] // num_kv_heads, workspace.partial_k.shape[1]
-    tensors = {
-        "q_tiles": q,
-        "grad_tiles": grad_out,
-        "k_tiles": k,
-        "v_tiles": v,
-        "lse2_tiles": workspace.row_lse2.view(-1),
-        "delta_tiles": workspace.row_delta.view(-1),
-        "partial_tiles": workspace.partial_q.view(-1, head_dim),
-    }
-    boxes = hopper_boxes(group_size, head_dim, block_size)
-    gradient_hopper_kernel[(pieces.num_items,)](
-        **{name: shared_box(x, boxes[name]) for name, x in tensors.items()},
-        plan_ptr=pieces.plan,
-        queries_ptr=workspace.queries,
-        limits_ptr=workspace.limits,
-        partial_q_ptr=workspace.partial_q,
-        partial_k_ptr=workspace.partial_k,
-        partial_v_ptr=workspace.partial_v,
-        grad_k_ptr=grad_k,
-        grad_v_ptr=grad_v,
-        chunk=chunk,
-        group=group,
-        num_items=pieces.num_items,
-        seqlen_k=seqlen_k,
-        num_kv_heads=num_kv_heads,
-        scale=scale,
-        **hopper_constants(config, group_size, head_dim, block_size),
-        num_warps=8,
-    )
+    stats, partial = (workspace.row_lse2.view(-1), workspace.row_delta.view(-1)), workspace.partial_q.view(-1, head_dim)
+    boxes = hopper_boxes(group_size, head_dim, block_size).values()
+    # Made once: a descriptor costs the host as much as a launch.
+    tiles = [shared_box(x, box) for x, box in zip((q, grad_out, k, v, *stats, partial), boxes, strict=True)]
+    constants = hopper_constants(config, group_size, head_dim, block_size)
+
+    def launch(pieces: Pieces, chunk: int, group: int) -> None:
+        gradient_hopper_kernel[(pieces.num_items,)](
+            *tiles,
+            pieces.plan,
+            workspace.queries,
+            workspace.limits,
+            workspace.partial_q,
+            workspace.partial_k,
+            workspace.partial_v,
+            grad_k,
+            grad_v,
+            chunk,
+            group,
+            pieces.num_items,
+            seqlen_k,
+            num_kv_heads,
+            scale,
+            **constants,
+            num_warps=8,
+        )
+
+    return launch

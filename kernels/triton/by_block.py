@@ -11,6 +11,8 @@ there, 24 ms at 4.25 TB/s, and 16 ms if the queries of a chunk stay in the L2 ca
 a chunk for each piece of a list.
 """
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 
@@ -18,7 +20,7 @@ from ..workspace import chunk_tokens
 from .combine_slots import combine_constants, combine_slots_kernel
 from .configs import ForwardConfig
 from .fp8 import as_bits, load_vectors
-from .pieces import cut_lists, load_piece, piece_entries
+from .pieces import Pieces, cut_lists, load_piece, piece_entries
 from .primitives import LOG2_E, await_previous, key_limit, locate_block, page_arguments
 from .reverse_index import chunk_origin, reverse_index
 from .targets import padded, target_of
@@ -233,38 +235,51 @@ def partial_constants(
     }
 
 
-def attend_chunk(q, k, v, cache, sequences, index, pieces, chunk, scale, partial, partial_lse, constants) -> None:
-    """Fill the partial results of a chunk."""
+def partial_launcher(
+    q, k, v, cache, sequences, block_size, scale, config, index, partial, partial_lse
+) -> Callable[[Pieces, int], None]:
+    """What fills the partial results of a chunk, given its pieces and its number."""
     pages, max_pages, num_pages = page_arguments(cache.page_table, sequences, k)
-    partial_attention_kernel[(pieces.num_items,)](
-        q,
-        as_bits(k),
-        as_bits(v),
-        partial_lse if cache.k_scale is None else cache.k_scale,
-        partial_lse if cache.v_scale is None else cache.v_scale,
-        pages,
-        index.entries,
-        index.offsets,
-        pieces.plan,
-        partial,
-        partial_lse,
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        chunk,
-        q.shape[2],
-        k.shape[2],
-        max_pages,
-        num_pages,
-        index.first_token,
-        index.num_tokens,
-        index.chunk_tokens,
-        index.num_blocks,
-        pieces.num_items,
-        k.shape[1],
-        scale * LOG2_E.value,
-        **constants,
-    )
+    target = target_of(q.device)
+    constants = {
+        **partial_constants(config, q.shape[1] // k.shape[1], q.shape[3], block_size, index.topk, scale),
+        **cache.constants(target),
+        **config.launch_options(),
+        **target.overlap(),
+    }
+
+    def launch(pieces: Pieces, chunk: int) -> None:
+        partial_attention_kernel[(pieces.num_items,)](
+            q,
+            as_bits(k),
+            as_bits(v),
+            partial_lse if cache.k_scale is None else cache.k_scale,
+            partial_lse if cache.v_scale is None else cache.v_scale,
+            pages,
+            index.entries,
+            index.offsets,
+            pieces.plan,
+            partial,
+            partial_lse,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            chunk,
+            q.shape[2],
+            k.shape[2],
+            max_pages,
+            num_pages,
+            index.first_token,
+            index.num_tokens,
+            index.chunk_tokens,
+            index.num_blocks,
+            pieces.num_items,
+            k.shape[1],
+            scale * LOG2_E.value,
+            **constants,
+        )
+
+    return launch
 
 
 def attend_by_block(
@@ -294,23 +309,18 @@ def attend_by_block(
     pieces = cut_lists(index, config.length)
     partial = q.new_empty(index.chunk_tokens, topk, group_size, head_dim)
     partial_lse = lse.new_empty(index.chunk_tokens, topk, group_size)
-    target = target_of(q.device)
-    overlap = target.overlap()
-    constants = {
-        **partial_constants(config, group_size, head_dim, block_size, topk, scale),
-        **cache.constants(target),
-        **config.launch_options(),
-        **overlap,
-    }
     combine = combine_constants(group_size, head_dim, topk)
+    overlap = target_of(q.device).overlap()
     if hopper:
         # Imported where it is launched: another version of Triton may not have what it needs.
-        from .by_block_hopper import attend_chunk_hopper
+        from .by_block_hopper import partial_launcher_hopper
+
+        attend_chunk = partial_launcher_hopper(q, k, v, block_size, scale, index, partial, partial_lse)
+    else:
+        results = index, partial, partial_lse
+        attend_chunk = partial_launcher(q, k, v, cache, sequences, block_size, scale, config, *results)
     for chunk in range(index.num_chunks):
-        if hopper:
-            attend_chunk_hopper(q, k, v, index, pieces, chunk, block_size, scale, partial, partial_lse)
-        else:
-            attend_chunk(q, k, v, cache, sequences, index, pieces, chunk, scale, partial, partial_lse, constants)
+        attend_chunk(pieces, chunk)
         combine_slots_kernel[(triton.cdiv(index.chunk_tokens, combine["TOKENS"]),)](
             partial,
             partial_lse,

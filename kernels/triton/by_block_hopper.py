@@ -8,6 +8,8 @@ Two programs share a multiprocessor: one multiplies while the other is at its so
 Triton's interpreter knows no Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -247,41 +249,45 @@ def hopper_constants(topk: int, group_size: int, head_dim: int, block_size: int)
     return {"TOPK": topk, "HEADS": group_size, "HEAD_DIM": head_dim, "BLOCK": block_size}
 
 
-def attend_chunk_hopper(
+def partial_launcher_hopper(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    index: ReverseIndex,
-    pieces: Pieces,
-    chunk: int,
     block_size: int,
     scale: float,
+    index: ReverseIndex,
     partial: Tensor,
     partial_lse: Tensor,
-) -> None:
-    """Fill the partial results of a chunk, as `by_block.attend_chunk` does."""
+) -> Callable[[Pieces, int], None]:
+    """As `by_block.partial_launcher`."""
     num_kv_heads, head_dim = k.shape[1], k.shape[3]
     group_size = q.shape[1] // num_kv_heads
     chunks = index.num_chunks // num_kv_heads
-    group, first_token = chunk // chunks, chunk % chunks * index.chunk_tokens
-    tensors = q, k, v, partial.view(-1, head_dim)
-    boxes = hopper_boxes(group_size, head_dim, block_size)
-    partial_hopper_kernel[(pieces.num_items,)](
-        *(shared_box(x, box) for x, box in zip(tensors, boxes.values(), strict=True)),
-        pieces.plan,
-        index.entries,
-        index.offsets,
-        partial_lse,
-        chunk,
-        group,
-        (group * index.num_tokens + first_token) * index.topk,
-        index.first_token + first_token,
-        q.shape[2],
-        index.num_blocks,
-        pieces.num_items,
-        partial_lse.numel(),
-        scale,
-        **hopper_constants(index.topk, group_size, head_dim, block_size),
-        num_warps=4,
-        maxnreg=REGISTERS,
-    )
+    boxes = hopper_boxes(group_size, head_dim, block_size).values()
+    # Made once: a descriptor costs the host as much as a launch.
+    tiles = [shared_box(x, box) for x, box in zip((q, k, v, partial.view(-1, head_dim)), boxes, strict=True)]
+    constants = hopper_constants(index.topk, group_size, head_dim, block_size)
+
+    def launch(pieces: Pieces, chunk: int) -> None:
+        group, first_token = chunk // chunks, chunk % chunks * index.chunk_tokens
+        partial_hopper_kernel[(pieces.num_items,)](
+            *tiles,
+            pieces.plan,
+            index.entries,
+            index.offsets,
+            partial_lse,
+            chunk,
+            group,
+            (group * index.num_tokens + first_token) * index.topk,
+            index.first_token + first_token,
+            q.shape[2],
+            index.num_blocks,
+            pieces.num_items,
+            partial_lse.numel(),
+            scale,
+            **constants,
+            num_warps=4,
+            maxnreg=REGISTERS,
+        )
+
+    return launch

@@ -1,5 +1,7 @@
 """Named pieces that the Gluon kernels for Hopper are built of: barriers, boxes of the bulk copy engine, layouts."""
 
+import functools
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -51,13 +53,14 @@ def clear_rows(x, count):
     fence_async_shared()
 
 
-def box_layout(box: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+@functools.lru_cache
+def box_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """The layout of a box in shared memory: as the tensor cores take it, or of one dimension as it is."""
     if len(box) == 1:
         return gl.NVMMASharedLayout(0, 8 * dtype.itemsize, 1)
-    return gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+    return gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
 
 
 def shared_box(x: torch.Tensor, box: list[int]) -> TensorDescriptor:
     """x as boxes for the bulk copy engine."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, box_layout(box, x.dtype))
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, box_layout(tuple(box), x.dtype))
