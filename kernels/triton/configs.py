@@ -231,6 +231,7 @@ def forward_config(
     fits = block_bytes + rows * depth * element_size <= max(target.shared_memory, 72 << 10)
     plain = element_size == 2 and not decoded and head_dim in (64, 128) and block_size in (64, 128)
     gluon = GLUON and target.arch == 90 and plain
+    by_block_hopper = gluon and block_size == 128 and group_size in (8, 16, 32, 64)
     return ForwardConfig(
         rows=rows,
         num_warps=4 if hopper or target.backend == "hip" or depth <= 64 else 8,
@@ -243,10 +244,10 @@ def forward_config(
         walk_stages=2 if target.backend == "cuda" and walk_tile <= target.shared_memory else 1,
         walk_registers=128 if target.arch == 90 and large == 1 else None,
         walk_tma=hopper and element_size == 2,
-        walk_limit=topk * 2 if fits else 64 * topk,
+        walk_limit=64 * topk if not fits else topk * 7 // 4 if by_block_hopper else topk * 2,
         walk_all=not fits,
         walk_hopper=gluon and group_size in (2, 4, 8, 16, 32, 64),
-        hopper=gluon and block_size == 128 and group_size in (8, 16, 32, 64),
+        hopper=by_block_hopper,
     )
 
 
