@@ -83,7 +83,7 @@ def select_blocks(
     scratch = Scratch(compute_dtype(index_q.dtype))
     for group in batch_by_size(sizes, max(1, _SCORES_PER_STEP // (num_kv_heads * block_size))):
         members = [tiles[i] for i in group]
-        keys = _IndexKeys(index_k, index_k_scale, page_table, members, block_size, scratch)
+        keys = _IndexKeys(index_k, index_k_scale, page_table, members, num_kv_heads, block_size, scratch)
         _select(index_q, keys, members, rules, scratch, block_indices)
     return block_indices
 
@@ -105,9 +105,9 @@ def _tiles(sequences: Tensor, rules: _Rules, num_kv_heads: int) -> list[_Queries
 class _IndexKeys:
     """The index keys of C sequences, read from a contiguous or paged cache in stretches of blocks.
 
-    They are copied into one buffer: products are fastest on what the processor's cache holds. Scores of e4m3 keys are
-    to be multiplied by ``factors`` [C, num_blocks * block_size], None for others. Keys and factors are zero beyond
-    the end of a sequence.
+    They are copied into one buffer: products are fastest on what the processor's cache holds. But a few queries of one
+    sequence use each key once, and read it ``in_place`` if they can. Scores of e4m3 keys are to be multiplied by
+    ``factors`` [C, num_blocks * block_size], None for others. Keys and factors are zero beyond the end of a sequence.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class _IndexKeys:
         index_k_scale: Tensor | None,
         page_table: Tensor | None,
         tiles: list[_Queries],
+        num_kv_heads: int,
         block_size: int,
         scratch: Scratch,
     ) -> None:
@@ -125,12 +126,18 @@ class _IndexKeys:
         self._block_size = block_size
         self._scratch = scratch
         self.num_blocks = max(tile.num_blocks for tile in tiles)
+        few = len(tiles) == 1 and (tiles[0].stop - tiles[0].start) * num_kv_heads <= _FEW_VECTORS
+        self.in_place = few and page_table is None and index_k.dtype == scratch.dtype
         self.factors: Tensor | None = None
         if index_k_scale is not None:
             self.factors = fp8.factors(self._load("scales", index_k_scale[:, 0], 0, self.num_blocks))
 
     def blocks(self, first: int, stop: int) -> Tensor:
-        """Blocks ``first .. stop - 1`` of each sequence in the compute dtype, [C, n * block_size, Di]."""
+        """Blocks ``first .. stop - 1`` of each sequence in the compute dtype, [C, n * block_size, Di]: read only."""
+        tile = self._tiles[0]
+        start, end = (tile.k_start + block * self._block_size for block in (first, stop))
+        if self.in_place and end <= tile.k_end:
+            return self._keys[tile.batch, start:end][None]
         return self._load("keys", self._keys, first, stop)
 
     def _load(self, name: str, x: Tensor, first: int, stop: int) -> Tensor:
@@ -203,7 +210,8 @@ def _block_scores(
     num_blocks, block_size = index_k.num_blocks, rules.block_size
     block_scores = scratch.take("block_scores", num_tiles, num_blocks, num_vectors).zero_()
     num_scored = num_blocks - rules.num_local_blocks
-    step = min(_SCORES_PER_STEP // num_vectors, _KEYS_PER_STEP) // (num_tiles * block_size)
+    num_keys = _SCORES_PER_STEP // num_vectors
+    step = (num_keys if index_k.in_place else min(num_keys, _KEYS_PER_STEP)) // (num_tiles * block_size)
     limit = torch.finfo(queries.dtype).max
     for first in range(rules.num_init_blocks, num_scored, max(1, step)):
         stop = min(first + max(1, step), num_scored)
