@@ -26,7 +26,7 @@ def make_barriers(number: gl.constexpr, count: gl.constexpr):
 @gluon.jit
 def load_item(plan_ptr, chunk, num_items):
     """Where the row of item program_id(0) is in a chunk's plan, its first entry, and its last entry + 1."""
-    row = plan_ptr + (chunk * num_items + gl.program_id(0)) * 8
+    row = plan_ptr + (gl.cast(chunk, gl.int64) * num_items + gl.program_id(0)) * 8
     return row, gl.load(row + 4), gl.load(row + 5)
 
 
