@@ -213,10 +213,8 @@ def forward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
         yield "forward: walk", walk.walk_kernel, constants | storage, config.walk_options(), types
     types = LISTS | pointers("bf16", "partial")
     if config.hopper:
-        constants, kernel = (
-            by_block_hopper.hopper_constants(topk, heads, depth, block),
-            by_block_hopper.partial_hopper_kernel,
-        )
+        constants = by_block_hopper.hopper_constants(topk, heads, depth, block)
+        kernel = by_block_hopper.partial_hopper_kernel
         options = {"num_warps": 4, "maxnreg": by_block_hopper.REGISTERS}
         types |= box_types(by_block_hopper.hopper_boxes(heads, depth, block))
     else:
@@ -231,21 +229,18 @@ def forward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
 
 def backward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     """The main kernel and the last one of `attention_backward.block_sparse_attention_backward`."""
-    heads, depth = shape.group_size, shape.head_dim
+    heads, depth, block = shape.group_size, shape.head_dim, shape.block_size
     config = configs.backward_config(
-        target, group_size=heads, head_dim=depth, block_size=shape.block_size, element_size=shape.element
+        target, group_size=heads, head_dim=depth, block_size=block, element_size=shape.element
     )
     types = pointers("bf16", "grad_out partial_q grad_q")
     types |= pointers("fp32", "row_delta row_lse2 partial_k partial_v grad_k grad_v")
     if config.hopper:
-        constants = backward_hopper.hopper_constants(config, heads, depth, shape.block_size)
-        kernel, boxes = (
-            backward_hopper.gradient_hopper_kernel,
-            backward_hopper.hopper_boxes(heads, depth, shape.block_size),
-        )
+        constants = backward_hopper.hopper_constants(config, heads, depth, block)
+        kernel, boxes = backward_hopper.gradient_hopper_kernel, backward_hopper.hopper_boxes(heads, depth, block)
         yield "backward: gradient", kernel, constants, {"num_warps": 8}, types | box_types(boxes)
     else:
-        constants = backward_gradient.gradient_constants(config, heads, depth, shape.block_size)
+        constants = backward_gradient.gradient_constants(config, heads, depth, block)
         constants |= {"OFFSET": 0, "stride_gd": 1}
         options = targets.launch_options(config.num_warps, config.num_stages, None)
         yield "backward: gradient", backward_gradient.gradient_kernel, constants, options, types

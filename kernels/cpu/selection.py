@@ -83,7 +83,7 @@ def select_blocks(
     scratch = Scratch(compute_dtype(index_q.dtype))
     for group in batch_by_size(sizes, max(1, _SCORES_PER_STEP // (num_kv_heads * block_size))):
         members = [tiles[i] for i in group]
-        keys = _IndexKeys(index_k, index_k_scale, page_table, members, num_kv_heads, block_size, scratch)
+        keys = _IndexKeys(index_k, index_k_scale, page_table, members, num_kv_heads, rules, scratch)
         _select(index_q, keys, members, rules, scratch, block_indices)
     return block_indices
 
@@ -117,26 +117,28 @@ class _IndexKeys:
         page_table: Tensor | None,
         tiles: list[_Queries],
         num_kv_heads: int,
-        block_size: int,
+        rules: _Rules,
         scratch: Scratch,
     ) -> None:
         self._keys = index_k[:, 0]
         self._page_table = page_table
         self._tiles = tiles
-        self._block_size = block_size
+        self._block_size = rules.block_size
         self._scratch = scratch
         self.num_blocks = max(tile.num_blocks for tile in tiles)
         few = len(tiles) == 1 and (tiles[0].stop - tiles[0].start) * num_kv_heads <= _FEW_VECTORS
-        self.in_place = few and page_table is None and index_k.dtype == scratch.dtype
+        # Only the newest block may end beyond the keys, and is not scored where it is local.
+        whole = page_table is None and rules.num_local_blocks > 0
+        self.in_place = few and whole and index_k.dtype == scratch.dtype
         self.factors: Tensor | None = None
         if index_k_scale is not None:
             self.factors = fp8.factors(self._load("scales", index_k_scale[:, 0], 0, self.num_blocks))
 
     def blocks(self, first: int, stop: int) -> Tensor:
         """Blocks ``first .. stop - 1`` of each sequence in the compute dtype, [C, n * block_size, Di]: read only."""
-        tile = self._tiles[0]
-        start, end = (tile.k_start + block * self._block_size for block in (first, stop))
-        if self.in_place and end <= tile.k_end:
+        if self.in_place:
+            (tile,) = self._tiles
+            start, end = (tile.k_start + block * self._block_size for block in (first, stop))
             return self._keys[tile.batch, start:end][None]
         return self._load("keys", self._keys, first, stop)
 

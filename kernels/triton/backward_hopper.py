@@ -24,8 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_rows import Workspace
 from .configs import BackwardConfig
-from .hopper import HALF, clear_rows, gather_rows, load_item, make_barriers, meet, shared_box
-from .pieces import Pieces
+from .hopper import HALF, SIDE_BY_SIDE, clear_rows, copy_block, gather_rows, make_barriers, meet, shared_box
+from .pieces import Pieces, load_piece, load_slot
 from .primitives import LOG2_E
 
 ROWS = gl.constexpr(64)
@@ -49,12 +49,10 @@ def copy_rows(
     chunk, group, num_items, _, _, _ = numbers
     ENTRIES: gl.constexpr = ROWS // HEADS
     HALVES: gl.constexpr = HEAD_DIM // HALF
-    item, first, last = load_item(plan_ptr, chunk, num_items)
+    batch, first_key, _, _, first, last = load_piece(plan_ptr, chunk, num_items)
+    batch = gl.cast(batch, gl.int32)
     if first < last:
-        batch, first_key = gl.load(item), gl.load(item + 1)
-        mbarrier.expect(keys_full, 2 * k_tiles.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_tiles, [batch, group, first_key, 0], keys_full, k_box)
-        tma.async_copy_global_to_shared(v_tiles, [batch, group, first_key, 0], keys_full, v_box)
+        copy_block(k_tiles, v_tiles, [batch, group, first_key, 0], keys_full, k_box, v_box)
         begin = first_step(first, last, ENTRIES)
         for step in range((last - begin) // ENTRIES):
             start, stage = begin + step * ENTRIES, step % STAGES
@@ -91,6 +89,7 @@ def fold_rows(
     own: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HEAD_DIM // 2, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, grad_v.type.layout, 2)
     PENDING: gl.constexpr = 0 if MASKED else 1
+    row = gl.arange(0, ROWS, gl.SliceLayout(0, scored))
 
     # Scores are [keys, rows]: as they leave one product, probabilities are an operand of the next.
     scores = gl.zeros([BLOCK, ROWS], gl.float32, scored)
@@ -102,18 +101,16 @@ def fold_rows(
     lse2 = lse2_buffer.load(gl.SliceLayout(0, scored))
     probs = gl.exp2(scores * (scale * LOG2_E) - lse2[None, :])
     if MASKED:
-        row = gl.arange(0, ROWS, gl.SliceLayout(0, scored))
         limit = gl.load(limits_ptr + row // HEADS, mask=row >= missing, other=0)
         key = gl.arange(0, BLOCK, gl.SliceLayout(1, scored))
         probs = gl.where(key[:, None] < limit[None, :], probs, 0.0)
-    if MASKED:
         grad_probs = warpgroup_mma(v, grad.permute((1, 0)), grad_probs, use_acc=False, is_async=True)
     weights = gl.convert_layout(probs.to(dtype), operand)
     grad_v = warpgroup_mma(weights, grad, grad_v, is_async=True)
     grad_probs = warpgroup_mma_wait(1, deps=[grad_probs])
     delta = delta_buffer.load(gl.SliceLayout(0, scored))
     if MASKED:
-        delta = gl.where(gl.arange(0, ROWS, gl.SliceLayout(0, scored)) < missing, 0.0, delta)
+        delta = gl.where(row < missing, 0.0, delta)
     grad_scores = (probs * (grad_probs - delta[None, :])).to(dtype)
     grad_scores_buffer.store(grad_scores)
     fence_async_shared()
@@ -166,14 +163,13 @@ def multiply_rows(
     ENTRIES: gl.constexpr = ROWS // HEADS
     BLOCK: gl.constexpr = k_box.shape[2]
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEAD_DIM, 16])
-    side_by_side: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_rows = q_boxes._reinterpret(k_box.dtype, [STAGES, ROWS, HEAD_DIM], side_by_side)
-    grad_rows = grad_boxes._reinterpret(k_box.dtype, [STAGES, ROWS, HEAD_DIM], side_by_side)
+    q_rows = q_boxes._reinterpret(k_box.dtype, [STAGES, ROWS, HEAD_DIM], SIDE_BY_SIDE)
+    grad_rows = grad_boxes._reinterpret(k_box.dtype, [STAGES, ROWS, HEAD_DIM], SIDE_BY_SIDE)
     block = k_box.reshape([BLOCK, HEAD_DIM]), v_box.reshape([BLOCK, HEAD_DIM])
-    item, first, last = load_item(plan_ptr, chunk, num_items)
+    _, first_key, stop_key, _, first, last = load_piece(plan_ptr, chunk, num_items)
     if first < last:
         mbarrier.wait(keys_full, 0)
-        count = gl.load(item + 2) - gl.load(item + 1)
+        count = stop_key - first_key
         if count < BLOCK:
             clear_rows(block[0], count)
             clear_rows(block[1], count)
@@ -215,11 +211,11 @@ def multiply_rows(
         grad_k = warpgroup_mma_wait(0, deps=[grad_k])
         tma.store_wait(0)
         # Loaded again: the loops leave no register to keep them in.
-        item = load_item(plan_ptr, chunk, num_items)[0]
-        first_key, slot = gl.load(item + 1), gl.cast(gl.load(item + 6), gl.int64)
-        place = (gl.cast(gl.load(item), gl.int64) * num_kv_heads + group) * seqlen_k + first_key
-        store_sum(grad_k_ptr, partial_k_ptr, grad_k * scale, place, slot, gl.load(item + 2) - first_key)
-        store_sum(grad_v_ptr, partial_v_ptr, grad_v, place, slot, gl.load(item + 2) - first_key)
+        batch, first_key, stop_key, _, _, _ = load_piece(plan_ptr, chunk, num_items)
+        slot = load_slot(plan_ptr, chunk, num_items)
+        place = (batch * num_kv_heads + group) * seqlen_k + first_key
+        store_sum(grad_k_ptr, partial_k_ptr, grad_k * scale, place, slot, stop_key - first_key)
+        store_sum(grad_v_ptr, partial_v_ptr, grad_v, place, slot, stop_key - first_key)
 
 
 @gluon.jit(do_not_specialize=["chunk", "group", "num_items"])
@@ -260,7 +256,7 @@ def gradient_hopper_kernel(
         gl.allocate_shared_memory(dtype, [1, 1, BLOCK, HEAD_DIM], v_tiles.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], lse2_tiles.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], delta_tiles.layout),
-        gl.allocate_shared_memory(dtype, [BLOCK, ROWS], gl.NVMMASharedLayout(128, 16, 2)),
+        gl.allocate_shared_memory(dtype, [BLOCK, ROWS], SIDE_BY_SIDE),
         gl.allocate_shared_memory(dtype, [ROWS, HEAD_DIM], partial_tiles.layout),
     )
     keys_full, full, empty = make_barriers(1, 1), make_barriers(STAGES, 1), make_barriers(STAGES, 1)

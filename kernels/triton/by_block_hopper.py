@@ -21,8 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import HALF, clear_rows, gather_rows, load_item, make_barriers, shared_box
-from .pieces import Pieces
+from .by_block import softmax_rows
+from .hopper import HALF, SIDE_BY_SIDE, clear_rows, copy_block, gather_rows, hide_unseen, make_barriers, shared_box
+from .pieces import Pieces, load_piece, piece_entries
 from .primitives import LOG2_E
 from .reverse_index import ReverseIndex
 
@@ -30,12 +31,6 @@ ROWS = gl.constexpr(64)
 STAGES = gl.constexpr(2)
 # Of a thread, at the launch: two programs share a multiprocessor.
 REGISTERS = 128
-
-
-@gluon.jit
-def first_entry(offsets_ptr, chunk, num_blocks):
-    """The place of a chunk's first entry among all."""
-    return gl.load(offsets_ptr + gl.cast(chunk, gl.int64) * num_blocks)
 
 
 @gluon.jit
@@ -56,15 +51,13 @@ def copy_queries(
     chunk, group, origin, token0, seqlen_q, num_blocks, num_items, _, _ = numbers
     ENTRIES: gl.constexpr = ROWS // HEADS
     HALVES: gl.constexpr = HEAD_DIM // HALF
-    item, begin, stop = load_item(plan_ptr, chunk, num_items)
+    batch, first_key, _, _, begin, stop = load_piece(plan_ptr, chunk, num_items)
+    first_query = gl.cast(token0 - batch * seqlen_q, gl.int32)
+    batch = gl.cast(batch, gl.int32)
     if begin < stop:
-        batch, first_key = gl.load(item), gl.load(item + 1)
-        mbarrier.expect(keys_full, 2 * k_tiles.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_tiles, [batch, group, first_key, 0], keys_full, k_box)
-        tma.async_copy_global_to_shared(v_tiles, [batch, group, first_key, 0], keys_full, v_box)
-        entries_ptr += first_entry(offsets_ptr, chunk, num_blocks) + begin
+        copy_block(k_tiles, v_tiles, [batch, group, first_key, 0], keys_full, k_box, v_box)
+        entries_ptr = piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin)
         last = stop - begin - 1
-        first_query = gl.cast(token0 - gl.cast(batch, gl.int64) * seqlen_q, gl.int32)
         for step in range((stop - begin + ENTRIES - 1) // ENTRIES):
             stage = step % STAGES
             # All before any copy is asked for, so that they are under way together.
@@ -87,8 +80,8 @@ def store_outputs(tiles, buffers, barriers, pointers, numbers, HEADS: gl.constex
     chunk, _, origin, _, _, num_blocks, num_items, _, num_rows = numbers
     ENTRIES: gl.constexpr = ROWS // HEADS
     HALVES: gl.constexpr = HEAD_DIM // HALF
-    _, begin, stop = load_item(plan_ptr, chunk, num_items)
-    entries_ptr += first_entry(offsets_ptr, chunk, num_blocks) + begin
+    _, _, _, _, begin, stop = load_piece(plan_ptr, chunk, num_items)
+    entries_ptr = piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin)
     last = stop - begin - 1
     for step in range((stop - begin + ENTRIES - 1) // ENTRIES):
         rows = ()
@@ -103,16 +96,6 @@ def store_outputs(tiles, buffers, barriers, pointers, numbers, HEADS: gl.constex
                 tma.async_copy_shared_to_global(partial_tiles, [rows[number], half * HALF], box)
         tma.store_wait(0)
         mbarrier.arrive(out_empty, count=1)
-
-
-@gluon.jit
-def softmax_rows(scores, scale):
-    """(weights, 1 / their sums, lse in base 2) of scores [ROWS, BLOCK], for a positive scale."""
-    row_max = gl.max(scores, axis=1) * scale
-    shift = gl.where(row_max == float("-inf"), 0.0, row_max)
-    weights = gl.exp2(scores * scale - shift[:, None])
-    row_sum = gl.sum(weights, axis=1)
-    return weights, gl.where(row_sum > 0, 1.0 / row_sum, 0.0), row_max + gl.log2(row_sum)
 
 
 @gluon.jit
@@ -139,20 +122,17 @@ def attend_rows(
     dtype: gl.constexpr = k_box.dtype
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    side_by_side: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_rows = q_boxes._reinterpret(dtype, [STAGES, ROWS, HEAD_DIM], side_by_side)
-    out_rows = out_boxes._reinterpret(dtype, [ROWS, HEAD_DIM], side_by_side)
+    q_rows = q_boxes._reinterpret(dtype, [STAGES, ROWS, HEAD_DIM], SIDE_BY_SIDE)
+    out_rows = out_boxes._reinterpret(dtype, [ROWS, HEAD_DIM], SIDE_BY_SIDE)
     k, v = k_box.reshape([BLOCK, HEAD_DIM]), v_box.reshape([BLOCK, HEAD_DIM])
     row = gl.arange(0, ROWS, gl.SliceLayout(1, scored))
-    column = gl.arange(0, BLOCK, gl.SliceLayout(0, scored))
-    item, begin, stop = load_item(plan_ptr, chunk, num_items)
+    batch, first_key, stop_key, shift, begin, stop = load_piece(plan_ptr, chunk, num_items)
     if begin < stop:
-        batch, first_key = gl.load(item), gl.load(item + 1)
-        num_keys, shift = gl.load(item + 2) - first_key, gl.load(item + 3)
-        entries_ptr += first_entry(offsets_ptr, chunk, num_blocks) + begin
+        num_keys = stop_key - first_key
+        entries_ptr = piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin)
         last = stop - begin - 1
         # A query sees as many keys of the block as its number and this.
-        seen = gl.cast(token0 - gl.cast(batch, gl.int64) * seqlen_q, gl.int32) + shift - first_key + 1
+        seen = gl.cast(token0 - batch * seqlen_q, gl.int32) + shift - first_key + 1
         mbarrier.wait(keys_full, 0)
         if num_keys < BLOCK:
             clear_rows(k, num_keys)
@@ -169,9 +149,8 @@ def attend_rows(
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(empty.index(stage), count=1)
             if fewest < BLOCK:
-                count = gl.minimum(entry // TOPK + seen, num_keys)
-                scores = gl.where(column[None, :] < count[:, None], scores, float("-inf"))
-            weights, normal, lse = softmax_rows(scores, scale * LOG2_E)
+                scores = hide_unseen(scores, gl.minimum(entry // TOPK + seen, num_keys) - 1)
+            weights, normal, lse = softmax_rows(scores, None, scale * LOG2_E, True, False)
             gl.store(partial_lse_ptr + entry * HEADS + row % HEADS, lse, mask=number <= last)
             weights = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, summed, 2))
             out = gl.zeros([ROWS, HEAD_DIM], gl.float32, summed)

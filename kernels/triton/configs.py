@@ -163,6 +163,12 @@ def attend_config(
     return AttendConfig(chunk, 4, num_stages, triton.cdiv(steps, triton.cdiv(steps, num_splits)))
 
 
+def gathers_on_hopper(target: Target, group_size: int, head_dim: int, block_size: int, element_size: int) -> bool:
+    """Whether the Gluon kernels that gather queries, `by_block_hopper` and `backward_hopper`, take this shape."""
+    shape = element_size == 2 and head_dim in (64, 128) and block_size == 128 and group_size in (8, 16, 32, 64)
+    return GLUON and target.arch == 90 and shape
+
+
 @dataclass(frozen=True)
 class ForwardConfig:
     """How the main branch's forward is cut up.
@@ -230,8 +236,7 @@ def forward_config(
     block_bytes = 2 * columns * depth * element_size
     fits = block_bytes + rows * depth * element_size <= max(target.shared_memory, 72 << 10)
     plain = element_size == 2 and not decoded and head_dim in (64, 128) and block_size in (64, 128)
-    gluon = GLUON and target.arch == 90 and plain
-    by_block_hopper = gluon and block_size == 128 and group_size in (8, 16, 32, 64)
+    by_block_hopper = not decoded and gathers_on_hopper(target, group_size, head_dim, block_size, element_size)
     return ForwardConfig(
         rows=rows,
         num_warps=4 if hopper or target.backend == "hip" or depth <= 64 else 8,
@@ -246,7 +251,7 @@ def forward_config(
         walk_tma=hopper and element_size == 2,
         walk_limit=64 * topk if not fits else topk * 7 // 4 if by_block_hopper else topk * 2,
         walk_all=not fits,
-        walk_hopper=gluon and group_size in (2, 4, 8, 16, 32, 64),
+        walk_hopper=GLUON and target.arch == 90 and plain and group_size in (2, 4, 8, 16, 32, 64),
         hopper=by_block_hopper,
     )
 
@@ -287,8 +292,7 @@ def backward_config(
     few = element_size <= 2 and columns * depth <= 64 * 64
     swap = target.backend == "cuda" and (element_size > 2 or depth > 128 or not large)
     num_warps = 4 if target.backend == "hip" or few else 8
-    plain = element_size == 2 and head_dim in (64, 128) and block_size == 128
-    hopper = GLUON and target.arch == 90 and plain and group_size in (8, 16, 32, 64)
+    hopper = gathers_on_hopper(target, group_size, head_dim, block_size, element_size)
     return BackwardConfig(rows, columns, num_warps, num_stages, max(16, 8192 // group_size), swap, hopper)
 
 

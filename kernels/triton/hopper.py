@@ -10,6 +10,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Numbers of 16 bits that lie next to each other where the tensor cores take them.
 HALF = gl.constexpr(64)
+# How rows of halves, the first halves of all before the second ones, lie for the tensor cores.
+SIDE_BY_SIDE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 # All warps of a part of a kernel meet; the name is another from Triton 3.7 on.
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
@@ -24,18 +26,16 @@ def make_barriers(number: gl.constexpr, count: gl.constexpr):
 
 
 @gluon.jit
-def load_item(plan_ptr, chunk, num_items):
-    """Where the row of item program_id(0) is in a chunk's plan, its first entry, and its last entry + 1."""
-    row = plan_ptr + (gl.cast(chunk, gl.int64) * num_items + gl.program_id(0)) * 8
-    return row, gl.load(row + 4), gl.load(row + 5)
+def copy_block(k_tiles, v_tiles, at, ready, k_box, v_box):
+    """Ask for a block's keys and values."""
+    mbarrier.expect(ready, k_tiles.block_type.nbytes + v_tiles.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_tiles, at, ready, k_box)
+    tma.async_copy_global_to_shared(v_tiles, at, ready, v_box)
 
 
 @gluon.jit
 def gather_rows(tiles, boxes, queries, batch, head, stage, ready, HALVES: gl.constexpr):
-    """Ask for the vectors of queries, each of all heads from `head` on, in halves of the head dim.
-
-    The first halves of a stage come before the second ones, as [rows, HALVES * HALF] lies for the tensor cores.
-    """
+    """Ask for the vectors of queries, each of all heads from `head` on, in halves of the head dim: SIDE_BY_SIDE."""
     ENTRIES: gl.constexpr = len(queries)
     for number in gl.static_range(ENTRIES):
         for half in gl.static_range(HALVES):
@@ -51,6 +51,13 @@ def clear_rows(x, count):
     seen = gl.arange(0, x.shape[0], gl.SliceLayout(1, layout)) < count
     x.store(gl.where(seen[:, None], values, gl.full(x.shape, 0.0, x.dtype, layout)))
     fence_async_shared()
+
+
+@gluon.jit
+def hide_unseen(scores, last):
+    """The scores of a block, of which each row sees the columns up to last [ROWS]."""
+    column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
+    return gl.where(column[None, :] <= last[:, None], scores, float("-inf"))
 
 
 @functools.lru_cache

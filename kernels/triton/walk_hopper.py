@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .configs import ForwardConfig
-from .hopper import clear_rows, make_barriers, shared_box
+from .hopper import clear_rows, hide_unseen, make_barriers, shared_box
 from .primitives import LN_2, LOG2_E
 from .targets import target_of
 from .union import Tiles
@@ -70,13 +70,6 @@ def fold_scores(scores, row_max, row_sum, member, scale):
     weights = gl.exp2(scores * scale - shift[:, None])
     decay = gl.exp2(row_max - gl.where(new_max == float("-inf"), 0.0, new_max))
     return weights, decay, new_max, row_sum * decay + gl.sum(weights, axis=1)
-
-
-@gluon.jit
-def hide_unseen(scores, last):
-    """The scores of a block, of which each row sees the columns up to last [ROWS]."""
-    column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
-    return gl.where(column[None, :] <= last[:, None], scores, float("-inf"))
 
 
 @gluon.jit
