@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import flexmsa
-from flexmsa.kernels.triton import attend_blocks, decode, select_blocks
+from flexmsa.kernels.triton import attend_blocks, decode, select_and_attend, select_blocks
 from flexmsa.testing import Schedule, check_schedule
 
 HEADS, GROUPS, DEPTH, BLOCK, TOPK = 64, 4, 128, 128, 16
@@ -83,6 +83,31 @@ SCHEDULES = [
         topk=2,
         capacity=1024,
     ),
+    # What a kernel of its own scores on Hopper, in many lists.
+    Schedule(
+        steps=(
+            *(("append", (2400, 1300)), ("append", (1, 1)), ("append", (4, 2)), ("trim", (130, 0))),
+            *(("append", (16, 16)), ("share", (0, 1)), ("append", (1, 1))),
+        ),
+        num_kv_heads=4,
+        group_size=16,
+        head_dim=128,
+        index_head_dim=128,
+        block_size=128,
+        topk=5,
+        capacity=3072,
+    ),
+    Schedule(
+        steps=(("append", (2000, 0, 63)), ("append", (1, 1, 1)), ("append", (3, 0, 3))),
+        batch=3,
+        num_kv_heads=3,
+        group_size=8,
+        head_dim=128,
+        index_head_dim=64,
+        block_size=64,
+        topk=16,
+        capacity=2048,
+    ),
 ]
 
 
@@ -105,33 +130,34 @@ def serving_errors() -> Iterator[str]:
 
 
 def long_errors() -> Iterator[str]:
-    """A step at M3's shape over a million keys, against dense attention in float64."""
-    for dtype in (torch.bfloat16, FP8):
-        step, cache = caches(1, 1 << 20, 1, dtype, copies=1)[0]
+    """Steps at M3's shape over a million keys, against dense attention in float64."""
+    for dtype, tokens in product((torch.bfloat16, FP8), (1, 4, 16)):
+        (q, index_q), cache = caches(1, 1 << 20, tokens, dtype, copies=1)[0]
         # Small integers, whose products are exact in any order.
-        step[1].copy_(torch.randint(-3, 4, step[1].shape, device="cuda"))
+        index_q.copy_(torch.randint(-3, 4, index_q.shape, device="cuda"))
         cache.index_k.copy_(torch.randint(-3, 4, cache.index_k.shape, device="cuda"))
         if cache.index_k_scale is not None:
             cache.index_k_scale.fill_(1.0)
-        ids = select(step, cache)
-        if not torch.equal(ids, select(step, cache)):
-            yield f"selection over a million keys, {dtype}: not repeatable"
+        name = f"{tokens} tokens, a million keys, {dtype}"
+        out, _, ids = step((q, index_q), cache)
+        if not torch.equal(ids, select((q, index_q), cache)):
+            yield f"{name}: another selection by itself"
+        if not all(map(torch.equal, (out, ids), step((q, index_q), cache)[::2])):
+            yield f"{name}: not repeatable"
         index_k = cache.index_k.double() if cache.index_k_scale is None else cache.contiguous()[2].double()
-        scores = (step[1][0, :, 0].double() @ index_k[0, 0].T).view(GROUPS, -1, BLOCK).amax(-1)
-        scores[:, -1] = torch.inf
-        wanted = scores.sort(descending=True, stable=True).indices[:, :TOPK].sort(-1).values
-        if not torch.equal(ids[0, :, 0].long(), wanted):
-            yield f"selection over a million keys, {dtype}: {int((ids[0, :, 0] != wanted).sum())} ids differ"
-        out, _ = attend_blocks(step[0], cache.k, cache.v, ids, cache.newest(1), BLOCK, SCALE)
-        for group in range(GROUPS):
-            k, v = (
-                x[0, group].view(-1, BLOCK, DEPTH)[wanted[group]].flatten(0, 1).double() for x in (cache.k, cache.v)
-            )
+        for token, group in product(range(tokens), range(GROUPS)):
+            scores = (index_k[0, 0] @ index_q[0, group, token].double()).view(-1, BLOCK).amax(-1)
+            scores[-1] = torch.inf
+            wanted = scores.sort(descending=True, stable=True).indices[:TOPK].sort().values
+            if not torch.equal(ids[0, group, token].long(), wanted):
+                yield f"{name}, {token}, {group}: {int((ids[0, group, token] != wanted).sum())} ids differ"
+            k, v = (x[0, group].view(-1, BLOCK, DEPTH)[wanted].flatten(0, 1).double() for x in (cache.k, cache.v))
+            seen = len(k) - tokens + 1 + token
             heads = slice(group * 16, group * 16 + 16)
-            right = (step[0][0, heads, 0].double() @ k.T * SCALE).softmax(-1) @ v
-            error = (out[0, heads, 0].double() - right).abs().max().item()
+            right = (q[0, heads, token].double() @ k[:seen].T * SCALE).softmax(-1) @ v[:seen]
+            error = (out[0, heads, token].double() - right).abs().max().item()
             if error > 8 * torch.finfo(torch.bfloat16).eps * right.abs().max().item():
-                yield f"attention over a million keys, group {group}: off by {error:.1e}"
+                yield f"{name}, {token}, {group}: off by {error:.1e}"
 
 
 def graph_time(calls: list[Callable[[], object]], repeats: int = 30) -> float:
@@ -189,23 +215,28 @@ def caches(
     return made
 
 
-def select(step: Step, cache: flexmsa.MSACache, sequences: Tensor | None = None) -> Tensor:
-    sequences = cache.newest(step[1].shape[2]) if sequences is None else sequences
-    return select_blocks(step[1], cache.index_k, sequences, *RULES, None, cache.index_k_scale)
+def select(new: Step, cache: flexmsa.MSACache, sequences: Tensor | None = None) -> Tensor:
+    sequences = cache.newest(new[1].shape[2]) if sequences is None else sequences
+    return select_blocks(new[1], cache.index_k, sequences, *RULES, None, cache.index_k_scale)
+
+
+def step(new: Step, cache: flexmsa.MSACache, sequences: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    q, index_q = new
+    sequences = cache.newest(q.shape[2]) if sequences is None else sequences
+    branches = q, index_q, cache.k, cache.v, cache.index_k, sequences
+    return select_and_attend(*branches, *RULES, SCALE, index_k_scale=cache.index_k_scale)
 
 
 def time_step(batch: int, keys: int, tokens: int, index_dtype: torch.dtype, spread: float = 0.0) -> dict[str, float]:
     """Milliseconds of a step and of its two parts."""
-    made = [
-        (step, cache, cache.newest(tokens)) for step, cache in caches(batch, keys, tokens, index_dtype, None, spread)
-    ]
+    made = [(new, cache, cache.newest(tokens)) for new, cache in caches(batch, keys, tokens, index_dtype, None, spread)]
     ids = select(*made[0])
 
-    def attend(step: Step, cache: flexmsa.MSACache, sequences: Tensor, ids: Tensor) -> None:
-        attend_blocks(step[0], cache.k, cache.v, ids, sequences, BLOCK, SCALE)
+    def attend(new: Step, cache: flexmsa.MSACache, sequences: Tensor, ids: Tensor) -> None:
+        attend_blocks(new[0], cache.k, cache.v, ids, sequences, BLOCK, SCALE)
 
     return {
-        "step": graph_time([lambda each=each: attend(*each, select(*each)) for each in made]),
+        "step": graph_time([lambda each=each: step(*each) for each in made]),
         "selection": graph_time([lambda each=each: select(*each) for each in made]),
         "attention": graph_time([lambda each=each: attend(*each, ids) for each in made]),
     }

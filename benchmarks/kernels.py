@@ -25,13 +25,15 @@ from flexmsa.kernels.triton import (
     by_block_hopper,
     combine_slots,
     configs,
+    scoring_hopper,
     selection,
+    selection_configs,
     targets,
     walk,
     walk_hopper,
 )
 from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps
-from flexmsa.kernels.triton.decode import attend_constants, attend_kernel
+from flexmsa.kernels.triton.attend import attend_constants, attend_kernel
 from flexmsa.kernels.triton.loss_gradient import index_loss_kernel, loss_constants
 from flexmsa.kernels.triton.loss_student import block_lse_kernel, lse_constants
 from flexmsa.kernels.triton.loss_sums import sum_slots_kernel
@@ -160,32 +162,45 @@ def pointers(kind: str, names: str) -> dict[str, str]:
 LISTS = pointers("i64", "entries offsets")
 
 
-def selection_launch(
-    label: str, target: targets.Target, shape: Shape, seqlen_q: int, paged: bool, scaled: bool
-) -> Launch:
-    """What `selection.select_blocks` launches for `seqlen_q` queries."""
-    groups, depth, block, topk = shape.num_kv_heads, shape.index_head_dim, shape.block_size, shape.topk
-    config = configs.selection_config(
+def selection_tiles(
+    target: targets.Target, shape: Shape, seqlen_q: int, scaled: bool
+) -> selection_configs.SelectionConfig:
+    """The configuration of the selection for `seqlen_q` queries."""
+    return selection_configs.selection_config(
         target,
         num_sequences=1,
-        num_kv_heads=groups,
+        num_kv_heads=shape.num_kv_heads,
         seqlen_q=seqlen_q,
         seqlen_k=shape.tokens,
-        index_head_dim=depth,
-        block_size=block,
-        topk=topk,
+        index_head_dim=shape.index_head_dim,
+        block_size=shape.block_size,
+        topk=shape.topk,
         dtype=torch.bfloat16,
         key_size=1 if scaled else shape.element,
         tma_ready=True,
     )
-    constants = selection.selection_constants(config, groups, depth, block, topk, False)
-    constants |= targets.storage_constants(target, paged, scaled)
-    element = "fp8e4nv" if config.fp8_product else "u8" if scaled else "bf16"
-    types = {"index_k": f"tensordesc<{element}[1,{block},{depth}]>" if config.use_tma else f"*{element}"}
-    if config.num_splits > 1:
-        types |= pointers("i64", "workspace")
+
+
+def selection_launch(
+    label: str, target: targets.Target, shape: Shape, seqlen_q: int, paged: bool, scaled: bool
+) -> Launch:
+    """What `selection.rank_blocks` launches for `seqlen_q` queries."""
+    groups, depth, block, topk = shape.num_kv_heads, shape.index_head_dim, shape.block_size, shape.topk
+    config = selection_tiles(target, shape, seqlen_q, scaled)
+    storage = targets.storage_constants(target, paged, scaled)
     options = targets.launch_options(config.num_warps, config.num_stages, None)
-    return label, selection.selection_kernel, constants, options, types
+    types = pointers("i64", "lists") if config.num_splits > 1 else {}
+    if config.hopper:
+        constants = scoring_hopper.scorer_constants(config, groups, depth, block, topk, False)
+        vectors = torch.float8_e4m3fn if scaled else torch.bfloat16
+        types |= box_types(scoring_hopper.scorer_boxes(depth, block), vectors)
+        if not scaled:
+            types["scale_tiles"] = "i32"
+        return label, scoring_hopper.selection_hopper_kernel, constants | storage, options, types
+    constants = selection.selection_constants(config, groups, depth, block, topk, False)
+    element = "fp8e4nv" if config.fp8_product else "u8" if scaled else "bf16"
+    types["index_k"] = f"tensordesc<{element}[1,{block},{depth}]>" if config.use_tma else f"*{element}"
+    return label, selection.selection_kernel, constants | storage, options, types
 
 
 def selection_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
@@ -270,7 +285,7 @@ def loss_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
 
 
 def serving_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
-    """A step of one token: `select_blocks` and `decode.attend_blocks`, from bf16 and from e4m3 pages, and `append`."""
+    """A step of one token: `decode.select_and_attend`, from bf16 and from e4m3 pages, and `append`."""
     groups, heads, depth = shape.num_kv_heads, shape.group_size, shape.head_dim
     block, topk = shape.block_size, shape.topk
     yield selection_launch("decode: select", target, shape, 1, False, False)
@@ -278,9 +293,10 @@ def serving_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     config = configs.attend_config(
         target, num_rows=groups, head_dim=depth, block_size=block, topk=topk, element_size=shape.element
     )
-    constants = attend_constants(config, groups, heads, depth, block, topk, False)
+    ranked = selection_tiles(target, shape, 1, False)
+    constants = attend_constants(config, groups, heads, depth, block, topk, False, (ranked.num_splits, ranked.kept))
     options = targets.launch_options(config.num_warps, config.num_stages, None)
-    types = pointers("fp32", "out") if config.num_splits > 1 else {}
+    types = pointers("i64", "lists") | (pointers("fp32", "out") if config.num_splits > 1 else {})
     yield "decode: attend", attend_kernel, constants | targets.storage_constants(target, False, False), options, types
     constants |= targets.storage_constants(target, True, True)
     yield "decode: attend, e4m3", attend_kernel, constants, options, types | pointers("u8", "k v")

@@ -63,42 +63,28 @@ def decode(
     sequences = cache.newest(q.shape[2])
     if block_indices is not None:
         validation.check_block_indices(block_indices, q.shape[0], cache.k.shape[1], q.shape[2], q.device)
-    elif topk is not None:
-        if index_q is None:
-            raise TypeError("index_q: expected a tensor to select by, got None; or pass block_indices or topk=None")
-        block_indices = _select_from_cache(
-            index_q, cache, sequences, (block_size, topk, num_local_blocks, num_init_blocks), backend
-        )
+    elif topk is not None and index_q is None:
+        raise TypeError("index_q: expected a tensor to select by, got None; or pass block_indices or topk=None")
+    choice = None
+    if block_indices is None and topk is not None and index_q is not None:
+        choice = index_q.detach(), (block_size, topk, num_local_blocks, num_init_blocks)
     if backend == "reference":
-        k, v, _ = cache.contiguous()
+        k, v, index_k = cache.contiguous()
         ranges = key_ranges(sequences, q.shape[0], q.shape[2])
+        if choice is not None:
+            block_indices = reference.select_blocks(choice[0], index_k, *ranges, *choice[1])
         out, lse = reference.block_sparse_attention(q, k, v, block_indices, *ranges, block_size, scale)
+    elif choice is not None:
+        branches = q.detach(), choice[0], cache.k, cache.v, cache.index_k, sequences
+        scales = cache.k_scale, cache.v_scale, cache.index_k_scale
+        out, lse, block_indices = ops.select_and_attend(
+            *branches, *choice[1], scale, backend, cache.page_table, *scales
+        )
     else:
+        stored = cache.page_table, cache.k_scale, cache.v_scale
         out, lse = ops.attend_blocks(
-            q.detach(),
-            cache.k,
-            cache.v,
-            block_indices,
-            sequences,
-            block_size,
-            scale,
-            backend,
-            cache.page_table,
-            cache.k_scale,
-            cache.v_scale,
+            q.detach(), cache.k, cache.v, block_indices, sequences, block_size, scale, backend, *stored
         )
     if return_aux is None:
         return out
     return out, AuxOutput(lse=lse if aux.lse else None, block_indices=block_indices if aux.block_indices else None)
-
-
-def _select_from_cache(
-    index_q: Tensor, cache: Cache, sequences: Tensor, rules: tuple[int, int, int, int], backend: str
-) -> Tensor:
-    if backend == "reference":
-        index_k = cache.contiguous()[2]
-        ranges = key_ranges(sequences, index_q.shape[0], index_q.shape[2])
-        return reference.select_blocks(index_q, index_k, *ranges, *rules)
-    return ops.select_blocks(
-        index_q.detach(), cache.index_k, sequences, *rules, backend, cache.page_table, cache.index_k_scale
-    )

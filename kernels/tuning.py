@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 # What a configuration is chosen by, but differs from call to call.
-LENGTHS = {"num_sequences", "seqlen_q", "seqlen_k", "tma_ready"}
+LENGTHS = {"num_sequences", "seqlen_q", "seqlen_k", "tma_ready", "scales_ready"}
 # How much faster a candidate must be: less than this, and noise would choose.
 MARGIN = 0.03
 

@@ -2,7 +2,7 @@
 
 from .attention import block_sparse_attention, block_sparse_attention_backward
 from .autocast import cast_to_autocast
-from .cache import append, attend_blocks
+from .cache import append, attend_blocks, select_and_attend
 from .flex import block_mask_lists, dense_mask_lists, pack_gqa, unpack_gqa
 from .index_loss import index_loss, index_loss_backward
 from .selection import select_blocks
@@ -20,6 +20,7 @@ __all__ = [
     "index_loss_backward",
     "next_positions",
     "pack_gqa",
+    "select_and_attend",
     "select_blocks",
     "sequence_table",
     "unpack_gqa",

@@ -1,6 +1,6 @@
-"""flexmsa::append and flexmsa::attend_blocks: writing to a cache in place, and attention to chosen blocks of it.
+"""Operators on a cache: append to it in place, attend to chosen blocks of it, and select these too.
 
-Both are for inference and have no gradient. Layouts of contiguous and paged caches are in docs/serving.md.
+All are for inference and have no gradient. Layouts of contiguous and paged caches are in docs/serving.md.
 """
 
 import torch
@@ -115,6 +115,60 @@ def _(q, k, v, block_indices, sequences, block_size, scale, backend, page_table=
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
 
 
+@torch.library.custom_op(
+    "flexmsa::select_and_attend",
+    mutates_args=(),
+    schema="(Tensor q, Tensor index_q, Tensor k, Tensor v, Tensor index_k, Tensor sequences, int block_size, int topk, "
+    "int num_local_blocks, int num_init_blocks, float scale, str backend, Tensor? page_table=None, "
+    "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? index_k_scale=None) -> (Tensor, Tensor, Tensor)",
+)
+def select_and_attend(
+    q: Tensor,
+    index_q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_k: Tensor,
+    sequences: Tensor,
+    block_size: int,
+    topk: int,
+    num_local_blocks: int,
+    num_init_blocks: int,
+    scale: float,
+    backend: str,
+    page_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    index_k_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out and lse of `attend_blocks`, and the block_indices of `select_blocks` that they are of."""
+    return run_kernel(
+        backend,
+        "select_and_attend",
+        q,
+        index_q,
+        k,
+        v,
+        index_k,
+        sequences,
+        block_size,
+        topk,
+        num_local_blocks,
+        num_init_blocks,
+        scale,
+        page_table,
+        k_scale,
+        v_scale,
+        index_k_scale,
+    )
+
+
+@select_and_attend.register_fake
+def _(q, index_q, k, v, index_k, sequences, block_size, topk, *_):
+    block_indices = index_q.new_empty((*index_q.shape[:3], topk), dtype=torch.int32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=statistics_dtype(q)), block_indices
+
+
 # Casting here would copy a whole cache; the public function casts the few queries instead.
 register_autocast(append, cast=0)
 register_autocast(attend_blocks, cast=0)
+register_autocast(select_and_attend, cast=0)

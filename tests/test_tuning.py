@@ -10,7 +10,7 @@ import flexmsa
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import candidates, configs, targets  # noqa: E402
+from flexmsa.kernels.triton import candidates, configs, selection_configs, targets  # noqa: E402
 from flexmsa.testing.compiled import TARGETS  # noqa: E402
 
 SHAPES = [(16, 4, 128, 128), (4, 8, 64, 64), (1, 2, 256, 48), (3, 1, 80, 512)]
@@ -22,7 +22,7 @@ def lists(target, group_size, num_kv_heads, head_dim, block_size, dtype):
     sizes = {"head_dim": head_dim, "block_size": block_size, "element_size": dtype.itemsize}
     index = {"num_kv_heads": num_kv_heads, "index_head_dim": head_dim, "block_size": block_size, "topk": 16}
     lengths = {"num_sequences": 1, "seqlen_q": 16384, "seqlen_k": 16384, "tma_ready": True}
-    config = configs.selection_config(target, **index, **lengths, dtype=dtype, key_size=dtype.itemsize)
+    config = selection_configs.selection_config(target, **index, **lengths, dtype=dtype, key_size=dtype.itemsize)
     yield "selection", config, candidates.selection_candidates(target, config, num_kv_heads)
     config = configs.forward_config(target, **sizes, group_size=group_size, topk=16)
     yield "forward", config, candidates.forward_candidates(target, config, group_size, block_size)

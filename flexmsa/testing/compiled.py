@@ -29,10 +29,10 @@ TARGETS = {
 }
 BF16 = {"index_q_ptr", "index_k", "q_ptr", "k_ptr", "v_ptr", "out_ptr"}
 FP32 = {"lse_ptr", "partial_out_ptr", "partial_lse_ptr", "k_scale_ptr", "v_scale_ptr", "index_k_scale_ptr"}
-# Where the keys are not split, selection's workspace is its ids.
+# Where the keys are not split, selection's lists are its ids, and attend's the sequences.
 INT32 = {
     *("sequences_ptr", "tile_ends_ptr", "page_table_ptr", "kv_starts_ptr", "kv_lens_ptr", "lens_ptr", "status_ptr"),
-    *("ids_ptr", "workspace_ptr", "block_indices_ptr", "list_ptr", "walks_ptr"),
+    *("ids_ptr", "lists_ptr", "block_indices_ptr", "list_ptr", "walks_ptr"),
     *("numbers_ptr", "blocks_ptr", "before_ptr", "plan_ptr", "shares_ptr"),
     *("queries_ptr", "limits_ptr", "places_ptr"),
 }
@@ -78,11 +78,12 @@ def argument_type(name: str, types: Mapping[str, str]) -> str:
     return "fp32" if name == "scale" else "i32"
 
 
-def box_types(boxes: Mapping[str, list[int]]) -> dict[str, str]:
-    """Triton's types of what a Gluon kernel copies in boxes: vectors of bf16, and numbers of rows in fp32."""
+def box_types(boxes: Mapping[str, list[int]], vectors: torch.dtype = torch.bfloat16) -> dict[str, str]:
+    """Triton's types of what a Gluon kernel copies in boxes: vectors of bf16 or e4m3, and numbers of rows in fp32."""
     types = {}
     for name, box in boxes.items():
-        kind, dtype = ("fp32", torch.float32) if len(box) == 1 else ("bf16", torch.bfloat16)
+        dtype = torch.float32 if len(box) == 1 else vectors
+        kind = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}[dtype]
         types[name] = f"tensordesc<{kind}{box},{box_layout(tuple(box), dtype)}>"
     return types
 

@@ -2,7 +2,7 @@
 
 from flexmsa.kernels.cpu.append import append
 from flexmsa.kernels.cpu.attention import block_sparse_attention_backward, block_sparse_attention_forward
-from flexmsa.kernels.cpu.decode import attend_blocks
+from flexmsa.kernels.cpu.decode import attend_blocks, select_and_attend
 from flexmsa.kernels.cpu.index_loss import index_loss
 from flexmsa.kernels.cpu.selection import select_blocks
 
@@ -12,5 +12,6 @@ __all__ = [
     "block_sparse_attention_backward",
     "block_sparse_attention_forward",
     "index_loss",
+    "select_and_attend",
     "select_blocks",
 ]

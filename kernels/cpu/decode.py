@@ -10,6 +10,7 @@ from torch import Tensor
 from flexmsa.kernels.cpu import fp8
 from flexmsa.kernels.cpu.attention import block_sparse_attention_forward
 from flexmsa.kernels.cpu.packing import Scratch, check_page_table, compute_dtype, locate_block, query_positions
+from flexmsa.kernels.cpu.selection import select_blocks
 
 # The most queries of a row that gather their blocks.
 _FEW_QUERIES = 16
@@ -54,6 +55,29 @@ def attend_blocks(
         out[batch, :, token] = result.view(len(batch), -1, q.shape[-1]).to(out.dtype)
         lse[batch, :, token] = row_lse.view(len(batch), -1)
     return out, lse
+
+
+def select_and_attend(
+    q: Tensor,
+    index_q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_k: Tensor,
+    sequences: Tensor,
+    block_size: int,
+    topk: int,
+    num_local_blocks: int,
+    num_init_blocks: int,
+    scale: float,
+    page_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    index_k_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, block_indices) of ``select_blocks`` and ``attend_blocks``."""
+    rules = block_size, topk, num_local_blocks, num_init_blocks
+    ids = select_blocks(index_q, index_k, sequences, *rules, page_table, index_k_scale)
+    return *attend_blocks(q, k, v, ids, sequences, block_size, scale, page_table, k_scale, v_scale), ids
 
 
 def _attend(

@@ -3,7 +3,7 @@
 from flexmsa.kernels.triton.append import append
 from flexmsa.kernels.triton.attention import block_sparse_attention_forward
 from flexmsa.kernels.triton.attention_backward import block_sparse_attention_backward
-from flexmsa.kernels.triton.decode import attend_blocks
+from flexmsa.kernels.triton.decode import attend_blocks, select_and_attend
 from flexmsa.kernels.triton.index_loss import index_loss
 from flexmsa.kernels.triton.selection import select_blocks
 
@@ -13,5 +13,6 @@ __all__ = [
     "block_sparse_attention_backward",
     "block_sparse_attention_forward",
     "index_loss",
+    "select_and_attend",
     "select_blocks",
 ]

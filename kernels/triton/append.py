@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .fp8 import as_bits, quantize
-from .primitives import await_previous, key_limit, locate_block, page_arguments
+from .primitives import announce_next, await_previous, key_limit, locate_block, page_arguments
 from .targets import padded, target_of
 
 
@@ -172,6 +172,7 @@ def append_kernel(
     OVERLAP: tl.constexpr,
 ):
     """See the module's docstring. Grid (batch, tiles of tokens); HEADS pads num_kv_heads, BLOCK is 1 without pages."""
+    announce_next(OVERLAP)
     await_previous(OVERLAP)
     row = tl.program_id(0) + tl.arange(0, 1)
     filled, count, _ = new_tokens(

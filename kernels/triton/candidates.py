@@ -7,7 +7,8 @@ the trial to find out.
 from collections.abc import Iterator
 
 from ..tuning import Changes
-from .configs import BackwardConfig, ForwardConfig, LossConfig, SelectionConfig
+from .configs import BackwardConfig, ForwardConfig, LossConfig
+from .selection_configs import SelectionConfig
 from .targets import Target, padded
 
 # The fields that hold for every length: what a file of changes may name.
@@ -49,6 +50,9 @@ def registers(target: Target, name: str, value: int | None) -> list[Changes]:
 
 def selection_candidates(target: Target, config: SelectionConfig, num_kv_heads: int) -> Iterator[Changes]:
     """Changes to try for the selection."""
+    if config.hopper:
+        yield from stages(target, "num_stages", config.num_stages)
+        return
     yield from near("num_warps", config.num_warps, 2, 16)
     yield from stages(target, "num_stages", config.num_stages)
     if config.period > 1:

@@ -20,6 +20,7 @@ LARGEST = tl.constexpr(448.0)
 OVERFLOW_BITS = tl.constexpr(0x43F00000)
 NORMAL_BITS = tl.constexpr(0x3C800000)
 SUBNORMAL_BITS = tl.constexpr(0x46800000)
+SUBNORMAL_UNIT = tl.constexpr(16384.0)
 
 
 @triton.jit
@@ -44,8 +45,7 @@ def encode_e4m3(x):
     last_kept = (magnitude >> 20) & 1
     normal = (magnitude - (120 << 23) + 0x7FFFF + last_kept) >> 20
     # An addition of fp32 rounds to the last place that it keeps.
-    unit = tl.full(x.shape, SUBNORMAL_BITS, tl.int32).to(tl.float32, bitcast=True)
-    subnormal = (magnitude.to(tl.float32, bitcast=True) + unit).to(tl.int32, bitcast=True) - SUBNORMAL_BITS
+    subnormal = (magnitude.to(tl.float32, bitcast=True) + SUBNORMAL_UNIT).to(tl.int32, bitcast=True) - SUBNORMAL_BITS
     code = tl.where(magnitude < NORMAL_BITS, subnormal, tl.where(magnitude < OVERFLOW_BITS, normal, 0x7F))
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
@@ -90,7 +90,7 @@ def load_vectors(
 
 @triton.jit
 def split_e4m3(x):
-    """e4m3 numbers [2 N, D] for vectors x [N, D]: rows p, then rows r, with x = p + r / 16 up to a power of two a row.
+    """e4m3 numbers [2 N, D] for vectors x [N, D]: rows p and r in turn, with x = p + r / 16 up to a power of two a row.
 
     Two of them hold the 8 significant bits of a bf16 number, but of one less than 2^-13 of the largest in its row.
     """
@@ -103,7 +103,7 @@ def split_e4m3(x):
     x = x * factor[:, None]
     p = encode_e4m3(x)
     r = encode_e4m3((x - decode_e4m3(p, tl.float32, False)) * 16.0)
-    both = tl.permute(tl.join(p, r), (2, 0, 1))
+    both = tl.permute(tl.join(p, r), (0, 2, 1))
     return tl.reshape(both, [2 * N, D]).to(tl.float8e4nv, bitcast=True)
 
 

@@ -65,7 +65,7 @@ def box_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout
     """The layout of a box in shared memory: as the tensor cores take it, or of one dimension as it is."""
     if len(box) == 1:
         return gl.NVMMASharedLayout(0, 8 * dtype.itemsize, 1)
-    return gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+    return gl.NVMMASharedLayout.get_default_for(list(box), gl.float8e4nv if dtype.itemsize == 1 else gl.bfloat16)
 
 
 def shared_box(x: torch.Tensor, box: list[int]) -> TensorDescriptor:

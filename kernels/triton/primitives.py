@@ -17,6 +17,13 @@ def await_previous(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def announce_next(OVERLAP: tl.constexpr):
+    """Have the kernel after this one launched now, to wait; where it would not be in the way of this one's programs."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def load_sequence(sequences_ptr, sequence):
     """One row of the table of sequences: (batch as int64, q_start, q_end, k_start, k_end)."""
     row = sequences_ptr + sequence.to(tl.int64) * 5

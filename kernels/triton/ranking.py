@@ -1,4 +1,4 @@
-"""Ranking in registers: lists that blocks are inserted into, tiles of packed keys, and the merge of the splits' lists.
+"""Ranking in registers: lists that blocks are inserted into, and tiles of packed keys.
 
 Lists are tuples, (scores, ids), of a tensor [rows] for each place: for a few rows, or a thread for each. Tiles take any
 number of places and rows. In tiles and in memory a block is one int64, so that sorting and ties need no second tensor:
@@ -16,8 +16,6 @@ thread, if there are rows enough, and a sorting network along K moves nothing be
 
 import triton
 import triton.language as tl
-
-from .primitives import await_previous
 
 ID_MASK = tl.constexpr(0x7FFFFFFF)
 ORDERED_NEG_INF = tl.constexpr(-2139095041)
@@ -197,18 +195,18 @@ def collect(ranking, best, block, flush, PERIOD: tl.constexpr):
 
 @triton.jit
 def store_ranking(
-    ranking, ids_ptr, workspace_ptr, query_row, live, num_splits,
+    ranking, ids_ptr, lists_ptr, ids_row, list_row, live, num_splits,
     TOPK: tl.constexpr, KEPT: tl.constexpr, PERIOD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Write each live row's ids, ascending; or, of a SPLIT, its KEPT keys, descending, for `merge_kernel`."""
-    place = query_row * TOPK
+    """Write each live row's ids, ascending; or, of a SPLIT, its KEPT keys, descending, for `merge.merge_lists`."""
+    place = ids_row * TOPK
     if SPLIT:
-        place = (query_row * num_splits + tl.program_id(1)) * KEPT
+        place = (list_row * num_splits + tl.program_id(1)) * KEPT
     if PERIOD == 1:
         scores, ids = ranking
         if SPLIT:
             for rank in tl.static_range(KEPT):
-                tl.store(workspace_ptr + place + rank, pack_keys(scores[rank], ids[rank]), mask=live)
+                tl.store(lists_ptr + place + rank, pack_keys(scores[rank], ids[rank]), mask=live)
         else:
             ids = ascending(ids, TOPK)
             for rank in tl.static_range(TOPK):
@@ -216,97 +214,7 @@ def store_ranking(
     else:
         rank = tl.arange(0, KEPT)[:, None]
         if SPLIT:
-            tl.store(workspace_ptr + place[None, :] + rank, ranking[0], mask=live[None, :])
+            tl.store(lists_ptr + place[None, :] + rank, ranking[0], mask=live[None, :])
         else:
             ids = ascending_ids(ranking[0], TOPK)
             tl.store(ids_ptr + place[None, :] + rank, ids, mask=live[None, :] & (rank < TOPK))
-
-
-@triton.jit
-def keep_first(best, keys):
-    """The K first of best `[K]`, descending, and of keys `[N]`, in any order; descending again.
-
-    Each key's place is how many come before it. All pairs are compared, at once: few keys take less time so than in
-    the many steps of a sort. Keys are distinct, but for EMPTY_KEY.
-    """
-    order = tl.arange(0, best.shape[0])[None, :]
-    place = tl.sum((keys[:, None] > keys[None, :]).to(tl.int32), axis=0)
-    place += tl.sum((best[:, None] > keys[None, :]).to(tl.int32), axis=0)
-    kept_place = tl.arange(0, best.shape[0]) + tl.sum((keys[:, None] > best[None, :]).to(tl.int32), axis=0)
-    moved = tl.max(tl.where(place[:, None] == order, keys[:, None], EMPTY_KEY), axis=0)
-    kept = tl.max(tl.where(kept_place[:, None] == order, best[:, None], EMPTY_KEY), axis=0)
-    return tl.maximum(moved, kept)
-
-
-@triton.jit
-def load_heads(workspace_ptr, first_list, split, num_splits, KEPT: tl.constexpr):
-    """A key for each of the lists `split`: its best block's score, and its own number for an id."""
-    best = tl.load(workspace_ptr + (first_list + split) * KEPT, mask=split < num_splits, other=EMPTY_KEY)
-    return ((best >> 32) << 32) | (split ^ ID_MASK).to(tl.int64)
-
-
-@triton.jit
-def best_splits(workspace_ptr, first_list, num_splits, KEPT: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr):
-    """The numbers `[KEPT]` of the splits whose best blocks are best; num_splits or more where there are fewer.
-
-    A split comes before another if all its blocks do, so among equal scores its number ranks as its blocks' ids.
-    They are looked for in the KEPT groups, of GROUP neighbouring splits, that have the best ones.
-    """
-    nothing = tl.full([KEPT], EMPTY_KEY, tl.int64)
-    split = tl.arange(0, HEADS)
-    if GROUP > 1:
-        heads = load_heads(workspace_ptr, first_list, split, num_splits, KEPT)
-        groups = keep_first(nothing, tl.max(tl.reshape(heads, [HEADS // GROUP, GROUP]), axis=1))
-        first = ((groups & ID_MASK) ^ ID_MASK).to(tl.int32) // GROUP * GROUP
-        split = tl.reshape(first[:, None] + tl.arange(0, GROUP)[None, :], [KEPT * GROUP])
-    best = keep_first(nothing, load_heads(workspace_ptr, first_list, split, num_splits, KEPT))
-    return (best & ID_MASK) ^ ID_MASK
-
-
-@triton.jit(do_not_specialize=["num_splits"])
-def merge_kernel(
-    workspace_ptr,
-    ids_ptr,
-    num_splits,
-    TOPK: tl.constexpr,
-    KEPT: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    LINES: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """ids of one query row from the kept keys of its splits, [num_rows, num_splits, KEPT], each descending.
-
-    KEPT splits at most hold a block that is chosen: those whose best blocks are best. Of the r-th of them, from 0, only
-    the first KEPT - r blocks can be among the KEPT best, since r best blocks and its own before them are better.
-    """
-    await_previous(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
-    rank = tl.arange(0, KEPT)
-    first_list = row * num_splits
-    splits = best_splits(workspace_ptr, first_list, num_splits, KEPT, HEADS, GROUP)
-    best = tl.load(workspace_ptr + (first_list + splits) * KEPT, mask=splits < num_splits, other=EMPTY_KEY)
-    # Behind the best blocks, lists r and KEPT - 2 - r have KEPT places in all: they share a line.
-    for first in tl.static_range(0, KEPT // 2, LINES):
-        line, column = first + tl.arange(0, LINES)[:, None], tl.arange(0, KEPT)[None, :]
-        own = column < KEPT - 1 - line
-        number = tl.reshape(tl.where(own, line, KEPT - 2 - line), [LINES * KEPT])
-        depth = tl.reshape(tl.where(own, column + 1, column - (KEPT - 2 - line)), [LINES * KEPT])
-        # The list in the middle has no other.
-        wanted = tl.reshape(own | (line < KEPT // 2 - 1), [LINES * KEPT])
-        split = tl.max(tl.where(rank[:, None] == number[None, :], splits[:, None], 0), axis=0)
-        place = (first_list + split) * KEPT + depth
-        keys = tl.load(workspace_ptr + place, mask=wanted & (split < num_splits), other=EMPTY_KEY)
-        best = keep_first(best, keys)
-    chosen = ((best >> 32) > ORDERED_NEG_INF) & (rank < TOPK)
-    ids = tl.where(chosen, (best & ID_MASK).to(tl.int32) ^ ID_MASK, ID_MASK)
-    place = tl.sum((ids[:, None] < ids[None, :]).to(tl.int32), axis=0)
-    tl.store(ids_ptr + row * TOPK + place, ids, mask=chosen)
-    tl.store(ids_ptr + row * TOPK + rank, -1, mask=(rank < TOPK) & (chosen == 0))
-
-
-def merge_constants(kept: int, topk: int, num_splits: int) -> dict[str, int]:
-    """The compile-time arguments of `merge_kernel`: up to 128 keys are compared at once."""
-    heads = triton.next_power_of_2(num_splits)
-    group = heads // 64 if heads > 128 else 1
-    return {"TOPK": topk, "KEPT": kept, "HEADS": heads, "GROUP": group, "LINES": min(kept // 2, max(1, 128 // kept))}

@@ -23,9 +23,12 @@ about 8 exchanges of 64-bit keys for its part of a merge), against block_size * 
 / rows times, from L2; memory sees index_k about once: decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25
 TB/s, and half of it in e4m3.
 
-Few query rows leave the GPU idle, so the keys are then split; each split writes its kept keys to a workspace
-[B*Hkv*Sq, splits, kept] int64, and a second kernel merges them.
+Few query rows leave the GPU idle, so the keys are then split; each split writes a list of its kept keys, int64,
+and `merge` makes one of them: in a kernel of its own, or in that of the attention (see `decode`).
+On Hopper a few rows are scored by `scoring_hopper`, if the bulk copy engine can read the keys.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -33,8 +36,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tuning import tuned
-from .configs import SelectionConfig, selection_config
 from .fp8 import as_bits, split_e4m3
+from .merge import merge_splits
 from .primitives import (
     await_previous,
     find_tile,
@@ -44,7 +47,7 @@ from .primitives import (
     tile_ends,
     tma_ready,
 )
-from .ranking import collect, merge_constants, merge_kernel, start_ranking, store_ranking
+from .ranking import collect, start_ranking, store_ranking
 from .scoring import (
     clear_maximum,
     load_keys,
@@ -55,6 +58,7 @@ from .scoring import (
     score_keys,
     walk_halves,
 )
+from .selection_configs import SelectionConfig, selection_config
 from .targets import padded, storage_constants, target_of
 
 LENGTHS = ["num_sequences", "seqlen_q", "seqlen_k", "max_pages", "num_pages", "num_splits", "num_local", "num_init"]
@@ -69,7 +73,7 @@ def selection_kernel(
     page_table_ptr,
     index_k_scale_ptr,
     ids_ptr,
-    workspace_ptr,
+    lists_ptr,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -161,8 +165,9 @@ def selection_kernel(
             best = masked_maximum(scores, block, visible, num_local, BLOCK)
             place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
             ranking = collect(ranking, best, block, block == end - 1, PERIOD)
-    query_row = (batch * GROUPS + row % GROUPS) * seqlen_q + token
-    store_ranking(ranking, ids_ptr, workspace_ptr, query_row, live, num_splits, TOPK, KEPT, PERIOD, SPLIT)
+    ids_row = (batch * GROUPS + row % GROUPS) * seqlen_q + token
+    list_row = (sequence.to(tl.int64) * seqlen_q + token - q_start) * GROUPS + row % GROUPS
+    store_ranking(ranking, ids_ptr, lists_ptr, ids_row, list_row, live, num_splits, TOPK, KEPT, PERIOD, SPLIT)
 
 
 def key_tiles(index_k: torch.Tensor, config: SelectionConfig, block_size: int):
@@ -175,6 +180,28 @@ def key_tiles(index_k: torch.Tensor, config: SelectionConfig, block_size: int):
         [index_k.stride(0), index_k.stride(2), index_k.stride(3)],
         [1, block_size, index_k.shape[3]],
     )
+
+
+def kernel_and_tiles(
+    index_k: torch.Tensor,
+    index_k_scale: torch.Tensor | None,
+    sequences: torch.Tensor,
+    config: SelectionConfig,
+    num_kv_heads: int,
+    block_size: int,
+    topk: int,
+    table: bool,
+) -> tuple[Any, Any, Any, dict[str, int | bool]]:
+    """The kernel of a configuration, keys and scales as it takes them, and constants that it has for itself."""
+    shape = num_kv_heads, index_k.shape[3], block_size, topk, table
+    if config.hopper:
+        from .scoring_hopper import scorer_constants, scorer_tiles, selection_hopper_kernel
+
+        tiles = scorer_tiles(index_k, index_k_scale, block_size)
+        return selection_hopper_kernel, *tiles, scorer_constants(config, *shape)
+    keys = key_tiles(index_k if config.fp8_product else as_bits(index_k), config, block_size)
+    scales = sequences if index_k_scale is None else index_k_scale
+    return selection_kernel, keys, scales, selection_constants(config, *shape)
 
 
 def selection_constants(
@@ -207,7 +234,13 @@ def selection_constants(
 
 
 def choose_config(
-    index_q, index_k, sequences, block_size: int, topk: int, page_table: torch.Tensor | None = None
+    index_q,
+    index_k,
+    sequences,
+    block_size: int,
+    topk: int,
+    page_table: torch.Tensor | None = None,
+    index_k_scale: torch.Tensor | None = None,
 ) -> SelectionConfig:
     """`selection_config` for these tensors, with what tuning changed."""
     batch, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
@@ -226,7 +259,72 @@ def choose_config(
         dtype=index_q.dtype,
         key_size=index_k.element_size(),
         tma_ready=tma_ready(index_k),
+        scales_ready=index_k_scale is None or (index_k_scale.is_contiguous() and index_k_scale.data_ptr() % 16 == 0),
     )
+
+
+def rank_blocks(
+    index_q: torch.Tensor,
+    index_k: torch.Tensor,
+    sequences: torch.Tensor,
+    block_size: int,
+    topk: int,
+    num_local_blocks: int,
+    num_init_blocks: int,
+    page_table: torch.Tensor | None = None,
+    index_k_scale: torch.Tensor | None = None,
+    config: SelectionConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(block_indices, None), or, where the keys are split, (block_indices to be written, lists to merge).
+
+    lists [sequences * Sq * Hkv, num_splits, kept] int64 are for `merge`. `config` overrides the choice of tiles, for
+    tests and tuning.
+    """
+    batch, num_kv_heads, seqlen_q, _ = index_q.shape
+    ids = torch.empty(batch, num_kv_heads, seqlen_q, topk, dtype=torch.int32, device=index_q.device)
+    if ids.numel() == 0:
+        return ids, None
+    target = target_of(index_q.device)
+    config = config or choose_config(index_q, index_k, sequences, block_size, topk, page_table, index_k_scale)
+    if index_q.dtype == torch.float8_e4m3fn and not config.fp8_product:
+        index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
+    ends, num_tiles, table = tile_ends(sequences, batch, seqlen_q, config.tokens(num_kv_heads))
+    pages, max_pages, num_pages = page_arguments(page_table, sequences, index_k)
+    lists = None
+    if config.num_splits > 1:
+        num_rows = sequences.shape[0] * seqlen_q * num_kv_heads
+        lists = ids.new_empty(num_rows, config.num_splits, config.kept, dtype=torch.int64)
+    kernel, keys, scales, constants = kernel_and_tiles(
+        index_k, index_k_scale, sequences, config, num_kv_heads, block_size, topk, table
+    )
+    kernel[(num_tiles, config.num_splits)](
+        as_bits(index_q),
+        keys,
+        sequences,
+        ends,
+        pages,
+        scales,
+        ids,
+        ids if lists is None else lists,
+        *index_q.stride(),
+        index_k.stride(0),
+        index_k.stride(2),
+        index_k.stride(3),
+        sequences.shape[0],
+        seqlen_q,
+        index_k.shape[2],
+        max_pages,
+        num_pages,
+        config.num_splits,
+        num_local_blocks,
+        num_init_blocks,
+        **constants,
+        **storage_constants(target, page_table is not None, index_k_scale is not None),
+        **target.overlap(),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return ids, lists
 
 
 def select_blocks(
@@ -241,59 +339,11 @@ def select_blocks(
     index_k_scale: torch.Tensor | None = None,
     config: SelectionConfig | None = None,
 ) -> torch.Tensor:
-    """block_indices [B, Hkv, Sq, topk] int32, as the module's docstring defines them.
-
-    `config` overrides the choice of tiles, for tests and tuning.
-    """
-    batch, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
-    ids = torch.empty(batch, num_kv_heads, seqlen_q, topk, dtype=torch.int32, device=index_q.device)
-    if ids.numel() == 0:
-        return ids
-    target = target_of(index_q.device)
-    config = config or choose_config(index_q, index_k, sequences, block_size, topk, page_table)
-    if index_q.dtype == torch.float8_e4m3fn and not config.fp8_product:
-        index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
-    ends, num_tiles, table = tile_ends(sequences, batch, seqlen_q, config.tokens(num_kv_heads))
-    pages, max_pages, num_pages = page_arguments(page_table, sequences, index_k)
-    split = config.num_splits > 1
-    num_rows = batch * num_kv_heads * seqlen_q
-    workspace = ids
-    if split:
-        workspace = ids.new_empty(num_rows, config.num_splits, config.kept, dtype=torch.int64)
-    selection_kernel[(num_tiles, config.num_splits)](
-        as_bits(index_q),
-        key_tiles(index_k if config.fp8_product else as_bits(index_k), config, block_size),
-        sequences,
-        ends,
-        pages,
-        sequences if index_k_scale is None else index_k_scale,
-        ids,
-        workspace,
-        *index_q.stride(),
-        index_k.stride(0),
-        index_k.stride(2),
-        index_k.stride(3),
-        sequences.shape[0],
-        seqlen_q,
-        index_k.shape[2],
-        max_pages,
-        num_pages,
-        config.num_splits,
-        num_local_blocks,
-        num_init_blocks,
-        **selection_constants(config, num_kv_heads, index_head_dim, block_size, topk, table),
-        **storage_constants(target, page_table is not None, index_k_scale is not None),
-        **target.overlap(),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    """block_indices [B, Hkv, Sq, topk] int32, as the module's docstring defines them; `config` as for `rank_blocks`."""
+    ids, lists = rank_blocks(
+        *(index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks),
+        *(page_table, index_k_scale, config),
     )
-    if split:
-        merge_kernel[(num_rows,)](
-            workspace,
-            ids,
-            config.num_splits,
-            **merge_constants(config.kept, topk, config.num_splits),
-            **target.overlap(),
-            num_warps=4,
-        )
+    if lists is not None:
+        merge_splits(lists, ids, sequences, target_of(ids.device))
     return ids

@@ -12,10 +12,11 @@ from ..tuning import Changes, Key, key_of
 from .attention import block_sparse_attention_forward
 from .attention_backward import block_sparse_attention_backward
 from .candidates import backward_candidates, forward_candidates, loss_candidates, selection_candidates
-from .configs import backward_config, forward_config, loss_config, selection_config
+from .configs import backward_config, forward_config, loss_config
 from .index_loss import index_loss
 from .primitives import tma_ready
 from .selection import select_blocks
+from .selection_configs import selection_config
 from .targets import target_of
 
 # Tokens that are alike in how far they choose as their neighbours do.

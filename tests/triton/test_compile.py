@@ -10,10 +10,21 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import configs, pieces, primitives, ranking, reverse_index, selection, targets  # noqa: E402
+from flexmsa.kernels.triton import (  # noqa: E402
+    configs,
+    merge,
+    pieces,
+    primitives,
+    reverse_index,
+    scoring_hopper,
+    selection,
+    selection_configs,
+    targets,
+)
 from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps  # noqa: E402
-from flexmsa.kernels.triton.decode import attend_constants, attend_kernel, combine_kernel  # noqa: E402
-from flexmsa.testing.compiled import lone_products  # noqa: E402
+from flexmsa.kernels.triton.attend import attend_constants, attend_kernel  # noqa: E402
+from flexmsa.kernels.triton.combine_splits import combine_kernel  # noqa: E402
+from flexmsa.testing.compiled import TARGETS, box_types, lone_products  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
@@ -34,9 +45,10 @@ SELECTIONS = {
 
 @pytest.mark.parametrize("case", SELECTIONS.values(), ids=SELECTIONS)
 def test_selection(build, target, case):
+    """Of a few queries on Hopper, what keys are scored with that `scoring_hopper` does not take."""
     seqlen_q, seqlen_k, paged, e4m3_keys, e4m3_queries = case
     scaled = e4m3_keys and not e4m3_queries
-    config = configs.selection_config(
+    config = selection_configs.selection_config(
         target,
         num_sequences=1,
         num_kv_heads=GROUPS,
@@ -48,10 +60,11 @@ def test_selection(build, target, case):
         dtype=torch.float8_e4m3fn if e4m3_queries else torch.bfloat16,
         key_size=1 if e4m3_keys else 2,
         tma_ready=True,
+        scales_ready=False,
     )
     constants = selection.selection_constants(config, GROUPS, DEPTH, BLOCK, TOPK, seqlen_q > 16)
     constants |= targets.storage_constants(target, paged, scaled)
-    types = {"workspace_ptr": "*i64"} if config.num_splits > 1 else {}
+    types = {"lists_ptr": "*i64"} if config.num_splits > 1 else {}
     element = "fp8e4nv" if config.fp8_product else "u8" if scaled else "fp16" if e4m3_queries else "bf16"
     if e4m3_queries:
         types["index_q_ptr"] = "*u8" if config.fp8_product else "*fp16"
@@ -68,22 +81,54 @@ def test_selection(build, target, case):
     assert (config.num_splits > 1) == (seqlen_q <= 16)
 
 
-@pytest.mark.parametrize(("topk", "splits"), [(16, 528), (16, 6)])
-def test_merge(build, target, topk, splits):
-    constants = ranking.merge_constants(max(8, topk), topk, splits)
-    spills = 8 if target.arch == 86 else 0
-    build(ranking.merge_kernel, target, constants, 4, spills=spills, workspace_ptr="*i64")
+@pytest.mark.parametrize("shape", [(1, 128, 128), (16, 128, 128), (1, 64, 64), (16, 64, 64)])
+@pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])
+def test_selection_hopper(build, shape, scaled):
+    target = TARGETS["sm_90"]
+    seqlen_q, depth, block = shape
+    config = selection_configs.selection_config(
+        target,
+        num_sequences=1,
+        num_kv_heads=GROUPS,
+        seqlen_q=seqlen_q,
+        seqlen_k=1 << 20,
+        index_head_dim=depth,
+        block_size=block,
+        topk=TOPK,
+        dtype=torch.bfloat16,
+        key_size=1 if scaled else 2,
+        tma_ready=True,
+    )
+    assert config.hopper and config.num_splits > 1
+    types = box_types(scoring_hopper.scorer_boxes(depth, block), torch.float8_e4m3fn if scaled else torch.bfloat16) | {
+        "lists_ptr": "*i64"
+    }
+    if not scaled:
+        types["scale_tiles"] = "i32"
+    constants = scoring_hopper.scorer_constants(config, GROUPS, depth, block, TOPK, False)
+    constants |= targets.storage_constants(target, scaled, scaled)
+    compiled = build(scoring_hopper.selection_hopper_kernel, target, constants, config.num_warps, **types)
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("splits", [512, 6])
+def test_merge(build, target, splits):
+    constants = merge.merge_constants(TOPK, splits) | {"TOPK": TOPK, "GROUPS": GROUPS, "TABLE": False}
+    build(merge.merge_kernel, target, constants, 4, lists_ptr="*i64")
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])
 @pytest.mark.parametrize("batch", [1, 128])
-def test_attend_and_combine(build, target, batch, scaled):
+@pytest.mark.parametrize("lists", [None, (128, 16)], ids=["chosen", "merged"])
+def test_attend_and_combine(build, target, lists, batch, scaled):
     config = configs.attend_config(
         target, num_rows=batch * GROUPS, head_dim=DEPTH, block_size=BLOCK, topk=TOPK, element_size=2
     )
-    constants = attend_constants(config, GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK, False)
+    constants = attend_constants(config, GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK, False, lists)
     constants |= targets.storage_constants(target, scaled, scaled)
     types = {"out_ptr": "*fp32"} if config.num_splits > 1 else {}
+    if lists is not None:
+        types |= {"lists_ptr": "*i64"}
     if scaled:
         types |= {"k_ptr": "*u8", "v_ptr": "*u8"}
     build(attend_kernel, target, constants, config.num_warps, config.num_stages, **types)

@@ -8,6 +8,7 @@ import torch
 from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.triton import decode
 from flexmsa.kernels.triton.configs import attend_config
+from flexmsa.kernels.triton.selection import choose_config, rank_blocks
 from flexmsa.kernels.triton.targets import target_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -64,6 +65,40 @@ def test_decode(dense, case, monkeypatch):
     wanted = dense.attend(q, k.nan_to_num(), v.nan_to_num(), ids, sequences, block_size, scale)
     assert_attention((out, lse), wanted, q.dtype)
     assert (out[lse == -float("inf")] == 0).all()
+
+
+@pytest.mark.parametrize("splits", [(2, 1), (150, 3)], ids=["2 lists", "150 lists, attention split"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_attention_merges_lists(dense, case, splits, monkeypatch):
+    """Where the keys of a query were split, the attention finds the chosen blocks by itself, and writes their ids."""
+    monkeypatch.setattr(decode, "FEW_ROWS", 8192)
+    q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(dense, case)
+    config = choose_config(index_q, index_k, sequences, block_size, topk)
+    config = replace(config, num_splits=splits[0])
+    ids, lists = rank_blocks(index_q, index_k, sequences, block_size, topk, 1, 0, config=config)
+    config = attend_config(
+        target_of(q.device), num_rows=1, head_dim=q.shape[3], block_size=block_size, topk=topk, element_size=4
+    )
+    config = replace(config, num_splits=splits[1])
+    ids.fill_(-7)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "merge_splits", None)
+        found = kernels.attend_blocks(q, k, v, ids, sequences, block_size, 0.3, config=config, lists=lists)
+    assert torch.equal(ids, dense.select(index_q, index_k, sequences, block_size, topk, 1, 0))
+    wanted = dense.attend(q, k.nan_to_num(), v.nan_to_num(), ids, sequences, block_size, 0.3)
+    assert_attention(found, wanted, q.dtype)
+
+
+def test_long_lists_are_merged_once(dense, monkeypatch):
+    q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(dense, CASES["several tokens"])
+    rules = block_size, topk, 1, 0
+    found = kernels.select_and_attend(q, index_q, k, v, index_k, sequences, *rules, 0.3)
+    monkeypatch.setattr(decode, "LONGEST_MERGED", 0)
+    merged_once = kernels.select_and_attend(q, index_q, k, v, index_k, sequences, *rules, 0.3)
+    assert torch.equal(found[2], merged_once[2])
+    wanted = dense.attend(q, k.nan_to_num(), v.nan_to_num(), found[2], sequences, block_size, 0.3)
+    for each in (found, merged_once):
+        assert_attention(each[:2], wanted, q.dtype)
 
 
 @pytest.mark.parametrize("splits", [1, 3, 8])

@@ -123,7 +123,7 @@ def test_queries_as_two_e4m3_numbers():
     x[5] *= torch.exp2(-torch.arange(32.0))
     found = torch.empty(32, 32)
     split_kernel[(1,)](x, found, 16, 32)
-    found = found[:16] + found[16:] / 16
+    found = found[0::2] + found[1::2] / 16
     largest = x.abs().amax(1, keepdim=True)
     factor = found.abs().amax(1, keepdim=True) / largest.clamp(min=1e-30)
     assert (factor.log2() % 1 == 0)[factor > 0].all()

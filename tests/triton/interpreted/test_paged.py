@@ -9,7 +9,6 @@ import torch
 from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.triton.configs import attend_config
 from flexmsa.kernels.triton.selection import choose_config
-from flexmsa.kernels.triton.targets import target_of
 from flexmsa.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -154,9 +153,9 @@ def test_few_blocks_are_not_scored(paged):
 KERNELS = {
     "append_kernel": "append",
     "selection_kernel": "selection",
-    "merge_kernel": "selection",
+    "merge_kernel": "merge",
     "attend_kernel": "decode",
-    "combine_kernel": "decode",
+    "combine_kernel": "combine_splits",
     "tile_ends_kernel": "primitives",
 }
 
@@ -174,7 +173,7 @@ class Counting:
 
 @pytest.mark.parametrize("splits", [1, 2])
 def test_launches_of_a_step(monkeypatch, splits):
-    """Append, select and attend are a launch each, and a second one where the work is split."""
+    """Append, select and attend are a launch each, and combine where the chosen blocks are split between programs."""
     launched = []
     for name, file in KERNELS.items():
         module = import_module(f"flexmsa.kernels.triton.{file}")
@@ -186,10 +185,10 @@ def test_launches_of_a_step(monkeypatch, splits):
     sequences = torch.empty(4, 5, dtype=torch.int32)
     lens, status = torch.tensor([2, 1], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     kernels.append(*new, lens, *pages, None, None, None, table, 0 * kv_lens, kv_lens, sequences, status)
-    config = choose_config(index_q, pages[2], sequences, 8, 2, table)
-    config = replace(config, num_splits=splits)
-    ids = kernels.select_blocks(index_q, pages[2], sequences, 8, 2, 1, 0, table, config=config)
-    config = attend_config(target_of(q.device), num_rows=8, head_dim=16, block_size=8, topk=2, element_size=4)
-    config = replace(config, num_splits=splits)
-    kernels.attend_blocks(q, *pages[:2], ids, sequences, 8, 0.3, table, config=config)
-    assert len(launched) == (3 if splits == 1 else 5), launched
+    choices = {"selection.choose_config": choose_config, "decode.attend_config": attend_config}
+    for place, choose in choices.items():
+        monkeypatch.setattr(
+            f"flexmsa.kernels.triton.{place}", lambda *a, c=choose, **k: replace(c(*a, **k), num_splits=splits)
+        )
+    kernels.select_and_attend(q, index_q, *pages, sequences, 8, 2, 1, 0, 0.3, table)
+    assert len(launched) == (3 if splits == 1 else 4), launched

@@ -1,0 +1,256 @@
+"""A decoding step's scorer for Hopper, in Gluon: one warp copies keys, four score blocks and rank them.
+
+It does what `selection.selection_kernel` does, for a few query rows. The copying warp has asked for the first keys
+before the queries have arrived, and is then as far ahead of the products as shared memory allows. One program to a
+multiprocessor reads memory as fast as several do, and leaves fewer lists to merge.
+
+Triton's interpreter knows no Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .fp8 import split_e4m3
+from .hopper import make_barriers, meet, shared_box
+from .primitives import FLT_MAX, announce_next, await_previous, find_tile, load_sequence, locate_block
+from .ranking import first_blocks, insert_block, store_ranking
+from .selection_configs import SelectionConfig
+
+LENGTHS = ["num_sequences", "seqlen_q", "seqlen_k", "max_pages", "num_pages", "num_splits", "num_local", "num_init"]
+
+
+@gluon.jit
+def load_share(tables, numbers, TOPK: gl.constexpr, BLOCK: gl.constexpr, TOKENS: gl.constexpr, TABLE: gl.constexpr):
+    """The program's tokens and blocks: (sequence, batch, first token of the sequence, of the tile, end of tokens, first
+    key, keys, forced blocks, first block, end).
+    """
+    sequences_ptr, tile_ends_ptr, _ = tables
+    num_sequences, seqlen_q, _, _, _, num_splits, _, num_init = numbers
+    sequence, tile = find_tile(gl.program_id(0), tile_ends_ptr, num_sequences, seqlen_q, TOKENS, TABLE)
+    batch, q_start, q_end, k_start, k_end = load_sequence(sequences_ptr, gl.minimum(sequence, num_sequences - 1))
+    first = gl.where(sequence < num_sequences, q_start + tile * TOKENS, q_end)
+    num_keys = k_end - k_start
+    seen = gl.where(first < q_end, num_keys - q_end + gl.minimum(first + TOKENS, q_end), 0)
+    num_blocks = (gl.maximum(seen, 0) + BLOCK - 1) // BLOCK
+    forced = gl.where(num_blocks <= TOPK, num_blocks, num_init)
+    share = (gl.maximum(num_blocks - forced, 0) + num_splits - 1) // num_splits
+    begin = forced + gl.program_id(1) * share
+    end = gl.minimum(begin + share, num_blocks)
+    return sequence, batch, q_start, first, q_end, k_start, num_keys, forced, begin, end
+
+
+@gluon.jit
+def copy_keys(
+    tiles, boxes, barriers, tables, numbers,
+    TOPK: gl.constexpr, BLOCK: gl.constexpr, TOKENS: gl.constexpr, TABLE: gl.constexpr, PAGED: gl.constexpr,
+    SCALED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp's work: the program's blocks of keys, and their scales."""
+    key_tiles, scale_tiles = tiles
+    key_boxes, scale_boxes = boxes
+    full, empty = barriers
+    _, _, seqlen_k, max_pages, num_pages, _, _, _ = numbers
+    _, batch, _, _, _, k_start, _, _, begin, end = load_share(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
+    for block in range(begin, end):
+        stage, turn = (block - begin) % STAGES, (block - begin) // STAGES
+        row, key = locate_block(tables[2], max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
+        ready = full.index(stage)
+        mbarrier.wait(empty.index(stage), (turn & 1) ^ 1)
+        if SCALED:
+            mbarrier.expect(ready, key_tiles.block_type.nbytes + scale_tiles.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                scale_tiles, [(row * seqlen_k + key).to(gl.int32)], ready, scale_boxes.index(stage)
+            )
+        else:
+            mbarrier.expect(ready, key_tiles.block_type.nbytes)
+        tma.async_copy_global_to_shared(key_tiles, [row.to(gl.int32), key, 0], ready, key_boxes.index(stage))
+
+
+@gluon.jit
+def place_queries(queries, q_box, batch, first, q_end, ROWS: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr):
+    """The tile's query rows into shared memory; to e4m3 keys as the pairs of `split_e4m3`."""
+    index_q_ptr, stride_qb, stride_qh, stride_qs, stride_qd = queries
+    DEPTH: gl.constexpr = q_box.shape[1]
+    loaded: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    row, depth = gl.arange(0, ROWS, gl.SliceLayout(1, loaded)), gl.arange(0, DEPTH, gl.SliceLayout(0, loaded))
+    token = first + row // GROUPS
+    place = batch * stride_qb + (row % GROUPS).to(gl.int64) * stride_qh + token.to(gl.int64) * stride_qs
+    live = (token < q_end) & (row // GROUPS < ROWS // GROUPS)
+    q = gl.load(index_q_ptr + place[:, None] + depth.to(gl.int64)[None, :] * stride_qd, mask=live[:, None], other=0.0)
+    q_box.store(split_e4m3(q) if SCALED else q)
+    fence_async_shared()
+    meet()
+
+
+@gluon.jit
+def scale_scores(products, scales):
+    """As `scoring.score_e4m3`: scores [keys, rows] of products [keys, 2 rows] with the pairs of `split_e4m3`."""
+    # A vector that is not finite has such a scale.
+    KEYS: gl.constexpr = products.shape[0]
+    ROWS: gl.constexpr = products.shape[1] // 2
+    products *= gl.where(scales < float("inf"), scales, float("nan"))[:, None]
+    p, r = gl.split(products.reshape([KEYS, ROWS, 2]))
+    return p + r * (1.0 / 16)
+
+
+@gluon.jit
+def block_maximum(scores, block, visible, num_local, BLOCK: gl.constexpr):
+    """As `scoring.masked_maximum`, of scores [keys, rows]: m [rows] of a block."""
+    key = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, scores.type.layout))
+    seen = key[:, None] < gl.convert_layout(visible, gl.SliceLayout(0, scores.type.layout))[None, :]
+    best = gl.convert_layout(gl.max(gl.where(seen, scores, float("-inf")), axis=0), visible.type.layout)
+    best = gl.minimum(gl.maximum(best, -FLT_MAX), FLT_MAX)
+    best = gl.where(block > (visible - 1) // BLOCK - num_local, float("inf"), best)
+    return gl.where(block * BLOCK < visible, best, float("-inf"))
+
+
+@gluon.jit
+def rank_keys(
+    boxes, q_box, barriers, tables, numbers, queries, outputs,
+    TOPK: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, TABLE: gl.constexpr,
+    SCALED: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, SPLIT: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """The work of the other four warps."""
+    key_boxes, scale_boxes = boxes
+    full, empty = barriers
+    _, seqlen_q, _, _, _, num_splits, num_local, _ = numbers
+    TOKENS: gl.constexpr = ROWS // GROUPS
+    COLUMNS: gl.constexpr = q_box.shape[0]
+    DEPTH: gl.constexpr = q_box.shape[1]
+    scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS, 32 if SCALED else 16])
+    ranked: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    share = load_share(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
+    sequence, batch, q_start, first, q_end, _, num_keys, forced, begin, end = share
+    place_queries(queries, q_box, batch, first, q_end, ROWS, GROUPS, SCALED)
+    row = gl.arange(0, ROWS, ranked)
+    token = first + row // GROUPS
+    live = (token < q_end) & (row // GROUPS < TOKENS)
+    visible = gl.where(live, num_keys - q_end + token + 1, 0)
+    lists = first_blocks(KEPT, gl.where(gl.program_id(1) == 0, forced, 0), visible, BLOCK)
+    for block in range(begin, end):
+        stage = (block - begin) % STAGES
+        keys = key_boxes.index(stage).reshape([BLOCK, DEPTH])
+        scores = gl.zeros([BLOCK, COLUMNS], gl.float32, scored)
+        mbarrier.wait(full.index(stage), (block - begin) // STAGES & 1)
+        # e4m3 products are added up with about 14 bits, as in `scoring.score_e4m3`.
+        scores = warpgroup_mma(keys, q_box.permute((1, 0)), scores, use_acc=False, is_async=True)
+        if SCALED:
+            scales = scale_boxes.index(stage).load(gl.SliceLayout(1, scored))
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(empty.index(stage), count=1)
+        if SCALED:
+            scores = scale_scores(scores, scales)
+        lists = insert_block(lists, block_maximum(scores, block, visible, num_local, BLOCK), block)
+    announce_next(OVERLAP)
+    list_row = (sequence.to(gl.int64) * seqlen_q + token - q_start) * GROUPS + row % GROUPS
+    ids_row = (batch * GROUPS + row % GROUPS) * seqlen_q + token
+    store_ranking(lists, outputs[0], outputs[1], ids_row, list_row, live, num_splits, TOPK, KEPT, 1, SPLIT)
+
+
+@gluon.jit(do_not_specialize=LENGTHS)
+def selection_hopper_kernel(
+    index_q_ptr,
+    key_tiles,
+    sequences_ptr,
+    tile_ends_ptr,
+    page_table_ptr,
+    scale_tiles,
+    ids_ptr,
+    lists_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_ks,
+    stride_kd,
+    num_sequences,
+    seqlen_q,
+    seqlen_k,
+    max_pages,
+    num_pages,
+    num_splits,
+    num_local,
+    num_init,
+    GROUPS: gl.constexpr,
+    TOPK: gl.constexpr,
+    BLOCK: gl.constexpr,
+    DEPTH: gl.constexpr,
+    ROWS: gl.constexpr,
+    KEPT: gl.constexpr,
+    STAGES: gl.constexpr,
+    TABLE: gl.constexpr,
+    SPLIT: gl.constexpr,
+    PAGED: gl.constexpr,
+    SCALED: gl.constexpr,
+    NATIVE: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    """See the module's docstring. Grid and arguments are those of `selection.selection_kernel`, but for the boxes."""
+    dtype: gl.constexpr = key_tiles.dtype
+    TOKENS: gl.constexpr = ROWS // GROUPS
+    key_boxes = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, DEPTH], key_tiles.layout)
+    scale_boxes = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], gl.NVMMASharedLayout(0, 32, 1))
+    rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS * (2 if SCALED else 1), DEPTH], dtype)
+    q_box = gl.allocate_shared_memory(dtype, [ROWS * (2 if SCALED else 1), DEPTH], rows)
+    barriers = (make_barriers(STAGES, 1), make_barriers(STAGES, 1))
+    fence_async_shared()
+    await_previous(OVERLAP)
+    boxes, tiles = (key_boxes, scale_boxes), (key_tiles, scale_tiles)
+    tables = (sequences_ptr, tile_ends_ptr, page_table_ptr)
+    numbers = (num_sequences, seqlen_q, seqlen_k, max_pages, num_pages, num_splits, num_local, num_init)
+    queries = (index_q_ptr, stride_qb, stride_qh, stride_qs, stride_qd)
+    outputs = (ids_ptr, lists_ptr)
+    gl.warp_specialize(
+        [
+            (rank_keys, (
+                boxes, q_box, barriers, tables, numbers, queries, outputs,
+                TOPK, BLOCK, ROWS, GROUPS, TABLE, SCALED, STAGES, KEPT, SPLIT, OVERLAP,
+            )),
+            (copy_keys, (
+                tiles, boxes, barriers, tables, numbers, TOPK, BLOCK, TOKENS, TABLE, PAGED, SCALED, STAGES,
+            )),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip
+
+
+def scorer_boxes(index_head_dim: int, block_size: int) -> dict[str, list[int]]:
+    """The box of each tensor that is copied."""
+    return {"key_tiles": [1, block_size, index_head_dim], "scale_tiles": [block_size]}
+
+
+def scorer_tiles(
+    index_k: torch.Tensor, index_k_scale: torch.Tensor | None, block_size: int
+) -> tuple[TensorDescriptor, TensorDescriptor | int]:
+    """index_k [B, 1, S, Di] and its scales as boxes for the bulk copy engine."""
+    boxes = scorer_boxes(index_k.shape[3], block_size)
+    scales = 0 if index_k_scale is None else shared_box(index_k_scale.view(-1), boxes["scale_tiles"])
+    return shared_box(index_k[:, 0], boxes["key_tiles"]), scales
+
+
+def scorer_constants(
+    config: SelectionConfig, num_kv_heads: int, index_head_dim: int, block_size: int, topk: int, table: bool
+) -> dict[str, int | bool]:
+    """The compile-time arguments of `selection_hopper_kernel`, but for how the keys are kept and OVERLAP."""
+    return {
+        "GROUPS": num_kv_heads,
+        "TOPK": topk,
+        "BLOCK": block_size,
+        "DEPTH": index_head_dim,
+        "ROWS": config.rows,
+        "KEPT": config.kept,
+        "STAGES": config.num_stages,
+        "TABLE": table,
+        "SPLIT": config.num_splits > 1,
+    }
