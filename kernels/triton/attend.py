@@ -27,7 +27,7 @@ import triton.language as tl
 
 from .configs import AttendConfig
 from .fp8 import load_vectors
-from .merge import merge_constants, merge_lists, query_lists
+from .merge import merge_constants, merge_lists, query_lists, sort_ids
 from .primitives import LN_2, LOG2_E, await_previous, find_tile, load_sequence, locate_block, softmax_update
 from .targets import padded
 
@@ -118,7 +118,9 @@ def attend_kernel(
     CHUNK: tl.constexpr,
     DEPTH: tl.constexpr,
     TABLE: tl.constexpr,
+    SINGLE: tl.constexpr,
     MERGE: tl.constexpr,
+    ASCENDING: tl.constexpr,
     LISTS: tl.constexpr,
     LIST_GROUP: tl.constexpr,
     LINES: tl.constexpr,
@@ -141,6 +143,8 @@ def attend_kernel(
         # Before the sequence is looked at, which then arrives meanwhile.
         lists = query_lists(lists_ptr, sequence, offset, group, seqlen_q, num_lists, GROUPS, SLOTS)
         ids = merge_lists(lists, num_lists, TOPK, SLOTS, LISTS, LIST_GROUP, LINES)
+        if ASCENDING:
+            ids = sort_ids(ids)
     token = q_start + offset
     if token >= q_end:
         return
@@ -183,10 +187,11 @@ def attend_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2_E)
         scores = tl.where((tl.arange(0, CHUNK) < count)[None, :], scores, float("-inf"))
         acc, row_max, row_sum = softmax_update(acc, row_max, row_sum, scores, v)
-        row, key, count = find_keys(
-            ids, tl.minimum(step + 1, end - 1), visible, page_table_ptr, max_pages, num_pages, batch, k_start,
-            BLOCK, CHUNK, PAGED, MERGE,
-        )  # fmt: skip
+        if not SINGLE:
+            row, key, count = find_keys(
+                ids, tl.minimum(step + 1, end - 1), visible, page_table_ptr, max_pages, num_pages, batch, k_start,
+                BLOCK, CHUNK, PAGED, MERGE,
+            )  # fmt: skip
 
     seen = row_sum > 0.0
     total = tl.where(seen, row_sum, 1.0)
@@ -224,7 +229,10 @@ def attend_constants(
         "CHUNK": config.chunk,
         "DEPTH": padded(head_dim),
         "TABLE": table,
+        "SINGLE": config.num_splits == topk * triton.cdiv(block_size, config.chunk),
         "MERGE": lists is not None,
+        # Programs that walk several blocks do so in one order: what neighbours share is then in L2.
+        "ASCENDING": config.num_splits < topk,
         "LISTS": merge["HEADS"],
         "LIST_GROUP": merge["GROUP"],
         "LINES": merge["LINES"],

@@ -110,6 +110,13 @@ def merge_lists(
     return tl.where(tl.arange(0, KEPT) < TOPK, ids, -1)
 
 
+@triton.jit
+def sort_ids(ids):
+    """ids `[KEPT]` in ascending order, -1 last."""
+    known = tl.where(ids >= 0, ids, ID_MASK)
+    return at_place(tl.sum((known[:, None] < known[None, :]).to(tl.int32), axis=0), ids, ids.shape[0], -1)
+
+
 @triton.jit(do_not_specialize=["num_sequences", "seqlen_q", "num_lists"])
 def merge_kernel(
     lists_ptr,
@@ -138,9 +145,8 @@ def merge_kernel(
     ids = merge_lists(lists, num_lists, TOPK, KEPT, HEADS, GROUP, LINES)
     if q_start + offset < q_end:
         row = (batch * GROUPS + tl.program_id(1)) * seqlen_q + q_start + offset
-        rank = tl.arange(0, KEPT)
-        smaller = tl.sum(((ids >= 0)[:, None] & (ids[:, None] < ids[None, :])).to(tl.int32), axis=0)
-        tl.store(ids_ptr + row * TOPK + tl.where(ids >= 0, smaller, rank), ids, mask=rank < TOPK)
+        slot = tl.arange(0, KEPT)
+        tl.store(ids_ptr + row * TOPK + slot, sort_ids(ids), mask=slot < TOPK)
 
 
 def merge_constants(kept: int, num_lists: int) -> dict[str, int]:

@@ -31,7 +31,7 @@ LENGTHS = ["num_sequences", "seqlen_q", "seqlen_k", "max_pages", "num_pages", "n
 @gluon.jit
 def load_share(tables, numbers, TOPK: gl.constexpr, BLOCK: gl.constexpr, TOKENS: gl.constexpr, TABLE: gl.constexpr):
     """The program's tokens and blocks: (sequence, batch, first token of the sequence, of the tile, end of tokens, first
-    key, keys, forced blocks, first block, end).
+    key, keys, forced blocks, first block, number of blocks). All programs of a sequence read it abreast.
     """
     sequences_ptr, tile_ends_ptr, _ = tables
     num_sequences, seqlen_q, _, _, _, num_splits, _, num_init = numbers
@@ -42,10 +42,9 @@ def load_share(tables, numbers, TOPK: gl.constexpr, BLOCK: gl.constexpr, TOKENS:
     seen = gl.where(first < q_end, num_keys - q_end + gl.minimum(first + TOKENS, q_end), 0)
     num_blocks = (gl.maximum(seen, 0) + BLOCK - 1) // BLOCK
     forced = gl.where(num_blocks <= TOPK, num_blocks, num_init)
-    share = (gl.maximum(num_blocks - forced, 0) + num_splits - 1) // num_splits
-    begin = forced + gl.program_id(1) * share
-    end = gl.minimum(begin + share, num_blocks)
-    return sequence, batch, q_start, first, q_end, k_start, num_keys, forced, begin, end
+    begin = forced + gl.program_id(1)
+    steps = (gl.maximum(num_blocks - begin, 0) + num_splits - 1) // num_splits
+    return sequence, batch, q_start, first, q_end, k_start, num_keys, forced, begin, steps
 
 
 @gluon.jit
@@ -58,10 +57,10 @@ def copy_keys(
     key_tiles, scale_tiles = tiles
     key_boxes, scale_boxes = boxes
     full, empty = barriers
-    _, _, seqlen_k, max_pages, num_pages, _, _, _ = numbers
-    _, batch, _, _, _, k_start, _, _, begin, end = load_share(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
-    for block in range(begin, end):
-        stage, turn = (block - begin) % STAGES, (block - begin) // STAGES
+    _, _, seqlen_k, max_pages, num_pages, num_splits, _, _ = numbers
+    _, batch, _, _, _, k_start, _, _, begin, steps = load_share(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
+    for step in range(steps):
+        stage, turn, block = step % STAGES, step // STAGES, begin + step * num_splits
         row, key = locate_block(tables[2], max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
         ready = full.index(stage)
         mbarrier.wait(empty.index(stage), (turn & 1) ^ 1)
@@ -129,18 +128,18 @@ def rank_keys(
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS, 32 if SCALED else 16])
     ranked: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     share = load_share(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
-    sequence, batch, q_start, first, q_end, _, num_keys, forced, begin, end = share
+    sequence, batch, q_start, first, q_end, _, num_keys, forced, begin, steps = share
     place_queries(queries, q_box, batch, first, q_end, ROWS, GROUPS, SCALED)
     row = gl.arange(0, ROWS, ranked)
     token = first + row // GROUPS
     live = (token < q_end) & (row // GROUPS < TOKENS)
     visible = gl.where(live, num_keys - q_end + token + 1, 0)
     lists = first_blocks(KEPT, gl.where(gl.program_id(1) == 0, forced, 0), visible, BLOCK)
-    for block in range(begin, end):
-        stage = (block - begin) % STAGES
+    for step in range(steps):
+        stage, block = step % STAGES, begin + step * num_splits
         keys = key_boxes.index(stage).reshape([BLOCK, DEPTH])
         scores = gl.zeros([BLOCK, COLUMNS], gl.float32, scored)
-        mbarrier.wait(full.index(stage), (block - begin) // STAGES & 1)
+        mbarrier.wait(full.index(stage), step // STAGES & 1)
         # e4m3 products are added up with about 14 bits, as in `scoring.score_e4m3`.
         scores = warpgroup_mma(keys, q_box.permute((1, 0)), scores, use_acc=False, is_async=True)
         if SCALED:
