@@ -14,6 +14,8 @@ from flexmsa.kernels.cpu.selection import select_blocks
 
 # The most queries of a row that gather their blocks.
 _FEW_QUERIES = 16
+# Widening these would take longer than all else; of others the lse is kept exacter by what is below.
+_FUSED = (torch.bfloat16, torch.float16)
 # Numbers gathered at once, of keys and of values each.
 _GATHERED = 2**21
 
@@ -50,10 +52,13 @@ def attend_blocks(
         keys = _ChosenKeys(
             ids, batch, position[batch, token], k_start[batch, token], block_size, k.shape[2], page_table
         )
-        rows = q[batch, :, token].to(dtype).view(len(batch) * num_heads, -1, q.shape[-1]).mul_(scale)
-        result, row_lse = _attend(rows, k, v, k_scale, v_scale, keys, scratch)
-        out[batch, :, token] = result.view(len(batch), -1, q.shape[-1]).to(out.dtype)
-        lse[batch, :, token] = row_lse.view(len(batch), -1)
+        rows = q[batch, :, token].view(len(batch) * num_heads, -1, q.shape[-1])
+        if k_scale is None and v_scale is None and q.dtype in _FUSED:
+            result, row_lse = _attend_fused(rows, k, v, scale, keys, scratch)
+        else:
+            result, row_lse = _attend(rows.to(dtype).mul_(scale), k, v, k_scale, v_scale, keys, scratch)
+        out[batch, :, token] = result.reshape(len(batch), -1, q.shape[-1]).to(out.dtype)
+        lse[batch, :, token] = row_lse.reshape(len(batch), -1)
     return out, lse
 
 
@@ -78,6 +83,25 @@ def select_and_attend(
     rules = block_size, topk, num_local_blocks, num_init_blocks
     ids = select_blocks(index_q, index_k, sequences, *rules, page_table, index_k_scale)
     return *attend_blocks(q, k, v, ids, sequences, block_size, scale, page_table, k_scale, v_scale), ids
+
+
+def _attend_fused(
+    rows: Tensor, k: Tensor, v: Tensor, scale: float, keys: "_ChosenKeys", scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    """rows [J, G, D] to their results [J, G, D] and lse [J, G], by the kernel of scaled_dot_product_attention.
+
+    It takes keys and values as they are stored, and its own lse, which the public function keeps to itself.
+    """
+    visible = torch.zeros(keys.is_padding.shape, dtype=rows.dtype).masked_fill_(keys.is_padding, -torch.inf)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows[None],
+        keys.gather_stored(k, scratch, "gathered keys")[None],
+        keys.gather_stored(v, scratch, "gathered values")[None],
+        attn_mask=visible[None, :, None].expand(1, *rows.shape[:2], -1),
+        scale=scale,
+    )
+    sees_nothing = keys.is_padding.all(-1)[:, None]
+    return out[0].masked_fill_(sees_nothing[..., None], 0.0), lse[0].masked_fill_(sees_nothing, -torch.inf)
 
 
 def _attend(
@@ -144,17 +168,19 @@ class _ChosenKeys:
         self._index = (((row * ids.shape[1] + head) * seqlen_k)[..., None] + key).flatten()
         self.is_padding = (~visible[..., None] | (offset > last)).flatten(2).flatten(0, 1)
 
-    def gather(self, x: Tensor, scratch: Scratch) -> Tensor:
-        """x [B,Hkv,S,...] or pages of it to [J, L, ...] in the compute dtype, e4m3 divided by ``fp8.SHIFT``.
-
-        The result is valid until the next call.
-        """
-        shape = (*self.is_padding.shape, *x.shape[3:])
+    def gather_stored(self, x: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """x [B,Hkv,S,...] or pages of it to [J, L, ...] as it is stored, in the buffer of that name."""
         stored = x.view(torch.int8) if fp8.is_e4m3(x) else x
         if stored.is_contiguous():
-            gathered = scratch.take("gathered", self._index.numel(), *x.shape[3:], dtype=stored.dtype)
+            gathered = scratch.take(name, self._index.numel(), *x.shape[3:], dtype=stored.dtype)
             torch.index_select(stored.flatten(0, 2), 0, self._index, out=gathered)
         else:
             gathered = stored[self._where]
-        gathered = gathered.view(x.dtype).view(shape)
-        return gathered if x.dtype == scratch.dtype else scratch.widen(gathered, scratch.take("widened", *shape))
+        return gathered.view(x.dtype).view(*self.is_padding.shape, *x.shape[3:])
+
+    def gather(self, x: Tensor, scratch: Scratch) -> Tensor:
+        """The same in the compute dtype, e4m3 divided by ``fp8.SHIFT``; valid until the next call."""
+        gathered = self.gather_stored(x, scratch, "gathered")
+        return (
+            gathered if x.dtype == scratch.dtype else scratch.widen(gathered, scratch.take("widened", *gathered.shape))
+        )

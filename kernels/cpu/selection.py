@@ -14,6 +14,7 @@ from torch import Tensor
 from flexmsa.kernels.cpu import fp8
 from flexmsa.kernels.cpu.packing import Scratch, check_page_table, compute_dtype, query_positions
 from flexmsa.kernels.cpu.reverse_index import batch_by_size
+from flexmsa.kernels.cpu.sieve import candidates, multiplies_bf16, rough_maxima
 
 # Token scores computed at once, and keys copied for them.
 _SCORES_PER_STEP = 2**19
@@ -83,7 +84,7 @@ def select_blocks(
     scratch = Scratch(compute_dtype(index_q.dtype))
     for group in batch_by_size(sizes, max(1, _SCORES_PER_STEP // (num_kv_heads * block_size))):
         members = [tiles[i] for i in group]
-        keys = _IndexKeys(index_k, index_k_scale, page_table, members, num_kv_heads, rules, scratch)
+        keys = _IndexKeys(index_k, index_k_scale, page_table, members, num_kv_heads, index_q.dtype, rules, scratch)
         _select(index_q, keys, members, rules, scratch, block_indices)
     return block_indices
 
@@ -106,8 +107,9 @@ class _IndexKeys:
     """The index keys of C sequences, read from a contiguous or paged cache in stretches of blocks.
 
     They are copied into one buffer: products are fastest on what the processor's cache holds. But a few queries of one
-    sequence use each key once, and read it ``in_place`` if they can. Scores of e4m3 keys are to be multiplied by
-    ``factors`` [C, num_blocks * block_size], None for others. Keys and factors are zero beyond the end of a sequence.
+    sequence use each key once, and read it ``in_place`` if they can, or in bf16 first, ``sieved``. Scores of e4m3 keys
+    are to be multiplied by ``factors`` [C, num_blocks * block_size], None for others. Keys and factors are zero beyond
+    the end of a sequence.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class _IndexKeys:
         page_table: Tensor | None,
         tiles: list[_Queries],
         num_kv_heads: int,
+        query_dtype: torch.dtype,
         rules: _Rules,
         scratch: Scratch,
     ) -> None:
@@ -128,8 +131,9 @@ class _IndexKeys:
         self.num_blocks = max(tile.num_blocks for tile in tiles)
         few = len(tiles) == 1 and (tiles[0].stop - tiles[0].start) * num_kv_heads <= _FEW_VECTORS
         # Only the newest block may end beyond the keys, and is not scored where it is local.
-        whole = page_table is None and rules.num_local_blocks > 0
-        self.in_place = few and whole and index_k.dtype == scratch.dtype
+        whole = rules.num_local_blocks > 0
+        self.in_place = few and whole and page_table is None and index_k.dtype == scratch.dtype
+        self.sieved = few and whole and index_k.dtype == query_dtype == torch.bfloat16 and multiplies_bf16()
         self.factors: Tensor | None = None
         if index_k_scale is not None:
             self.factors = fp8.factors(self._load("scales", index_k_scale[:, 0], 0, self.num_blocks))
@@ -142,6 +146,29 @@ class _IndexKeys:
             return self._keys[tile.batch, start:end][None]
         return self._load("keys", self._keys, first, stop)
 
+    def stored(self, first: int, stop: int) -> Tensor:
+        """Whole blocks ``first .. stop - 1`` of the one sequence as they are stored, [n, block_size, Di]: read only."""
+        (tile,) = self._tiles
+        if self._page_table is not None:
+            return self._take(self._keys, self._page_table[tile.batch, first:stop])
+        start, end = (tile.k_start + block * self._block_size for block in (first, stop))
+        return self._keys[tile.batch, start:end].unflatten(0, (-1, self._block_size))
+
+    def widened(self, blocks: Tensor) -> Tensor:
+        """These whole blocks of the one sequence in the compute dtype, [n, block_size, Di]."""
+        (tile,) = self._tiles
+        if self._page_table is not None:
+            stored = self._take(self._keys, self._page_table[tile.batch, blocks])
+        else:
+            num_whole = (tile.k_end - tile.k_start) // self._block_size
+            stored = self._take(self.stored(0, num_whole), blocks)
+        return self._scratch.widen(stored, self._scratch.take("keys", *stored.shape))
+
+    def _take(self, blocks: Tensor, numbers: Tensor) -> Tensor:
+        """These of blocks [N, block_size, ...], in a buffer."""
+        out = self._scratch.take("blocks", len(numbers), *blocks.shape[1:], dtype=blocks.dtype)
+        return torch.index_select(blocks, 0, numbers, out=out)
+
     def _load(self, name: str, x: Tensor, first: int, stop: int) -> Tensor:
         """These blocks of x [B,S,...] or of pages of it, [C, n * block_size, ...]."""
         start, num_keys = first * self._block_size, (stop - first) * self._block_size
@@ -152,8 +179,7 @@ class _IndexKeys:
                 stored = x[tile.batch, tile.k_start + start : tile.k_start + start + count]
             else:
                 pages = self._page_table[tile.batch, first : first - (-count // self._block_size)]
-                stored = self._scratch.take("pages", len(pages), *x.shape[1:], dtype=x.dtype)
-                stored = torch.index_select(x, 0, pages, out=stored).flatten(0, 1)[:count]
+                stored = self._take(x, pages).flatten(0, 1)[:count]
             self._scratch.widen(stored, part[:count])
             if count < num_keys:
                 part[count:].zero_()
@@ -183,12 +209,10 @@ def _select(
     scores = _block_scores(queries, index_k, position, rules, scratch, clean=False)
     if bool(scores.isnan().any()):
         scores = _block_scores(queries, index_k, position, rules, scratch, clean=True)
-    block = torch.arange(scores.shape[1])[:, None]
-    newest = position.div(rules.block_size, rounding_mode="floor")
+    forced, hidden = _forced_and_hidden(position, scores.shape[1], rules)
     limit = torch.finfo(scores.dtype).max
     scores.clamp_(-limit, limit)
-    scores.masked_fill_((block > newest - rules.num_local_blocks) | (block < rules.num_init_blocks), torch.inf)
-    scores.masked_fill_(block > newest, -torch.inf)
+    scores.masked_fill_(forced, torch.inf).masked_fill_(hidden, -torch.inf)
     best = _best(scores.transpose(1, 2).flatten(0, 1), rules.topk)
     best = best.view(*token.shape, num_kv_heads, rules.topk)
     real = start + offset == token
@@ -211,6 +235,13 @@ def _block_scores(
     num_tiles, num_vectors, _ = queries.shape
     num_blocks, block_size = index_k.num_blocks, rules.block_size
     block_scores = scratch.take("block_scores", num_tiles, num_blocks, num_vectors).zero_()
+    chosen = _candidates(queries[0], index_k, position[0], rules, scratch) if index_k.sieved and not clean else None
+    if chosen is not None:
+        block_scores.fill_(-torch.inf)
+        if len(chosen):
+            keys = index_k.widened(chosen).flatten(0, 1)[None]
+            block_scores[:, chosen] = _products(keys, queries, block_size, scratch).amax(2)
+        return block_scores
     num_scored = num_blocks - rules.num_local_blocks
     num_keys = _SCORES_PER_STEP // num_vectors
     step = (num_keys if index_k.in_place else min(num_keys, _KEYS_PER_STEP)) // (num_tiles * block_size)
@@ -228,6 +259,27 @@ def _block_scores(
             scores.masked_fill_(key > position[:, None], -torch.inf)
         torch.amax(scores, 2, out=block_scores[:, first:stop])
     return block_scores
+
+
+def _candidates(
+    queries: Tensor, index_k: _IndexKeys, position: Tensor, rules: _Rules, scratch: Scratch
+) -> Tensor | None:
+    """The blocks that are worth scoring in fp32, None if all are: queries [R, Di] of one sequence, position [1, R]."""
+    num_blocks, num_vectors = index_k.num_blocks, len(queries)
+    queries = queries.to(torch.bfloat16)
+    rough = scratch.take("rough maxima", num_blocks, num_vectors, dtype=torch.bfloat16).zero_()
+    step = max(1, _SCORES_PER_STEP // (num_vectors * rules.block_size))
+    num_scored = num_blocks - rules.num_local_blocks
+    for first in range(rules.num_init_blocks, num_scored, step):
+        stop = min(first + step, num_scored)
+        rough[first:stop] = rough_maxima(index_k.stored(first, stop), queries, scratch)
+    return candidates(rough, *_forced_and_hidden(position, num_blocks, rules), rules.topk)
+
+
+def _forced_and_hidden(position: Tensor, num_blocks: int, rules: _Rules) -> tuple[Tensor, Tensor]:
+    """Which blocks a query chooses whatever they score, and which it does not see: [..., num_blocks, R]."""
+    block, newest = torch.arange(num_blocks)[:, None], position.div(rules.block_size, rounding_mode="floor")
+    return (block > newest - rules.num_local_blocks) | (block < rules.num_init_blocks), block > newest
 
 
 def _products(keys: Tensor, queries: Tensor, block_size: int, scratch: Scratch) -> Tensor:

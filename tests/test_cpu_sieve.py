@@ -1,0 +1,95 @@
+"""The first look at index keys in bf16 rules out no block that may be chosen."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexmsa.kernels import cpu
+from flexmsa.kernels.cpu import selection
+from flexmsa.kernels.cpu.sieve import candidates, rough_maxima
+
+BLOCK, TOPK = 8, 3
+CASES = {
+    # name: (Hkv, Sq, keys, largest integer, local, init)
+    "one token": (4, 1, 1600, 9, 1, 0),
+    "ties": (2, 1, 1600, 1, 1, 0),
+    "tokens on both sides of a block's end": (3, 3, 1593, 9, 1, 0),
+    "forced": (2, 2, 1603, 9, 2, 1),
+    "all forced": (1, 1, 1603, 9, 2, 1),
+}
+
+
+def sieved(monkeypatch, used, *arguments):
+    """The selection of a CPU that multiplies bf16, or of one that does not; what the sieve left goes to `used`."""
+
+    def noting(*rough):
+        found = candidates(*rough)
+        used.append(found)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selection, "multiplies_bf16", lambda: used is not None)
+        patch.setattr(selection, "candidates", noting)
+        return cpu.select_blocks(*arguments)
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_nothing_changes(case, paged, monkeypatch):
+    groups, seqlen_q, num_keys, largest, local, init = case
+    torch.manual_seed(0)
+    # Integers, whose products are exact in any order; their sums need more than the 8 bits of a bf16 number.
+    index_q = torch.randint(-largest, largest + 1, (1, groups, seqlen_q, 64)).bfloat16()
+    index_k = torch.randint(-largest, largest + 1, (1, 1, 1608, 64)).bfloat16()
+    index_k[:, :, num_keys:] = torch.nan
+    table = None
+    if paged:
+        table = torch.randperm(201, dtype=torch.int32)[None]
+        pages = torch.empty(201, 1, BLOCK, 64, dtype=torch.bfloat16)
+        pages[table[0].long()] = index_k.view(201, 1, BLOCK, 64)
+        index_k = pages
+    sequences = torch.tensor([[0, 0, seqlen_q, 0, num_keys]], dtype=torch.int32)
+    arguments = index_q, index_k, sequences, BLOCK, TOPK, local, init, table
+    used = []
+    found = sieved(monkeypatch, used, *arguments)
+    assert torch.equal(found, sieved(monkeypatch, None, *arguments))
+    if largest > 1:
+        assert len(used) == 1 and used[0] is not None
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_keys_that_are_not_finite(bad, monkeypatch):
+    index_q, index_k = torch.ones(1, 2, 1, 16).bfloat16(), torch.randn(1, 1, 400, 16).bfloat16()
+    index_k[0, 0, 77] = bad
+    arguments = index_q, index_k, torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32), BLOCK, TOPK, 1, 0
+    used = []
+    assert torch.equal(sieved(monkeypatch, used, *arguments), sieved(monkeypatch, None, *arguments))
+    # One such key of a block hides behind the others.
+    assert bad == -torch.inf or used == [None]
+
+
+def test_a_query_of_more_bits_is_not_rounded(monkeypatch):
+    used = []
+    arguments = torch.randn(1, 2, 1, 16), torch.randn(1, 1, 400, 16).bfloat16()
+    sieved(monkeypatch, used, *arguments, torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32), BLOCK, TOPK, 1, 0)
+    assert not used
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1e-30, 1.0, 1e30]), st.integers(1, 4))
+def test_the_best_blocks_are_candidates(seed, size, num_vectors):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(64, num_vectors, generator=generator) * size
+    forced = torch.zeros(64, num_vectors, dtype=torch.bool)
+    forced[62:] = True
+    found = candidates(scores.bfloat16(), forced, torch.zeros_like(forced), 4)
+    best = scores.masked_fill(forced, torch.inf).topk(4, 0).indices
+    assert found is None or set(best[2:].flatten().tolist()) <= set(found.tolist())
+
+
+@pytest.mark.parametrize("block_size", [8, 12])
+def test_rough_maxima(block_size):
+    blocks, queries = torch.randn(5, block_size, 16).bfloat16(), torch.randn(3, 16).bfloat16()
+    exact = (blocks.float() @ queries.float().T).amax(1)
+    found = rough_maxima(blocks, queries, selection.Scratch(torch.float32))
+    torch.testing.assert_close(found.float(), exact, rtol=2.0**-8, atol=1e-5)
