@@ -55,6 +55,18 @@ def cpu_memory() -> str:
     return _markdown(["", *(f"{int(n) // 1024}K" for n in lengths)], rows)
 
 
+def cpu_decode() -> str:
+    found = _load("cpu_decode.json")
+    kinds = {"float32": "fp32", "bfloat16": "bf16", "float8_e4m3fn": "e4m3"}
+    rows = []
+    for row in found["rows"]:
+        times = (f"{1e3 * row[name]:.1f} ms" for name in ("step_seconds", "dense_seconds"))
+        names = f"{row['keys'] // 1024}K", kinds[row["dtype"]], kinds[row["index_dtype"]]
+        rows.append([*names, *times, f"{row['ratio']:.1f}x", f"{row['limit']:.1f}x", f"{row['bar']:g}"])
+    machine = "{cpu}, {threads} cores, torch {torch}.\n\n".format(**found["machine"])
+    return machine + _markdown(["keys", "cache", "index keys", "step", "dense", "faster", "byte limit", "aim"], rows)
+
+
 def gpu_machine() -> str:
     """The machines of the runs that measured the parts."""
     runs = _load("gpu-h200.json")["parts"].values()
@@ -314,6 +326,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu machine": cpu_machine,
     "cpu table": cpu_table,
     "cpu memory": cpu_memory,
+    "cpu decode": cpu_decode,
     "gpu machine": gpu_machine,
     "gpu selection": gpu_selection,
     "gpu decode": gpu_decode,

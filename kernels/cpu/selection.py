@@ -74,12 +74,15 @@ def select_blocks(
         index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
     rules = _Rules(block_size, topk, num_local_blocks, num_init_blocks)
     batch, num_kv_heads, seqlen_q, _ = index_q.shape
-    _, position = query_positions(sequences, batch, seqlen_q)
-    newest = position.div(block_size, rounding_mode="floor")[:, None, :, None]
-    ids = torch.arange(topk, dtype=torch.int32)
-    # Right where at most topk blocks are visible; the other queries are overwritten.
-    block_indices = torch.where(ids <= newest, ids, -1).repeat(1, num_kv_heads, 1, 1)
     tiles = _tiles(sequences, rules, num_kv_heads)
+    if sum(tile.stop - tile.start for tile in tiles) == batch * seqlen_q:
+        block_indices = torch.empty(batch, num_kv_heads, seqlen_q, topk, dtype=torch.int32)
+    else:
+        # Right where at most topk blocks are visible; the other queries are overwritten.
+        _, position = query_positions(sequences, batch, seqlen_q)
+        newest = position.div(block_size, rounding_mode="floor")[:, None, :, None]
+        ids = torch.arange(topk, dtype=torch.int32)
+        block_indices = torch.where(ids <= newest, ids, -1).repeat(1, num_kv_heads, 1, 1)
     sizes = [(tile.stop - tile.start, tile.num_blocks) for tile in tiles]
     scratch = Scratch(compute_dtype(index_q.dtype))
     for group in batch_by_size(sizes, max(1, _SCORES_PER_STEP // (num_kv_heads * block_size))):
