@@ -109,10 +109,10 @@ def write(axes: "Axes", text: str, point: tuple[float, float], offset: tuple[int
 
 
 def main() -> None:
-    from benchmarks import tables
+    from benchmarks.gpu_tables import ROOT, gpu_rows, load_result
 
-    gpu = tables._load("gpu-h200.json")["parts"]["training"]["gpu"]
-    draw(tables._gpu_rows().values(), gpu, tables.ROOT / "docs" / "images" / "gpu.png")
+    gpu = load_result("gpu-h200.json")["parts"]["training"]["gpu"]
+    draw(gpu_rows().values(), gpu, ROOT / "docs" / "images" / "gpu.png")
 
 
 if __name__ == "__main__":

@@ -4,28 +4,33 @@ Between `<!-- NAME -->` and `<!-- end NAME -->` in docs/performance.md and READM
 benchmarks/results/*.json, so that no figure is typed by hand. A test checks that they agree.
 """
 
-import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-PATTERNS = ("random", "block 0 hot", "neighbours share", "8 hot blocks")
+from benchmarks.gpu_tables import (
+    ROOT,
+    gpu_chunks,
+    gpu_decode,
+    gpu_flex,
+    gpu_floors,
+    gpu_grid,
+    gpu_machine,
+    gpu_peers,
+    gpu_prefill,
+    gpu_rows,
+    gpu_selection,
+    gpu_steps,
+    gpu_training,
+    layer_times,
+    load_result,
+    markdown,
+)
+
 PAGES = ("README.md", "docs/performance.md", "docs/serving.md")
 
 
-def _load(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text())
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def cpu_machine() -> str:
-    machine = _load("cpu.json")["machine"]
+    machine = load_result("cpu.json")["machine"]
     return f"{machine['cpu']}, {machine['threads']} cores, torch {machine['torch']}, float32."
 
 
@@ -42,21 +47,21 @@ def cpu_table() -> str:
             f"{row['share']:.2f}",
             str(row["bar"]),
         ]
-        for row in _load("cpu.json")["rows"]
+        for row in load_result("cpu.json")["rows"]
     ]
     head = ["tokens", "heads", "", "ours", "dense", "faster", "FLOP limit", "share of it", "aim"]
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def cpu_memory() -> str:
-    memory = _load("cpu.json")["memory_mib"]
+    memory = load_result("cpu.json")["memory_mib"]
     lengths = list(next(iter(memory.values())))
     rows = [[name, *(f"{by_length[n]:.0f} MiB" for n in lengths)] for name, by_length in memory.items()]
-    return _markdown(["", *(f"{int(n) // 1024}K" for n in lengths)], rows)
+    return markdown(["", *(f"{int(n) // 1024}K" for n in lengths)], rows)
 
 
 def cpu_decode() -> str:
-    found = _load("cpu_decode.json")
+    found = load_result("cpu_decode.json")
     kinds = {"float32": "fp32", "bfloat16": "bf16", "float8_e4m3fn": "e4m3"}
     rows = []
     for row in found["rows"]:
@@ -64,199 +69,11 @@ def cpu_decode() -> str:
         names = f"{row['keys'] // 1024}K", kinds[row["dtype"]], kinds[row["index_dtype"]]
         rows.append([*names, *times, f"{row['ratio']:.1f}x", f"{row['limit']:.1f}x", f"{row['bar']:g}"])
     machine = "{cpu}, {threads} cores, torch {torch}.\n\n".format(**found["machine"])
-    return machine + _markdown(["keys", "cache", "index keys", "step", "dense", "faster", "byte limit", "aim"], rows)
-
-
-def gpu_machine() -> str:
-    """The machines of the runs that measured the parts."""
-    runs = _load("gpu-h200.json")["parts"].values()
-    said = (f"{run['gpu']}, driver {run['driver']}, torch {run['torch']}, triton {run['triton']}" for run in runs)
-    return "; ".join(dict.fromkeys(said)) + "."
-
-
-def _gpu_rows() -> dict[str, dict]:
-    """Rows by name. A part is of one run, and no ratio mixes parts."""
-    return {row["name"]: row for row in _load("gpu-h200.json")["rows"]}
-
-
-def gpu_selection() -> str:
-    found = _gpu_rows()
-
-    def cells(name: str) -> list[str]:
-        if name not in found:
-            return [""] * 3
-        ms, floor = found[name]["ms"], found[name]["floor_ms"]
-        return [f"{ms:.3f} ms", f"{floor:.3f} ms", f"{floor / ms:.2f}"]
-
-    plain = [name for name in found if name.startswith("selection ") and not name.startswith("selection e4m3 ")]
-    shapes = [name.removeprefix("selection ") for name in plain]
-    rows = [[shape, *cells(f"selection {shape}"), *cells(f"selection e4m3 {shape}")] for shape in shapes]
-    return _markdown(["queries x keys", "bf16", "FLOP floor", "share of it", "e4m3", "FLOP floor", "share of it"], rows)
-
-
-def gpu_decode() -> str:
-    found = _gpu_rows()
-    shapes = [name.removeprefix("decode ").split(":")[0] for name in found if name.endswith(": bf16 step")]
-    dense = {"cudnn": "dense cuDNN", "flex": "dense FlexAttention"}
-    dense = {name: head for name, head in dense.items() if f"decode {shapes[0]}: dense {name}" in found}
-    rows = []
-    for shape in shapes:
-        times = [found[f"decode {shape}: dense {name}"]["ms"] for name in dense]
-        cells = [shape, *(f"{1e3 * ms:.0f} us" if ms else "" for ms in times)]
-        for kind in ("bf16", "e4m3"):
-            step = found[f"decode {shape}: {kind} step"]
-            cells += [f"{1e3 * ms:.0f} us" for ms in (step["ms"], step["floor_ms"])] + [f"{times[0] / step['ms']:.1f}x"]
-        rows.append(cells)
-    ours = [head for kind in ("bf16", "e4m3") for head in (f"{kind} index keys", "byte floor", "faster")]
-    return _markdown(["batch x keys", *dense.values(), *ours], rows)
-
-
-def gpu_grid() -> str:
-    """Steps over the grid of batches and lengths, in times of their byte floor."""
-    steps = {}
-    for name, row in _gpu_rows().items():
-        if name.startswith("decode ") and name.count(" x ") == 2:
-            batch, keys, tokens = name.removeprefix("decode ").removesuffix(": step").split(" x ")
-            steps[int(batch), int(keys), int(tokens)] = row
-    lengths = sorted({keys for _, keys, _ in steps})
-    rows = []
-    for batch, tokens in sorted({(batch, tokens) for batch, _, tokens in steps}):
-        cells = [steps.get((batch, keys, tokens)) for keys in lengths]
-        shown = [f"{1e3 * row['ms']:.0f} ({1e3 * row['floor_ms']:.0f})" if row else "" for row in cells]
-        rows.append([str(batch), str(tokens), *shown])
-    return _markdown(["batch", "new tokens", *(f"{keys // 1000}K keys" for keys in lengths)], rows)
-
-
-def gpu_chunks() -> str:
-    """Chunks of a prompt over a filled prefix, and their mean weighted by how often production runs each."""
-    found, rows = _gpu_rows(), []
-    total = {"ours": 0.0, "dense": 0.0}
-    for shape, calls in workload_weights().items():
-        ours, dense = (found[f"chunk {shape}: {what}"]["ms"] for what in ("selection and attention", "dense"))
-        total = {"ours": total["ours"] + calls * ours, "dense": total["dense"] + calls * dense}
-        rows.append([shape, str(calls), f"{ours:.2f} ms", f"{dense:.2f} ms", f"{dense / ours:.1f}x"])
-    calls = sum(workload_weights().values())
-    ours, dense = total["ours"] / calls, total["dense"] / calls
-    rows.append(["weighted mean", str(calls), f"{ours:.2f} ms", f"{dense:.2f} ms", f"{dense / ours:.1f}x"])
-    return _markdown(["queries x keys", "calls", "ours", "dense", "faster"], rows)
-
-
-def workload_weights() -> dict[str, int]:
-    """Calls that each chunk of the GPU benchmark stands for."""
-    return {name: row["calls"] for name, row in _load("gpu-h200.json")["chunks"].items()}
-
-
-def _layer(seqlen: int, pattern: str) -> dict[str, float]:
-    """Milliseconds of a training layer's steps, and of dense attention's."""
-    found = _gpu_rows()
-
-    def ms(name: str) -> float:
-        return found[f"layer {seqlen}: {name}"]["ms"]
-
-    return {
-        "selection": ms("selection"),
-        "forward": ms(f"{pattern}, main branch, forward"),
-        "backward": ms(f"{pattern}, main branch, backward"),
-        "loss": ms(f"{pattern}, KL value and gradient"),
-        "dense": ms("dense cuDNN, forward") + ms("dense cuDNN, backward"),
-    }
-
-
-def _layer_lengths() -> list[int]:
-    return [
-        int(name.split(":")[0].removeprefix("layer "))
-        for name in _gpu_rows()
-        if name.endswith(": dense cuDNN, forward") and name.startswith("layer ")
-    ]
-
-
-def gpu_training() -> str:
-    rows = []
-    for seqlen in _layer_lengths():
-        for pattern in ("random", "neighbours share"):
-            layer = _layer(seqlen, pattern)
-            dense = layer.pop("dense")
-            ours = sum(layer.values())
-            times = (f"{time:.1f} ms" for time in (*layer.values(), ours, dense))
-            launches = _gpu_rows().get(f"layer {seqlen}: launches")
-            host = "" if launches is None else f"{launches['ms']:.1f} ms"
-            rows.append([f"{seqlen // 1024}K", pattern, *times, f"{dense / ours:.1f}x", host])
-    head = ["tokens", "chosen", "selection", "forward", "backward", "KL loss", "together", "dense cuDNN", "faster"]
-    head.append("launches")
-    return _markdown(head, rows)
-
-
-def gpu_floors() -> str:
-    found = _gpu_rows()
-    rows = []
-    for step in ("main branch, forward", "main branch, backward", "KL value and gradient"):
-        floor = found[f"floor 131072: {step}"]["ms"]
-        by_bytes = found.get(f"floor 131072: {step}, bytes in KV-outer order")
-        cells = [f"{found[f'layer 131072: {pattern}, {step}']['ms']:.1f} ms" for pattern in PATTERNS]
-        rows.append([step, *cells, f"{floor:.1f} ms", "" if by_bytes is None else f"{by_bytes['ms']:.1f} ms"])
-    return _markdown(["128K tokens", *PATTERNS, "products alone", "bytes alone, KV-outer"], rows)
-
-
-def gpu_prefill() -> str:
-    found, rows = _gpu_rows(), []
-
-    def ms(step: str) -> float:
-        return found[f"prefill 1048576: {step}"]["ms"]
-
-    dense = ms("dense cuDNN, forward")
-    for pattern in ("random", "neighbours share"):
-        for scores, step in (("bf16", "selection"), ("e4m3", "selection, e4m3")):
-            selection, main = ms(step), ms(f"{pattern}, main branch, forward")
-            times = (f"{time:.0f} ms" for time in (selection, main, dense))
-            rows.append([pattern, scores, *times, f"{dense / (selection + main):.1f}x"])
-    return _markdown(["1M tokens", "index scores", "selection", "main branch", "dense cuDNN", "faster"], rows)
-
-
-def gpu_steps() -> str:
-    """A training step of the layer by the clock: eager, compiled, and in CUDA graphs."""
-    found = _gpu_rows()
-    ways = ("eager", "default", "reduce-overhead")
-    rows = []
-    for tokens in (4096, 8192, 16384):
-        rows.append([f"{tokens // 1024}K", *(f"{found[f'step {tokens}: {way}']['ms']:.1f} ms" for way in ways)])
-    return _markdown(["tokens", "eager", "`torch.compile`", '`mode="reduce-overhead"`'], rows)
-
-
-def gpu_flex() -> str:
-    """FlexAttention's main branch beside the Triton kernels', which are the part training's."""
-    found = _gpu_rows()
-    rows = []
-    for pattern in ("random", "neighbours share"):
-        for kind, name in (("Triton", "main branch"), ("FlexAttention", "main branch by FlexAttention")):
-            times = (found[f"layer 32768: {pattern}, {name}, {step}"]["ms"] for step in ("forward", "backward"))
-            rows.append([pattern, kind, *(f"{time:.1f} ms" for time in times)])
-    return _markdown(["32K tokens", "", "forward", "backward"], rows)
-
-
-def gpu_peers() -> str:
-    """The main branch and its peers."""
-    times: dict[tuple[str, str], dict[tuple[int, str], float | str]] = {}
-    for row in _load("gpu-h200.json")["rows"]:
-        if row["part"] == "peers":
-            seqlen, what = row["name"].removeprefix("peers ").split(": ")
-            peer, blocks, direction = what.split(", ")
-            times.setdefault((peer, blocks), {})[int(seqlen), direction] = row["ms"]
-    lengths = sorted({seqlen for by_length in times.values() for seqlen, _ in by_length})
-
-    def cell(ms: float | str | None) -> str:
-        # A string says why there is no time.
-        return f"{ms:.1f}" if isinstance(ms, float) else "-"
-
-    rows = []
-    for (peer, blocks), by_length in times.items():
-        pairs = [[by_length.get((seqlen, step)) for step in ("forward", "backward")] for seqlen in lengths]
-        rows.append([peer, blocks, *(f"{cell(forward)} / {cell(backward)}" for forward, backward in pairs)])
-    head = ["forward / backward, ms", "attends to", *(f"{seqlen // 1024}K" for seqlen in lengths)]
-    return _markdown(head, rows)
+    return machine + markdown(["keys", "cache", "index keys", "step", "dense", "faster", "byte limit", "aim"], rows)
 
 
 def kernels_sm_90() -> str:
-    found = _load("kernels.json")
+    found = load_result("kernels.json")
     rows = []
     for row in found["rows"]:
         if row["target"] == "sm_90":
@@ -266,36 +83,36 @@ def kernels_sm_90() -> str:
             per_byte = f"{flops:.0f}" if flops > 10 else f"{flops:.2f}"
             rows.append([row["kernel"], *numbers, "yes" if row["wgmma"] else "no", per_byte, bound])
     head = ["kernel", "registers", "shared memory", "spilled bytes", "wgmma", "FLOPs per byte", "bound"]
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def kernels_targets() -> str:
-    found = _load("kernels.json")["rows"]
+    found = load_result("kernels.json")["rows"]
     cells = {
         (row["kernel"], row["target"]): f"{row['registers']} / {row['shared'] / 1024:.1f} / {row['spills']}"
         for row in found
     }
     targets = list(dict.fromkeys(row["target"] for row in found))
     names = dict.fromkeys(row["kernel"] for row in found)
-    return _markdown(["kernel", *targets], [[name, *(cells[name, target] for target in targets)] for name in names])
+    return markdown(["kernel", *targets], [[name, *(cells[name, target] for target in targets)] for name in names])
 
 
 def fp8_selection() -> str:
     rows = [
         [f"{row['seqlen'] // 1024}K", row["in e4m3"], f"{row['ids_that_differ']:.1%}", f"{row['score_recall']:.2%}"]
-        for row in _load("fp8.json")["rows"]
+        for row in load_result("fp8.json")["rows"]
     ]
-    return _markdown(["keys", "in e4m3", "ids that differ", "score recall"], rows)
+    return markdown(["keys", "in e4m3", "ids that differ", "score recall"], rows)
 
 
 def summary() -> str:
-    cpu = {(row["seqlen"], row["variant"]): row for row in _load("cpu.json")["rows"]}
-    found = _gpu_rows()
+    cpu = {(row["seqlen"], row["variant"]): row for row in load_result("cpu.json")["rows"]}
+    found = gpu_rows()
     lines = []
     for (seqlen, variant), row in cpu.items():
         if variant.startswith("layer"):
             lines.append(
-                f"- CPU ({_load('cpu.json')['machine']['threads']} cores), {seqlen // 1024}K tokens, {variant}: "
+                f"- CPU ({load_result('cpu.json')['machine']['threads']} cores), {seqlen // 1024}K tokens, {variant}: "
                 f"**{row['ratio']:.1f} times faster** than dense attention; the FLOPs allow {row['limit']:.1f}."
             )
     selection = found["selection 131072 x 131072"]
@@ -306,7 +123,7 @@ def summary() -> str:
     for seqlen in (32768, 131072):
         ratios = []
         for pattern in ("random", "neighbours share"):
-            layer = _layer(seqlen, pattern)
+            layer = layer_times(seqlen, pattern)
             ratios.append(layer.pop("dense") / sum(layer.values()))
         lines.append(
             f"- H200, training at {seqlen // 1024}K tokens, 64/4 heads, selection and KL loss included: "

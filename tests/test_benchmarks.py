@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, gpu_peers, gpu_plot, tables
+from benchmarks import gpu, gpu_peers, gpu_plot, gpu_tables
 from benchmarks.gpu_results import Results
 
 
@@ -124,13 +124,13 @@ def test_a_peer_that_fails_says_so_and_the_others_go_on():
 
 
 def test_the_table_of_peers(monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
     results = Results(tmp_path / "gpu-h200.json")
     results.begin("peers", {"gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3"})
     measured = [(8192, "forward", 1.25), (8192, "backward", "OutOfMemoryError"), (32768, "forward", 4.0)]
     for seqlen, direction, ms in measured:
         results.add("peers", {"name": f"peers {seqlen}: dense flash, every block, {direction}", "ms": ms})
-    head, _, row = tables.gpu_peers().splitlines()
+    head, _, row = gpu_tables.gpu_peers().splitlines()
     assert head == "| forward / backward, ms | attends to | 8K | 32K |"
     assert row == "| dense flash | every block | 1.2 / - | 4.0 / - |"
 
@@ -145,18 +145,18 @@ def test_where_two_lines_cross():
 
 
 def test_the_lines_are_the_sums_of_the_table():
-    lines = gpu_plot.panel_lines(tables._gpu_rows().values())
+    lines = gpu_plot.panel_lines(gpu_tables.gpu_rows().values())
     training, prefill = lines.values()
-    assert list(training["random"]) == tables._layer_lengths()
+    assert list(training["random"]) == gpu_tables.layer_lengths()
     for pattern in gpu_plot.SPARSE:
-        layer = tables._layer(32768, pattern)
+        layer = gpu_tables.layer_times(32768, pattern)
         assert prefill[pattern][32768] == pytest.approx(layer["selection"] + layer["forward"])
         assert training["dense cuDNN"][32768] == pytest.approx(layer.pop("dense"))
         assert training[pattern][32768] == pytest.approx(sum(layer.values()))
 
 
 def test_a_length_that_was_not_finished_is_not_drawn():
-    rows = list(tables._gpu_rows().values())
+    rows = list(gpu_tables.gpu_rows().values())
     rows = [row for row in rows if row["name"] != "layer 524288: neighbours share, KL value and gradient"]
     training, prefill = gpu_plot.panel_lines(rows).values()
     assert max(training["random"]) == 131072
@@ -165,7 +165,7 @@ def test_a_length_that_was_not_finished_is_not_drawn():
 
 def test_the_picture_is_written(tmp_path):
     pytest.importorskip("matplotlib")
-    gpu_plot.draw(tables._gpu_rows().values(), "GPU", tmp_path / "gpu.png")
+    gpu_plot.draw(gpu_tables.gpu_rows().values(), "GPU", tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
 
 
@@ -175,8 +175,8 @@ def test_the_picture_is_written(tmp_path):
 )
 def test_why_there_is_no_picture(lengths, hidden, said, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, hidden, None)
-    drawn = tuple(f"layer {n}: " for n in tables._layer_lengths()[:lengths])
-    rows = [row for name, row in tables._gpu_rows().items() if name.startswith(drawn)]
+    drawn = tuple(f"layer {n}: " for n in gpu_tables.layer_lengths()[:lengths])
+    rows = [row for name, row in gpu_tables.gpu_rows().items() if name.startswith(drawn)]
     gpu_plot.draw_if_possible(rows, "GPU", tmp_path / "gpu.png")
     assert said in capsys.readouterr().out
     assert not (tmp_path / "gpu.png").exists()

@@ -1,0 +1,205 @@
+"""Tables of what `benchmarks/gpu.py` measured, for `benchmarks/tables.py`."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PATTERNS = ("random", "block 0 hot", "neighbours share", "8 hot blocks")
+
+
+def load_result(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def gpu_machine() -> str:
+    """The machines of the runs that measured the parts."""
+    runs = load_result("gpu-h200.json")["parts"].values()
+    said = (f"{run['gpu']}, driver {run['driver']}, torch {run['torch']}, triton {run['triton']}" for run in runs)
+    return "; ".join(dict.fromkeys(said)) + "."
+
+
+def gpu_rows() -> dict[str, dict]:
+    """Rows by name. A part is of one run, and no ratio mixes parts."""
+    return {row["name"]: row for row in load_result("gpu-h200.json")["rows"]}
+
+
+def gpu_selection() -> str:
+    found = gpu_rows()
+
+    def cells(name: str) -> list[str]:
+        if name not in found:
+            return [""] * 3
+        ms, floor = found[name]["ms"], found[name]["floor_ms"]
+        return [f"{ms:.3f} ms", f"{floor:.3f} ms", f"{floor / ms:.2f}"]
+
+    plain = [name for name in found if name.startswith("selection ") and not name.startswith("selection e4m3 ")]
+    shapes = [name.removeprefix("selection ") for name in plain]
+    rows = [[shape, *cells(f"selection {shape}"), *cells(f"selection e4m3 {shape}")] for shape in shapes]
+    return markdown(["queries x keys", "bf16", "FLOP floor", "share of it", "e4m3", "FLOP floor", "share of it"], rows)
+
+
+def gpu_decode() -> str:
+    found = gpu_rows()
+    shapes = [name.removeprefix("decode ").split(":")[0] for name in found if name.endswith(": bf16 step")]
+    dense = {"cudnn": "dense cuDNN", "flex": "dense FlexAttention"}
+    dense = {name: head for name, head in dense.items() if f"decode {shapes[0]}: dense {name}" in found}
+    rows = []
+    for shape in shapes:
+        times = [found[f"decode {shape}: dense {name}"]["ms"] for name in dense]
+        cells = [shape, *(f"{1e3 * ms:.0f} us" if ms else "" for ms in times)]
+        for kind in ("bf16", "e4m3"):
+            step = found[f"decode {shape}: {kind} step"]
+            cells += [f"{1e3 * ms:.0f} us" for ms in (step["ms"], step["floor_ms"])] + [f"{times[0] / step['ms']:.1f}x"]
+        rows.append(cells)
+    ours = [head for kind in ("bf16", "e4m3") for head in (f"{kind} index keys", "byte floor", "faster")]
+    return markdown(["batch x keys", *dense.values(), *ours], rows)
+
+
+def gpu_grid() -> str:
+    """Steps over the grid of batches and lengths, in times of their byte floor."""
+    steps = {}
+    for name, row in gpu_rows().items():
+        if name.startswith("decode ") and name.count(" x ") == 2:
+            batch, keys, tokens = name.removeprefix("decode ").removesuffix(": step").split(" x ")
+            steps[int(batch), int(keys), int(tokens)] = row
+    lengths = sorted({keys for _, keys, _ in steps})
+    rows = []
+    for batch, tokens in sorted({(batch, tokens) for batch, _, tokens in steps}):
+        cells = [steps.get((batch, keys, tokens)) for keys in lengths]
+        shown = [f"{1e3 * row['ms']:.0f} ({1e3 * row['floor_ms']:.0f})" if row else "" for row in cells]
+        rows.append([str(batch), str(tokens), *shown])
+    return markdown(["batch", "new tokens", *(f"{keys // 1000}K keys" for keys in lengths)], rows)
+
+
+def gpu_chunks() -> str:
+    """Chunks of a prompt over a filled prefix, and their mean weighted by how often production runs each."""
+    found, rows = gpu_rows(), []
+    total = {"ours": 0.0, "dense": 0.0}
+    for shape, calls in workload_weights().items():
+        ours, dense = (found[f"chunk {shape}: {what}"]["ms"] for what in ("selection and attention", "dense"))
+        total = {"ours": total["ours"] + calls * ours, "dense": total["dense"] + calls * dense}
+        rows.append([shape, str(calls), f"{ours:.2f} ms", f"{dense:.2f} ms", f"{dense / ours:.1f}x"])
+    calls = sum(workload_weights().values())
+    ours, dense = total["ours"] / calls, total["dense"] / calls
+    rows.append(["weighted mean", str(calls), f"{ours:.2f} ms", f"{dense:.2f} ms", f"{dense / ours:.1f}x"])
+    return markdown(["queries x keys", "calls", "ours", "dense", "faster"], rows)
+
+
+def workload_weights() -> dict[str, int]:
+    """Calls that each chunk of the GPU benchmark stands for."""
+    return {name: row["calls"] for name, row in load_result("gpu-h200.json")["chunks"].items()}
+
+
+def layer_times(seqlen: int, pattern: str) -> dict[str, float]:
+    """Milliseconds of a training layer's steps, and of dense attention's."""
+    found = gpu_rows()
+
+    def ms(name: str) -> float:
+        return found[f"layer {seqlen}: {name}"]["ms"]
+
+    return {
+        "selection": ms("selection"),
+        "forward": ms(f"{pattern}, main branch, forward"),
+        "backward": ms(f"{pattern}, main branch, backward"),
+        "loss": ms(f"{pattern}, KL value and gradient"),
+        "dense": ms("dense cuDNN, forward") + ms("dense cuDNN, backward"),
+    }
+
+
+def layer_lengths() -> list[int]:
+    return [
+        int(name.split(":")[0].removeprefix("layer "))
+        for name in gpu_rows()
+        if name.endswith(": dense cuDNN, forward") and name.startswith("layer ")
+    ]
+
+
+def gpu_training() -> str:
+    rows = []
+    for seqlen in layer_lengths():
+        for pattern in ("random", "neighbours share"):
+            layer = layer_times(seqlen, pattern)
+            dense = layer.pop("dense")
+            ours = sum(layer.values())
+            times = (f"{time:.1f} ms" for time in (*layer.values(), ours, dense))
+            launches = gpu_rows().get(f"layer {seqlen}: launches")
+            host = "" if launches is None else f"{launches['ms']:.1f} ms"
+            rows.append([f"{seqlen // 1024}K", pattern, *times, f"{dense / ours:.1f}x", host])
+    head = ["tokens", "chosen", "selection", "forward", "backward", "KL loss", "together", "dense cuDNN", "faster"]
+    head.append("launches")
+    return markdown(head, rows)
+
+
+def gpu_floors() -> str:
+    found = gpu_rows()
+    rows = []
+    for step in ("main branch, forward", "main branch, backward", "KL value and gradient"):
+        floor = found[f"floor 131072: {step}"]["ms"]
+        by_bytes = found.get(f"floor 131072: {step}, bytes in KV-outer order")
+        cells = [f"{found[f'layer 131072: {pattern}, {step}']['ms']:.1f} ms" for pattern in PATTERNS]
+        rows.append([step, *cells, f"{floor:.1f} ms", "" if by_bytes is None else f"{by_bytes['ms']:.1f} ms"])
+    return markdown(["128K tokens", *PATTERNS, "products alone", "bytes alone, KV-outer"], rows)
+
+
+def gpu_prefill() -> str:
+    found, rows = gpu_rows(), []
+
+    def ms(step: str) -> float:
+        return found[f"prefill 1048576: {step}"]["ms"]
+
+    dense = ms("dense cuDNN, forward")
+    for pattern in ("random", "neighbours share"):
+        for scores, step in (("bf16", "selection"), ("e4m3", "selection, e4m3")):
+            selection, main = ms(step), ms(f"{pattern}, main branch, forward")
+            times = (f"{time:.0f} ms" for time in (selection, main, dense))
+            rows.append([pattern, scores, *times, f"{dense / (selection + main):.1f}x"])
+    return markdown(["1M tokens", "index scores", "selection", "main branch", "dense cuDNN", "faster"], rows)
+
+
+def gpu_steps() -> str:
+    """A training step of the layer by the clock: eager, compiled, and in CUDA graphs."""
+    found = gpu_rows()
+    ways = ("eager", "default", "reduce-overhead")
+    rows = []
+    for tokens in (4096, 8192, 16384):
+        rows.append([f"{tokens // 1024}K", *(f"{found[f'step {tokens}: {way}']['ms']:.1f} ms" for way in ways)])
+    return markdown(["tokens", "eager", "`torch.compile`", '`mode="reduce-overhead"`'], rows)
+
+
+def gpu_flex() -> str:
+    """FlexAttention's main branch beside the Triton kernels', which are the part training's."""
+    found = gpu_rows()
+    rows = []
+    for pattern in ("random", "neighbours share"):
+        for kind, name in (("Triton", "main branch"), ("FlexAttention", "main branch by FlexAttention")):
+            times = (found[f"layer 32768: {pattern}, {name}, {step}"]["ms"] for step in ("forward", "backward"))
+            rows.append([pattern, kind, *(f"{time:.1f} ms" for time in times)])
+    return markdown(["32K tokens", "", "forward", "backward"], rows)
+
+
+def gpu_peers() -> str:
+    """The main branch and its peers."""
+    times: dict[tuple[str, str], dict[tuple[int, str], float | str]] = {}
+    for row in load_result("gpu-h200.json")["rows"]:
+        if row["part"] == "peers":
+            seqlen, what = row["name"].removeprefix("peers ").split(": ")
+            peer, blocks, direction = what.split(", ")
+            times.setdefault((peer, blocks), {})[int(seqlen), direction] = row["ms"]
+    lengths = sorted({seqlen for by_length in times.values() for seqlen, _ in by_length})
+
+    def cell(ms: float | str | None) -> str:
+        # A string says why there is no time.
+        return f"{ms:.1f}" if isinstance(ms, float) else "-"
+
+    rows = []
+    for (peer, blocks), by_length in times.items():
+        pairs = [[by_length.get((seqlen, step)) for step in ("forward", "backward")] for seqlen in lengths]
+        rows.append([peer, blocks, *(f"{cell(forward)} / {cell(backward)}" for forward, backward in pairs)])
+    head = ["forward / backward, ms", "attends to", *(f"{seqlen // 1024}K" for seqlen in lengths)]
+    return markdown(head, rows)
