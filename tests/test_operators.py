@@ -72,6 +72,9 @@ def test_opcheck_of_the_cache_operators(paged, dtype):
     ids = ops.select_blocks(new.index_q, cache.index_k, table, 8, 2, 1, 0, "cpu", cache.page_table, cache.index_k_scale)
     scales = (cache.page_table, cache.k_scale, cache.v_scale)
     check(ops.attend_blocks._opoverload, (new.q, cache.k, cache.v, ids, table, 8, 0.25, "cpu", *scales))
+    branches = (new.q, new.index_q, cache.k, cache.v, cache.index_k, table)
+    rest = (8, 2, 1, 0, 0.25, "cpu", *scales, cache.index_k_scale)
+    check(ops.select_and_attend._opoverload, (*branches, *rest))
 
 
 def _graphs(counter: CompileCounterWithBackend) -> int:

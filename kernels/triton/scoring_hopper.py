@@ -1,4 +1,4 @@
-"""A decoding step's scorer for Hopper, in Gluon: one warp copies keys, four score blocks and rank them.
+"""A decoding step's scorer for Hopper, in Gluon: one warp copies keys, the others score blocks and rank them.
 
 It does what `selection.selection_kernel` does, for a few query rows. The copying warp has asked for the first keys
 before the queries have arrived, and is then as far ahead of the products as shared memory allows. One program to a
@@ -93,9 +93,9 @@ def place_queries(queries, q_box, batch, first, q_end, ROWS: gl.constexpr, GROUP
 @gluon.jit
 def scale_scores(products, scales):
     """As `scoring.score_e4m3`: scores [keys, rows] of products [keys, 2 rows] with the pairs of `split_e4m3`."""
-    # A vector that is not finite has such a scale.
     KEYS: gl.constexpr = products.shape[0]
     ROWS: gl.constexpr = products.shape[1] // 2
+    # A vector that is not finite has such a scale.
     products *= gl.where(scales < float("inf"), scales, float("nan"))[:, None]
     p, r = gl.split(products.reshape([KEYS, ROWS, 2]))
     return p + r * (1.0 / 16)
@@ -118,7 +118,7 @@ def rank_keys(
     TOPK: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, TABLE: gl.constexpr,
     SCALED: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, SPLIT: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """The work of the other four warps."""
+    """The work of the other warps."""
     key_boxes, scale_boxes = boxes
     full, empty = barriers
     _, seqlen_q, _, _, _, num_splits, num_local, _ = numbers
