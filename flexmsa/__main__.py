@@ -17,6 +17,8 @@ COMMANDS = {
         "time the Triton kernels with other tiles on this GPU, and write down what is faster",
     ),
 }
+# Packages that commands need beside torch, triton and numpy, and the extras that have them.
+EXTRAS = {"transformers": "transformers", "accelerate": "transformers", "hypothesis": "test", "matplotlib": "plot"}
 
 
 def main(argv: list[str]) -> int:
@@ -32,9 +34,9 @@ def main(argv: list[str]) -> int:
     try:
         module = importlib.import_module(COMMANDS[chosen.command][0])
     except ModuleNotFoundError as error:
-        if error.name != "transformers":
+        if error.name not in EXTRAS:
             raise
-        print(f"{chosen.command} needs transformers: pip install flexmsa[transformers]", file=sys.stderr)
+        print(f"{chosen.command} needs {error.name}: pip install 'flexmsa[{EXTRAS[error.name]}]'", file=sys.stderr)
         return 1
     return module.main(rest)
 

@@ -1,8 +1,11 @@
 """The tools that users fuzz with must find what is wrong."""
 
+import sys
+
 import pytest
 import torch
 
+from flexmsa import __main__
 from flexmsa.testing import Case, assert_close, check, check_case
 
 
@@ -62,3 +65,11 @@ def test_a_pointer_of_unknown_type_is_not_built():
     assert argument_type("new_ptr", {"new_ptr": "*i64"}) == "*i64"
     with pytest.raises(ValueError, match="new_ptr: expected a pointer whose type is known"):
         argument_type("new_ptr", {})
+
+
+def test_check_without_hypothesis_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    for name in [name for name in sys.modules if name.startswith("flexmsa.testing")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert __main__.main(["check"]) == 1
+    assert "pip install 'flexmsa[test]'" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def test_without_transformers_it_says_what_to_install(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith("flexmsa.integrations")]:
         monkeypatch.delitem(sys.modules, name)
     assert __main__.main(["convert-demo", *QUICK]) == 1
-    assert "pip install flexmsa[transformers]" in capsys.readouterr().err
+    assert "pip install 'flexmsa[transformers]'" in capsys.readouterr().err
 
 
 def test_the_keys_of_the_retrieval_task():
