@@ -81,7 +81,9 @@ def test_selection(build, target, case):
     assert (config.num_splits > 1) == (seqlen_q <= 16)
 
 
-@pytest.mark.parametrize("shape", [(1, 128, 128), (16, 128, 128), (1, 64, 64), (16, 64, 64)])
+@pytest.mark.parametrize(
+    "shape", [(1, 128, 128), (16, 128, 128), (1, 64, 64), (16, 64, 64), (1, 128, 64), (4, 64, 128)]
+)
 @pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])
 def test_selection_hopper(build, shape, scaled):
     target = TARGETS["sm_90"]
