@@ -61,12 +61,12 @@ def decode(
     backend = choose_backend("decode", backend, q)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     sequences = cache.newest(q.shape[2])
+    choice = None
     if block_indices is not None:
         validation.check_block_indices(block_indices, q.shape[0], cache.k.shape[1], q.shape[2], q.device)
-    elif topk is not None and index_q is None:
-        raise TypeError("index_q: expected a tensor to select by, got None; or pass block_indices or topk=None")
-    choice = None
-    if block_indices is None and topk is not None and index_q is not None:
+    elif topk is not None:
+        if index_q is None:
+            raise TypeError("index_q: expected a tensor to select by, got None; or pass block_indices or topk=None")
         choice = index_q.detach(), (block_size, topk, num_local_blocks, num_init_blocks)
     if backend == "reference":
         k, v, index_k = cache.contiguous()

@@ -14,7 +14,7 @@ from flexmsa.kernels.cpu.selection import select_blocks
 
 # The most queries of a row that gather their blocks.
 _FEW_QUERIES = 16
-# Widening these would take longer than all else; of others the lse is kept exacter by what is below.
+# Widening these would take longer than all else; float32 is as fast by plain products.
 _FUSED = (torch.bfloat16, torch.float16)
 # Numbers gathered at once, of keys and of values each.
 _GATHERED = 2**21
@@ -92,12 +92,12 @@ def _attend_fused(
 
     It takes keys and values as they are stored, and its own lse, which the public function keeps to itself.
     """
-    visible = torch.zeros(keys.is_padding.shape, dtype=rows.dtype).masked_fill_(keys.is_padding, -torch.inf)
+    mask = torch.zeros(keys.is_padding.shape, dtype=rows.dtype).masked_fill_(keys.is_padding, -torch.inf)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         rows[None],
         keys.gather_stored(k, scratch, "gathered keys")[None],
         keys.gather_stored(v, scratch, "gathered values")[None],
-        attn_mask=visible[None, :, None].expand(1, *rows.shape[:2], -1),
+        attn_mask=mask[None, :, None].expand(1, *rows.shape[:2], -1),
         scale=scale,
     )
     sees_nothing = keys.is_padding.all(-1)[:, None]

@@ -144,9 +144,7 @@ class _IndexKeys:
     def blocks(self, first: int, stop: int) -> Tensor:
         """Blocks ``first .. stop - 1`` of each sequence in the compute dtype, [C, n * block_size, Di]: read only."""
         if self.in_place:
-            (tile,) = self._tiles
-            start, end = (tile.k_start + block * self._block_size for block in (first, stop))
-            return self._keys[tile.batch, start:end][None]
+            return self.stored(first, stop).flatten(0, 1)[None]
         return self._load("keys", self._keys, first, stop)
 
     def stored(self, first: int, stop: int) -> Tensor:
@@ -209,10 +207,12 @@ def _select(
     position = token + torch.tensor([[tile.position - tile.start] for tile in tiles])
     position = position.repeat_interleave(num_kv_heads, 1)[:, None]
     queries = index_q[batch, :, token].to(compute_dtype(index_q.dtype)).flatten(1, 2)
-    scores = _block_scores(queries, index_k, position, rules, scratch, clean=False)
+    forced, hidden = _forced_and_hidden(position, index_k.num_blocks, rules)
+    scores = _sieved_scores(queries, index_k, forced, hidden, rules, scratch) if index_k.sieved else None
+    if scores is None:
+        scores = _block_scores(queries, index_k, position, rules, scratch, clean=False)
     if bool(scores.isnan().any()):
         scores = _block_scores(queries, index_k, position, rules, scratch, clean=True)
-    forced, hidden = _forced_and_hidden(position, scores.shape[1], rules)
     limit = torch.finfo(scores.dtype).max
     scores.clamp_(-limit, limit)
     scores.masked_fill_(forced, torch.inf).masked_fill_(hidden, -torch.inf)
@@ -238,13 +238,6 @@ def _block_scores(
     num_tiles, num_vectors, _ = queries.shape
     num_blocks, block_size = index_k.num_blocks, rules.block_size
     block_scores = scratch.take("block_scores", num_tiles, num_blocks, num_vectors).zero_()
-    chosen = _candidates(queries[0], index_k, position[0], rules, scratch) if index_k.sieved and not clean else None
-    if chosen is not None:
-        block_scores.fill_(-torch.inf)
-        if len(chosen):
-            keys = index_k.widened(chosen).flatten(0, 1)[None]
-            block_scores[:, chosen] = _products(keys, queries, block_size, scratch).amax(2)
-        return block_scores
     num_scored = num_blocks - rules.num_local_blocks
     num_keys = _SCORES_PER_STEP // num_vectors
     step = (num_keys if index_k.in_place else min(num_keys, _KEYS_PER_STEP)) // (num_tiles * block_size)
@@ -264,19 +257,29 @@ def _block_scores(
     return block_scores
 
 
-def _candidates(
-    queries: Tensor, index_k: _IndexKeys, position: Tensor, rules: _Rules, scratch: Scratch
+def _sieved_scores(
+    queries: Tensor, index_k: _IndexKeys, forced: Tensor, hidden: Tensor, rules: _Rules, scratch: Scratch
 ) -> Tensor | None:
-    """The blocks that are worth scoring in fp32, None if all are: queries [R, Di] of one sequence, position [1, R]."""
-    num_blocks, num_vectors = index_k.num_blocks, len(queries)
-    queries = queries.to(torch.bfloat16)
+    """Block scores [1, num_blocks, R] of queries [1, R, Di] of one sequence; -inf where bf16 rules a block out.
+
+    None if that says too little. forced, hidden: [1, num_blocks, R].
+    """
+    num_blocks, num_vectors = index_k.num_blocks, queries.shape[1]
+    narrow = queries[0].to(torch.bfloat16)
     rough = scratch.take("rough maxima", num_blocks, num_vectors, dtype=torch.bfloat16).zero_()
     step = max(1, _SCORES_PER_STEP // (num_vectors * rules.block_size))
     num_scored = num_blocks - rules.num_local_blocks
     for first in range(rules.num_init_blocks, num_scored, step):
         stop = min(first + step, num_scored)
-        rough[first:stop] = rough_maxima(index_k.stored(first, stop), queries, scratch)
-    return candidates(rough, *_forced_and_hidden(position, num_blocks, rules), rules.topk)
+        rough[first:stop] = rough_maxima(index_k.stored(first, stop), narrow, scratch)
+    chosen = candidates(rough, forced[0], hidden[0], rules.topk)
+    if chosen is None:
+        return None
+    block_scores = scratch.take("block_scores", 1, num_blocks, num_vectors).fill_(-torch.inf)
+    if len(chosen):
+        keys = index_k.widened(chosen).flatten(0, 1)[None]
+        block_scores[:, chosen] = _products(keys, queries, rules.block_size, scratch).amax(2)
+    return block_scores
 
 
 def _forced_and_hidden(position: Tensor, num_blocks: int, rules: _Rules) -> tuple[Tensor, Tensor]:

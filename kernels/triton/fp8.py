@@ -63,10 +63,15 @@ def quantize(x):
 
 
 @triton.jit
+def marked_scales(scales):
+    """The scales; NaN for a vector that is not finite, whose scale is not either."""
+    return tl.where(scales < float("inf"), scales, float("nan"))
+
+
+@triton.jit
 def load_scales(scales, column, mask):
     """The scales at scales + column; NaN for a vector that is not finite."""
-    scale = tl.load(scales + column, mask=mask, other=0.0)
-    return tl.where(scale < float("inf"), scale, float("nan"))
+    return marked_scales(tl.load(scales + column, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -105,6 +110,15 @@ def split_e4m3(x):
     r = encode_e4m3((x - decode_e4m3(p, tl.float32, False)) * 16.0)
     both = tl.permute(tl.join(p, r), (0, 2, 1))
     return tl.reshape(both, [2 * N, D]).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def join_pairs(products):
+    """Products [K, N] with vectors, from products [K, 2 N] with the rows of their `split_e4m3`."""
+    K: tl.constexpr = products.shape[0]
+    N: tl.constexpr = products.shape[1] // 2
+    p, r = tl.split(tl.reshape(products, [K, N, 2]))
+    return p + r * (1.0 / 16)
 
 
 class Cache(NamedTuple):

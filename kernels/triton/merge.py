@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 
 from .primitives import await_previous, find_tile, load_sequence, tile_ends
-from .ranking import EMPTY_KEY, ID_MASK, ORDERED_NEG_INF
+from .ranking import EMPTY_KEY, ID_MASK, ORDERED_NEG_INF, list_row
 from .targets import Target
 
 
 @triton.jit
 def query_lists(lists_ptr, sequence, offset, group, seqlen_q, num_lists, GROUPS: tl.constexpr, KEPT: tl.constexpr):
-    """Where the lists [num_lists, KEPT] of a query are, the offset-th of its sequence: to be known without any load."""
-    return lists_ptr + ((sequence.to(tl.int64) * seqlen_q + offset) * GROUPS + group) * num_lists * KEPT
+    """Where the lists [num_lists, KEPT] of a query and group are, the offset-th of its sequence."""
+    return lists_ptr + list_row(sequence, offset, group, seqlen_q, GROUPS) * num_lists * KEPT
 
 
 @triton.jit

@@ -194,14 +194,20 @@ def collect(ranking, best, block, flush, PERIOD: tl.constexpr):
 
 
 @triton.jit
+def list_row(sequence, offset, group, seqlen_q, GROUPS: tl.constexpr):
+    """The row of lists of the offset-th query of a sequence, and of a group: to be known without any load."""
+    return (sequence.to(tl.int64) * seqlen_q + offset) * GROUPS + group
+
+
+@triton.jit
 def store_ranking(
-    ranking, ids_ptr, lists_ptr, ids_row, list_row, live, num_splits,
+    ranking, ids_ptr, lists_ptr, ids_row, lists_row, live, num_splits,
     TOPK: tl.constexpr, KEPT: tl.constexpr, PERIOD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Write each live row's ids, ascending; or, of a SPLIT, its KEPT keys, descending, for `merge.merge_lists`."""
     place = ids_row * TOPK
     if SPLIT:
-        place = (list_row * num_splits + tl.program_id(1)) * KEPT
+        place = (lists_row * num_splits + tl.program_id(1)) * KEPT
     if PERIOD == 1:
         scores, ids = ranking
         if SPLIT:

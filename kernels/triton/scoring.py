@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .fp8 import decode_e4m3, load_scales
+from .fp8 import decode_e4m3, join_pairs, load_scales
 from .primitives import FLT_MAX, locate_block
 from .ranking import insert_block
 
@@ -94,8 +94,7 @@ def score_e4m3(q, keys, scales):
     these up in fp32, would take a twentieth of a decoding step, for an error that is far below that of the keys.
     """
     products = tl.dot(keys, tl.trans(q), max_num_imprecise_acc=q.shape[1])
-    p, r = tl.split(tl.reshape(products, [keys.shape[0], q.shape[0] // 2, 2]))
-    return tl.trans((p + r * (1.0 / 16)) * scales[:, None])
+    return tl.trans(join_pairs(products) * scales[:, None])
 
 
 @triton.jit

@@ -19,13 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .fp8 import split_e4m3
+from .fp8 import join_pairs, marked_scales, split_e4m3
 from .hopper import make_barriers, meet, shared_box
 from .primitives import FLT_MAX, announce_next, await_previous, find_tile, load_sequence, locate_block
-from .ranking import first_blocks, insert_block, store_ranking
+from .ranking import first_blocks, insert_block, list_row, store_ranking
+from .selection import LENGTHS
 from .selection_configs import SelectionConfig
-
-LENGTHS = ["num_sequences", "seqlen_q", "seqlen_k", "max_pages", "num_pages", "num_splits", "num_local", "num_init"]
 
 
 @gluon.jit
@@ -93,12 +92,7 @@ def place_queries(queries, q_box, batch, first, q_end, ROWS: gl.constexpr, GROUP
 @gluon.jit
 def scale_scores(products, scales):
     """As `scoring.score_e4m3`: scores [keys, rows] of products [keys, 2 rows] with the pairs of `split_e4m3`."""
-    KEYS: gl.constexpr = products.shape[0]
-    ROWS: gl.constexpr = products.shape[1] // 2
-    # A vector that is not finite has such a scale.
-    products *= gl.where(scales < float("inf"), scales, float("nan"))[:, None]
-    p, r = gl.split(products.reshape([KEYS, ROWS, 2]))
-    return p + r * (1.0 / 16)
+    return join_pairs(products * marked_scales(scales)[:, None])
 
 
 @gluon.jit
@@ -150,9 +144,9 @@ def rank_keys(
             scores = scale_scores(scores, scales)
         lists = insert_block(lists, block_maximum(scores, block, visible, num_local, BLOCK), block)
     announce_next(OVERLAP)
-    list_row = (sequence.to(gl.int64) * seqlen_q + token - q_start) * GROUPS + row % GROUPS
+    lists_row = list_row(sequence, token - q_start, row % GROUPS, seqlen_q, GROUPS)
     ids_row = (batch * GROUPS + row % GROUPS) * seqlen_q + token
-    store_ranking(lists, outputs[0], outputs[1], ids_row, list_row, live, num_splits, TOPK, KEPT, 1, SPLIT)
+    store_ranking(lists, outputs[0], outputs[1], ids_row, lists_row, live, num_splits, TOPK, KEPT, 1, SPLIT)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)

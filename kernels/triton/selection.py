@@ -47,7 +47,7 @@ from .primitives import (
     tile_ends,
     tma_ready,
 )
-from .ranking import collect, start_ranking, store_ranking
+from .ranking import collect, list_row, start_ranking, store_ranking
 from .scoring import (
     clear_maximum,
     load_keys,
@@ -166,8 +166,8 @@ def selection_kernel(
             place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
             ranking = collect(ranking, best, block, block == end - 1, PERIOD)
     ids_row = (batch * GROUPS + row % GROUPS) * seqlen_q + token
-    list_row = (sequence.to(tl.int64) * seqlen_q + token - q_start) * GROUPS + row % GROUPS
-    store_ranking(ranking, ids_ptr, lists_ptr, ids_row, list_row, live, num_splits, TOPK, KEPT, PERIOD, SPLIT)
+    lists_row = list_row(sequence, token - q_start, row % GROUPS, seqlen_q, GROUPS)
+    store_ranking(ranking, ids_ptr, lists_ptr, ids_row, lists_row, live, num_splits, TOPK, KEPT, PERIOD, SPLIT)
 
 
 def key_tiles(index_k: torch.Tensor, config: SelectionConfig, block_size: int):

@@ -147,7 +147,7 @@ def hopper_scorer(rows: int, block_size: int, kept: int, num_splits: int, fp8_pr
     """The configuration of `scoring_hopper`. More copies in flight than four would only be in each other's way."""
     return SelectionConfig(
         rows=rows,
-        # Two tiles of products are held at once.
+        # So that no thread holds more products than of 64 columns among four warps.
         num_warps=8 if fp8_product and rows * block_size > 32 * 128 else 4,
         num_stages=4,
         period=1,
