@@ -127,6 +127,7 @@ def serving_errors() -> Iterator[str]:
             except AssertionError as error:
                 yield f"serving, {changes}: {error}"
     yield from long_errors()
+    yield from overlapping_errors()
 
 
 def long_errors() -> Iterator[str]:
@@ -158,6 +159,31 @@ def long_errors() -> Iterator[str]:
             error = (out[0, heads, token].double() - right).abs().max().item()
             if error > 8 * torch.finfo(torch.bfloat16).eps * right.abs().max().item():
                 yield f"{name}, {token}, {group}: off by {error:.1e}"
+
+
+def overlapping_errors() -> Iterator[str]:
+    """Steps on one cache that run at once: in two captured graphs, and without one on a third stream."""
+    news = [new for new, _ in caches(2, 100000, 1, torch.bfloat16, copies=3)]
+    cache = caches(2, 100000, 1, torch.bfloat16, copies=1)[0][1]
+    wanted = [step(new, cache) for new in news]
+    streams = [torch.cuda.Stream() for _ in news]
+    graphs, found = [], []
+    for new, stream in zip(news[:2], streams, strict=False):
+        graphs.append(torch.cuda.CUDAGraph())
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graphs[-1], stream=stream):
+            found.append([step(new, cache) for _ in range(8)])
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            loose = [step(news[2], cache) for _ in range(8)]
+        torch.cuda.synchronize()
+        for right, steps in zip(wanted, [*found, loose], strict=True):
+            if not all(torch.equal(*pair) for each in steps for pair in zip(right, each, strict=True)):
+                yield "steps that run at once disturb each other"
 
 
 def graph_time(calls: list[Callable[[], object]], repeats: int = 30) -> float:

@@ -32,7 +32,7 @@ FP32 = {"lse_ptr", "partial_out_ptr", "partial_lse_ptr", "k_scale_ptr", "v_scale
 # Where the keys are not split, selection's lists are its ids, and attend's the sequences.
 INT32 = {
     *("sequences_ptr", "tile_ends_ptr", "page_table_ptr", "kv_starts_ptr", "kv_lens_ptr", "lens_ptr", "status_ptr"),
-    *("ids_ptr", "lists_ptr", "block_indices_ptr", "list_ptr", "walks_ptr"),
+    *("ids_ptr", "lists_ptr", "tickets_ptr", "block_indices_ptr", "list_ptr", "walks_ptr"),
     *("numbers_ptr", "blocks_ptr", "before_ptr", "plan_ptr", "shares_ptr"),
     *("queries_ptr", "limits_ptr", "places_ptr"),
 }

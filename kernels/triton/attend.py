@@ -28,7 +28,16 @@ import triton.language as tl
 from .configs import AttendConfig
 from .fp8 import load_vectors
 from .merge import merge_constants, merge_lists, query_lists, sort_ids
-from .primitives import LN_2, LOG2_E, await_previous, find_tile, load_sequence, locate_block, softmax_update
+from .primitives import (
+    LN_2,
+    LOG2_E,
+    announce_next,
+    await_previous,
+    find_tile,
+    load_sequence,
+    locate_block,
+    softmax_update,
+)
 from .targets import padded
 
 LENGTHS = ["num_sequences", "seqlen_q", "seqlen_k", "max_pages", "num_pages", "num_splits", "num_lists"]
@@ -197,6 +206,7 @@ def attend_kernel(
     query = (batch * GROUPS * HEADS + group * HEADS + head) * seqlen_q + token
     place = query * num_splits + tl.program_id(2)
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    announce_next(OVERLAP)
     tl.store(out_ptr + place[:, None] * HEAD_DIM + depth[None, :], out, mask=live)
     tl.store(lse_ptr + place, lse, mask=head < HEADS)
     if MERGE:

@@ -26,14 +26,17 @@ from .ranking import first_blocks, insert_block, list_row, store_ranking
 from .selection import LENGTHS
 from .selection_configs import SelectionConfig
 
+# Of so many steps, one is for who comes to it first: programs that are served slower by memory do fewer.
+SHARED = gl.constexpr(8)
+
 
 @gluon.jit
-def load_share(tables, numbers, TOPK: gl.constexpr, BLOCK: gl.constexpr, TOKENS: gl.constexpr, TABLE: gl.constexpr):
-    """The program's tokens and blocks: (sequence, batch, first token of the sequence, of the tile, end of tokens, first
-    key, keys, forced blocks, first block, number of blocks). All programs of a sequence read it abreast.
+def load_tile(tables, numbers, TOPK: gl.constexpr, BLOCK: gl.constexpr, TOKENS: gl.constexpr, TABLE: gl.constexpr):
+    """The program's tile: (sequence, batch, first token of the sequence, of the tile, end of tokens, first key, keys,
+    forced blocks, scored blocks).
     """
-    sequences_ptr, tile_ends_ptr, _ = tables
-    num_sequences, seqlen_q, _, _, _, num_splits, _, num_init = numbers
+    sequences_ptr, tile_ends_ptr, _, _ = tables
+    num_sequences, seqlen_q, _, _, _, _, _, num_init = numbers
     sequence, tile = find_tile(gl.program_id(0), tile_ends_ptr, num_sequences, seqlen_q, TOKENS, TABLE)
     batch, q_start, q_end, k_start, k_end = load_sequence(sequences_ptr, gl.minimum(sequence, num_sequences - 1))
     first = gl.where(sequence < num_sequences, q_start + tile * TOKENS, q_end)
@@ -41,28 +44,67 @@ def load_share(tables, numbers, TOPK: gl.constexpr, BLOCK: gl.constexpr, TOKENS:
     seen = gl.where(first < q_end, num_keys - q_end + gl.minimum(first + TOKENS, q_end), 0)
     num_blocks = (gl.maximum(seen, 0) + BLOCK - 1) // BLOCK
     forced = gl.where(num_blocks <= TOPK, num_blocks, num_init)
-    begin = forced + gl.program_id(1)
-    steps = (gl.maximum(num_blocks - begin, 0) + num_splits - 1) // num_splits
-    return sequence, batch, q_start, first, q_end, k_start, num_keys, forced, begin, steps
+    return sequence, batch, q_start, first, q_end, k_start, num_keys, forced, num_blocks - forced
+
+
+@gluon.jit
+def take_ticket(ticket_ptr, wanted):
+    """The counter's next number, if it is wanted, in the first of [32]: whose numbers nobody waits for before use."""
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    none = lane * 0
+    return gl.atomic_add(ticket_ptr + none, none + 1, mask=(lane == 0) & wanted, sem="relaxed")
+
+
+@gluon.jit
+def block_number(step, steps, ticket, num_splits, SPLIT: gl.constexpr):
+    """Which of the scored blocks is the program's step-th: from `steps` on by its ticket."""
+    number = gl.program_id(1) + step * num_splits
+    if SPLIT:
+        lane = gl.arange(0, 32, ticket.type.layout)
+        shared = steps * num_splits + gl.max(gl.where(lane == 0, ticket, 0), axis=0)
+        number = gl.where(step < steps, number, shared)
+    return number
+
+
+@gluon.jit
+def write_block(block_box, block):
+    """The block whose keys a stage has, or -1 after the last, for the other warps."""
+    block_box.store(gl.full([1], block, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+
+
+@gluon.jit
+def await_block(boxes, barriers, step, STAGES: gl.constexpr):
+    """The block of a step, once its keys are there."""
+    mbarrier.wait(barriers[0].index(step % STAGES), step // STAGES & 1)
+    block = boxes[2].index(step % STAGES).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    return gl.max(block, axis=0)
 
 
 @gluon.jit
 def copy_keys(
     tiles, boxes, barriers, tables, numbers,
     TOPK: gl.constexpr, BLOCK: gl.constexpr, TOKENS: gl.constexpr, TABLE: gl.constexpr, PAGED: gl.constexpr,
-    SCALED: gl.constexpr, STAGES: gl.constexpr,
+    SCALED: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """The copying warp's work: the program's blocks of keys, and their scales."""
     key_tiles, scale_tiles = tiles
-    key_boxes, scale_boxes = boxes
+    key_boxes, scale_boxes, block_boxes = boxes
     full, empty = barriers
     _, _, seqlen_k, max_pages, num_pages, num_splits, _, _ = numbers
-    _, batch, _, _, _, k_start, _, _, begin, steps = load_share(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
-    for step in range(steps):
-        stage, turn, block = step % STAGES, step // STAGES, begin + step * num_splits
+    _, batch, _, _, _, k_start, _, forced, scored = load_tile(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
+    ticket_ptr = tables[3] + gl.program_id(0)
+    steps = scored // num_splits
+    steps -= steps // SHARED
+    step = 0
+    ticket = take_ticket(ticket_ptr, steps == 0)
+    number = block_number(step, steps, ticket, num_splits, SPLIT)
+    while number < scored:
+        ticket = take_ticket(ticket_ptr, SPLIT & (step + 1 >= steps))
+        stage, turn, block = step % STAGES, step // STAGES, forced + number
         row, key = locate_block(tables[2], max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
         ready = full.index(stage)
         mbarrier.wait(empty.index(stage), (turn & 1) ^ 1)
+        write_block(block_boxes.index(stage), block)
         if SCALED:
             mbarrier.expect(ready, key_tiles.block_type.nbytes + scale_tiles.block_type.nbytes)
             tma.async_copy_global_to_shared(
@@ -71,6 +113,14 @@ def copy_keys(
         else:
             mbarrier.expect(ready, key_tiles.block_type.nbytes)
         tma.async_copy_global_to_shared(key_tiles, [row.to(gl.int32), key, 0], ready, key_boxes.index(stage))
+        step += 1
+        number = block_number(step, steps, ticket, num_splits, SPLIT)
+    # Each program's last ticket is for no block, and this one the last of all: see `tickets`.
+    if SPLIT and number == scored + num_splits - 1:
+        gl.store(ticket_ptr, 0)
+    mbarrier.wait(empty.index(step % STAGES), (step // STAGES & 1) ^ 1)
+    write_block(block_boxes.index(step % STAGES), -1)
+    mbarrier.arrive(full.index(step % STAGES), count=1)
 
 
 @gluon.jit
@@ -113,36 +163,38 @@ def rank_keys(
     SCALED: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, SPLIT: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """The work of the other warps."""
-    key_boxes, scale_boxes = boxes
-    full, empty = barriers
+    key_boxes, scale_boxes, _ = boxes
     _, seqlen_q, _, _, _, num_splits, num_local, _ = numbers
     TOKENS: gl.constexpr = ROWS // GROUPS
     COLUMNS: gl.constexpr = q_box.shape[0]
     DEPTH: gl.constexpr = q_box.shape[1]
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS, 32 if SCALED else 16])
     ranked: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    share = load_share(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
-    sequence, batch, q_start, first, q_end, _, num_keys, forced, begin, steps = share
+    tile = load_tile(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
+    sequence, batch, q_start, first, q_end, _, num_keys, forced, _ = tile
     place_queries(queries, q_box, batch, first, q_end, ROWS, GROUPS, SCALED)
     row = gl.arange(0, ROWS, ranked)
     token = first + row // GROUPS
     live = (token < q_end) & (row // GROUPS < TOKENS)
     visible = gl.where(live, num_keys - q_end + token + 1, 0)
     lists = first_blocks(KEPT, gl.where(gl.program_id(1) == 0, forced, 0), visible, BLOCK)
-    for step in range(steps):
-        stage, block = step % STAGES, begin + step * num_splits
+    step = 0
+    block = await_block(boxes, barriers, step, STAGES)
+    while block >= 0:
+        stage = step % STAGES
         keys = key_boxes.index(stage).reshape([BLOCK, DEPTH])
         scores = gl.zeros([BLOCK, COLUMNS], gl.float32, scored)
-        mbarrier.wait(full.index(stage), step // STAGES & 1)
         # e4m3 products are added up with about 14 bits, as in `scoring.score_e4m3`.
         scores = warpgroup_mma(keys, q_box.permute((1, 0)), scores, use_acc=False, is_async=True)
         if SCALED:
             scales = scale_boxes.index(stage).load(gl.SliceLayout(1, scored))
         scores = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.arrive(barriers[1].index(stage), count=1)
         if SCALED:
             scores = scale_scores(scores, scales)
         lists = insert_block(lists, block_maximum(scores, block, visible, num_local, BLOCK), block)
+        step += 1
+        block = await_block(boxes, barriers, step, STAGES)
     announce_next(OVERLAP)
     lists_row = list_row(sequence, token - q_start, row % GROUPS, seqlen_q, GROUPS)
     ids_row = (batch * GROUPS + row % GROUPS) * seqlen_q + token
@@ -174,6 +226,7 @@ def selection_hopper_kernel(
     num_splits,
     num_local,
     num_init,
+    tickets_ptr,
     GROUPS: gl.constexpr,
     TOPK: gl.constexpr,
     BLOCK: gl.constexpr,
@@ -193,13 +246,14 @@ def selection_hopper_kernel(
     TOKENS: gl.constexpr = ROWS // GROUPS
     key_boxes = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, DEPTH], key_tiles.layout)
     scale_boxes = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], gl.NVMMASharedLayout(0, 32, 1))
+    block_boxes = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS * (2 if SCALED else 1), DEPTH], dtype)
     q_box = gl.allocate_shared_memory(dtype, [ROWS * (2 if SCALED else 1), DEPTH], rows)
     barriers = (make_barriers(STAGES, 1), make_barriers(STAGES, 1))
     fence_async_shared()
     await_previous(OVERLAP)
-    boxes, tiles = (key_boxes, scale_boxes), (key_tiles, scale_tiles)
-    tables = (sequences_ptr, tile_ends_ptr, page_table_ptr)
+    boxes, tiles = (key_boxes, scale_boxes, block_boxes), (key_tiles, scale_tiles)
+    tables = (sequences_ptr, tile_ends_ptr, page_table_ptr, tickets_ptr)
     numbers = (num_sequences, seqlen_q, seqlen_k, max_pages, num_pages, num_splits, num_local, num_init)
     queries = (index_q_ptr, stride_qb, stride_qh, stride_qs, stride_qd)
     outputs = (ids_ptr, lists_ptr)
@@ -210,7 +264,7 @@ def selection_hopper_kernel(
                 TOPK, BLOCK, ROWS, GROUPS, TABLE, SCALED, STAGES, KEPT, SPLIT, OVERLAP,
             )),
             (copy_keys, (
-                tiles, boxes, barriers, tables, numbers, TOPK, BLOCK, TOKENS, TABLE, PAGED, SCALED, STAGES,
+                tiles, boxes, barriers, tables, numbers, TOPK, BLOCK, TOKENS, TABLE, PAGED, SCALED, STAGES, SPLIT,
             )),
         ],
         [1],

@@ -60,6 +60,7 @@ from .scoring import (
 )
 from .selection_configs import SelectionConfig, selection_config
 from .targets import padded, storage_constants, target_of
+from .tickets import tickets
 
 LENGTHS = ["num_sequences", "seqlen_q", "seqlen_k", "max_pages", "num_pages", "num_splits", "num_local", "num_init"]
 
@@ -190,15 +191,17 @@ def kernel_and_tiles(
     num_kv_heads: int,
     block_size: int,
     topk: int,
+    num_tiles: int,
     table: bool,
-) -> tuple[Any, Any, Any, dict[str, int | bool]]:
-    """The kernel of a configuration, keys and scales as it takes them, and constants that it has for itself."""
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """The kernel of a configuration, keys and scales as it takes them, and arguments that it has for itself."""
     shape = num_kv_heads, index_k.shape[3], block_size, topk, table
     if config.hopper:
         from .scoring_hopper import scorer_constants, scorer_tiles, selection_hopper_kernel
 
         tiles = scorer_tiles(index_k, index_k_scale, block_size)
-        return selection_hopper_kernel, *tiles, scorer_constants(config, *shape)
+        counters = {"tickets_ptr": tickets(num_tiles, index_k.device)}
+        return selection_hopper_kernel, *tiles, counters | scorer_constants(config, *shape)
     keys = key_tiles(index_k if config.fp8_product else as_bits(index_k), config, block_size)
     scales = sequences if index_k_scale is None else index_k_scale
     return selection_kernel, keys, scales, selection_constants(config, *shape)
@@ -294,8 +297,8 @@ def rank_blocks(
     if config.num_splits > 1:
         num_rows = sequences.shape[0] * seqlen_q * num_kv_heads
         lists = ids.new_empty(num_rows, config.num_splits, config.kept, dtype=torch.int64)
-    kernel, keys, scales, constants = kernel_and_tiles(
-        index_k, index_k_scale, sequences, config, num_kv_heads, block_size, topk, table
+    kernel, keys, scales, arguments = kernel_and_tiles(
+        index_k, index_k_scale, sequences, config, num_kv_heads, block_size, topk, num_tiles, table
     )
     kernel[(num_tiles, config.num_splits)](
         as_bits(index_q),
@@ -318,7 +321,7 @@ def rank_blocks(
         config.num_splits,
         num_local_blocks,
         num_init_blocks,
-        **constants,
+        **arguments,
         **storage_constants(target, page_table is not None, index_k_scale is not None),
         **target.overlap(),
         num_warps=config.num_warps,

@@ -85,7 +85,7 @@ def selection_config(
     as_stored = key_size == 2 == dtype.itemsize or (key_size == 1 and dtype == torch.bfloat16)
     if plain and as_stored and tma_ready and scales_ready and few <= 64 and kept <= 32:
         num_splits = split_count(num_sequences, triton.cdiv(seqlen_k, block_size), target.num_sms, 128)
-        return hopper_scorer(few, block_size, kept, num_splits, fp8_product=key_size == 1)
+        return hopper_scorer(few, kept, num_splits, fp8_product=key_size == 1)
     as_they_are = dtype == torch.float8_e4m3fn and target.has_e4m3 and depth >= 32
     if dtype == torch.float8_e4m3fn and not as_they_are:
         dtype, key_size = torch.float16, 2
@@ -143,12 +143,11 @@ def selection_config(
     )
 
 
-def hopper_scorer(rows: int, block_size: int, kept: int, num_splits: int, fp8_product: bool) -> SelectionConfig:
+def hopper_scorer(rows: int, kept: int, num_splits: int, fp8_product: bool) -> SelectionConfig:
     """The configuration of `scoring_hopper`. More copies in flight than four would only be in each other's way."""
     return SelectionConfig(
         rows=rows,
-        # So that no thread holds more products than of 64 columns among four warps.
-        num_warps=8 if fp8_product and rows * block_size > 32 * 128 else 4,
+        num_warps=4,
         num_stages=4,
         period=1,
         kept=kept,

@@ -1,0 +1,63 @@
+"""Counters that stay zero: whose they are, outside of captured graphs and in them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flexmsa.kernels.triton import tickets as module
+from flexmsa.kernels.triton.tickets import tickets
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    """A stand-in for the current stream: its handle, whether it is being captured, and how often it was waited for."""
+    state = SimpleNamespace(cuda_stream=7, capturing=False, waits=0)
+    state.synchronize = lambda: setattr(state, "waits", state.waits + 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(module, "RESERVE", 8)
+    monkeypatch.setattr(module, "_reserves", {})
+    yield state
+    module._counters_of.cache_clear()
+
+
+def places(counters):
+    return {counters.data_ptr() + 4 * i for i in range(len(counters))}
+
+
+def test_calls_of_one_stream_share_counters_and_those_of_two_do_not(stream):
+    first, again = tickets(3, CPU), tickets(4, CPU)
+    assert first.dtype == torch.int32 and len(first) >= 3 and not first.any()
+    assert places(first) == places(again)
+    stream.cuda_stream = 8
+    assert not places(first) & places(tickets(3, CPU))
+
+
+def test_every_captured_call_has_counters_of_its_own(stream):
+    eager = tickets(2, CPU)
+    stream.capturing = True
+    captured = [tickets(2, CPU) for _ in range(6)]
+    assert all(len(counters) == 2 and not counters.any() for counters in captured)
+    assert len(set().union(*map(places, [eager, *captured]))) == len(eager) + 12
+
+
+def test_the_reserve_is_made_outside_of_captures_and_before_it_is_used_up(stream):
+    tickets(1, CPU)
+    assert stream.waits == 1
+    stream.capturing = True
+    tickets(3, CPU)
+    stream.capturing = False
+    tickets(1, CPU)
+    assert stream.waits == 1
+    stream.capturing = True
+    tickets(3, CPU)
+    assert len(module._reserves[CPU]) == 2
+    stream.capturing = False
+    tickets(1, CPU)
+    assert stream.waits == 2 and len(module._reserves[CPU]) == 8
+    stream.capturing = True
+    module._reserves.clear()
+    assert not tickets(3, CPU).any() and stream.waits == 2
