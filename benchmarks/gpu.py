@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import gpu_peers, gpu_plot
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_selection import large_errors, packed_errors, selection_errors, selection_times, sweep_times
-from benchmarks.gpu_serving import chunk_calls, chunk_times, decode_times, serving_errors
+from benchmarks.gpu_serving import chunk_calls, chunk_times, decode_times
+from benchmarks.gpu_serving_checks import serving_errors
 from benchmarks.gpu_training import (
     PATTERNS,
     flex_times,

@@ -48,11 +48,13 @@ def load_tile(tables, numbers, TOPK: gl.constexpr, BLOCK: gl.constexpr, TOKENS: 
 
 
 @gluon.jit
-def take_ticket(ticket_ptr, wanted):
+def take_ticket(ticket_ptr, wanted, SPLIT: gl.constexpr):
     """The counter's next number, if it is wanted, in the first of [32]: whose numbers nobody waits for before use."""
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    none = lane * 0
-    return gl.atomic_add(ticket_ptr + none, none + 1, mask=(lane == 0) & wanted, sem="relaxed")
+    ticket = lane * 0
+    if SPLIT:
+        ticket = gl.atomic_add(ticket_ptr + ticket, ticket + 1, mask=(lane == 0) & wanted, sem="relaxed")
+    return ticket
 
 
 @gluon.jit
@@ -96,10 +98,10 @@ def copy_keys(
     steps = scored // num_splits
     steps -= steps // SHARED
     step = 0
-    ticket = take_ticket(ticket_ptr, steps == 0)
+    ticket = take_ticket(ticket_ptr, steps == 0, SPLIT)
     number = block_number(step, steps, ticket, num_splits, SPLIT)
     while number < scored:
-        ticket = take_ticket(ticket_ptr, SPLIT & (step + 1 >= steps))
+        ticket = take_ticket(ticket_ptr, step + 1 >= steps, SPLIT)
         stage, turn, block = step % STAGES, step // STAGES, forced + number
         row, key = locate_block(tables[2], max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
         ready = full.index(stage)

@@ -85,12 +85,13 @@ def test_selection(build, target, case):
     "shape", [(1, 128, 128), (16, 128, 128), (1, 64, 64), (16, 64, 64), (1, 128, 64), (4, 64, 128)]
 )
 @pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])
-def test_selection_hopper(build, shape, scaled):
+@pytest.mark.parametrize("batch", [1, 1000])
+def test_selection_hopper(build, shape, scaled, batch):
     target = TARGETS["sm_90"]
     seqlen_q, depth, block = shape
     config = selection_configs.selection_config(
         target,
-        num_sequences=1,
+        num_sequences=batch,
         num_kv_heads=GROUPS,
         seqlen_q=seqlen_q,
         seqlen_k=1 << 20,
@@ -101,16 +102,18 @@ def test_selection_hopper(build, shape, scaled):
         key_size=1 if scaled else 2,
         tma_ready=True,
     )
-    assert config.hopper and config.num_splits > 1
-    types = box_types(scoring_hopper.scorer_boxes(depth, block), torch.float8_e4m3fn if scaled else torch.bfloat16) | {
-        "lists_ptr": "*i64"
-    }
+    assert config.hopper and (config.num_splits > 1) == (batch == 1)
+    types = box_types(scoring_hopper.scorer_boxes(depth, block), torch.float8_e4m3fn if scaled else torch.bfloat16)
+    if batch == 1:
+        types["lists_ptr"] = "*i64"
     if not scaled:
         types["scale_tiles"] = "i32"
     constants = scoring_hopper.scorer_constants(config, GROUPS, depth, block, TOPK, False)
     constants |= targets.storage_constants(target, scaled, scaled)
     compiled = build(scoring_hopper.selection_hopper_kernel, target, constants, config.num_warps, **types)
     assert "wgmma.mma_async" in compiled.asm["ptx"]
+    # Programs that do not share a sequence's blocks take no tickets, as none of them sets the counter back.
+    assert ("atom." in compiled.asm["ptx"]) == (batch == 1)
 
 
 @pytest.mark.parametrize("splits", [512, 6])

@@ -1,0 +1,167 @@
+"""What is wrong with serving on a GPU, before it is timed: a part of `benchmarks/gpu.py`.
+
+Caches by schedules, and steps at a length where offsets are large, beside each other, and with empty rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from unittest import mock
+
+import torch
+
+from benchmarks.gpu_serving import BLOCK, DEPTH, FP8, GROUPS, RULES, SCALE, TOPK, caches, select, step
+from flexmsa.kernels.triton import decode, select_blocks
+from flexmsa.kernels.triton.tickets import tickets
+from flexmsa.testing import Schedule, check_schedule
+
+SCHEDULES = [
+    Schedule(
+        steps=(("append", (100, 37)), ("append", (1, 1)), ("trim", (0, 3)), ("append", (4, 0)), ("append", (1, 1)))
+    ),
+    Schedule(
+        steps=(("append", (300, 150)), ("reorder", (1, 1)), ("append", (16, 5)), ("append", (1, 1))),
+        num_kv_heads=4,
+        group_size=16,
+        head_dim=128,
+        index_head_dim=128,
+        block_size=32,
+        topk=5,
+        capacity=512,
+    ),
+    Schedule(
+        steps=(("append", (700, 0)), ("share", (0, 1)), ("append", (1, 1)), ("append", (8, 8))),
+        group_size=5,
+        head_dim=80,
+        index_head_dim=96,
+        block_size=48,
+        topk=4,
+        capacity=800,
+    ),
+    Schedule(
+        steps=(("append", (900, 880, 3)), ("append", (1, 1, 1)), ("append", (2, 0, 2))),
+        batch=3,
+        num_kv_heads=1,
+        group_size=1,
+        head_dim=64,
+        index_head_dim=64,
+        block_size=128,
+        topk=2,
+        capacity=1024,
+    ),
+    # What a kernel of its own scores on Hopper, in many lists.
+    Schedule(
+        steps=(
+            *(("append", (2400, 1300)), ("append", (1, 1)), ("append", (4, 2)), ("trim", (130, 0))),
+            *(("append", (16, 16)), ("share", (0, 1)), ("append", (1, 1))),
+        ),
+        num_kv_heads=4,
+        group_size=16,
+        head_dim=128,
+        index_head_dim=128,
+        block_size=128,
+        topk=5,
+        capacity=3072,
+    ),
+    Schedule(
+        steps=(("append", (2000, 0, 63)), ("append", (1, 1, 1)), ("append", (3, 0, 3))),
+        batch=3,
+        num_kv_heads=3,
+        group_size=8,
+        head_dim=128,
+        index_head_dim=64,
+        block_size=64,
+        topk=16,
+        capacity=2048,
+    ),
+]
+
+
+def serving_errors() -> Iterator[str]:
+    """What is wrong with caches, appends and decoding; nothing if all is well."""
+    for schedule, few_rows in product(SCHEDULES, (decode.FEW_ROWS, 0)):
+        for changes in (
+            {"dtype": "bfloat16"},
+            {"dtype": "float16", "paged": True},
+            {"dtype": "bfloat16", "paged": True, "fp8_index": True},
+            {"dtype": "bfloat16", "fp8_index": True, "fp8_keys": True},
+        ):
+            try:
+                # Chunks of a prompt take other kernels beyond so many rows.
+                with mock.patch.object(decode, "FEW_ROWS", few_rows):
+                    check_schedule(replace(schedule, **changes), "cuda")
+            except AssertionError as error:
+                yield f"serving, {changes}: {error}"
+    yield from long_errors()
+    yield from counter_errors()
+    yield from overlapping_errors()
+
+
+def long_errors() -> Iterator[str]:
+    """Steps at M3's shape over a million keys, against dense attention in float64."""
+    for dtype, tokens in product((torch.bfloat16, FP8), (1, 4, 16)):
+        (q, index_q), cache = caches(1, 1 << 20, tokens, dtype, copies=1)[0]
+        # Small integers, whose products are exact in any order.
+        index_q.copy_(torch.randint(-3, 4, index_q.shape, device="cuda"))
+        cache.index_k.copy_(torch.randint(-3, 4, cache.index_k.shape, device="cuda"))
+        if cache.index_k_scale is not None:
+            cache.index_k_scale.fill_(1.0)
+        name = f"{tokens} tokens, a million keys, {dtype}"
+        out, _, ids = step((q, index_q), cache)
+        if not torch.equal(ids, select((q, index_q), cache)):
+            yield f"{name}: another selection by itself"
+        if not all(map(torch.equal, (out, ids), step((q, index_q), cache)[::2])):
+            yield f"{name}: not repeatable"
+        index_k = cache.index_k.double() if cache.index_k_scale is None else cache.contiguous()[2].double()
+        for token, group in product(range(tokens), range(GROUPS)):
+            scores = (index_k[0, 0] @ index_q[0, group, token].double()).view(-1, BLOCK).amax(-1)
+            scores[-1] = torch.inf
+            wanted = scores.sort(descending=True, stable=True).indices[:TOPK].sort().values
+            if not torch.equal(ids[0, group, token].long(), wanted):
+                yield f"{name}, {token}, {group}: {int((ids[0, group, token] != wanted).sum())} ids differ"
+            k, v = (x[0, group].view(-1, BLOCK, DEPTH)[wanted].flatten(0, 1).double() for x in (cache.k, cache.v))
+            seen = len(k) - tokens + 1 + token
+            heads = slice(group * 16, group * 16 + 16)
+            right = (q[0, heads, token].double() @ k[:seen].T * SCALE).softmax(-1) @ v[:seen]
+            error = (out[0, heads, token].double() - right).abs().max().item()
+            if error > 8 * torch.finfo(torch.bfloat16).eps * right.abs().max().item():
+                yield f"{name}, {token}, {group}: off by {error:.1e}"
+
+
+def counter_errors() -> Iterator[str]:
+    """Steps with more sequences than multiprocessors, a few of them empty, leave no counter that a later one finds."""
+    ((q, index_q), cache) = caches(300, 4096, 1, torch.bfloat16, copies=1)[0]
+    cache.kv_lens[::7] = 0
+    ids = select((q, index_q), cache)
+    for row in (0, 8, 299):
+        one, sequences = slice(row, row + 1), cache.newest(1)[row : row + 1].clone()
+        sequences[:, 0] = 0
+        if not torch.equal(select_blocks(index_q[one], cache.index_k[one], sequences, *RULES), ids[one]):
+            yield f"row {row} of many: another selection than alone"
+    if any(tickets(number, ids.device).any() for number in (1, 300)):
+        yield "counters are not left at zero"
+
+
+def overlapping_errors() -> Iterator[str]:
+    """Steps on one cache that run at once: in two captured graphs, and without one on a third stream."""
+    news = [new for new, _ in caches(2, 100000, 1, torch.bfloat16, copies=3)]
+    cache = caches(2, 100000, 1, torch.bfloat16, copies=1)[0][1]
+    wanted = [step(new, cache) for new in news]
+    streams = [torch.cuda.Stream() for _ in news]
+    graphs, found = [], []
+    for new, stream in zip(news[:2], streams, strict=False):
+        graphs.append(torch.cuda.CUDAGraph())
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graphs[-1], stream=stream):
+            found.append([step(new, cache) for _ in range(8)])
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            loose = [step(news[2], cache) for _ in range(8)]
+        torch.cuda.synchronize()
+        for right, steps in zip(wanted, [*found, loose], strict=True):
+            if not all(torch.equal(*pair) for each in steps for pair in zip(right, each, strict=True)):
+                yield "steps that run at once disturb each other"
