@@ -82,13 +82,16 @@ def test_selection(build, target, case):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 128, 128), (16, 128, 128), (1, 64, 64), (16, 64, 64), (1, 128, 64), (4, 64, 128)]
+    "shape",
+    [
+        *((1, 1, 128, 128), (1, 16, 128, 128), (1000, 1, 128, 128)),
+        *((1, 1, 64, 64), (1, 16, 64, 64), (1, 1, 128, 64), (1, 4, 64, 128)),
+    ],
 )
 @pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])
-@pytest.mark.parametrize("batch", [1, 1000])
-def test_selection_hopper(build, shape, scaled, batch):
+def test_selection_hopper(build, shape, scaled):
     target = TARGETS["sm_90"]
-    seqlen_q, depth, block = shape
+    batch, seqlen_q, depth, block = shape
     config = selection_configs.selection_config(
         target,
         num_sequences=batch,
