@@ -43,6 +43,8 @@ def _fill_reserve(device: torch.device) -> None:
 
 
 def _own_counters(number: int, device: torch.device) -> torch.Tensor:
+    # Multiples of 16 bytes: for pointers that are not, Triton compiles another kernel, and a capture is no time for it.
+    number = 4 * triton.cdiv(number, 4)
     with _lock:
         reserve = _reserves.get(device)
         if reserve is not None and number <= len(reserve):

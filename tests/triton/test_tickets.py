@@ -18,7 +18,7 @@ def stream(monkeypatch):
     state.synchronize = lambda: setattr(state, "waits", state.waits + 1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    monkeypatch.setattr(module, "RESERVE", 8)
+    monkeypatch.setattr(module, "RESERVE", 32)
     monkeypatch.setattr(module, "_reserves", {})
     yield state
     module._counters_of.cache_clear()
@@ -39,25 +39,27 @@ def test_calls_of_one_stream_share_counters_and_those_of_two_do_not(stream):
 def test_every_captured_call_has_counters_of_its_own(stream):
     eager = tickets(2, CPU)
     stream.capturing = True
-    captured = [tickets(2, CPU) for _ in range(6)]
-    assert all(len(counters) == 2 and not counters.any() for counters in captured)
-    assert len(set().union(*map(places, [eager, *captured]))) == len(eager) + 12
+    captured = [tickets(number, CPU) for number in (1, 2, 5, 3, 4, 1)]
+    assert not any(counters.any() for counters in captured)
+    assert [len(counters) for counters in captured] == [4, 4, 8, 4, 4, 4]
+    assert len(set().union(*map(places, [eager, *captured]))) == len(eager) + 28
+
+
+def test_counters_are_aligned(stream):
+    tickets(1, CPU)
+    stream.capturing = True
+    assert all(tickets(number, CPU).data_ptr() % 16 == 0 for number in (1, 3, 5))
 
 
 def test_the_reserve_is_made_outside_of_captures_and_before_it_is_used_up(stream):
     tickets(1, CPU)
     assert stream.waits == 1
-    stream.capturing = True
-    tickets(3, CPU)
-    stream.capturing = False
-    tickets(1, CPU)
-    assert stream.waits == 1
-    stream.capturing = True
-    tickets(3, CPU)
-    assert len(module._reserves[CPU]) == 2
-    stream.capturing = False
-    tickets(1, CPU)
-    assert stream.waits == 2 and len(module._reserves[CPU]) == 8
-    stream.capturing = True
+    for waits, number, left in ((1, 16, 16), (1, 4, 12), (2, 4, 28)):
+        stream.capturing = False
+        tickets(1, CPU)
+        assert stream.waits == waits
+        stream.capturing = True
+        tickets(number, CPU)
+        assert len(module._reserves[CPU]) == left
     module._reserves.clear()
     assert not tickets(3, CPU).any() and stream.waits == 2
