@@ -144,8 +144,8 @@ def counter_errors() -> Iterator[str]:
 
 def overlapping_errors() -> Iterator[str]:
     """Steps on one cache that run at once: in two captured graphs, and without one on a third stream."""
-    news = [new for new, _ in caches(2, 100000, 1, torch.bfloat16, copies=3)]
-    cache = caches(2, 100000, 1, torch.bfloat16, copies=1)[0][1]
+    made = caches(2, 100000, 1, torch.bfloat16, copies=3)
+    news, cache = [new for new, _ in made], made[0][1]
     wanted = [step(new, cache) for new in news]
     streams = [torch.cuda.Stream() for _ in news]
     graphs, found = [], []

@@ -200,8 +200,8 @@ def kernel_and_tiles(
         from .scoring_hopper import scorer_constants, scorer_tiles, selection_hopper_kernel
 
         tiles = scorer_tiles(index_k, index_k_scale, block_size)
-        counters = {"tickets_ptr": tickets(num_tiles, index_k.device)}
-        return selection_hopper_kernel, *tiles, counters | scorer_constants(config, *shape)
+        counters = tickets(num_tiles, index_k.device) if config.num_splits > 1 else sequences
+        return selection_hopper_kernel, *tiles, {"tickets_ptr": counters, **scorer_constants(config, *shape)}
     keys = key_tiles(index_k if config.fp8_product else as_bits(index_k), config, block_size)
     scales = sequences if index_k_scale is None else index_k_scale
     return selection_kernel, keys, scales, selection_constants(config, *shape)
