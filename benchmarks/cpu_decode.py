@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
             seconds = measure(keys, dtype, index_dtype, options.repeats)
         dense = min(seconds["packed"], seconds["enable_gqa"])
         itemsize = dtype.itemsize
-        scale = 4 if index_dtype == FP8 else 0
+        scale = 1 if index_dtype == FP8 else 0
         least = keys * (DEPTH * index_dtype.itemsize + scale) + 2 * GROUPS * CHOSEN * DEPTH * itemsize
         row = {
             "keys": keys,

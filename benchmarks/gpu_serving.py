@@ -91,7 +91,7 @@ def caches(
         cache.v.normal_()
         if index_dtype == FP8:
             cache.index_k.copy_(torch.randn(cache.index_k.shape, dtype=torch.bfloat16, device="cuda").mul_(100))
-            cache.index_k_scale.fill_(0.01)
+            cache.index_k_scale.fill_(2.0**-7)
         else:
             cache.index_k.normal_()
         cache.kv_lens.copy_((keys * (1 - spread * torch.rand(batch, device="cuda"))).int())
@@ -169,7 +169,7 @@ def decode_times(bandwidth: float, quick: bool = False) -> Iterator[tuple[str, f
     for size in (256 << 20, 128 << 20):
         yield f"plain read of {size >> 20} MiB", read_time(size), size / bandwidth * 1e3
     for batch, keys, tokens in STEPS:
-        for name, dtype, width in (("bf16", torch.bfloat16, 2 * DEPTH), ("e4m3", FP8, DEPTH + 4)):
+        for name, dtype, width in (("bf16", torch.bfloat16, 2 * DEPTH), ("e4m3", FP8, DEPTH + 1)):
             floor = step_bytes(batch, keys, tokens, width) / bandwidth * 1e3
             for part, time in time_step(batch, keys, tokens, dtype).items():
                 yield f"{batch} x {keys}: {name} {part}", time, floor if part == "step" else None

@@ -136,12 +136,12 @@ def serving_costs(shape: Shape) -> Costs:
     score = 2.0 * shape.num_kv_heads * shape.index_head_dim * shape.tokens
     attend = 4.0 * shape.num_heads * shape.topk * shape.block_size * shape.head_dim
     new = 2 * shape.num_kv_heads * shape.head_dim + shape.index_head_dim
-    scales = 4.0 * (2 * shape.num_kv_heads + 1)
+    scales = 2.0 * shape.num_kv_heads + 1
     return {
         "decode: select": (score, 1.0 * shape.tokens * shape.index_head_dim * shape.element),
-        "decode: select, e4m3": (score, shape.tokens * (shape.index_head_dim + 4.0)),
+        "decode: select, e4m3": (score, shape.tokens * (shape.index_head_dim + 1.0)),
         "decode: attend": (attend, 2.0 * keys * shape.head_dim * shape.element),
-        "decode: attend, e4m3": (attend, 2.0 * keys * (shape.head_dim + 4)),
+        "decode: attend, e4m3": (attend, 2.0 * keys * (shape.head_dim + 1)),
         "decode: append": (1.0 * new, 2.0 * new * shape.element),
         "decode: append, e4m3": (3.0 * new, new * (shape.element + 1) + scales),
     }

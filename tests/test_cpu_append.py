@@ -8,7 +8,7 @@ from flexmsa.kernels import cpu
 from flexmsa.kernels.cpu import fp8
 
 HEADS, DEPTH, BLOCK = 2, 16, 8
-FP8 = torch.float8_e4m3fn
+FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 
 class Filled:
@@ -20,7 +20,7 @@ class Filled:
         first = (num_pages, BLOCK) if is_paged else (batch, self.capacity)
         shapes = [(first[0], h, first[1], DEPTH) for h in (HEADS, HEADS, 1)]
         self.caches = [randn(*shape, seed=h).to(dtype) for h, shape in enumerate(shapes)]
-        self.scales = [torch.rand(x.shape[:3]) if dtype == FP8 else None for x in self.caches]
+        self.scales = [torch.rand(x.shape[:3]).to(E8M0) if dtype == FP8 else None for x in self.caches]
         order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0)).int()
         self.table = order[: batch * max_pages].view(batch, max_pages) if is_paged else None
         self.kv_lens, self.kv_starts = lengths(*kv_lens), lengths(*([0] * batch))
@@ -47,6 +47,11 @@ class Filled:
         return (row, key) if self.table is None else (int(self.table[row, key // BLOCK]), key % BLOCK)
 
 
+def least_scale(x):
+    """The least power of two with which the largest of x [..., D] is at most 448."""
+    return torch.exp2((x.double().abs().amax(-1) / 448).log2().ceil()).clamp(min=2.0**-126).float()
+
+
 def new_tokens(batch, count, strided):
     tokens = [randn(batch, h, count, DEPTH, seed=9 + h) for h in (HEADS, HEADS, 1)]
     if strided:
@@ -71,8 +76,9 @@ def test_append_is_a_plain_loop(is_paged, dtype, lens):
                 if scale is None:
                     into[place, :, key] = x[row, :, token].to(dtype)
                 else:
-                    scale[place, :, key] = x[row, :, token].abs().amax(-1) / 448
-                    into[place, :, key] = (x[row, :, token] / scale[place, :, key, None]).to(FP8)
+                    factor = least_scale(x[row, :, token])
+                    into[place, :, key] = (x[row, :, token] / factor[:, None]).to(FP8)
+                    scale[place, :, key] = factor.to(E8M0)
     cache.append(new, None if lens is None else lengths(*lens))
     for actual, wanted in zip((*cache.caches, *cache.scales), (*caches, *scales), strict=True):
         if wanted is not None:
@@ -115,11 +121,22 @@ def test_an_append_without_a_page_changes_nothing(bad):
 def test_quantization_is_that_of_torch():
     x = randn(3, 5, DEPTH) * torch.logspace(-30, 30, 5)[:, None]
     x[1, 2] = 0.0
+    x[0, 0], x[0, 0, 3] = 0.0, 448 * 2.0**5
+    x[0, 1], x[0, 1, 3] = 0.0, torch.nextafter(torch.tensor(448 * 2.0**5), torch.tensor(1e9))
+    x[2, 4, 2] = 448 * 2.0**119
     stored, scale = fp8.quantize(x)
-    assert torch.equal(scale, x.abs().amax(-1) / 448)
-    divisor = torch.where(scale == 0, 1.0, scale)
-    assert torch.equal(stored.float(), (x / divisor[..., None]).to(FP8).float())
-    assert (stored.float().abs().amax(-1) == 448).sum() == 14
-    assert (stored[1, 2].float() == 0).all()
-    error = (stored.float() * scale[..., None] - x).abs()
+    assert torch.equal(scale.float(), least_scale(x))
+    assert scale[0, :2].float().tolist() == [2.0**5, 2.0**6]
+    stored, scale = stored.float(), scale.float()
+    assert torch.equal(stored, (x / scale[..., None]).to(FP8).float())
+    assert (stored.abs().amax(-1) >= 224).sum() == 14
+    assert (stored[1, 2] == 0).all()
+    error = (stored * scale[..., None] - x).abs()
     assert (error <= x.abs() * 2.0**-4 + scale[..., None] * 2.0**-10).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf, -448.1 * 2.0**119])
+def test_a_vector_that_is_no_number_says_so_in_its_scale(bad):
+    x = randn(2, DEPTH)
+    x[0, 3] = bad
+    assert fp8.quantize(x)[1].float().isnan().tolist() == [True, False]

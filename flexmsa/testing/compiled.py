@@ -28,7 +28,8 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 304),
 }
 BF16 = {"index_q_ptr", "index_k", "q_ptr", "k_ptr", "v_ptr", "out_ptr"}
-FP32 = {"lse_ptr", "partial_out_ptr", "partial_lse_ptr", "k_scale_ptr", "v_scale_ptr", "index_k_scale_ptr"}
+FP32 = {"lse_ptr", "partial_out_ptr", "partial_lse_ptr"}
+UINT8 = {"k_scale_ptr", "v_scale_ptr", "index_k_scale_ptr"}
 # Where the keys are not split, selection's lists are its ids, and attend's the sequences.
 INT32 = {
     *("sequences_ptr", "tile_ends_ptr", "page_table_ptr", "kv_starts_ptr", "kv_lens_ptr", "lens_ptr", "status_ptr"),
@@ -71,6 +72,8 @@ def argument_type(name: str, types: Mapping[str, str]) -> str:
         return "*bf16"
     if name in FP32:
         return "*fp32"
+    if name in UINT8:
+        return "*u8"
     if name in INT32:
         return "*i32"
     if name.endswith("_ptr"):
@@ -79,11 +82,11 @@ def argument_type(name: str, types: Mapping[str, str]) -> str:
 
 
 def box_types(boxes: Mapping[str, list[int]], vectors: torch.dtype = torch.bfloat16) -> dict[str, str]:
-    """Triton's types of what a Gluon kernel copies in boxes: vectors of bf16 or e4m3, and numbers of rows in fp32."""
+    """Triton's types of what a Gluon kernel copies in boxes: vectors of bf16, or of e4m3 with their scales."""
     types = {}
     for name, box in boxes.items():
-        dtype = torch.float32 if len(box) == 1 else vectors
-        kind = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}[dtype]
+        dtype = torch.uint8 if len(box) == 1 else vectors
+        kind = {torch.uint8: "u8", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}[dtype]
         types[name] = f"tensordesc<{kind}{box},{box_layout(tuple(box), dtype)}>"
     return types
 

@@ -19,8 +19,8 @@ from flexmsa.types import AuxRequest
 __all__ = ["Schedule", "check_schedule"]
 
 FP8 = torch.float8_e4m3fn
-# Numbers that e4m3 holds exactly if the largest of a token is 1.75: its scale is then 2^-8.
-_EXACT = torch.tensor([0.0, 0.25, -0.25, 0.5, -0.5, 0.75, -0.75, 1.0, -1.0, 1.25, -1.25, 1.5, -1.5, 1.75, -1.75])
+# Their codes of NaN.
+_NAN = {FP8: 0x7F, torch.float8_e8m0fnu: 0xFF}
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ class _Run:
         """[B, heads, count, size]; exact ones have exact products and frequent ties."""
         shape = (self.schedule.batch, heads, count, size)
         if fp8:
-            x = _EXACT[torch.randint(len(_EXACT), shape, generator=self.generator)]
-            x[..., 0] = 1.75
+            # e4m3 holds them exactly, as its scales are powers of two.
+            x = torch.randint(-7, 8, shape, generator=self.generator) / 4
+            x *= torch.exp2(torch.randint(-3, 1, shape[:3], generator=self.generator))[..., None]
         elif exact:
             x = torch.randint(-31, 32, shape, generator=self.generator) / 16
         else:
@@ -223,8 +224,8 @@ def _poison(cache: Cache) -> None:
             live[int(cache.page_table[row, number]), : min(size, length - first)] = True
     dead = ~live.to(cache.k.device)[:, None]
     for buffer in cache.buffers:
-        if buffer.dtype == FP8:
-            # 0x7F is NaN in e4m3.
-            buffer.view(torch.uint8).masked_fill_(dead[..., None], 0x7F)
+        slots = dead if buffer.dim() == 3 else dead[..., None]
+        if buffer.dtype in _NAN:
+            buffer.view(torch.uint8).masked_fill_(slots, _NAN[buffer.dtype])
         else:
-            buffer.masked_fill_(dead if buffer.dim() == 3 else dead[..., None], torch.nan)
+            buffer.masked_fill_(slots, torch.nan)

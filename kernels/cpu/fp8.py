@@ -1,16 +1,22 @@
-"""Vectors kept as e4m3 numbers with one float32 scale each: vector = scale * stored, scale = max |vector| / 448.
+"""Vectors kept as e4m3 numbers with one scale each: vector = scale * stored, the scale an e8m0 number.
+
+That is a power of two in a byte, or NaN: the least with which the largest number is at most e4m3's largest, 448. A
+vector that is not finite, or beyond 448 * 2^119, counts as NaN throughout, whatever was stored.
 
 PyTorch converts e4m3 on a CPU one number at a time. Here the bits s eeee mmm become s 0eeee mmm0000000, and these, as
-a float16, are the same number divided by 2^8: exactly, subnormals included. A vector that is not finite has a scale
-that is not: it counts as NaN throughout, whatever was stored. The code of e4m3's own NaN is never stored in a vector
-with a finite scale, and is read as 480.
+a float16, are the same number divided by 2^8: exactly, subnormals included. The code of e4m3's own NaN is never stored
+in a vector whose scale is a number, and is read as 480.
 """
 
 import torch
 from torch import Tensor
 
-LARGEST = 448.0
 SHIFT = 2.0**8
+# The bits of a float32's fraction, and those of 448 = 1.75 * 2^8.
+_FRACTION, _LARGEST_FRACTION = 0x7FFFFF, 0x600000
+# The code of 2^119, beyond which a scale times SHIFT might be no float32.
+_LAST = 246
+_NAN = 255
 # All bits of a float16 but the highest of its exponent.
 _MASK = -0x4080
 
@@ -28,14 +34,15 @@ def as_float16(stored: Tensor, bits: Tensor | None = None) -> Tensor:
 
 
 def factors(scale: Tensor) -> Tensor:
-    """What the numbers of ``as_float16`` are to be multiplied by: NaN for a vector that is not finite."""
-    return scale * SHIFT + (scale - scale)
+    """What the numbers of ``as_float16`` are to be multiplied by."""
+    return scale.to(torch.float32) * SHIFT
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors x [..., D] to e4m3 numbers [..., D] and scales [...]; the scale of a zero vector is 0."""
+    """Vectors x [..., D] to e4m3 numbers [..., D] and e8m0 scales [...]."""
     x = x.to(torch.float32)
-    scale = x.abs().amax(-1) / LARGEST
-    divisor = scale.masked_fill(scale == 0, 1.0)
-    stored = torch.where((scale == 0)[..., None], 0.0, x / divisor[..., None])
-    return stored.to(torch.float8_e4m3fn), scale
+    largest = x.abs().amax(-1).view(torch.int32)
+    code = (largest >> 23) - 8 + (largest & _FRACTION > _LARGEST_FRACTION).int()
+    code = torch.where(code > _LAST, _NAN, code.clamp(min=1)).to(torch.uint8)
+    scale = code.view(torch.float8_e8m0fnu)
+    return (x / scale.to(torch.float32)[..., None]).to(torch.float8_e4m3fn), scale

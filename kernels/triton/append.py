@@ -6,7 +6,7 @@ sequences, its new tokens and the rest, which sees no key. Where the cache is e4
 A row that does not fit, or whose page table names no page where it needs one, is left as it was, its queries see no
 key, and status[1] counts it.
 
-Layouts: k, v [B, Hkv, n, D], index_k [B, 1, n, Di] and caches, any strides; scales [B or num_pages, heads, keys] fp32,
+Layouts: k, v [B, Hkv, n, D], index_k [B, 1, n, Di] and caches, any strides; scales [B or num_pages, heads, keys],
 page_table, kv_starts, kv_lens, sequences, status contiguous.
 
 Program (b, i) owns tokens i*TOKENS .. of row b, all heads. All programs read the old lengths; the last one to arrive,
@@ -300,9 +300,9 @@ def append(
         as_bits(cache_k),
         as_bits(cache_v),
         as_bits(cache_index_k),
-        kv_lens if cache_k_scale is None else cache_k_scale,
-        kv_lens if cache_v_scale is None else cache_v_scale,
-        kv_lens if cache_index_k_scale is None else cache_index_k_scale,
+        kv_lens if cache_k_scale is None else as_bits(cache_k_scale),
+        kv_lens if cache_v_scale is None else as_bits(cache_v_scale),
+        kv_lens if cache_index_k_scale is None else as_bits(cache_index_k_scale),
         pages,
         kv_starts,
         kv_lens,

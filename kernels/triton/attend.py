@@ -162,7 +162,8 @@ def attend_kernel(
     depth = tl.arange(0, DEPTH)
     live = (head < HEADS)[:, None] & (depth < HEAD_DIM)[None, :]
     q_heads = (group * HEADS + head)[:, None] * stride_qh + depth.to(tl.int64)[None, :] * stride_qd
-    q = tl.load(q_ptr + batch * stride_qb + token * stride_qs + q_heads, mask=live, other=0.0)
+    q_ptrs = q_ptr + batch * stride_qb + token * stride_qs + q_heads
+    q = tl.load(q_ptrs, mask=live, other=0.0)
     ids_ptr = block_indices_ptr + batch * stride_ib + group * stride_ih + token * stride_is
 
     CHUNKS: tl.constexpr = (BLOCK + CHUNK - 1) // CHUNK
@@ -182,6 +183,11 @@ def attend_kernel(
         BLOCK, CHUNK, PAGED, MERGE,
     )  # fmt: skip
     for step in range(begin, end):
+        if SINGLE:
+            # The only step is at `begin`. What a loop loads from one place in all steps is loaded before it, and waited
+            # for one by one; these three are asked for together.
+            q = tl.load(q_ptrs + (step - begin) * stride_qs, mask=live, other=0.0)
+            key += (step - begin) * CHUNK
         vector = (row * GROUPS + group) * seqlen_k + key
         k = load_vectors(
             k_ptr + row * stride_kb + group * stride_kh + key * stride_ks, k_scale_ptr + vector, count,

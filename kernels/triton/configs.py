@@ -34,6 +34,9 @@ def attend_config(
         num_stages = min(num_stages, 2)
     steps = topk * triton.cdiv(padded(block_size), chunk)
     num_splits = min(steps, 64, max(1, 2 * target.num_sms // max(num_rows, 1)))
+    if num_splits == steps:
+        # Programs of one step have nothing to load ahead of; fewer than two stages, and it would wait for each load.
+        num_stages = min(num_stages, 2)
     return AttendConfig(chunk, 4, num_stages, triton.cdiv(steps, triton.cdiv(steps, num_splits)))
 
 

@@ -1,8 +1,10 @@
-"""Vectors kept as e4m3 numbers with one fp32 scale each: vector = scale * stored, scale = max |vector| / 448.
+"""Vectors kept as e4m3 numbers with one scale each: vector = scale * stored, the scale an e8m0 number.
 
-A scale for each token, because appending then never changes what was stored before. The kernels take e4m3 tensors as
-uint8, and decode and encode the bits themselves where the GPU has no such type. A vector that is not finite has a
-scale that is not: it counts as NaN throughout, whatever was stored.
+That is a power of two in a byte, code c for 2^(c - 127) and 255 for NaN: the least with which the largest number is at
+most e4m3's largest, 448. A power of two, because products with it are exact. A scale for each token, because appending
+then never changes what was stored before. A vector that is not finite, or beyond 448 * 2^119, counts as NaN throughout,
+whatever was stored. The kernels take both types as uint8, and decode and encode the bits themselves where the GPU has
+no such type.
 """
 
 from typing import NamedTuple
@@ -14,9 +16,9 @@ import triton.language as tl
 from .primitives import load_tile
 from .targets import Target, storage_constants
 
-LARGEST = tl.constexpr(448.0)
-# fp32 bits: 480, the first number that e4m3 cannot round to 448; 2^-6, its smallest normal number; and 2^14, the
-# number whose last place is 2^-9, as that of e4m3's subnormals.
+# fp32 bits: the fraction of 448, which is 1.75 * 2^8; 480, the first number that e4m3 cannot round to 448; 2^-6, its
+# smallest normal number; and 2^14, the number whose last place is 2^-9, as that of e4m3's subnormals.
+LARGEST_FRACTION = tl.constexpr(0x600000)
 OVERFLOW_BITS = tl.constexpr(0x43F00000)
 NORMAL_BITS = tl.constexpr(0x3C800000)
 SUBNORMAL_BITS = tl.constexpr(0x46800000)
@@ -52,31 +54,33 @@ def encode_e4m3(x):
 
 @triton.jit
 def quantize(x):
-    """(uint8 [N, D], scale fp32 [N]) of vectors x [N, D]."""
+    """(e4m3 codes uint8 [N, D], scale codes uint8 [N]) of vectors x [N, D]."""
     x = x.to(tl.float32)
     # As integers, the bits of NaN and infinity are the largest: a maximum of numbers would lose NaN.
-    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
-    divisor = tl.where(scale == 0.0, 1.0, scale)
-    stored = encode_e4m3(tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape)))
-    return tl.where((scale == 0.0)[:, None], 0, stored), scale
+    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    code = (largest >> 23) - 8 + ((largest & 0x7FFFFF) > LARGEST_FRACTION).to(tl.int32)
+    code = tl.maximum(code, 1)
+    # 246 is 2^119: the last whose inverse, and 2^8 times itself, are fp32 numbers as well.
+    inverse = (tl.maximum(254 - code, 8) << 23).to(tl.float32, bitcast=True)
+    return encode_e4m3(x * inverse[:, None]), tl.where(code > 246, 255, code).to(tl.uint8)
 
 
 @triton.jit
-def marked_scales(scales):
-    """The scales; NaN for a vector that is not finite, whose scale is not either."""
+def decode_scales(codes):
+    """The e8m0 numbers of uint8 `codes`, in fp32."""
+    scales = (codes.to(tl.int32) << 23).to(tl.float32, bitcast=True)
     return tl.where(scales < float("inf"), scales, float("nan"))
 
 
 @triton.jit
 def load_scales(scales, column, mask):
-    """The scales at scales + column; NaN for a vector that is not finite."""
-    return marked_scales(tl.load(scales + column, mask=mask, other=0.0))
+    """The scales at scales + column."""
+    return decode_scales(tl.load(scales + column, mask=mask, other=0))
 
 
 @triton.jit
 def dequantize(x, scale, dtype: tl.constexpr, NATIVE: tl.constexpr):
-    """Vectors [N, D] in `dtype` from uint8 `x` and their scales [N]."""
+    """Vectors [N, D] in `dtype` from uint8 `x` and their scales [N], decoded."""
     return (decode_e4m3(x, tl.float32, NATIVE) * scale[:, None]).to(dtype)
 
 
@@ -134,5 +138,5 @@ class Cache(NamedTuple):
 
 
 def as_bits(x: torch.Tensor) -> torch.Tensor:
-    """An e4m3 tensor as the kernels take it: uint8; any other as it is."""
-    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+    """A tensor of e4m3 or e8m0 numbers as the kernels take it: uint8; any other as it is."""
+    return x.view(torch.uint8) if x.dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu) else x

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .fp8 import join_pairs, marked_scales, split_e4m3
+from .fp8 import as_bits, decode_scales, join_pairs, split_e4m3
 from .hopper import make_barriers, meet, shared_box
 from .primitives import FLT_MAX, announce_next, await_previous, find_tile, load_sequence, locate_block
 from .ranking import first_blocks, insert_block, list_row, store_ranking
@@ -91,6 +91,7 @@ def copy_keys(
     """The copying warp's work: the program's blocks of keys, and their scales."""
     key_tiles, scale_tiles = tiles
     key_boxes, scale_boxes, block_boxes = boxes
+    PITCH: gl.constexpr = scale_boxes.shape[0] // STAGES
     full, empty = barriers
     _, _, seqlen_k, max_pages, num_pages, num_splits, _, _ = numbers
     _, batch, _, _, _, k_start, _, forced, scored = load_tile(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
@@ -110,7 +111,7 @@ def copy_keys(
         if SCALED:
             mbarrier.expect(ready, key_tiles.block_type.nbytes + scale_tiles.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                scale_tiles, [(row * seqlen_k + key).to(gl.int32)], ready, scale_boxes.index(stage)
+                scale_tiles, [(row * seqlen_k + key).to(gl.int32)], ready, scale_boxes.index(stage * PITCH)
             )
         else:
             mbarrier.expect(ready, key_tiles.block_type.nbytes)
@@ -144,7 +145,7 @@ def place_queries(queries, q_box, batch, first, q_end, ROWS: gl.constexpr, GROUP
 @gluon.jit
 def scale_scores(products, scales):
     """As `scoring.score_e4m3`: scores [keys, rows] of products [keys, 2 rows] with the pairs of `split_e4m3`."""
-    return join_pairs(products * marked_scales(scales)[:, None])
+    return join_pairs(products * decode_scales(scales)[:, None])
 
 
 @gluon.jit
@@ -166,6 +167,7 @@ def rank_keys(
 ):  # fmt: skip
     """The work of the other warps."""
     key_boxes, scale_boxes, _ = boxes
+    PITCH: gl.constexpr = scale_boxes.shape[0] // STAGES
     _, seqlen_q, _, _, _, num_splits, num_local, _ = numbers
     TOKENS: gl.constexpr = ROWS // GROUPS
     COLUMNS: gl.constexpr = q_box.shape[0]
@@ -189,7 +191,7 @@ def rank_keys(
         # e4m3 products are added up with about 14 bits, as in `scoring.score_e4m3`.
         scores = warpgroup_mma(keys, q_box.permute((1, 0)), scores, use_acc=False, is_async=True)
         if SCALED:
-            scales = scale_boxes.index(stage).load(gl.SliceLayout(1, scored))
+            scales = scale_boxes.index(stage * PITCH).load(gl.SliceLayout(1, scored))
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(barriers[1].index(stage), count=1)
         if SCALED:
@@ -247,7 +249,9 @@ def selection_hopper_kernel(
     dtype: gl.constexpr = key_tiles.dtype
     TOKENS: gl.constexpr = ROWS // GROUPS
     key_boxes = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, DEPTH], key_tiles.layout)
-    scale_boxes = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], gl.NVMMASharedLayout(0, 32, 1))
+    # What is copied lands on multiples of 128 bytes.
+    PITCH: gl.constexpr = 128 // BLOCK if BLOCK < 128 else 1
+    scale_boxes = gl.allocate_shared_memory(gl.uint8, [STAGES * PITCH, BLOCK], gl.NVMMASharedLayout(0, 8, 1))
     block_boxes = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS * (2 if SCALED else 1), DEPTH], dtype)
     q_box = gl.allocate_shared_memory(dtype, [ROWS * (2 if SCALED else 1), DEPTH], rows)
@@ -284,7 +288,7 @@ def scorer_tiles(
 ) -> tuple[TensorDescriptor, TensorDescriptor | int]:
     """index_k [B, 1, S, Di] and its scales as boxes for the bulk copy engine."""
     boxes = scorer_boxes(index_k.shape[3], block_size)
-    scales = 0 if index_k_scale is None else shared_box(index_k_scale.view(-1), boxes["scale_tiles"])
+    scales = 0 if index_k_scale is None else shared_box(as_bits(index_k_scale).view(-1), boxes["scale_tiles"])
     return shared_box(index_k[:, 0], boxes["key_tiles"]), scales
 
 

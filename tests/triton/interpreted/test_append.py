@@ -10,7 +10,7 @@ from flexmsa.kernels.triton.fp8 import decode_e4m3, encode_e4m3, quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-E4M3 = torch.float8_e4m3fn
+E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 BATCH, HEADS, HEAD_DIM, INDEX_DIM, PAGE, PAGES = 3, 3, 16, 24, 8, 6
 
 
@@ -19,12 +19,17 @@ def make_cache(paged, scaled, dtype=torch.float32):
     rows, keys = (BATCH * PAGES + 2, PAGE) if paged else (BATCH, PAGE * PAGES)
     shapes = [(rows, HEADS, keys, HEAD_DIM), (rows, HEADS, keys, HEAD_DIM), (rows, 1, keys, INDEX_DIM)]
     caches = [torch.zeros(shape).to(E4M3 if scaled else dtype) for shape in shapes]
-    scales = [torch.zeros(shape[:3]) if scaled else None for shape in shapes]
+    scales = [torch.zeros(shape[:3]).to(E8M0) if scaled else None for shape in shapes]
     table = torch.randperm(BATCH * PAGES + 2)[: BATCH * PAGES].view(BATCH, PAGES).int() if paged else None
     kv_lens = torch.tensor([0, 7, 19], dtype=torch.int32)
     kv_starts = torch.zeros_like(kv_lens) if paged else torch.tensor([0, 3, 5], dtype=torch.int32)
     sequences = torch.full((2 * BATCH, 5), -7, dtype=torch.int32)
     return [*caches, *scales, table, kv_starts, kv_lens, sequences, torch.zeros(2, dtype=torch.int32)]
+
+
+def least_scale(x):
+    """The least power of two with which the largest of x [..., D] is at most 448."""
+    return torch.exp2((x.double().abs().amax(-1) / 448).log2().ceil()).clamp(min=2.0**-126).float()
 
 
 def append_loop(new, lens, cache):
@@ -46,8 +51,9 @@ def append_loop(new, lens, cache):
             for x, stored, scale in zip(new, caches[:3], caches[3:6], strict=True):
                 vectors = x[b, :, i].float()
                 if scale is not None:
-                    scale[row, :, key] = vectors.abs().amax(-1) / 448
-                    vectors = (vectors / scale[row, :, key, None]).where(scale[row, :, key, None] != 0, 0.0)
+                    factor = least_scale(vectors)
+                    scale[row, :, key] = factor.to(E8M0)
+                    vectors = vectors / factor[:, None]
                 stored[row, :, key] = vectors.to(stored.dtype)
         kv_lens[b] = filled + count
         start, end = int(kv_starts[b]), int(kv_lens[b])
@@ -146,13 +152,15 @@ def quantize_kernel(x_ptr, codes_ptr, scale_ptr, ROWS: tl.constexpr, DEPTH: tl.c
 
 
 def test_vectors_that_are_not_finite_say_so_in_their_scale():
-    x = torch.randn(8, 16)
-    x[0], x[1, 3], x[2, 5], x[3, 2] = 0.0, torch.nan, torch.inf, -torch.inf
-    x[4], x[5] = 1e-45, 3e38
-    codes, scale = torch.empty(8, 16, dtype=torch.uint8), torch.empty(8)
-    quantize_kernel[(1,)](x, codes, scale, ROWS=8, DEPTH=16)
-    assert (scale[[0, 4]] == 0).all() and (codes[[0, 4]] == 0).all()
-    assert scale[1].isnan() and scale[2] == scale[3] == torch.inf
-    finite = x[5:]
-    assert torch.equal(scale[5:], finite.abs().amax(1) / 448)
-    assert torch.equal(codes[5:], (finite / scale[5:, None]).to(E4M3).view(torch.uint8))
+    """As do those beyond 448 * 2^119."""
+    x = torch.randn(16, 16)
+    x[0, 3], x[1, 5], x[2, 2], x[3, 2], x[4] = torch.nan, torch.inf, -torch.inf, -torch.nan, 3e38
+    x[5], x[6], x[7, 4], x[8, 9] = 0.0, 1e-45, 448 * 2.0**119, -448 * 2.0**5
+    x[9, 9] = torch.nextafter(torch.tensor(448 * 2.0**5), torch.tensor(1e9))
+    codes, scale = torch.empty(16, 16, dtype=torch.uint8), torch.empty(16, dtype=torch.uint8)
+    quantize_kernel[(1,)](x, codes, scale, ROWS=16, DEPTH=16)
+    assert (scale[:5] == 255).all()
+    finite, factor = x[5:], scale[5:].view(E8M0).float()
+    assert torch.equal(factor, least_scale(finite))
+    assert factor[2:5].tolist() == [2.0**119, 2.0**5, 2.0**6]
+    assert torch.equal(codes[5:], (finite / factor[:, None]).to(E4M3).view(torch.uint8))
