@@ -39,11 +39,17 @@ def combine_kernel(
     tl.store(lse_ptr + row, tl.where(total > 0.0, shift + tl.log2(total) * LN_2, float("-inf")))
 
 
+def combine_warps(splits: int, depth: int) -> int:
+    """Warps of `combine_kernel`: as few as hold the partials, for one alone has no other to wait for."""
+    return max(1, splits * depth // 4096)
+
+
 def combine_splits(
     partial_out: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, target: Target
 ) -> None:
     """Write out [B, Hq, Sq, D] and lse from partial_out [B * Hq * Sq, splits, D] and partial_lse."""
     num_rows, num_splits, head_dim = partial_out.shape
+    splits, depth = triton.next_power_of_2(num_splits), padded(head_dim)
     combine_kernel[(num_rows,)](
         partial_out,
         partial_lse,
@@ -51,8 +57,8 @@ def combine_splits(
         lse,
         num_splits,
         HEAD_DIM=head_dim,
-        SPLITS=triton.next_power_of_2(num_splits),
-        DEPTH=padded(head_dim),
+        SPLITS=splits,
+        DEPTH=depth,
         **target.overlap(),
-        num_warps=4,
+        num_warps=combine_warps(splits, depth),
     )

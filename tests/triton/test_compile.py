@@ -23,7 +23,7 @@ from flexmsa.kernels.triton import (  # noqa: E402
 )
 from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps  # noqa: E402
 from flexmsa.kernels.triton.attend import attend_constants, attend_kernel  # noqa: E402
-from flexmsa.kernels.triton.combine_splits import combine_kernel  # noqa: E402
+from flexmsa.kernels.triton.combine_splits import combine_kernel, combine_warps  # noqa: E402
 from flexmsa.testing.compiled import TARGETS, box_types, lone_products  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
@@ -142,7 +142,9 @@ def test_attend_and_combine(build, target, lists, batch, scaled):
     build(attend_kernel, target, constants, config.num_warps, config.num_stages, **types)
     splits = triton.next_power_of_2(config.num_splits)
     if splits > 1:
-        build(combine_kernel, target, {"HEAD_DIM": DEPTH, "SPLITS": splits, "DEPTH": DEPTH}, 4)
+        build(
+            combine_kernel, target, {"HEAD_DIM": DEPTH, "SPLITS": splits, "DEPTH": DEPTH}, combine_warps(splits, DEPTH)
+        )
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])
