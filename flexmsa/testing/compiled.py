@@ -82,12 +82,13 @@ def argument_type(name: str, types: Mapping[str, str]) -> str:
 
 
 def box_types(boxes: Mapping[str, list[int]], vectors: torch.dtype = torch.bfloat16) -> dict[str, str]:
-    """Triton's types of what a Gluon kernel copies in boxes: vectors of bf16, or of e4m3 with their scales."""
+    """Triton's types of what a Gluon kernel copies in boxes: bf16 vectors and fp32 numbers, e4m3 vectors and scales."""
+    numbers = torch.float32 if vectors == torch.bfloat16 else torch.uint8
+    kinds = {torch.float32: "fp32", torch.uint8: "u8", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
     types = {}
     for name, box in boxes.items():
-        dtype = torch.uint8 if len(box) == 1 else vectors
-        kind = {torch.uint8: "u8", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}[dtype]
-        types[name] = f"tensordesc<{kind}{box},{box_layout(tuple(box), dtype)}>"
+        dtype = numbers if len(box) == 1 else vectors
+        types[name] = f"tensordesc<{kinds[dtype]}{box},{box_layout(tuple(box), dtype)}>"
     return types
 
 
