@@ -10,7 +10,7 @@ from flexmsa.backends import choose_backend
 
 __all__ = ["Cache", "MSACache"]
 
-FP8, SCALES = torch.float8_e4m3fn, torch.float8_e8m0fnu
+FP8 = torch.float8_e4m3fn
 
 
 class Cache:
@@ -18,8 +18,8 @@ class Cache:
 
     Attributes:
         k, v: keys and values; index_k: index keys.
-        k_scale, v_scale, index_k_scale: float8_e8m0fnu, a power of two for each token and head of what is stored in
-            e4m3; else None.
+        k_scale, v_scale, index_k_scale: uint8, a power of two for each token and head of what is stored in e4m3; view
+            them as float8_e8m0fnu. Else None.
         page_table: [B, max_pages] int32, or None in a contiguous cache.
         kv_starts: [B] int32, the first key of each row.
         kv_lens: [B] int32, the end of the filled part of each row.
@@ -33,7 +33,7 @@ class Cache:
         """Take over the buffers; rows start empty."""
         self.k, self.v, self.index_k = k, v, index_k
         self.k_scale, self.v_scale, self.index_k_scale = (
-            torch.zeros(x.shape[:-1], dtype=SCALES, device=x.device) if x.dtype == FP8 else None
+            torch.zeros(x.shape[:-1], dtype=torch.uint8, device=x.device) if x.dtype == FP8 else None
             for x in (k, v, index_k)
         )
         self.kv_lens = torch.zeros(batch_size, dtype=torch.int32, device=k.device)
@@ -193,7 +193,7 @@ class Cache:
         )
 
     def _gather(self, buffer: Tensor, scale: Tensor | None) -> Tensor:
-        return buffer.clone() if scale is None else buffer.float() * scale.float()[..., None]
+        return buffer.clone() if scale is None else dequantised(buffer, scale)
 
 
 class MSACache(Cache):
@@ -249,16 +249,21 @@ class MSACache(Cache):
         """
         validation.check_row_counts("rows", rows, self.kv_lens)
         for buffer in (*self.buffers, self.kv_starts, self.kv_lens):
-            raw = as_bytes(buffer)
+            raw = as_bits(buffer)
             raw.copy_(raw.index_select(0, rows))
         self._bounds = [max(self._bounds)] * self.batch_size
         self._newest = None
         return self
 
 
-def as_bytes(buffer: Tensor) -> Tensor:
-    """Numbers of a byte as uint8, because not every device copies rows of them; others as they are."""
-    return buffer.view(torch.uint8) if buffer.dtype.itemsize == 1 else buffer
+def as_bits(buffer: Tensor) -> Tensor:
+    """e4m3 numbers as uint8, because not every device copies rows of them; others as they are."""
+    return buffer.view(torch.uint8) if buffer.dtype == FP8 else buffer
+
+
+def dequantised(buffer: Tensor, scale: Tensor) -> Tensor:
+    """The vectors, float32, that are kept as e4m3 numbers and scales."""
+    return buffer.float() * scale.view(torch.float8_e8m0fnu).float()[..., None]
 
 
 def is_recorded() -> bool:

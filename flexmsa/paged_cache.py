@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexmsa import validation
-from flexmsa.cache import Cache, as_bytes, is_recorded
+from flexmsa.cache import Cache, as_bits, dequantised, is_recorded
 from flexmsa.pages import Pages
 
 __all__ = ["PagedMSACache"]
@@ -193,7 +193,7 @@ class PagedMSACache(Cache):
         self._set_lens(rows, 0)
 
     def _gather(self, buffer: Tensor, scale: Tensor | None) -> Tensor:
-        pages = buffer if scale is None else buffer.float() * scale.float()[..., None]
+        pages = buffer if scale is None else dequantised(buffer, scale)
         rows = pages[self.page_table.clamp(min=0).long()]
         return rows.transpose(1, 2).flatten(2, 3)
 
@@ -255,5 +255,5 @@ class PagedMSACache(Cache):
         if copies:
             source, target = torch.tensor(copies, device=self.k.device).unbind(1)
             for buffer in self.buffers:
-                raw = as_bytes(buffer)
+                raw = as_bits(buffer)
                 raw.index_copy_(0, target, raw.index_select(0, source))

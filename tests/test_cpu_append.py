@@ -20,7 +20,9 @@ class Filled:
         first = (num_pages, BLOCK) if is_paged else (batch, self.capacity)
         shapes = [(first[0], h, first[1], DEPTH) for h in (HEADS, HEADS, 1)]
         self.caches = [randn(*shape, seed=h).to(dtype) for h, shape in enumerate(shapes)]
-        self.scales = [torch.rand(x.shape[:3]).to(E8M0) if dtype == FP8 else None for x in self.caches]
+        self.scales = [
+            torch.rand(x.shape[:3]).to(E8M0).view(torch.uint8) if dtype == FP8 else None for x in self.caches
+        ]
         order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0)).int()
         self.table = order[: batch * max_pages].view(batch, max_pages) if is_paged else None
         self.kv_lens, self.kv_starts = lengths(*kv_lens), lengths(*([0] * batch))
@@ -78,7 +80,7 @@ def test_append_is_a_plain_loop(is_paged, dtype, lens):
                 else:
                     factor = least_scale(x[row, :, token])
                     into[place, :, key] = (x[row, :, token] / factor[:, None]).to(FP8)
-                    scale[place, :, key] = factor.to(E8M0)
+                    scale[place, :, key] = factor.to(E8M0).view(torch.uint8)
     cache.append(new, None if lens is None else lengths(*lens))
     for actual, wanted in zip((*cache.caches, *cache.scales), (*caches, *scales), strict=True):
         if wanted is not None:
@@ -125,6 +127,7 @@ def test_quantization_is_that_of_torch():
     x[0, 1], x[0, 1, 3] = 0.0, torch.nextafter(torch.tensor(448 * 2.0**5), torch.tensor(1e9))
     x[2, 4, 2] = 448 * 2.0**119
     stored, scale = fp8.quantize(x)
+    scale = fp8.as_scales(scale)
     assert torch.equal(scale.float(), least_scale(x))
     assert scale[0, :2].float().tolist() == [2.0**5, 2.0**6]
     stored, scale = stored.float(), scale.float()
@@ -139,4 +142,4 @@ def test_quantization_is_that_of_torch():
 def test_a_vector_that_is_no_number_says_so_in_its_scale(bad):
     x = randn(2, DEPTH)
     x[0, 3] = bad
-    assert fp8.quantize(x)[1].float().isnan().tolist() == [True, False]
+    assert fp8.as_scales(fp8.quantize(x)[1]).float().isnan().tolist() == [True, False]

@@ -61,7 +61,10 @@ class Layer:
 
 def dequantized(cache):
     k, v, index_k, _, *scales = cache
-    return [x if s is None else x.float() * s.float()[..., None] for x, s in zip((k, v, index_k), scales, strict=True)]
+    return [
+        x if s is None else x.float() * fp8.as_scales(s).float()[..., None]
+        for x, s in zip((k, v, index_k), scales, strict=True)
+    ]
 
 
 def dense_selection(index_q, index_k, sequences, local=1, init=0):
@@ -264,7 +267,7 @@ def test_e4m3_codes_are_read_exactly():
 def test_an_e4m3_key_that_is_not_finite_scores_nothing(bad):
     layer = Layer([97], 1, cache_dtype=FP8)
     _, _, index_k, _, _, _, scale = layer.contiguous
-    keys = index_k.float() * scale.float()[..., None]
+    keys = index_k.float() * fp8.as_scales(scale).float()[..., None]
     keys[0, 0, 40:48], keys[0, 0, 50] = bad, bad
     index_k[:], scale[:] = fp8.quantize(keys)
     sequences = ragged([1], [97], 1)

@@ -124,6 +124,21 @@ def test_inductor_compiles_the_layer_whole():
     torch.testing.assert_close((out, loss), layer(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_inductor_compiles_a_step_on_a_cache(dtype):
+    caches = [flexmsa.MSACache(2, 2, 16, 16, capacity=24, dtype=dtype) for _ in range(2)]
+
+    def step(cache, new):
+        cache.append(new.k, new.v, new.index_k)
+        return flexmsa.decode(new.q, cache, new.index_q, block_size=8, topk=2)
+
+    compiled = torch.compile(step, fullgraph=True)
+    for seed in (0, 1):
+        new = make_inputs(5, batch=2, seed=seed)
+        assert torch.equal(compiled(caches[0], new), step(caches[1], new))
+    assert all(torch.equal(x, y) for x, y in zip(*(cache.contiguous() for cache in caches), strict=True))
+
+
 @pytest.mark.parametrize("selective", [False, True])
 def test_checkpointing_gives_the_same_gradients(selective):
     torch.manual_seed(0)

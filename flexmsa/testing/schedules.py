@@ -19,8 +19,8 @@ from flexmsa.types import AuxRequest
 __all__ = ["Schedule", "check_schedule"]
 
 FP8 = torch.float8_e4m3fn
-# Their codes of NaN.
-_NAN = {FP8: 0x7F, torch.float8_e8m0fnu: 0xFF}
+# Codes of NaN, of e4m3 numbers and of scales.
+_NAN = {FP8: 0x7F, torch.uint8: 0xFF}
 
 
 @dataclass(frozen=True)

@@ -117,14 +117,14 @@ def _attend(
     gathered = keys.gather(k, scratch)
     scores = torch.bmm(rows, gathered.transpose(1, 2), out=scratch.take("scores", *rows.shape[:2], gathered.shape[1]))
     if k_scale is not None:
-        scores.mul_(fp8.factors(keys.gather(k_scale, scratch))[:, None])
+        scores.mul_(fp8.factors(keys.gather(fp8.as_scales(k_scale), scratch))[:, None])
     scores.masked_fill_(keys.is_padding[:, None], torch.finfo(scores.dtype).min)
     # Softmax is one fused pass, and its largest value gives back the logsumexp.
     maximum = scores.amax(-1, keepdim=True)
     probs = torch.softmax(scores, -1, out=scratch.take("probs", *scores.shape))
     lse = maximum.sub_(probs.amax(-1, keepdim=True).log_())
     if v_scale is not None:
-        probs.mul_(fp8.factors(keys.gather(v_scale, scratch))[:, None])
+        probs.mul_(fp8.factors(keys.gather(fp8.as_scales(v_scale), scratch))[:, None])
     out = torch.bmm(probs, keys.gather(v, scratch))
     sees_nothing = keys.is_padding.all(-1)[:, None, None]
     return out.masked_fill_(sees_nothing, 0.0), lse.masked_fill_(sees_nothing, -torch.inf)

@@ -1,7 +1,7 @@
 """Vectors kept as e4m3 numbers with one scale each: vector = scale * stored, the scale an e8m0 number.
 
-That is a power of two in a byte, or NaN: the least with which the largest number is at most e4m3's largest, 448. A
-vector that is not finite, or beyond 448 * 2^119, counts as NaN throughout, whatever was stored.
+That is a power of two in a byte, or NaN, its code held as uint8: the least with which the largest number is at most
+e4m3's largest, 448. A vector that is not finite, or beyond 448 * 2^119, counts as NaN throughout, whatever was stored.
 
 PyTorch converts e4m3 on a CPU one number at a time. Here the bits s eeee mmm become s 0eeee mmm0000000, and these, as
 a float16, are the same number divided by 2^8: exactly, subnormals included. The code of e4m3's own NaN is never stored
@@ -33,16 +33,20 @@ def as_float16(stored: Tensor, bits: Tensor | None = None) -> Tensor:
     return bits.copy_(stored.view(torch.int8)).mul_(128).bitwise_and_(_MASK).view(torch.float16)
 
 
-def factors(scale: Tensor) -> Tensor:
+def as_scales(codes: Tensor) -> Tensor:
+    """The scales whose codes these are."""
+    return codes.view(torch.float8_e8m0fnu)
+
+
+def factors(scales: Tensor) -> Tensor:
     """What the numbers of ``as_float16`` are to be multiplied by."""
-    return scale.to(torch.float32) * SHIFT
+    return scales.to(torch.float32) * SHIFT
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors x [..., D] to e4m3 numbers [..., D] and e8m0 scales [...]."""
+    """Vectors x [..., D] to e4m3 numbers [..., D] and the codes of their scales [...]."""
     x = x.to(torch.float32)
     largest = x.abs().amax(-1).view(torch.int32)
     code = (largest >> 23) - 8 + (largest & _FRACTION > _LARGEST_FRACTION).int()
     code = torch.where(code > _LAST, _NAN, code.clamp(min=1)).to(torch.uint8)
-    scale = code.view(torch.float8_e8m0fnu)
-    return (x / scale.to(torch.float32)[..., None]).to(torch.float8_e4m3fn), scale
+    return (x / as_scales(code).to(torch.float32)[..., None]).to(torch.float8_e4m3fn), code

@@ -156,7 +156,7 @@ class BlockTable:
         """
         blocks = self._take(x).to(compute_dtype(x.dtype))
         if token_scale is not None:
-            blocks.mul_(fp8.factors(self._take(token_scale))[..., None])
+            blocks.mul_(fp8.factors(self._take(fp8.as_scales(token_scale)))[..., None])
         if self._has_padding:
             blocks[:, self._is_padding] = 0
         return blocks.mul_(scale).view(x.shape[1] * self.total, self.block_size, x.shape[-1])

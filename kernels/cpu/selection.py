@@ -139,7 +139,7 @@ class _IndexKeys:
         self.sieved = few and whole and index_k.dtype == query_dtype == torch.bfloat16 and multiplies_bf16()
         self.factors: Tensor | None = None
         if index_k_scale is not None:
-            self.factors = fp8.factors(self._load("scales", index_k_scale[:, 0], 0, self.num_blocks))
+            self.factors = fp8.factors(self._load("scales", fp8.as_scales(index_k_scale)[:, 0], 0, self.num_blocks))
 
     def blocks(self, first: int, stop: int) -> Tensor:
         """Blocks ``first .. stop - 1`` of each sequence in the compute dtype, [C, n * block_size, Di]: read only."""

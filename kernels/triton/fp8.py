@@ -1,10 +1,11 @@
 """Vectors kept as e4m3 numbers with one scale each: vector = scale * stored, the scale an e8m0 number.
 
-That is a power of two in a byte, code c for 2^(c - 127) and 255 for NaN: the least with which the largest number is at
-most e4m3's largest, 448. A power of two, because products with it are exact. A scale for each token, because appending
-then never changes what was stored before. A vector that is not finite, or beyond 448 * 2^119, counts as NaN throughout,
-whatever was stored. The kernels take both types as uint8, and decode and encode the bits themselves where the GPU has
-no such type.
+That is a power of two in a byte, held as uint8, code c for 2^(c - 127) and 255 for NaN: the least with which the
+largest number is at most e4m3's largest, 448. A power of two, because products with it are exact. A scale for each
+token, because appending then never changes what was stored before. A vector that is not finite, or beyond 448 * 2^119,
+counts as NaN throughout, whatever was stored. The kernels take e4m3 as uint8 too, and decode and encode the bits
+themselves where the GPU has no such type. (PyTorch's type of these scales is not used: Inductor compiles no operator
+that writes to it.)
 """
 
 from typing import NamedTuple
@@ -138,5 +139,5 @@ class Cache(NamedTuple):
 
 
 def as_bits(x: torch.Tensor) -> torch.Tensor:
-    """A tensor of e4m3 or e8m0 numbers as the kernels take it: uint8; any other as it is."""
-    return x.view(torch.uint8) if x.dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu) else x
+    """An e4m3 tensor as the kernels take it: uint8; any other as it is."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .fp8 import as_bits, decode_scales, join_pairs, split_e4m3
+from .fp8 import decode_scales, join_pairs, split_e4m3
 from .hopper import make_barriers, meet, shared_box
 from .primitives import FLT_MAX, announce_next, await_previous, find_tile, load_sequence, locate_block
 from .ranking import first_blocks, insert_block, list_row, store_ranking
@@ -288,7 +288,7 @@ def scorer_tiles(
 ) -> tuple[TensorDescriptor, TensorDescriptor | int]:
     """index_k [B, 1, S, Di] and its scales as boxes for the bulk copy engine."""
     boxes = scorer_boxes(index_k.shape[3], block_size)
-    scales = 0 if index_k_scale is None else shared_box(as_bits(index_k_scale).view(-1), boxes["scale_tiles"])
+    scales = 0 if index_k_scale is None else shared_box(index_k_scale.view(-1), boxes["scale_tiles"])
     return shared_box(index_k[:, 0], boxes["key_tiles"]), scales
 
 

@@ -203,7 +203,7 @@ def kernel_and_tiles(
         counters = tickets(num_tiles, index_k.device) if config.num_splits > 1 else sequences
         return selection_hopper_kernel, *tiles, {"tickets_ptr": counters, **scorer_constants(config, *shape)}
     keys = key_tiles(index_k if config.fp8_product else as_bits(index_k), config, block_size)
-    scales = sequences if index_k_scale is None else as_bits(index_k_scale)
+    scales = sequences if index_k_scale is None else index_k_scale
     return selection_kernel, keys, scales, selection_constants(config, *shape)
 
 

@@ -19,7 +19,7 @@ def make_cache(paged, scaled, dtype=torch.float32):
     rows, keys = (BATCH * PAGES + 2, PAGE) if paged else (BATCH, PAGE * PAGES)
     shapes = [(rows, HEADS, keys, HEAD_DIM), (rows, HEADS, keys, HEAD_DIM), (rows, 1, keys, INDEX_DIM)]
     caches = [torch.zeros(shape).to(E4M3 if scaled else dtype) for shape in shapes]
-    scales = [torch.zeros(shape[:3]).to(E8M0) if scaled else None for shape in shapes]
+    scales = [torch.zeros(shape[:3], dtype=torch.uint8) if scaled else None for shape in shapes]
     table = torch.randperm(BATCH * PAGES + 2)[: BATCH * PAGES].view(BATCH, PAGES).int() if paged else None
     kv_lens = torch.tensor([0, 7, 19], dtype=torch.int32)
     kv_starts = torch.zeros_like(kv_lens) if paged else torch.tensor([0, 3, 5], dtype=torch.int32)
@@ -52,7 +52,7 @@ def append_loop(new, lens, cache):
                 vectors = x[b, :, i].float()
                 if scale is not None:
                     factor = least_scale(vectors)
-                    scale[row, :, key] = factor.to(E8M0)
+                    scale[row, :, key] = factor.to(E8M0).view(torch.uint8)
                     vectors = vectors / factor[:, None]
                 stored[row, :, key] = vectors.to(stored.dtype)
         kv_lens[b] = filled + count

@@ -14,7 +14,7 @@ from flexmsa.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-E4M3 = torch.float8_e4m3fn
+E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 BATCH, GROUPS, GROUP_SIZE, DEPTH, SEQLEN = 2, 2, 3, 16, 96
 
 
@@ -25,7 +25,7 @@ def quantized(heads, dtype=torch.float32):
     x[:, :, 7] = 0
     scale = torch.exp2((x.abs().amax(-1) / 448).log2().ceil().clamp(min=-100))
     stored = (x / scale[..., None]).to(E4M3)
-    return stored, scale.to(torch.float8_e8m0fnu), (stored.float() * scale[..., None]).to(dtype)
+    return stored, scale.to(E8M0).view(torch.uint8), (stored.float() * scale[..., None]).to(dtype)
 
 
 def paged(block_size, *caches):
@@ -52,7 +52,7 @@ def test_selection(dense, seqlen_q, block_size):
     index_q = torch.randn(BATCH, GROUPS, seqlen_q, DEPTH)
     sequences = sequences_of(seqlen_q)
     rules = sequences, block_size, 3, 1, 0
-    exact = stored.double() * scale.float()[..., None]
+    exact = stored.double() * scale.view(E8M0).float()[..., None]
     wanted = dense.select(index_q.double(), exact, *rules)
     config = choose_config(index_q, stored, sequences, block_size, 3)
     for splits, clear in ((1, False), (3, True)):
@@ -81,7 +81,7 @@ def test_keys_that_are_not_finite_score_as_nothing(dense):
     """A scale that is NaN makes its key NaN, whatever is stored: of no use to its block."""
     stored, scale, keys = quantized(1)
     for token in ((0, 0, 40), (0, 0, slice(64, 80)), (1, 0, 3)):
-        scale[token], keys[token] = torch.nan, torch.nan
+        scale[token], keys[token] = 255, torch.nan
     index_q = torch.randn(BATCH, GROUPS, 4, DEPTH)
     rules = sequences_of(4), 16, 3, 1, 0
     assert torch.equal(kernels.select_blocks(index_q, stored, *rules, None, scale), dense.select(index_q, keys, *rules))
@@ -97,8 +97,8 @@ def test_attention(dense, seqlen_q, dtype):
     for topk in (3, None):
         ids = torch.randint(-1, 6, (BATCH, GROUPS, seqlen_q, topk)).sort().values if topk else None
         chosen = torch.arange(6).expand(BATCH, GROUPS, seqlen_q, 6) if ids is None else ids
-        exact = dense.attend(q, *(x.double() * s.float()[..., None] for x, s in ((k, k_scale), (v, v_scale))),
-                             chosen, sequences, 16, 0.3)  # fmt: skip
+        both = [x.double() * s.view(E8M0).float()[..., None] for x, s in ((k, k_scale), (v, v_scale))]
+        exact = dense.attend(q, *both, chosen, sequences, 16, 0.3)
         rounded = dense.attend(q, k_values, v_values, chosen, sequences, 16, 0.3)
         arguments = ids, sequences, 16, 0.3
         out, lse = kernels.attend_blocks(q, k, v, *arguments, None, k_scale, v_scale)
