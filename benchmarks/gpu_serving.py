@@ -91,7 +91,7 @@ def caches(
         cache.v.normal_()
         if index_dtype == FP8:
             cache.index_k.copy_(torch.randn(cache.index_k.shape, dtype=torch.bfloat16, device="cuda").mul_(100))
-            cache.index_k_scale.fill_(120)
+            cache.index_k_scale.fill_(120)  # 2^-7
         else:
             cache.index_k.normal_()
         cache.kv_lens.copy_((keys * (1 - spread * torch.rand(batch, device="cuda"))).int())

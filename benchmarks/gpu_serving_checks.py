@@ -105,7 +105,7 @@ def long_errors() -> Iterator[str]:
         index_q.copy_(torch.randint(-3, 4, index_q.shape, device="cuda"))
         cache.index_k.copy_(torch.randint(-3, 4, cache.index_k.shape, device="cuda"))
         if cache.index_k_scale is not None:
-            cache.index_k_scale.fill_(127)
+            cache.index_k_scale.fill_(127)  # 1
         name = f"{tokens} tokens, a million keys, {dtype}"
         out, _, ids = step((q, index_q), cache)
         if not torch.equal(ids, select((q, index_q), cache)):

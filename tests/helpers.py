@@ -68,3 +68,8 @@ def visible(sequences, batch, seqlen_q):
         last = torch.arange(q_start, q_end, dtype=torch.int32) + (k_end - q_end + 1)
         end[row, q_start:q_end] = last.clamp(min=k_start)
     return start, end
+
+
+def least_scale(x: Tensor) -> Tensor:
+    """The least power of two [...], float32, with which the largest of x [..., D] is at most 448, as e4m3 keeps it."""
+    return torch.exp2((x.double().abs().amax(-1) / 448).log2().ceil()).clamp(min=2.0**-126).float()

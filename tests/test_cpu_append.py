@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import lengths, ragged, randn
+from helpers import least_scale, lengths, ragged, randn
 
 from flexmsa.kernels import cpu
 from flexmsa.kernels.cpu import fp8
@@ -47,11 +47,6 @@ class Filled:
 
     def place(self, row, key):
         return (row, key) if self.table is None else (int(self.table[row, key // BLOCK]), key % BLOCK)
-
-
-def least_scale(x):
-    """The least power of two with which the largest of x [..., D] is at most 448."""
-    return torch.exp2((x.double().abs().amax(-1) / 448).log2().ceil()).clamp(min=2.0**-126).float()
 
 
 def new_tokens(batch, count, strided):

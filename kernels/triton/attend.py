@@ -163,13 +163,14 @@ def attend_kernel(
     live = (head < HEADS)[:, None] & (depth < HEAD_DIM)[None, :]
     q_heads = (group * HEADS + head)[:, None] * stride_qh + depth.to(tl.int64)[None, :] * stride_qd
     q_ptrs = q_ptr + batch * stride_qb + token * stride_qs + q_heads
-    q = tl.load(q_ptrs, mask=live, other=0.0)
+    if not SINGLE:
+        q = tl.load(q_ptrs, mask=live, other=0.0)
     ids_ptr = block_indices_ptr + batch * stride_ib + group * stride_ih + token * stride_is
 
     CHUNKS: tl.constexpr = (BLOCK + CHUNK - 1) // CHUNK
     share = tl.cdiv(TOPK * CHUNKS, num_splits)
     begin = tl.program_id(2) * share
-    precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
+    precision: tl.constexpr = "ieee" if q_ptr.dtype.element_ty == tl.float32 else "tf32"
     acc = tl.zeros([ROWS, DEPTH], tl.float32)
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)

@@ -83,9 +83,8 @@ def test_walk(build, target, case, dense):
     types = {"members_ptr": "*i64", "k_tiles": tile, "v_tiles": tile, **pointers}
     # A limit of 128 registers costs other cases than M3's a few numbers, spilled once, outside the loops. Scales of a
     # byte, which no asynchronous copy takes, cost two more, in the loop, with Triton 3.7.
-    limits = {"64/4/128": 8 if dense else 0, "pages": 32, "pages, e4m3": 40}
-    names = {case: name for name, case in CASES.items()}
-    spills = 0 if config.walk_registers is None else limits.get(names[case], 8)
+    limits = {CASES["64/4/128"]: 8 if dense else 0, CASES["pages"]: 32, CASES["pages, e4m3"]: 40}
+    spills = 0 if config.walk_registers is None else limits.get(case, 8)
     compiled = build(walk.walk_kernel, target, constants, **config.walk_options(), spills=spills, **types)
     if target.arch == 90:
         assert "wgmma.mma_async" in compiled.asm["ptx"]

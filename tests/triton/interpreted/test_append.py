@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from helpers import least_scale
 
 from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.triton.fp8 import decode_e4m3, encode_e4m3, quantize
@@ -25,11 +26,6 @@ def make_cache(paged, scaled, dtype=torch.float32):
     kv_starts = torch.zeros_like(kv_lens) if paged else torch.tensor([0, 3, 5], dtype=torch.int32)
     sequences = torch.full((2 * BATCH, 5), -7, dtype=torch.int32)
     return [*caches, *scales, table, kv_starts, kv_lens, sequences, torch.zeros(2, dtype=torch.int32)]
-
-
-def least_scale(x):
-    """The least power of two with which the largest of x [..., D] is at most 448."""
-    return torch.exp2((x.double().abs().amax(-1) / 448).log2().ceil()).clamp(min=2.0**-126).float()
 
 
 def append_loop(new, lens, cache):
