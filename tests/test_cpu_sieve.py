@@ -1,5 +1,6 @@
 """The first look at index keys in bf16 rules out no block that may be chosen."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +8,9 @@ from hypothesis import strategies as st
 
 from flexmsa.kernels import cpu
 from flexmsa.kernels.cpu import selection
-from flexmsa.kernels.cpu.sieve import candidates, rough_maxima
+from flexmsa.kernels.cpu.index_keys import IndexKeys, Queries, Rules
+from flexmsa.kernels.cpu.packing import Scratch
+from flexmsa.kernels.cpu.sieve import best_blocks, least_scores, rough_maxima
 
 BLOCK, TOPK = 8, 3
 CASES = {
@@ -21,16 +24,16 @@ CASES = {
 
 
 def sieved(monkeypatch, used, *arguments):
-    """The selection of a CPU that multiplies bf16, or of one that does not; what the sieve left goes to `used`."""
+    """The selection of a CPU that multiplies bf16, or of one that does not; what the sieve finds goes to `used`."""
 
-    def noting(*rough):
-        found = candidates(*rough)
+    def noting(*arguments):
+        found = best_blocks(*arguments)
         used.append(found)
         return found
 
     with monkeypatch.context() as patch:
         patch.setattr(selection, "multiplies_bf16", lambda: used is not None)
-        patch.setattr(selection, "candidates", noting)
+        patch.setattr(selection, "best_blocks", noting)
         return cpu.select_blocks(*arguments)
 
 
@@ -77,19 +80,25 @@ def test_a_query_of_more_bits_is_not_rounded(monkeypatch):
 
 
 @given(st.integers(0, 2**31), st.sampled_from([1e-30, 1.0, 1e30]), st.integers(1, 4))
-def test_the_best_blocks_are_candidates(seed, size, num_vectors):
+def test_the_best_blocks_are_not_ruled_out(seed, size, num_vectors):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(64, num_vectors, generator=generator) * size
-    forced = torch.zeros(64, num_vectors, dtype=torch.bool)
+    forced = np.zeros((64, num_vectors), bool)
     forced[62:] = True
-    found = candidates(scores.bfloat16(), forced, torch.zeros_like(forced), 4)
-    best = scores.masked_fill(forced, torch.inf).topk(4, 0).indices
-    assert found is None or set(best[2:].flatten().tolist()) <= set(found.tolist())
+    rough = scores.bfloat16().float().numpy()
+    limit = least_scores(rough, forced, ~forced, 4)
+    best = scores[:62].topk(2, 0).indices.numpy()
+    assert (np.take_along_axis(rough, best, 0) >= limit).all()
 
 
 @pytest.mark.parametrize("block_size", [8, 12])
 def test_rough_maxima(block_size):
-    blocks, queries = torch.randn(5, block_size, 16).bfloat16(), torch.randn(3, 16).bfloat16()
-    exact = (blocks.float() @ queries.float().T).amax(1)
-    found = rough_maxima(blocks, queries, selection.Scratch(torch.float32))
-    torch.testing.assert_close(found.float(), exact, rtol=2.0**-8, atol=1e-5)
+    keys, queries = torch.randn(1, 1, 6 * block_size, 16).bfloat16(), torch.randn(3, 16).bfloat16()
+    keys[0, 0, 5 * block_size :] = torch.nan
+    rules = Rules(block_size, topk=2, num_local_blocks=1, num_init_blocks=0)
+    tile = Queries(batch=0, start=0, stop=1, k_start=0, k_end=5 * block_size + 1, position=5 * block_size, num_blocks=6)
+    scratch = Scratch(torch.float32)
+    found = rough_maxima(queries, IndexKeys(keys, None, None, [tile], 3, rules, scratch), rules, scratch)
+    exact = (keys[0, 0, : 5 * block_size].float() @ queries.float().T).view(5, block_size, 3).amax(1)
+    torch.testing.assert_close(found[:5].amax(1).float(), exact, rtol=2.0**-8, atol=1e-5)
+    assert (found[5] == 0).all()

@@ -4,12 +4,21 @@ A few queries share hardly any block, so each (query, group) gathers its own: wh
 topk * block_size. Many queries work through the blocks as in training.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexmsa.kernels.cpu import fp8
 from flexmsa.kernels.cpu.attention import block_sparse_attention_forward
-from flexmsa.kernels.cpu.packing import Scratch, check_page_table, compute_dtype, locate_block, query_positions
+from flexmsa.kernels.cpu.packing import (
+    Array,
+    Scratch,
+    array,
+    check_page_table,
+    compute_dtype,
+    locate_block,
+    query_positions,
+)
 from flexmsa.kernels.cpu.selection import select_blocks
 
 # The most queries of a row that gather their blocks.
@@ -42,16 +51,18 @@ def attend_blocks(
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full(q.shape[:-1], -torch.inf, dtype=dtype)
     sequence, position = query_positions(sequences, q.shape[0], q.shape[2])
-    k_start = sequences[:, 3].to(torch.int64)[sequence]
+    k_start = array(sequences).astype(np.int64)[sequence, 3]
+    ids = array(block_indices).astype(np.int64)
     scratch = Scratch(dtype)
-    step = max(1, _GATHERED // (num_heads * max(1, block_indices.shape[-1]) * block_size * q.shape[-1]))
-    queries = (position >= 0).nonzero()
+    step = max(1, _GATHERED // (num_heads * max(1, ids.shape[-1]) * block_size * q.shape[-1]))
+    queries = np.argwhere(position >= 0)
     for start in range(0, len(queries), step):
-        batch, token = queries[start : start + step].unbind(1)
-        ids = block_indices[batch, :, token].to(torch.int64)
+        batch, token = queries[start : start + step].T
+        query = batch, token
         keys = _ChosenKeys(
-            ids, batch, position[batch, token], k_start[batch, token], block_size, k.shape[2], page_table
+            ids[batch, :, token], batch, position[query], k_start[query], block_size, k.shape[2], page_table
         )
+        batch, token = torch.as_tensor(batch), torch.as_tensor(token)
         rows = q[batch, :, token].view(len(batch) * num_heads, -1, q.shape[-1])
         if k_scale is None and v_scale is None and q.dtype in _FUSED:
             result, row_lse = _attend_fused(rows, k, v, scale, keys, scratch)
@@ -88,20 +99,22 @@ def select_and_attend(
 def _attend_fused(
     rows: Tensor, k: Tensor, v: Tensor, scale: float, keys: "_ChosenKeys", scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """rows [J, G, D] to their results [J, G, D] and lse [J, G], by the kernel of scaled_dot_product_attention.
+    """rows [J, G, D] to their results [J, G, D] and lse [J, G, 1], by the kernel of scaled_dot_product_attention.
 
     It takes keys and values as they are stored, and its own lse, which the public function keeps to itself.
     """
-    mask = torch.zeros(keys.is_padding.shape, dtype=rows.dtype).masked_fill_(keys.is_padding, -torch.inf)
+    mask = None
+    if keys.is_padding is not None:
+        mask = torch.zeros(keys.is_padding.shape, dtype=rows.dtype).masked_fill_(keys.is_padding, -torch.inf)
+        mask = mask[None, :, None].expand(1, *rows.shape[:2], -1)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         rows[None],
         keys.gather_stored(k, scratch, "gathered keys")[None],
         keys.gather_stored(v, scratch, "gathered values")[None],
-        attn_mask=mask[None, :, None].expand(1, *rows.shape[:2], -1),
+        attn_mask=mask,
         scale=scale,
     )
-    sees_nothing = keys.is_padding.all(-1)[:, None]
-    return out[0].masked_fill_(sees_nothing[..., None], 0.0), lse[0].masked_fill_(sees_nothing, -torch.inf)
+    return keys.clear_blind(out[0], lse[0, ..., None])
 
 
 def _attend(
@@ -118,31 +131,30 @@ def _attend(
     scores = torch.bmm(rows, gathered.transpose(1, 2), out=scratch.take("scores", *rows.shape[:2], gathered.shape[1]))
     if k_scale is not None:
         scores.mul_(fp8.factors(keys.gather(fp8.as_scales(k_scale), scratch))[:, None])
-    scores.masked_fill_(keys.is_padding[:, None], torch.finfo(scores.dtype).min)
+    if keys.is_padding is not None:
+        scores.masked_fill_(keys.is_padding[:, None], torch.finfo(scores.dtype).min)
     # Softmax is one fused pass, and its largest value gives back the logsumexp.
     maximum = scores.amax(-1, keepdim=True)
     probs = torch.softmax(scores, -1, out=scratch.take("probs", *scores.shape))
     lse = maximum.sub_(probs.amax(-1, keepdim=True).log_())
     if v_scale is not None:
         probs.mul_(fp8.factors(keys.gather(fp8.as_scales(v_scale), scratch))[:, None])
-    out = torch.bmm(probs, keys.gather(v, scratch))
-    sees_nothing = keys.is_padding.all(-1)[:, None, None]
-    return out.masked_fill_(sees_nothing, 0.0), lse.masked_fill_(sees_nothing, -torch.inf)
+    return keys.clear_blind(torch.bmm(probs, keys.gather(v, scratch)), lse)
 
 
 class _ChosenKeys:
     """The visible keys of the chosen blocks of J jobs, one for each query and group: L places for each job.
 
-    A job with fewer keys has some of them again, as padding: so nothing is read that it does not attend to. (One
-    without any key has keys of its newest block.)
+    A job with fewer keys has some of its last block again, as padding: so nothing is read that it does not attend to.
+    (One without any key has keys of its newest block.) ``is_padding`` [J, L] is None where no job has any.
     """
 
     def __init__(
         self,
-        ids: Tensor,
-        batch: Tensor,
-        position: Tensor,
-        k_start: Tensor,
+        ids: Array,
+        batch: Array,
+        position: Array,
+        k_start: Array,
         block_size: int,
         seqlen_k: int,
         page_table: Tensor | None,
@@ -151,32 +163,44 @@ class _ChosenKeys:
 
         seqlen_k is the cache's third dimension.
         """
+        num_heads = ids.shape[1]
         batch, position, k_start = (x[:, None, None] for x in (batch, position, k_start))
         newest = position // block_size
-        ids = torch.where((ids >= 0) & (ids <= newest), ids, -1).sort(-1).values
-        ids[..., 1:].masked_fill_(ids[..., 1:] == ids[..., :-1], -1)
-        ids = ids.sort(-1, descending=True).values
-        visible = ids >= 0
-        longest = max(1, int(visible.sum(-1).max()))
-        ids, visible = ids[..., :longest], visible[..., :longest]
-        ids = torch.where(visible, ids, torch.where(visible[..., :1], ids[..., :1], newest))
+        # What is not visible comes last, and of the others only the newest block can be cut off by the query.
+        hidden = newest + 1
+        ids = np.sort(np.where((ids < 0) | (ids > newest), hidden, ids))
+        ids[..., 1:] = np.where(ids[..., 1:] == ids[..., :-1], hidden, ids[..., 1:])
+        ids = np.sort(ids)
+        num_keys = np.minimum(position + 1 - ids * block_size, block_size).clip(min=0).sum(-1).flatten()
+        longest = max(1, int(num_keys.max()))
+        ids = ids[..., : -(-longest // block_size)]
+        last = np.where(ids < hidden, ids, -1).max(-1, keepdims=True)
+        ids = np.where(ids < hidden, ids, np.where(last >= 0, last, newest))
         row, first = locate_block(batch, k_start, ids, block_size, page_table)
-        offset, last = torch.arange(block_size), (position - ids * block_size)[..., None]
-        head = torch.arange(ids.shape[1])[:, None]
-        key = first[..., None] + torch.minimum(offset, last)
-        self._where = row[..., None], head[..., None], key
-        self._index = (((row * ids.shape[1] + head) * seqlen_k)[..., None] + key).flatten()
-        self.is_padding = (~visible[..., None] | (offset > last)).flatten(2).flatten(0, 1)
+        key = first[..., None] + np.minimum(np.arange(block_size), (position - ids * block_size)[..., None])
+        place = ((row * num_heads + np.arange(num_heads)[:, None]) * seqlen_k)[..., None] + key
+        place = place.reshape(len(num_keys), -1)[:, :longest]
+        self._place = torch.as_tensor(place.flatten())
+        self._shape = *num_keys.shape, longest
+        least = num_keys.min()
+        self.is_padding = torch.as_tensor(np.arange(longest) >= num_keys[:, None]) if least < longest else None
+        self._is_blind = torch.as_tensor(num_keys == 0)[:, None, None] if least == 0 else None
+
+    def clear_blind(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """out [J, G, D] and lse [J, G, 1], with 0 and -inf put where a job sees no key."""
+        if self._is_blind is None:
+            return out, lse
+        return out.masked_fill_(self._is_blind, 0.0), lse.masked_fill_(self._is_blind, -torch.inf)
 
     def gather_stored(self, x: Tensor, scratch: Scratch, name: str) -> Tensor:
         """x [B,Hkv,S,...] or pages of it to [J, L, ...] as it is stored, in the buffer of that name."""
         stored = x.view(torch.int8) if fp8.is_e4m3(x) else x
         if stored.is_contiguous():
-            gathered = scratch.take(name, self._index.numel(), *x.shape[3:], dtype=stored.dtype)
-            torch.index_select(stored.flatten(0, 2), 0, self._index, out=gathered)
+            gathered = scratch.take(name, self._place.numel(), *x.shape[3:], dtype=stored.dtype)
+            torch.index_select(stored.flatten(0, 2), 0, self._place, out=gathered)
         else:
-            gathered = stored[self._where]
-        return gathered.view(x.dtype).view(*self.is_padding.shape, *x.shape[3:])
+            gathered = stored[torch.unravel_index(self._place, x.shape[:3])]
+        return gathered.view(x.dtype).view(*self._shape, *x.shape[3:])
 
     def gather(self, x: Tensor, scratch: Scratch) -> Tensor:
         """The same in the compute dtype, e4m3 divided by ``fp8.SHIFT``; valid until the next call."""

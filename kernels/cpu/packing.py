@@ -13,10 +13,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexmsa.kernels.cpu import fp8
+
+Array = np.ndarray
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -99,33 +102,39 @@ def _steps(stop: int, step: int) -> Iterator[range]:
     return (range(first, min(first + step, stop)) for first in range(0, stop, step))
 
 
+def array(x: Tensor) -> Array:
+    """The numbers of a small tensor, to reckon with: an operation takes a fifth of the time that PyTorch's takes."""
+    return x.cpu().numpy()
+
+
 def locate_block(
-    batch: Tensor, k_start: Tensor, block: Tensor, block_size: int, page_table: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    batch: Array, k_start: Array, block: Array, block_size: int, page_table: Tensor | None
+) -> tuple[Array, Array]:
     """Where block ``block`` of a sequence lies: a place in the first dimension, and the first key there."""
     if page_table is None:
         return batch, k_start + block * block_size
-    return page_table[batch, block].to(torch.int64), torch.zeros_like(block)
+    return array(page_table)[batch, block].astype(np.int64), np.zeros_like(block)
 
 
-def count_blocks(sequences: Tensor, block_size: int) -> Tensor:
+def count_blocks(table: Array, block_size: int) -> Array:
     """The number of blocks [N] of each sequence, none where it has no query."""
-    _, q_start, q_end, k_start, k_end = sequences.to(torch.int64).unbind(1)
-    return torch.where(q_end > q_start, k_end - k_start + block_size - 1, 0).clamp(min=0) // block_size
+    _, q_start, q_end, k_start, k_end = table.astype(np.int64).T
+    return np.where(q_end > q_start, k_end - k_start + block_size - 1, 0).clip(min=0) // block_size
 
 
 def check_page_table(page_table: Tensor | None, sequences: Tensor, block_size: int, num_pages: int) -> None:
     """Raise ValueError unless every block of every sequence has a page."""
     if page_table is None:
         return
-    num_blocks = count_blocks(sequences, block_size)
-    pages = page_table[sequences[:, 0].to(torch.int64)]
-    wrong = ((pages < 0) | (pages >= num_pages)) & (torch.arange(page_table.shape[1]) < num_blocks[:, None])
-    if bool(wrong.any()):
-        n, block = wrong.nonzero()[0].tolist()
+    table = array(sequences)
+    num_blocks = count_blocks(table, block_size)
+    pages = array(page_table)[table[:, 0]]
+    wrong = ((pages < 0) | (pages >= num_pages)) & (np.arange(pages.shape[1]) < num_blocks[:, None])
+    if wrong.any():
+        n, block = np.argwhere(wrong)[0]
         raise ValueError(
-            f"page_table: expected a page from 0 to {num_pages - 1} for each of the {int(num_blocks[n])} blocks of "
-            f"batch row {int(sequences[n, 0])}, got {int(pages[n, block])} for block {block}; reserve a page for it"
+            f"page_table: expected a page from 0 to {num_pages - 1} for each of the {num_blocks[n]} blocks of "
+            f"batch row {table[n, 0]}, got {pages[n, block]} for block {block}; reserve a page for it"
         )
 
 
@@ -133,21 +142,22 @@ class BlockTable:
     """Where the blocks of every sequence lie: block ``b`` of sequence ``n`` is ``first_block[n] + b``."""
 
     def __init__(self, sequences: Tensor, block_size: int, page_table: Tensor | None = None) -> None:
-        table = sequences.to(torch.int64)
-        self.block_size = block_size
-        self.num_blocks = count_blocks(table, block_size)
-        self.first_block = self.num_blocks.cumsum(0) - self.num_blocks
-        self.total = int(self.num_blocks.sum())
-        owner = torch.repeat_interleave(self.num_blocks)
-        batch, _, _, k_start, k_end = table[owner].unbind(1)
-        block = torch.arange(self.total) - self.first_block[owner]
+        table = array(sequences).astype(np.int64)
+        num_blocks = count_blocks(table, block_size)
+        first_block = num_blocks.cumsum() - num_blocks
+        owner = np.repeat(np.arange(len(table)), num_blocks)
+        block = np.arange(len(owner)) - first_block[owner]
+        batch, _, _, k_start, k_end = table[owner].T
         row, first = locate_block(batch, k_start, block, block_size, page_table)
         last = k_end - k_start - 1 - block * block_size
-        offset = torch.arange(block_size)
-        self._is_padding = (offset > last[:, None]).flatten()
-        self._has_padding = bool(self._is_padding.any())
-        self._token = (first[:, None] + torch.minimum(offset, last[:, None])).flatten()
-        self._batch = row.repeat_interleave(block_size)
+        offset = np.arange(block_size)
+        self.block_size = block_size
+        self.total = len(owner)
+        self.num_blocks, self.first_block = torch.as_tensor(num_blocks), torch.as_tensor(first_block)
+        self._is_padding = torch.as_tensor(offset > last[:, None]).flatten()
+        self._has_padding = bool((last < block_size - 1).any())
+        self._token = torch.as_tensor(first[:, None] + np.minimum(offset, last[:, None])).flatten()
+        self._batch = torch.as_tensor(np.repeat(row, block_size))
 
     def pack(self, x: Tensor, scale: float = 1.0, token_scale: Tensor | None = None) -> Tensor:
         """[B,H,Sk,D] to blocks [H * total, block_size, D] in the compute dtype, times ``scale``.
@@ -178,19 +188,19 @@ class BlockTable:
         return out.copy_(keys[:-1].view(num_heads, batch, seqlen_k, head_dim).transpose(0, 1))
 
 
-def query_positions(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Tensor, Tensor]:
+def query_positions(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Array, Array]:
     """For each query [B,Sq]: its sequence, and its newest visible key counted from the sequence's first key.
 
     The position is negative for a query that sees no key.
     """
-    table = sequences.to(torch.int64)
-    q_start, q_end = table[:, 1], table[:, 2]
-    length = (q_end - q_start).clamp(min=0)
-    owner = torch.repeat_interleave(length)
-    offset = torch.arange(owner.numel()) - (length.cumsum(0) - length)[owner]
-    query = table[owner, 0], q_start[owner] + offset
-    sequence = torch.zeros(batch, seqlen_q, dtype=torch.int64)
-    position = torch.full((batch, seqlen_q), -1)
+    table = array(sequences).astype(np.int64)
+    row, q_start, q_end, k_start, k_end = table.T
+    length = (q_end - q_start).clip(min=0)
+    owner = np.repeat(np.arange(len(table)), length)
+    offset = np.arange(len(owner)) - (length.cumsum() - length)[owner]
+    query = row[owner], q_start[owner] + offset
+    sequence = np.zeros((batch, seqlen_q), np.int64)
+    position = np.full((batch, seqlen_q), -1)
     sequence[query] = owner
-    position[query] = (table[:, 4] - table[:, 3] - length)[owner] + offset
+    position[query] = (k_end - k_start - length)[owner] + offset
     return sequence, position

@@ -58,7 +58,8 @@ class ReverseIndex:
         self._shape = batch, num_kv_heads, seqlen_q
         self._sequences: list[list[int]] = sequences.tolist()
         self._block_indices = block_indices
-        self._sequence, self._position = query_positions(sequences, batch, seqlen_q)
+        places = query_positions(sequences, batch, seqlen_q)
+        self._sequence, self._position = (torch.as_tensor(x) for x in places)
 
     @property
     def num_kv_heads(self) -> int:

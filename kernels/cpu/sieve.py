@@ -1,19 +1,25 @@
-"""A first look at index keys in bf16: which blocks can be among the best.
+"""A few queries choose among many keys: a first look in bf16 rules out nearly all keys, fp32 decides between the rest.
 
 Products of bf16 read the keys as they are, which takes a quarter of the time of widening them first, on CPUs that have
-instructions for them. PyTorch rounds their results to bf16. So they rule blocks out, nearly all, and what is left is
-scored in fp32.
+instructions for them. PyTorch rounds their results to bf16. A key can make its block one of the best only if its rough
+score is not below the topk-th best block's by more than the rounding of both.
 """
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flexmsa.kernels.cpu.packing import Scratch
+from flexmsa.kernels.cpu.index_keys import IndexKeys, Rules
+from flexmsa.kernels.cpu.packing import Array, Scratch, array
 
 # Rounding to 8 bits moves a score, and the one that it is compared with, by 2^-9 of itself each. Twice that.
 _MARGIN = 2.0**-7
+# For each thread: one product for all is slow, and so are very many, or another number for each thread.
+_PRODUCTS = 4
+# Keys whose best rough score is kept.
+_KEYS_PER_MAXIMUM = 8
 
 
 @functools.cache
@@ -22,28 +28,75 @@ def multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def rough_maxima(blocks: Tensor, queries: Tensor, scratch: Scratch) -> Tensor:
-    """The best score of each of blocks [n, block_size, Di] for each of queries [R, Di], all bf16: [n, R]."""
-    num_blocks, block_size, _ = blocks.shape
-    num_vectors = len(queries)
-    scores = scratch.take("rough", num_blocks, block_size, num_vectors, dtype=torch.bfloat16)
-    torch.bmm(blocks, queries.T.expand(num_blocks, -1, -1), out=scores)
-    # In two steps: a maximum over what lies num_vectors apart is slow.
-    parts = 8 if block_size % 8 == 0 else 1
-    return scores.view(num_blocks, parts, -1).amax(1).view(num_blocks, -1, num_vectors).amax(1)
+def best_blocks(queries: Tensor, position: Array, index_k: IndexKeys, rules: Rules, scratch: Scratch) -> Tensor | None:
+    """The topk blocks [R, topk], ascending, of bf16 queries [R, Di] at position [R], which see more than topk.
 
-
-def candidates(rough: Tensor, forced: Tensor, hidden: Tensor, topk: int) -> Tensor | None:
-    """The blocks [n] that can be among the topk best for one of R queries, by rough scores [num_blocks, R].
-
-    forced, hidden: [num_blocks, R], blocks that are chosen whatever their score, and blocks that may not be. None if
-    the rough scores say too little: some are not finite, or would leave more than a quarter of the blocks.
+    There is a local block. None if the rough scores say too little: some are not finite, or would leave more than a
+    quarter of the blocks.
     """
-    scores = rough.float()
-    open_blocks = ~(forced | hidden)
-    if not bool(scores[open_blocks].isfinite().all()):
+    forced, hidden = rules.forced_and_hidden(position, index_k.num_blocks)
+    is_open = ~(forced | hidden)
+    fine = rough_maxima(queries, index_k, rules, scratch)
+    maxima = array(fine.amax(1).float())
+    if not np.isfinite(maxima[is_open]).all():
         return None
-    scores = scores.masked_fill(forced, torch.inf).masked_fill(hidden, -torch.inf)
-    threshold = scores.topk(topk, 0).values[-1]
-    possible = (open_blocks & (scores >= threshold - threshold.abs() * _MARGIN)).any(1).nonzero()[:, 0]
-    return possible if 4 * len(possible) <= len(rough) else None
+    limit = least_scores(maxima, forced, is_open, rules.topk)
+    possible = (maxima >= limit) & is_open
+    left = np.flatnonzero(possible.any(1))
+    if 4 * len(left) > len(maxima):
+        return None
+    blocks = np.flatnonzero((possible | forced).any(1))
+    scores = np.where(forced[blocks], np.inf, -np.inf)
+    if len(left):
+        is_left = possible[blocks]
+        worth = (array(fine[torch.as_tensor(left)].float()) >= limit) & possible[left, None]
+        exact = _exact_maxima(queries, index_k, rules.block_size, left, worth.any(2))
+        scores[is_left] = exact[possible[left]]
+    order = np.argsort(-scores, axis=0, kind="stable")[: rules.topk]
+    return torch.as_tensor(np.sort(blocks[order].T).astype(np.int32))
+
+
+def rough_maxima(queries: Tensor, index_k: IndexKeys, rules: Rules, scratch: Scratch) -> Tensor:
+    """The best rough score of queries [R, Di] with keys that lie a constant number J of keys apart, [num_blocks, J, R].
+
+    Zero for blocks that the last query is forced to choose.
+    """
+    num_blocks, num_vectors = index_k.num_blocks, len(queries)
+    apart = _KEYS_PER_MAXIMUM if rules.block_size % _KEYS_PER_MAXIMUM == 0 else 1
+    maxima = scratch.take("maxima", num_blocks, rules.block_size // apart * num_vectors, dtype=torch.bfloat16).zero_()
+    for first, stop in index_k.stretches(num_vectors, as_stored=True):
+        scores = _rough_scores(queries, index_k.stored(first, stop), scratch)
+        torch.amax(scores.view(stop - first, apart, -1), 1, out=maxima[first:stop])
+    return maxima.view(num_blocks, -1, num_vectors)
+
+
+def _rough_scores(queries: Tensor, keys: Tensor, scratch: Scratch) -> Tensor:
+    """Scores [n, R] of keys [n, Di] with queries [R, Di]."""
+    scores = scratch.take("rough", len(keys), len(queries), dtype=torch.bfloat16)
+    num_products = _PRODUCTS * torch.get_num_threads()
+    cut = len(keys) - len(keys) % num_products
+    for part, batch in (slice(cut), num_products), (slice(cut, None), 1):
+        if len(keys[part]):
+            by_product = queries.T.expand(batch, -1, -1)
+            torch.bmm(keys[part].unflatten(0, (batch, -1)), by_product, out=scores[part].unflatten(0, (batch, -1)))
+    return scores
+
+
+def least_scores(maxima: Array, forced: Array, is_open: Array, topk: int) -> Array:
+    """The least rough score [R] of a block that can be among the topk best, by rough maxima [num_blocks, R].
+
+    forced, is_open: [num_blocks, R], blocks that are chosen whatever their score, and blocks that may be.
+    """
+    ranked = np.where(is_open, maxima, np.where(forced, np.inf, -np.inf)).T
+    threshold = np.partition(ranked, -topk)[:, -topk]
+    return np.where(threshold > 0, threshold * (1 - _MARGIN), threshold * (1 + _MARGIN))
+
+
+def _exact_maxima(queries: Tensor, index_k: IndexKeys, block_size: int, blocks: Array, worth: Array) -> Array:
+    """The best score [n, R] of queries [R, Di] with the keys of blocks [n] that are ``worth`` [n, J] a look."""
+    block, offset = np.nonzero(worth)
+    num_maxima = worth.shape[1]
+    keys = (blocks[block] * block_size + offset)[:, None] + np.arange(0, block_size, num_maxima)
+    rows = index_k.rows(keys.flatten())
+    scores = array((rows @ queries.to(rows.dtype).T).view(*keys.shape, -1).amax(1))
+    return np.maximum.reduceat(scores, np.searchsorted(block, np.arange(len(blocks))))

@@ -1,0 +1,145 @@
+"""The index keys that a few sequences are scored by, as a contiguous or paged cache has them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmsa.kernels.cpu import fp8
+from flexmsa.kernels.cpu.packing import Array, Scratch, array
+
+# Up to so many query vectors, one product per block is faster than one for all blocks.
+FEW_VECTORS = 64
+# Token scores computed at once, and keys copied for them: what the processor's cache holds.
+SCORES_PER_STEP = 2**19
+_COPIED_PER_STEP = 2**14
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How many blocks of which size a query chooses, and which of them whatever they score."""
+
+    block_size: int
+    topk: int
+    num_local_blocks: int
+    num_init_blocks: int
+
+    def forced_and_hidden(self, position: Array, num_blocks: int) -> tuple[Array, Array]:
+        """Which blocks queries at position [..., R] choose whatever they score, and which they do not see.
+
+        Both are [..., num_blocks, R].
+        """
+        block, newest = np.arange(num_blocks)[:, None], position[..., None, :] // self.block_size
+        hidden = block > newest
+        forced = (block > newest - self.num_local_blocks) | (block < self.num_init_blocks)
+        return forced & ~hidden, hidden
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Tokens ``start .. stop - 1`` of a batch row.
+
+    The first of them is at ``position`` in its sequence, the last in block ``num_blocks - 1``.
+    """
+
+    batch: int
+    start: int
+    stop: int
+    k_start: int
+    k_end: int
+    position: int
+    num_blocks: int
+
+
+class IndexKeys:
+    """The index keys of C sequences, one for each of ``tiles``, read in stretches of blocks.
+
+    They are copied into one buffer: products are fastest on what the processor's cache holds. But those that
+    ``are_used_once``, by a few queries of one sequence, are read in place if they can be. Scores of e4m3 keys are to be
+    multiplied by ``factors`` [C, num_blocks * block_size], None for others. What is copied is zero beyond the end of a
+    sequence.
+    """
+
+    def __init__(
+        self,
+        index_k: Tensor,
+        index_k_scale: Tensor | None,
+        page_table: Tensor | None,
+        tiles: list[Queries],
+        num_kv_heads: int,
+        rules: Rules,
+        scratch: Scratch,
+    ) -> None:
+        self._keys = index_k[:, 0]
+        self._page_table = page_table
+        self._tiles = tiles
+        self._rules = rules
+        self._block_size = rules.block_size
+        self._scratch = scratch
+        self.dtype = index_k.dtype
+        self.num_blocks = max(tile.num_blocks for tile in tiles)
+        # Only the newest block may end beyond the keys, and is not scored where it is local.
+        few = len(tiles) == 1 and (tiles[0].stop - tiles[0].start) * num_kv_heads <= FEW_VECTORS
+        self.are_used_once = few and rules.num_local_blocks > 0
+        self._in_place = self.are_used_once and page_table is None and index_k.dtype == scratch.dtype
+        self.factors: Tensor | None = None
+        if index_k_scale is not None:
+            self.factors = fp8.factors(self._load("scales", fp8.as_scales(index_k_scale)[:, 0], 0, self.num_blocks))
+
+    def stretches(self, num_vectors: int, as_stored: bool = False) -> Iterator[tuple[int, int]]:
+        """First and last block (exclusive) of each stretch to be scored, for num_vectors query vectors a sequence.
+
+        For ``blocks``, or, ``as_stored``, for ``stored``.
+        """
+        num_keys = SCORES_PER_STEP // num_vectors
+        if self._page_table is not None or not (as_stored or self._in_place):
+            num_keys = min(num_keys, _COPIED_PER_STEP)
+        step = max(1, num_keys // (len(self._tiles) * self._block_size))
+        end = self.num_blocks - self._rules.num_local_blocks
+        for first in range(self._rules.num_init_blocks, end, step):
+            yield first, min(first + step, end)
+
+    def blocks(self, first: int, stop: int) -> Tensor:
+        """Blocks ``first .. stop - 1`` of each sequence in the compute dtype, [C, n * block_size, Di]: read only."""
+        return self.stored(first, stop)[None] if self._in_place else self._load("keys", self._keys, first, stop)
+
+    def stored(self, first: int, stop: int) -> Tensor:
+        """Whole blocks ``first .. stop - 1`` of the one sequence, as they are stored, [n * block_size, Di]."""
+        (tile,) = self._tiles
+        if self._page_table is not None:
+            return self._take(self._keys, self._page_table[tile.batch, first:stop])
+        start, end = (tile.k_start + block * self._block_size for block in (first, stop))
+        return self._keys[tile.batch, start:end]
+
+    def rows(self, numbers: Array) -> Tensor:
+        """The keys of the one sequence that have these numbers [n] in it, in the compute dtype, [n, Di]."""
+        (tile,) = self._tiles
+        if self._page_table is None:
+            place, key = np.full_like(numbers, tile.batch), tile.k_start + numbers
+        else:
+            place, key = array(self._page_table)[tile.batch, numbers // self._block_size], numbers % self._block_size
+        stored = self._keys[torch.as_tensor(place), torch.as_tensor(key)]
+        return self._scratch.widen(stored, self._scratch.take("keys", *stored.shape))
+
+    def _take(self, blocks: Tensor, numbers: Tensor) -> Tensor:
+        """These of blocks [N, block_size, ...], put one after another in a buffer."""
+        out = self._scratch.take("blocks", len(numbers), *blocks.shape[1:], dtype=blocks.dtype)
+        return torch.index_select(blocks, 0, numbers, out=out).flatten(0, 1)
+
+    def _load(self, name: str, x: Tensor, first: int, stop: int) -> Tensor:
+        """These blocks of x [B,S,...] or of pages of it, [C, n * block_size, ...]."""
+        start, num_keys = first * self._block_size, (stop - first) * self._block_size
+        out = self._scratch.take(name, len(self._tiles), num_keys, *x.shape[2:])
+        for part, tile in zip(out, self._tiles, strict=True):
+            count = max(0, min(tile.k_end - tile.k_start - start, num_keys))
+            if self._page_table is None:
+                stored = x[tile.batch, tile.k_start + start : tile.k_start + start + count]
+            else:
+                pages = self._page_table[tile.batch, first : first - (-count // self._block_size)]
+                stored = self._take(x, pages)[:count]
+            self._scratch.widen(stored, part[:count])
+            if count < num_keys:
+                part[count:].zero_()
+        return out
