@@ -25,6 +25,8 @@ FP8 = torch.float8_e4m3fn
 Timer = Callable[[Callable[[], object]], float]
 # The shapes with a bar, then the grid of workloads.json; batch, keys, new tokens.
 STEPS = [(1, 131072, 1), (1, 1 << 20, 1), (4, 1 << 20, 1), (8, 131072, 1), (16, 131072, 1)]
+# Many short sequences, whose keys and values are most of what a step reads: batch, keys.
+SHORT = [(16, 32768), (64, 16384)]
 GRID = [
     (batch, keys, tokens)
     for batch in (1, 8, 32, 128)
@@ -77,23 +79,30 @@ Step = tuple[Tensor, Tensor]
 
 
 def caches(
-    batch: int, keys: int, tokens: int, index_dtype: torch.dtype, copies: int | None = None, spread: float = 0.0
+    batch: int,
+    keys: int,
+    tokens: int,
+    index_dtype: torch.dtype,
+    copies: int | None = None,
+    spread: float = 0.0,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[tuple[Step, flexmsa.MSACache]]:
     """Filled caches that together exceed the L2 cache, each with (q, index_q); rows are up to `spread` shorter."""
     if copies is None:
         copies = min(64, max(1, -(-(300 << 20) // (batch * keys * DEPTH * index_dtype.itemsize))))
     made = []
     for _ in range(copies):
-        cache = flexmsa.MSACache(
-            batch, GROUPS, DEPTH, DEPTH, keys, dtype=torch.bfloat16, index_dtype=index_dtype, device="cuda"
-        )
-        cache.k.normal_()
-        cache.v.normal_()
-        if index_dtype == FP8:
-            cache.index_k.copy_(torch.randn(cache.index_k.shape, dtype=torch.bfloat16, device="cuda").mul_(100))
-            cache.index_k_scale.fill_(120)  # 2^-7
-        else:
-            cache.index_k.normal_()
+        cache = flexmsa.MSACache(batch, GROUPS, DEPTH, DEPTH, keys, dtype=dtype, index_dtype=index_dtype, device="cuda")
+        for stored, scale in (
+            (cache.k, cache.k_scale),
+            (cache.v, cache.v_scale),
+            (cache.index_k, cache.index_k_scale),
+        ):
+            if scale is None:
+                stored.normal_()
+            else:
+                stored.copy_(torch.randn(stored.shape, dtype=torch.bfloat16, device="cuda").mul_(100).clamp_(-448, 448))
+                scale.fill_(120)  # 2^-7
         cache.kv_lens.copy_((keys * (1 - spread * torch.rand(batch, device="cuda"))).int())
         q = torch.randn(batch, HEADS, tokens, DEPTH, dtype=torch.bfloat16, device="cuda")
         index_q = torch.randn(batch, GROUPS, tokens, DEPTH, dtype=torch.bfloat16, device="cuda")
@@ -110,16 +119,25 @@ def step(new: Step, cache: flexmsa.MSACache, sequences: Tensor | None = None) ->
     q, index_q = new
     sequences = cache.newest(q.shape[2]) if sequences is None else sequences
     branches = q, index_q, cache.k, cache.v, cache.index_k, sequences
-    return select_and_attend(*branches, *RULES, SCALE, index_k_scale=cache.index_k_scale)
+    return select_and_attend(*branches, *RULES, SCALE, None, cache.k_scale, cache.v_scale, cache.index_k_scale)
 
 
-def time_step(batch: int, keys: int, tokens: int, index_dtype: torch.dtype, spread: float = 0.0) -> dict[str, float]:
+def time_step(
+    batch: int,
+    keys: int,
+    tokens: int,
+    index_dtype: torch.dtype,
+    spread: float = 0.0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, float]:
     """Milliseconds of a step and of its two parts."""
-    made = [(new, cache, cache.newest(tokens)) for new, cache in caches(batch, keys, tokens, index_dtype, None, spread)]
+    filled = caches(batch, keys, tokens, index_dtype, None, spread, dtype)
+    made = [(new, cache, cache.newest(tokens)) for new, cache in filled]
     ids = select(*made[0])
 
     def attend(new: Step, cache: flexmsa.MSACache, sequences: Tensor, ids: Tensor) -> None:
-        attend_blocks(new[0], cache.k, cache.v, ids, sequences, BLOCK, SCALE)
+        scales = None, cache.k_scale, cache.v_scale
+        attend_blocks(new[0], cache.k, cache.v, ids, sequences, BLOCK, SCALE, *scales)
 
     return {
         "step": graph_time([lambda each=each: step(*each) for each in made]),
@@ -175,6 +193,11 @@ def decode_times(bandwidth: float, quick: bool = False) -> Iterator[tuple[str, f
                 yield f"{batch} x {keys}: {name} {part}", time, floor if part == "step" else None
         for name, dense in dense_step(batch, keys).items():
             yield f"{batch} x {keys}: dense {name}", dense, None
+    for batch, keys in SHORT:
+        for name, dtype in (("bf16", torch.bfloat16), ("e4m3", FP8)):
+            times = time_step(batch, keys, 1, FP8, 0.0, dtype)
+            for part in ("step", "attention"):
+                yield f"{batch} x {keys}: {part}, keys and values in {name}", times[part], None
     for batch, keys, tokens in [] if quick else GRID:
         # Rows are up to a fifth shorter, a tenth on average.
         floor = step_bytes(batch, int(keys * 0.9), tokens, 2 * DEPTH) / bandwidth * 1e3

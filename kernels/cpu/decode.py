@@ -64,7 +64,7 @@ def attend_blocks(
         )
         batch, token = torch.as_tensor(batch), torch.as_tensor(token)
         rows = q[batch, :, token].view(len(batch) * num_heads, -1, q.shape[-1])
-        if k_scale is None and v_scale is None and q.dtype in _FUSED:
+        if k_scale is None and v_scale is None and q.dtype in _FUSED and q.device.type == "cpu":
             result, row_lse = _attend_fused(rows, k, v, scale, keys, scratch)
         else:
             result, row_lse = _attend(rows.to(dtype).mul_(scale), k, v, k_scale, v_scale, keys, scratch)

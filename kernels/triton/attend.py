@@ -7,8 +7,8 @@ Layouts: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D], any strides; block_indices [B, 
 the query's sequence, anything that is no visible block is skipped; out [B, Hq, Sq, D] in q's dtype, lse [B, Hq, Sq]
 fp32, contiguous. Hq = G * Hkv, heads of a group being neighbours. Sequences as in `flexmsa.kernels`; keys outside
 them, and keys that the query does not see, are never read. With page_table [B, max_pages], k and v are pages
-[num_pages, Hkv, block_size, D]. In e4m3 they have scales of their shape but for D, and are brought into q's dtype once
-loaded.
+[num_pages, Hkv, block_size, D]. In e4m3 they are brought into q's dtype once loaded, and have scales of their shape but
+for D: s_j of scores of key j, and of the weight of value j.
 
 One program owns one query of one group, all G heads of it as the rows of its tile, and a share of the topk chosen
 blocks, walked `chunk` keys at a step. With more than one share it writes a normalised partial out and its lse,
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from .configs import AttendConfig
-from .fp8 import load_vectors
+from .fp8 import decode_scales, load_codes, load_stored
 from .merge import merge_constants, merge_lists, query_lists, sort_ids
 from .primitives import (
     LN_2,
@@ -67,6 +67,17 @@ def find_keys(
     count = tl.where(chosen, tl.minimum(visible - block * BLOCK, BLOCK) - first, 0)
     row, key = locate_block(page_table_ptr, max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
     return row, (key + first).to(tl.int64), count
+
+
+@triton.jit
+def find_codes(
+    k_scale_ptr, v_scale_ptr, row, key, count, seqlen_k,
+    GROUPS: tl.constexpr, CHUNK: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """The codes of the scales of a step's keys and values."""
+    vector = (row * GROUPS + tl.program_id(1)) * seqlen_k + key
+    k_codes = load_codes(k_scale_ptr + vector, count, CHUNK, SCALED)
+    return k_codes, load_codes(v_scale_ptr + vector, count, CHUNK, SCALED)
 
 
 @triton.jit
@@ -178,34 +189,42 @@ def attend_kernel(
     slot = tl.arange(0, SLOTS)
     if not MERGE:
         ids = tl.load(ids_ptr + slot * stride_ik, mask=slot < TOPK, other=-1)
-    # Found a step ahead: what an address waits for would keep the loads of keys from running ahead.
+    # Found a step ahead: what an address waits for would keep the loads of keys from running ahead. Codes are loaded
+    # then as well, as bytes are not copied asynchronously.
     row, key, count = find_keys(
         ids, tl.minimum(begin, end - 1), visible, page_table_ptr, max_pages, num_pages, batch, k_start,
         BLOCK, CHUNK, PAGED, MERGE,
     )  # fmt: skip
+    k_codes, v_codes = find_codes(k_scale_ptr, v_scale_ptr, row, key, count, seqlen_k, GROUPS, CHUNK, SCALED)
     for step in range(begin, end):
         if SINGLE:
             # The only step is at `begin`. What a loop loads from one place in all steps is loaded before it, and waited
             # for one by one; these three are asked for together.
             q = tl.load(q_ptrs + (step - begin) * stride_qs, mask=live, other=0.0)
             key += (step - begin) * CHUNK
-        vector = (row * GROUPS + group) * seqlen_k + key
-        k = load_vectors(
-            k_ptr + row * stride_kb + group * stride_kh + key * stride_ks, k_scale_ptr + vector, count,
+        k = load_stored(
+            k_ptr + row * stride_kb + group * stride_kh + key * stride_ks, count,
             stride_ks, stride_kd, q.dtype, CHUNK, HEAD_DIM, DEPTH, SCALED, NATIVE,
         )  # fmt: skip
-        v = load_vectors(
-            v_ptr + row * stride_vb + group * stride_vh + key * stride_vs, v_scale_ptr + vector, count,
+        v = load_stored(
+            v_ptr + row * stride_vb + group * stride_vh + key * stride_vs, count,
             stride_vs, stride_vd, q.dtype, CHUNK, HEAD_DIM, DEPTH, SCALED, NATIVE,
         )  # fmt: skip
-        scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2_E)
+        k_scales, v_scales = 1.0, 1.0
+        if SCALED:
+            k_scales, v_scales = decode_scales(k_codes)[None, :], decode_scales(v_codes)[None, :]
+            if q.dtype == tl.float16:
+                # Weights times scales may leave its range, values do not.
+                v, v_scales = (v * tl.trans(v_scales)).to(q.dtype), 1.0
+        scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2_E) * k_scales
         scores = tl.where((tl.arange(0, CHUNK) < count)[None, :], scores, float("-inf"))
-        acc, row_max, row_sum = softmax_update(acc, row_max, row_sum, scores, v)
+        acc, row_max, row_sum = softmax_update(acc, row_max, row_sum, scores, v, v_scales)
         if not SINGLE:
             row, key, count = find_keys(
                 ids, tl.minimum(step + 1, end - 1), visible, page_table_ptr, max_pages, num_pages, batch, k_start,
                 BLOCK, CHUNK, PAGED, MERGE,
             )  # fmt: skip
+            k_codes, v_codes = find_codes(k_scale_ptr, v_scale_ptr, row, key, count, seqlen_k, GROUPS, CHUNK, SCALED)
 
     seen = row_sum > 0.0
     total = tl.where(seen, row_sum, 1.0)

@@ -80,9 +80,30 @@ def load_scales(scales, column, mask):
 
 
 @triton.jit
+def load_codes(codes, count, COLUMNS: tl.constexpr, SCALED: tl.constexpr):
+    """The first `count` codes of scales from `codes` on, zero beyond; all zero if there are none, not SCALED."""
+    column = tl.arange(0, COLUMNS)
+    return tl.load(codes + column, mask=(column < count) & SCALED, other=0)
+
+
+@triton.jit
 def dequantize(x, scale, dtype: tl.constexpr, NATIVE: tl.constexpr):
     """Vectors [N, D] in `dtype` from uint8 `x` and their scales [N], decoded."""
     return (decode_e4m3(x, tl.float32, NATIVE) * scale[:, None]).to(dtype)
+
+
+@triton.jit
+def load_stored(
+    base, count, stride_s, stride_d, dtype: tl.constexpr,
+    COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The first `count` vectors from `base` on as a tile [COLUMNS, DEPTH], zero beyond.
+
+    SCALED: e4m3 numbers in `dtype`, still to be multiplied by their scales.
+    """
+    x = load_tile(base, 0, count, stride_s, stride_d, COLUMNS, HEAD_DIM, DEPTH)
+    # By way of fp32: from fp16 to bf16 the conversion is slower than the two.
+    return decode_e4m3(x, tl.float32, NATIVE).to(dtype) if SCALED else x
 
 
 @triton.jit

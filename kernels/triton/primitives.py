@@ -126,13 +126,16 @@ def load_tile(
 
 
 @triton.jit
-def softmax_update(acc, row_max, row_sum, scores, v):
-    """Online softmax, base 2: fold scores `[M, N]` (-inf: not seen) and values `[N, D]` into the running state."""
+def softmax_update(acc, row_max, row_sum, scores, v, v_scales):
+    """Online softmax, base 2: fold scores `[M, N]` (-inf: not seen) and values `[N, D]` into the running state.
+
+    v_scales [1, N], or 1: what the values are still to be multiplied by.
+    """
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     weights = tl.exp2(scores - shift[:, None])
     decay = tl.exp2(row_max - shift)
     row_sum = row_sum * decay + tl.sum(weights, axis=1)
     precision: tl.constexpr = "ieee" if v.dtype == tl.float32 else "tf32"
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=precision)
+    acc = tl.dot((weights * v_scales).to(v.dtype), v, acc * decay[:, None], input_precision=precision)
     return acc, new_max, row_sum
