@@ -14,7 +14,7 @@ from .targets import storage_constants, target_of
 
 # With more queries a sequence, and more pairs of a query and a group in all, the tiles of `attention` gain more from
 # sharing what neighbours load than their many launches cost: measured on an H200 at M3's shape.
-FEW_QUERIES, FEW_ROWS = 16, 8192
+FEW_QUERIES, FEW_ROWS = 16, 4000
 # Longer lists are merged once, in a kernel of its own, and not by each program of the attention.
 LONGEST_MERGED = 32
 
