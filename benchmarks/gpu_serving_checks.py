@@ -92,9 +92,22 @@ def serving_errors() -> Iterator[str]:
                     check_schedule(replace(schedule, **changes), "cuda")
             except AssertionError as error:
                 yield f"serving, {changes}: {error}"
+    yield from plain_errors()
     yield from long_errors()
     yield from counter_errors()
     yield from overlapping_errors()
+
+
+def plain_errors() -> Iterator[str]:
+    """The plain PyTorch kernels, which devices without Triton take, run on this one."""
+    for schedule, changes in product(
+        SCHEDULES[:3],
+        ({"dtype": "bfloat16"}, {"dtype": "bfloat16", "paged": True}, {"dtype": "float32", "fp8_keys": True}),
+    ):
+        try:
+            check_schedule(replace(schedule, **changes), "cuda", "cpu")
+        except AssertionError as error:
+            yield f"serving by the plain kernels, {changes}: {error}"
 
 
 def long_errors() -> Iterator[str]:
