@@ -195,7 +195,7 @@ def decode_times(bandwidth: float, quick: bool = False) -> Iterator[tuple[str, f
             yield f"{batch} x {keys}: dense {name}", dense, None
     for batch, keys in SHORT:
         for name, dtype in (("bf16", torch.bfloat16), ("e4m3", FP8)):
-            times = time_step(batch, keys, 1, FP8, 0.0, dtype)
+            times = time_step(batch, keys, 1, FP8, dtype=dtype)
             for part in ("step", "attention"):
                 yield f"{batch} x {keys}: {part}, keys and values in {name}", times[part], None
     for batch, keys, tokens in [] if quick else GRID:

@@ -6,6 +6,7 @@ Caches by schedules, and steps at a length where offsets are large, beside each 
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Any
 from unittest import mock
 
 import torch
@@ -79,35 +80,31 @@ SCHEDULES = [
 
 def serving_errors() -> Iterator[str]:
     """What is wrong with caches, appends and decoding; nothing if all is well."""
-    for schedule, few_rows in product(SCHEDULES, (decode.FEW_ROWS, 0)):
-        for changes in (
-            {"dtype": "bfloat16"},
-            {"dtype": "float16", "paged": True},
-            {"dtype": "bfloat16", "paged": True, "fp8_index": True},
-            {"dtype": "bfloat16", "fp8_index": True, "fp8_keys": True},
-        ):
-            try:
-                # Chunks of a prompt take other kernels beyond so many rows.
-                with mock.patch.object(decode, "FEW_ROWS", few_rows):
-                    check_schedule(replace(schedule, **changes), "cuda")
-            except AssertionError as error:
-                yield f"serving, {changes}: {error}"
-    yield from plain_errors()
+    for few_rows in (decode.FEW_ROWS, 0):
+        # Chunks of a prompt take other kernels beyond so many rows.
+        with mock.patch.object(decode, "FEW_ROWS", few_rows):
+            yield from schedule_errors(
+                SCHEDULES,
+                {"dtype": "bfloat16"},
+                {"dtype": "float16", "paged": True},
+                {"dtype": "bfloat16", "paged": True, "fp8_index": True},
+                {"dtype": "bfloat16", "fp8_index": True, "fp8_keys": True},
+            )
+    # The plain PyTorch kernels, which devices without Triton take, run on this one.
+    formats = {"dtype": "bfloat16"}, {"dtype": "bfloat16", "paged": True}, {"dtype": "float32", "fp8_keys": True}
+    yield from schedule_errors(SCHEDULES[:3], *formats, backend="cpu")
     yield from long_errors()
     yield from counter_errors()
     yield from overlapping_errors()
 
 
-def plain_errors() -> Iterator[str]:
-    """The plain PyTorch kernels, which devices without Triton take, run on this one."""
-    for schedule, changes in product(
-        SCHEDULES[:3],
-        ({"dtype": "bfloat16"}, {"dtype": "bfloat16", "paged": True}, {"dtype": "float32", "fp8_keys": True}),
-    ):
+def schedule_errors(schedules: list[Schedule], *formats: dict[str, Any], backend: str | None = None) -> Iterator[str]:
+    """What is wrong where these schedules are followed in these formats of a cache."""
+    for schedule, changes in product(schedules, formats):
         try:
-            check_schedule(replace(schedule, **changes), "cuda", "cpu")
+            check_schedule(replace(schedule, **changes), "cuda", backend)
         except AssertionError as error:
-            yield f"serving by the plain kernels, {changes}: {error}"
+            yield f"serving, backend {backend}, {changes}: {error}"
 
 
 def long_errors() -> Iterator[str]:

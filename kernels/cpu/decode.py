@@ -205,6 +205,6 @@ class _ChosenKeys:
     def gather(self, x: Tensor, scratch: Scratch) -> Tensor:
         """The same in the compute dtype, e4m3 divided by ``fp8.SHIFT``; valid until the next call."""
         gathered = self.gather_stored(x, scratch, "gathered")
-        return (
-            gathered if x.dtype == scratch.dtype else scratch.widen(gathered, scratch.take("widened", *gathered.shape))
-        )
+        if x.dtype == scratch.dtype:
+            return gathered
+        return scratch.widen(gathered, scratch.take("widened", *gathered.shape))

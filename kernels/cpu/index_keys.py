@@ -76,7 +76,6 @@ class IndexKeys:
         self._page_table = page_table
         self._tiles = tiles
         self._rules = rules
-        self._block_size = rules.block_size
         self._scratch = scratch
         self.dtype = index_k.dtype
         self.num_blocks = max(tile.num_blocks for tile in tiles)
@@ -96,7 +95,7 @@ class IndexKeys:
         num_keys = SCORES_PER_STEP // num_vectors
         if self._page_table is not None or not (as_stored or self._in_place):
             num_keys = min(num_keys, _COPIED_PER_STEP)
-        step = max(1, num_keys // (len(self._tiles) * self._block_size))
+        step = max(1, num_keys // (len(self._tiles) * self._rules.block_size))
         end = self.num_blocks - self._rules.num_local_blocks
         for first in range(self._rules.num_init_blocks, end, step):
             yield first, min(first + step, end)
@@ -110,7 +109,7 @@ class IndexKeys:
         (tile,) = self._tiles
         if self._page_table is not None:
             return self._take(self._keys, self._page_table[tile.batch, first:stop])
-        start, end = (tile.k_start + block * self._block_size for block in (first, stop))
+        start, end = (tile.k_start + block * self._rules.block_size for block in (first, stop))
         return self._keys[tile.batch, start:end]
 
     def rows(self, numbers: Array) -> Tensor:
@@ -119,7 +118,8 @@ class IndexKeys:
         if self._page_table is None:
             place, key = np.full_like(numbers, tile.batch), tile.k_start + numbers
         else:
-            place, key = array(self._page_table)[tile.batch, numbers // self._block_size], numbers % self._block_size
+            block, key = np.divmod(numbers, self._rules.block_size)
+            place = array(self._page_table)[tile.batch, block]
         stored = self._keys[torch.as_tensor(place), torch.as_tensor(key)]
         return self._scratch.widen(stored, self._scratch.take("keys", *stored.shape))
 
@@ -130,14 +130,14 @@ class IndexKeys:
 
     def _load(self, name: str, x: Tensor, first: int, stop: int) -> Tensor:
         """These blocks of x [B,S,...] or of pages of it, [C, n * block_size, ...]."""
-        start, num_keys = first * self._block_size, (stop - first) * self._block_size
+        start, num_keys = first * self._rules.block_size, (stop - first) * self._rules.block_size
         out = self._scratch.take(name, len(self._tiles), num_keys, *x.shape[2:])
         for part, tile in zip(out, self._tiles, strict=True):
             count = max(0, min(tile.k_end - tile.k_start - start, num_keys))
             if self._page_table is None:
                 stored = x[tile.batch, tile.k_start + start : tile.k_start + start + count]
             else:
-                pages = self._page_table[tile.batch, first : first - (-count // self._block_size)]
+                pages = self._page_table[tile.batch, first : first - (-count // self._rules.block_size)]
                 stored = self._take(x, pages)[:count]
             self._scratch.widen(stored, part[:count])
             if count < num_keys:

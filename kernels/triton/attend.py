@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from .configs import AttendConfig
-from .fp8 import decode_scales, load_codes, load_stored
+from .fp8 import decode_scales, load_stored
 from .merge import merge_constants, merge_lists, query_lists, sort_ids
 from .primitives import (
     LN_2,
@@ -74,10 +74,12 @@ def find_codes(
     k_scale_ptr, v_scale_ptr, row, key, count, seqlen_k,
     GROUPS: tl.constexpr, CHUNK: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """The codes of the scales of a step's keys and values."""
+    """The codes of the scales of a step's keys and values; zeros if there are none, not SCALED."""
+    column = tl.arange(0, CHUNK)
     vector = (row * GROUPS + tl.program_id(1)) * seqlen_k + key
-    k_codes = load_codes(k_scale_ptr + vector, count, CHUNK, SCALED)
-    return k_codes, load_codes(v_scale_ptr + vector, count, CHUNK, SCALED)
+    stored = (column < count) & SCALED
+    k_codes = tl.load(k_scale_ptr + vector + column, mask=stored, other=0)
+    return k_codes, tl.load(v_scale_ptr + vector + column, mask=stored, other=0)
 
 
 @triton.jit

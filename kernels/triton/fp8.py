@@ -80,13 +80,6 @@ def load_scales(scales, column, mask):
 
 
 @triton.jit
-def load_codes(codes, count, COLUMNS: tl.constexpr, SCALED: tl.constexpr):
-    """The first `count` codes of scales from `codes` on, zero beyond; all zero if there are none, not SCALED."""
-    column = tl.arange(0, COLUMNS)
-    return tl.load(codes + column, mask=(column < count) & SCALED, other=0)
-
-
-@triton.jit
 def dequantize(x, scale, dtype: tl.constexpr, NATIVE: tl.constexpr):
     """Vectors [N, D] in `dtype` from uint8 `x` and their scales [N], decoded."""
     return (decode_e4m3(x, tl.float32, NATIVE) * scale[:, None]).to(dtype)
