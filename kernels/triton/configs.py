@@ -32,7 +32,7 @@ def attend_config(
     num_stages = max(1, min(3, 1 + (target.shared_memory - (16 << 10)) // width))
     if target.backend == "hip":
         num_stages = min(num_stages, 2)
-    steps = topk * triton.cdiv(padded(block_size), chunk)
+    steps = topk * triton.cdiv(block_size, chunk)
     num_splits = min(steps, 64, max(1, 2 * target.num_sms // max(num_rows, 1)))
     if num_splits == steps:
         # Programs of one step have nothing to load ahead of; fewer than two stages, and it would wait for each load.

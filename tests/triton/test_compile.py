@@ -128,7 +128,7 @@ def test_merge(build, target, splits):
 @pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])
 @pytest.mark.parametrize("batch", [1, 128])
 @pytest.mark.parametrize("lists", [None, (128, 16)], ids=["chosen", "merged"])
-def test_attend_and_combine(build, target, lists, batch, scaled):
+def test_attend(build, target, lists, batch, scaled):
     config = configs.attend_config(
         target, num_rows=batch * GROUPS, head_dim=DEPTH, block_size=BLOCK, topk=TOPK, element_size=2
     )
@@ -140,11 +140,12 @@ def test_attend_and_combine(build, target, lists, batch, scaled):
     if scaled:
         types |= {"k_ptr": "*u8", "v_ptr": "*u8"}
     build(attend_kernel, target, constants, config.num_warps, config.num_stages, **types)
-    splits = triton.next_power_of_2(config.num_splits)
-    if splits > 1:
-        build(
-            combine_kernel, target, {"HEAD_DIM": DEPTH, "SPLITS": splits, "DEPTH": DEPTH}, combine_warps(splits, DEPTH)
-        )
+
+
+@pytest.mark.parametrize("splits", [2, 32])
+def test_combine(build, target, splits):
+    constants = {"HEAD_DIM": DEPTH, "SPLITS": splits, "DEPTH": DEPTH}
+    build(combine_kernel, target, constants, combine_warps(splits, DEPTH))
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])

@@ -19,6 +19,7 @@ CASES = {
     "filled parts": (1, 5, 1, 300, 80, 16, 48, 3, [[0, 0, 1, 0, 100], [1, 0, 1, 20, 290]], torch.float32),
     "M3 group": (3, 16, 3, 200, 16, 96, 128, 16, [[0, 0, 3, 0, 2], [1, 0, 3, 20, 190]], torch.float32),
     "chunk": (2, 3, 40, 300, 16, 16, 16, 4, [[0, 0, 40, 0, 300], [1, 0, 40, 20, 50]], torch.float32),
+    "parts of a block": (1, 2, 1, 700, 16, 16, 160, 3, None, torch.float32),
     "one head": (1, 1, 4, 300, 96, 16, 16, 3, None, torch.float16),
     "packed": (
         2, 2, 6, 60, 16, 16, 16, 2,
@@ -67,19 +68,21 @@ def test_decode(dense, case, monkeypatch):
     assert (out[lse == -float("inf")] == 0).all()
 
 
-@pytest.mark.parametrize("splits", [(2, 1), (150, 3)], ids=["2 lists", "150 lists, attention split"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_attention_merges_lists(dense, case, splits, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "num_lists", "splits"),
+    [*((name, 2, 1) for name in CASES), ("several tokens", 150, 3), ("filled parts", 150, 3), ("M3 group", 150, 3)],
+)
+def test_attention_merges_lists(dense, name, num_lists, splits, monkeypatch):
     """Where the keys of a query were split, the attention finds the chosen blocks by itself, and writes their ids."""
     monkeypatch.setattr(decode, "FEW_ROWS", 8192)
-    q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(dense, case)
+    q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(dense, CASES[name])
     config = choose_config(index_q, index_k, sequences, block_size, topk)
-    config = replace(config, num_splits=splits[0])
+    config = replace(config, num_splits=num_lists)
     ids, lists = rank_blocks(index_q, index_k, sequences, block_size, topk, 1, 0, config=config)
     config = attend_config(
         target_of(q.device), num_rows=1, head_dim=q.shape[3], block_size=block_size, topk=topk, element_size=4
     )
-    config = replace(config, num_splits=splits[1])
+    config = replace(config, num_splits=splits)
     ids.fill_(-7)
     with monkeypatch.context() as patch:
         patch.setattr(decode, "merge_splits", None)

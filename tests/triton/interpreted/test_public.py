@@ -40,7 +40,7 @@ def test_decode_agrees_with_the_cpu_kernels():
 SIZES = {"head_dims": (16, 32), "block_sizes": (5, 16, 48), "max_tokens": 60, "max_blocks": 4}
 
 
-@settings(max_examples=12, derandomize=True, deadline=None, database=None)
+@settings(max_examples=9, derandomize=True, deadline=None, database=None)
 @given(case=cases(dtypes=("float32",), **SIZES))
 def test_training_agrees_with_the_oracle(case):
     check_case(case, backend="triton")
@@ -64,7 +64,7 @@ def test_one_graph_for_every_length(topk):
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend=counter)
-    for seqlen in (20, 33, 49):
+    for seqlen in (20, 33):
         inputs = [x.requires_grad_() for x in Case(group_size=3, seqlen_q=seqlen, seqlen_k=seqlen).inputs("cpu")[0]]
         found, expected = (torch.autograd.grad(run(inputs, topk), inputs) for run in (compiled, loss_of))
         for x, y in zip(found, expected, strict=True):

@@ -69,10 +69,18 @@ def test_blocks_one_by_one(dense, splits, local, init, halves):
     check(dense, index_q, index_k, 16, 5, local, init, clear=True, **changes)
 
 
-@pytest.mark.parametrize(("draw", "init"), [(integers, 3), (torch.randn, 0)], ids=["ties, forced", "normal"])
-@pytest.mark.parametrize(("topk", "splits"), [(5, 3), (5, 40), (2, 200), (16, 150), (40, 90)])
+@pytest.mark.parametrize(
+    ("draw", "init", "topk", "splits"),
+    [
+        *((integers, 3, topk, splits) for topk, splits in [(5, 3), (5, 40), (2, 200), (16, 150), (40, 90)]),
+        *((torch.randn, 0, topk, splits) for topk, splits in [(5, 3), (5, 40), (40, 90)]),
+    ],
+)
 def test_many_splits(dense, draw, init, topk, splits):
-    """More splits than a tile of the merge has columns, and more than can hold a chosen block."""
+    """More splits than a tile of the merge has columns, and more than can hold a chosen block.
+
+    With ties and forced blocks, and without.
+    """
     index_q, index_k = draw(1, 3, 1, 16), draw(1, 1, 200 * 4, 16)
     check(dense, index_q, index_k, 4, topk, 1, min(init, topk - 1), num_splits=splits, rows=16)
 
