@@ -82,13 +82,13 @@ def test_a_query_of_more_bits_is_not_rounded(monkeypatch):
 @given(st.integers(0, 2**31), st.sampled_from([1e-30, 1.0, 1e30]), st.integers(1, 4))
 def test_the_best_blocks_are_not_ruled_out(seed, size, num_vectors):
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(64, num_vectors, generator=generator) * size
-    forced = np.zeros((64, num_vectors), bool)
-    forced[62:] = True
+    scores = torch.randn(num_vectors, 64, generator=generator) * size
+    forced = np.zeros((num_vectors, 64), bool)
+    forced[:, 62:] = True
     rough = scores.bfloat16().float().numpy()
     limit = least_scores(rough, forced, ~forced, 4)
-    best = scores[:62].topk(2, 0).indices.numpy()
-    assert (np.take_along_axis(rough, best, 0) >= limit).all()
+    best = scores[:, :62].topk(2).indices.numpy()
+    assert (np.take_along_axis(rough, best, 1) >= limit[:, None]).all()
 
 
 @pytest.mark.parametrize("block_size", [8, 12])

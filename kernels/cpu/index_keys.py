@@ -29,9 +29,9 @@ class Rules:
     def forced_and_hidden(self, position: Array, num_blocks: int) -> tuple[Array, Array]:
         """Which blocks queries at position [..., R] choose whatever they score, and which they do not see.
 
-        Both are [..., num_blocks, R].
+        Both are [..., R, num_blocks].
         """
-        block, newest = np.arange(num_blocks)[:, None], position[..., None, :] // self.block_size
+        block, newest = np.arange(num_blocks), (position // self.block_size)[..., None]
         hidden = block > newest
         forced = (block > newest - self.num_local_blocks) | (block < self.num_init_blocks)
         return forced & ~hidden, hidden

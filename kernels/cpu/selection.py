@@ -108,7 +108,7 @@ def _select(
 
 def _best_of_all(queries: Tensor, position: Array, index_k: IndexKeys, rules: Rules, scratch: Scratch) -> Tensor:
     """The best blocks [C * R, topk] of queries [C, R, Di] at position [C, R]."""
-    forced, hidden = (torch.as_tensor(x) for x in rules.forced_and_hidden(position, index_k.num_blocks))
+    forced, hidden = (torch.as_tensor(x).mT for x in rules.forced_and_hidden(position, index_k.num_blocks))
     newest_key = torch.as_tensor(position)[:, None]
     scores = _block_scores(queries, index_k, newest_key, rules, scratch, clean=False)
     if bool(scores.isnan().any()):

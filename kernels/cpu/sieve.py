@@ -37,23 +37,23 @@ def best_blocks(queries: Tensor, position: Array, index_k: IndexKeys, rules: Rul
     forced, hidden = rules.forced_and_hidden(position, index_k.num_blocks)
     is_open = ~(forced | hidden)
     fine = rough_maxima(queries, index_k, rules, scratch)
-    maxima = array(fine.amax(1).float())
-    if not np.isfinite(maxima[is_open]).all():
+    # Queries in rows: numbers that are reckoned with lie side by side.
+    maxima = np.ascontiguousarray(array(fine.amax(1).float()).T)
+    if not (np.isfinite(maxima) | ~is_open).all():
         return None
     limit = least_scores(maxima, forced, is_open, rules.topk)
-    possible = (maxima >= limit) & is_open
-    left = np.flatnonzero(possible.any(1))
-    if 4 * len(left) > len(maxima):
+    possible = (maxima >= limit[:, None]) & is_open
+    left = np.flatnonzero(possible.any(0))
+    if 4 * len(left) > index_k.num_blocks:
         return None
-    blocks = np.flatnonzero((possible | forced).any(1))
-    scores = np.where(forced[blocks], np.inf, -np.inf)
+    blocks = np.flatnonzero((possible | forced).any(0))
+    scores = np.where(forced[:, blocks], np.inf, -np.inf)
     if len(left):
-        is_left = possible[blocks]
-        worth = (array(fine[torch.as_tensor(left)].float()) >= limit) & possible[left, None]
+        worth = (array(fine[torch.as_tensor(left)].float()) >= limit) & possible[:, left].T[:, None]
         exact = _exact_maxima(queries, index_k, rules.block_size, left, worth.any(2))
-        scores[is_left] = exact[possible[left]]
-    order = np.argsort(-scores, axis=0, kind="stable")[: rules.topk]
-    return torch.as_tensor(np.sort(blocks[order].T).astype(np.int32))
+        scores[possible[:, blocks]] = exact.T[possible[:, left]]
+    order = np.argsort(-scores, kind="stable")[:, : rules.topk]
+    return torch.as_tensor(np.sort(blocks[order]).astype(np.int32))
 
 
 def rough_maxima(queries: Tensor, index_k: IndexKeys, rules: Rules, scratch: Scratch) -> Tensor:
@@ -83,11 +83,11 @@ def _rough_scores(queries: Tensor, keys: Tensor, scratch: Scratch) -> Tensor:
 
 
 def least_scores(maxima: Array, forced: Array, is_open: Array, topk: int) -> Array:
-    """The least rough score [R] of a block that can be among the topk best, by rough maxima [num_blocks, R].
+    """The least rough score [R] of a block that can be among the topk best, by rough maxima [R, num_blocks].
 
-    forced, is_open: [num_blocks, R], blocks that are chosen whatever their score, and blocks that may be.
+    forced, is_open: [R, num_blocks], blocks that are chosen whatever their score, and blocks that may be.
     """
-    ranked = np.where(is_open, maxima, np.where(forced, np.inf, -np.inf)).T
+    ranked = np.where(is_open, maxima, np.where(forced, np.inf, -np.inf))
     threshold = np.partition(ranked, -topk)[:, -topk]
     return np.where(threshold > 0, threshold * (1 - _MARGIN), threshold * (1 + _MARGIN))
 
