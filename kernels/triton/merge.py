@@ -5,8 +5,11 @@ import triton
 import triton.language as tl
 
 from .primitives import await_previous, find_tile, load_sequence, tile_ends
-from .ranking import EMPTY_KEY, ID_MASK, ORDERED_NEG_INF, list_row
+from .ranking import EMPTY_KEY, ID_MASK, ORDERED_NEG_INF, ascending_ids, list_row, merge_bitonic
 from .targets import Target
+
+# Keys of longer lists are too many to compare all pairs.
+COMPARED = tl.constexpr(64)
 
 
 @triton.jit
@@ -102,12 +105,23 @@ def merge_lists(
     """
     splits = best_splits(lists_ptr, num_lists, KEPT, HEADS, GROUP)
     best = tl.load(lists_ptr + splits * KEPT, mask=(splits >= 0) & (splits < num_lists), other=EMPTY_KEY)
-    for first in tl.static_range(0, KEPT // 2 - LINES, LINES):
+    for first in range(0, KEPT // 2 - LINES, LINES):
         best = keep_first(best, load_lines(lists_ptr, splits, num_lists, first, KEPT, LINES))
     keys = load_lines(lists_ptr, splits, num_lists, KEPT // 2 - LINES, KEPT, LINES)
     place, best_place = places(best, keys)
     ids = tl.maximum(at_place(place, block_ids(keys), KEPT, -1), at_place(best_place, block_ids(best), KEPT, -1))
     return tl.where(tl.arange(0, KEPT) < TOPK, ids, -1)
+
+
+@triton.jit
+def merge_long_lists(lists_ptr, num_lists, KEPT: tl.constexpr):
+    """The KEPT best keys, descending, `[KEPT, 1]`, of a query's lists [num_lists, KEPT], each descending."""
+    rank = tl.arange(0, KEPT)[:, None]
+    best = tl.load(lists_ptr + rank)
+    for number in range(1, num_lists):
+        ascending = tl.load(lists_ptr + number * KEPT + KEPT - 1 - rank)
+        best = merge_bitonic(tl.maximum(best, ascending), KEPT, 1)
+    return best
 
 
 @triton.jit
@@ -142,11 +156,15 @@ def merge_kernel(
         return
     batch, q_start, q_end, _, _ = load_sequence(sequences_ptr, sequence)
     lists = query_lists(lists_ptr, sequence, offset, tl.program_id(1), seqlen_q, num_lists, GROUPS, KEPT)
-    ids = merge_lists(lists, num_lists, TOPK, KEPT, HEADS, GROUP, LINES)
+    if KEPT > COMPARED:
+        ids = ascending_ids(merge_long_lists(lists, num_lists, KEPT), TOPK)
+        slot = tl.arange(0, KEPT)[:, None]
+    else:
+        ids = sort_ids(merge_lists(lists, num_lists, TOPK, KEPT, HEADS, GROUP, LINES))
+        slot = tl.arange(0, KEPT)
     if q_start + offset < q_end:
         row = (batch * GROUPS + tl.program_id(1)) * seqlen_q + q_start + offset
-        slot = tl.arange(0, KEPT)
-        tl.store(ids_ptr + row * TOPK + slot, sort_ids(ids), mask=slot < TOPK)
+        tl.store(ids_ptr + row * TOPK + slot, ids, mask=slot < TOPK)
 
 
 def merge_constants(kept: int, num_lists: int) -> dict[str, int]:

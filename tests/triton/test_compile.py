@@ -119,9 +119,9 @@ def test_selection_hopper(build, shape, scaled):
     assert ("atom." in compiled.asm["ptx"]) == (batch == 1)
 
 
-@pytest.mark.parametrize("splits", [512, 6])
-def test_merge(build, target, splits):
-    constants = merge.merge_constants(TOPK, splits) | {"TOPK": TOPK, "GROUPS": GROUPS, "TABLE": False}
+@pytest.mark.parametrize(("kept", "splits"), [(TOPK, 512), (TOPK, 6), (64, 128), (128, 64)])
+def test_merge(build, target, kept, splits):
+    constants = merge.merge_constants(kept, splits) | {"TOPK": kept, "GROUPS": GROUPS, "TABLE": False}
     build(merge.merge_kernel, target, constants, 4, lists_ptr="*i64")
 
 

@@ -72,7 +72,7 @@ def test_blocks_one_by_one(dense, splits, local, init, halves):
 @pytest.mark.parametrize(
     ("draw", "init", "topk", "splits"),
     [
-        *((integers, 3, topk, splits) for topk, splits in [(5, 3), (5, 40), (2, 200), (16, 150), (40, 90)]),
+        *((integers, 3, topk, splits) for topk, splits in [(5, 3), (5, 40), (2, 200), (16, 150), (40, 90), (70, 9)]),
         *((torch.randn, 0, topk, splits) for topk, splits in [(5, 3), (5, 40), (40, 90)]),
     ],
 )
