@@ -8,6 +8,9 @@ import triton
 from .configs import GLUON
 from .targets import Target, padded
 
+# Longer lists of what a query keeps take minutes to compile, and more shared memory than there is.
+MOST_BLOCKS = 512
+
 
 @dataclass(frozen=True)
 class SelectionConfig:
@@ -78,6 +81,11 @@ def selection_config(
     and keys that both are e4m3 so, where they can; else both are to be brought to fp16. The bulk copy engine can read
     what is `ready`.
     """
+    if topk > MOST_BLOCKS:
+        raise NotImplementedError(
+            f"topk: expected at most {MOST_BLOCKS} for the Triton kernels, got {topk}; take larger blocks, or "
+            "backend='cpu', which runs on any device"
+        )
     kept = max(8, triton.next_power_of_2(topk))
     columns, depth = padded(block_size), padded(index_head_dim)
     few = padded(seqlen_q * num_kv_heads, least=4 if key_size == 1 else 8)
@@ -115,6 +123,9 @@ def selection_config(
     spare = target.shared_memory // per_sm - rows * (depth + (columns if swap else 0)) * element_size - 2048
     if decoded and not swap:
         spare -= columns * depth * element_size
+    if kept > 128:
+        # Sorts of long lists pass through shared memory.
+        spare -= rows * kept * 8
     most = 4 if fp8_product else 6 if swap else 4 if rows <= 64 else 3
     num_stages = max(1, min(most, spare // (columns * depth * key_size)))
     if target.backend == "hip":

@@ -85,6 +85,11 @@ def test_many_splits(dense, draw, init, topk, splits):
     check(dense, index_q, index_k, 4, topk, 1, min(init, topk - 1), num_splits=splits, rows=16)
 
 
+def test_too_many_blocks(dense):
+    with pytest.raises(NotImplementedError, match="topk: expected at most 512 .* got 513"):
+        check(dense, integers(1, 1, 1, 16), integers(1, 1, 600, 16), 1, 513)
+
+
 def test_bulk_copies(dense):
     index_q, index_k = integers(2, 3, 20, 16), integers(2, 1, 333, 16)
     check(dense, index_q, index_k, 16, 3, use_tma=True, num_splits=2)
