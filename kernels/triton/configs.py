@@ -27,8 +27,9 @@ def attend_config(
     target: Target, *, num_rows: int, head_dim: int, block_size: int, topk: int, element_size: int
 ) -> AttendConfig:
     """Tiles of the decode attention: num_rows is the number of (query, group) pairs."""
-    chunk = min(padded(block_size), 64)
-    width = chunk * padded(head_dim) * element_size * 2
+    vector = padded(head_dim) * element_size
+    chunk = min(padded(block_size), 64 if vector <= 512 else 16)
+    width = chunk * vector * 2
     num_stages = max(1, min(3, 1 + (target.shared_memory - (16 << 10)) // width))
     if target.backend == "hip":
         num_stages = min(num_stages, 2)

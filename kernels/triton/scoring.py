@@ -104,14 +104,65 @@ def clear_maximum(scores):
 
 
 @triton.jit
-def masked_maximum(scores, block, visible, num_local, BLOCK: tl.constexpr):
-    """m [rows] of any block: -inf where a row sees none of it, +inf where it is forced; visible [rows] in keys."""
-    column = tl.minimum(tl.arange(0, scores.shape[1]), BLOCK - 1)
-    seen = (block * BLOCK + column)[None, :] < visible[:, None]
-    best = clear_maximum(tl.where(seen, scores, float("-inf")))
+def ranked_maximum(best, block, visible, num_local, BLOCK: tl.constexpr):
+    """m [rows] of any block: `best`, or -inf where a row sees none of it, +inf where it is forced; visible in keys."""
     newest = (visible - 1) // BLOCK
     best = tl.where(block > newest - num_local, float("inf"), best)
     return tl.where(block * BLOCK < visible, best, float("-inf"))
+
+
+@triton.jit
+def masked_maximum(scores, block, visible, num_local, BLOCK: tl.constexpr):
+    """m [rows] of any block from its scores [rows, columns]."""
+    column = tl.minimum(tl.arange(0, scores.shape[1]), BLOCK - 1)
+    seen = (block * BLOCK + column)[None, :] < visible[:, None]
+    best = clear_maximum(tl.where(seen, scores, float("-inf")))
+    return ranked_maximum(best, block, visible, num_local, BLOCK)
+
+
+@triton.jit
+def maximum_by_parts(
+    q, index_k, cache, row, key, block, visible, num_local,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """As `masked_maximum`, of a block that begins at (row, key) of the cache, COLUMNS keys at a time."""
+    _, _, _, scale_ptr, seqlen_k, _, _, num_keys = cache
+    column = tl.arange(0, COLUMNS)
+    best = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    for first in range(0, BLOCK, COLUMNS):
+        count = tl.minimum(num_keys - block * BLOCK, BLOCK) - first
+        keys = load_keys(index_k, row, key + first, count, HEAD_DIM, COLUMNS, COLUMNS, DEPTH, False, False)
+        scales = tl.full([COLUMNS], 1.0, tl.float32)
+        if SCALED:
+            scales = load_scales(scale_ptr + row * seqlen_k + key + first, column, column < count)
+        scores = score_keys(q, keys, scales, SCALED, NATIVE, False)
+        seen = (column < count)[None, :] & ((block * BLOCK + first + column)[None, :] < visible[:, None])
+        best = tl.maximum(best, clear_maximum(tl.where(seen, scores, float("-inf"))))
+    return ranked_maximum(best, block, visible, num_local, BLOCK)
+
+
+@triton.jit
+def any_maximum(
+    q, index_k, cache, row, key, scales, block, visible, num_local,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, USE_TMA: tl.constexpr,
+    SCALED: tl.constexpr, NATIVE: tl.constexpr, SWAP: tl.constexpr, FP8_PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """m [rows] of any block, which begins at (row, key) of the cache and whose keys have these scales."""
+    if COLUMNS < BLOCK:
+        best = maximum_by_parts(
+            q, index_k, cache, row, key, block, visible, num_local,
+            HEAD_DIM, BLOCK, COLUMNS, DEPTH, SCALED, NATIVE,
+        )  # fmt: skip
+    else:
+        count = cache[7] - block * BLOCK
+        keys = load_keys(index_k, row, key, count, HEAD_DIM, BLOCK, COLUMNS, DEPTH, False, USE_TMA)
+        if FP8_PRODUCT and SCALED:
+            scores = score_e4m3(q, keys, scales)
+        else:
+            scores = score_keys(q, keys, scales, SCALED, NATIVE, SWAP)
+        best = masked_maximum(scores, block, visible, num_local, BLOCK)
+    return best
 
 
 @triton.jit

@@ -15,7 +15,7 @@ its blocks: all of them, or one split's share. So each key is loaded once for al
 queries, walks the blocks, and keeps each row's best ones (see `ranking.start_ranking`): with a period of 1 it inserts
 the blocks into lists one by one, else it collects the maxima of `period` blocks, and merges them if any row has one
 that beats its worst. Blocks that every row of the tile sees whole and that are not forced are walked without masks;
-the last block always takes the masked path.
+the last block always takes the masked path. A block of fp32 keys is scored in parts, as no tensor core multiplies them.
 
 Cost: 2 Hkv Di FLOPs per (query, visible key): 8.8 TFLOP at 128K causal tokens with Hkv 4, Di 128, which is 11.2 ms at
 783 TFLOP/s. A block costs each row block_size comparisons for the maximum and 5 kept operations for the insertion (or
@@ -49,12 +49,11 @@ from .primitives import (
 )
 from .ranking import collect, list_row, start_ranking, store_ranking
 from .scoring import (
+    any_maximum,
     clear_maximum,
     load_keys,
     load_queries,
     look_ahead,
-    masked_maximum,
-    score_e4m3,
     score_keys,
     walk_halves,
 )
@@ -112,6 +111,7 @@ def selection_kernel(
     OVERLAP: tl.constexpr,
 ):
     """See the module's docstring. Grid (tiles, splits)."""
+    tl.static_assert(COLUMNS >= BLOCK or not (CLEAR or SWAP), "blocks are taken whole but on the masked path")
     await_previous(OVERLAP)
     TOKENS: tl.constexpr = ROWS // GROUPS
     sequence, tile = find_tile(tl.program_id(0), tile_ends_ptr, num_sequences, seqlen_q, TOKENS, TABLE)
@@ -157,13 +157,10 @@ def selection_kernel(
                 place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
                 ranking = collect(ranking, best, block, False, PERIOD)
         for block in tl.range(masked_begin, end, num_stages=1 if CLEAR else None):
-            count = num_keys - block * BLOCK
-            keys = load_keys(keys_of, place, key, count, HEAD_DIM, BLOCK, COLUMNS, DEPTH, False, USE_TMA)
-            if FP8_PRODUCT and SCALED:
-                scores = score_e4m3(q, keys, scales)
-            else:
-                scores = score_keys(q, keys, scales, SCALED, NATIVE, SWAP)
-            best = masked_maximum(scores, block, visible, num_local, BLOCK)
+            best = any_maximum(
+                q, keys_of, cache, place, key, scales, block, visible, num_local,
+                HEAD_DIM, BLOCK, COLUMNS, DEPTH, USE_TMA, SCALED, NATIVE, SWAP, FP8_PRODUCT,
+            )  # fmt: skip
             place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
             ranking = collect(ranking, best, block, block == end - 1, PERIOD)
     ids_row = (batch * GROUPS + row % GROUPS) * seqlen_q + token
@@ -222,7 +219,7 @@ def selection_constants(
         "BLOCK": block_size,
         "HEAD_DIM": index_head_dim,
         "ROWS": config.rows,
-        "COLUMNS": padded(block_size),
+        "COLUMNS": config.columns,
         "DEPTH": padded(index_head_dim),
         "KEPT": config.kept,
         "PERIOD": config.period,

@@ -14,7 +14,8 @@ MOST_BLOCKS = 512
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """rows: query rows (tokens x groups) a tile; period: blocks ranked at a time; kept: padded topk.
+    """rows: query rows (tokens x groups) a tile; columns: keys a step, a whole block's, or, of fp32, a part's; period:
+    blocks ranked at a time; kept: padded topk.
 
     clear: blocks that every row sees whole take a loop of their own, without masks; halves: there the products of one
     half of the rows run while the other half's maxima are taken, and the period is 1; swap: the keys are the rows of
@@ -23,6 +24,7 @@ class SelectionConfig:
     """
 
     rows: int
+    columns: int
     num_warps: int
     num_stages: int
     period: int
@@ -93,7 +95,7 @@ def selection_config(
     as_stored = key_size == 2 == dtype.itemsize or (key_size == 1 and dtype == torch.bfloat16)
     if plain and as_stored and tma_ready and scales_ready and few <= 64 and kept <= 32:
         num_splits = split_count(num_sequences, triton.cdiv(seqlen_k, block_size), target.num_sms, 128)
-        return hopper_scorer(few, kept, num_splits, fp8_product=key_size == 1)
+        return hopper_scorer(few, columns, kept, num_splits, fp8_product=key_size == 1)
     as_they_are = dtype == torch.float8_e4m3fn and target.has_e4m3 and depth >= 32
     if dtype == torch.float8_e4m3fn and not as_they_are:
         dtype, key_size = torch.float16, 2
@@ -104,7 +106,10 @@ def selection_config(
     if hopper and decoded:
         rows = 128 if target.arch == 90 else 64
     if element_size > 2:
-        rows = 32
+        # No tensor cores: what is multiplied passes through registers.
+        rows, columns = (32, min(columns, 32)) if depth <= 128 else (16, 16)
+    elif depth > 256:
+        rows = min(rows, 64)
     rows = min(rows, max(16, 256 * 128 // columns), max(16, 4096 // kept))
     rows = min(rows, padded(min(seqlen_q, 4096) * num_kv_heads))
     rows = max(rows, padded(num_kv_heads))
@@ -140,6 +145,7 @@ def selection_config(
     halves = target.arch == 90 and rows >= 128 and not decoded
     return SelectionConfig(
         rows=rows,
+        columns=columns,
         num_warps=num_warps,
         num_stages=num_stages,
         # A few rows, or a row a thread, are ranked in registers; between these, a thread would have many rows to rank.
@@ -154,10 +160,11 @@ def selection_config(
     )
 
 
-def hopper_scorer(rows: int, kept: int, num_splits: int, fp8_product: bool) -> SelectionConfig:
+def hopper_scorer(rows: int, columns: int, kept: int, num_splits: int, fp8_product: bool) -> SelectionConfig:
     """The configuration of `scoring_hopper`. More copies in flight than four would only be in each other's way."""
     return SelectionConfig(
         rows=rows,
+        columns=columns,
         num_warps=4,
         num_stages=4,
         period=1,

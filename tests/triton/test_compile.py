@@ -81,6 +81,39 @@ def test_selection(build, target, case):
     assert (config.num_splits > 1) == (seqlen_q <= 16)
 
 
+def test_selection_of_float32(build, target):
+    """Its products are not the tensor cores': a whole block of keys would spill kilobytes."""
+    config = selection_configs.selection_config(
+        target,
+        num_sequences=1,
+        num_kv_heads=GROUPS,
+        seqlen_q=131072,
+        seqlen_k=131072,
+        index_head_dim=DEPTH,
+        block_size=BLOCK,
+        topk=TOPK,
+        dtype=torch.float32,
+        key_size=4,
+        tma_ready=True,
+    )
+    constants = selection.selection_constants(config, GROUPS, DEPTH, BLOCK, TOPK, True)
+    constants |= targets.storage_constants(target, False, False)
+    types = {"index_q_ptr": "*fp32", "index_k": "*fp32"}
+    build(selection.selection_kernel, target, constants, config.num_warps, config.num_stages, spills=32, **types)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(256, "fp32"), (512, "bf16")])
+def test_attend_to_wide_vectors(build, target, head_dim, dtype):
+    size = 4 if dtype == "fp32" else 2
+    config = configs.attend_config(
+        target, num_rows=GROUPS, head_dim=head_dim, block_size=BLOCK, topk=TOPK, element_size=size
+    )
+    constants = attend_constants(config, GROUPS, GROUP_SIZE, head_dim, BLOCK, TOPK, False)
+    constants |= targets.storage_constants(target, False, False)
+    types = {"out_ptr": "*fp32", **dict.fromkeys(["q_ptr", "k_ptr", "v_ptr"], f"*{dtype}")}
+    build(attend_kernel, target, constants, config.num_warps, config.num_stages, **types)
+
+
 @pytest.mark.parametrize(
     "shape",
     [

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmsa.kernels.triton.selection import choose_config, select_blocks
+from flexmsa.kernels.triton.targets import padded
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -19,7 +20,8 @@ def integers(*shape, dtype=torch.float32):
 def check(dense, index_q, index_k, block_size, topk, local=1, init=0, sequences=None, **overrides):
     if sequences is None:
         sequences = dense.plain(index_q.shape[0], index_q.shape[2], index_k.shape[2])
-    config = replace(choose_config(index_q, index_k, sequences, block_size, topk), **overrides)
+    config = choose_config(index_q, index_k, sequences, block_size, topk)
+    config = replace(config, **{"columns": padded(block_size), **overrides})
     found = select_blocks(index_q, index_k, sequences, block_size, topk, local, init, config=config)
     wanted = dense.select(index_q, index_k, sequences, block_size, topk, local, init)
     assert found.dtype == torch.int32 and found.is_contiguous()
@@ -50,6 +52,14 @@ def test_matches_definition(dense, shape, draw):
     index_q = draw(batch, groups, seqlen_q, depth, dtype=dtype)
     index_k = draw(batch, 1, seqlen_k, depth, dtype=dtype)
     check(dense, index_q, index_k, block_size, topk, local, init, num_splits=splits)
+
+
+@pytest.mark.parametrize("block_size", [48, 40])
+def test_parts_of_blocks(dense, block_size):
+    index_q, index_k = integers(2, 3, 30, 16), integers(2, 1, 333, 16)
+    index_k[0, 0, 100] = torch.nan
+    for splits, local in ((1, 1), (3, 2)):
+        check(dense, index_q, index_k, block_size, 3, local, num_splits=splits, columns=16)
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 20])
@@ -86,7 +96,7 @@ def test_many_splits(dense, draw, init, topk, splits):
 
 
 def test_too_many_blocks(dense):
-    with pytest.raises(NotImplementedError, match="topk: expected at most 512 .* got 513"):
+    with pytest.raises(NotImplementedError, match=r"topk: expected at most 512 .* got 513"):
         check(dense, integers(1, 1, 1, 16), integers(1, 1, 600, 16), 1, 513)
 
 
