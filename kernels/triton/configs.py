@@ -28,6 +28,7 @@ def attend_config(
 ) -> AttendConfig:
     """Tiles of the decode attention: num_rows is the number of (query, group) pairs."""
     vector = padded(head_dim) * element_size
+    # More of wide vectors would spill, or not fit.
     chunk = min(padded(block_size), 64 if vector <= 512 else 16)
     width = chunk * vector * 2
     num_stages = max(1, min(3, 1 + (target.shared_memory - (16 << 10)) // width))

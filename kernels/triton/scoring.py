@@ -133,9 +133,7 @@ def maximum_by_parts(
     for first in range(0, BLOCK, COLUMNS):
         count = tl.minimum(num_keys - block * BLOCK, BLOCK) - first
         keys = load_keys(index_k, row, key + first, count, HEAD_DIM, COLUMNS, COLUMNS, DEPTH, False, False)
-        scales = tl.full([COLUMNS], 1.0, tl.float32)
-        if SCALED:
-            scales = load_scales(scale_ptr + row * seqlen_k + key + first, column, column < count)
+        scales = load_scales(scale_ptr + row * seqlen_k + key + first, column, column < count) if SCALED else 1.0
         scores = score_keys(q, keys, scales, SCALED, NATIVE, False)
         seen = (column < count)[None, :] & ((block * BLOCK + first + column)[None, :] < visible[:, None])
         best = tl.maximum(best, clear_maximum(tl.where(seen, scores, float("-inf"))))

@@ -43,23 +43,32 @@ SELECTIONS = {
 }
 
 
+def selection_config(target, **changes):
+    """The scorer's configuration for bf16 at M3's shape, or for what is changed of it."""
+    shape = {
+        "num_sequences": 1,
+        "num_kv_heads": GROUPS,
+        "index_head_dim": DEPTH,
+        "block_size": BLOCK,
+        "topk": TOPK,
+        "dtype": torch.bfloat16,
+        "key_size": 2,
+        "tma_ready": True,
+    }
+    return selection_configs.selection_config(target, **{**shape, **changes})
+
+
 @pytest.mark.parametrize("case", SELECTIONS.values(), ids=SELECTIONS)
 def test_selection(build, target, case):
     """Of a few queries on Hopper, what keys are scored with that `scoring_hopper` does not take."""
     seqlen_q, seqlen_k, paged, e4m3_keys, e4m3_queries = case
     scaled = e4m3_keys and not e4m3_queries
-    config = selection_configs.selection_config(
+    config = selection_config(
         target,
-        num_sequences=1,
-        num_kv_heads=GROUPS,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
-        index_head_dim=DEPTH,
-        block_size=BLOCK,
-        topk=TOPK,
         dtype=torch.float8_e4m3fn if e4m3_queries else torch.bfloat16,
         key_size=1 if e4m3_keys else 2,
-        tma_ready=True,
         scales_ready=False,
     )
     constants = selection.selection_constants(config, GROUPS, DEPTH, BLOCK, TOPK, seqlen_q > 16)
@@ -83,19 +92,7 @@ def test_selection(build, target, case):
 
 def test_selection_of_float32(build, target):
     """Its products are not the tensor cores': a whole block of keys would spill kilobytes."""
-    config = selection_configs.selection_config(
-        target,
-        num_sequences=1,
-        num_kv_heads=GROUPS,
-        seqlen_q=131072,
-        seqlen_k=131072,
-        index_head_dim=DEPTH,
-        block_size=BLOCK,
-        topk=TOPK,
-        dtype=torch.float32,
-        key_size=4,
-        tma_ready=True,
-    )
+    config = selection_config(target, seqlen_q=131072, seqlen_k=131072, dtype=torch.float32, key_size=4)
     constants = selection.selection_constants(config, GROUPS, DEPTH, BLOCK, TOPK, True)
     constants |= targets.storage_constants(target, False, False)
     types = {"index_q_ptr": "*fp32", "index_k": "*fp32"}
@@ -125,18 +122,14 @@ def test_attend_to_wide_vectors(build, target, head_dim, dtype):
 def test_selection_hopper(build, shape, scaled):
     target = TARGETS["sm_90"]
     batch, seqlen_q, depth, block = shape
-    config = selection_configs.selection_config(
+    config = selection_config(
         target,
         num_sequences=batch,
-        num_kv_heads=GROUPS,
         seqlen_q=seqlen_q,
         seqlen_k=1 << 20,
         index_head_dim=depth,
         block_size=block,
-        topk=TOPK,
-        dtype=torch.bfloat16,
         key_size=1 if scaled else 2,
-        tma_ready=True,
     )
     assert config.hopper and (config.num_splits > 1) == (batch == 1)
     types = box_types(scoring_hopper.scorer_boxes(depth, block), torch.float8_e4m3fn if scaled else torch.bfloat16)

@@ -63,6 +63,19 @@ def test_selection(dense, seqlen_q, block_size):
     assert torch.equal(kernels.select_blocks(index_q, pages, *rules, table, page_scale), wanted)
 
 
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_selection_by_parts_of_blocks(dense, is_paged):
+    stored, scale, _ = quantized(1)
+    index_q = torch.randn(BATCH, GROUPS, 7, DEPTH)
+    rules = sequences_of(7), 24, 2, 1, 0
+    wanted = dense.select(index_q.double(), stored.double() * scale.view(E8M0).float()[..., None], *rules)
+    table = None
+    if is_paged:
+        table, (stored, scale) = paged(24, stored, scale)
+    config = replace(choose_config(index_q, stored, *rules[:3], table, scale), columns=16)
+    assert torch.equal(kernels.select_blocks(index_q, stored, *rules, table, scale, config=config), wanted)
+
+
 @pytest.mark.parametrize("as_they_are", [False, True])
 @pytest.mark.parametrize("halves", [False, True])
 def test_selection_by_e4m3_queries(dense, as_they_are, halves):

@@ -21,6 +21,7 @@ def check(dense, index_q, index_k, block_size, topk, local=1, init=0, sequences=
     if sequences is None:
         sequences = dense.plain(index_q.shape[0], index_q.shape[2], index_k.shape[2])
     config = choose_config(index_q, index_k, sequences, block_size, topk)
+    # Blocks whole, as 16 bits have them, which the interpreter does not multiply.
     config = replace(config, **{"columns": padded(block_size), **overrides})
     found = select_blocks(index_q, index_k, sequences, block_size, topk, local, init, config=config)
     wanted = dense.select(index_q, index_k, sequences, block_size, topk, local, init)
