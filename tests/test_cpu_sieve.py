@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmsa.kernels import cpu
-from flexmsa.kernels.cpu import selection
+from flexmsa.kernels.cpu import fp8, selection
 from flexmsa.kernels.cpu.index_keys import IndexKeys, Queries, Rules
 from flexmsa.kernels.cpu.packing import Scratch
-from flexmsa.kernels.cpu.sieve import best_blocks, least_scores, rough_maxima
+from flexmsa.kernels.cpu.sieve import best_blocks, least_scores, rough_error, rough_maxima
 
 BLOCK, TOPK = 8, 3
 CASES = {
@@ -37,23 +37,36 @@ def sieved(monkeypatch, used, *arguments):
         return cpu.select_blocks(*arguments)
 
 
+def in_format(index_k, fp8_keys):
+    """index_k and index_k_scale, as select_blocks takes them."""
+    return fp8.quantize(index_k) if fp8_keys else (index_k, None)
+
+
+def in_pages(x, table):
+    pages = torch.empty_like(x).view(-1, 1, BLOCK, *x.shape[3:])
+    pages[table[0].long()] = x.view(pages.shape)
+    return pages
+
+
+@pytest.mark.parametrize("fp8_keys", [False, True], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_nothing_changes(case, paged, monkeypatch):
+def test_nothing_changes(case, paged, fp8_keys, monkeypatch):
     groups, seqlen_q, num_keys, largest, local, init = case
     torch.manual_seed(0)
     # Integers, whose products are exact in any order; their sums need more than the 8 bits of a bf16 number.
     index_q = torch.randint(-largest, largest + 1, (1, groups, seqlen_q, 64)).bfloat16()
     index_k = torch.randint(-largest, largest + 1, (1, 1, 1608, 64)).bfloat16()
+    # With scales of their own.
+    index_k *= torch.randint(1, 3, (1608, 1))
     index_k[:, :, num_keys:] = torch.nan
+    index_k, scale = in_format(index_k, fp8_keys)
     table = None
     if paged:
         table = torch.randperm(201, dtype=torch.int32)[None]
-        pages = torch.empty(201, 1, BLOCK, 64, dtype=torch.bfloat16)
-        pages[table[0].long()] = index_k.view(201, 1, BLOCK, 64)
-        index_k = pages
+        index_k, scale = (None if x is None else in_pages(x, table) for x in (index_k, scale))
     sequences = torch.tensor([[0, 0, seqlen_q, 0, num_keys]], dtype=torch.int32)
-    arguments = index_q, index_k, sequences, BLOCK, TOPK, local, init, table
+    arguments = index_q, index_k, sequences, BLOCK, TOPK, local, init, table, scale
     used = []
     found = sieved(monkeypatch, used, *arguments)
     assert torch.equal(found, sieved(monkeypatch, None, *arguments))
@@ -61,15 +74,42 @@ def test_nothing_changes(case, paged, monkeypatch):
         assert len(used) == 1 and used[0] is not None
 
 
+def test_numbers_of_keys_that_count_as_zero(monkeypatch):
+    torch.manual_seed(0)
+    index_q, index_k = torch.full((1, 2, 1, 16), 9.0).bfloat16(), torch.randint(-7, 8, (1, 1, 400, 16)).bfloat16()
+    # Beside the first number of a key, all but an 8 are subnormal. By what is not, five blocks are the best.
+    index_k[..., 0], index_k[..., 1] = 2.0**17, 0
+    index_k[0, 0, : 5 * BLOCK, 1] = 8
+    index_q[..., 0], index_q[..., 1] = 0, 1
+    index_k, scale = fp8.quantize(index_k)
+    assert index_k[..., 2:].float().abs().max() == fp8.LARGEST_SUBNORMAL
+    sequences = torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32)
+    arguments = index_q, index_k, sequences, BLOCK, TOPK, 1, 0, None, scale
+    assert torch.equal(sieved(monkeypatch, [], *arguments), sieved(monkeypatch, None, *arguments))
+
+
+@pytest.mark.parametrize("exponent", [-120, -79, -78, -77, -76, -75, -74, 60, 80])
+def test_sizes_of_queries(exponent, monkeypatch):
+    torch.manual_seed(0)
+    index_q, index_k = torch.randint(-9, 10, (1, 2, 1, 16)).bfloat16(), torch.randint(-9, 10, (1, 1, 1600, 16))
+    index_k, scale = fp8.quantize(index_k)
+    sequences = torch.tensor([[0, 0, 1, 0, 1600]], dtype=torch.int32)
+    arguments = index_q * 2.0**exponent, index_k, sequences, BLOCK, TOPK, 1, 0, None, scale
+    assert torch.equal(sieved(monkeypatch, [], *arguments), sieved(monkeypatch, None, *arguments))
+
+
+@pytest.mark.parametrize("fp8_keys", [False, True], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
-def test_keys_that_are_not_finite(bad, monkeypatch):
+def test_keys_that_are_not_finite(bad, fp8_keys, monkeypatch):
     index_q, index_k = torch.ones(1, 2, 1, 16).bfloat16(), torch.randn(1, 1, 400, 16).bfloat16()
     index_k[0, 0, 77] = bad
-    arguments = index_q, index_k, torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32), BLOCK, TOPK, 1, 0
+    index_k, scale = in_format(index_k, fp8_keys)
+    sequences = torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32)
+    arguments = index_q, index_k, sequences, BLOCK, TOPK, 1, 0, None, scale
     used = []
     assert torch.equal(sieved(monkeypatch, used, *arguments), sieved(monkeypatch, None, *arguments))
     # One such key of a block hides behind the others.
-    assert bad == -torch.inf or used == [None]
+    assert (bad == -torch.inf and not fp8_keys) or used == [None]
 
 
 def test_a_query_of_more_bits_is_not_rounded(monkeypatch):
@@ -86,19 +126,23 @@ def test_the_best_blocks_are_not_ruled_out(seed, size, num_vectors):
     forced = np.zeros((num_vectors, 64), bool)
     forced[:, 62:] = True
     rough = scores.bfloat16().float().numpy()
-    limit = least_scores(rough, forced, ~forced, 4)
+    limit = least_scores(rough, np.zeros(num_vectors), forced, ~forced, 4)
     best = scores[:, :62].topk(2).indices.numpy()
     assert (np.take_along_axis(rough, best, 1) >= limit[:, None]).all()
 
 
+@pytest.mark.parametrize("fp8_keys", [False, True], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("block_size", [8, 12])
-def test_rough_maxima(block_size):
+def test_rough_maxima(block_size, fp8_keys):
     keys, queries = torch.randn(1, 1, 6 * block_size, 16).bfloat16(), torch.randn(3, 16).bfloat16()
-    keys[0, 0, 5 * block_size :] = torch.nan
+    keys[0, 0, 5 * block_size + 1 :] = torch.nan
     rules = Rules(block_size, topk=2, num_local_blocks=1, num_init_blocks=0)
     tile = Queries(batch=0, start=0, stop=1, k_start=0, k_end=5 * block_size + 1, position=5 * block_size, num_blocks=6)
     scratch = Scratch(torch.float32)
-    found = rough_maxima(queries, IndexKeys(keys, None, None, [tile], 3, rules, scratch), rules, scratch)
-    exact = (keys[0, 0, : 5 * block_size].float() @ queries.float().T).view(5, block_size, 3).amax(1)
-    torch.testing.assert_close(found[:5].amax(1).float(), exact, rtol=2.0**-8, atol=1e-5)
+    keys, scale = in_format(keys, fp8_keys)
+    index_k = IndexKeys(keys, scale, None, [tile], 3, rules, scratch)
+    found, error = rough_maxima(queries, index_k, rules, scratch), rough_error(queries, index_k)
+    seen = keys.float() if scale is None else keys.float() * fp8.as_scales(scale).float()[..., None]
+    exact = (seen[0, 0, : 5 * block_size] @ queries.float().T).view(5, block_size, 3).amax(1)
+    torch.testing.assert_close(found[:5].amax(1).float(), exact, rtol=2.0**-8, atol=1e-5 + error.max())
     assert (found[5] == 0).all()

@@ -12,9 +12,9 @@ from flexmsa.kernels.cpu.packing import Array, Scratch, array
 
 # Up to so many query vectors, one product per block is faster than one for all blocks.
 FEW_VECTORS = 64
-# Token scores computed at once, and keys copied for them: what the processor's cache holds.
+# Token scores computed at once, and bytes of keys copied for them: what the processor's cache holds.
 SCORES_PER_STEP = 2**19
-_COPIED_PER_STEP = 2**14
+_COPIED_BYTES = 2**23
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,19 @@ class IndexKeys:
         # Only the newest block may end beyond the keys, and is not scored where it is local.
         few = len(tiles) == 1 and (tiles[0].stop - tiles[0].start) * num_kv_heads <= FEW_VECTORS
         self.are_used_once = few and rules.num_local_blocks > 0
-        self._in_place = self.are_used_once and page_table is None and index_k.dtype == scratch.dtype
         self.factors: Tensor | None = None
         if index_k_scale is not None:
             self.factors = fp8.factors(self._load("scales", fp8.as_scales(index_k_scale)[:, 0], 0, self.num_blocks))
 
-    def stretches(self, num_vectors: int, as_stored: bool = False) -> Iterator[tuple[int, int]]:
+    def stretches(self, num_vectors: int, narrow: bool = False) -> Iterator[tuple[int, int]]:
         """First and last block (exclusive) of each stretch to be scored, for num_vectors query vectors a sequence.
 
-        For ``blocks``, or, ``as_stored``, for ``stored``.
+        For ``blocks``, or, if ``narrow``, for ``narrow_blocks``.
         """
         num_keys = SCORES_PER_STEP // num_vectors
-        if self._page_table is not None or not (as_stored or self._in_place):
-            num_keys = min(num_keys, _COPIED_PER_STEP)
+        dtype = torch.bfloat16 if narrow else self._scratch.dtype
+        if not self._are_in_place(dtype):
+            num_keys = min(num_keys, _COPIED_BYTES // (self._keys.shape[-1] * dtype.itemsize))
         step = max(1, num_keys // (len(self._tiles) * self._rules.block_size))
         end = self.num_blocks - self._rules.num_local_blocks
         for first in range(self._rules.num_init_blocks, end, step):
@@ -102,18 +102,25 @@ class IndexKeys:
 
     def blocks(self, first: int, stop: int) -> Tensor:
         """Blocks ``first .. stop - 1`` of each sequence in the compute dtype, [C, n * block_size, Di]: read only."""
-        return self.stored(first, stop)[None] if self._in_place else self._load("keys", self._keys, first, stop)
+        if self._are_in_place(self._scratch.dtype):
+            return self._stored(first, stop)[None]
+        return self._load("keys", self._keys, first, stop)
 
-    def stored(self, first: int, stop: int) -> Tensor:
-        """Whole blocks ``first .. stop - 1`` of the one sequence, as they are stored, [n * block_size, Di]."""
-        (tile,) = self._tiles
-        if self._page_table is not None:
-            return self._take(self._keys, self._page_table[tile.batch, first:stop])
-        start, end = (tile.k_start + block * self._rules.block_size for block in (first, stop))
-        return self._keys[tile.batch, start:end]
+    def narrow_blocks(self, first: int, stop: int) -> Tensor:
+        """Whole blocks ``first .. stop - 1`` of the one sequence as bf16 numbers, [n * block_size, Di]: read only.
+
+        They are stored so, or as e4m3 numbers, which are divided by ``fp8.BFLOAT16_SHIFT``.
+        """
+        stored = self._stored(first, stop)
+        if fp8.is_e4m3(stored):
+            return fp8.as_bfloat16(stored, self._scratch.take("e4m3", *stored.shape, dtype=torch.int16))
+        return stored
 
     def rows(self, numbers: Array) -> Tensor:
-        """The keys of the one sequence that have these numbers [n] in it, in the compute dtype, [n, Di]."""
+        """The keys of the one sequence that have these numbers [n] in it, in the compute dtype, [n, Di].
+
+        e4m3 ones are divided by ``fp8.SHIFT``.
+        """
         (tile,) = self._tiles
         if self._page_table is None:
             place, key = np.full_like(numbers, tile.batch), tile.k_start + numbers
@@ -122,6 +129,18 @@ class IndexKeys:
             place = array(self._page_table)[tile.batch, block]
         stored = self._keys[torch.as_tensor(place), torch.as_tensor(key)]
         return self._scratch.widen(stored, self._scratch.take("keys", *stored.shape))
+
+    def _are_in_place(self, dtype: torch.dtype) -> bool:
+        """Whether keys wanted in this dtype are read where they are stored."""
+        return self.are_used_once and self._page_table is None and self.dtype == dtype
+
+    def _stored(self, first: int, stop: int) -> Tensor:
+        """Whole blocks ``first .. stop - 1`` of the one sequence, as they are stored, [n * block_size, Di]."""
+        (tile,) = self._tiles
+        if self._page_table is not None:
+            return self._take(self._keys, self._page_table[tile.batch, first:stop])
+        start, end = (tile.k_start + block * self._rules.block_size for block in (first, stop))
+        return self._keys[tile.batch, start:end]
 
     def _take(self, blocks: Tensor, numbers: Tensor) -> Tensor:
         """These of blocks [N, block_size, ...], put one after another in a buffer."""

@@ -96,8 +96,8 @@ def _select(
     position = np.repeat(token - start + first, num_kv_heads, 1)
     queries = index_q[torch.as_tensor(batch), :, torch.as_tensor(token)].flatten(1, 2)
     best = None
-    narrow = index_k.dtype == index_q.dtype == torch.bfloat16 and index_q.device.type == "cpu"
-    if narrow and index_k.are_used_once and multiplies_bf16():
+    narrow = index_q.dtype == torch.bfloat16 and index_k.dtype in (torch.bfloat16, torch.float8_e4m3fn)
+    if narrow and index_q.device.type == "cpu" and index_k.are_used_once and multiplies_bf16():
         best = best_blocks(queries[0], position[0], index_k, rules, scratch)
     if best is None:
         best = _best_of_all(queries.to(scratch.dtype), position, index_k, rules, scratch)
