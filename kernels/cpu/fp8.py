@@ -37,7 +37,7 @@ def as_float16(stored: Tensor, bits: Tensor | None = None) -> Tensor:
 
 
 def as_bfloat16(stored: Tensor, bits: Tensor) -> Tensor:
-    """The same divided by ``BFLOAT16_SHIFT``. Products of bfloat16 take its subnormals, which are those of e4m3, for 0."""
+    """The same divided by ``BFLOAT16_SHIFT``: e4m3's subnormals are bfloat16's, which products may take for zero."""
     return _spread(stored, 2**4, _BFLOAT16, bits).view(torch.bfloat16)
 
 

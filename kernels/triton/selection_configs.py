@@ -106,13 +106,16 @@ def selection_config(
     if hopper and decoded:
         rows = 128 if target.arch == 90 else 64
     if element_size > 2:
-        # No tensor cores: what is multiplied passes through registers.
-        rows, columns = (32, min(columns, 32)) if depth <= 128 else (16, 16)
+        rows = 32 if depth <= 128 else 16
     elif depth > 256:
         rows = min(rows, 64)
     rows = min(rows, max(16, 256 * 128 // columns), max(16, 4096 // kept))
     rows = min(rows, padded(min(seqlen_q, 4096) * num_kv_heads))
     rows = max(rows, padded(num_kv_heads))
+    if element_size > 2:
+        # No tensor cores: what is multiplied passes through registers, which hold more keys beside few queries.
+        room = rows == 16 and not decoded and target.backend == "cuda"
+        columns = min(columns, 16 if depth > 128 else 64 if room else 32)
 
     # A decoding step waits for memory: its keys go from shared memory to the product without passing registers, and
     # several programs to a multiprocessor keep loads in flight while one of them merges.

@@ -90,12 +90,15 @@ def test_selection(build, target, case):
     assert (config.num_splits > 1) == (seqlen_q <= 16)
 
 
-def test_selection_of_float32(build, target):
+@pytest.mark.parametrize("seqlen_q", [1, 131072])
+def test_selection_of_float32(build, target, seqlen_q):
     """Its products are not the tensor cores': a whole block of keys would spill kilobytes."""
-    config = selection_config(target, seqlen_q=131072, seqlen_k=131072, dtype=torch.float32, key_size=4)
-    constants = selection.selection_constants(config, GROUPS, DEPTH, BLOCK, TOPK, True)
+    config = selection_config(target, seqlen_q=seqlen_q, seqlen_k=131072, dtype=torch.float32, key_size=4)
+    constants = selection.selection_constants(config, GROUPS, DEPTH, BLOCK, TOPK, seqlen_q > 16)
     constants |= targets.storage_constants(target, False, False)
     types = {"index_q_ptr": "*fp32", "index_k": "*fp32"}
+    if config.num_splits > 1:
+        types["lists_ptr"] = "*i64"
     build(selection.selection_kernel, target, constants, config.num_warps, config.num_stages, spills=32, **types)
 
 
