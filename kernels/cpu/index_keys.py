@@ -14,7 +14,7 @@ from flexmsa.kernels.cpu.packing import Array, Scratch, array
 FEW_VECTORS = 64
 # Token scores computed at once, and bytes of keys copied for them: what the processor's cache holds.
 SCORES_PER_STEP = 2**19
-_COPIED_BYTES = 2**23
+_COPIED_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,11 @@ class IndexKeys:
     def stretches(self, num_vectors: int, narrow: bool = False) -> Iterator[tuple[int, int]]:
         """First and last block (exclusive) of each stretch to be scored, for num_vectors query vectors a sequence.
 
-        For ``blocks``, or, if ``narrow``, for ``narrow_blocks``.
+        For ``blocks``, or, if ``narrow``, for ``narrow_parts``.
         """
         num_keys = SCORES_PER_STEP // num_vectors
-        dtype = torch.bfloat16 if narrow else self._scratch.dtype
-        if not self._are_in_place(dtype):
-            num_keys = min(num_keys, _COPIED_BYTES // (self._keys.shape[-1] * dtype.itemsize))
+        if not narrow and not self._are_in_place(self._scratch.dtype):
+            num_keys = min(num_keys, self._num_copied(self._scratch.dtype))
         step = max(1, num_keys // (len(self._tiles) * self._rules.block_size))
         end = self.num_blocks - self._rules.num_local_blocks
         for first in range(self._rules.num_init_blocks, end, step):
@@ -106,15 +105,21 @@ class IndexKeys:
             return self._stored(first, stop)[None]
         return self._load("keys", self._keys, first, stop)
 
-    def narrow_blocks(self, first: int, stop: int) -> Tensor:
-        """Whole blocks ``first .. stop - 1`` of the one sequence as bf16 numbers, [n * block_size, Di]: read only.
+    def narrow_parts(self, first: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
+        """Whole blocks ``first .. stop - 1`` of the one sequence as bf16 numbers, read only, and where they belong.
 
-        They are stored so, or as e4m3 numbers, which are divided by ``fp8.BFLOAT16_SHIFT``.
+        In parts [m, Di], of keys that count from block ``first``: one, if they are stored so. e4m3 numbers are divided
+        by ``fp8.BFLOAT16_SHIFT``.
         """
-        stored = self._stored(first, stop)
-        if fp8.is_e4m3(stored):
-            return fp8.as_bfloat16(stored, self._scratch.take("e4m3", *stored.shape, dtype=torch.int16))
-        return stored
+        size, step = self._rules.block_size, stop - first
+        if not self._are_in_place(torch.bfloat16):
+            step = max(1, self._num_copied(torch.bfloat16) // size)
+        for part in range(first, stop, step):
+            end = min(part + step, stop)
+            keys = self._stored(part, end)
+            if fp8.is_e4m3(keys):
+                keys = fp8.as_bfloat16(keys, self._scratch.take("e4m3", *keys.shape, dtype=torch.int16))
+            yield slice((part - first) * size, (end - first) * size), keys
 
     def rows(self, numbers: Array) -> Tensor:
         """The keys of the one sequence that have these numbers [n] in it, in the compute dtype, [n, Di].
@@ -133,6 +138,10 @@ class IndexKeys:
     def _are_in_place(self, dtype: torch.dtype) -> bool:
         """Whether keys wanted in this dtype are read where they are stored."""
         return self.are_used_once and self._page_table is None and self.dtype == dtype
+
+    def _num_copied(self, dtype: torch.dtype) -> int:
+        """How many keys are copied to this dtype at once."""
+        return _COPIED_BYTES // (self._keys.shape[-1] * dtype.itemsize)
 
     def _stored(self, first: int, stop: int) -> Tensor:
         """Whole blocks ``first .. stop - 1`` of the one sequence, as they are stored, [n * block_size, Di]."""

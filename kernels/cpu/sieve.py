@@ -75,16 +75,29 @@ def rough_maxima(queries: Tensor, index_k: IndexKeys, rules: Rules, scratch: Scr
         queries = queries * _LIFT
         factors = (index_k.factors[0] * (fp8.BFLOAT16_SHIFT / fp8.SHIFT / _LIFT)).to(torch.bfloat16)
     for first, stop in index_k.stretches(num_vectors, narrow=True):
-        keys = index_k.narrow_blocks(first, stop)
+        scores = scratch.take("rough", (stop - first) * size, num_vectors, dtype=torch.bfloat16)
         if factors is None:
-            scores = _rough_scores(queries, keys, scratch).view(stop - first, apart, -1)
-            torch.amax(scores, 1, out=maxima[first:stop].flatten(1))
+            for part, keys in index_k.narrow_parts(first, stop):
+                _multiply(keys, queries, scores[part])
+            torch.amax(scores.view(stop - first, apart, -1), 1, out=maxima[first:stop].flatten(1))
         else:
-            scores = scratch.take("rough", num_vectors, len(keys), dtype=torch.bfloat16)
-            torch.mm(queries, keys.T, out=scores).mul_(factors[first * size : stop * size])
+            scores = scores.view(num_vectors, -1)
+            for part, keys in index_k.narrow_parts(first, stop):
+                torch.mm(queries, keys.T, out=scores[:, part])
+            scores.mul_(factors[first * size : stop * size])
             scores = _halve(scores.view(num_vectors, -1, size), size // apart)
             maxima[first:stop].copy_(scores.permute(1, 2, 0))
     return maxima
+
+
+def _multiply(keys: Tensor, queries: Tensor, scores: Tensor) -> None:
+    """Scores [n, R] of keys [n, Di] with queries [R, Di], by equal products."""
+    num_products = _PRODUCTS * torch.get_num_threads()
+    cut = len(keys) - len(keys) % num_products
+    for part, batch in (slice(cut), num_products), (slice(cut, None), 1):
+        if len(keys[part]):
+            by_product = queries.T.expand(batch, -1, -1)
+            torch.bmm(keys[part].unflatten(0, (batch, -1)), by_product, out=scores[part].unflatten(0, (batch, -1)))
 
 
 def _halve(scores: Tensor, width: int) -> Tensor:
@@ -92,18 +105,6 @@ def _halve(scores: Tensor, width: int) -> Tensor:
     while scores.shape[-1] > width:
         first, second = scores.chunk(2, -1)
         scores = torch.maximum(first, second, out=first)
-    return scores
-
-
-def _rough_scores(queries: Tensor, keys: Tensor, scratch: Scratch) -> Tensor:
-    """Scores [n, R] of keys [n, Di] with queries [R, Di]."""
-    scores = scratch.take("rough", len(keys), len(queries), dtype=torch.bfloat16)
-    num_products = _PRODUCTS * torch.get_num_threads()
-    cut = len(keys) - len(keys) % num_products
-    for part, batch in (slice(cut), num_products), (slice(cut, None), 1):
-        if len(keys[part]):
-            by_product = queries.T.expand(batch, -1, -1)
-            torch.bmm(keys[part].unflatten(0, (batch, -1)), by_product, out=scores[part].unflatten(0, (batch, -1)))
     return scores
 
 
