@@ -117,13 +117,16 @@ def _cancelling_terms(inputs: tuple[Tensor, ...], lse: Tensor) -> dict[str, floa
     """The size of what cancels in each gradient.
 
     In q and k, the gradient of a score is <grad_out, v> - <grad_out, out>: sums of D terms of either sign, of at most
-    max |v| each, times the scale 1 / sqrt(D). In index_q and index_k it is P_idx - P, over the rows of the mean.
+    max |v| each, times the scale 1 / sqrt(D). In v it is a sum over the heads of a group, and in index_q and index_k
+    P_idx - P, over the rows of the mean: of weights e^(S - lse) that are as wrong as S and lse are, in the dtype of lse.
     """
     q, k, v, index_q, index_k = (float(x.detach().abs().max()) for x in inputs)
     num_heads, num_kv_heads = inputs[0].shape[1], inputs[1].shape[1]
     rows = max(1, int(lse.isfinite().sum()) * num_kv_heads // num_heads)
-    share = inputs[3].shape[3] ** -0.5 / rows
-    return {"q": v * k, "k": v * q, "index_q": share * index_k, "index_k": share * index_q}
+    wrong = product_size(*inputs[:2]) * torch.finfo(lse.dtype).eps / torch.finfo(inputs[0].dtype).eps
+    share = (1 + wrong) * inputs[3].shape[3] ** -0.5 / rows
+    heads = wrong * num_heads / num_kv_heads
+    return {"q": v * k, "k": v * q, "v": heads, "index_q": share * index_k, "index_k": share * index_q}
 
 
 def main(argv: list[str]) -> int:
