@@ -118,7 +118,7 @@ def _cancelling_terms(inputs: tuple[Tensor, ...], lse: Tensor) -> dict[str, floa
 
     In q and k, the gradient of a score is <grad_out, v> - <grad_out, out>: sums of D terms of either sign, of at most
     max |v| each, times the scale 1 / sqrt(D). In v it is a sum over the heads of a group, and in index_q and index_k
-    P_idx - P, over the rows of the mean: of weights e^(S - lse) that are as wrong as S and lse are, in the dtype of lse.
+    P_idx - P, over the rows of the mean: of weights e^(S - lse) that are as wrong as S and lse, in the dtype of lse.
     """
     q, k, v, index_q, index_k = (float(x.detach().abs().max()) for x in inputs)
     num_heads, num_kv_heads = inputs[0].shape[1], inputs[1].shape[1]
