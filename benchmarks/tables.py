@@ -115,6 +115,13 @@ def summary() -> str:
                 f"- CPU ({load_result('cpu.json')['machine']['threads']} cores), {seqlen // 1024}K tokens, {variant}: "
                 f"**{row['ratio']:.1f} times faster** than dense attention; the FLOPs allow {row['limit']:.1f}."
             )
+    decode = load_result("cpu_decode.json")
+    row = decode["rows"][0]
+    lines.append(
+        f"- CPU ({decode['machine']['threads']} cores), one decoding step at {row['keys'] // 1024}K tokens, "
+        f"{row['dtype']}: {1e3 * row['step_seconds']:.1f} ms, **{row['ratio']:.1f} times faster** than dense "
+        f"attention; the bytes allow {row['limit']:.1f}."
+    )
     selection = found["selection 131072 x 131072"]
     lines.append(
         f"- H200, selection for 128K queries, 64/4 heads: {selection['ms']:.1f} ms; its products alone take "

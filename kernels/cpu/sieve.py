@@ -116,7 +116,7 @@ def rough_error(queries: Tensor, index_k: IndexKeys) -> Array:
         return np.full(len(queries), least)
     scale = array(index_k.factors).max() / fp8.SHIFT
     lost = np.abs(array(queries.float())).sum(-1) * fp8.LARGEST_SUBNORMAL
-    return scale * (lost + least * fp8.BFLOAT16_SHIFT / _LIFT)
+    return least + scale * (lost + least * fp8.BFLOAT16_SHIFT / _LIFT)
 
 
 def least_scores(maxima: Array, error: Array, forced: Array, is_open: Array, topk: int) -> Array:
