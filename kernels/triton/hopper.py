@@ -16,6 +16,12 @@ SIDE_BY_SIDE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
+@gluon.constexpr_function
+def lanes(num_warps):
+    """One number to each lane."""
+    return gl.BlockedLayout([1], [32], [num_warps], [0])
+
+
 @gluon.jit
 def make_barriers(number: gl.constexpr, count: gl.constexpr):
     """`number` barriers in shared memory, each of `count` arrivals."""

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .fp8 import decode_scales, join_pairs, split_e4m3
-from .hopper import make_barriers, meet, shared_box
+from .hopper import lanes, make_barriers, meet, shared_box
 from .primitives import FLT_MAX, announce_next, await_previous, find_tile, load_sequence, locate_block
 from .ranking import first_blocks, insert_block, list_row, store_ranking
 from .selection import LENGTHS
@@ -50,7 +50,7 @@ def load_tile(tables, numbers, TOPK: gl.constexpr, BLOCK: gl.constexpr, TOKENS: 
 @gluon.jit
 def take_ticket(ticket_ptr, wanted, SPLIT: gl.constexpr):
     """The counter's next number, if it is wanted, in the first of [32]: whose numbers nobody waits for before use."""
-    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    lane = gl.arange(0, 32, lanes(gl.num_warps()))
     ticket = lane * 0
     if SPLIT:
         ticket = gl.atomic_add(ticket_ptr + ticket, ticket + 1, mask=(lane == 0) & wanted, sem="relaxed")
@@ -69,16 +69,22 @@ def block_number(step, steps, ticket, num_splits, SPLIT: gl.constexpr):
 
 
 @gluon.jit
+def scale_box(scale_boxes, stage, STAGES: gl.constexpr):
+    """A stage's box of scales, each of which begins at a multiple of 128 bytes."""
+    return scale_boxes.index(stage * (scale_boxes.shape[0] // STAGES))
+
+
+@gluon.jit
 def write_block(block_box, block):
     """The block whose keys a stage has, or -1 after the last, for the other warps."""
-    block_box.store(gl.full([1], block, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+    block_box.store(gl.full([1], block, gl.int32, lanes(gl.num_warps())))
 
 
 @gluon.jit
 def await_block(boxes, barriers, step, STAGES: gl.constexpr):
     """The block of a step, once its keys are there."""
     mbarrier.wait(barriers[0].index(step % STAGES), step // STAGES & 1)
-    block = boxes[2].index(step % STAGES).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    block = boxes[2].index(step % STAGES).load(lanes(gl.num_warps()))
     return gl.max(block, axis=0)
 
 
@@ -91,7 +97,6 @@ def copy_keys(
     """The copying warp's work: the program's blocks of keys, and their scales."""
     key_tiles, scale_tiles = tiles
     key_boxes, scale_boxes, block_boxes = boxes
-    PITCH: gl.constexpr = scale_boxes.shape[0] // STAGES
     full, empty = barriers
     _, _, seqlen_k, max_pages, num_pages, num_splits, _, _ = numbers
     _, batch, _, _, _, k_start, _, forced, scored = load_tile(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
@@ -110,9 +115,8 @@ def copy_keys(
         write_block(block_boxes.index(stage), block)
         if SCALED:
             mbarrier.expect(ready, key_tiles.block_type.nbytes + scale_tiles.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                scale_tiles, [(row * seqlen_k + key).to(gl.int32)], ready, scale_boxes.index(stage * PITCH)
-            )
+            place = (row * seqlen_k + key).to(gl.int32)
+            tma.async_copy_global_to_shared(scale_tiles, [place], ready, scale_box(scale_boxes, stage, STAGES))
         else:
             mbarrier.expect(ready, key_tiles.block_type.nbytes)
         tma.async_copy_global_to_shared(key_tiles, [row.to(gl.int32), key, 0], ready, key_boxes.index(stage))
@@ -167,13 +171,12 @@ def rank_keys(
 ):  # fmt: skip
     """The work of the other warps."""
     key_boxes, scale_boxes, _ = boxes
-    PITCH: gl.constexpr = scale_boxes.shape[0] // STAGES
     _, seqlen_q, _, _, _, num_splits, num_local, _ = numbers
     TOKENS: gl.constexpr = ROWS // GROUPS
     COLUMNS: gl.constexpr = q_box.shape[0]
     DEPTH: gl.constexpr = q_box.shape[1]
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS, 32 if SCALED else 16])
-    ranked: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    ranked: gl.constexpr = lanes(gl.num_warps())
     tile = load_tile(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
     sequence, batch, q_start, first, q_end, _, num_keys, forced, _ = tile
     place_queries(queries, q_box, batch, first, q_end, ROWS, GROUPS, SCALED)
@@ -191,7 +194,7 @@ def rank_keys(
         # e4m3 products are added up with about 14 bits, as in `scoring.score_e4m3`.
         scores = warpgroup_mma(keys, q_box.permute((1, 0)), scores, use_acc=False, is_async=True)
         if SCALED:
-            scales = scale_boxes.index(stage * PITCH).load(gl.SliceLayout(1, scored))
+            scales = scale_box(scale_boxes, stage, STAGES).load(gl.SliceLayout(1, scored))
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(barriers[1].index(stage), count=1)
         if SCALED:
