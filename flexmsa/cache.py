@@ -71,10 +71,10 @@ class Cache:
                 cache is then unchanged. In compiled code on a GPU and in a CUDA graph, rows that are full stay as
                 they are, and `check` raises afterwards.
         """
+        count = k.shape[2] if isinstance(k, Tensor) and k.dim() == 4 else 0
         for name, new, buffer in (("k", k, self.k), ("v", v, self.v), ("index_k", index_k, self.index_k)):
-            validation.check_cache_input(name, new, buffer, (self.batch_size, k.shape[2]))
+            validation.check_cache_input(name, new, buffer, (self.batch_size, count))
         validation.check_row_counts("lens", lens, self.kv_lens)
-        count = k.shape[2]
         self.check_room(count, lens)
         ops.append(
             k.detach(),
@@ -154,16 +154,19 @@ class Cache:
         if self._newest is not None and self._newest[0] == seqlen_q:
             return self._sequences if self._newest[1] else self._sequences[: self.batch_size]
         queries = self.kv_lens.new_empty(self.batch_size, 1, seqlen_q, 0)
-        return ops.sequence_table(queries, None, self.kv_starts, self.kv_lens, self.capacity)
+        # A row may still be within its padding.
+        kv_lens = torch.maximum(self.kv_lens, self.kv_starts)
+        return ops.sequence_table(queries, None, self.kv_starts, kv_lens, self.capacity)
 
     def trim(self, counts: int | Tensor) -> None:
         """Forget the newest tokens of each row, such as rejected speculative ones.
 
         Args:
-            counts: how many; an int, or [B] int for each row. No row gets shorter than empty.
+            counts: how many; an int, or [B] int for each row, of which negative ones are 0. No row gets shorter than
+                empty.
 
         Raises:
-            ValueError, TypeError: counts is negative or has another shape or device.
+            ValueError, TypeError: counts is a negative int, or has another shape or device.
         """
         if isinstance(counts, Tensor):
             validation.check_row_counts("counts", counts, self.kv_lens)
@@ -229,16 +232,20 @@ class MSACache(Cache):
             kv_starts: [B] int; padding tokens on the left of each row's prompt. None: no padding.
             dtype: of keys and values; torch.float8_e4m3fn stores them with a scale for each token and head.
             index_dtype: of index keys, likewise; None: dtype.
+
+        Raises:
+            ValueError, TypeError: a size is below 1, a dtype is none that is kept, or a start is no token of a row.
         """
         validation.check_cache_sizes(batch_size, num_kv_heads, head_dim, index_head_dim, capacity=capacity)
+        index_dtype = dtype if index_dtype is None else index_dtype
+        validation.check_cache_dtype("dtype", dtype)
+        validation.check_cache_dtype("index_dtype", index_dtype)
         self.capacity = capacity
         k = torch.zeros(batch_size, num_kv_heads, capacity, head_dim, dtype=dtype, device=device)
-        index_k = torch.zeros(
-            batch_size, 1, capacity, index_head_dim, dtype=dtype if index_dtype is None else index_dtype, device=device
-        )
+        index_k = torch.zeros(batch_size, 1, capacity, index_head_dim, dtype=index_dtype, device=device)
         super().__init__(k, torch.zeros_like(k), index_k, batch_size)
         if kv_starts is not None:
-            validation.check_sequences(batch_size, 1, capacity, self.k.device, None, kv_starts, None)
+            validation.check_kv_starts(kv_starts, batch_size, capacity, self.k.device)
             self.kv_starts.copy_(kv_starts)
 
     def reorder(self, rows: Tensor) -> Self:

@@ -60,8 +60,10 @@ class PagedMSACache(Cache):
             max_pages=max_pages,
             page_size=page_size,
         )
-        k = torch.zeros(num_pages, num_kv_heads, page_size, head_dim, dtype=dtype, device=device)
         index_dtype = dtype if index_dtype is None else index_dtype
+        validation.check_cache_dtype("dtype", dtype)
+        validation.check_cache_dtype("index_dtype", index_dtype)
+        k = torch.zeros(num_pages, num_kv_heads, page_size, head_dim, dtype=dtype, device=device)
         index_k = torch.zeros(num_pages, 1, page_size, index_head_dim, dtype=index_dtype, device=device)
         self.page_table = torch.full((batch_size, max_pages), -1, dtype=torch.int32, device=k.device)
         self._pages: Pages | None = Pages(num_pages, batch_size)
@@ -69,28 +71,42 @@ class PagedMSACache(Cache):
         super().__init__(k, torch.zeros_like(k), index_k, batch_size)
 
     @classmethod
-    def wrap(cls, k: Tensor, v: Tensor, index_k: Tensor, page_table: Tensor, kv_lens: Tensor) -> Self:
+    def wrap(
+        cls,
+        k: Tensor,
+        v: Tensor,
+        index_k: Tensor,
+        page_table: Tensor,
+        kv_lens: Tensor,
+        *,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        index_k_scale: Tensor | None = None,
+    ) -> Self:
         """Return a cache on the buffers of a server that hands out pages itself.
 
         The server writes page_table (before an append, for the pages that it needs) and may write kv_lens; `append`
-        writes kv_lens too. `reserve`, `share` and `reorder` are the server's business.
+        writes kv_lens too, so each layer has its own. To decode after kv_lens was written, with no append between, call
+        `trim(0)` first. `reserve`, `share` and `reorder` are the server's business. On a GPU an append to a row that is
+        full leaves it as it is, and `check` raises afterwards, as in compiled code.
 
         Args:
             k, v: [num_pages, Hkv, page_size, D]; index_k: [num_pages, 1, page_size, Di].
-            page_table: [B, max_pages] int32; kv_lens: [B] int32.
+            page_table: [B, max_pages] int32; kv_lens: [B] int32; both contiguous.
+            k_scale, v_scale, index_k_scale: of e4m3 pools, uint8 of their shape but for D. None: new ones, for pools
+                that hold nothing yet.
 
         Raises:
             ValueError, TypeError: shapes, dtypes or devices do not fit together.
         """
+        scales = {"k_scale": k_scale, "v_scale": v_scale, "index_k_scale": index_k_scale}
+        validation.check_pools({"k": k, "v": v, "index_k": index_k}, scales)
         validation.check_page_table(page_table, kv_lens, k.device)
-        heads = (k.shape[0], k.shape[2])
-        if k.dim() != 4 or v.shape != k.shape or (index_k.shape[0], index_k.shape[2]) != heads or index_k.shape[1] != 1:
-            raise ValueError(
-                "k, v, index_k: expected [num_pages, Hkv, page_size, D], the same, and [num_pages, 1, page_size, Di], "
-                f"got {list(k.shape)}, {list(v.shape)} and {list(index_k.shape)}"
-            )
         cache = cls.__new__(cls)
         Cache.__init__(cache, k, v, index_k, page_table.shape[0])
+        for name, scale in scales.items():
+            if scale is not None:
+                setattr(cache, name, scale)
         cache.page_table, cache.kv_lens, cache._pages = page_table, kv_lens, None
         return cache
 
@@ -116,42 +132,51 @@ class PagedMSACache(Cache):
             ValueError: a row cannot have so many, or too few pages are free. The cache is then unchanged.
         """
         wanted = tokens if isinstance(tokens, list) else [tokens] * self.batch_size
-        validation.check_int("tokens", min(wanted), 0)
+        if len(wanted) != self.batch_size:
+            raise ValueError(f"tokens: expected a number for each of {self.batch_size} rows, got {len(wanted)}")
+        for count in wanted:
+            validation.check_int("tokens", count, 0)
         if max(wanted) > self.capacity:
             raise ValueError(f"tokens: expected at most max_pages * page_size = {self.capacity}, got {max(wanted)}")
-        pages = self._own_pages().copy()
-        for row, count in enumerate(wanted):
-            pages.extend(row, self._pages_for(count))
-            self._reserved[row] = max(self._reserved[row], self._pages_for(count))
+        pages = self._pages_in_use()
+        reserved = [max(has, self._pages_for(count)) for has, count in zip(self._reserved, wanted, strict=True)]
+        for row, length in enumerate(reserved):
+            pages.extend(row, length)
+        self._reserved = reserved
         self._keep(pages)
 
     def share(self, source: int, rows: list[int], tokens: int) -> None:
         """Let rows begin with the first `tokens` tokens of row `source`, whatever they held, without a copy.
 
-        Full pages are shared; the tokens after the last full page are copied.
+        Full pages are shared; the tokens after the last full page are copied. What is reserved stays so.
 
         Raises:
             ValueError: the source is shorter, or too few pages are free. The cache is then unchanged.
         """
+        validation.check_rows("source", [source], self.batch_size)
+        validation.check_rows("rows", rows, self.batch_size)
+        validation.check_int("tokens", tokens, 0)
         held = int(self.kv_lens[source])
         if not 0 <= tokens <= held:
             raise ValueError(f"tokens: expected 0 to {held}, the tokens of row {source}, got {tokens}")
         if source in rows or len(set(rows)) < len(rows):
             raise ValueError(f"rows: expected distinct rows other than the source {source}, got {rows}")
-        pages, full = self._own_pages().copy(), tokens // self.page_size
+        pages, full = self._pages_in_use(), tokens // self.page_size
         copies = []
         for row in rows:
             pages.share(source, row, full)
         for row in rows if tokens % self.page_size else []:
             pages.extend(row, full + 1)
             copies.append((pages.rows[source][full], pages.rows[row][full]))
+        self._extend_to_reserved(pages)
         self._keep(pages, copies)
         self._set_lens(rows, tokens)
 
     def reorder(self, rows: Tensor) -> Self:
         """Make row b a copy of what row rows[b] was, for beam search; returns the cache.
 
-        Full pages are shared, part-filled ones copied. Waits for the device, to know the lengths.
+        Full pages are shared, part-filled ones copied. What is reserved for a row stays so. Waits for the device, to
+        know the lengths.
 
         Args:
             rows: [B] int.
@@ -161,8 +186,11 @@ class PagedMSACache(Cache):
         """
         validation.check_row_counts("rows", rows, self.kv_lens)
         parents, lens = rows.tolist(), self.kv_lens.tolist()
-        pages = self._own_pages().copy()
-        self._keep(pages, pages.reorder(parents, lens, self.page_size))
+        validation.check_rows("rows", parents, self.batch_size)
+        pages = self._pages_in_use()
+        copies = pages.reorder(parents, lens, self.page_size)
+        self._extend_to_reserved(pages)
+        self._keep(pages, copies)
         self.kv_lens.copy_(self.kv_lens[rows])
         self._bounds = [lens[parent] for parent in parents]
         self._newest = None
@@ -170,21 +198,35 @@ class PagedMSACache(Cache):
 
     def trim(self, counts: int | Tensor) -> None:
         """As `Cache.trim`. If rows share pages, this waits for the device, and a row that is cut back into a shared
-        page gets a copy of it; not so in compiled code and CUDA graphs, where no row may be cut back that far."""
-        super().trim(counts)
+        page gets a copy of it; not so in compiled code and CUDA graphs, where no row may be cut back that far. If too
+        few pages are free for that, it raises ValueError, and the cache is unchanged."""
         if self._pages is None or is_recorded() or not any(map(self._pages.is_shared, range(self.batch_size))):
+            super().trim(counts)
             return
-        pages, copies = self._pages.copy(), []
+        before = self.kv_lens.clone(), self._bounds, self._newest
+        super().trim(counts)
+        try:
+            self._leave_shared_pages()
+        except ValueError:
+            self.kv_lens.copy_(before[0])
+            self._bounds, self._newest = before[1:]
+            raise
+
+    def _leave_shared_pages(self) -> None:
+        """Give rows that end within a page which others have a copy of it."""
+        pages, copies = self._own_pages().copy(), []
         for row, length in enumerate(self.kv_lens.tolist()):
             if pages.is_shared(row, length // self.page_size):
                 pages.truncate(row, self._pages_for(length))
                 if length % self.page_size:
                     copies.append(pages.own(row, self._pages_for(length)))
+        self._extend_to_reserved(pages)
         self._keep(pages, copies)
 
     def reset(self, rows: list[int] | None = None) -> None:
         """Forget every token of the rows, or of all, and free their pages."""
         rows = list(range(self.batch_size)) if rows is None else rows
+        validation.check_rows("rows", rows, self.batch_size)
         if self._pages is not None:
             for row in rows:
                 self._pages.truncate(row, 0)
@@ -194,7 +236,7 @@ class PagedMSACache(Cache):
 
     def _gather(self, buffer: Tensor, scale: Tensor | None) -> Tensor:
         pages = buffer if scale is None else dequantised(buffer, scale)
-        rows = pages[self.page_table.clamp(min=0).long()]
+        rows = pages[self.page_table.clamp(0, len(pages) - 1).long()]
         return rows.transpose(1, 2).flatten(2, 3)
 
     def _known_counts(self, count: int, lens: Tensor | None) -> list[int]:
@@ -208,10 +250,7 @@ class PagedMSACache(Cache):
             self._pages_for(length) <= len(self._pages.rows[row]) for row, length in enumerate(lengths)
         ):
             return True
-        pages = self._pages.copy()
-        for row, bound in enumerate(self._bounds):
-            # Pages taken for tokens that were trimmed since.
-            pages.truncate(row, max(self._pages_for(bound), self._reserved[row]))
+        pages = self._pages_in_use()
         try:
             for row, length in enumerate(lengths):
                 pages.extend(row, self._pages_for(length))
@@ -234,6 +273,17 @@ class PagedMSACache(Cache):
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
+
+    def _pages_in_use(self) -> Pages:
+        """Who has what, to be changed, without pages taken for tokens that were trimmed since."""
+        pages = self._own_pages().copy()
+        for row, bound in enumerate(self._bounds):
+            pages.truncate(row, max(self._pages_for(bound), self._reserved[row]))
+        return pages
+
+    def _extend_to_reserved(self, pages: Pages) -> None:
+        for row, length in enumerate(self._reserved):
+            pages.extend(row, length)
 
     def _own_pages(self) -> Pages:
         if self._pages is None:

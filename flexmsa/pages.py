@@ -1,6 +1,6 @@
 """Which row has which pages: the bookkeeping of a paged cache, on the host."""
 
-from copy import deepcopy
+from copy import copy
 from typing import Self
 
 __all__ = ["Pages"]
@@ -25,7 +25,10 @@ class Pages:
 
     def copy(self) -> Self:
         """Return the same, to be changed by itself."""
-        return deepcopy(self)
+        other = copy(self)
+        other.rows = [list(pages) for pages in self.rows]
+        other._uses, other._free = list(self._uses), list(self._free)
+        return other
 
     @property
     def num_free(self) -> int:

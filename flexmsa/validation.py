@@ -211,6 +211,24 @@ def check_cache_sizes(batch_size: int, num_kv_heads: int, head_dim: int, index_h
         check_int(name, size, 1)
 
 
+def check_cache_dtype(name: str, dtype: torch.dtype) -> None:
+    kept = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+    if dtype not in kept:
+        raise TypeError(f"{name}: expected one of {', '.join(map(str, kept))}, got {dtype}")
+
+
+def check_kv_starts(kv_starts: Tensor, batch_size: int, capacity: int, device: torch.device) -> None:
+    check_sequences(batch_size, 1, capacity, device, None, kv_starts, None)
+    wrong = [start for start in kv_starts.tolist() if not 0 <= start <= capacity]
+    if wrong:
+        raise ValueError(f"kv_starts: expected 0 to {capacity}, the capacity, for each row, got {wrong[0]}")
+
+
+def check_rows(name: str, rows: list[int], batch_size: int) -> None:
+    if not isinstance(rows, list) or not all(isinstance(row, int) and 0 <= row < batch_size for row in rows):
+        raise ValueError(f"{name}: expected a list of rows from 0 to {batch_size - 1}, got {rows}")
+
+
 def check_cache_input(name: str, new: Tensor, buffer: Tensor, tokens: tuple[int, int]) -> None:
     """`tokens` is (B, n); the heads and their size are the buffer's."""
     _check_tensor(name, new, "[B, H, tokens, D]")
@@ -266,6 +284,30 @@ def check_row_counts(name: str, counts: Tensor | None, kv_lens: Tensor) -> None:
         _check_shape(name, counts, tuple(kv_lens.shape), "[B]")
 
 
+def check_pools(pools: dict[str, Tensor], scales: dict[str, Tensor | None]) -> None:
+    """Keys, values and index keys of a paged cache, and scales of those that are e4m3."""
+    for name, pool in pools.items():
+        _check_tensor(name, pool, "pages [num_pages, heads, page_size, D]", e4m3=True)
+    k, v, index_k = pools.values()
+    if v.shape != k.shape or (index_k.shape[0], index_k.shape[2]) != (k.shape[0], k.shape[2]) or index_k.shape[1] != 1:
+        raise ValueError(
+            "k, v, index_k: expected [num_pages, Hkv, page_size, D], the same, and [num_pages, 1, page_size, Di], "
+            f"got {list(k.shape)}, {list(v.shape)} and {list(index_k.shape)}"
+        )
+    _check_same_dtype("v", v, "k", k)
+    for (name, scale), pool in zip(scales.items(), pools.values(), strict=True):
+        if pool.device != k.device:
+            raise ValueError(f"k, v, index_k: expected one device, got {k.device} and {pool.device}")
+        if scale is None:
+            continue
+        if pool.dtype != torch.float8_e4m3fn or scale.dtype != torch.uint8 or scale.device != pool.device:
+            raise TypeError(
+                f"{name}: expected uint8 on {pool.device}, for an e4m3 pool, got {scale.dtype} on {scale.device} for "
+                f"{pool.dtype}"
+            )
+        _check_shape(name, scale, tuple(pool.shape[:-1]), "[num_pages, heads, page_size]")
+
+
 def check_page_table(page_table: Tensor, kv_lens: Tensor, device: torch.device) -> None:
     _check_lengths("page_table", page_table, device)
     _check_lengths("kv_lens", kv_lens, device)
@@ -274,5 +316,8 @@ def check_page_table(page_table: Tensor, kv_lens: Tensor, device: torch.device) 
             f"page_table: expected contiguous int32 [B, max_pages], got {page_table.dtype} {list(page_table.shape)}"
         )
     _check_shape("kv_lens", kv_lens, (page_table.shape[0],), "[B] with page_table's B")
-    if kv_lens.dtype != torch.int32:
-        raise TypeError(f"kv_lens: expected int32, which is updated in place, got {kv_lens.dtype}")
+    if kv_lens.dtype != torch.int32 or not kv_lens.is_contiguous():
+        raise TypeError(
+            f"kv_lens: expected contiguous int32, which is updated in place, got {kv_lens.dtype} of stride "
+            f"{kv_lens.stride(0)}"
+        )

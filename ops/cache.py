@@ -168,7 +168,7 @@ def _(q, index_q, k, v, index_k, sequences, block_size, topk, *_):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=statistics_dtype(q)), block_indices
 
 
-# Casting here would copy a whole cache; the public function casts the few queries instead.
+# Casting here would copy a whole cache: what is appended and asked has its dtype already, or raises.
 register_autocast(append, cast=0)
 register_autocast(attend_blocks, cast=0)
 register_autocast(select_and_attend, cast=0)

@@ -50,7 +50,10 @@ def block_sparse_attention_forward(
     group_size = num_heads // num_kv_heads
     index = ReverseIndex(sequences, block_indices, block_size, batch, num_kv_heads, seqlen_q)
     table = index.table if page_table is None else BlockTable(sequences, block_size, page_table)
-    k_blocks, v_blocks = table.pack(k, scale * math.log2(math.e), k_scale), table.pack(v, 1.0, v_scale)
+    # e4m3 keys do not tell what to compute in.
+    dtype = compute_dtype(q.dtype)
+    k_blocks = table.pack(k, scale * math.log2(math.e), k_scale, dtype)
+    v_blocks = table.pack(v, 1.0, v_scale, dtype)
     out, lse = _attend(PlainAttention, index, q, k_blocks, v_blocks)
     exact = PlainAttention.is_exact(out, lse).unflatten(1, (num_kv_heads, group_size)).all(2) | ~index.sees_keys
     if not bool(exact.all()):

@@ -159,12 +159,14 @@ class BlockTable:
         self._token = torch.as_tensor(first[:, None] + np.minimum(offset, last[:, None])).flatten()
         self._batch = torch.as_tensor(np.repeat(row, block_size))
 
-    def pack(self, x: Tensor, scale: float = 1.0, token_scale: Tensor | None = None) -> Tensor:
-        """[B,H,Sk,D] to blocks [H * total, block_size, D] in the compute dtype, times ``scale``.
+    def pack(
+        self, x: Tensor, scale: float = 1.0, token_scale: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """[B,H,Sk,D] to blocks [H * total, block_size, D] in ``dtype``, or x's compute dtype, times ``scale``.
 
         e4m3 numbers come with their token_scale [B,H,Sk].
         """
-        blocks = self._take(x).to(compute_dtype(x.dtype))
+        blocks = self._take(x).to(compute_dtype(x.dtype) if dtype is None else dtype)
         if token_scale is not None:
             blocks.mul_(fp8.factors(self._take(fp8.as_scales(token_scale)))[..., None])
         if self._has_padding:
