@@ -53,7 +53,7 @@ def decode(
     """
     if not isinstance(cache, Cache):
         raise TypeError(f"cache: expected an MSACache or a PagedMSACache, got {type(cache).__name__}")
-    aux = return_aux or AuxRequest()
+    aux = validation.check_aux(return_aux)
     if aux.index_loss:
         raise ValueError("return_aux: expected lse or block_indices, got index_loss; decode is for inference")
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)

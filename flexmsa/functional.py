@@ -76,7 +76,7 @@ def attention(
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     choose_backend("block_sparse_attention", backend, q)
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
-    aux = return_aux or AuxRequest()
+    aux = validation.check_aux(return_aux)
     block_indices = None
     if topk is not None:
         block_indices = select_blocks(
@@ -214,7 +214,7 @@ def block_sparse_attention(
     """
     _reject_forward_ad(q, k, v)
     validation.check_main_inputs(q, k, v, scale)
-    aux = return_aux or AuxRequest()
+    aux = validation.check_aux(return_aux)
     if aux.index_loss:
         raise ValueError("return_aux: expected lse or block_indices, got index_loss; call flexmsa.index_loss for it")
     q, k, v = ops.cast_to_autocast(q, k, v)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flexmsa import decoding, functional, ops
+from flexmsa import decoding, functional, ops, validation
 from flexmsa.cache import Cache, MSACache
 from flexmsa.config import MSAConfig
 from flexmsa.kernels.sequences import key_ranges
@@ -72,9 +72,17 @@ class MSAttention(nn.Module):
         self.index_q_norm, self.index_k_norm = norm(config.index_head_dim), norm(config.index_head_dim)
 
     def new_cache(
-        self, batch_size: int, capacity: int, kv_starts: Tensor | None = None, index_dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        capacity: int,
+        kv_starts: Tensor | None = None,
+        index_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> MSACache:
-        """Return an empty cache for this layer, on its device and in its dtype."""
+        """Return an empty cache for this layer, on its device, and in its dtype if none is given.
+
+        For use under autocast, give the region's.
+        """
         weight = self.k_proj.weight
         config = self.config
         return MSACache(
@@ -84,7 +92,7 @@ class MSAttention(nn.Module):
             config.index_head_dim,
             capacity,
             kv_starts=kv_starts,
-            dtype=weight.dtype,
+            dtype=weight.dtype if dtype is None else dtype,
             index_dtype=index_dtype,
             device=weight.device,
         )
@@ -161,8 +169,16 @@ class MSAttention(nn.Module):
         Returns:
             out [B, S, hidden_size], and the block_indices [B, Hkv, S, topk] attended to, None in the warm-up.
         """
+        if not isinstance(cache, Cache) or cache.batch_size != x.shape[0]:
+            got = f"one of {cache.batch_size}" if isinstance(cache, Cache) else type(cache).__name__
+            raise ValueError(f"cache: expected an MSACache or a PagedMSACache of x's {x.shape[0]} rows, got {got}")
+        validation.check_row_counts("lens", lens, cache.kv_lens)
         cache.check_room(x.shape[1], lens)
         q, k, v, index_q, index_k = self.project(x, positions=cache.next_positions(x.shape[1]))
+        # What `decode` would refuse must not have been appended.
+        validation.check_decode_inputs(q, index_q, cache, self.config.block_size, None)
+        if block_indices is not None:
+            validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
         cache.append(k, v, index_k, lens=lens, backend=backend)
         out, aux = decoding.decode(
             q,

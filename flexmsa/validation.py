@@ -1,5 +1,5 @@
-"""Every check of user input that needs no values: shapes, dtypes, devices, settings. All messages in one voice:
-`name: expected ..., got ...`, then what to do about it.
+"""Every check of user input that needs no values of a device: shapes, dtypes, devices, settings; but for starts of a
+cache, which is made once. All messages in one voice: `name: expected ..., got ...`, then what to do about it.
 
 Checks of values (ids in range, offsets rising) are in flexmsa.ops.checks, where they can run under torch.compile.
 """
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from flexmsa.types import AuxRequest
 
 if TYPE_CHECKING:
     from flexmsa.cache import Cache
@@ -170,6 +172,13 @@ def check_sequences(
             _check_shape(name, lengths, (batch,), "[B]")
 
 
+def check_aux(return_aux: AuxRequest | None) -> AuxRequest:
+    """What is asked for: nothing, if None."""
+    if return_aux is not None and not isinstance(return_aux, AuxRequest):
+        raise TypeError(f"return_aux: expected an AuxRequest, such as AuxRequest(lse=True), got {return_aux!r}")
+    return return_aux or AuxRequest()
+
+
 def check_lse(lse: Tensor, q: Tensor) -> None:
     if not isinstance(lse, Tensor):
         raise TypeError(f"lse: expected a tensor, got {type(lse).__name__}")
@@ -238,7 +247,10 @@ def check_cache_input(name: str, new: Tensor, buffer: Tensor, tokens: tuple[int,
     if new.device != buffer.device:
         raise ValueError(f"{name}: expected the device of the cache, {buffer.device}, got {new.device}")
     if new.dtype != buffer.dtype and buffer.element_size() > 1:
-        raise TypeError(f"{name}: expected the dtype of the cache, {buffer.dtype}, got {new.dtype}")
+        raise TypeError(
+            f"{name}: expected the dtype of the cache, {buffer.dtype}, got {new.dtype}; make the cache with this dtype "
+            "(that of the autocast region, within one), or cast"
+        )
 
 
 def check_decode_inputs(

@@ -168,3 +168,44 @@ def test_buffers_that_a_server_may_not_give(change, message):
     arguments |= {"kv_lens": torch.zeros(2, dtype=torch.int32)}
     with pytest.raises((ValueError, TypeError), match=message):
         flexmsa.PagedMSACache.wrap(**(arguments | change))
+
+
+def layer():
+    return flexmsa.MSAttention(
+        flexmsa.MSAConfig(
+            hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, index_head_dim=16, block_size=4, topk=2
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_indices": torch.zeros(2, 1, 9, 2, dtype=torch.int32)}, "block_indices: expected"),
+        ({"lens": torch.tensor([1, 1, 1])}, "lens: expected"),
+        ({"cache": flexmsa.MSACache(3, 1, 16, 16, 32)}, "cache: expected"),
+        ({"cache": "a cache"}, "cache: expected"),
+    ],
+    ids=["block_indices", "lens", "batch", "none"],
+)
+def test_what_a_layer_refuses_is_not_appended(change, message):
+    attention = layer()
+    cache = attention.new_cache(2, 32)
+    with pytest.raises(ValueError, match=message):
+        attention.generate(torch.randn(2, 3, 32), **({"cache": cache} | change))
+    assert cache.kv_lens.tolist() == [0, 0]
+
+
+def test_a_layer_under_autocast():
+    attention = layer()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        with pytest.raises(TypeError, match="expected the dtype of the cache"):
+            attention(torch.randn(2, 3, 32), cache=attention.new_cache(2, 32))
+        out, _ = attention(torch.randn(2, 3, 32), cache=attention.new_cache(2, 32, dtype=torch.bfloat16))
+    assert out.isfinite().all()
+
+
+def test_what_is_asked_for_by_something_else():
+    cache = flexmsa.MSACache(2, 1, 16, 16, 32)
+    with pytest.raises(TypeError, match="return_aux: expected an AuxRequest"):
+        flexmsa.decode(torch.randn(2, 2, 1, 16), cache, None, topk=None, return_aux=True)

@@ -43,7 +43,12 @@ def generate(
         generator: of random numbers, on the CPU.
         compiled: run the step through torch.compile.
         select_every: as for `GPT.read`.
+
+    Raises:
+        ValueError: there is no prompt, or an empty one.
     """
+    if not prompts or not all(prompts):
+        raise ValueError(f"prompts: expected at least one, of at least one byte each, got {prompts}")
     device = model.embedding.weight.device
     lens = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=device)
     longest = max(map(len, prompts))
