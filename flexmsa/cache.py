@@ -29,12 +29,19 @@ class Cache:
     page_table: Tensor | None = None
     capacity: int
 
-    def __init__(self, k: Tensor, v: Tensor, index_k: Tensor, batch_size: int) -> None:
-        """Take over the buffers; rows start empty."""
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        index_k: Tensor,
+        batch_size: int,
+        scales: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    ) -> None:
+        """Take over the buffers, and the scales that are given of e4m3 ones; rows start empty."""
         self.k, self.v, self.index_k = k, v, index_k
         self.k_scale, self.v_scale, self.index_k_scale = (
-            torch.zeros(x.shape[:-1], dtype=torch.uint8, device=x.device) if x.dtype == FP8 else None
-            for x in (k, v, index_k)
+            torch.zeros(x.shape[:-1], dtype=torch.uint8, device=x.device) if x.dtype == FP8 and scale is None else scale
+            for x, scale in zip((k, v, index_k), scales, strict=True)
         )
         self.kv_lens = torch.zeros(batch_size, dtype=torch.int32, device=k.device)
         self.kv_starts = torch.zeros_like(self.kv_lens)
@@ -74,7 +81,6 @@ class Cache:
         count = k.shape[2] if isinstance(k, Tensor) and k.dim() == 4 else 0
         for name, new, buffer in (("k", k, self.k), ("v", v, self.v), ("index_k", index_k, self.index_k)):
             validation.check_cache_input(name, new, buffer, (self.batch_size, count))
-        validation.check_row_counts("lens", lens, self.kv_lens)
         self.check_room(count, lens)
         ops.append(
             k.detach(),
@@ -100,7 +106,11 @@ class Cache:
             self._bounds = [bound + more for bound, more in zip(self._bounds, counts, strict=True)]
 
     def check_room(self, count: int, lens: Tensor | None = None) -> None:
-        """Raise ValueError unless `count` more tokens fit into every row, or lens[b] more into row b."""
+        """Raise ValueError unless `count` more tokens fit into every row, or lens[b] more into row b.
+
+        TypeError or ValueError, too, if lens are no such numbers.
+        """
+        validation.check_row_counts("lens", lens, self.kv_lens)
         if is_recorded():
             # What runs later, and how often, is not known here; the kernels look for themselves.
             self._bounds = [self.capacity] * self.batch_size
@@ -238,8 +248,7 @@ class MSACache(Cache):
         """
         validation.check_cache_sizes(batch_size, num_kv_heads, head_dim, index_head_dim, capacity=capacity)
         index_dtype = dtype if index_dtype is None else index_dtype
-        validation.check_cache_dtype("dtype", dtype)
-        validation.check_cache_dtype("index_dtype", index_dtype)
+        validation.check_cache_dtypes(dtype, index_dtype)
         self.capacity = capacity
         k = torch.zeros(batch_size, num_kv_heads, capacity, head_dim, dtype=dtype, device=device)
         index_k = torch.zeros(batch_size, 1, capacity, index_head_dim, dtype=index_dtype, device=device)

@@ -172,7 +172,6 @@ class MSAttention(nn.Module):
         if not isinstance(cache, Cache) or cache.batch_size != x.shape[0]:
             got = f"one of {cache.batch_size}" if isinstance(cache, Cache) else type(cache).__name__
             raise ValueError(f"cache: expected an MSACache or a PagedMSACache of x's {x.shape[0]} rows, got {got}")
-        validation.check_row_counts("lens", lens, cache.kv_lens)
         cache.check_room(x.shape[1], lens)
         q, k, v, index_q, index_k = self.project(x, positions=cache.next_positions(x.shape[1]))
         # What `decode` would refuse must not have been appended.

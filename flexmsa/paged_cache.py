@@ -61,8 +61,7 @@ class PagedMSACache(Cache):
             page_size=page_size,
         )
         index_dtype = dtype if index_dtype is None else index_dtype
-        validation.check_cache_dtype("dtype", dtype)
-        validation.check_cache_dtype("index_dtype", index_dtype)
+        validation.check_cache_dtypes(dtype, index_dtype)
         k = torch.zeros(num_pages, num_kv_heads, page_size, head_dim, dtype=dtype, device=device)
         index_k = torch.zeros(num_pages, 1, page_size, index_head_dim, dtype=index_dtype, device=device)
         self.page_table = torch.full((batch_size, max_pages), -1, dtype=torch.int32, device=k.device)
@@ -103,10 +102,7 @@ class PagedMSACache(Cache):
         validation.check_pools({"k": k, "v": v, "index_k": index_k}, scales)
         validation.check_page_table(page_table, kv_lens, k.device)
         cache = cls.__new__(cls)
-        Cache.__init__(cache, k, v, index_k, page_table.shape[0])
-        for name, scale in scales.items():
-            if scale is not None:
-                setattr(cache, name, scale)
+        Cache.__init__(cache, k, v, index_k, page_table.shape[0], (k_scale, v_scale, index_k_scale))
         cache.page_table, cache.kv_lens, cache._pages = page_table, kv_lens, None
         return cache
 
@@ -140,8 +136,7 @@ class PagedMSACache(Cache):
             raise ValueError(f"tokens: expected at most max_pages * page_size = {self.capacity}, got {max(wanted)}")
         pages = self._pages_in_use()
         reserved = [max(has, self._pages_for(count)) for has, count in zip(self._reserved, wanted, strict=True)]
-        for row, length in enumerate(reserved):
-            pages.extend(row, length)
+        pages.extend_each(reserved)
         self._reserved = reserved
         self._keep(pages)
 
@@ -157,7 +152,7 @@ class PagedMSACache(Cache):
         validation.check_rows("rows", rows, self.batch_size)
         validation.check_int("tokens", tokens, 0)
         held = int(self.kv_lens[source])
-        if not 0 <= tokens <= held:
+        if tokens > held:
             raise ValueError(f"tokens: expected 0 to {held}, the tokens of row {source}, got {tokens}")
         if source in rows or len(set(rows)) < len(rows):
             raise ValueError(f"rows: expected distinct rows other than the source {source}, got {rows}")
@@ -168,7 +163,7 @@ class PagedMSACache(Cache):
         for row in rows if tokens % self.page_size else []:
             pages.extend(row, full + 1)
             copies.append((pages.rows[source][full], pages.rows[row][full]))
-        self._extend_to_reserved(pages)
+        pages.extend_each(self._reserved)
         self._keep(pages, copies)
         self._set_lens(rows, tokens)
 
@@ -189,7 +184,7 @@ class PagedMSACache(Cache):
         validation.check_rows("rows", parents, self.batch_size)
         pages = self._pages_in_use()
         copies = pages.reorder(parents, lens, self.page_size)
-        self._extend_to_reserved(pages)
+        pages.extend_each(self._reserved)
         self._keep(pages, copies)
         self.kv_lens.copy_(self.kv_lens[rows])
         self._bounds = [lens[parent] for parent in parents]
@@ -220,7 +215,7 @@ class PagedMSACache(Cache):
                 pages.truncate(row, self._pages_for(length))
                 if length % self.page_size:
                     copies.append(pages.own(row, self._pages_for(length)))
-        self._extend_to_reserved(pages)
+        pages.extend_each(self._reserved)
         self._keep(pages, copies)
 
     def reset(self, rows: list[int] | None = None) -> None:
@@ -252,8 +247,7 @@ class PagedMSACache(Cache):
             return True
         pages = self._pages_in_use()
         try:
-            for row, length in enumerate(lengths):
-                pages.extend(row, self._pages_for(length))
+            pages.extend_each([self._pages_for(length) for length in lengths])
         except ValueError:
             return False
         self._keep(pages)
@@ -280,10 +274,6 @@ class PagedMSACache(Cache):
         for row, bound in enumerate(self._bounds):
             pages.truncate(row, max(self._pages_for(bound), self._reserved[row]))
         return pages
-
-    def _extend_to_reserved(self, pages: Pages) -> None:
-        for row, length in enumerate(self._reserved):
-            pages.extend(row, length)
 
     def _own_pages(self) -> Pages:
         if self._pages is None:

@@ -56,6 +56,11 @@ class Pages:
             self._uses[page] = 1
             pages.append(page)
 
+    def extend_each(self, lengths: list[int]) -> None:
+        """Give row r free pages until it has lengths[r], as `extend` does."""
+        for row, length in enumerate(lengths):
+            self.extend(row, length)
+
     def truncate(self, row: int, length: int) -> None:
         """Take the pages after the first `length` from the row."""
         self._assign({row: self.rows[row][:length]})

@@ -220,10 +220,11 @@ def check_cache_sizes(batch_size: int, num_kv_heads: int, head_dim: int, index_h
         check_int(name, size, 1)
 
 
-def check_cache_dtype(name: str, dtype: torch.dtype) -> None:
+def check_cache_dtypes(dtype: torch.dtype, index_dtype: torch.dtype) -> None:
     kept = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
-    if dtype not in kept:
-        raise TypeError(f"{name}: expected one of {', '.join(map(str, kept))}, got {dtype}")
+    for name, chosen in (("dtype", dtype), ("index_dtype", index_dtype)):
+        if chosen not in kept:
+            raise TypeError(f"{name}: expected one of {', '.join(map(str, kept))}, got {chosen}")
 
 
 def check_kv_starts(kv_starts: Tensor, batch_size: int, capacity: int, device: torch.device) -> None:
@@ -307,17 +308,21 @@ def check_pools(pools: dict[str, Tensor], scales: dict[str, Tensor | None]) -> N
             f"got {list(k.shape)}, {list(v.shape)} and {list(index_k.shape)}"
         )
     _check_same_dtype("v", v, "k", k)
+    if not k.device == v.device == index_k.device:
+        raise ValueError(f"k, v, index_k: expected one device, got {k.device}, {v.device} and {index_k.device}")
     for (name, scale), pool in zip(scales.items(), pools.values(), strict=True):
-        if pool.device != k.device:
-            raise ValueError(f"k, v, index_k: expected one device, got {k.device} and {pool.device}")
-        if scale is None:
-            continue
-        if pool.dtype != torch.float8_e4m3fn or scale.dtype != torch.uint8 or scale.device != pool.device:
-            raise TypeError(
-                f"{name}: expected uint8 on {pool.device}, for an e4m3 pool, got {scale.dtype} on {scale.device} for "
-                f"{pool.dtype}"
-            )
-        _check_shape(name, scale, tuple(pool.shape[:-1]), "[num_pages, heads, page_size]")
+        if scale is not None:
+            _check_pool_scale(name, scale, pool)
+
+
+def _check_pool_scale(name: str, scale: Tensor, pool: Tensor) -> None:
+    is_right = scale.dtype == torch.uint8 and scale.device == pool.device and scale.is_contiguous()
+    if pool.dtype != torch.float8_e4m3fn or not is_right:
+        raise TypeError(
+            f"{name}: expected uint8 on {pool.device}, contiguous, for an e4m3 pool, got {scale.dtype} on "
+            f"{scale.device} of strides {list(scale.stride())} for {pool.dtype}"
+        )
+    _check_shape(name, scale, tuple(pool.shape[:-1]), "[num_pages, heads, page_size]")
 
 
 def check_page_table(page_table: Tensor, kv_lens: Tensor, device: torch.device) -> None:

@@ -27,8 +27,8 @@ def unchanged(cache, call, message):
     assert state(cache) == before
 
 
-def decode(cache, q, topk=None):
-    return flexmsa.decode(q, cache, None, block_size=4, topk=topk)
+def decode(cache, q):
+    return flexmsa.decode(q, cache, None, block_size=4, topk=None)
 
 
 def test_a_trim_that_needs_a_page_where_none_is_free():
