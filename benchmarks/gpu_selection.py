@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu_serving import FP8
 from benchmarks.gpu_training import BLOCK, DEPTH, GROUPS, TOPK
-from flexmsa.kernels.triton.selection import choose_config, select_blocks
+from flexmsa.kernels.triton.selection.launch import choose_config, select_blocks
 
 SQUARE = [8192, 32768, 131072, 524288]
 CHUNKS = [(338, 74578), (171, 55339), (1626, 93146), (16384, 47744)]

@@ -12,8 +12,9 @@ from unittest import mock
 import torch
 
 from benchmarks.gpu_serving import BLOCK, DEPTH, FP8, GROUPS, RULES, SCALE, TOPK, caches, select, step
-from flexmsa.kernels.triton import decode, select_blocks
-from flexmsa.kernels.triton.tickets import tickets
+from flexmsa.kernels.triton import select_blocks
+from flexmsa.kernels.triton.selection.work_counters import tickets
+from flexmsa.kernels.triton.serving import launch as decode
 from flexmsa.testing import Schedule, check_schedule
 
 SCHEDULES = [
@@ -92,7 +93,7 @@ def serving_errors() -> Iterator[str]:
             )
     # The plain PyTorch kernels, which devices without Triton take, run on this one.
     formats = {"dtype": "bfloat16"}, {"dtype": "bfloat16", "paged": True}, {"dtype": "float32", "fp8_keys": True}
-    yield from schedule_errors(SCHEDULES[:3], *formats, backend="cpu")
+    yield from schedule_errors(SCHEDULES[:3], *formats, backend="torch")
     yield from long_errors()
     yield from counter_errors()
     yield from overlapping_errors()

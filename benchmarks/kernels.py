@@ -17,26 +17,27 @@ from typing import Any
 import torch
 import triton
 
-from flexmsa.kernels.triton import (
-    backward_gradient,
-    backward_hopper,
-    backward_sums,
-    by_block,
-    by_block_hopper,
-    combine_slots,
-    configs,
-    scoring_hopper,
-    selection,
-    selection_configs,
-    targets,
-    walk,
-    walk_hopper,
-)
-from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps
-from flexmsa.kernels.triton.attend import attend_constants, attend_kernel
-from flexmsa.kernels.triton.loss_gradient import index_loss_kernel, loss_constants
-from flexmsa.kernels.triton.loss_student import block_lse_kernel, lse_constants
-from flexmsa.kernels.triton.loss_sums import sum_slots_kernel
+from flexmsa.kernels.triton.backward import config as backward_config
+from flexmsa.kernels.triton.backward import gradient as backward_gradient
+from flexmsa.kernels.triton.backward import gradient_sm90 as backward_hopper
+from flexmsa.kernels.triton.backward import reduce as backward_sums
+from flexmsa.kernels.triton.common import target as targets
+from flexmsa.kernels.triton.forward import combine as combine_slots
+from flexmsa.kernels.triton.forward import config as forward_config
+from flexmsa.kernels.triton.forward import key_major as by_block
+from flexmsa.kernels.triton.forward import key_major_sm90 as by_block_hopper
+from flexmsa.kernels.triton.forward import query_major as walk
+from flexmsa.kernels.triton.forward import query_major_sm90 as walk_hopper
+from flexmsa.kernels.triton.loss import config as loss_config
+from flexmsa.kernels.triton.loss.gradient import index_loss_kernel, loss_constants
+from flexmsa.kernels.triton.loss.reduce import sum_slots_kernel
+from flexmsa.kernels.triton.loss.student import block_lse_kernel, lse_constants
+from flexmsa.kernels.triton.selection import config as selection_configs
+from flexmsa.kernels.triton.selection import kernel_sm90 as scoring_hopper
+from flexmsa.kernels.triton.selection import launch as selection
+from flexmsa.kernels.triton.serving import config as serving_config
+from flexmsa.kernels.triton.serving.append import append_constants, append_kernel, append_warps
+from flexmsa.kernels.triton.serving.attend import attend_constants, attend_kernel
 from flexmsa.testing.compiled import TARGETS, box_types, build, report
 
 RESULT = Path(__file__).resolve().parent / "results" / "kernels.json"
@@ -211,7 +212,7 @@ def selection_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]
 def forward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     """What `attention.block_sparse_attention_forward` launches, in either order of work."""
     heads, depth, block, topk = shape.group_size, shape.head_dim, shape.block_size, shape.topk
-    config = configs.forward_config(
+    config = forward_config.forward_config(
         target, group_size=heads, head_dim=depth, block_size=block, topk=topk, element_size=shape.element
     )
     scale = depth**-0.5
@@ -245,7 +246,7 @@ def forward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
 def backward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     """The main kernel and the last one of `attention_backward.block_sparse_attention_backward`."""
     heads, depth, block = shape.group_size, shape.head_dim, shape.block_size
-    config = configs.backward_config(
+    config = backward_config.backward_config(
         target, group_size=heads, head_dim=depth, block_size=block, element_size=shape.element
     )
     types = pointers("bf16", "grad_out partial_q grad_q")
@@ -267,7 +268,7 @@ def backward_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
 def loss_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     """The two kernels of `index_loss.index_loss` with products, and the last one."""
     depth, index_depth = shape.head_dim, shape.index_head_dim
-    config = configs.loss_config(
+    config = loss_config.loss_config(
         target, head_dim=depth, index_head_dim=index_depth, block_size=shape.block_size, element_size=shape.element
     )
     units = {"stride_xd": 1, "stride_yd": 1}
@@ -290,7 +291,7 @@ def serving_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     block, topk = shape.block_size, shape.topk
     yield selection_launch("decode: select", target, shape, 1, False, False)
     yield selection_launch("decode: select, e4m3", target, shape, 1, True, True)
-    config = configs.attend_config(
+    config = serving_config.attend_config(
         target, num_rows=groups, head_dim=depth, block_size=block, topk=topk, element_size=shape.element
     )
     ranked = selection_tiles(target, shape, 1, False)

@@ -6,12 +6,12 @@ import os
 from torch import Tensor
 
 BACKENDS = {
-    "select_blocks": ("cpu", "triton", "reference"),
-    "block_sparse_attention": ("cpu", "flex", "triton", "reference"),
-    "index_loss": ("cpu", "triton", "reference"),
-    "decode": ("cpu", "triton", "reference"),
+    "select_blocks": ("torch", "triton", "reference"),
+    "block_sparse_attention": ("torch", "flex", "triton", "reference"),
+    "index_loss": ("torch", "triton", "reference"),
+    "decode": ("torch", "triton", "reference"),
 }
-_ALL = ("cpu", "flex", "triton", "reference")
+_ALL = ("torch", "flex", "triton", "reference")
 
 
 # Found out once: torch.compile traces neither question.
@@ -26,10 +26,10 @@ def _triton_runs(x: Tensor) -> bool:
 def default_backend(operation: str, x: Tensor) -> str:
     """The backend that `operation` takes on the device and dtype of `x` when none is named."""
     if x.device.type != "cuda" or x.element_size() == 8:
-        return "cpu"
+        return "torch"
     if _triton_runs(x):
         return "triton"
-    return "flex" if operation == "block_sparse_attention" else "cpu"
+    return "flex" if operation == "block_sparse_attention" else "torch"
 
 
 def dense_backend(backend: str | None, x: Tensor) -> str:

@@ -245,7 +245,7 @@ def packed_flex_attention(
     if on_cpu and (needs_grad or return_lse):
         raise NotImplementedError(
             "FlexAttention on a CPU computes no gradient and no lse: "
-            'use block_sparse_attention(backend="cpu"), or call it under torch.no_grad() without lse'
+            'use block_sparse_attention(backend="torch"), or call it under torch.no_grad() without lse'
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     packed = ops.pack_gqa(q, k.shape[1])

@@ -50,7 +50,7 @@ def attention(
         kv_starts, kv_lens: [B] int32; the keys of row b are kv_starts[b] .. kv_lens[b]-1 (left padding, a part-filled
             cache), its queries the last ones. Blocks are anchored at each sequence's first token, so that a document
             or a padded row gets what it gets alone.
-        backend: None picks the fastest for the device; "cpu" (plain PyTorch, any device), "triton", "flex" or
+        backend: None picks the fastest for the device; "torch" (plain PyTorch, any device), "triton", "flex" or
             "reference" (dense) name one, and steps that it does not have are left to the default.
         return_aux: what else to return.
 

@@ -110,7 +110,7 @@ def _target_of(device: str | torch.device) -> Any:
         raise RuntimeError("tuning is of GPU kernels, and torch finds no GPU: torch.cuda.is_available() is False")
     if torch.device(device).type != "cuda":
         raise ValueError(f"device: expected a GPU, as in 'cuda', got {device}")
-    from flexmsa.kernels.triton.targets import target_of
+    from flexmsa.kernels.triton.common.target import target_of
 
     return target_of(torch.device(device))
 
@@ -135,7 +135,7 @@ def _tune_kernels(
     target = _target_of(device)
     file = None if path is None else Path(path)
     stored = {"kernels": []} if file is None or not file.exists() else _read(file, target.arch)
-    from flexmsa.kernels.triton.trials import TRIALS, Sizes, make_inputs
+    from flexmsa.kernels.triton.tuning.trials import TRIALS, Sizes, make_inputs
 
     with torch.cuda.device(device):
         inputs = make_inputs(Sizes(**sizes), torch.device(device))
@@ -173,7 +173,7 @@ def _write(path: Path, stored: dict[str, Any]) -> None:
 
 def _read(path: Path, arch: int | str) -> dict[str, Any]:
     """What `_write` wrote, checked."""
-    from flexmsa.kernels.triton.candidates import TUNABLE
+    from flexmsa.kernels.triton.tuning.candidates import TUNABLE
 
     try:
         stored = json.loads(path.read_text())

@@ -18,7 +18,7 @@ def _warn_slow(operation: str, device: str) -> None:
 
 
 def run_kernel(backend: str, kernel: str, *args: Any) -> Any:
-    """Run a kernel by name from the package "cpu" (plain PyTorch, any device) or "triton" (imported on first use)."""
+    """Run a kernel by name from the package "torch" (plain PyTorch, any device) or "triton" (imported on first use)."""
     device = args[0].device
     if backend == "triton":
         from flexmsa.kernels import triton
@@ -26,10 +26,10 @@ def run_kernel(backend: str, kernel: str, *args: Any) -> Any:
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             return getattr(triton, kernel)(*args)
-    from flexmsa.kernels import cpu
+    from flexmsa.kernels import torch as torch_kernels
 
     if device.type == "cpu":
-        return getattr(cpu, kernel)(*args)
+        return getattr(torch_kernels, kernel)(*args)
     _warn_slow(kernel, device.type)
     with device:
-        return getattr(cpu, kernel)(*args)
+        return getattr(torch_kernels, kernel)(*args)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers import least_scale, lengths, ragged, randn
 
-from flexmsa.kernels import cpu
-from flexmsa.kernels.cpu import fp8
+from flexmsa.kernels import torch as torch_kernels
+from flexmsa.kernels.torch import fp8
 
 HEADS, DEPTH, BLOCK = 2, 16, 8
 FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
@@ -33,7 +33,7 @@ class Filled:
         return [x for x in (*self.caches, *self.scales, self.kv_lens, self.sequences, self.status) if x is not None]
 
     def append(self, new, lens):
-        cpu.append(
+        torch_kernels.append(
             *new,
             lens,
             *self.caches,

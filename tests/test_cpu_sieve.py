@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmsa.kernels import cpu
-from flexmsa.kernels.cpu import fp8, selection
-from flexmsa.kernels.cpu.index_keys import IndexKeys, Queries, Rules
-from flexmsa.kernels.cpu.packing import Scratch
-from flexmsa.kernels.cpu.sieve import best_blocks, least_scores, rough_error, rough_maxima
+from flexmsa.kernels import torch as torch_kernels
+from flexmsa.kernels.torch import fp8, selection
+from flexmsa.kernels.torch.index_keys import IndexKeys, Queries, Rules
+from flexmsa.kernels.torch.packing import Scratch
+from flexmsa.kernels.torch.sieve import best_blocks, least_scores, rough_error, rough_maxima
 
 BLOCK, TOPK = 8, 3
 CASES = {
@@ -34,7 +34,7 @@ def sieved(monkeypatch, used, *arguments):
     with monkeypatch.context() as patch:
         patch.setattr(selection, "multiplies_bf16", lambda: used is not None)
         patch.setattr(selection, "best_blocks", noting)
-        return cpu.select_blocks(*arguments)
+        return torch_kernels.select_blocks(*arguments)
 
 
 def in_format(index_k, fp8_keys):

@@ -5,7 +5,7 @@ import torch
 from helpers import lengths, make_inputs
 
 import flexmsa
-from flexmsa.kernels.cpu.softmax import PlainAttention
+from flexmsa.kernels.torch.softmax import PlainAttention
 from flexmsa.testing import assert_close
 
 

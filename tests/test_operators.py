@@ -19,27 +19,27 @@ CONFIG = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=16, index_head_dim=
 
 def test_opcheck_of_every_operator():
     q, k, v, index_q, index_k = make_inputs(33, requires_grad=True)
-    ids = ops.select_blocks(index_q, index_k, SEQUENCES, 8, 2, 1, 0, "cpu")
-    out, lse = (x.detach() for x in ops.block_sparse_attention(q, k, v, ids, SEQUENCES, 8, 0.25, "cpu"))
+    ids = ops.select_blocks(index_q, index_k, SEQUENCES, 8, 2, 1, 0, "torch")
+    out, lse = (x.detach() for x in ops.block_sparse_attention(q, k, v, ids, SEQUENCES, 8, 0.25, "torch"))
     strided = q.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
     frozen = [x.detach() for x in (q, k, v, index_q, index_k)]
     main, loss = (SEQUENCES, 8, 0.25), (SEQUENCES, 8, 0.25, 0.25)
     opcheck(ops.sequence_table._opoverload, (q, None, None, lengths(20), 33))
     opcheck(ops.sequence_table._opoverload, (q, lengths(0, 1, 33), None, None, 33))
-    opcheck(ops.select_blocks._opoverload, (index_q, index_k, SEQUENCES, 8, 2, 1, 0, "cpu"))
+    opcheck(ops.select_blocks._opoverload, (index_q, index_k, SEQUENCES, 8, 2, 1, 0, "torch"))
     for indices in (ids, None):
-        opcheck(ops.block_sparse_attention._opoverload, (strided, k, v, indices, *main, "cpu"))
+        opcheck(ops.block_sparse_attention._opoverload, (strided, k, v, indices, *main, "torch"))
         opcheck(
             ops.block_sparse_attention_backward._opoverload,
-            (out, lse, *frozen[:3], out, lse, indices, *main, "cpu"),
+            (out, lse, *frozen[:3], out, lse, indices, *main, "torch"),
         )
         for with_grad in (True, False):
             branches = (index_q, index_k) if with_grad else frozen[3:]
-            arguments = (*frozen[:2], *branches, indices, lse, *loss, with_grad, "cpu")
+            arguments = (*frozen[:2], *branches, indices, lse, *loss, with_grad, "torch")
             opcheck(ops.index_loss._opoverload, arguments)
     opcheck(ops.index_loss_backward._opoverload, (torch.ones(()), out, torch.float16))
     for indices in (ids, None):
-        opcheck(ops.attend_blocks._opoverload, (*frozen[:3], indices, SEQUENCES, 8, 0.25, "cpu"))
+        opcheck(ops.attend_blocks._opoverload, (*frozen[:3], indices, SEQUENCES, 8, 0.25, "torch"))
     opcheck(ops.pack_gqa._opoverload, (strided, 2))
     opcheck(ops.unpack_gqa._opoverload, (ops.pack_gqa(frozen[0], 2).requires_grad_(), 6))
     opcheck(ops.block_mask_lists._opoverload, (ids, SEQUENCES, 33, 8, 8, 2, 5, True, True))
@@ -68,12 +68,14 @@ def test_opcheck_of_the_cache_operators(paged, dtype):
     buffers = (cache.k, cache.v, cache.index_k, cache.k_scale, cache.v_scale, cache.index_k_scale, cache.page_table)
     state = (cache.kv_starts, cache.kv_lens, torch.zeros(4, 5, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
     check(ops.next_positions._opoverload, (cache.kv_lens, cache.kv_starts, 3))
-    check(ops.append._opoverload, (new.k, new.v, new.index_k, lengths(3, 4), *buffers, *state, "cpu"))
-    ids = ops.select_blocks(new.index_q, cache.index_k, table, 8, 2, 1, 0, "cpu", cache.page_table, cache.index_k_scale)
+    check(ops.append._opoverload, (new.k, new.v, new.index_k, lengths(3, 4), *buffers, *state, "torch"))
+    ids = ops.select_blocks(
+        new.index_q, cache.index_k, table, 8, 2, 1, 0, "torch", cache.page_table, cache.index_k_scale
+    )
     scales = (cache.page_table, cache.k_scale, cache.v_scale)
-    check(ops.attend_blocks._opoverload, (new.q, cache.k, cache.v, ids, table, 8, 0.25, "cpu", *scales))
+    check(ops.attend_blocks._opoverload, (new.q, cache.k, cache.v, ids, table, 8, 0.25, "torch", *scales))
     branches = (new.q, new.index_q, cache.k, cache.v, cache.index_k, table)
-    rest = (8, 2, 1, 0, 0.25, "cpu", *scales, cache.index_k_scale)
+    rest = (8, 2, 1, 0, 0.25, "torch", *scales, cache.index_k_scale)
     check(ops.select_and_attend._opoverload, (*branches, *rest))
 
 
@@ -155,17 +157,17 @@ def test_checkpointing_gives_the_same_gradients(selective):
 
 
 def test_selective_checkpointing_selects_once(monkeypatch):
-    from flexmsa.kernels import cpu
+    from flexmsa.kernels import torch as torch_kernels
 
     calls = {"select_blocks": 0, "block_sparse_attention_forward": 0}
     for name in calls:
-        kernel = getattr(cpu, name)
+        kernel = getattr(torch_kernels, name)
 
         def counted(*args, name=name, kernel=kernel):
             calls[name] += 1
             return kernel(*args)
 
-        monkeypatch.setattr(cpu, name, counted)
+        monkeypatch.setattr(torch_kernels, name, counted)
     layer = MSAttention(CONFIG)
     contexts = partial(create_selective_checkpoint_contexts, flexmsa.save_selection_policy)
     out, loss = checkpoint(layer, torch.randn(1, 30, 32), use_reentrant=False, context_fn=contexts)
@@ -196,9 +198,9 @@ def test_autocast_follows_the_dtype_of_the_region(dtype, compiled):
 def test_autocast_reaches_an_operator_called_by_itself():
     _, _, _, index_q, index_k = make_inputs(33)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = torch.ops.flexmsa.select_blocks(index_q, index_k, SEQUENCES, 8, 2, 1, 0, "cpu")
+        found = torch.ops.flexmsa.select_blocks(index_q, index_k, SEQUENCES, 8, 2, 1, 0, "torch")
     half = index_q.bfloat16(), index_k.bfloat16()
-    assert torch.equal(found, torch.ops.flexmsa.select_blocks(*half, SEQUENCES, 8, 2, 1, 0, "cpu"))
+    assert torch.equal(found, torch.ops.flexmsa.select_blocks(*half, SEQUENCES, 8, 2, 1, 0, "torch"))
 
 
 def test_forward_mode_raises():

@@ -39,7 +39,7 @@ def test_any_schedule_equals_one_dense_pass(schedule):
     check_schedule(schedule)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_backends_serve_alike(backend):
     check_schedule(Schedule(steps=(("append", (40, 3)), ("append", (1, 1))), paged=True), backend=backend)
 

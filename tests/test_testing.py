@@ -32,9 +32,9 @@ def test_assert_close_wants_the_same_infinity():
 
 
 def test_check_finds_a_bug_and_prints_it_as_code(monkeypatch, capsys):
-    from flexmsa.kernels import cpu
+    from flexmsa.kernels import torch as torch_kernels
 
-    forward = cpu.block_sparse_attention_forward
+    forward = torch_kernels.block_sparse_attention_forward
 
     def broken(q, k, v, block_indices, sequences, block_size, scale):
         out, lse = forward(q, k, v, block_indices, sequences, block_size, scale)
@@ -42,7 +42,7 @@ def test_check_finds_a_bug_and_prints_it_as_code(monkeypatch, capsys):
             out = out * 1.001
         return out, lse
 
-    monkeypatch.setattr(cpu, "block_sparse_attention_forward", broken)
+    monkeypatch.setattr(torch_kernels, "block_sparse_attention_forward", broken)
     assert check.main(["--device", "cpu", "--seconds", "60"]) == 1
     printed = capsys.readouterr().out
     assert "FAILED: AssertionError: out: got" in printed

@@ -10,7 +10,12 @@ import flexmsa
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import candidates, configs, selection_configs, targets  # noqa: E402
+from flexmsa.kernels.triton.backward import config as backward_config  # noqa: E402
+from flexmsa.kernels.triton.common import target as targets  # noqa: E402
+from flexmsa.kernels.triton.forward import config as forward_config  # noqa: E402
+from flexmsa.kernels.triton.loss import config as loss_config  # noqa: E402
+from flexmsa.kernels.triton.selection import config as selection_configs  # noqa: E402
+from flexmsa.kernels.triton.tuning import candidates  # noqa: E402
 from flexmsa.testing.compiled import TARGETS  # noqa: E402
 
 SHAPES = [(16, 4, 128, 128), (4, 8, 64, 64), (1, 2, 256, 48), (3, 1, 80, 512)]
@@ -24,11 +29,11 @@ def lists(target, group_size, num_kv_heads, head_dim, block_size, dtype):
     lengths = {"num_sequences": 1, "seqlen_q": 16384, "seqlen_k": 16384, "tma_ready": True}
     config = selection_configs.selection_config(target, **index, **lengths, dtype=dtype, key_size=dtype.itemsize)
     yield "selection", config, candidates.selection_candidates(target, config, num_kv_heads)
-    config = configs.forward_config(target, **sizes, group_size=group_size, topk=16)
+    config = forward_config.forward_config(target, **sizes, group_size=group_size, topk=16)
     yield "forward", config, candidates.forward_candidates(target, config, group_size, block_size)
-    config = configs.backward_config(target, **sizes, group_size=group_size)
+    config = backward_config.backward_config(target, **sizes, group_size=group_size)
     yield "backward", config, candidates.backward_candidates(target, config, block_size)
-    config = configs.loss_config(target, **sizes, index_head_dim=head_dim)
+    config = loss_config.loss_config(target, **sizes, index_head_dim=head_dim)
     yield "loss", config, candidates.loss_candidates(target, config, block_size)
 
 

@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from flexmsa.kernels.triton.hopper import box_layout
-from flexmsa.kernels.triton.targets import Target
+from flexmsa.kernels.triton.common.gluon_sm90 import box_layout
+from flexmsa.kernels.triton.common.target import Target
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 108),

@@ -1,11 +1,11 @@
 """The kernels in Triton, for CUDA and ROCm: selection in one pass over the index keys, training, and decoding."""
 
-from flexmsa.kernels.triton.append import append
-from flexmsa.kernels.triton.attention import block_sparse_attention_forward
-from flexmsa.kernels.triton.attention_backward import block_sparse_attention_backward
-from flexmsa.kernels.triton.decode import attend_blocks, select_and_attend
-from flexmsa.kernels.triton.index_loss import index_loss
-from flexmsa.kernels.triton.selection import select_blocks
+from flexmsa.kernels.triton.backward.launch import block_sparse_attention_backward
+from flexmsa.kernels.triton.forward.launch import block_sparse_attention_forward
+from flexmsa.kernels.triton.loss.launch import index_loss
+from flexmsa.kernels.triton.selection.launch import select_blocks
+from flexmsa.kernels.triton.serving.append import append
+from flexmsa.kernels.triton.serving.launch import attend_blocks, select_and_attend
 
 __all__ = [
     "append",

@@ -4,7 +4,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import targets  # noqa: E402
+from flexmsa.kernels.triton.common import target as targets  # noqa: E402
 from flexmsa.testing import compiled as compiling  # noqa: E402
 from flexmsa.testing.compiled import TARGETS  # noqa: E402
 

@@ -10,20 +10,18 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import (  # noqa: E402
-    configs,
-    merge,
-    pieces,
-    primitives,
-    reverse_index,
-    scoring_hopper,
-    selection,
-    selection_configs,
-    targets,
-)
-from flexmsa.kernels.triton.append import append_constants, append_kernel, append_warps  # noqa: E402
-from flexmsa.kernels.triton.attend import attend_constants, attend_kernel  # noqa: E402
-from flexmsa.kernels.triton.combine_splits import combine_kernel, combine_warps  # noqa: E402
+from flexmsa.kernels.triton.common import primitives  # noqa: E402
+from flexmsa.kernels.triton.common import target as targets  # noqa: E402
+from flexmsa.kernels.triton.schedule import inverse_index as reverse_index  # noqa: E402
+from flexmsa.kernels.triton.schedule import work_items as pieces  # noqa: E402
+from flexmsa.kernels.triton.selection import config as selection_configs  # noqa: E402
+from flexmsa.kernels.triton.selection import kernel_sm90 as scoring_hopper  # noqa: E402
+from flexmsa.kernels.triton.selection import launch as selection  # noqa: E402
+from flexmsa.kernels.triton.selection import merge  # noqa: E402
+from flexmsa.kernels.triton.serving import config as serving_config  # noqa: E402
+from flexmsa.kernels.triton.serving.append import append_constants, append_kernel, append_warps  # noqa: E402
+from flexmsa.kernels.triton.serving.attend import attend_constants, attend_kernel  # noqa: E402
+from flexmsa.kernels.triton.serving.combine import combine_kernel, combine_warps  # noqa: E402
 from flexmsa.testing.compiled import TARGETS, box_types, lone_products  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
@@ -105,7 +103,7 @@ def test_selection_of_float32(build, target, seqlen_q):
 @pytest.mark.parametrize(("head_dim", "dtype"), [(256, "fp32"), (512, "bf16")])
 def test_attend_to_wide_vectors(build, target, head_dim, dtype):
     size = 4 if dtype == "fp32" else 2
-    config = configs.attend_config(
+    config = serving_config.attend_config(
         target, num_rows=GROUPS, head_dim=head_dim, block_size=BLOCK, topk=TOPK, element_size=size
     )
     constants = attend_constants(config, GROUPS, GROUP_SIZE, head_dim, BLOCK, TOPK, False)
@@ -158,7 +156,7 @@ def test_merge(build, target, kept, splits):
 @pytest.mark.parametrize("batch", [1, 128])
 @pytest.mark.parametrize("lists", [None, (128, 16)], ids=["chosen", "merged"])
 def test_attend(build, target, lists, batch, scaled):
-    config = configs.attend_config(
+    config = serving_config.attend_config(
         target, num_rows=batch * GROUPS, head_dim=DEPTH, block_size=BLOCK, topk=TOPK, element_size=2
     )
     constants = attend_constants(config, GROUPS, GROUP_SIZE, DEPTH, BLOCK, TOPK, False, lists)

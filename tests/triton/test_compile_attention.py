@@ -6,7 +6,14 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import by_block, by_block_hopper, combine_slots, configs, targets, union, walk, walk_hopper  # noqa: E402
+from flexmsa.kernels.triton.common import target as targets  # noqa: E402
+from flexmsa.kernels.triton.forward import combine as combine_slots  # noqa: E402
+from flexmsa.kernels.triton.forward import config as forward_config  # noqa: E402
+from flexmsa.kernels.triton.forward import key_major as by_block  # noqa: E402
+from flexmsa.kernels.triton.forward import key_major_sm90 as by_block_hopper  # noqa: E402
+from flexmsa.kernels.triton.forward import query_major as walk  # noqa: E402
+from flexmsa.kernels.triton.forward import query_major_sm90 as walk_hopper  # noqa: E402
+from flexmsa.kernels.triton.forward import tile_unions as union  # noqa: E402
 from flexmsa.testing.compiled import TARGETS, box_types, lone_products  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
@@ -34,7 +41,7 @@ def case(request):
 def chosen(target, case):
     (num_heads, num_kv_heads, head_dim), (_, scaled) = case
     group_size = num_heads // num_kv_heads
-    config = configs.forward_config(
+    config = forward_config.forward_config(
         target,
         group_size=group_size,
         head_dim=head_dim,
@@ -97,7 +104,7 @@ HOPPER = {"64/4/128": (16, 128, 128), "32/8/128": (4, 128, 128), "16/2/64": (8, 
 def test_walk_hopper(build, shape):
     group_size, head_dim, block_size = shape
     target = TARGETS["sm_90"]
-    config = configs.forward_config(
+    config = forward_config.forward_config(
         target, group_size=group_size, head_dim=head_dim, block_size=block_size, topk=TOPK, element_size=2
     )
     assert config.walk_hopper and config.walk_tokens(group_size, TOPK) * group_size == 128
@@ -116,7 +123,7 @@ BY_BLOCK = {name: shape for name, shape in HOPPER.items() if shape[0] >= 8 and s
 def test_by_block_hopper(build, shape):
     group_size, head_dim, block_size = shape
     target = TARGETS["sm_90"]
-    config = configs.forward_config(
+    config = forward_config.forward_config(
         target, group_size=group_size, head_dim=head_dim, block_size=block_size, topk=TOPK, element_size=2
     )
     assert config.hopper

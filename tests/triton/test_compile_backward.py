@@ -7,7 +7,11 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import backward_gradient, backward_hopper, backward_rows, backward_sums, configs  # noqa: E402
+from flexmsa.kernels.triton.backward import config as backward_config  # noqa: E402
+from flexmsa.kernels.triton.backward import gradient as backward_gradient  # noqa: E402
+from flexmsa.kernels.triton.backward import gradient_sm90 as backward_hopper  # noqa: E402
+from flexmsa.kernels.triton.backward import preprocess as backward_rows  # noqa: E402
+from flexmsa.kernels.triton.backward import reduce as backward_sums  # noqa: E402
 from flexmsa.testing.compiled import TARGETS, box_types, lone_products  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
@@ -24,7 +28,7 @@ UNITS = {"stride_gd": 1, "stride_qd": 1, "stride_kd": 1, "stride_vd": 1}
 
 
 def config_of(target, group_size, head_dim, element_size=2, block_size=BLOCK):
-    return configs.backward_config(
+    return backward_config.backward_config(
         target, group_size=group_size, head_dim=head_dim, block_size=block_size, element_size=element_size
     )
 

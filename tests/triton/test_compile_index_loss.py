@@ -6,10 +6,10 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton import configs  # noqa: E402
-from flexmsa.kernels.triton.loss_gradient import index_loss_kernel, loss_constants  # noqa: E402
-from flexmsa.kernels.triton.loss_student import block_lse_kernel, index_lse_kernel, lse_constants  # noqa: E402
-from flexmsa.kernels.triton.loss_sums import sum_pieces_kernel, sum_slots_kernel  # noqa: E402
+from flexmsa.kernels.triton.loss import config as loss_config  # noqa: E402
+from flexmsa.kernels.triton.loss.gradient import index_loss_kernel, loss_constants  # noqa: E402
+from flexmsa.kernels.triton.loss.reduce import sum_pieces_kernel, sum_slots_kernel  # noqa: E402
+from flexmsa.kernels.triton.loss.student import block_lse_kernel, index_lse_kernel, lse_constants  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
@@ -32,7 +32,7 @@ def types(element):
 
 
 def chosen(target, head_dim, element_size):
-    return configs.loss_config(
+    return loss_config.loss_config(
         target, head_dim=head_dim, index_head_dim=head_dim, block_size=BLOCK, element_size=element_size
     )
 

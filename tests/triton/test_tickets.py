@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flexmsa.kernels.triton import tickets as module
-from flexmsa.kernels.triton.tickets import tickets
+from flexmsa.kernels.triton.selection import work_counters as module
+from flexmsa.kernels.triton.selection.work_counters import tickets
 
 CPU = torch.device("cpu")
 

@@ -207,4 +207,4 @@ def _main_branch(
 def _backend(step: str, x: Tensor) -> str:
     """The backend of a step on the device of `x`, of those that take a table of sequences."""
     backend = choose_backend(step, None, x)
-    return "cpu" if backend == "flex" else backend
+    return "torch" if backend == "flex" else backend

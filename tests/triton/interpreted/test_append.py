@@ -7,7 +7,7 @@ import triton.language as tl
 from helpers import least_scale
 
 from flexmsa.kernels import triton as kernels
-from flexmsa.kernels.triton.fp8 import decode_e4m3, encode_e4m3, quantize
+from flexmsa.kernels.triton.common.fp8 import decode_e4m3, encode_e4m3, quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

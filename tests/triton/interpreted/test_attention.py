@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from flexmsa.kernels import workspace
-from flexmsa.kernels.triton import attention, configs, targets
+from flexmsa.kernels.triton.common import target as targets
+from flexmsa.kernels.triton.forward import config as forward_config
+from flexmsa.kernels.triton.forward import launch as attention
 from flexmsa.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -37,7 +39,7 @@ def poisoned(monkeypatch):
 
 
 def forward(q, k, v, ids, sequences, block_size, scale, limit, **overrides):
-    config = configs.forward_config(
+    config = forward_config.forward_config(
         targets.target_of(q.device),
         group_size=q.shape[1] // k.shape[1],
         head_dim=q.shape[3],

@@ -8,8 +8,8 @@ from helpers import visible
 
 from flexmsa import reference
 from flexmsa.kernels import workspace
-from flexmsa.kernels.triton.attention_backward import block_sparse_attention_backward
-from flexmsa.kernels.triton.configs import BackwardConfig
+from flexmsa.kernels.triton.backward.config import BackwardConfig
+from flexmsa.kernels.triton.backward.launch import block_sparse_attention_backward
 from flexmsa.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

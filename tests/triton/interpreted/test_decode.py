@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from flexmsa.kernels import triton as kernels
-from flexmsa.kernels.triton import decode
-from flexmsa.kernels.triton.configs import attend_config
-from flexmsa.kernels.triton.selection import choose_config, rank_blocks
-from flexmsa.kernels.triton.targets import target_of
+from flexmsa.kernels.triton.common.target import target_of
+from flexmsa.kernels.triton.selection.launch import choose_config, rank_blocks
+from flexmsa.kernels.triton.serving import launch as decode
+from flexmsa.kernels.triton.serving.config import attend_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -9,8 +9,8 @@ import triton.language as tl
 from helpers import least_scale
 
 from flexmsa.kernels import triton as kernels
-from flexmsa.kernels.triton.fp8 import decode_e4m3, split_e4m3
-from flexmsa.kernels.triton.selection import choose_config
+from flexmsa.kernels.triton.common.fp8 import decode_e4m3, split_e4m3
+from flexmsa.kernels.triton.selection.launch import choose_config
 from flexmsa.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -10,9 +10,9 @@ import triton.language as tl
 
 from flexmsa import reference
 from flexmsa.kernels.sequences import key_ranges
-from flexmsa.kernels.triton.configs import LossConfig
-from flexmsa.kernels.triton.index_loss import index_loss
-from flexmsa.kernels.triton.loss_gradient import fast_log2
+from flexmsa.kernels.triton.loss.config import LossConfig
+from flexmsa.kernels.triton.loss.gradient import fast_log2
+from flexmsa.kernels.triton.loss.launch import index_loss
 from flexmsa.kernels.workspace import set_workspace_limit, workspace_limit
 from flexmsa.testing import assert_close
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flexmsa.kernels import triton as kernels
-from flexmsa.kernels.triton.configs import attend_config
-from flexmsa.kernels.triton.selection import choose_config
+from flexmsa.kernels.triton.selection.launch import choose_config
+from flexmsa.kernels.triton.serving.config import attend_config
 from flexmsa.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -151,12 +151,12 @@ def test_few_blocks_are_not_scored(paged):
 
 
 KERNELS = {
-    "append_kernel": "append",
-    "selection_kernel": "selection",
-    "merge_kernel": "merge",
-    "attend_kernel": "decode",
-    "combine_kernel": "combine_splits",
-    "tile_ends_kernel": "primitives",
+    "append_kernel": "serving.append",
+    "selection_kernel": "selection.launch",
+    "merge_kernel": "selection.merge",
+    "attend_kernel": "serving.launch",
+    "combine_kernel": "serving.combine",
+    "tile_ends_kernel": "common.primitives",
 }
 
 
@@ -185,7 +185,7 @@ def test_launches_of_a_step(monkeypatch, splits):
     sequences = torch.empty(4, 5, dtype=torch.int32)
     lens, status = torch.tensor([2, 1], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     kernels.append(*new, lens, *pages, None, None, None, table, 0 * kv_lens, kv_lens, sequences, status)
-    choices = {"selection.choose_config": choose_config, "decode.attend_config": attend_config}
+    choices = {"selection.launch.choose_config": choose_config, "serving.launch.attend_config": attend_config}
     for place, choose in choices.items():
         monkeypatch.setattr(
             f"flexmsa.kernels.triton.{place}", lambda *a, c=choose, **k: replace(c(*a, **k), num_splits=splits)

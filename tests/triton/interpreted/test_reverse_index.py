@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from flexmsa.kernels.triton.pieces import cut_lists
-from flexmsa.kernels.triton.reverse_index import block_table, reverse_index
+from flexmsa.kernels.triton.schedule.inverse_index import block_table, reverse_index
+from flexmsa.kernels.triton.schedule.work_items import cut_lists
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexmsa.kernels.triton.selection import choose_config, select_blocks
-from flexmsa.kernels.triton.targets import padded
+from flexmsa.kernels.triton.common.target import padded
+from flexmsa.kernels.triton.selection.launch import choose_config, select_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

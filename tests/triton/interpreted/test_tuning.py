@@ -11,8 +11,8 @@ from triton.runtime.errors import OutOfResources
 
 import flexmsa
 from flexmsa import tuning
-from flexmsa.kernels.triton import trials
-from flexmsa.kernels.triton.targets import Target
+from flexmsa.kernels.triton.common.target import Target
+from flexmsa.kernels.triton.tuning import trials
 from flexmsa.kernels.tuning import MARGIN, register, tune
 from flexmsa.testing import Case
 
@@ -36,10 +36,10 @@ CHANGES = {
 }
 # The function that turns a kernel's configuration, its first argument, into what the kernel is launched with.
 LAUNCHES = {
-    "selection": ("selection", "selection_constants"),
-    "forward": ("by_block", "partial_constants"),
-    "backward": ("backward_gradient", "gradient_constants"),
-    "loss": ("index_loss", "loss_constants"),
+    "selection": ("selection.launch", "selection_constants"),
+    "forward": ("forward.key_major", "partial_constants"),
+    "backward": ("backward.gradient", "gradient_constants"),
+    "loss": ("loss.launch", "loss_constants"),
 }
 
 

@@ -1,0 +1,17 @@
+"""Every kernel in plain PyTorch, for the CPU: one batched matrix product per key/value block and its queries."""
+
+from flexmsa.kernels.torch.append import append
+from flexmsa.kernels.torch.attention import block_sparse_attention_backward, block_sparse_attention_forward
+from flexmsa.kernels.torch.decode import attend_blocks, select_and_attend
+from flexmsa.kernels.torch.index_loss import index_loss
+from flexmsa.kernels.torch.selection import select_blocks
+
+__all__ = [
+    "append",
+    "attend_blocks",
+    "block_sparse_attention_backward",
+    "block_sparse_attention_forward",
+    "index_loss",
+    "select_and_attend",
+    "select_blocks",
+]

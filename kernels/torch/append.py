@@ -1,0 +1,109 @@
+"""Appending: new tokens are written into a cache behind those of each row, quantised where the cache holds e4m3."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexmsa.kernels.torch import fp8
+
+
+class _Piece(NamedTuple):
+    """``length`` tokens of a row from ``token`` on, and where they go: a place in the first dimension, a first key."""
+
+    row: int
+    token: int
+    length: int
+    place: int
+    key: int
+
+
+def append(
+    k: Tensor,
+    v: Tensor,
+    index_k: Tensor,
+    lens: Tensor | None,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    cache_index_k: Tensor,
+    cache_k_scale: Tensor | None,
+    cache_v_scale: Tensor | None,
+    cache_index_k_scale: Tensor | None,
+    page_table: Tensor | None,
+    kv_starts: Tensor,
+    kv_lens: Tensor,
+    sequences: Tensor,
+    status: Tensor,
+) -> None:
+    """Write the first lens[b] of the n tokens k, v [B,Hkv,n,D], index_k [B,1,n,Di] behind the kv_lens[b] of row b.
+
+    Caches are [B,H,S,D], or with page_table [B,max_pages] pages [num_pages,H,block_size,D]; their scales lack D, and
+    are None unless the cache is e4m3. kv_lens grows, and ``sequences`` becomes the table whose queries are the new
+    tokens: one sequence for each row, and with lens a second one, which sees no key, for what is behind lens[b].
+    A row without room raises ValueError, and nothing is changed; ``status`` is for kernels that cannot raise.
+    """
+    num_new = k.shape[2]
+    counts = [num_new] * len(kv_lens) if lens is None else lens.clamp(0, num_new).tolist()
+    pieces = []
+    for row, (length, count) in enumerate(zip(kv_lens.tolist(), counts, strict=True)):
+        if page_table is None:
+            _check_room(row, length, count, cache_k.shape[2])
+            pieces.append(_Piece(row, 0, count, row, length))
+        else:
+            _check_room(row, length, count, page_table.shape[1] * cache_k.shape[2])
+            pieces += _paged(row, length, count, page_table[row], cache_k)
+    for new, cache, scale in (
+        (k, cache_k, cache_k_scale),
+        (v, cache_v, cache_v_scale),
+        (index_k, cache_index_k, cache_index_k_scale),
+    ):
+        for piece in pieces:
+            _write(new, cache, scale, piece)
+    kv_lens += torch.tensor(counts, dtype=kv_lens.dtype)
+    _write_table(sequences, counts, num_new, kv_starts, kv_lens, ragged=lens is not None)
+
+
+def _check_room(row: int, length: int, count: int, capacity: int) -> None:
+    if length + count > capacity:
+        raise ValueError(
+            f"cache: expected at most {capacity - length} more tokens in row {row}, got {count}: it holds {length} of "
+            f"{capacity}; make it with a larger capacity"
+        )
+
+
+def _paged(row: int, length: int, count: int, page_table: Tensor, cache: Tensor) -> list[_Piece]:
+    """The pieces of a row, cut where its pages end."""
+    num_pages, _, block_size, _ = cache.shape
+    first, stop = length // block_size, -(-(length + count) // block_size) if count else 0
+    pieces = []
+    for block, page in enumerate(page_table[first:stop].tolist(), first):
+        if not 0 <= page < num_pages:
+            raise ValueError(
+                f"page_table: expected a page from 0 to {num_pages - 1} for block {block} of row {row}, got {page}; "
+                "reserve pages before tokens are appended"
+            )
+        start = max(length, block * block_size)
+        end = min(length + count, (block + 1) * block_size)
+        pieces.append(_Piece(row, start - length, end - start, page, start - block * block_size))
+    return pieces
+
+
+def _write(new: Tensor, cache: Tensor, scale: Tensor | None, piece: _Piece) -> None:
+    tokens = new[piece.row, :, piece.token : piece.token + piece.length]
+    keys = slice(piece.key, piece.key + piece.length)
+    if scale is None:
+        cache[piece.place, :, keys] = tokens
+    else:
+        cache[piece.place, :, keys], scale[piece.place, :, keys] = fp8.quantize(tokens)
+
+
+def _write_table(
+    sequences: Tensor, counts: list[int], num_new: int, kv_starts: Tensor, kv_lens: Tensor, ragged: bool
+) -> None:
+    """Fill the first rows of ``sequences``, which are (batch, q_start, q_end, k_start, k_end)."""
+    table = []
+    for row, (count, k_start, k_end) in enumerate(zip(counts, kv_starts.tolist(), kv_lens.tolist(), strict=True)):
+        table.append([row, 0, count, k_start, k_end])
+        if ragged:
+            table.append([row, count, num_new, 0, 0])
+    sequences[: len(table)] = torch.tensor(table, dtype=sequences.dtype)

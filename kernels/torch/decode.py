@@ -1,0 +1,210 @@
+"""Attention of a few new queries, or of a chunk of a prompt, to the chosen blocks of a cache.
+
+A few queries share hardly any block, so each (query, group) gathers its own: what is read is proportional to
+topk * block_size. Many queries work through the blocks as in training.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmsa.kernels.torch import fp8
+from flexmsa.kernels.torch.attention import block_sparse_attention_forward
+from flexmsa.kernels.torch.packing import (
+    Array,
+    Scratch,
+    array,
+    check_page_table,
+    compute_dtype,
+    locate_block,
+    query_positions,
+)
+from flexmsa.kernels.torch.selection import select_blocks
+
+# The most queries of a row that gather their blocks.
+_FEW_QUERIES = 16
+# Widening these would take longer than all else; float32 is as fast by plain products.
+_FUSED = (torch.bfloat16, torch.float16)
+# Numbers gathered at once, of keys and of values each.
+_GATHERED = 2**21
+
+
+def attend_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor | None,
+    sequences: Tensor,
+    block_size: int,
+    scale: float,
+    page_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out [B,Hq,Sq,D] and lse [B,Hq,Sq] of ``block_sparse_attention_forward``, whose arguments these are."""
+    check_page_table(page_table, sequences, block_size, k.shape[0])
+    if block_indices is None or q.shape[2] > _FEW_QUERIES:
+        return block_sparse_attention_forward(
+            q, k, v, block_indices, sequences, block_size, scale, page_table, k_scale, v_scale
+        )
+    num_heads, dtype = k.shape[1], compute_dtype(q.dtype)
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    lse = torch.full(q.shape[:-1], -torch.inf, dtype=dtype)
+    sequence, position = query_positions(sequences, q.shape[0], q.shape[2])
+    k_start = array(sequences).astype(np.int64)[sequence, 3]
+    ids = array(block_indices).astype(np.int64)
+    scratch = Scratch(dtype)
+    step = max(1, _GATHERED // (num_heads * max(1, ids.shape[-1]) * block_size * q.shape[-1]))
+    queries = np.argwhere(position >= 0)
+    for start in range(0, len(queries), step):
+        batch, token = queries[start : start + step].T
+        query = batch, token
+        keys = _ChosenKeys(
+            ids[batch, :, token], batch, position[query], k_start[query], block_size, k.shape[2], page_table
+        )
+        batch, token = torch.as_tensor(batch), torch.as_tensor(token)
+        rows = q[batch, :, token].view(len(batch) * num_heads, -1, q.shape[-1])
+        if k_scale is None and v_scale is None and q.dtype in _FUSED and q.device.type == "cpu":
+            result, row_lse = _attend_fused(rows, k, v, scale, keys, scratch)
+        else:
+            result, row_lse = _attend(rows.to(dtype).mul_(scale), k, v, k_scale, v_scale, keys, scratch)
+        out[batch, :, token] = result.reshape(len(batch), -1, q.shape[-1]).to(out.dtype)
+        lse[batch, :, token] = row_lse.reshape(len(batch), -1)
+    return out, lse
+
+
+def select_and_attend(
+    q: Tensor,
+    index_q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_k: Tensor,
+    sequences: Tensor,
+    block_size: int,
+    topk: int,
+    num_local_blocks: int,
+    num_init_blocks: int,
+    scale: float,
+    page_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    index_k_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, block_indices) of ``select_blocks`` and ``attend_blocks``."""
+    rules = block_size, topk, num_local_blocks, num_init_blocks
+    ids = select_blocks(index_q, index_k, sequences, *rules, page_table, index_k_scale)
+    return *attend_blocks(q, k, v, ids, sequences, block_size, scale, page_table, k_scale, v_scale), ids
+
+
+def _attend_fused(
+    rows: Tensor, k: Tensor, v: Tensor, scale: float, keys: "_ChosenKeys", scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    """rows [J, G, D] to their results [J, G, D] and lse [J, G, 1], by the kernel of scaled_dot_product_attention.
+
+    It takes keys and values as they are stored, and its own lse, which the public function keeps to itself.
+    """
+    mask = None
+    if keys.is_padding is not None:
+        mask = torch.zeros(keys.is_padding.shape, dtype=rows.dtype).masked_fill_(keys.is_padding, -torch.inf)
+        mask = mask[None, :, None].expand(1, *rows.shape[:2], -1)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows[None],
+        keys.gather_stored(k, scratch, "gathered keys")[None],
+        keys.gather_stored(v, scratch, "gathered values")[None],
+        attn_mask=mask,
+        scale=scale,
+    )
+    return keys.clear_blind(out[0], lse[0, ..., None])
+
+
+def _attend(
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    keys: "_ChosenKeys",
+    scratch: Scratch,
+) -> tuple[Tensor, Tensor]:
+    """rows [J, G, D], times the scale, to their results [J, G, D] and lse [J, G, 1]."""
+    gathered = keys.gather(k, scratch)
+    scores = torch.bmm(rows, gathered.transpose(1, 2), out=scratch.take("scores", *rows.shape[:2], gathered.shape[1]))
+    if k_scale is not None:
+        scores.mul_(fp8.factors(keys.gather(fp8.as_scales(k_scale), scratch))[:, None])
+    if keys.is_padding is not None:
+        scores.masked_fill_(keys.is_padding[:, None], torch.finfo(scores.dtype).min)
+    # Softmax is one fused pass, and its largest value gives back the logsumexp.
+    maximum = scores.amax(-1, keepdim=True)
+    probs = torch.softmax(scores, -1, out=scratch.take("probs", *scores.shape))
+    lse = maximum.sub_(probs.amax(-1, keepdim=True).log_())
+    if v_scale is not None:
+        probs.mul_(fp8.factors(keys.gather(fp8.as_scales(v_scale), scratch))[:, None])
+    return keys.clear_blind(torch.bmm(probs, keys.gather(v, scratch)), lse)
+
+
+class _ChosenKeys:
+    """The visible keys of the chosen blocks of J jobs, one for each query and group: L places for each job.
+
+    A job with fewer keys has some of its last block again, as padding: so nothing is read that it does not attend to.
+    (One without any key has keys of its newest block.) ``is_padding`` [J, L] is None where no job has any.
+    """
+
+    def __init__(
+        self,
+        ids: Array,
+        batch: Array,
+        position: Array,
+        k_start: Array,
+        block_size: int,
+        seqlen_k: int,
+        page_table: Tensor | None,
+    ) -> None:
+        """ids [n, Hkv, topk]; batch row, newest visible key and first key of the sequence [n].
+
+        seqlen_k is the cache's third dimension.
+        """
+        num_heads = ids.shape[1]
+        batch, position, k_start = (x[:, None, None] for x in (batch, position, k_start))
+        newest = position // block_size
+        # What is not visible comes last, and of the others only the newest block can be cut off by the query.
+        hidden = newest + 1
+        ids = np.sort(np.where((ids < 0) | (ids > newest), hidden, ids))
+        ids[..., 1:] = np.where(ids[..., 1:] == ids[..., :-1], hidden, ids[..., 1:])
+        ids = np.sort(ids)
+        num_keys = np.minimum(position + 1 - ids * block_size, block_size).clip(min=0).sum(-1).flatten()
+        longest = max(1, int(num_keys.max()))
+        ids = ids[..., : -(-longest // block_size)]
+        last = np.where(ids < hidden, ids, -1).max(-1, keepdims=True)
+        ids = np.where(ids < hidden, ids, np.where(last >= 0, last, newest))
+        row, first = locate_block(batch, k_start, ids, block_size, page_table)
+        key = first[..., None] + np.minimum(np.arange(block_size), (position - ids * block_size)[..., None])
+        place = ((row * num_heads + np.arange(num_heads)[:, None]) * seqlen_k)[..., None] + key
+        place = place.reshape(len(num_keys), -1)[:, :longest]
+        self._place = torch.as_tensor(place.flatten())
+        self._shape = *num_keys.shape, longest
+        least = num_keys.min()
+        self.is_padding = torch.as_tensor(np.arange(longest) >= num_keys[:, None]) if least < longest else None
+        self._is_blind = torch.as_tensor(num_keys == 0)[:, None, None] if least == 0 else None
+
+    def clear_blind(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """out [J, G, D] and lse [J, G, 1], with 0 and -inf put where a job sees no key."""
+        if self._is_blind is None:
+            return out, lse
+        return out.masked_fill_(self._is_blind, 0.0), lse.masked_fill_(self._is_blind, -torch.inf)
+
+    def gather_stored(self, x: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """x [B,Hkv,S,...] or pages of it to [J, L, ...] as it is stored, in the buffer of that name."""
+        stored = x.view(torch.int8) if fp8.is_e4m3(x) else x
+        if stored.is_contiguous():
+            gathered = scratch.take(name, self._place.numel(), *x.shape[3:], dtype=stored.dtype)
+            torch.index_select(stored.flatten(0, 2), 0, self._place, out=gathered)
+        else:
+            gathered = stored[torch.unravel_index(self._place, x.shape[:3])]
+        return gathered.view(x.dtype).view(*self._shape, *x.shape[3:])
+
+    def gather(self, x: Tensor, scratch: Scratch) -> Tensor:
+        """The same in the compute dtype, e4m3 divided by ``fp8.SHIFT``; valid until the next call."""
+        gathered = self.gather_stored(x, scratch, "gathered")
+        if x.dtype == scratch.dtype:
+            return gathered
+        return scratch.widen(gathered, scratch.take("widened", *gathered.shape))

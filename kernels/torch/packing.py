@@ -1,0 +1,208 @@
+"""How the CPU kernels lay out their operands: queries as rows, keys as blocks.
+
+Rows. The G query heads of one group share their selection, so the G * D numbers of one token and group make one
+row. A ``Chunk`` of the queries is packed at a time, small enough that gathering its rows, once for each selected
+block, mostly hits the cache. One more row, the last, is all zeros: short lists of rows are padded with it.
+
+Blocks. The keys of every sequence are cut into blocks from the sequence's own first key; the last block of a
+sequence is filled up with zeros, so that nothing which lies between sequences is ever read. In a paged cache every
+block is a page.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmsa.kernels.torch import fp8
+
+Array = np.ndarray
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that products are accumulated in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Scratch:
+    """Named buffers that grow to the largest request and are then used again for every chunk or tile.
+
+    Fresh memory of a megabyte costs more in page faults than an elementwise pass over it.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor; the next call with this name and type takes it away."""
+        key = name, dtype or self.dtype
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(0, dtype=key[1])
+        return self._buffers[key].resize_(shape)
+
+    def widen(self, stored: Tensor, out: Tensor) -> Tensor:
+        """Fill ``out`` with the numbers ``stored``, e4m3 ones divided by ``fp8.SHIFT``."""
+        if fp8.is_e4m3(stored):
+            stored = fp8.as_float16(stored, self.take("e4m3", *stored.shape, dtype=torch.int16))
+        return out.copy_(stored)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of queries: some batch rows, groups and tokens. Rows are numbered in this order."""
+
+    batch: range
+    head: range
+    token: range
+    num_kv_heads: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.batch), len(self.head), len(self.token)
+
+    @property
+    def num_rows(self) -> int:
+        return math.prod(self.shape)
+
+    def of(self, x: Tensor) -> Tensor:
+        """View the chunk's part of x [B,Hkv*G,Sq,...] as [*shape, G, ...]."""
+        batch, head, token = (slice(part.start, part.stop) for part in (self.batch, self.head, self.token))
+        return x.unflatten(1, (self.num_kv_heads, -1))[batch, head, :, token].transpose(2, 3)
+
+    def pack(self, x: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """x [B,Hkv*G,Sq,D] or [B,Hkv*G,Sq] to rows [num_rows + 1, G * D], the last of them zero."""
+        part = self.of(x)
+        rows = scratch.take(name, self.num_rows + 1, math.prod(part.shape[3:]))
+        rows[:-1].view(part.shape).copy_(part)
+        rows[-1].zero_()
+        return rows
+
+    def unpack(self, rows: Tensor, out: Tensor) -> None:
+        """The reverse of :meth:`pack`, into the chunk's part of ``out``."""
+        part = self.of(out)
+        part.copy_(rows[:-1].view(part.shape))
+
+
+def chunks(batch: int, num_kv_heads: int, seqlen_q: int, num_rows: int) -> Iterator[Chunk]:
+    """Cut the queries into boxes of at most ``num_rows`` rows: first by batch, then by group, then by token."""
+    token_step = max(1, min(seqlen_q, num_rows))
+    head_step = max(1, min(num_kv_heads, num_rows // token_step)) if token_step == seqlen_q else 1
+    batch_step = max(1, num_rows // (token_step * head_step)) if head_step == num_kv_heads else 1
+    for b in _steps(batch, batch_step):
+        for head in _steps(num_kv_heads, head_step):
+            for token in _steps(seqlen_q, token_step):
+                yield Chunk(b, head, token, num_kv_heads)
+
+
+def _steps(stop: int, step: int) -> Iterator[range]:
+    return (range(first, min(first + step, stop)) for first in range(0, stop, step))
+
+
+def array(x: Tensor) -> Array:
+    """The numbers of a small tensor, to reckon with: an operation takes a fifth of the time that PyTorch's takes."""
+    return x.cpu().numpy()
+
+
+def locate_block(
+    batch: Array, k_start: Array, block: Array, block_size: int, page_table: Tensor | None
+) -> tuple[Array, Array]:
+    """Where block ``block`` of a sequence lies: a place in the first dimension, and the first key there."""
+    if page_table is None:
+        return batch, k_start + block * block_size
+    return array(page_table)[batch, block].astype(np.int64), np.zeros_like(block)
+
+
+def count_blocks(table: Array, block_size: int) -> Array:
+    """The number of blocks [N] of each sequence, none where it has no query."""
+    _, q_start, q_end, k_start, k_end = table.astype(np.int64).T
+    return np.where(q_end > q_start, k_end - k_start + block_size - 1, 0).clip(min=0) // block_size
+
+
+def check_page_table(page_table: Tensor | None, sequences: Tensor, block_size: int, num_pages: int) -> None:
+    """Raise ValueError unless every block of every sequence has a page."""
+    if page_table is None:
+        return
+    table = array(sequences)
+    num_blocks = count_blocks(table, block_size)
+    pages = array(page_table)[table[:, 0]]
+    wrong = ((pages < 0) | (pages >= num_pages)) & (np.arange(pages.shape[1]) < num_blocks[:, None])
+    if wrong.any():
+        n, block = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"page_table: expected a page from 0 to {num_pages - 1} for each of the {num_blocks[n]} blocks of "
+            f"batch row {table[n, 0]}, got {pages[n, block]} for block {block}; reserve a page for it"
+        )
+
+
+class BlockTable:
+    """Where the blocks of every sequence lie: block ``b`` of sequence ``n`` is ``first_block[n] + b``."""
+
+    def __init__(self, sequences: Tensor, block_size: int, page_table: Tensor | None = None) -> None:
+        table = array(sequences).astype(np.int64)
+        num_blocks = count_blocks(table, block_size)
+        first_block = num_blocks.cumsum() - num_blocks
+        owner = np.repeat(np.arange(len(table)), num_blocks)
+        block = np.arange(len(owner)) - first_block[owner]
+        batch, _, _, k_start, k_end = table[owner].T
+        row, first = locate_block(batch, k_start, block, block_size, page_table)
+        last = k_end - k_start - 1 - block * block_size
+        offset = np.arange(block_size)
+        self.block_size = block_size
+        self.total = len(owner)
+        self.num_blocks, self.first_block = torch.as_tensor(num_blocks), torch.as_tensor(first_block)
+        self._is_padding = torch.as_tensor(offset > last[:, None]).flatten()
+        self._has_padding = bool((last < block_size - 1).any())
+        self._token = torch.as_tensor(first[:, None] + np.minimum(offset, last[:, None])).flatten()
+        self._batch = torch.as_tensor(np.repeat(row, block_size))
+
+    def pack(
+        self, x: Tensor, scale: float = 1.0, token_scale: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """[B,H,Sk,D] to blocks [H * total, block_size, D] in ``dtype``, or x's compute dtype, times ``scale``.
+
+        e4m3 numbers come with their token_scale [B,H,Sk].
+        """
+        blocks = self._take(x).to(compute_dtype(x.dtype) if dtype is None else dtype)
+        if token_scale is not None:
+            blocks.mul_(fp8.factors(self._take(fp8.as_scales(token_scale)))[..., None])
+        if self._has_padding:
+            blocks[:, self._is_padding] = 0
+        return blocks.mul_(scale).view(x.shape[1] * self.total, self.block_size, x.shape[-1])
+
+    def _take(self, x: Tensor) -> Tensor:
+        """[B,H,Sk,...] to [H, total * block_size, ...], e4m3 numbers divided by ``fp8.SHIFT``."""
+        if fp8.is_e4m3(x):
+            return fp8.as_float16(self._take(x.view(torch.int8)))
+        return x.transpose(0, 1)[:, self._batch, self._token]
+
+    def unpack(self, blocks: Tensor, like: Tensor, scale: float = 1.0) -> Tensor:
+        """The transpose of :meth:`pack`: a contiguous tensor of ``like``'s shape and type, zero for other keys."""
+        batch, num_heads, seqlen_k, head_dim = like.shape
+        keys = blocks.new_zeros(num_heads * batch * seqlen_k + 1, head_dim)
+        key = (torch.arange(num_heads)[:, None] * batch + self._batch) * seqlen_k + self._token
+        key.masked_fill_(self._is_padding, keys.shape[0] - 1)
+        keys.index_add_(0, key.flatten(), blocks.view(-1, head_dim), alpha=scale)
+        out = torch.empty(like.shape, dtype=like.dtype)
+        return out.copy_(keys[:-1].view(num_heads, batch, seqlen_k, head_dim).transpose(0, 1))
+
+
+def query_positions(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Array, Array]:
+    """For each query [B,Sq]: its sequence, and its newest visible key counted from the sequence's first key.
+
+    The position is negative for a query that sees no key.
+    """
+    table = array(sequences).astype(np.int64)
+    row, q_start, q_end, k_start, k_end = table.T
+    length = (q_end - q_start).clip(min=0)
+    owner = np.repeat(np.arange(len(table)), length)
+    offset = np.arange(len(owner)) - (length.cumsum() - length)[owner]
+    query = row[owner], q_start[owner] + offset
+    sequence = np.zeros((batch, seqlen_q), np.int64)
+    position = np.full((batch, seqlen_q), -1)
+    sequence[query] = owner
+    position[query] = (k_end - k_start - length)[owner] + offset
+    return sequence, position

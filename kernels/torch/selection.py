@@ -1,0 +1,183 @@
+"""Which blocks each query and group attends to: the block's best token score, and the topk best blocks.
+
+    block_scores[b, r, i, c] = max over keys j of block c visible to query i of <index_q[b, r, i], index_k[b, j]>
+
+Queries are taken in tiles, so that the scores of one tile against one stretch of keys stay in the cache and block
+scores exist for one tile only.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmsa.kernels.torch import fp8
+from flexmsa.kernels.torch.index_keys import FEW_VECTORS, SCORES_PER_STEP, IndexKeys, Queries, Rules
+from flexmsa.kernels.torch.packing import Array, Scratch, check_page_table, compute_dtype, query_positions
+from flexmsa.kernels.torch.reverse_index import batch_by_size
+from flexmsa.kernels.torch.sieve import best_blocks, multiplies_bf16
+
+# Query vectors in a tile, when there are that many.
+_VECTORS_PER_TILE = 512
+
+
+def select_blocks(
+    index_q: Tensor,
+    index_k: Tensor,
+    sequences: Tensor,
+    block_size: int,
+    topk: int,
+    num_local_blocks: int,
+    num_init_blocks: int,
+    page_table: Tensor | None = None,
+    index_k_scale: Tensor | None = None,
+) -> Tensor:
+    """index_q [B,Hkv,Sq,Di], index_k [B,1,Sk,Di] to block_indices [B,Hkv,Sq,topk] int32.
+
+    With page_table [B,max_pages], index_k is pages [num_pages,1,block_size,Di]. e4m3 keys have an index_k_scale of
+    the shape of index_k but for Di, or e4m3 queries.
+
+    Numbers count from the first block of the query's sequence; they ascend and are padded with -1. The newest
+    ``num_local_blocks`` and the oldest ``num_init_blocks`` visible blocks rank above all others, equal scores rank
+    by block number, NaN is the lowest score. Only visible blocks are selected, whatever the numbers.
+    """
+    check_page_table(page_table, sequences, block_size, index_k.shape[0])
+    if fp8.is_e4m3(index_q):
+        index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
+    rules = Rules(block_size, topk, num_local_blocks, num_init_blocks)
+    batch, num_kv_heads, seqlen_q, _ = index_q.shape
+    tiles = _tiles(sequences, rules, num_kv_heads)
+    if sum(tile.stop - tile.start for tile in tiles) == batch * seqlen_q:
+        block_indices = torch.empty(batch, num_kv_heads, seqlen_q, topk, dtype=torch.int32)
+    else:
+        # Right where at most topk blocks are visible; the other queries are overwritten.
+        _, position = query_positions(sequences, batch, seqlen_q)
+        newest = torch.as_tensor(position // block_size)[:, None, :, None]
+        ids = torch.arange(topk, dtype=torch.int32)
+        block_indices = torch.where(ids <= newest, ids, -1).repeat(1, num_kv_heads, 1, 1)
+    sizes = [(tile.stop - tile.start, tile.num_blocks) for tile in tiles]
+    scratch = Scratch(compute_dtype(index_q.dtype))
+    for group in batch_by_size(sizes, max(1, SCORES_PER_STEP // (num_kv_heads * block_size))):
+        members = [tiles[i] for i in group]
+        keys = IndexKeys(index_k, index_k_scale, page_table, members, num_kv_heads, rules, scratch)
+        _select(index_q, keys, members, rules, scratch, block_indices)
+    return block_indices
+
+
+def _tiles(sequences: Tensor, rules: Rules, num_kv_heads: int) -> list[Queries]:
+    """Tiles over the queries that see more than topk blocks."""
+    tiles = []
+    tokens = max(1, _VECTORS_PER_TILE // num_kv_heads)
+    for batch, q_start, q_end, k_start, k_end in sequences.tolist():
+        shift = k_end - k_start - q_end
+        first = max(q_start, rules.topk * rules.block_size - shift)
+        for stop in range(q_end, first, -tokens):
+            start = max(first, stop - tokens)
+            num_blocks = (stop - 1 + shift) // rules.block_size + 1
+            tiles.append(Queries(batch, start, stop, k_start, k_end, start + shift, num_blocks))
+    return tiles
+
+
+def _select(
+    index_q: Tensor,
+    index_k: IndexKeys,
+    tiles: list[Queries],
+    rules: Rules,
+    scratch: Scratch,
+    block_indices: Tensor,
+) -> None:
+    """Write the selection of the tiles' queries to block_indices.
+
+    Query vectors of a tile are ordered (token, group); short tiles repeat their last token.
+    """
+    num_kv_heads = index_q.shape[1]
+    offset = np.arange(max(tile.stop - tile.start for tile in tiles))
+    batch, start, stop, first = np.array([(t.batch, t.start, t.stop, t.position) for t in tiles]).T[..., None]
+    token = np.minimum(start + offset, stop - 1)
+    position = np.repeat(token - start + first, num_kv_heads, 1)
+    queries = index_q[torch.as_tensor(batch), :, torch.as_tensor(token)].flatten(1, 2)
+    best = None
+    narrow = index_q.dtype == torch.bfloat16 and index_k.dtype in (torch.bfloat16, torch.float8_e4m3fn)
+    if narrow and index_q.device.type == "cpu" and index_k.are_used_once and multiplies_bf16():
+        best = best_blocks(queries[0], position[0], index_k, rules, scratch)
+    if best is None:
+        best = _best_of_all(queries.to(scratch.dtype), position, index_k, rules, scratch)
+    tile, column = np.nonzero(start + offset < stop)
+    rows = best.view(*token.shape, num_kv_heads, rules.topk)[torch.as_tensor(tile), torch.as_tensor(column)]
+    block_indices[torch.as_tensor(batch[tile, 0]), :, torch.as_tensor(token[tile, column])] = rows
+
+
+def _best_of_all(queries: Tensor, position: Array, index_k: IndexKeys, rules: Rules, scratch: Scratch) -> Tensor:
+    """The best blocks [C * R, topk] of queries [C, R, Di] at position [C, R]."""
+    forced, hidden = (torch.as_tensor(x).mT for x in rules.forced_and_hidden(position, index_k.num_blocks))
+    newest_key = torch.as_tensor(position)[:, None]
+    scores = _block_scores(queries, index_k, newest_key, rules, scratch, clean=False)
+    if bool(scores.isnan().any()):
+        scores = _block_scores(queries, index_k, newest_key, rules, scratch, clean=True)
+    limit = torch.finfo(scores.dtype).max
+    scores.clamp_(-limit, limit)
+    scores.masked_fill_(forced, torch.inf).masked_fill_(hidden, -torch.inf)
+    return _best(scores.transpose(1, 2).flatten(0, 1), rules.topk)
+
+
+def _block_scores(
+    queries: Tensor,
+    index_k: IndexKeys,
+    position: Tensor,
+    rules: Rules,
+    scratch: Scratch,
+    clean: bool,
+) -> Tensor:
+    """Block scores [C, num_blocks, R] of queries [C, R, Di] at position [C, 1, R].
+
+    A NaN token score makes its block's score NaN, unless ``clean``. Forced blocks are left at zero. A block that is
+    not forced lies wholly in the past, except where there is no forced local block.
+    """
+    num_tiles, num_vectors, _ = queries.shape
+    num_blocks, block_size = index_k.num_blocks, rules.block_size
+    block_scores = scratch.take("block_scores", num_tiles, num_blocks, num_vectors).zero_()
+    limit = torch.finfo(queries.dtype).max
+    for first, stop in index_k.stretches(num_vectors):
+        scores = _products(index_k.blocks(first, stop), queries, block_size, scratch)
+        if index_k.factors is not None:
+            factors = index_k.factors[:, first * block_size : stop * block_size]
+            scores.mul_(factors.view(num_tiles, -1, block_size, 1))
+        if clean:
+            scores.nan_to_num_(-limit, limit, -limit)
+        if rules.num_local_blocks == 0:
+            key = torch.arange(first * block_size, stop * block_size).view(-1, block_size, 1)
+            scores.masked_fill_(key > position[:, None], -torch.inf)
+        torch.amax(scores, 2, out=block_scores[:, first:stop])
+    return block_scores
+
+
+def _products(keys: Tensor, queries: Tensor, block_size: int, scratch: Scratch) -> Tensor:
+    """keys [C, n * block_size, Di] times queries [C, R, Di]: [C, n, block_size, R], in the order that is fastest."""
+    num_vectors = queries.shape[1]
+    blocks = keys.unflatten(1, (-1, block_size))
+    if num_vectors > FEW_VECTORS:
+        scores = scratch.take("scores", *blocks.shape[:3], num_vectors)
+        torch.bmm(keys, queries.transpose(1, 2), out=scores.flatten(1, 2))
+        return scores
+    scores = scratch.take("scores", *blocks.shape[:2], num_vectors, block_size)
+    by_block = queries[:, None].expand(-1, blocks.shape[1], -1, -1).flatten(0, 1)
+    torch.bmm(by_block, blocks.flatten(0, 1).transpose(1, 2), out=scores.flatten(0, 1))
+    return scores.transpose(2, 3)
+
+
+def _best(scores: Tensor, topk: int) -> Tensor:
+    """The topk best columns of scores [rows, num_blocks > topk], ascending, -1 instead of those that score -inf."""
+    values, ids = scores.topk(topk + 1)
+    # topk does not say which of equal scores it takes. That matters only if they are at the threshold.
+    tied = (values[:, topk - 1] == values[:, topk]) & (values[:, topk] > -torch.inf)
+    ids = ids[:, :topk].masked_fill_(values[:, :topk] == -torch.inf, scores.shape[1])
+    if bool(tied.any()):
+        ids[tied] = _first_best(scores[tied], values[tied, topk - 1, None], topk)
+    ids = ids.sort(-1).values
+    return ids.masked_fill_(ids == scores.shape[1], -1).to(torch.int32)
+
+
+def _first_best(scores: Tensor, threshold: Tensor, topk: int) -> Tensor:
+    """The columns above the threshold and the first that equal it, topk together."""
+    above, equal = scores > threshold, scores == threshold
+    room = topk - above.sum(-1, keepdim=True)
+    return (above | (equal & (equal.cumsum(-1) <= room))).nonzero()[:, 1].view(-1, topk)

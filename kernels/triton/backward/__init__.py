@@ -1,0 +1,1 @@
+"""The main branch's backward."""

@@ -1,0 +1,99 @@
+"""GPUs as far as the kernels need to know them, and what a launch is told of them and of a cache."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+
+# Gluon is an experimental part of Triton: what is written in it is launched by versions that it has run with.
+GLUON = triton.__version__.startswith(("3.6.", "3.7."))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU as far as the choice of tiles needs it: `arch` is 80, 86, 90, 100 or a gfx name."""
+
+    backend: str
+    arch: int | str
+    num_sms: int
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that one program may take."""
+        if self.backend == "hip":
+            return 64 << 10
+        by_arch: dict[int | str, int] = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+        return by_arch.get(self.arch, 99) << 10
+
+    @property
+    def has_e4m3(self) -> bool:
+        """Whether the GPU converts and multiplies e4m3 numbers by itself."""
+        return self.backend == "cuda" and int(self.arch) >= 89
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a launch may begin while the kernel before it ends (see `overlap`)."""
+        return self.backend == "cuda" and int(self.arch) >= 90
+
+    def overlap(self) -> dict[str, bool]:
+        """How the kernels of a decoding step are launched: each while the one before it ends, where the GPU can.
+
+        A constant for `primitives.await_previous`, and Triton's option.
+        """
+        if self.backend == "cuda" and int(self.arch) >= 90:
+            return {"OVERLAP": True, "launch_pdl": True}
+        return {"OVERLAP": False}
+
+
+_assumed: list[Target] = []
+
+
+@contextlib.contextmanager
+def assume_target(target: Target) -> Iterator[None]:
+    """Let meta tensors be on `target`."""
+    _assumed.append(target)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def target_of(device: torch.device) -> Target:
+    """The target of a device: of "meta", the one that `assume_target` says."""
+    return _assumed[-1] if device.type == "meta" else _device_target(device)
+
+
+@functools.lru_cache
+def _device_target(device: torch.device) -> Target:
+    # The interpreter's CPU stands in as a small sm_80.
+    if device.type != "cuda":
+        return Target("cuda", 80, 2)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The tile size that holds `size`: a power of two, at least what tl.dot takes."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def storage_constants(target: Target, paged: bool, scaled: bool) -> dict[str, int | bool]:
+    """The compile-time arguments that say how a kernel's keys are kept: in pages, in e4m3 with scales."""
+    return {"PAGED": paged, "SCALED": scaled, "NATIVE": scaled and target.has_e4m3}
+
+
+def launch_options(num_warps: int, num_stages: int, max_registers: int | None) -> dict[str, int]:
+    """What Triton takes at a launch; max_registers is a limit a thread, for NVIDIA GPUs only."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return options if max_registers is None else {**options, "maxnreg": max_registers}
+
+
+def gathers_on_hopper(target: Target, group_size: int, head_dim: int, block_size: int, element_size: int) -> bool:
+    """Whether the Gluon kernels that gather queries, `by_block_hopper` and `backward_hopper`, take this shape."""
+    shape = element_size == 2 and head_dim in (64, 128) and block_size == 128 and group_size in (8, 16, 32, 64)
+    return GLUON and target.arch == 90 and shape

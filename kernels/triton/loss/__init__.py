@@ -1,0 +1,1 @@
+"""The index loss and its gradient."""

@@ -1,0 +1,1 @@
+"""Which program does what in the key-major kernels."""

@@ -1,0 +1,1 @@
+"""Decoding and appending to caches."""

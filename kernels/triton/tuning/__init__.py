@@ -1,0 +1,1 @@
+"""What `flexmsa.autotune` tries."""
