@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu_serving import FP8
 from benchmarks.gpu_training import BLOCK, DEPTH, GROUPS, TOPK
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton.selection.launch import choose_config, select_blocks
 
 SQUARE = [8192, 32768, 131072, 524288]
@@ -75,15 +76,15 @@ def selection_errors(device="cuda", cases=None):
     """Names of the selections that differ from the definition or from themselves, with and without a split."""
     for shape, dtype in cases or with_dtypes(SELECTIONS):
         batch, groups, seqlen_q, seqlen_k, depth = shape[:5]
-        rules = shape[5:]
+        rule = SelectionRule(*shape[5:])
         index_q = integers(batch, groups, seqlen_q, depth, dtype=dtype, device=device)
         index_k = integers(batch, 1, seqlen_k, depth, dtype=dtype, device=device)
         sequences = plain(batch, seqlen_q, seqlen_k, device)
-        config = choose_config(index_q, index_k, sequences, rules[0], rules[1])
-        wanted = dense_ids(index_q, index_k, sequences, *rules)
+        config = choose_config(index_q, index_k, sequences, rule)
+        wanted = dense_ids(index_q, index_k, sequences, *shape[5:])
         for splits in (config.num_splits, 1 if config.num_splits > 1 else 5):
             variant = replace(config, num_splits=splits)
-            found = [select_blocks(index_q, index_k, sequences, *rules, config=variant) for _ in range(2)]
+            found = [select_blocks(index_q, index_k, sequences, rule, config=variant) for _ in range(2)]
             if not all(torch.equal(ids, wanted) for ids in found):
                 yield f"selection {shape} {dtype} {variant}: {int((found[0] != wanted).sum())} ids differ"
 
@@ -98,8 +99,8 @@ def packed_errors(device="cuda"):
     index_q = integers(1, 4, total, 128, dtype=torch.bfloat16, device=device)
     index_k = integers(1, 1, total + 50, 128, dtype=torch.bfloat16, device=device)
     index_k[:, :, :9] = index_k[:, :, total + 9 :] = float("nan")
-    wanted = dense_ids(index_q, index_k, sequences, 64, 4, 1, 0)
-    if not torch.equal(select_blocks(index_q, index_k, sequences, 64, 4, 1, 0), wanted):
+    wanted = dense_ids(index_q, index_k, sequences, SelectionRule(64, 4))
+    if not torch.equal(select_blocks(index_q, index_k, sequences, SelectionRule(64, 4)), wanted):
         yield "selection of packed documents"
 
 
@@ -110,8 +111,8 @@ def large_errors():
     for (seqlen_q, seqlen_k), dtype in cases:
         index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k, integers)
         queries = sorted({0, seqlen_q // 3, seqlen_q // 2, max(0, seqlen_q - 130), seqlen_q - 1})
-        found = select_blocks(index_q.to(dtype), index_k.to(dtype), sequences, BLOCK, TOPK, 1, 0)
-        wanted = dense_ids(index_q, index_k, sequences, BLOCK, TOPK, 1, 0, queries)
+        found = select_blocks(index_q.to(dtype), index_k.to(dtype), sequences, SelectionRule(BLOCK, TOPK))
+        wanted = dense_ids(index_q, index_k, sequences, SelectionRule(BLOCK, TOPK), queries)
         if not torch.equal(found[:, :, queries], wanted[:, :, queries]):
             yield f"selection of {seqlen_q} queries over {seqlen_k} keys, {dtype}"
 
@@ -138,7 +139,9 @@ def selection_time(
 ) -> float:
     """Milliseconds of one selection."""
     repeats = 3 if index_q.shape[2] > 200_000 else 20
-    return timer(lambda: select_blocks(index_q, index_k, sequences, BLOCK, TOPK, 1, 0, config=config), repeats=repeats)
+    return timer(
+        lambda: select_blocks(index_q, index_k, sequences, SelectionRule(BLOCK, TOPK), config=config), repeats=repeats
+    )
 
 
 def selection_times(

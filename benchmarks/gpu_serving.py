@@ -16,10 +16,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import flexmsa
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton import attend_blocks, select_and_attend, select_blocks
 
 HEADS, GROUPS, DEPTH, BLOCK, TOPK = 64, 4, 128, 128, 16
-RULES = (BLOCK, TOPK, 1, 0)
+RULE = SelectionRule(BLOCK, TOPK)
 SCALE = DEPTH**-0.5
 FP8 = torch.float8_e4m3fn
 Timer = Callable[[Callable[[], object]], float]
@@ -112,14 +113,14 @@ def caches(
 
 def select(new: Step, cache: flexmsa.MSACache, sequences: Tensor | None = None) -> Tensor:
     sequences = cache.newest(new[1].shape[2]) if sequences is None else sequences
-    return select_blocks(new[1], cache.index_k, sequences, *RULES, None, cache.index_k_scale)
+    return select_blocks(new[1], cache.index_k, sequences, RULE, None, cache.index_k_scale)
 
 
 def step(new: Step, cache: flexmsa.MSACache, sequences: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     q, index_q = new
     sequences = cache.newest(q.shape[2]) if sequences is None else sequences
     branches = q, index_q, cache.k, cache.v, cache.index_k, sequences
-    return select_and_attend(*branches, *RULES, SCALE, None, cache.k_scale, cache.v_scale, cache.index_k_scale)
+    return select_and_attend(*branches, RULE, SCALE, None, cache.k_scale, cache.v_scale, cache.index_k_scale)
 
 
 def time_step(

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu_serving import BLOCK, DEPTH, FP8, GROUPS, RULES, SCALE, TOPK, caches, select, step
+from benchmarks.gpu_serving import BLOCK, DEPTH, FP8, GROUPS, RULE, SCALE, TOPK, caches, select, step
 from flexmsa.kernels.triton import select_blocks
 from flexmsa.kernels.triton.selection.work_counters import tickets
 from flexmsa.kernels.triton.serving import launch as decode
@@ -147,7 +147,7 @@ def counter_errors() -> Iterator[str]:
     for row in (0, 8, 299):
         one, sequences = slice(row, row + 1), cache.newest(1)[row : row + 1].clone()
         sequences[:, 0] = 0
-        if not torch.equal(select_blocks(index_q[one], cache.index_k[one], sequences, *RULES), ids[one]):
+        if not torch.equal(select_blocks(index_q[one], cache.index_k[one], sequences, RULE), ids[one]):
             yield f"row {row} of many: another selection than alone"
     if any(tickets(number, ids.device).any() for number in (1, 300)):
         yield "counters are not left at zero"

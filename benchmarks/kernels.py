@@ -36,7 +36,6 @@ from flexmsa.kernels.triton.selection import config as selection_configs
 from flexmsa.kernels.triton.selection import kernel_sm90 as scoring_hopper
 from flexmsa.kernels.triton.selection import launch as selection
 from flexmsa.kernels.triton.serving import config as serving_config
-from flexmsa.kernels.triton.serving.append import append_constants, append_kernel, append_warps
 from flexmsa.kernels.triton.serving.attend import attend_constants, attend_kernel
 from flexmsa.testing.compiled import TARGETS, box_types, build, report
 
@@ -301,12 +300,6 @@ def serving_launches(target: targets.Target, shape: Shape) -> Iterator[Launch]:
     yield "decode: attend", attend_kernel, constants | targets.storage_constants(target, False, False), options, types
     constants |= targets.storage_constants(target, True, True)
     yield "decode: attend, e4m3", attend_kernel, constants, options, types | pointers("u8", "k v")
-    for label, scaled in (("decode: append", False), ("decode: append, e4m3", True)):
-        constants = append_constants(
-            groups, depth, depth, block, 1, ragged=False, paged=scaled, scaled=scaled, index_scaled=scaled
-        )
-        types = pointers("bf16", "index_k") | pointers("u8" if scaled else "bf16", "cache_k cache_v cache_index_k")
-        yield label, append_kernel, constants, {"num_warps": append_warps(constants)}, types
 
 
 def compile_all(name: str, shape: Shape) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,8 @@ All are for inference and have no gradient. Layouts of contiguous and paged cach
 import torch
 from torch import Tensor
 
+from flexmsa.kernels.rules import SelectionRule
+
 from .attention import statistics_dtype
 from .autocast import register_autocast
 from .dispatch import run_kernel
@@ -150,10 +152,7 @@ def select_and_attend(
         v,
         index_k,
         sequences,
-        block_size,
-        topk,
-        num_local_blocks,
-        num_init_blocks,
+        SelectionRule(block_size, topk, num_local_blocks, num_init_blocks),
         scale,
         page_table,
         k_scale,

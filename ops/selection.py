@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from flexmsa.kernels.rules import SelectionRule
+
 from .autocast import register_autocast
 from .dispatch import run_kernel
 
@@ -32,10 +34,7 @@ def select_blocks(
         index_q,
         index_k,
         sequences,
-        block_size,
-        topk,
-        num_local_blocks,
-        num_init_blocks,
+        SelectionRule(block_size, topk, num_local_blocks, num_init_blocks),
         page_table,
         index_k_scale,
     )

@@ -7,6 +7,7 @@ import torch
 from helpers import ragged, randn, visible
 
 from flexmsa.kernels import torch as torch_kernels
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.torch import fp8
 from flexmsa.testing import assert_close
 
@@ -52,7 +53,9 @@ class Layer:
 
     def select(self, sequences, cache, local=1, init=0):
         _, _, index_k, table, _, _, scale = cache
-        return torch_kernels.select_blocks(self.index_q, index_k, sequences, BLOCK, TOPK, local, init, table, scale)
+        return torch_kernels.select_blocks(
+            self.index_q, index_k, sequences, SelectionRule(BLOCK, TOPK, local, init), table, scale
+        )
 
     def attend(self, ids, sequences, cache):
         k, v, _, table, k_scale, v_scale, _ = cache
@@ -250,7 +253,7 @@ def test_many_blocks_are_scored_as_few():
     scores = (keys[0, 0, :20_008].double() @ index_q[0, :, 0].double().T).view(-1, BLOCK, HEADS).amax(1)
     wanted = scores.topk(TOPK - 1, 0).indices.sort(0).values.T
     sequences = torch.tensor([[0, 0, 1, 0, 20_011]], dtype=torch.int32)
-    ids = torch_kernels.select_blocks(index_q, keys, sequences, BLOCK, TOPK, 1, 0)
+    ids = torch_kernels.select_blocks(index_q, keys, sequences, SelectionRule(BLOCK, TOPK))
     assert torch.equal(ids[0, :, 0, :-1].long(), wanted)
     assert (ids[0, :, 0, -1] == 2501).all()
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmsa.kernels import torch as torch_kernels
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.torch import fp8, selection
-from flexmsa.kernels.torch.index_keys import IndexKeys, Queries, Rules
+from flexmsa.kernels.torch.index_keys import IndexKeys, Queries
 from flexmsa.kernels.torch.packing import Scratch
 from flexmsa.kernels.torch.sieve import best_blocks, least_scores, rough_error, rough_maxima
 
@@ -66,7 +67,7 @@ def test_nothing_changes(case, paged, fp8_keys, monkeypatch):
         table = torch.randperm(201, dtype=torch.int32)[None]
         index_k, scale = (None if x is None else in_pages(x, table) for x in (index_k, scale))
     sequences = torch.tensor([[0, 0, seqlen_q, 0, num_keys]], dtype=torch.int32)
-    arguments = index_q, index_k, sequences, BLOCK, TOPK, local, init, table, scale
+    arguments = index_q, index_k, sequences, SelectionRule(BLOCK, TOPK, local, init), table, scale
     used = []
     found = sieved(monkeypatch, used, *arguments)
     assert torch.equal(found, sieved(monkeypatch, None, *arguments))
@@ -84,7 +85,7 @@ def test_numbers_of_keys_that_count_as_zero(monkeypatch):
     index_k, scale = fp8.quantize(index_k)
     assert index_k[..., 2:].float().abs().max() == fp8.LARGEST_SUBNORMAL
     sequences = torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32)
-    arguments = index_q, index_k, sequences, BLOCK, TOPK, 1, 0, None, scale
+    arguments = index_q, index_k, sequences, SelectionRule(BLOCK, TOPK), None, scale
     assert torch.equal(sieved(monkeypatch, [], *arguments), sieved(monkeypatch, None, *arguments))
 
 
@@ -94,7 +95,7 @@ def test_sizes_of_queries(exponent, monkeypatch):
     index_q, index_k = torch.randint(-9, 10, (1, 2, 1, 16)).bfloat16(), torch.randint(-9, 10, (1, 1, 1600, 16))
     index_k, scale = fp8.quantize(index_k)
     sequences = torch.tensor([[0, 0, 1, 0, 1600]], dtype=torch.int32)
-    arguments = index_q * 2.0**exponent, index_k, sequences, BLOCK, TOPK, 1, 0, None, scale
+    arguments = index_q * 2.0**exponent, index_k, sequences, SelectionRule(BLOCK, TOPK), None, scale
     assert torch.equal(sieved(monkeypatch, [], *arguments), sieved(monkeypatch, None, *arguments))
 
 
@@ -105,7 +106,7 @@ def test_keys_that_are_not_finite(bad, fp8_keys, monkeypatch):
     index_k[0, 0, 77] = bad
     index_k, scale = in_format(index_k, fp8_keys)
     sequences = torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32)
-    arguments = index_q, index_k, sequences, BLOCK, TOPK, 1, 0, None, scale
+    arguments = index_q, index_k, sequences, SelectionRule(BLOCK, TOPK), None, scale
     used = []
     assert torch.equal(sieved(monkeypatch, used, *arguments), sieved(monkeypatch, None, *arguments))
     # One such key of a block hides behind the others.
@@ -115,7 +116,9 @@ def test_keys_that_are_not_finite(bad, fp8_keys, monkeypatch):
 def test_a_query_of_more_bits_is_not_rounded(monkeypatch):
     used = []
     arguments = torch.randn(1, 2, 1, 16), torch.randn(1, 1, 400, 16).bfloat16()
-    sieved(monkeypatch, used, *arguments, torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32), BLOCK, TOPK, 1, 0)
+    sieved(
+        monkeypatch, used, *arguments, torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32), SelectionRule(BLOCK, TOPK)
+    )
     assert not used
 
 
@@ -136,12 +139,12 @@ def test_the_best_blocks_are_not_ruled_out(seed, size, num_vectors):
 def test_rough_maxima(block_size, fp8_keys):
     keys, queries = torch.randn(1, 1, 6 * block_size, 16).bfloat16(), torch.randn(3, 16).bfloat16()
     keys[0, 0, 5 * block_size + 1 :] = torch.nan
-    rules = Rules(block_size, topk=2, num_local_blocks=1, num_init_blocks=0)
+    rule = SelectionRule(block_size, topk=2, num_local_blocks=1, num_init_blocks=0)
     tile = Queries(batch=0, start=0, stop=1, k_start=0, k_end=5 * block_size + 1, position=5 * block_size, num_blocks=6)
     scratch = Scratch(torch.float32)
     keys, scale = in_format(keys, fp8_keys)
-    index_k = IndexKeys(keys, scale, None, [tile], 3, rules, scratch)
-    found, error = rough_maxima(queries, index_k, rules, scratch), rough_error(queries, index_k)
+    index_k = IndexKeys(keys, scale, None, [tile], 3, rule, scratch)
+    found, error = rough_maxima(queries, index_k, rule, scratch), rough_error(queries, index_k)
     seen = keys.float() if scale is None else keys.float() * fp8.as_scales(scale).float()[..., None]
     exact = (seen[0, 0, : 5 * block_size] @ queries.float().T).view(5, block_size, 3).amax(1)
     torch.testing.assert_close(found[:5].amax(1).float(), exact, rtol=2.0**-8, atol=1e-5 + error.max())

@@ -19,14 +19,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from flexmsa.kernels.triton.common.gluon_sm90 import box_layout
 from flexmsa.kernels.triton.common.target import Target
+from flexmsa.testing.launches import TARGETS  # noqa: F401
 
-TARGETS = {
-    "sm_80": Target("cuda", 80, 108),
-    "sm_86": Target("cuda", 86, 84),
-    "sm_90": Target("cuda", 90, 132),
-    "sm_100": Target("cuda", 100, 148),
-    "gfx942": Target("hip", "gfx942", 304),
-}
 BF16 = {"index_q_ptr", "index_k", "q_ptr", "k_ptr", "v_ptr", "out_ptr"}
 FP32 = {"lse_ptr", "partial_out_ptr", "partial_lse_ptr"}
 UINT8 = {"k_scale_ptr", "v_scale_ptr", "index_k_scale_ptr"}

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.torch import fp8
 from flexmsa.kernels.torch.attention import block_sparse_attention_forward
 from flexmsa.kernels.torch.packing import (
@@ -80,10 +81,7 @@ def select_and_attend(
     v: Tensor,
     index_k: Tensor,
     sequences: Tensor,
-    block_size: int,
-    topk: int,
-    num_local_blocks: int,
-    num_init_blocks: int,
+    rule: SelectionRule,
     scale: float,
     page_table: Tensor | None = None,
     k_scale: Tensor | None = None,
@@ -91,9 +89,8 @@ def select_and_attend(
     index_k_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, block_indices) of ``select_blocks`` and ``attend_blocks``."""
-    rules = block_size, topk, num_local_blocks, num_init_blocks
-    ids = select_blocks(index_q, index_k, sequences, *rules, page_table, index_k_scale)
-    return *attend_blocks(q, k, v, ids, sequences, block_size, scale, page_table, k_scale, v_scale), ids
+    ids = select_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale)
+    return *attend_blocks(q, k, v, ids, sequences, rule.block_size, scale, page_table, k_scale, v_scale), ids
 
 
 def _attend_fused(

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.torch import fp8
 from flexmsa.kernels.torch.packing import Array, Scratch, array
 
@@ -17,24 +18,14 @@ SCORES_PER_STEP = 2**19
 _COPIED_BYTES = 2**22
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How many blocks of which size a query chooses, and which of them whatever they score."""
+def forced_and_hidden(rule: SelectionRule, position: Array, num_blocks: int) -> tuple[Array, Array]:
+    """Which blocks queries at position [..., R] choose whatever they score, and which they do not see.
 
-    block_size: int
-    topk: int
-    num_local_blocks: int
-    num_init_blocks: int
-
-    def forced_and_hidden(self, position: Array, num_blocks: int) -> tuple[Array, Array]:
-        """Which blocks queries at position [..., R] choose whatever they score, and which they do not see.
-
-        Both are [..., R, num_blocks].
-        """
-        block, newest = np.arange(num_blocks), (position // self.block_size)[..., None]
-        hidden = block > newest
-        forced = (block > newest - self.num_local_blocks) | (block < self.num_init_blocks)
-        return forced & ~hidden, hidden
+    Both are [..., R, num_blocks].
+    """
+    block, newest = np.arange(num_blocks), (position // rule.block_size)[..., None]
+    hidden = block > newest
+    return rule.is_forced(block, newest) & ~hidden, hidden
 
 
 @dataclass(frozen=True)
@@ -69,19 +60,19 @@ class IndexKeys:
         page_table: Tensor | None,
         tiles: list[Queries],
         num_kv_heads: int,
-        rules: Rules,
+        rule: SelectionRule,
         scratch: Scratch,
     ) -> None:
         self._keys = index_k[:, 0]
         self._page_table = page_table
         self._tiles = tiles
-        self._rules = rules
+        self._rule = rule
         self._scratch = scratch
         self.dtype = index_k.dtype
         self.num_blocks = max(tile.num_blocks for tile in tiles)
         # Only the newest block may end beyond the keys, and is not scored where it is local.
         few = len(tiles) == 1 and (tiles[0].stop - tiles[0].start) * num_kv_heads <= FEW_VECTORS
-        self.are_used_once = few and rules.num_local_blocks > 0
+        self.are_used_once = few and rule.num_local_blocks > 0
         self.factors: Tensor | None = None
         if index_k_scale is not None:
             self.factors = fp8.factors(self._load("scales", fp8.as_scales(index_k_scale)[:, 0], 0, self.num_blocks))
@@ -94,9 +85,9 @@ class IndexKeys:
         num_keys = SCORES_PER_STEP // num_vectors
         if not narrow and not self._are_in_place(self._scratch.dtype):
             num_keys = min(num_keys, self._num_copied(self._scratch.dtype))
-        step = max(1, num_keys // (len(self._tiles) * self._rules.block_size))
-        end = self.num_blocks - self._rules.num_local_blocks
-        for first in range(self._rules.num_init_blocks, end, step):
+        step = max(1, num_keys // (len(self._tiles) * self._rule.block_size))
+        end = self.num_blocks - self._rule.num_local_blocks
+        for first in range(self._rule.num_init_blocks, end, step):
             yield first, min(first + step, end)
 
     def blocks(self, first: int, stop: int) -> Tensor:
@@ -111,7 +102,7 @@ class IndexKeys:
         In parts [m, Di], of keys that count from block ``first``: one, if they are stored so. e4m3 numbers are divided
         by ``fp8.BFLOAT16_SHIFT``.
         """
-        size, step = self._rules.block_size, stop - first
+        size, step = self._rule.block_size, stop - first
         if not self._are_in_place(torch.bfloat16):
             step = max(1, self._num_copied(torch.bfloat16) // size)
         for part in range(first, stop, step):
@@ -130,7 +121,7 @@ class IndexKeys:
         if self._page_table is None:
             place, key = np.full_like(numbers, tile.batch), tile.k_start + numbers
         else:
-            block, key = np.divmod(numbers, self._rules.block_size)
+            block, key = np.divmod(numbers, self._rule.block_size)
             place = array(self._page_table)[tile.batch, block]
         stored = self._keys[torch.as_tensor(place), torch.as_tensor(key)]
         return self._scratch.widen(stored, self._scratch.take("keys", *stored.shape))
@@ -148,7 +139,7 @@ class IndexKeys:
         (tile,) = self._tiles
         if self._page_table is not None:
             return self._take(self._keys, self._page_table[tile.batch, first:stop])
-        start, end = (tile.k_start + block * self._rules.block_size for block in (first, stop))
+        start, end = (tile.k_start + block * self._rule.block_size for block in (first, stop))
         return self._keys[tile.batch, start:end]
 
     def _take(self, blocks: Tensor, numbers: Tensor) -> Tensor:
@@ -158,14 +149,14 @@ class IndexKeys:
 
     def _load(self, name: str, x: Tensor, first: int, stop: int) -> Tensor:
         """These blocks of x [B,S,...] or of pages of it, [C, n * block_size, ...]."""
-        start, num_keys = first * self._rules.block_size, (stop - first) * self._rules.block_size
+        start, num_keys = first * self._rule.block_size, (stop - first) * self._rule.block_size
         out = self._scratch.take(name, len(self._tiles), num_keys, *x.shape[2:])
         for part, tile in zip(out, self._tiles, strict=True):
             count = max(0, min(tile.k_end - tile.k_start - start, num_keys))
             if self._page_table is None:
                 stored = x[tile.batch, tile.k_start + start : tile.k_start + start + count]
             else:
-                pages = self._page_table[tile.batch, first : first - (-count // self._rules.block_size)]
+                pages = self._page_table[tile.batch, first : first - (-count // self._rule.block_size)]
                 stored = self._take(x, pages)[:count]
             self._scratch.widen(stored, part[:count])
             if count < num_keys:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.torch import fp8
-from flexmsa.kernels.torch.index_keys import FEW_VECTORS, SCORES_PER_STEP, IndexKeys, Queries, Rules
+from flexmsa.kernels.torch.index_keys import FEW_VECTORS, SCORES_PER_STEP, IndexKeys, Queries, forced_and_hidden
 from flexmsa.kernels.torch.packing import Array, Scratch, check_page_table, compute_dtype, query_positions
 from flexmsa.kernels.torch.reverse_index import batch_by_size
 from flexmsa.kernels.torch.sieve import best_blocks, multiplies_bf16
@@ -24,10 +25,7 @@ def select_blocks(
     index_q: Tensor,
     index_k: Tensor,
     sequences: Tensor,
-    block_size: int,
-    topk: int,
-    num_local_blocks: int,
-    num_init_blocks: int,
+    rule: SelectionRule,
     page_table: Tensor | None = None,
     index_k_scale: Tensor | None = None,
 ) -> Tensor:
@@ -40,39 +38,38 @@ def select_blocks(
     ``num_local_blocks`` and the oldest ``num_init_blocks`` visible blocks rank above all others, equal scores rank
     by block number, NaN is the lowest score. Only visible blocks are selected, whatever the numbers.
     """
-    check_page_table(page_table, sequences, block_size, index_k.shape[0])
+    check_page_table(page_table, sequences, rule.block_size, index_k.shape[0])
     if fp8.is_e4m3(index_q):
         index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
-    rules = Rules(block_size, topk, num_local_blocks, num_init_blocks)
     batch, num_kv_heads, seqlen_q, _ = index_q.shape
-    tiles = _tiles(sequences, rules, num_kv_heads)
+    tiles = _tiles(sequences, rule, num_kv_heads)
     if sum(tile.stop - tile.start for tile in tiles) == batch * seqlen_q:
-        block_indices = torch.empty(batch, num_kv_heads, seqlen_q, topk, dtype=torch.int32)
+        block_indices = torch.empty(batch, num_kv_heads, seqlen_q, rule.topk, dtype=torch.int32)
     else:
         # Right where at most topk blocks are visible; the other queries are overwritten.
         _, position = query_positions(sequences, batch, seqlen_q)
-        newest = torch.as_tensor(position // block_size)[:, None, :, None]
-        ids = torch.arange(topk, dtype=torch.int32)
+        newest = torch.as_tensor(position // rule.block_size)[:, None, :, None]
+        ids = torch.arange(rule.topk, dtype=torch.int32)
         block_indices = torch.where(ids <= newest, ids, -1).repeat(1, num_kv_heads, 1, 1)
     sizes = [(tile.stop - tile.start, tile.num_blocks) for tile in tiles]
     scratch = Scratch(compute_dtype(index_q.dtype))
-    for group in batch_by_size(sizes, max(1, SCORES_PER_STEP // (num_kv_heads * block_size))):
+    for group in batch_by_size(sizes, max(1, SCORES_PER_STEP // (num_kv_heads * rule.block_size))):
         members = [tiles[i] for i in group]
-        keys = IndexKeys(index_k, index_k_scale, page_table, members, num_kv_heads, rules, scratch)
-        _select(index_q, keys, members, rules, scratch, block_indices)
+        keys = IndexKeys(index_k, index_k_scale, page_table, members, num_kv_heads, rule, scratch)
+        _select(index_q, keys, members, rule, scratch, block_indices)
     return block_indices
 
 
-def _tiles(sequences: Tensor, rules: Rules, num_kv_heads: int) -> list[Queries]:
+def _tiles(sequences: Tensor, rule: SelectionRule, num_kv_heads: int) -> list[Queries]:
     """Tiles over the queries that see more than topk blocks."""
     tiles = []
     tokens = max(1, _VECTORS_PER_TILE // num_kv_heads)
     for batch, q_start, q_end, k_start, k_end in sequences.tolist():
         shift = k_end - k_start - q_end
-        first = max(q_start, rules.topk * rules.block_size - shift)
+        first = max(q_start, rule.topk * rule.block_size - shift)
         for stop in range(q_end, first, -tokens):
             start = max(first, stop - tokens)
-            num_blocks = (stop - 1 + shift) // rules.block_size + 1
+            num_blocks = (stop - 1 + shift) // rule.block_size + 1
             tiles.append(Queries(batch, start, stop, k_start, k_end, start + shift, num_blocks))
     return tiles
 
@@ -81,7 +78,7 @@ def _select(
     index_q: Tensor,
     index_k: IndexKeys,
     tiles: list[Queries],
-    rules: Rules,
+    rule: SelectionRule,
     scratch: Scratch,
     block_indices: Tensor,
 ) -> None:
@@ -98,32 +95,32 @@ def _select(
     best = None
     narrow = index_q.dtype == torch.bfloat16 and index_k.dtype in (torch.bfloat16, torch.float8_e4m3fn)
     if narrow and index_q.device.type == "cpu" and index_k.are_used_once and multiplies_bf16():
-        best = best_blocks(queries[0], position[0], index_k, rules, scratch)
+        best = best_blocks(queries[0], position[0], index_k, rule, scratch)
     if best is None:
-        best = _best_of_all(queries.to(scratch.dtype), position, index_k, rules, scratch)
+        best = _best_of_all(queries.to(scratch.dtype), position, index_k, rule, scratch)
     tile, column = np.nonzero(start + offset < stop)
-    rows = best.view(*token.shape, num_kv_heads, rules.topk)[torch.as_tensor(tile), torch.as_tensor(column)]
+    rows = best.view(*token.shape, num_kv_heads, rule.topk)[torch.as_tensor(tile), torch.as_tensor(column)]
     block_indices[torch.as_tensor(batch[tile, 0]), :, torch.as_tensor(token[tile, column])] = rows
 
 
-def _best_of_all(queries: Tensor, position: Array, index_k: IndexKeys, rules: Rules, scratch: Scratch) -> Tensor:
+def _best_of_all(queries: Tensor, position: Array, index_k: IndexKeys, rule: SelectionRule, scratch: Scratch) -> Tensor:
     """The best blocks [C * R, topk] of queries [C, R, Di] at position [C, R]."""
-    forced, hidden = (torch.as_tensor(x).mT for x in rules.forced_and_hidden(position, index_k.num_blocks))
+    forced, hidden = (torch.as_tensor(x).mT for x in forced_and_hidden(rule, position, index_k.num_blocks))
     newest_key = torch.as_tensor(position)[:, None]
-    scores = _block_scores(queries, index_k, newest_key, rules, scratch, clean=False)
+    scores = _block_scores(queries, index_k, newest_key, rule, scratch, clean=False)
     if bool(scores.isnan().any()):
-        scores = _block_scores(queries, index_k, newest_key, rules, scratch, clean=True)
+        scores = _block_scores(queries, index_k, newest_key, rule, scratch, clean=True)
     limit = torch.finfo(scores.dtype).max
     scores.clamp_(-limit, limit)
     scores.masked_fill_(forced, torch.inf).masked_fill_(hidden, -torch.inf)
-    return _best(scores.transpose(1, 2).flatten(0, 1), rules.topk)
+    return _best(scores.transpose(1, 2).flatten(0, 1), rule.topk)
 
 
 def _block_scores(
     queries: Tensor,
     index_k: IndexKeys,
     position: Tensor,
-    rules: Rules,
+    rule: SelectionRule,
     scratch: Scratch,
     clean: bool,
 ) -> Tensor:
@@ -133,7 +130,7 @@ def _block_scores(
     not forced lies wholly in the past, except where there is no forced local block.
     """
     num_tiles, num_vectors, _ = queries.shape
-    num_blocks, block_size = index_k.num_blocks, rules.block_size
+    num_blocks, block_size = index_k.num_blocks, rule.block_size
     block_scores = scratch.take("block_scores", num_tiles, num_blocks, num_vectors).zero_()
     limit = torch.finfo(queries.dtype).max
     for first, stop in index_k.stretches(num_vectors):
@@ -143,7 +140,7 @@ def _block_scores(
             scores.mul_(factors.view(num_tiles, -1, block_size, 1))
         if clean:
             scores.nan_to_num_(-limit, limit, -limit)
-        if rules.num_local_blocks == 0:
+        if rule.num_local_blocks == 0:
             key = torch.arange(first * block_size, stop * block_size).view(-1, block_size, 1)
             scores.masked_fill_(key > position[:, None], -torch.inf)
         torch.amax(scores, 2, out=block_scores[:, first:stop])

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.torch import fp8
-from flexmsa.kernels.torch.index_keys import IndexKeys, Rules
+from flexmsa.kernels.torch.index_keys import IndexKeys, forced_and_hidden
 from flexmsa.kernels.torch.packing import Array, Scratch, array
 
 # Rounding to 8 bits moves a score, and the one that it is compared with, by 2^-9 of itself each. Twice that.
@@ -31,21 +32,23 @@ def multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def best_blocks(queries: Tensor, position: Array, index_k: IndexKeys, rules: Rules, scratch: Scratch) -> Tensor | None:
+def best_blocks(
+    queries: Tensor, position: Array, index_k: IndexKeys, rule: SelectionRule, scratch: Scratch
+) -> Tensor | None:
     """The topk blocks [R, topk], ascending, of bf16 queries [R, Di] at position [R], which see more than topk.
 
     There is a local block. None if the rough scores say too little: some are not finite, or would leave more than a
     quarter of the blocks.
     """
-    forced, hidden = rules.forced_and_hidden(position, index_k.num_blocks)
+    forced, hidden = forced_and_hidden(rule, position, index_k.num_blocks)
     is_open = ~(forced | hidden)
-    fine = rough_maxima(queries, index_k, rules, scratch)
+    fine = rough_maxima(queries, index_k, rule, scratch)
     # Queries in rows: numbers that are reckoned with lie side by side.
     maxima = np.ascontiguousarray(array(fine.amax(1).float()).T)
     error = rough_error(queries, index_k)
     if not (np.isfinite(maxima) | ~is_open).all() or not np.isfinite(error).all():
         return None
-    limit = least_scores(maxima, error, forced, is_open, rules.topk)
+    limit = least_scores(maxima, error, forced, is_open, rule.topk)
     possible = (maxima >= limit[:, None]) & is_open
     left = np.flatnonzero(possible.any(0))
     if 4 * len(left) > index_k.num_blocks:
@@ -54,18 +57,18 @@ def best_blocks(queries: Tensor, position: Array, index_k: IndexKeys, rules: Rul
     scores = np.where(forced[:, blocks], np.inf, -np.inf)
     if len(left):
         worth = (array(fine[torch.as_tensor(left)].float()) >= limit) & possible[:, left].T[:, None]
-        exact = _exact_maxima(queries, index_k, rules.block_size, left, worth.any(2))
+        exact = _exact_maxima(queries, index_k, rule.block_size, left, worth.any(2))
         scores[possible[:, blocks]] = exact.T[possible[:, left]]
-    order = np.argsort(-scores, kind="stable")[:, : rules.topk]
+    order = np.argsort(-scores, kind="stable")[:, : rule.topk]
     return torch.as_tensor(np.sort(blocks[order]).astype(np.int32))
 
 
-def rough_maxima(queries: Tensor, index_k: IndexKeys, rules: Rules, scratch: Scratch) -> Tensor:
+def rough_maxima(queries: Tensor, index_k: IndexKeys, rule: SelectionRule, scratch: Scratch) -> Tensor:
     """The best rough score of queries [R, Di] with keys that lie a constant number J of keys apart, [num_blocks, J, R].
 
     Zero for blocks that the last query is forced to choose.
     """
-    num_blocks, size, num_vectors = index_k.num_blocks, rules.block_size, len(queries)
+    num_blocks, size, num_vectors = index_k.num_blocks, rule.block_size, len(queries)
     apart = _KEYS_PER_MAXIMUM if size % _KEYS_PER_MAXIMUM == 0 else 1
     maxima = scratch.take("maxima", num_blocks, size // apart, num_vectors, dtype=torch.bfloat16).zero_()
     factors = None

@@ -19,7 +19,6 @@ from flexmsa.kernels.triton.selection import kernel_sm90 as scoring_hopper  # no
 from flexmsa.kernels.triton.selection import launch as selection  # noqa: E402
 from flexmsa.kernels.triton.selection import merge  # noqa: E402
 from flexmsa.kernels.triton.serving import config as serving_config  # noqa: E402
-from flexmsa.kernels.triton.serving.append import append_constants, append_kernel, append_warps  # noqa: E402
 from flexmsa.kernels.triton.serving.attend import attend_constants, attend_kernel  # noqa: E402
 from flexmsa.kernels.triton.serving.combine import combine_kernel, combine_warps  # noqa: E402
 from flexmsa.testing.compiled import TARGETS, box_types, lone_products  # noqa: E402
@@ -173,15 +172,6 @@ def test_attend(build, target, lists, batch, scaled):
 def test_combine(build, target, splits):
     constants = {"HEAD_DIM": DEPTH, "SPLITS": splits, "DEPTH": DEPTH}
     build(combine_kernel, target, constants, combine_warps(splits, DEPTH))
-
-
-@pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "pages, e4m3"])
-@pytest.mark.parametrize("num_tokens", [1, 1024])
-def test_append(build, target, num_tokens, scaled):
-    storage = {"ragged": scaled, "paged": scaled, "scaled": scaled, "index_scaled": scaled}
-    constants = append_constants(GROUPS, DEPTH, DEPTH, BLOCK, num_tokens, **storage)
-    caches = dict.fromkeys(["cache_k_ptr", "cache_v_ptr", "cache_index_k_ptr"], "*u8" if scaled else "*bf16")
-    build(append_kernel, target, constants, append_warps(constants), index_k_ptr="*bf16", **caches)
 
 
 def test_tile_ends(build, target):

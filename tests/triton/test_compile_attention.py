@@ -12,7 +12,6 @@ from flexmsa.kernels.triton.forward import config as forward_config  # noqa: E40
 from flexmsa.kernels.triton.forward import key_major as by_block  # noqa: E402
 from flexmsa.kernels.triton.forward import key_major_sm90 as by_block_hopper  # noqa: E402
 from flexmsa.kernels.triton.forward import query_major as walk  # noqa: E402
-from flexmsa.kernels.triton.forward import query_major_sm90 as walk_hopper  # noqa: E402
 from flexmsa.kernels.triton.forward import tile_unions as union  # noqa: E402
 from flexmsa.testing.compiled import TARGETS, box_types, lone_products  # noqa: E402
 
@@ -98,22 +97,6 @@ def test_walk(build, target, case, dense):
 
 
 HOPPER = {"64/4/128": (16, 128, 128), "32/8/128": (4, 128, 128), "16/2/64": (8, 64, 128), "blocks of 64": (64, 64, 64)}
-
-
-@pytest.mark.parametrize("shape", HOPPER.values(), ids=HOPPER)
-def test_walk_hopper(build, shape):
-    group_size, head_dim, block_size = shape
-    target = TARGETS["sm_90"]
-    config = forward_config.forward_config(
-        target, group_size=group_size, head_dim=head_dim, block_size=block_size, topk=TOPK, element_size=2
-    )
-    assert config.walk_hopper and config.walk_tokens(group_size, TOPK) * group_size == 128
-    types = box_types(walk_hopper.hopper_boxes(group_size, head_dim, block_size))
-    constants = walk_hopper.hopper_constants(group_size, head_dim, block_size, config)
-    compiled = build(walk_hopper.walk_hopper_kernel, target, constants, 4, members_ptr="*i64", **types)
-    # A group of products for the keys and one for the values, in each of the two groups of warps.
-    products, ends = lone_products(compiled.asm["cubin"])
-    assert ends == 4 and products == 2 * (head_dim + block_size) // 16
 
 
 BY_BLOCK = {name: shape for name, shape in HOPPER.items() if shape[0] >= 8 and shape[2] == 128} | {"64": (64, 128, 128)}

@@ -65,9 +65,9 @@ def block_sparse_attention_forward(
     plain = scale > 0 and cache.page_table is None and cache.k_scale is None and all(map(tma_ready, (q, k, v)))
     if plain and config.walk_hopper and tiles.list is not None and tiles.tokens * (q.shape[1] // k.shape[1]) == 128:
         # Imported where it is launched: another version of Triton may not have what it needs.
-        from .query_major_sm90 import walk_tiles_hopper
+        from .query_major_sm90 import attend_tiles_sm90
 
-        walk_tiles_hopper(q, k, v, tiles, block_size, scale, config, out, lse)
+        attend_tiles_sm90(q, k, v, tiles, block_size, scale, config, out, lse)
     else:
         walk_tiles(q, k, v, cache, tiles, sequences, block_size, scale, config, out, lse)
     if block_indices is not None and not config.walk_all:

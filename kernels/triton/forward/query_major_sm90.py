@@ -9,6 +9,9 @@ Results are those of `walk` but for the order in which a row's weights are added
 Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
 """
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,43 +23,80 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common.gluon_sm90 import clear_rows, hide_unseen, make_barriers, shared_box
+from ..common.launch import Launch, Options
 from ..common.primitives import LN_2, LOG2_E
 from ..common.target import target_of
 from .config import ForwardConfig
-from .tile_unions import Tiles
+from .tile_unions import Tiles, load_walk
 
 ROWS = gl.constexpr(64)
 
 
+class Boxes(NamedTuple):
+    """Queries, keys and values: as descriptors of the bulk copy engine, or as buffers in shared memory."""
+
+    q: Any
+    k: Any
+    v: Any
+
+
+class Barriers(NamedTuple):
+    """q_full, q_empty: the queries of a tile; k_full, v_full, empty: the stages of keys and values; turns: of each
+    group of warps at the tensor cores."""
+
+    q_full: Any
+    q_empty: Any
+    k_full: Any
+    v_full: Any
+    empty: Any
+    turns: Any
+
+
+class Unions(NamedTuple):
+    """The tile unions and how many of them there are; see `tile_unions.Tiles`."""
+
+    walks: Any
+    list: Any
+    members: Any
+    num_tiles: Any
+    num_walks: Any
+    limit: Any
+
+
+class Rows(NamedTuple):
+    """Where results go, out and lse, and what of their layout the kernel needs."""
+
+    out: Any
+    lse: Any
+    num_kv_heads: Any
+    seqlen_q: Any
+    scale: Any
+
+
 @gluon.jit
-def copy_tiles(
-    tiles, buffers, barriers, pointers, numbers, GROUP_SIZE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr
-):
+def copy_tiles(tensors, buffers, barriers, unions, shape: gl.constexpr):
     """The copying warp's work: every tile's queries, then the blocks of its union."""
-    q_tiles, k_tiles, v_tiles = tiles
-    q_buffers, k_buffers, v_buffers = buffers
-    q_full, q_empty, k_full, v_full, empty, _ = barriers
-    walks_ptr, list_ptr, _, _, _ = pointers
-    num_tiles, num_walks, limit, _, _, _ = numbers
     step, turn = 0, 0
-    for walk in range(gl.program_id(0), num_walks, gl.num_programs(0)):
-        row = walks_ptr + walk * 8
-        length = gl.load(row)
-        if length > 0:
-            batch, first, first_key, group = gl.load(row + 2), gl.load(row + 3), gl.load(row + 5), walk // num_tiles
-            mbarrier.wait(q_empty, (turn & 1) ^ 1)
-            mbarrier.expect(q_full, 2 * q_tiles.block_type.nbytes)
+    for walk in range(gl.program_id(0), unions.num_walks, gl.num_programs(0)):
+        tile = load_walk(unions.walks, walk)
+        if tile.length > 0:
+            group = walk // unions.num_tiles
+            mbarrier.wait(barriers.q_empty, (turn & 1) ^ 1)
+            mbarrier.expect(barriers.q_full, 2 * tensors.q.block_type.nbytes)
             for half in gl.static_range(2):
-                head = group * GROUP_SIZE + half * (GROUP_SIZE // 2)
-                tma.async_copy_global_to_shared(q_tiles, [batch, head, first, 0], q_full, q_buffers.index(half))
-            places = list_ptr + gl.cast(walk, gl.int64) * limit
-            for number in range(length):
-                stage, at = step % STAGES, [batch, group, first_key + gl.load(places + number) * BLOCK, 0]
-                mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-                mbarrier.expect(k_full.index(stage), k_tiles.block_type.nbytes)
-                tma.async_copy_global_to_shared(k_tiles, at, k_full.index(stage), k_buffers.index(stage))
-                mbarrier.expect(v_full.index(stage), v_tiles.block_type.nbytes)
-                tma.async_copy_global_to_shared(v_tiles, at, v_full.index(stage), v_buffers.index(stage))
+                at = [tile.batch, group * shape.group_size + half * (shape.group_size // 2), tile.first, 0]
+                tma.async_copy_global_to_shared(tensors.q, at, barriers.q_full, buffers.q.index(half))
+            places = unions.list + gl.cast(walk, gl.int64) * unions.limit
+            for number in range(tile.length):
+                stage, phase = step % shape.stages, (step // shape.stages & 1) ^ 1
+                at = [tile.batch, group, tile.k_start + gl.load(places + number) * shape.block_size, 0]
+                mbarrier.wait(barriers.empty.index(stage), phase)
+                ready = barriers.k_full.index(stage)
+                mbarrier.expect(ready, tensors.k.block_type.nbytes)
+                tma.async_copy_global_to_shared(tensors.k, at, ready, buffers.k.index(stage))
+                ready = barriers.v_full.index(stage)
+                mbarrier.expect(ready, tensors.v.block_type.nbytes)
+                tma.async_copy_global_to_shared(tensors.v, at, ready, buffers.v.index(stage))
                 step += 1
             turn += 1
 
@@ -86,158 +126,132 @@ def store_rows(out_ptr, lse_ptr, place, live, acc, row_max, row_sum):
 
 
 @gluon.jit
-def attend_tiles(
-    half, buffers, barriers, pointers, numbers,
-    GROUP_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def attend_tiles(half, buffers, barriers, unions, rows, shape: gl.constexpr):
     """The work of four warps: out and lse of every tile, for one half of the heads of its group.
 
     Row r is head r // TOKENS of the half, token r % TOKENS of the tile.
     """
-    q_buffers, k_buffers, v_buffers = buffers
-    q_full, q_empty, k_full, v_full, empty, turns = barriers
-    walks_ptr, list_ptr, members_ptr, out_ptr, lse_ptr = pointers
-    num_tiles, num_walks, limit, num_kv_heads, seqlen_q, scale = numbers
+    HEAD_DIM: gl.constexpr = shape.head_dim
+    BLOCK: gl.constexpr = shape.block_size
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     per_row: gl.constexpr = gl.SliceLayout(1, scored)
     per_sum: gl.constexpr = gl.SliceLayout(1, summed)
-    dtype: gl.constexpr = out_ptr.dtype.element_ty
-    TOKENS: gl.constexpr = 2 * ROWS // GROUP_SIZE
+    dtype: gl.constexpr = rows.out.dtype.element_ty
+    TOKENS: gl.constexpr = 2 * ROWS // shape.group_size
     row = gl.arange(0, ROWS, per_row)
-    q = q_buffers.index(half).reshape([ROWS, HEAD_DIM])
+    q = buffers.q.index(half).reshape([ROWS, HEAD_DIM])
     step, turn, section = 0, 0, 0
-    for walk in range(gl.program_id(0), num_walks, gl.num_programs(0)):
-        info = walks_ptr + walk * 8
-        length = gl.load(info)
-        if length > 0:
-            num_whole, batch, first, stop = gl.load(info + 1), gl.load(info + 2), gl.load(info + 3), gl.load(info + 4)
-            num_keys, shift = gl.load(info + 6), gl.load(info + 7)
-            query = first + row % TOKENS
-            union = gl.cast(walk, gl.int64) * limit
+    for walk in range(gl.program_id(0), unions.num_walks, gl.num_programs(0)):
+        tile = load_walk(unions.walks, walk)
+        if tile.length > 0:
+            query = tile.first + row % TOKENS
+            union = gl.cast(walk, gl.int64) * unions.limit
             row_max = gl.full([ROWS], float("-inf"), gl.float32, per_row)
             row_sum = gl.zeros([ROWS], gl.float32, per_row)
             acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, summed)
-            mbarrier.wait(q_full, turn & 1)
+            mbarrier.wait(barriers.q_full, turn & 1)
             # A turn is the values' product of one step and the keys' product of the next.
-            mbarrier.wait(turns.index(half), section & 1)
-            for number in range(length):
-                stage, phase = step % STAGES, step // STAGES & 1
-                members = gl.load(members_ptr + union + number)
-                k = k_buffers.index(stage).reshape([BLOCK, HEAD_DIM])
-                v = v_buffers.index(stage).reshape([BLOCK, HEAD_DIM])
-                mbarrier.wait(k_full.index(stage), phase)
+            mbarrier.wait(barriers.turns.index(half), section & 1)
+            for number in range(tile.length):
+                stage, phase = step % shape.stages, step // shape.stages & 1
+                members = gl.load(unions.members + union + number)
+                k = buffers.k.index(stage).reshape([BLOCK, HEAD_DIM])
+                v = buffers.v.index(stage).reshape([BLOCK, HEAD_DIM])
+                mbarrier.wait(barriers.k_full.index(stage), phase)
                 scores = gl.zeros([ROWS, BLOCK], gl.float32, scored)
                 scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
-                mbarrier.arrive(turns.index(1 - half), count=1)
+                mbarrier.arrive(barriers.turns.index(1 - half), count=1)
                 section += 1
                 scores = warpgroup_mma_wait(0, deps=[scores])
                 count = BLOCK
-                if number >= num_whole:
-                    first_key = gl.load(list_ptr + union + number) * BLOCK
-                    count = gl.minimum(num_keys - first_key, BLOCK)
-                    scores = hide_unseen(scores, gl.minimum(query + shift - first_key, count - 1))
+                if number >= tile.num_whole:
+                    first_key = gl.load(unions.list + union + number) * BLOCK
+                    count = gl.minimum(tile.num_keys - first_key, BLOCK)
+                    scores = hide_unseen(scores, gl.minimum(query + tile.shift - first_key, count - 1))
                 member = ((members >> gl.cast(row % TOKENS, gl.int64)) & 1) != 0
-                weights, decay, row_max, row_sum = fold_scores(scores, row_max, row_sum, member, scale)
+                weights, decay, row_max, row_sum = fold_scores(scores, row_max, row_sum, member, rows.scale)
                 weights = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, summed, 2))
                 acc = acc * gl.convert_layout(decay, per_sum)[:, None]
-                mbarrier.wait(v_full.index(stage), phase)
+                mbarrier.wait(barriers.v_full.index(stage), phase)
                 if count < BLOCK:
                     # Both groups of warps do so, each before its own product: what they write is the same.
                     clear_rows(v, count)
-                mbarrier.wait(turns.index(half), section & 1)
+                mbarrier.wait(barriers.turns.index(half), section & 1)
                 acc = warpgroup_mma(weights, v, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(empty.index(stage), count=1)
+                mbarrier.arrive(barriers.empty.index(stage), count=1)
                 step += 1
-            mbarrier.arrive(turns.index(1 - half), count=1)
+            mbarrier.arrive(barriers.turns.index(1 - half), count=1)
             section += 1
-            mbarrier.arrive(q_empty, count=1)
+            mbarrier.arrive(barriers.q_empty, count=1)
             turn += 1
-            head = walk // num_tiles * GROUP_SIZE + half * (GROUP_SIZE // 2) + row // TOKENS
-            place = (gl.cast(batch, gl.int64) * num_kv_heads * GROUP_SIZE + head) * seqlen_q + query
-            store_rows(out_ptr, lse_ptr, place, query < stop, acc, row_max, row_sum)
+            head = walk // unions.num_tiles * shape.group_size + half * (shape.group_size // 2) + row // TOKENS
+            place = (
+                gl.cast(tile.batch, gl.int64) * rows.num_kv_heads * shape.group_size + head
+            ) * rows.seqlen_q + query
+            store_rows(rows.out, rows.lse, place, query < tile.stop, acc, row_max, row_sum)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "num_walks", "limit", "num_kv_heads", "seqlen_q"])
-def walk_hopper_kernel(
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    walks_ptr,
-    list_ptr,
-    members_ptr,
-    out_ptr,
-    lse_ptr,
-    num_tiles,
-    num_walks,
-    limit,
-    num_kv_heads,
-    seqlen_q,
-    scale,
-    GROUP_SIZE: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+@gluon.jit
+def query_major_sm90_kernel(q_boxes, k_boxes, v_boxes, unions, rows, shape: gl.constexpr):
     """out and lse of the tiles that walk, of 128 rows each."""
-    dtype: gl.constexpr = out_ptr.dtype.element_ty
-    halves: gl.constexpr = [2, 1, GROUP_SIZE // 2, 2 * ROWS // GROUP_SIZE, HEAD_DIM]
-    q_buffers = gl.allocate_shared_memory(dtype, halves, q_tiles.layout)
-    k_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK, HEAD_DIM], k_tiles.layout)
-    v_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK, HEAD_DIM], v_tiles.layout)
-    buffers = (q_buffers, k_buffers, v_buffers)
+    dtype: gl.constexpr = rows.out.dtype.element_ty
+    halves: gl.constexpr = [2, 1, shape.group_size // 2, 2 * ROWS // shape.group_size, shape.head_dim]
+    stages: gl.constexpr = [shape.stages, 1, 1, shape.block_size, shape.head_dim]
+    buffers = Boxes(
+        gl.allocate_shared_memory(dtype, halves, q_boxes.layout),
+        gl.allocate_shared_memory(dtype, stages, k_boxes.layout),
+        gl.allocate_shared_memory(dtype, stages, v_boxes.layout),
+    )
     q_full, q_empty = make_barriers(1, 1), make_barriers(1, 2)
-    k_full, v_full, empty = make_barriers(STAGES, 1), make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    k_full, v_full, empty = (
+        make_barriers(shape.stages, 1),
+        make_barriers(shape.stages, 1),
+        make_barriers(shape.stages, 2),
+    )
     turns = make_barriers(2, 1)
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
-    barriers = (q_full.index(0), q_empty.index(0), k_full, v_full, empty, turns)
-    tiles = (q_tiles, k_tiles, v_tiles)
-    pointers = (walks_ptr, list_ptr, members_ptr, out_ptr, lse_ptr)
-    numbers = (num_tiles, num_walks, limit, num_kv_heads, seqlen_q, scale)
+    barriers = Barriers(q_full.index(0), q_empty.index(0), k_full, v_full, empty, turns)
     gl.warp_specialize(
         [
-            (attend_tiles, (0, buffers, barriers, pointers, numbers, GROUP_SIZE, HEAD_DIM, BLOCK, STAGES)),
-            (attend_tiles, (1, buffers, barriers, pointers, numbers, GROUP_SIZE, HEAD_DIM, BLOCK, STAGES)),
-            (copy_tiles, (tiles, buffers, barriers, pointers, numbers, GROUP_SIZE, BLOCK, STAGES)),
+            (attend_tiles, (0, buffers, barriers, unions, rows, shape)),
+            (attend_tiles, (1, buffers, barriers, unions, rows, shape)),
+            (copy_tiles, (Boxes(q_boxes, k_boxes, v_boxes), buffers, barriers, unions, shape)),
         ],
         [4, 1],
         [240, 24],
     )
 
 
-def hopper_boxes(group_size: int, head_dim: int, block_size: int) -> dict[str, list[int]]:
-    """The box of each tensor that is copied: of queries, half the heads of a tile's tokens."""
-    keys = [1, 1, block_size, head_dim]
-    rows = [1, group_size // 2, 2 * ROWS.value // group_size, head_dim]
-    return {"q_tiles": rows, "k_tiles": keys, "v_tiles": keys}
+@dataclass(frozen=True)
+class TileShape:
+    """Constants of `query_major_sm90_kernel`; stages: buffers of keys and values."""
+
+    group_size: int
+    head_dim: int
+    block_size: int
+    stages: int
 
 
-def hopper_constants(group_size: int, head_dim: int, block_size: int, config: ForwardConfig) -> dict[str, int]:
-    """The compile-time arguments of `walk_hopper_kernel`."""
-    return {"GROUP_SIZE": group_size, "HEAD_DIM": head_dim, "BLOCK": block_size, "STAGES": config.walk_stages}
-
-
-def walk_tiles_hopper(q, k, v, tiles: Tiles, block_size: int, scale: float, config: ForwardConfig, out, lse) -> None:
+def attend_tiles_sm90(q, k, v, tiles: Tiles, block_size: int, scale: float, config: ForwardConfig, out, lse) -> None:
     """Fill out and lse of the tokens in walking tiles; layouts as in `attention`."""
     num_kv_heads, head_dim = k.shape[1], k.shape[3]
     group_size = q.shape[1] // num_kv_heads
-    boxes = hopper_boxes(group_size, head_dim, block_size)
+    keys = [1, 1, block_size, head_dim]
     num_walks = num_kv_heads * tiles.num_tiles
-    walk_hopper_kernel[(min(num_walks, target_of(q.device).num_sms),)](
-        *(shared_box(x, box) for x, box in zip((q, k, v), boxes.values(), strict=True)),
-        tiles.walks,
-        tiles.list,
-        tiles.members,
-        out,
-        lse,
-        tiles.num_tiles,
-        num_walks,
-        tiles.limit,
-        num_kv_heads,
-        q.shape[2],
-        scale * LOG2_E.value,
-        **hopper_constants(group_size, head_dim, block_size, config),
-        num_warps=4,
-    )
+    Launch(
+        query_major_sm90_kernel,
+        (min(num_walks, target_of(q.device).num_sms), 1, 1),
+        {
+            # A box has half the heads of a tile's tokens.
+            "q_boxes": shared_box(q, [1, group_size // 2, 2 * ROWS.value // group_size, head_dim]),
+            "k_boxes": shared_box(k, keys),
+            "v_boxes": shared_box(v, keys),
+            "unions": Unions(tiles.walks, tiles.list, tiles.members, tiles.num_tiles, num_walks, tiles.limit),
+            "rows": Rows(out, lse, num_kv_heads, q.shape[2], scale * LOG2_E.value),
+        },
+        {"shape": TileShape(group_size, head_dim, block_size, config.walk_stages)},
+        Options(4),
+    ).run()

@@ -10,6 +10,7 @@ token in KV-outer order 34 ms, whatever the union.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +20,28 @@ from ..common.primitives import find_tile, load_sequence, tile_ends
 from .config import ForwardConfig
 
 NO_BLOCK = tl.constexpr(0x7FFFFFFF)
+
+
+class Walk(NamedTuple):
+    """One tile's row of walks; see `Tiles`."""
+
+    length: Any
+    num_whole: Any
+    batch: Any
+    first: Any
+    stop: Any
+    k_start: Any
+    num_keys: Any
+    shift: Any
+
+
+@triton.jit
+def load_walk(walks_ptr, number):
+    """The Walk of a tile and group."""
+    row = walks_ptr + number * 8
+    length, num_whole, batch, first = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    stop, k_start, num_keys, shift = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+    return Walk(length, num_whole, batch, first, stop, k_start, num_keys, shift)
 
 
 @triton.jit

@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...rules import SelectionRule
 from ...tuning import tuned
 from ..common.fp8 import as_bits, split_e4m3
 from ..common.primitives import (
@@ -229,8 +230,7 @@ def choose_config(
     index_q,
     index_k,
     sequences,
-    block_size: int,
-    topk: int,
+    rule: SelectionRule,
     page_table: torch.Tensor | None = None,
     index_k_scale: torch.Tensor | None = None,
 ) -> SelectionConfig:
@@ -246,8 +246,8 @@ def choose_config(
         seqlen_q=seqlen_q,
         seqlen_k=key_limit(page_table, index_k),
         index_head_dim=index_head_dim,
-        block_size=block_size,
-        topk=topk,
+        block_size=rule.block_size,
+        topk=rule.topk,
         dtype=index_q.dtype,
         key_size=index_k.element_size(),
         tma_ready=tma_ready(index_k),
@@ -259,10 +259,7 @@ def rank_blocks(
     index_q: torch.Tensor,
     index_k: torch.Tensor,
     sequences: torch.Tensor,
-    block_size: int,
-    topk: int,
-    num_local_blocks: int,
-    num_init_blocks: int,
+    rule: SelectionRule,
     page_table: torch.Tensor | None = None,
     index_k_scale: torch.Tensor | None = None,
     config: SelectionConfig | None = None,
@@ -273,11 +270,11 @@ def rank_blocks(
     tests and tuning.
     """
     batch, num_kv_heads, seqlen_q, _ = index_q.shape
-    ids = torch.empty(batch, num_kv_heads, seqlen_q, topk, dtype=torch.int32, device=index_q.device)
+    ids = torch.empty(batch, num_kv_heads, seqlen_q, rule.topk, dtype=torch.int32, device=index_q.device)
     if ids.numel() == 0:
         return ids, None
     target = target_of(index_q.device)
-    config = config or choose_config(index_q, index_k, sequences, block_size, topk, page_table, index_k_scale)
+    config = config or choose_config(index_q, index_k, sequences, rule, page_table, index_k_scale)
     if index_q.dtype == torch.float8_e4m3fn and not config.fp8_product:
         index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
     ends, num_tiles, table = tile_ends(sequences, batch, seqlen_q, config.tokens(num_kv_heads))
@@ -287,7 +284,7 @@ def rank_blocks(
         num_rows = sequences.shape[0] * seqlen_q * num_kv_heads
         lists = ids.new_empty(num_rows, config.num_splits, config.kept, dtype=torch.int64)
     kernel, keys, scales, arguments = kernel_and_tiles(
-        index_k, index_k_scale, sequences, config, num_kv_heads, block_size, topk, num_tiles, table
+        index_k, index_k_scale, sequences, config, num_kv_heads, rule.block_size, rule.topk, num_tiles, table
     )
     kernel[(num_tiles, config.num_splits)](
         as_bits(index_q),
@@ -308,8 +305,8 @@ def rank_blocks(
         max_pages,
         num_pages,
         config.num_splits,
-        num_local_blocks,
-        num_init_blocks,
+        rule.num_local_blocks,
+        rule.num_init_blocks,
         **arguments,
         **storage_constants(target, page_table is not None, index_k_scale is not None),
         **target.overlap(),
@@ -323,18 +320,14 @@ def select_blocks(
     index_q: torch.Tensor,
     index_k: torch.Tensor,
     sequences: torch.Tensor,
-    block_size: int,
-    topk: int,
-    num_local_blocks: int,
-    num_init_blocks: int,
+    rule: SelectionRule,
     page_table: torch.Tensor | None = None,
     index_k_scale: torch.Tensor | None = None,
     config: SelectionConfig | None = None,
 ) -> torch.Tensor:
     """block_indices [B, Hkv, Sq, topk] int32, as the module's docstring defines them; `config` as for `rank_blocks`."""
     ids, lists = rank_blocks(
-        *(index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks),
-        *(page_table, index_k_scale, config),
+        *(index_q, index_k, sequences, rule, page_table, index_k_scale, config),
     )
     if lists is not None:
         merge_splits(lists, ids, sequences, target_of(ids.device))

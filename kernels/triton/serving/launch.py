@@ -2,6 +2,7 @@
 
 import torch
 
+from ...rules import SelectionRule
 from ..common.fp8 import Cache, as_bits
 from ..common.primitives import page_arguments, tile_ends
 from ..common.target import storage_constants, target_of
@@ -114,10 +115,7 @@ def select_and_attend(
     v: torch.Tensor,
     index_k: torch.Tensor,
     sequences: torch.Tensor,
-    block_size: int,
-    topk: int,
-    num_local_blocks: int,
-    num_init_blocks: int,
+    rule: SelectionRule,
     scale: float,
     page_table: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
@@ -125,7 +123,6 @@ def select_and_attend(
     index_k_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, lse, block_indices) of `select_blocks` and `attend_blocks`, in a launch less where the keys are split."""
-    rules = block_size, topk, num_local_blocks, num_init_blocks
-    ids, lists = rank_blocks(index_q, index_k, sequences, *rules, page_table, index_k_scale)
-    out, lse = attend_blocks(q, k, v, ids, sequences, block_size, scale, page_table, k_scale, v_scale, lists=lists)
+    ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale)
+    out, lse = attend_blocks(q, k, v, ids, sequences, rule.block_size, scale, page_table, k_scale, v_scale, lists=lists)
     return out, lse, ids

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...rules import SelectionRule
 from ...tuning import Changes, Key, key_of
 from ..backward.config import backward_config
 from ..backward.launch import block_sparse_attention_backward
@@ -126,8 +127,8 @@ def selection_trial(sizes: Sizes, x: Inputs) -> Trial:
     shipped = selection_config(target, **shape)  # type: ignore[arg-type]
 
     def run(config: Any) -> tuple[Tensor]:
-        rules = sizes.block_size, sizes.topk, 1, 0
-        return (select_blocks(x.index_q, x.index_k, x.sequences, *rules, config=config),)
+        rule = SelectionRule(sizes.block_size, sizes.topk)
+        return (select_blocks(x.index_q, x.index_k, x.sequences, rule, config=config),)
 
     changes = selection_candidates(target, shipped, sizes.num_kv_heads)
     return Trial(key_of("selection", shipped, target, shape), shipped, changes, run)

@@ -1,6 +1,7 @@
 """These tests run kernels on CPU tensors: only in a process started by ../test_interpreted.py."""
 
 import os
+from dataclasses import astuple
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,9 +21,9 @@ def pytest_ignore_collect(collection_path, config):
     return None if os.environ.get("TRITON_INTERPRET") == "1" else True
 
 
-def select(index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks):
+def select(index_q, index_k, sequences, rule):
     start, end = visible(sequences, index_q.shape[0], index_q.shape[2])
-    return reference.select_blocks(index_q, index_k, start, end, block_size, topk, num_local_blocks, num_init_blocks)
+    return reference.select_blocks(index_q, index_k, start, end, *astuple(rule))
 
 
 def attend(q, k, v, block_indices, sequences, block_size, scale):

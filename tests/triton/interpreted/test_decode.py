@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flexmsa.kernels import triton as kernels
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton.common.target import target_of
 from flexmsa.kernels.triton.selection.launch import choose_config, rank_blocks
 from flexmsa.kernels.triton.serving import launch as decode
@@ -60,9 +61,9 @@ def test_decode(dense, case, monkeypatch):
     monkeypatch.setattr(decode, "FEW_ROWS", 8192)
     q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(dense, case)
     scale = q.shape[-1] ** -0.5
-    ids = kernels.select_blocks(index_q, index_k, sequences, block_size, topk, 1, 0)
+    ids = kernels.select_blocks(index_q, index_k, sequences, SelectionRule(block_size, topk))
     out, lse = kernels.attend_blocks(q, k, v, ids, sequences, block_size, scale)
-    assert torch.equal(ids, dense.select(index_q, index_k, sequences, block_size, topk, 1, 0))
+    assert torch.equal(ids, dense.select(index_q, index_k, sequences, SelectionRule(block_size, topk)))
     wanted = dense.attend(q, k.nan_to_num(), v.nan_to_num(), ids, sequences, block_size, scale)
     assert_attention((out, lse), wanted, q.dtype)
     assert (out[lse == -float("inf")] == 0).all()
@@ -76,9 +77,9 @@ def test_attention_merges_lists(dense, name, num_lists, splits, monkeypatch):
     """Where the keys of a query were split, the attention finds the chosen blocks by itself, and writes their ids."""
     monkeypatch.setattr(decode, "FEW_ROWS", 8192)
     q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(dense, CASES[name])
-    config = choose_config(index_q, index_k, sequences, block_size, topk)
+    config = choose_config(index_q, index_k, sequences, SelectionRule(block_size, topk))
     config = replace(config, num_splits=num_lists)
-    ids, lists = rank_blocks(index_q, index_k, sequences, block_size, topk, 1, 0, config=config)
+    ids, lists = rank_blocks(index_q, index_k, sequences, SelectionRule(block_size, topk), config=config)
     config = attend_config(
         target_of(q.device), num_rows=1, head_dim=q.shape[3], block_size=block_size, topk=topk, element_size=4
     )
@@ -87,17 +88,17 @@ def test_attention_merges_lists(dense, name, num_lists, splits, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(decode, "merge_splits", None)
         found = kernels.attend_blocks(q, k, v, ids, sequences, block_size, 0.3, config=config, lists=lists)
-    assert torch.equal(ids, dense.select(index_q, index_k, sequences, block_size, topk, 1, 0))
+    assert torch.equal(ids, dense.select(index_q, index_k, sequences, SelectionRule(block_size, topk)))
     wanted = dense.attend(q, k.nan_to_num(), v.nan_to_num(), ids, sequences, block_size, 0.3)
     assert_attention(found, wanted, q.dtype)
 
 
 def test_long_lists_are_merged_once(dense, monkeypatch):
     q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(dense, CASES["several tokens"])
-    rules = block_size, topk, 1, 0
-    found = kernels.select_and_attend(q, index_q, k, v, index_k, sequences, *rules, 0.3)
+    rule = SelectionRule(block_size, topk)
+    found = kernels.select_and_attend(q, index_q, k, v, index_k, sequences, rule, 0.3)
     monkeypatch.setattr(decode, "LONGEST_MERGED", 0)
-    merged_once = kernels.select_and_attend(q, index_q, k, v, index_k, sequences, *rules, 0.3)
+    merged_once = kernels.select_and_attend(q, index_q, k, v, index_k, sequences, rule, 0.3)
     assert torch.equal(found[2], merged_once[2])
     wanted = dense.attend(q, k.nan_to_num(), v.nan_to_num(), found[2], sequences, block_size, 0.3)
     for each in (found, merged_once):

@@ -9,6 +9,7 @@ import triton.language as tl
 from helpers import least_scale
 
 from flexmsa.kernels import triton as kernels
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton.common.fp8 import decode_e4m3, split_e4m3
 from flexmsa.kernels.triton.selection.launch import choose_config
 from flexmsa.testing import assert_close
@@ -52,10 +53,10 @@ def test_selection(dense, seqlen_q, block_size):
     stored, scale, _ = quantized(1)
     index_q = torch.randn(BATCH, GROUPS, seqlen_q, DEPTH)
     sequences = sequences_of(seqlen_q)
-    rules = sequences, block_size, 3, 1, 0
+    rules = sequences, SelectionRule(block_size, 3)
     exact = stored.double() * scale.view(E8M0).float()[..., None]
     wanted = dense.select(index_q.double(), exact, *rules)
-    config = choose_config(index_q, stored, sequences, block_size, 3)
+    config = choose_config(index_q, stored, sequences, SelectionRule(block_size, 3))
     for splits, clear in ((1, False), (3, True)):
         variant = replace(config, num_splits=splits, clear=clear)
         assert torch.equal(kernels.select_blocks(index_q, stored, *rules, None, scale, config=variant), wanted)
@@ -67,12 +68,12 @@ def test_selection(dense, seqlen_q, block_size):
 def test_selection_by_parts_of_blocks(dense, is_paged):
     stored, scale, _ = quantized(1)
     index_q = torch.randn(BATCH, GROUPS, 7, DEPTH)
-    rules = sequences_of(7), 24, 2, 1, 0
+    rules = sequences_of(7), SelectionRule(24, 2)
     wanted = dense.select(index_q.double(), stored.double() * scale.view(E8M0).float()[..., None], *rules)
     table = None
     if is_paged:
         table, (stored, scale) = paged(24, stored, scale)
-    config = replace(choose_config(index_q, stored, *rules[:3], table, scale), columns=16)
+    config = replace(choose_config(index_q, stored, *rules, table, scale), columns=16)
     assert torch.equal(kernels.select_blocks(index_q, stored, *rules, table, scale, config=config), wanted)
 
 
@@ -83,10 +84,10 @@ def test_selection_by_e4m3_queries(dense, as_they_are, halves):
     index_q, index_k = torch.randn(BATCH, GROUPS, 40, DEPTH).to(E4M3), torch.randn(BATCH, 1, SEQLEN, DEPTH).to(E4M3)
     if not as_they_are:
         index_k.view(torch.uint8)[:, :, 30] = 0x7F
-    rules = sequences_of(40), 16, 3, 1, 0
+    rules = sequences_of(40), SelectionRule(16, 3)
     wanted = dense.select(index_q.double(), index_k.double(), *rules)
     config = replace(
-        choose_config(index_q, index_k, *rules[:3]), fp8_product=as_they_are, halves=halves, clear=True, period=1
+        choose_config(index_q, index_k, *rules), fp8_product=as_they_are, halves=halves, clear=True, period=1
     )
     assert torch.equal(kernels.select_blocks(index_q, index_k, *rules, config=config), wanted)
 
@@ -97,7 +98,7 @@ def test_keys_that_are_not_finite_score_as_nothing(dense):
     for token in ((0, 0, 40), (0, 0, slice(64, 80)), (1, 0, 3)):
         scale[token], keys[token] = 255, torch.nan
     index_q = torch.randn(BATCH, GROUPS, 4, DEPTH)
-    rules = sequences_of(4), 16, 3, 1, 0
+    rules = sequences_of(4), SelectionRule(16, 3)
     assert torch.equal(kernels.select_blocks(index_q, stored, *rules, None, scale), dense.select(index_q, keys, *rules))
 
 

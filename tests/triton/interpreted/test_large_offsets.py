@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flexmsa.kernels import triton
+from flexmsa.kernels.rules import SelectionRule
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
 
@@ -27,7 +28,7 @@ def test_offsets_beyond_31_bits():
     sequences = torch.tensor([[0, 0, SEQLEN, 0, SEQLEN]], dtype=torch.int32)
 
     def train(q, k, v, grad, index_q, index_k):
-        ids = triton.select_blocks(index_q, index_k, sequences, 4, 2, 1, 0)
+        ids = triton.select_blocks(index_q, index_k, sequences, SelectionRule(4, 2))
         out, lse = triton.block_sparse_attention_forward(q, k, v, ids, sequences, 4, 0.3)
         grads = triton.block_sparse_attention_backward(grad, None, q, k, v, out, lse, ids, sequences, 4, 0.3)
         dense = triton.block_sparse_attention_forward(q, k, v, None, sequences, 4, 0.3)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flexmsa.kernels import triton as kernels
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton.selection.launch import choose_config
 from flexmsa.kernels.triton.serving.config import attend_config
 from flexmsa.testing import assert_close
@@ -61,8 +62,8 @@ def test_like_contiguous_and_the_definition(dense, case):
     q, index_q = queries(len(kv_lens), seqlen_q, dtype)
     rows = [[b, 0, seqlen_q, 0, length] for b, length in enumerate(kv_lens)]
     sequences = torch.tensor(rows, dtype=torch.int32)
-    rules = sequences, block_size, topk, 1, 0
-    config = choose_config(index_q, pages[2], sequences, block_size, topk, table)
+    rules = sequences, SelectionRule(block_size, topk)
+    config = choose_config(index_q, pages[2], sequences, SelectionRule(block_size, topk), table)
     expected = kernels.select_blocks(index_q, flat[2], *rules)
     assert torch.equal(expected, dense.select(index_q, flat[2], *rules))
     for splits in (1, 3):
@@ -90,8 +91,8 @@ def test_rows_with_different_numbers_of_queries(dense, seqlen_q):
         for row in ([b, 0, count, 0, length], [b, count, seqlen_q, 0, 0])
     ]
     sequences = torch.tensor(rows, dtype=torch.int32)
-    ids = kernels.select_blocks(index_q, pages[2], sequences, 8, 3, 1, 0, table)
-    assert torch.equal(ids, dense.select(index_q, flat[2], sequences, 8, 3, 1, 0))
+    ids = kernels.select_blocks(index_q, pages[2], sequences, SelectionRule(8, 3), table)
+    assert torch.equal(ids, dense.select(index_q, flat[2], sequences, SelectionRule(8, 3)))
     for choice in (ids, None):
         out, lse = kernels.attend_blocks(q, *pages[:2], choice, sequences, 8, 0.3, table)
         for b, count in enumerate(lens):
@@ -114,7 +115,7 @@ def test_ids_that_are_no_visible_block(seqlen_q):
     _, pages, table = caches([70, 44], 16)
     q, index_q = queries(2, seqlen_q)
     sequences = torch.tensor([[0, 0, seqlen_q, 0, 70], [1, 0, seqlen_q, 0, 44]], dtype=torch.int32)
-    ids = kernels.select_blocks(index_q, pages[2], sequences, 16, 2, 1, 0, table)
+    ids = kernels.select_blocks(index_q, pages[2], sequences, SelectionRule(16, 2), table)
     garbage = torch.tensor([-1, 99, 2**31 - 1, -(2**31)], dtype=torch.int32).expand(*ids.shape[:3], 4)
     expected = kernels.attend_blocks(q, *pages[:2], ids, sequences, 16, 0.3, table)
     for kind in (torch.int32, torch.int64):
@@ -131,7 +132,7 @@ def test_page_ids_out_of_range_are_pulled_into_it():
     sequences = torch.tensor([[0, 0, 3, 0, 70], [1, 0, 3, 0, 44]], dtype=torch.int32)
     table[0, 1], table[1, 0] = -5, 2**31 - 1
     pulled = table.clamp(0, pages[0].shape[0] - 1)
-    ids = [kernels.select_blocks(index_q, pages[2], sequences, 16, 2, 1, 0, x) for x in (table, pulled)]
+    ids = [kernels.select_blocks(index_q, pages[2], sequences, SelectionRule(16, 2), x) for x in (table, pulled)]
     assert torch.equal(*ids)
     found = [kernels.attend_blocks(q, *pages[:2], ids[0], sequences, 16, 0.3, x) for x in (table, pulled)]
     assert_same(*found)
@@ -144,7 +145,7 @@ def test_few_blocks_are_not_scored(paged):
     _, index_q = queries(3, 2)
     sequences = torch.tensor([[b, 0, 2, 0, n] for b, n in enumerate([33, 64, 1])], dtype=torch.int32)
     keys = torch.full_like(pages[2] if paged else flat[2], NAN)
-    ids = kernels.select_blocks(index_q, keys, sequences, 16, 4, 1, 0, table if paged else None)
+    ids = kernels.select_blocks(index_q, keys, sequences, SelectionRule(16, 4), table if paged else None)
     assert ids[0].tolist() == [[[0, 1, -1, -1], [0, 1, 2, -1]]] * 2
     assert ids[1].tolist() == [[[0, 1, 2, 3]] * 2] * 2
     assert ids[2].tolist() == [[[-1] * 4, [0, -1, -1, -1]]] * 2
@@ -190,5 +191,5 @@ def test_launches_of_a_step(monkeypatch, splits):
         monkeypatch.setattr(
             f"flexmsa.kernels.triton.{place}", lambda *a, c=choose, **k: replace(c(*a, **k), num_splits=splits)
         )
-    kernels.select_and_attend(q, index_q, *pages, sequences, 8, 2, 1, 0, 0.3, table)
+    kernels.select_and_attend(q, index_q, *pages, sequences, SelectionRule(8, 2), 0.3, table)
     assert len(launched) == (3 if splits == 1 else 4), launched

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton.common.target import padded
 from flexmsa.kernels.triton.selection.launch import choose_config, select_blocks
 
@@ -20,11 +21,11 @@ def integers(*shape, dtype=torch.float32):
 def check(dense, index_q, index_k, block_size, topk, local=1, init=0, sequences=None, **overrides):
     if sequences is None:
         sequences = dense.plain(index_q.shape[0], index_q.shape[2], index_k.shape[2])
-    config = choose_config(index_q, index_k, sequences, block_size, topk)
+    config = choose_config(index_q, index_k, sequences, SelectionRule(block_size, topk))
     # Blocks whole, as 16 bits have them, which the interpreter does not multiply.
     config = replace(config, **{"columns": padded(block_size), **overrides})
-    found = select_blocks(index_q, index_k, sequences, block_size, topk, local, init, config=config)
-    wanted = dense.select(index_q, index_k, sequences, block_size, topk, local, init)
+    found = select_blocks(index_q, index_k, sequences, SelectionRule(block_size, topk, local, init), config=config)
+    wanted = dense.select(index_q, index_k, sequences, SelectionRule(block_size, topk, local, init))
     assert found.dtype == torch.int32 and found.is_contiguous()
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
     return found
@@ -158,8 +159,8 @@ def test_any_table_of_sequences(data):
     starts = ends - torch.tensor(lengths)
     sequences = torch.stack([0 * ends, starts, ends, starts, ends], 1).int()
     index_q, index_k = integers(1, groups, total, 16), integers(1, 1, total, 16)
-    config = replace(choose_config(index_q, index_k, sequences, 8, topk), num_splits=splits)
-    found = select_blocks(index_q, index_k, sequences, 8, topk, local, 0, config=config)
+    config = replace(choose_config(index_q, index_k, sequences, SelectionRule(8, topk)), num_splits=splits)
+    found = select_blocks(index_q, index_k, sequences, SelectionRule(8, topk, local, 0), config=config)
     start = starts.repeat_interleave(torch.tensor(lengths))[None]
     wanted = reference.select_blocks(index_q, index_k, start, torch.arange(1, total + 1)[None], 8, topk, local)
     assert torch.equal(found, wanted)

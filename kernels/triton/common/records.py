@@ -1,0 +1,75 @@
+"""Records that kernels pass by name: sequences, pages, places in a cache. Each has one loader and one storer."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Sequence(NamedTuple):
+    """One row of the table of sequences (see `flexmsa.kernels`); batch is int64, as offsets need it."""
+
+    batch: Any
+    q_start: Any
+    q_end: Any
+    k_start: Any
+    k_end: Any
+
+
+class Pages(NamedTuple):
+    """Where a cache keeps its blocks: table [B, max_pages] int32 of page numbers; None for a contiguous cache."""
+
+    table: Any
+    max_pages: Any
+    num_pages: Any
+
+
+class Place(NamedTuple):
+    """A block in a cache: the index of the cache's first dimension (int64), and the block's first key in it."""
+
+    row: Any
+    key: Any
+
+
+@triton.jit
+def load_sequence(sequences_ptr, number):
+    """The Sequence of that number."""
+    row = sequences_ptr + number.to(tl.int64) * 5
+    return Sequence(tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4))
+
+
+@triton.jit
+def store_sequence(sequences_ptr, number, sequence, mask):
+    """Write the Sequences [N] of these numbers [N] where mask is set."""
+    row = sequences_ptr + number.to(tl.int64) * 5
+    tl.store(row, sequence.batch, mask=mask)
+    tl.store(row + 1, sequence.q_start, mask=mask)
+    tl.store(row + 2, sequence.q_end, mask=mask)
+    tl.store(row + 3, sequence.k_start, mask=mask)
+    tl.store(row + 4, sequence.k_end, mask=mask)
+
+
+@triton.jit
+def locate_block(pages, batch, k_start, block, block_size: tl.constexpr):
+    """The Place of block `block`, or of a tensor of blocks, of a sequence that has them.
+
+    A page number outside the cache is pulled into range.
+    """
+    if pages.table is None:
+        return Place(batch, k_start + block * block_size)
+    else:
+        page = tl.load(pages.table + batch * pages.max_pages + block)
+        return Place(tl.minimum(tl.maximum(page, 0), pages.num_pages - 1).to(tl.int64), block * 0)
+
+
+def pages_of(page_table: torch.Tensor | None, cache: torch.Tensor) -> Pages:
+    """The Pages of a cache [B or num_pages, .., keys, ..]."""
+    if page_table is None:
+        return Pages(None, 0, 0)
+    return Pages(page_table, page_table.shape[1], cache.shape[0])
+
+
+def capacity_of(page_table: torch.Tensor | None, cache: torch.Tensor) -> int:
+    """Keys that a row of a cache [.., .., capacity or block_size, D] has room for."""
+    return cache.shape[2] * (1 if page_table is None else page_table.shape[1])
