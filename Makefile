@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo convert-demo test lint types check bench bench-gpu clean
+.PHONY: help demo convert-demo test lint types check bench bench-gpu compile-all clean
 
 help:  ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -20,8 +20,9 @@ demo: $(INSTALLED)  ## train a small language model, dense warm-up then sparse, 
 convert-demo: $(INSTALLED)  ## train a dense transformers model, convert it, and compare (about 10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m flexmsa convert-demo
 
-test: $(INSTALLED)  ## run the tests
+test: $(INSTALLED)  ## run the tests, then those that interpret the Triton kernels
 	$(BIN)/python -m pytest -n auto
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto tests/triton/interpreted
 
 lint: $(INSTALLED)  ## check style
 	$(BIN)/ruff check
@@ -39,6 +40,9 @@ bench: $(INSTALLED)  ## time the CPU kernels beside dense attention and the limi
 
 bench-gpu: $(INSTALLED)  ## check, then time the GPU kernels beside dense attention and their floors
 	$(BIN)/python -m benchmarks.gpu
+
+compile-all: $(INSTALLED)  ## compile the kernels of every accepted shape for five GPUs (hours)
+	$(BIN)/python -m benchmarks.compile_all
 
 clean:  ## remove the virtual environment and what tools left
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 Needs Triton, so `flexmsa.testing` does not import it by itself.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -150,3 +151,23 @@ def decode_launches(layer: Layer, target: Target, cache: CacheFormat = CacheForm
             *(q, index_q, k, v, index_k, layer.sequences(), layer.rule, 0.1, table, k_scale, v_scale, index_scale)
         )
     return launches
+
+
+TRAINING = {
+    "selection": selection_launches,
+    "forward": forward_launches,
+    "backward": backward_launches,
+    "loss": loss_launches,
+}
+TASKS = {**TRAINING, "decode": decode_launches}
+
+
+def grid() -> list[Layer]:
+    """Layers of every kind that the public functions accept: head dims, group sizes, block sizes, dtypes."""
+    head_dims, block_sizes = (32, 64, 80, 96, 128, 192, 256), (16, 32, 64, 128, 256)
+    group_sizes = (1, 2, 3, 4, 5, 7, 8, 16, 32, 64)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    return [
+        Layer(4096, 2 * group_size, 2, head_dim, head_dim, block_size, 16, dtype)
+        for head_dim, group_size, block_size, dtype in itertools.product(head_dims, group_sizes, block_sizes, dtypes)
+    ]

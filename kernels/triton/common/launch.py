@@ -183,14 +183,19 @@ class Launch(NamedTuple):
         if knobs.runtime.interpret:
             self.kernel[self.grid](**self.arguments, **self.constants)
             return
-        kinds: list[Any] = [self.kernel.fn, torch.cuda.current_device(), self.options, *self.constants.values()]
+        device = torch.cuda.current_device()
+        key, values = self.key_and_values()
+        compiled = _compiled.get((device, key))
+        if compiled is None:
+            compiled = _compiled[device, key] = Compiled(self.compile(target_of(torch.device("cuda", device))))
+        compiled.launch(self.grid, values, self.constants.values())
+
+    def key_and_values(self) -> tuple[tuple[Any, ...], list[Any]]:
+        """All that the compiled kernel depends on, and what it is launched with."""
+        kinds: list[Any] = [self.kernel.fn, self.options, *self.constants.values()]
         values: list[Any] = []
         describe(self.arguments.values(), kinds, values)
-        key = tuple(kinds)
-        compiled = _compiled.get(key)
-        if compiled is None:
-            compiled = _compiled[key] = Compiled(self.compile(target_of(torch.device("cuda", key[1]))))
-        compiled.launch(self.grid, values, self.constants.values())
+        return tuple(kinds), values
 
     def compile(self, target: Target) -> Any:
         """The kernel compiled for a target, which need not be present."""
@@ -210,6 +215,11 @@ class Launch(NamedTuple):
         lanes = 64 if target.backend == "hip" else 32
         gpu = GPUTarget(target.backend, target.arch, lanes)
         return triton.compile(source, target=gpu, options=self.options.as_dict())
+
+
+def compile_key(launch: Launch) -> tuple[Any, ...]:
+    """All that the compiled kernel of a launch depends on: launches of equal keys share it."""
+    return launch.key_and_values()[0]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,118 @@
+"""A Launch compiles for dtypes, alignment and constants alone, and is the one description of its kernel's arguments."""
+
+import os
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from flexmsa.kernels.triton.common.launch import (  # noqa: E402
+    Launch,
+    Options,
+    View,
+    compile_key,
+    record,
+    signature_of,
+    view,
+)
+from flexmsa.testing.launches import TARGETS, CacheFormat, Layer, decode_launches, meta  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
+
+
+class Scaled(NamedTuple):
+    x: Any
+    scale: Any
+
+
+@triton.jit
+def add_kernel(out, scaled, count, factor, size: tl.constexpr):
+    place = tl.program_id(0) * size + tl.arange(0, size)
+    x = tl.load(scaled.x.ptr + place * scaled.x.stride_d, mask=place < count)
+    if scaled.scale is not None:
+        x *= tl.load(scaled.scale)
+    tl.store(out + place, x * factor, mask=place < count)
+
+
+def launch(x, scale=None, count=100, size=64, out=None):
+    out = meta(4096, dtype=torch.float32) if out is None else out
+    arguments = {"out": out, "scaled": Scaled(view(x), scale), "count": count, "factor": 0.5}
+    return Launch(add_kernel, (triton.cdiv(count, size), 1, 1), arguments, {"size": size}, Options(4))
+
+
+def vectors(*shape, dtype=torch.float32):
+    return meta(*shape, dtype=dtype)
+
+
+def test_lengths_are_not_part_of_the_key():
+    keys = {compile_key(launch(vectors(1, 2, length, 64), count=length)) for length in (1, 7, 16, 1000, 1 << 20)}
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        launch(vectors(1, 2, 8, 64, dtype=torch.bfloat16)),
+        launch(vectors(1, 2, 8, 40)),
+        launch(vectors(1, 2, 8, 128)[..., ::2]),
+        launch(vectors(1, 2, 8, 64), scale=vectors(1)),
+        launch(vectors(1, 2, 8, 64), size=128),
+        launch(vectors(1, 2, 8, 64), out=vectors(4096, dtype=torch.bfloat16)),
+    ],
+    ids=["dtype", "strides", "not dense", "a scale", "a constant", "dtype of a pointer"],
+)
+def test_what_the_key_tells_apart(other):
+    assert compile_key(other) != compile_key(launch(vectors(1, 2, 8, 64)))
+
+
+def test_an_address_that_is_not_aligned_has_a_key_of_its_own():
+    x = torch.zeros(1, 1, 9, 16)
+    shifted = x.flatten()[1:129].view(1, 1, 8, 16)
+    out = torch.zeros(128)
+    assert compile_key(launch(x, out=out)) != compile_key(launch(shifted, out=out))
+
+
+def test_the_signature():
+    constants, attributes = {}, {}
+    x = vectors(2, 3, 40, 64, dtype=torch.float8_e4m3fn)
+    found = signature_of(Scaled(view(x), None), (1,), constants, attributes)
+    assert found == Scaled(View("*u8", "i64", "i64", "i32", "constexpr"), "constexpr")
+    assert constants == {(1, 0, 4): 1, (1, 1): None}
+    assert set(attributes) == {(1, 0, field) for field in range(4)}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_it_compiles_for_a_gpu_that_is_not_there(target):
+    compiled = launch(vectors(1, 2, 8, 64), scale=vectors(1)).compile(target)
+    assert compiled.metadata.num_warps == 4
+
+
+def test_arguments_in_another_order_are_refused():
+    right = launch(vectors(1, 2, 8, 64))
+    wrong = right._replace(arguments=dict(reversed(right.arguments.items())))
+    with pytest.raises(AssertionError, match="add_kernel"):
+        wrong.compile(TARGETS["sm_90"])
+
+
+def test_launches_are_recorded_for_the_target_that_is_named():
+    for target in TARGETS.values():
+        with record(target) as launches:
+            launch(vectors(1, 2, 8, 64)).run()
+        assert len(launches) == 1
+    with pytest.raises(IndexError), record(TARGETS["sm_90"]):
+        raise IndexError
+    assert launch(vectors(1, 2, 8, 64)).kernel is add_kernel
+
+
+@pytest.mark.parametrize("cache", [CacheFormat(), CacheFormat(True, True, True)], ids=["contiguous", "pages, e4m3"])
+def test_a_decoding_step_compiles_nothing_when_the_cache_grows(cache):
+    """The keys of every launch of a step, for caches of 128 to a million keys, are those of the first."""
+    keys = [
+        {compile_key(launch) for launch in decode_launches(Layer(tokens=tokens), TARGETS["sm_90"], cache)}
+        for tokens in (1 << 20, 131072, 40000 // 128 * 128, 4096, 128)
+    ]
+    assert set.union(*keys) == keys[0]
