@@ -29,7 +29,7 @@ SPILLS = {
 
 
 def build(launches, target, spills=None):
-    """Each distinct kernel of the launches, compiled: fits the target's shared memory and spills no more than it may."""
+    """Each distinct kernel of the launches, compiled: it fits the shared memory and spills no more than it may."""
     found = {}
     for launch in {compile_key(launch): launch for launch in launches}.values():
         name = launch.kernel.__name__

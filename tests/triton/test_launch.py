@@ -103,9 +103,14 @@ def test_launches_are_recorded_for_the_target_that_is_named():
         with record(target) as launches:
             launch(vectors(1, 2, 8, 64)).run()
         assert len(launches) == 1
-    with pytest.raises(IndexError), record(TARGETS["sm_90"]):
-        raise IndexError
-    assert launch(vectors(1, 2, 8, 64)).kernel is add_kernel
+
+
+def test_recording_ends_with_an_error():
+    with pytest.raises(ZeroDivisionError), record(TARGETS["sm_90"]) as launches:
+        _ = 1 / 0
+    with record(TARGETS["sm_80"]) as others:
+        launch(vectors(1, 2, 8, 64)).run()
+    assert (len(launches), len(others)) == (0, 1)
 
 
 @pytest.mark.parametrize("cache", [CacheFormat(), CacheFormat(True, True, True)], ids=["contiguous", "pages, e4m3"])

@@ -8,6 +8,7 @@ warm-up call the same functions as a user, on meta tensors.
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +154,7 @@ class Compiled:
 
 
 _compiled: dict[Any, Compiled] = {}
-_recording: list[list["Launch"]] = []
+_recording: ContextVar[list["Launch"] | None] = ContextVar("recording", default=None)
 
 
 def num_compiled() -> int:
@@ -177,8 +178,9 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Launch on the current stream of the current device; inside `record`, note the launch instead."""
-        if _recording:
-            _recording[-1].append(self)
+        launches = _recording.get()
+        if launches is not None:
+            launches.append(self)
             return
         if knobs.runtime.interpret:
             self.kernel[self.grid](**self.arguments, **self.constants)
@@ -224,14 +226,11 @@ def compile_key(launch: Launch) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def record(target: Target) -> Iterator[list[Launch]]:
-    """Collect the launches of what is called inside, on meta tensors, as they would be made on `target`.
-
-    Not for use by several threads at once.
-    """
+    """Collect the launches of what this thread calls inside, on meta tensors, as they would be made on `target`."""
     launches: list[Launch] = []
-    _recording.append(launches)
+    token = _recording.set(launches)
     try:
         with assume_target(target):
             yield launches
     finally:
-        _recording.pop()
+        _recording.reset(token)

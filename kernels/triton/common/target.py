@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -48,22 +49,22 @@ class Target:
         return {"OVERLAP": False}
 
 
-_assumed: list[Target] = []
+_assumed: ContextVar[Target] = ContextVar("assumed")
 
 
 @contextlib.contextmanager
 def assume_target(target: Target) -> Iterator[None]:
     """Let meta tensors be on `target`."""
-    _assumed.append(target)
+    token = _assumed.set(target)
     try:
         yield
     finally:
-        _assumed.pop()
+        _assumed.reset(token)
 
 
 def target_of(device: torch.device) -> Target:
     """The target of a device: of "meta", the one that `assume_target` says."""
-    return _assumed[-1] if device.type == "meta" else _device_target(device)
+    return _assumed.get() if device.type == "meta" else _device_target(device)
 
 
 @functools.lru_cache
