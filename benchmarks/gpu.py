@@ -26,6 +26,7 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu_peers, gpu_plot
+from benchmarks.gpu_launch_checks import host_times, launch_errors
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_selection import large_errors, packed_errors, selection_errors, selection_times, sweep_times
 from benchmarks.gpu_serving import chunk_calls, chunk_times, decode_times
@@ -115,6 +116,11 @@ def time_chunks(run: Run) -> None:
         run.report(f"chunk {name}", time)
 
 
+def time_host(run: Run) -> None:
+    for name, time in host_times():
+        run.report(f"host {name}", time)
+
+
 def time_training(run: Run) -> None:
     for seqlen in LAYERS[:1] if run.quick else LAYERS:
         for name, floor in floors(seqlen, run.flops, run.bandwidth).items():
@@ -155,6 +161,7 @@ SELECTION_CHECKS = (selection_errors, packed_errors, large_errors)
 PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]], ...]]] = {
     "selection": (time_selections, SELECTION_CHECKS),
     "decode": (time_decoding, (serving_errors,)),
+    "host": (time_host, (launch_errors,)),
     "chunks": (time_chunks, (serving_errors,)),
     "training": (time_training, (training_errors,)),
     "steps": (time_steps, (training_errors,)),
@@ -162,7 +169,7 @@ PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]],
     "flex": (time_flex, (training_errors,)),
     "peers": (time_peers, (training_errors,)),
 }
-QUICK = ("selection", "decode", "chunks", "training")
+QUICK = ("selection", "decode", "host", "chunks", "training")
 
 
 def check(parts: list[str]) -> bool:
