@@ -1,4 +1,4 @@
-"""Tables of what `benchmarks/gpu.py` measured, for `benchmarks/tables.py`."""
+"""Tables of the results of `benchmarks/gpu.py`, for `benchmarks/tables.py`."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def gpu_machine() -> str:
 
 
 def gpu_rows() -> dict[str, dict]:
-    """Rows by name. A part is of one run, and no ratio mixes parts."""
+    """Rows by name. One run measures a whole part, and no ratio mixes parts."""
     return {row["name"]: row for row in load_result("gpu-h200.json")["rows"]}
 
 
@@ -41,7 +41,9 @@ def gpu_selection() -> str:
     plain = [name for name in found if name.startswith("selection ") and not name.startswith("selection e4m3 ")]
     shapes = [name.removeprefix("selection ") for name in plain]
     rows = [[shape, *cells(f"selection {shape}"), *cells(f"selection e4m3 {shape}")] for shape in shapes]
-    return markdown(["queries x keys", "bf16", "FLOP floor", "share of it", "e4m3", "FLOP floor", "share of it"], rows)
+    return markdown(
+        ["queries x keys", "bf16", "FLOP floor", "floor / time", "e4m3", "FLOP floor", "floor / time"], rows
+    )
 
 
 def gpu_decode() -> str:
@@ -57,12 +59,12 @@ def gpu_decode() -> str:
             step = found[f"decode {shape}: {kind} step"]
             cells += [f"{1e3 * ms:.0f} us" for ms in (step["ms"], step["floor_ms"])] + [f"{times[0] / step['ms']:.1f}x"]
         rows.append(cells)
-    ours = [head for kind in ("bf16", "e4m3") for head in (f"{kind} index keys", "byte floor", "faster")]
+    ours = [head for kind in ("bf16", "e4m3") for head in (f"{kind} index keys", "byte floor", "speedup")]
     return markdown(["batch x keys", *dense.values(), *ours], rows)
 
 
 def gpu_grid() -> str:
-    """Steps over the grid of batches and lengths, in times of their byte floor."""
+    """Decoding steps over a grid of batches and lengths, each with its byte floor."""
     steps = {}
     for name, row in gpu_rows().items():
         if name.startswith("decode ") and name.count(" x ") == 2:
@@ -78,7 +80,7 @@ def gpu_grid() -> str:
 
 
 def gpu_chunks() -> str:
-    """Chunks of a prompt over a filled prefix, and their mean weighted by how often production runs each."""
+    """Chunks of a prompt over a filled prefix, and their mean weighted by the number of calls in production."""
     found, rows = gpu_rows(), []
     total = {"ours": 0.0, "dense": 0.0}
     for shape, calls in workload_weights().items():
@@ -88,11 +90,11 @@ def gpu_chunks() -> str:
     calls = sum(workload_weights().values())
     ours, dense = total["ours"] / calls, total["dense"] / calls
     rows.append(["weighted mean", str(calls), f"{ours:.2f} ms", f"{dense:.2f} ms", f"{dense / ours:.1f}x"])
-    return markdown(["queries x keys", "calls", "ours", "dense", "faster"], rows)
+    return markdown(["queries x keys", "calls", "flexmsa", "dense", "speedup"], rows)
 
 
 def workload_weights() -> dict[str, int]:
-    """Calls that each chunk of the GPU benchmark stands for."""
+    """Number of production calls that each chunk of the GPU benchmark represents."""
     return {name: row["calls"] for name, row in load_result("gpu-h200.json")["chunks"].items()}
 
 
@@ -131,8 +133,18 @@ def gpu_training() -> str:
             launches = gpu_rows().get(f"layer {seqlen}: launches")
             host = "" if launches is None else f"{launches['ms']:.1f} ms"
             rows.append([f"{seqlen // 1024}K", pattern, *times, f"{dense / ours:.1f}x", host])
-    head = ["tokens", "chosen", "selection", "forward", "backward", "KL loss", "together", "dense cuDNN", "faster"]
-    head.append("launches")
+    head = [
+        "tokens",
+        "selected blocks",
+        "selection",
+        "forward",
+        "backward",
+        "KL loss",
+        "total",
+        "dense cuDNN",
+        "speedup",
+    ]
+    head.append("host launches")
     return markdown(head, rows)
 
 
@@ -144,7 +156,7 @@ def gpu_floors() -> str:
         by_bytes = found.get(f"floor 131072: {step}, bytes in KV-outer order")
         cells = [f"{found[f'layer 131072: {pattern}, {step}']['ms']:.1f} ms" for pattern in PATTERNS]
         rows.append([step, *cells, f"{floor:.1f} ms", "" if by_bytes is None else f"{by_bytes['ms']:.1f} ms"])
-    return markdown(["128K tokens", *PATTERNS, "products alone", "bytes alone, KV-outer"], rows)
+    return markdown(["step at 128K tokens", *PATTERNS, "products alone", "bytes alone, key-major"], rows)
 
 
 def gpu_prefill() -> str:
@@ -159,11 +171,11 @@ def gpu_prefill() -> str:
             selection, main = ms(step), ms(f"{pattern}, main branch, forward")
             times = (f"{time:.0f} ms" for time in (selection, main, dense))
             rows.append([pattern, scores, *times, f"{dense / (selection + main):.1f}x"])
-    return markdown(["1M tokens", "index scores", "selection", "main branch", "dense cuDNN", "faster"], rows)
+    return markdown(["selected blocks", "index scores", "selection", "main branch", "dense cuDNN", "speedup"], rows)
 
 
 def gpu_steps() -> str:
-    """A training step of the layer by the clock: eager, compiled, and in CUDA graphs."""
+    """Wall-clock time of a training step of the layer: eager, compiled, and in CUDA graphs."""
     found = gpu_rows()
     ways = ("eager", "default", "reduce-overhead")
     rows = []
@@ -173,14 +185,14 @@ def gpu_steps() -> str:
 
 
 def gpu_flex() -> str:
-    """FlexAttention's main branch beside the Triton kernels', which are the part training's."""
+    """The main branch by FlexAttention and by the Triton kernels; the latter rows are of the part `training`."""
     found = gpu_rows()
     rows = []
     for pattern in ("random", "neighbours share"):
         for kind, name in (("Triton", "main branch"), ("FlexAttention", "main branch by FlexAttention")):
             times = (found[f"layer 32768: {pattern}, {name}, {step}"]["ms"] for step in ("forward", "backward"))
             rows.append([pattern, kind, *(f"{time:.1f} ms" for time in times)])
-    return markdown(["32K tokens", "", "forward", "backward"], rows)
+    return markdown(["selected blocks", "kernels", "forward", "backward"], rows)
 
 
 def gpu_peers() -> str:
@@ -194,7 +206,7 @@ def gpu_peers() -> str:
     lengths = sorted({seqlen for by_length in times.values() for seqlen, _ in by_length})
 
     def cell(ms: float | str | None) -> str:
-        # A string says why there is no time.
+        # Where there is no time, a string gives the reason.
         return f"{ms:.1f}" if isinstance(ms, float) else "-"
 
     rows = []

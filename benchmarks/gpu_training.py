@@ -306,7 +306,7 @@ def prefill_times(seqlen: int, timer: Timer, patterns: list[str]) -> Iterator[tu
 
 
 def floors(seqlen: int, flops: float, bandwidth: float) -> dict[str, float]:
-    """Milliseconds that the FLOPs of each step take; for KV-outer work also its bytes (docs/performance.md)."""
+    """Milliseconds that the FLOPs of each step take; for key-major work also its bytes (docs/notes/kernels.md)."""
     product = 2.0 * HEADS * DEPTH * seqlen * TOPK * BLOCK / flops * 1e3
     gather = 2.0 * HEADS * DEPTH * seqlen * TOPK / bandwidth * 1e3
     return {

@@ -1,7 +1,7 @@
 """Write the committed results into the documents: `python -m benchmarks.tables`.
 
-Between `<!-- NAME -->` and `<!-- end NAME -->` in docs/performance.md and README.md stands what `TABLES` makes of
-benchmarks/results/*.json, so that no figure is typed by hand. A test checks that they agree.
+On each page of `PAGES`, the text between `<!-- NAME -->` and `<!-- end NAME -->` is replaced by the table that `TABLES`
+makes from benchmarks/results/*.json, so that nobody types a figure. A test checks that pages and results agree.
 """
 
 import re
@@ -26,7 +26,7 @@ from benchmarks.gpu_tables import (
     markdown,
 )
 
-PAGES = ("README.md", "docs/performance.md", "docs/serving.md")
+PAGES = ("README.md", "docs/performance.md", "docs/serving.md", "docs/notes/kernels.md")
 
 
 def cpu_machine() -> str:
@@ -49,7 +49,7 @@ def cpu_table() -> str:
         ]
         for row in load_result("cpu.json")["rows"]
     ]
-    head = ["tokens", "heads", "", "ours", "dense", "faster", "FLOP limit", "share of it", "aim"]
+    head = ["tokens", "heads", "step", "flexmsa", "dense", "speedup", "FLOP limit", "share of limit", "goal"]
     return markdown(head, rows)
 
 
@@ -57,7 +57,7 @@ def cpu_memory() -> str:
     memory = load_result("cpu.json")["memory_mib"]
     lengths = list(next(iter(memory.values())))
     rows = [[name, *(f"{by_length[n]:.0f} MiB" for n in lengths)] for name, by_length in memory.items()]
-    return markdown(["", *(f"{int(n) // 1024}K" for n in lengths)], rows)
+    return markdown(["step", *(f"{int(n) // 1024}K tokens" for n in lengths)], rows)
 
 
 def cpu_decode() -> str:
@@ -69,7 +69,9 @@ def cpu_decode() -> str:
         names = f"{row['keys'] // 1024}K", kinds[row["dtype"]], kinds[row["index_dtype"]]
         rows.append([*names, *times, f"{row['ratio']:.1f}x", f"{row['limit']:.1f}x", f"{row['bar']:g}"])
     machine = "{cpu}, {threads} cores, torch {torch}.\n\n".format(**found["machine"])
-    return machine + markdown(["keys", "cache", "index keys", "step", "dense", "faster", "byte limit", "aim"], rows)
+    return machine + markdown(
+        ["keys", "cache", "index keys", "flexmsa", "dense", "speedup", "byte limit", "goal"], rows
+    )
 
 
 def kernels_sm_90() -> str:
@@ -82,7 +84,7 @@ def kernels_sm_90() -> str:
             bound = "products" if flops > found["ridge"] else "memory"
             per_byte = f"{flops:.0f}" if flops > 10 else f"{flops:.2f}"
             rows.append([row["kernel"], *numbers, "yes" if row["wgmma"] else "no", per_byte, bound])
-    head = ["kernel", "registers", "shared memory", "spilled bytes", "wgmma", "FLOPs per byte", "bound"]
+    head = ["kernel", "registers", "shared memory", "spilled bytes", "wgmma", "FLOPs per byte", "bound by"]
     return markdown(head, rows)
 
 
@@ -113,18 +115,18 @@ def summary() -> str:
         if variant.startswith("layer"):
             lines.append(
                 f"- CPU ({load_result('cpu.json')['machine']['threads']} cores), {seqlen // 1024}K tokens, {variant}: "
-                f"**{row['ratio']:.1f} times faster** than dense attention; the FLOPs allow {row['limit']:.1f}."
+                f"**{row['ratio']:.1f} times faster** than dense attention; the FLOP limit is {row['limit']:.1f}."
             )
     decode = load_result("cpu_decode.json")
     row = decode["rows"][0]
     lines.append(
         f"- CPU ({decode['machine']['threads']} cores), one decoding step at {row['keys'] // 1024}K tokens, "
         f"{row['dtype']}: {1e3 * row['step_seconds']:.1f} ms, **{row['ratio']:.1f} times faster** than dense "
-        f"attention; the bytes allow {row['limit']:.1f}."
+        f"attention; the byte limit is {row['limit']:.1f}."
     )
     selection = found["selection 131072 x 131072"]
     lines.append(
-        f"- H200, selection for 128K queries, 64/4 heads: {selection['ms']:.1f} ms; its products alone take "
+        f"- H200, selection for 128K queries, 64/4 heads: {selection['ms']:.1f} ms; the FLOP floor is "
         f"{selection['floor_ms']:.1f} ms."
     )
     for seqlen in (32768, 131072):
@@ -170,7 +172,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def fill(text: str) -> str:
-    """Return a page with its tables made anew."""
+    """Return a page with its tables made from the results."""
     for name, make in TABLES.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
         text = re.sub(pattern, lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text, flags=re.DOTALL)

@@ -97,8 +97,12 @@ def test_the_examples_in_docstrings(name):
     assert doctest.testmod(module, globs={"torch": torch, **public, **vars(module)}).failed == 0
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")))
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_examples_in_the_documents(page):
+    """Run the blocks marked `python`; blocks marked `py` are fragments. Links to files exist."""
     text = (ROOT / page).read_text()
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
@@ -109,15 +113,16 @@ def test_the_examples_in_the_documents(page):
         assert ((ROOT / page).parent / link).exists(), link
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "docs/serving.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_figures_in_the_documents_are_those_of_the_results(page):
     tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
     text = (ROOT / page).read_text()
     assert tables["fill"](text) == text
 
 
-def test_every_table_stands_on_a_page_once_it_has_figures():
+def test_every_table_is_on_a_page_once_it_has_figures():
     tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+    assert set(tables["PAGES"]) == {page for page in PAGES if "<!-- end " in (ROOT / page).read_text()}
     text = "".join((ROOT / page).read_text() for page in tables["PAGES"])
     shown = {name for name in tables["TABLES"] if f"<!-- {name} -->" in text}
     assert shown == {name for name, make in tables["TABLES"].items() if make()}
