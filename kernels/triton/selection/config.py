@@ -60,6 +60,22 @@ def split_count(
     return min(range(1, limit + 1), key=cost)
 
 
+# Programs of `kernel_sm90` fill a multiprocessor each: more than this would leave lists to merge, and gain little.
+SM90_SPLITS = 128
+
+
+def split_limit(kept: int) -> int:
+    """Splits of which the lists of `kept` keys, of one query, do not get too long to merge."""
+    return max(1, 8192 // kept)
+
+
+def most_splits(config: "SelectionConfig", target: Target) -> int:
+    """The largest number of splits that a configuration of this kind has, whatever the lengths."""
+    if config.hopper:
+        return SM90_SPLITS
+    return min(split_limit(config.kept), 4 * target.num_sms)
+
+
 def selection_config(
     target: Target,
     *,
@@ -93,7 +109,7 @@ def selection_config(
     plain = GLUON and target.arch == 90 and index_head_dim in (64, 128) and block_size in (64, 128)
     as_stored = key_size == 2 == dtype.itemsize or (key_size == 1 and dtype == torch.bfloat16)
     if plain and as_stored and tma_ready and scales_ready and few <= 64 and kept <= 32:
-        num_splits = split_count(num_sequences, triton.cdiv(seqlen_k, block_size), target.num_sms, 128)
+        num_splits = split_count(num_sequences, triton.cdiv(seqlen_k, block_size), target.num_sms, SM90_SPLITS)
         return hopper_scorer(few, columns, kept, num_splits, fp8_product=key_size == 1)
     as_they_are = dtype == torch.float8_e4m3fn and target.has_e4m3 and depth >= 32
     if dtype == torch.float8_e4m3fn and not as_they_are:
@@ -139,7 +155,7 @@ def selection_config(
         num_stages = min(num_stages, 2)
 
     tiles = num_sequences * triton.cdiv(seqlen_q, rows // num_kv_heads)
-    limit = max(1, 8192 // kept)
+    limit = split_limit(kept)
     num_splits = split_count(tiles, triton.cdiv(seqlen_k, block_size), target.num_sms, limit, per_sm)
     # Without the swap, ptxas spills a few bytes of a small tile with TMA.
     copies = hopper and tma_ready and (swap or rows >= 64)

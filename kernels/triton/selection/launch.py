@@ -48,8 +48,8 @@ from ..common.primitives import (
     tma_ready,
 )
 from ..common.target import padded, storage_constants, target_of
-from .config import SelectionConfig, selection_config
-from .merge import merge_splits
+from .config import SelectionConfig, most_splits, selection_config
+from .merge import Lists, merge_splits
 from .scoring import any_maximum, clear_maximum, load_keys, load_queries, look_ahead, score_keys, walk_halves
 from .topk import collect, list_row, start_ranking, store_ranking
 from .work_counters import tickets
@@ -263,10 +263,10 @@ def rank_blocks(
     page_table: torch.Tensor | None = None,
     index_k_scale: torch.Tensor | None = None,
     config: SelectionConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, Lists | None]:
     """(block_indices, None), or, where the keys are split, (block_indices to be written, lists to merge).
 
-    lists [sequences * Sq * Hkv, num_splits, kept] int64 are for `merge`. `config` overrides the choice of tiles, for
+    The Lists are for `merge`. `config` overrides the choice of tiles, for
     tests and tuning.
     """
     batch, num_kv_heads, seqlen_q, _ = index_q.shape
@@ -313,7 +313,7 @@ def rank_blocks(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return ids, lists
+    return ids, None if lists is None else Lists(lists, most_splits(config, target))
 
 
 def select_blocks(
@@ -330,5 +330,5 @@ def select_blocks(
         *(index_q, index_k, sequences, rule, page_table, index_k_scale, config),
     )
     if lists is not None:
-        merge_splits(lists, ids, sequences, target_of(ids.device))
+        merge_splits(lists, ids, sequences)
     return ids

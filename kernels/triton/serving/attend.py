@@ -37,7 +37,8 @@ from ..common.primitives import (
     softmax_update,
 )
 from ..common.target import padded
-from ..selection.merge import merge_constants, merge_lists, query_lists, sort_ids
+from ..common.tiles import Tile
+from ..selection.merge import Lists, MergeConstants, merge_lists, query_lists, sort_ids
 from .config import AttendConfig
 
 LENGTHS = ["num_sequences", "seqlen_q", "seqlen_k", "max_pages", "num_pages", "num_splits", "num_lists"]
@@ -141,9 +142,7 @@ def attend_kernel(
     SINGLE: tl.constexpr,
     MERGE: tl.constexpr,
     ASCENDING: tl.constexpr,
-    LISTS: tl.constexpr,
-    LIST_GROUP: tl.constexpr,
-    LINES: tl.constexpr,
+    MERGING: tl.constexpr,
     PAGED: tl.constexpr,
     SCALED: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -161,8 +160,8 @@ def attend_kernel(
     group = tl.program_id(1).to(tl.int64)
     if MERGE:
         # Before the sequence is looked at, which then arrives meanwhile.
-        lists = query_lists(lists_ptr, sequence, offset, group, seqlen_q, num_lists, GROUPS, SLOTS)
-        ids = merge_lists(lists, num_lists, TOPK, SLOTS, LISTS, LIST_GROUP, LINES)
+        lists = query_lists(lists_ptr, num_lists, Tile(sequence, offset), group, seqlen_q, GROUPS, SLOTS)
+        ids = merge_lists(lists, num_lists, TOPK, MERGING)
         if ASCENDING:
             ids = sort_ids(ids)
     token = q_start + offset
@@ -250,16 +249,15 @@ def attend_constants(
     block_size: int,
     topk: int,
     table: bool,
-    lists: tuple[int, int] | None = None,
-) -> dict[str, int | bool]:
-    """The compile-time arguments of `attend_kernel`, beside those of `storage_constants`; lists: how many, how long."""
-    merge = {"HEADS": 0, "GROUP": 0, "LINES": 0} if lists is None else merge_constants(lists[1], lists[0])
+    lists: Lists | None = None,
+) -> dict[str, int | bool | MergeConstants | None]:
+    """The compile-time arguments of `attend_kernel`, beside those of `storage_constants`."""
     return {
         "GROUPS": num_kv_heads,
         "HEADS": group_size,
         "HEAD_DIM": head_dim,
         "TOPK": topk,
-        "SLOTS": triton.next_power_of_2(topk) if lists is None else lists[1],
+        "SLOTS": triton.next_power_of_2(topk) if lists is None else lists.kept,
         "BLOCK": block_size,
         "ROWS": padded(group_size),
         "CHUNK": config.chunk,
@@ -269,7 +267,5 @@ def attend_constants(
         "MERGE": lists is not None,
         # Programs that walk several blocks do so in one order: what neighbours share is then in L2.
         "ASCENDING": config.num_splits < topk,
-        "LISTS": merge["HEADS"],
-        "LIST_GROUP": merge["GROUP"],
-        "LINES": merge["LINES"],
+        "MERGING": None if lists is None else lists.constants,
     }

@@ -8,7 +8,7 @@ from ..common.primitives import page_arguments, tile_ends
 from ..common.target import storage_constants, target_of
 from ..forward.launch import block_sparse_attention_forward
 from ..selection.launch import rank_blocks
-from ..selection.merge import merge_splits
+from ..selection.merge import Lists, merge_splits
 from .attend import attend_constants, attend_kernel
 from .combine import combine_splits
 from .config import AttendConfig, attend_config
@@ -32,7 +32,7 @@ def attend_blocks(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     config: AttendConfig | None = None,
-    lists: torch.Tensor | None = None,
+    lists: Lists | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of attention over the given blocks, or all visible ones; ids that are no visible block are skipped.
 
@@ -40,9 +40,9 @@ def attend_blocks(
     the former, for tests and tuning. With the lists of `selection.rank_blocks`, block_indices is written, not read.
     """
     many = q.shape[2] > FEW_QUERIES and q.shape[0] * q.shape[2] * k.shape[1] > FEW_ROWS
-    if lists is not None and (many or lists.shape[2] > LONGEST_MERGED):
+    if lists is not None and (many or lists.kept > LONGEST_MERGED):
         assert block_indices is not None
-        merge_splits(lists, block_indices, sequences, target_of(q.device))
+        merge_splits(lists, block_indices, sequences)
         lists = None
     if block_indices is None or many:
         cache = Cache(page_table, k_scale, v_scale)
@@ -76,7 +76,7 @@ def attend_blocks(
         lse if k_scale is None else k_scale,
         lse if v_scale is None else v_scale,
         block_indices,
-        sequences if lists is None else lists,
+        sequences if lists is None else lists.keys,
         sequences,
         ends,
         pages,
@@ -92,11 +92,11 @@ def attend_blocks(
         max_pages,
         num_pages,
         splits,
-        0 if lists is None else lists.shape[1],
+        0 if lists is None else lists.num_lists,
         scale,
         **attend_constants(
             *(config, num_kv_heads, num_heads // num_kv_heads, head_dim, block_size, topk, table),
-            None if lists is None else (lists.shape[1], lists.shape[2]),
+            lists,
         ),
         **storage_constants(target, page_table is not None, k_scale is not None),
         **target.overlap(),
