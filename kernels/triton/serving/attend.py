@@ -174,10 +174,9 @@ def attend_kernel(
         # The sequence arrives during the merge, and is not needed for it.
         lists = query_lists(choices.lists, choices.num_lists, tile, group, tiles.seqlen_q, C.num_kv_heads, merge.kept)
         ids = merge_lists(lists, choices.num_lists, C.topk, merge)
-        if not C.single:
+        if not C.single and num_splits < C.topk:
             # Programs with several blocks take them in ascending order: blocks that neighbours share are then in L2.
-            if num_splits < C.topk:
-                ids = sort_ids(ids)
+            ids = sort_ids(ids)
     token = sequence.q_start + tile.number
     if token >= sequence.q_end:
         return
