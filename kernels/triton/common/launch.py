@@ -152,6 +152,13 @@ class Compiled:
         self.run(*grid, stream, self.function, self.metadata, None, None, None, *values, *constants)
 
 
+def compile_key(launch: "Launch", values: list[Any] | None = None) -> tuple[Any, ...]:
+    """What the compiled kernel depends on; adds the values that it is launched with to `values`."""
+    kinds: list[Any] = [launch.kernel.fn, launch.options, *launch.constants.values()]
+    describe(launch.arguments.values(), kinds, [] if values is None else values)
+    return tuple(kinds)
+
+
 _compiled: dict[Any, Compiled] = {}
 _recording: list[list["Launch"]] = []
 
@@ -183,13 +190,12 @@ class Launch(NamedTuple):
         if knobs.runtime.interpret:
             self.kernel[self.grid](**self.arguments, **self.constants)
             return
-        kinds: list[Any] = [self.kernel.fn, torch.cuda.current_device(), self.options, *self.constants.values()]
+        device = torch.cuda.current_device()
         values: list[Any] = []
-        describe(self.arguments.values(), kinds, values)
-        key = tuple(kinds)
+        key = device, compile_key(self, values)
         compiled = _compiled.get(key)
         if compiled is None:
-            compiled = _compiled[key] = Compiled(self.compile(target_of(torch.device("cuda", key[1]))))
+            compiled = _compiled[key] = Compiled(self.compile(target_of(torch.device("cuda", device))))
         compiled.launch(self.grid, values, self.constants.values())
 
     def compile(self, target: Target) -> Any:
