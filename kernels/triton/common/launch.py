@@ -198,6 +198,12 @@ class Launch(NamedTuple):
             compiled = _compiled[key] = Compiled(self.compile(target_of(torch.device("cuda", device))))
         compiled.launch(self.grid, values, self.constants.values())
 
+    def compile_key(self) -> tuple[Any, ...]:
+        """What the compiled kernel depends on, but for the device: launches with equal keys compile once."""
+        kinds: list[Any] = [self.kernel.fn, self.options, *self.constants.values()]
+        describe(self.arguments.values(), kinds, [])
+        return tuple(kinds)
+
     def compile(self, target: Target) -> Any:
         """The kernel compiled for a target, which need not be present."""
         names = [*self.arguments, *self.constants]

@@ -180,7 +180,9 @@ def merge_lists(lists_ptr, num_lists, topk: tl.constexpr, C: tl.constexpr):
         best = keep_first(best, load_lines(lists_ptr, splits, num_lists, first, C))
     keys = load_lines(lists_ptr, splits, num_lists, C.kept // 2 - C.lines, C)
     place = places(best, keys)
-    ids = tl.maximum(at_place(place.keys, block_ids(keys), C.kept, -1), at_place(place.best, block_ids(best), C.kept, -1))
+    ids = tl.maximum(
+        at_place(place.keys, block_ids(keys), C.kept, -1), at_place(place.best, block_ids(best), C.kept, -1)
+    )
     return tl.where(tl.arange(0, C.kept) < topk, ids, -1)
 
 
