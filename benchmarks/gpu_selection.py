@@ -28,8 +28,9 @@ def plain(batch, seqlen_q, seqlen_k, device):
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
-def dense_ids(index_q, index_k, sequences, block_size, topk, local, init, queries=None):
+def dense_ids(index_q, index_k, sequences, rule, queries=None):
     """block_indices by the definition, in float64; only of the given queries, if any."""
+    block_size, topk = rule.block_size, rule.topk
     batch, groups, seqlen_q, _ = index_q.shape
     ids = torch.full((batch, groups, seqlen_q, topk), -1, dtype=torch.int32, device=index_q.device)
     for b, q_start, q_end, k_start, k_end in sequences.tolist():
@@ -42,7 +43,7 @@ def dense_ids(index_q, index_k, sequences, block_size, topk, local, init, querie
             scores = (index_q[b, :, i].double() @ keys.T).nan_to_num(-FLT_MAX).clamp(-FLT_MAX, FLT_MAX)
             scores = F.pad(scores, (0, blocks * block_size - visible), value=-FLT_MAX)
             best = scores.view(groups, blocks, block_size).amax(-1)
-            best[:, :init] = best[:, max(0, blocks - local) :] = float("inf")
+            best[:, rule.is_forced(torch.arange(blocks, device=best.device), blocks - 1)] = float("inf")
             chosen = best.sort(descending=True, stable=True).indices[:, :topk].sort().values
             ids[b, :, i, : chosen.shape[1]] = chosen.int()
     return ids
@@ -81,7 +82,7 @@ def selection_errors(device="cuda", cases=None):
         index_k = integers(batch, 1, seqlen_k, depth, dtype=dtype, device=device)
         sequences = plain(batch, seqlen_q, seqlen_k, device)
         config = choose_config(index_q, index_k, sequences, rule)
-        wanted = dense_ids(index_q, index_k, sequences, *shape[5:])
+        wanted = dense_ids(index_q, index_k, sequences, rule)
         for splits in (config.num_splits, 1 if config.num_splits > 1 else 5):
             variant = replace(config, num_splits=splits)
             found = [select_blocks(index_q, index_k, sequences, rule, config=variant) for _ in range(2)]
@@ -153,7 +154,7 @@ def selection_times(
         index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k)
         for label, dtype, share in (("", torch.bfloat16, 1.0), ("e4m3 ", FP8, 0.5)):
             inputs = index_q.to(dtype), index_k.to(dtype), sequences
-            config = choose_config(*inputs, BLOCK, TOPK)
+            config = choose_config(*inputs, SelectionRule(BLOCK, TOPK))
             time = selection_time(timer, *inputs)
             yield f"{label}{seqlen_q} x {seqlen_k}", time, floor * share, asdict(config)
 
@@ -172,7 +173,7 @@ def sweep_times(timer: Callable[..., float]) -> Iterator[tuple[str, float | str]
     }
     for seqlen in (32768, 131072):
         inputs = index_inputs(1, seqlen, seqlen)
-        base = choose_config(*inputs, BLOCK, TOPK)
+        base = choose_config(*inputs, SelectionRule(BLOCK, TOPK))
         for name, change in variants.items():
             try:
                 time = selection_time(timer, *inputs, config=replace(base, **change))

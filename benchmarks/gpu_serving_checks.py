@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu_serving import BLOCK, DEPTH, FP8, GROUPS, RULE, SCALE, TOPK, caches, select, step
 from flexmsa.kernels.triton import select_blocks
-from flexmsa.kernels.triton.selection.work_counters import tickets
+from flexmsa.kernels.triton.selection.work_counters import work_counters
 from flexmsa.kernels.triton.serving import launch as decode
 from flexmsa.testing import Schedule, check_schedule
 
@@ -149,7 +149,7 @@ def counter_errors() -> Iterator[str]:
         sequences[:, 0] = 0
         if not torch.equal(select_blocks(index_q[one], cache.index_k[one], sequences, RULE), ids[one]):
             yield f"row {row} of many: another selection than alone"
-    if any(tickets(number, ids.device).any() for number in (1, 300)):
+    if any(work_counters(number, ids.device).any() for number in (1, 300)):
         yield "counters are not left at zero"
 
 

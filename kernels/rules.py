@@ -9,7 +9,8 @@ class SelectionRule:
     """A query keeps `topk` blocks of `block_size` keys: the forced ones, then those of the best scores.
 
     Forced are the `num_local_blocks` newest and the `num_init_blocks` oldest blocks that the query sees. Equal scores
-    are decided for the smaller id, and NaN is the lowest score.
+    are decided for the smaller id, and NaN is the lowest score. The Triton kernels have the same rule as
+    `triton/selection/rule.py`.
     """
 
     block_size: int

@@ -10,11 +10,12 @@ import flexmsa
 
 triton = pytest.importorskip("triton")
 
+from flexmsa.kernels.problem import Problem  # noqa: E402
 from flexmsa.kernels.triton.backward import config as backward_config  # noqa: E402
 from flexmsa.kernels.triton.common import target as targets  # noqa: E402
 from flexmsa.kernels.triton.forward import config as forward_config  # noqa: E402
 from flexmsa.kernels.triton.loss import config as loss_config  # noqa: E402
-from flexmsa.kernels.triton.selection import config as selection_configs  # noqa: E402
+from flexmsa.kernels.triton.selection import config as selection_config  # noqa: E402
 from flexmsa.kernels.triton.tuning import candidates  # noqa: E402
 from flexmsa.testing.compiled import TARGETS  # noqa: E402
 
@@ -25,10 +26,9 @@ EXPONENTS = ("rows", "columns", "num_warps", "period", "walk_rows", "walk_column
 def lists(target, group_size, num_kv_heads, head_dim, block_size, dtype):
     """(kernel, shipped configuration, candidates) of every kernel."""
     sizes = {"head_dim": head_dim, "block_size": block_size, "element_size": dtype.itemsize}
-    index = {"num_kv_heads": num_kv_heads, "index_head_dim": head_dim, "block_size": block_size, "topk": 16}
-    lengths = {"num_sequences": 1, "seqlen_q": 16384, "seqlen_k": 16384, "tma_ready": True}
-    config = selection_configs.selection_config(target, **index, **lengths, dtype=dtype, key_size=dtype.itemsize)
-    yield "selection", config, candidates.selection_candidates(target, config, num_kv_heads)
+    problem = Problem(num_kv_heads, dtype, index_head_dim=head_dim, block_size=block_size, topk=16)
+    config = selection_config.default_config(problem, target, 1, 16384, 16384, sm90=False)
+    yield "selection", config, selection_config.candidates(problem, target, config)
     config = forward_config.forward_config(target, **sizes, group_size=group_size, topk=16)
     yield "forward", config, candidates.forward_candidates(target, config, group_size, block_size)
     config = backward_config.backward_config(target, **sizes, group_size=group_size)

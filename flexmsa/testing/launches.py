@@ -126,29 +126,33 @@ class CacheFormat:
     index_scaled: bool = False
 
 
-def decode_launches(layer: Layer, target: Target, cache: CacheFormat = CacheFormat(), tokens: int = 1) -> list[Launch]:
-    """Of appending `tokens` tokens to a cache of layer.tokens keys, and of selecting and attending for them."""
-    rows, keys = (layer.tokens // layer.block_size, layer.block_size) if cache.paged else (1, layer.tokens)
+def decode_launches(
+    layer: Layer, target: Target, cache: CacheFormat = CacheFormat(), tokens: int = 1, batch: int = 1
+) -> list[Launch]:
+    """Of appending `tokens` tokens per row to a cache of layer.tokens keys, and of selecting and attending for them."""
+    max_pages = layer.tokens // layer.block_size
+    rows, keys = (batch * max_pages, layer.block_size) if cache.paged else (batch, layer.tokens)
 
     def stored(heads: int, head_dim: int, scaled: bool) -> tuple[Tensor, Tensor | None]:
         dtype = torch.float8_e4m3fn if scaled else layer.dtype
         scale = meta(rows, heads, keys, dtype=torch.uint8) if scaled else None
         return meta(rows, heads, keys, head_dim, dtype=dtype), scale
 
+    def new(heads: int, head_dim: int) -> Tensor:
+        return meta(batch, heads, tokens, head_dim, dtype=layer.dtype)
+
     k, k_scale = stored(layer.num_kv_heads, layer.head_dim, cache.scaled)
     v, v_scale = stored(layer.num_kv_heads, layer.head_dim, cache.scaled)
     index_k, index_scale = stored(1, layer.index_head_dim, cache.index_scaled)
-    table = meta(1, rows) if cache.paged else None
-    new_k, new_index_k = (
-        layer.vectors(layer.num_kv_heads, layer.head_dim, tokens),
-        layer.vectors(1, layer.index_head_dim, tokens),
-    )
+    table = meta(batch, max_pages) if cache.paged else None
+    new_k, new_index_k = new(layer.num_kv_heads, layer.head_dim), new(1, layer.index_head_dim)
+    q, index_q = new(layer.num_heads, layer.head_dim), new(layer.num_kv_heads, layer.index_head_dim)
+    sequences = meta(batch, 5)
     with record(target) as launches:
         buffers = k, v, index_k, k_scale, v_scale, index_scale, table
-        kernels.append(new_k, new_k, new_index_k, None, *buffers, meta(1), meta(1), layer.sequences(), meta(2))
-        q, index_q = layer.main(tokens)[0], layer.index(tokens)[0]
+        kernels.append(new_k, new_k, new_index_k, None, *buffers, meta(batch), meta(batch), sequences, meta(2))
         kernels.select_and_attend(
-            *(q, index_q, k, v, index_k, layer.sequences(), layer.rule, 0.1, table, k_scale, v_scale, index_scale)
+            *(q, index_q, k, v, index_k, sequences, layer.rule, 0.1, table, k_scale, v_scale, index_scale)
         )
     return launches
 

@@ -1,24 +1,27 @@
-"""Vectors kept as e4m3 numbers with one scale each: vector = scale * stored, the scale an e8m0 number.
+"""Vectors stored as e4m3 numbers with one scale each: vector = scale * stored, the scale an e8m0 number.
 
-That is a power of two in a byte, held as uint8, code c for 2^(c - 127) and 255 for NaN: the least with which the
-largest number is at most e4m3's largest, 448. A power of two, because products with it are exact. A scale for each
-token, because appending then never changes what was stored before. A vector that is not finite, or beyond 448 * 2^119,
-counts as NaN throughout, whatever was stored. The kernels take e4m3 as uint8 too, and decode and encode the bits
-themselves where the GPU has no such type. (PyTorch's type of these scales is not used: Inductor compiles no operator
-that writes to it.)
+An e8m0 number is a power of two in a byte (uint8): code c means 2^(c - 127), and 255 means NaN. The scale of a vector
+is the smallest with which its largest number is at most 448, the largest of e4m3. It is a power of two, because
+products with one are exact. Each token has its own, because appending then never changes stored vectors. A vector that
+is not finite, or exceeds 448 * 2^119, gets the scale NaN, and counts as NaN throughout.
+
+Kernels take e4m3 numbers as uint8, and decode and encode the bits themselves where the GPU has no such type: `native`
+in what follows says that it has (`Target.has_e4m3`). PyTorch's type of e8m0 numbers is not used, because Inductor
+compiles no operator that writes to it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .primitives import load_tile
+from .launch import view
 from .target import Target, storage_constants
+from .tiles import load_tile
 
-# fp32 bits: the fraction of 448, which is 1.75 * 2^8; 480, the first number that e4m3 cannot round to 448; 2^-6, its
-# smallest normal number; and 2^14, the number whose last place is 2^-9, as that of e4m3's subnormals.
+# Bits of fp32 numbers: the fraction of 448 = 1.75 * 2^8; 480, the smallest number that e4m3 cannot round to 448; 2^-6,
+# the smallest normal number of e4m3; 2^14, whose last place in fp32 is 2^-9, as is that of e4m3's subnormal numbers.
 LARGEST_FRACTION = tl.constexpr(0x600000)
 OVERFLOW_BITS = tl.constexpr(0x43F00000)
 NORMAL_BITS = tl.constexpr(0x3C800000)
@@ -27,12 +30,12 @@ SUBNORMAL_UNIT = tl.constexpr(16384.0)
 
 
 @triton.jit
-def decode_e4m3(x, dtype: tl.constexpr, NATIVE: tl.constexpr):
+def decode_e4m3(x, dtype: tl.constexpr, native: tl.constexpr):
     """The e4m3 numbers of uint8 `x` in `dtype`: exact in bf16, fp16 and fp32.
 
-    Not NATIVE, as the bits of fp16 numbers 2^8 times smaller, subnormals included.
+    Without `native`, x becomes the bits of fp16 numbers 2^8 times smaller, subnormal numbers included.
     """
-    if NATIVE:
+    if native:
         return x.to(tl.float8e4nv, bitcast=True).to(dtype)
     else:
         wide = x.to(tl.uint16)
@@ -47,7 +50,7 @@ def encode_e4m3(x):
     magnitude = bits & 0x7FFFFFFF
     last_kept = (magnitude >> 20) & 1
     normal = (magnitude - (120 << 23) + 0x7FFFF + last_kept) >> 20
-    # An addition of fp32 rounds to the last place that it keeps.
+    # The addition rounds to the last place of its fp32 result.
     subnormal = (magnitude.to(tl.float32, bitcast=True) + SUBNORMAL_UNIT).to(tl.int32, bitcast=True) - SUBNORMAL_BITS
     code = tl.where(magnitude < NORMAL_BITS, subnormal, tl.where(magnitude < OVERFLOW_BITS, normal, 0x7F))
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
@@ -57,11 +60,11 @@ def encode_e4m3(x):
 def quantize(x):
     """(e4m3 codes uint8 [N, D], scale codes uint8 [N]) of vectors x [N, D]."""
     x = x.to(tl.float32)
-    # As integers, the bits of NaN and infinity are the largest: a maximum of numbers would lose NaN.
+    # Bits are compared as integers, where NaN and infinity are the largest: a maximum of numbers would lose NaN.
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     code = (largest >> 23) - 8 + ((largest & 0x7FFFFF) > LARGEST_FRACTION).to(tl.int32)
     code = tl.maximum(code, 1)
-    # 246 is 2^119: the last whose inverse, and 2^8 times itself, are fp32 numbers as well.
+    # 246 means 2^119, the largest scale whose inverse and whose product with 2^8 are fp32 numbers.
     inverse = (tl.maximum(254 - code, 8) << 23).to(tl.float32, bitcast=True)
     return encode_e4m3(x * inverse[:, None]), tl.where(code > 246, 255, code).to(tl.uint8)
 
@@ -80,49 +83,73 @@ def load_scales(scales, column, mask):
 
 
 @triton.jit
-def dequantize(x, scale, dtype: tl.constexpr, NATIVE: tl.constexpr):
+def dequantize(x, scale, dtype: tl.constexpr, native: tl.constexpr):
     """Vectors [N, D] in `dtype` from uint8 `x` and their scales [N], decoded."""
-    return (decode_e4m3(x, tl.float32, NATIVE) * scale[:, None]).to(dtype)
+    return (decode_e4m3(x, tl.float32, native) * scale[:, None]).to(dtype)
 
 
 @triton.jit
 def load_stored(
-    base, count, stride_s, stride_d, dtype: tl.constexpr,
-    COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """The first `count` vectors from `base` on as a tile [COLUMNS, DEPTH], zero beyond.
+    base,
+    count,
+    stride_s,
+    stride_d,
+    dtype: tl.constexpr,
+    rows: tl.constexpr,
+    head_dim: tl.constexpr,
+    depth: tl.constexpr,
+    native: tl.constexpr,
+):
+    """The first `count` vectors from `base` on as a tile [rows, depth], zero beyond.
 
-    SCALED: e4m3 numbers in `dtype`, still to be multiplied by their scales.
+    e4m3 numbers come in `dtype`, still to be multiplied by their scales.
     """
-    x = load_tile(base, 0, count, stride_s, stride_d, COLUMNS, HEAD_DIM, DEPTH)
-    # By way of fp32: from fp16 to bf16 the conversion is slower than the two.
-    return decode_e4m3(x, tl.float32, NATIVE).to(dtype) if SCALED else x
+    x = load_tile(base, 0, count, stride_s, stride_d, rows, head_dim, depth)
+    if base.dtype.element_ty == tl.uint8:
+        # Through fp32: the conversion from fp16 to bf16 is slower than the two.
+        x = decode_e4m3(x, tl.float32, native).to(dtype)
+    return x
 
 
 @triton.jit
 def load_vectors(
-    base, scales, count, stride_s, stride_d, dtype: tl.constexpr,
-    COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """The first `count` vectors from `base` on as a tile [COLUMNS, DEPTH], zero beyond; SCALED: dequantized."""
-    x = load_tile(base, 0, count, stride_s, stride_d, COLUMNS, HEAD_DIM, DEPTH)
-    if SCALED:
-        column = tl.arange(0, COLUMNS)
-        x = dequantize(x, load_scales(scales, column, column < count), dtype, NATIVE)
+    base,
+    scales,
+    count,
+    stride_s,
+    stride_d,
+    dtype: tl.constexpr,
+    rows: tl.constexpr,
+    head_dim: tl.constexpr,
+    depth: tl.constexpr,
+    native: tl.constexpr,
+    old_native: tl.constexpr = None,
+):
+    """The first `count` vectors from `base` on as a tile [rows, depth], zero beyond; e4m3 numbers times their scales.
+
+    scales: a pointer to the scale of the first vector, None where the vectors have none. Callers that still pass
+    whether there are scales before `native` give 11 arguments.
+    """
+    scaled: tl.constexpr = scales is not None if old_native is None else native
+    decodes: tl.constexpr = native if old_native is None else old_native
+    x = load_tile(base, 0, count, stride_s, stride_d, rows, head_dim, depth)
+    if scaled:
+        row = tl.arange(0, rows)
+        x = dequantize(x, load_scales(scales, row, row < count), dtype, decodes)
     return x
 
 
 @triton.jit
 def split_e4m3(x):
-    """e4m3 numbers [2 N, D] for vectors x [N, D]: rows p and r in turn, with x = p + r / 16 up to a power of two a row.
+    """e4m3 numbers [2 N, D] of vectors x [N, D]: for each row, rows p and r with c x = p + r / 16, c a power of two.
 
-    Two of them hold the 8 significant bits of a bf16 number, but of one less than 2^-13 of the largest in its row.
+    Two e4m3 numbers hold the 8 significant bits of a bf16 number that is at least 2^-13 of the largest in its row.
     """
     N: tl.constexpr = x.shape[0]
     D: tl.constexpr = x.shape[1]
     x = x.to(tl.float32)
     exponent = tl.max((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, axis=1)
-    # The largest number comes to 128 .. 256: e4m3 ends at 448.
+    # The largest number becomes 128 .. 256: e4m3 ends at 448.
     factor = (tl.minimum(261 - exponent, 254) << 23).to(tl.float32, bitcast=True)
     x = x * factor[:, None]
     p = encode_e4m3(x)
@@ -133,7 +160,7 @@ def split_e4m3(x):
 
 @triton.jit
 def join_pairs(products):
-    """Products [K, N] with vectors, from products [K, 2 N] with the rows of their `split_e4m3`."""
+    """Products [K, N] with vectors, from products [K, 2 N] with the rows that `split_e4m3` made of them."""
     K: tl.constexpr = products.shape[0]
     N: tl.constexpr = products.shape[1] // 2
     p, r = tl.split(tl.reshape(products, [K, N, 2]))
@@ -141,15 +168,27 @@ def join_pairs(products):
 
 
 class Cache(NamedTuple):
-    """How the attention's keys and values are kept: contiguous and in the dtype of q where all is None."""
+    """How keys and values of the main branch are stored: contiguous and in the dtype of q where all is None."""
 
     page_table: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
 
     def constants(self, target: Target) -> dict[str, int | bool]:
-        """The compile-time arguments that say so."""
+        """The constants of kernels that are not yet launched by `Launch`."""
         return storage_constants(target, self.page_table is not None, self.k_scale is not None)
+
+
+class Stored(NamedTuple):
+    """Vectors [rows, heads, keys, D] of a cache: their View, and their scales [rows, heads, keys], None without any."""
+
+    vectors: Any
+    scale: Any
+
+
+def stored(x: torch.Tensor, scale: torch.Tensor | None) -> Stored:
+    """The Stored of a tensor and its scales, which are contiguous."""
+    return Stored(view(x), scale)
 
 
 def as_bits(x: torch.Tensor) -> torch.Tensor:

@@ -1,25 +1,35 @@
-"""How the selection is cut up: pure functions of target and shape, as those of `configs`."""
+"""How the selection is divided into tiles and splits: pure functions of problem, target and lengths."""
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 
-from ..common.target import GLUON, Target, padded
+from ...problem import Problem
+from ...tuning import Changes
+from ..common.target import Target, padded
 
 # Longer lists of what a query keeps take minutes to compile, and more shared memory than there is.
 MOST_BLOCKS = 512
+# Programs of `kernel_sm90` fill a multiprocessor each: more than this would leave lists to merge, and gain little.
+SM90_SPLITS = 128
+# The most query rows that `kernel_sm90` takes as one tile.
+SM90_ROWS = 64
 
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """rows: query rows (tokens x groups) a tile; columns: keys a step, a whole block's, or, of fp32, a part's; period:
-    blocks ranked at a time; kept: padded topk.
+    """rows: query rows (tokens x groups) per tile; columns: keys per step, a whole block's, or, of fp32, a part's;
+    period: blocks collected before they are merged into the top-k; kept: padded topk; num_splits: programs that share
+    the keys of a tile.
 
     clear: blocks that every row sees whole take a loop of their own, without masks; halves: there the products of one
     half of the rows run while the other half's maxima are taken, and the period is 1; swap: the keys are the rows of
     the product, as a few query rows would not fill them; fp8_product: e4m3 keys are multiplied as they are, as are e4m3
-    queries; hopper: by `scoring_hopper`.
+    queries; sm90: `kernel_sm90` is launched.
     """
 
     rows: int
@@ -34,10 +44,10 @@ class SelectionConfig:
     halves: bool
     swap: bool
     fp8_product: bool = False
-    hopper: bool = False
+    sm90: bool = False
 
     def tokens(self, num_kv_heads: int) -> int:
-        """Query tokens a tile."""
+        """Query tokens per tile."""
         return self.rows // num_kv_heads
 
 
@@ -60,57 +70,77 @@ def split_count(
     return min(range(1, limit + 1), key=cost)
 
 
-def selection_config(
-    target: Target,
-    *,
-    num_sequences: int,
-    num_kv_heads: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    index_head_dim: int,
-    block_size: int,
-    topk: int,
-    dtype: torch.dtype,
-    key_size: int,
-    tma_ready: bool,
-    scales_ready: bool = True,
-) -> SelectionConfig:
-    """Tiles of the scorer: the largest row tile that registers and shared memory hold, no more than there are rows.
+def split_limit(kept: int) -> int:
+    """Splits of which the lists of `kept` keys, of one query, do not get too long to merge."""
+    return max(1, 8192 // kept)
 
-    dtype is that of the queries, key_size the bytes of a number of the index keys: 1 for e4m3. Those are decoded in
-    registers, but where few queries meet many keys: there the tensor cores take them as they are. They take queries
-    and keys that both are e4m3 so, where they can; else both are to be brought to fp16. The bulk copy engine can read
-    what is `ready`.
+
+def most_splits(config: SelectionConfig, target: Target) -> int:
+    """The largest number of splits that a configuration of this kind has, whatever the lengths."""
+    return SM90_SPLITS if config.sm90 else min(split_limit(config.kept), 4 * target.num_sms)
+
+
+def row_tile(num_rows: int, num_kv_heads: int, least: int, most: int) -> int:
+    """Rows of a tile for num_rows query rows of a sequence: those of one token, 16, 64 or the most.
+
+    Tiles of a few sizes only, so that other numbers of tokens compile nothing; `least` is what the product takes.
+    """
+    sizes = padded(num_kv_heads, least=least), 16, 64
+    return next((size for size in sizes if num_rows <= size <= most), max(most, sizes[0]))
+
+
+def kept_blocks(topk: int) -> int:
+    """Places of a query's list: topk, padded.
+
+    Raises:
+        NotImplementedError: topk is more than the Triton kernels take.
     """
     if topk > MOST_BLOCKS:
         raise NotImplementedError(
             f"topk: expected at most {MOST_BLOCKS} for the Triton kernels, got {topk}; take larger blocks, or "
             "backend='cpu', which runs on any device"
         )
-    kept = max(8, triton.next_power_of_2(topk))
-    columns, depth = padded(block_size), padded(index_head_dim)
-    few = padded(seqlen_q * num_kv_heads, least=4 if key_size == 1 else 8)
-    plain = GLUON and target.arch == 90 and index_head_dim in (64, 128) and block_size in (64, 128)
-    as_stored = key_size == 2 == dtype.itemsize or (key_size == 1 and dtype == torch.bfloat16)
-    if plain and as_stored and tma_ready and scales_ready and few <= 64 and kept <= 32:
-        num_splits = split_count(num_sequences, triton.cdiv(seqlen_k, block_size), target.num_sms, 128)
-        return hopper_scorer(few, columns, kept, num_splits, fp8_product=key_size == 1)
+    return max(8, triton.next_power_of_2(topk))
+
+
+@functools.lru_cache(maxsize=4096)
+def default_config(
+    problem: Problem, target: Target, num_sequences: int, seqlen_q: int, seqlen_k: int, sm90: bool
+) -> SelectionConfig:
+    """Tiles of the scorer: the largest row tile that registers and shared memory hold, no more than there are rows.
+
+    problem.dtype is that of the queries. e4m3 keys are decoded in registers, but where few queries meet many keys:
+    there the tensor cores take them as they are. They take queries and keys that both are e4m3 so, where they can; else
+    both are to be brought to fp16. sm90: `kernel_sm90` supports the problem, and takes it if rows are few.
+
+    The lengths decide two things: rows, of the few sizes of `row_tile`, with all that follows them; and num_splits,
+    which kernels take at run time, except that they are compiled once for one split and once for more.
+    """
+    assert problem.topk is not None
+    kept = kept_blocks(problem.topk)
+    num_rows = seqlen_q * problem.num_kv_heads
+    num_blocks = triton.cdiv(seqlen_k, problem.block_size)
+    few = row_tile(num_rows, problem.num_kv_heads, 4 if problem.key_size == 1 else 8, SM90_ROWS)
+    if sm90 and num_rows <= SM90_ROWS:
+        num_splits = split_count(num_sequences, num_blocks, target.num_sms, SM90_SPLITS)
+        return sm90_config(few, padded(problem.block_size), kept, num_splits, fp8_product=problem.key_size == 1)
+    return tile_config(problem, target, num_sequences, seqlen_q, num_blocks, kept)
+
+
+def tile_config(
+    problem: Problem, target: Target, num_sequences: int, seqlen_q: int, num_blocks: int, kept: int
+) -> SelectionConfig:
+    """The configuration of `kernel`."""
+    num_kv_heads, dtype, key_size = problem.num_kv_heads, problem.dtype, problem.key_size
+    columns, depth = padded(problem.block_size), padded(problem.index_head_dim)
     as_they_are = dtype == torch.float8_e4m3fn and target.has_e4m3 and depth >= 32
     if dtype == torch.float8_e4m3fn and not as_they_are:
         dtype, key_size = torch.float16, 2
     element_size = dtype.itemsize
     hopper = target.backend == "cuda" and target.arch in (90, 100, 103)
     decoded = key_size < element_size
-    rows = 256 if hopper else 128 if target.arch == 80 else 64
-    if hopper and decoded:
-        rows = 128 if target.arch == 90 else 64
-    if element_size > 2:
-        rows = 32 if depth <= 128 else 16
-    elif depth > 256:
-        rows = min(rows, 64)
-    rows = min(rows, max(16, 256 * 128 // columns), max(16, 4096 // kept))
-    rows = min(rows, padded(min(seqlen_q, 4096) * num_kv_heads))
-    rows = max(rows, padded(num_kv_heads))
+    most = most_rows(target, element_size, decoded, columns, depth, kept)
+    rows = row_tile(seqlen_q * num_kv_heads, num_kv_heads, 16, most)
     if element_size > 2:
         # No tensor cores: what is multiplied passes through registers, which hold more keys beside few queries.
         room = rows == 16 and not decoded and target.backend == "cuda"
@@ -121,7 +151,7 @@ def selection_config(
     swap = target.arch == 90 and rows < 64 <= columns and element_size == 2
     fp8_product = as_they_are or (swap and decoded and dtype == torch.bfloat16 and depth >= 32)
     if swap:
-        rows = min(rows, padded(seqlen_q * num_kv_heads, least=8))
+        rows = min(rows, row_tile(seqlen_q * num_kv_heads, num_kv_heads, 8, rows))
     per_sm = 4 if fp8_product and rows == 8 else 2 if swap else 1
     if decoded and not swap:
         num_warps = 8 if rows >= 64 and target.arch != 90 else 4
@@ -133,28 +163,28 @@ def selection_config(
     if kept > 128:
         # Sorts of long lists pass through shared memory.
         spare -= rows * kept * 8
-    most = 4 if fp8_product else 6 if swap else 4 if rows <= 64 else 3
-    num_stages = max(1, min(most, spare // (columns * depth * key_size)))
+    most_stages = 4 if fp8_product else 6 if swap else 4 if rows <= 64 else 3
+    num_stages = max(1, min(most_stages, spare // (columns * depth * key_size)))
     if target.backend == "hip":
         num_stages = min(num_stages, 2)
 
     tiles = num_sequences * triton.cdiv(seqlen_q, rows // num_kv_heads)
-    limit = max(1, 8192 // kept)
-    num_splits = split_count(tiles, triton.cdiv(seqlen_k, block_size), target.num_sms, limit, per_sm)
+    num_splits = split_count(tiles, num_blocks, target.num_sms, split_limit(kept), per_sm)
     # Without the swap, ptxas spills a few bytes of a small tile with TMA.
-    copies = hopper and tma_ready and (swap or rows >= 64)
-    use_tma = copies and (element_size == 2 or fp8_product) and (columns, depth) == (block_size, index_head_dim)
+    copies = hopper and problem.bulk_copies and (swap or rows >= 64)
+    whole = (columns, depth) == (problem.block_size, problem.index_head_dim)
     halves = target.arch == 90 and rows >= 128 and not decoded
     return SelectionConfig(
         rows=rows,
         columns=columns,
         num_warps=num_warps,
         num_stages=num_stages,
-        # A few rows, or a row a thread, are ranked in registers; between these, a thread would have many rows to rank.
+        # The top-k of a few rows, or of one row per thread, is kept in lists; between these, a thread would have many
+        # rows to keep.
         period=1 if halves or (swap and rows <= 16 and kept <= 32) else 8,
         kept=kept,
         num_splits=num_splits,
-        use_tma=use_tma,
+        use_tma=copies and (element_size == 2 or fp8_product) and whole,
         clear=rows >= 64,
         halves=halves,
         swap=swap,
@@ -162,8 +192,21 @@ def selection_config(
     )
 
 
-def hopper_scorer(rows: int, columns: int, kept: int, num_splits: int, fp8_product: bool) -> SelectionConfig:
-    """The configuration of `scoring_hopper`. More copies in flight than four would only be in each other's way."""
+def most_rows(target: Target, element_size: int, decoded: bool, columns: int, depth: int, kept: int) -> int:
+    """The largest row tile whose scores and top-k registers and shared memory hold."""
+    hopper = target.backend == "cuda" and target.arch in (90, 100, 103)
+    rows = 256 if hopper else 128 if target.arch == 80 else 64
+    if hopper and decoded:
+        rows = 128 if target.arch == 90 else 64
+    if element_size > 2:
+        rows = 32 if depth <= 128 else 16
+    elif depth > 256:
+        rows = min(rows, 64)
+    return min(rows, max(16, 256 * 128 // columns), max(16, 4096 // kept))
+
+
+def sm90_config(rows: int, columns: int, kept: int, num_splits: int, fp8_product: bool) -> SelectionConfig:
+    """The configuration of `kernel_sm90`. More copies in flight than four would only be in each other's way."""
     return SelectionConfig(
         rows=rows,
         columns=columns,
@@ -177,5 +220,40 @@ def hopper_scorer(rows: int, columns: int, kept: int, num_splits: int, fp8_produ
         halves=False,
         swap=True,
         fp8_product=fp8_product,
-        hopper=True,
+        sm90=True,
     )
+
+
+def tuned_shape(problem: Problem) -> dict[str, Any]:
+    """What a tuned configuration holds for, by the names that files of tuning have."""
+    return {
+        "num_kv_heads": problem.num_kv_heads,
+        "index_head_dim": problem.index_head_dim,
+        "block_size": problem.block_size,
+        "topk": problem.topk,
+        "dtype": problem.dtype,
+        "key_size": problem.key_size,
+    }
+
+
+def candidates(problem: Problem, target: Target, config: SelectionConfig) -> Iterator[Changes]:
+    """Changes of a configuration that are worth timing. All leave results right, and some may not fit the GPU."""
+    most_stages = 2 if target.backend == "hip" else 6
+    stages: list[Changes] = [
+        {"num_stages": count} for count in (config.num_stages + 1, config.num_stages - 1) if 1 <= count <= most_stages
+    ]
+    if config.sm90:
+        yield from stages
+        return
+    yield from ({"num_warps": warps} for warps in (config.num_warps // 2, config.num_warps * 2) if 2 <= warps <= 16)
+    yield from stages
+    if config.period > 1:
+        for period in (config.period // 2, config.period * 2):
+            if 2 <= period <= config.kept:
+                yield {"period": period}
+    if config.swap:
+        return
+    for rows, warps in ((config.rows // 2, config.num_warps // 2), (config.rows * 2, config.num_warps * 2)):
+        if padded(problem.num_kv_heads) <= rows <= min(512, 8192 // config.kept):
+            yield {"rows": rows}
+            yield {"rows": rows, "num_warps": warps}

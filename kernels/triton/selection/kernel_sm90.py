@@ -1,11 +1,15 @@
-"""A decoding step's scorer for Hopper, in Gluon: one warp copies keys, the others score blocks and rank them.
+"""The scorer of a decoding step for Hopper, in Gluon: one warp copies keys, the others score blocks and keep the best.
 
-It does what `selection.selection_kernel` does, for a few query rows. The copying warp has asked for the first keys
-before the queries have arrived, and is then as far ahead of the products as shared memory allows. One program to a
-multiprocessor reads memory as fast as several do, and leaves fewer lists to merge.
+It computes what `kernel` does, for a few query rows. The copying warp has asked for the first keys before the queries
+have arrived, and is then as far ahead of the products as shared memory allows. One program per multiprocessor reads
+memory as fast as several do, and leaves fewer lists to merge.
 
-Triton's interpreter knows no Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
+The interpreter cannot run Gluon kernels: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
 """
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -17,131 +21,197 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ...problem import Problem
+from ...rules import SelectionRule
 from ..common.fp8 import decode_scales, join_pairs, split_e4m3
 from ..common.gluon_sm90 import lanes, make_barriers, meet, shared_box
-from ..common.primitives import FLT_MAX, announce_next, await_previous, find_tile, load_sequence, locate_block
-from .config import SelectionConfig
-from .launch import LENGTHS
-from .topk import first_blocks, insert_block, list_row, store_ranking
+from ..common.launch import Launch, Options, view
+from ..common.overlap import announce_next, await_previous
+from ..common.records import load_sequence, locate_block, pages_of
+from ..common.target import GLUON, Target, target_of
+from ..common.tiles import find_tile, tile_table
+from .config import SelectionConfig, kept_blocks
+from .rule import first_kept, forced_blocks, is_forced
+from .scoring import IndexKeys, QueryTile
+from .topk import FLT_MAX, Outputs, first_blocks, insert_block, list_row, store_topk
+from .work_counters import work_counters
 
-# Of so many steps, one is for who comes to it first: programs that are served slower by memory do fewer.
+# One of so many steps takes its block from a counter: programs that memory serves slower take fewer.
 SHARED = gl.constexpr(8)
 
 
-@gluon.jit
-def load_tile(tables, numbers, TOPK: gl.constexpr, BLOCK: gl.constexpr, TOKENS: gl.constexpr, TABLE: gl.constexpr):
-    """The program's tile: (sequence, batch, first token of the sequence, of the tile, end of tokens, first key, keys,
-    forced blocks, scored blocks).
+@dataclass(frozen=True)
+class ScorerConstants:
+    """Constants of `selection_sm90_kernel`; rows: of a tile, of `tokens` tokens; depth: Di; stages: blocks of keys in
+    flight; kept and period: see `SelectionConfig`."""
+
+    num_kv_heads: int
+    topk: int
+    block_size: int
+    depth: int
+    rows: int
+    tokens: int
+    kept: int
+    period: int
+    stages: int
+    overlap: bool
+
+
+class Buffers(NamedTuple):
+    """Shared memory: keys and scales of each stage, the block that each stage holds, and the queries.
+
+    A stage's scales begin at a multiple of 128 bytes.
     """
-    sequences_ptr, tile_ends_ptr, _, _ = tables
-    num_sequences, seqlen_q, _, _, _, _, _, num_init = numbers
-    sequence, tile = find_tile(gl.program_id(0), tile_ends_ptr, num_sequences, seqlen_q, TOKENS, TABLE)
-    batch, q_start, q_end, k_start, k_end = load_sequence(sequences_ptr, gl.minimum(sequence, num_sequences - 1))
-    first = gl.where(sequence < num_sequences, q_start + tile * TOKENS, q_end)
-    num_keys = k_end - k_start
-    seen = gl.where(first < q_end, num_keys - q_end + gl.minimum(first + TOKENS, q_end), 0)
-    num_blocks = (gl.maximum(seen, 0) + BLOCK - 1) // BLOCK
-    forced = gl.where(num_blocks <= TOPK, num_blocks, num_init)
-    return sequence, batch, q_start, first, q_end, k_start, num_keys, forced, num_blocks - forced
+
+    keys: Any
+    scales: Any
+    blocks: Any
+    queries: Any
+
+
+class Barriers(NamedTuple):
+    """Of each stage: full, its keys have arrived; empty, they have been read."""
+
+    full: Any
+    empty: Any
+
+
+class Work(NamedTuple):
+    """What the programs share between them: the table of sequences and its tiles, the rule, and counters.
+
+    counters_ptr [tiles]: None where the blocks of a tile are not split.
+    """
+
+    sequences_ptr: Any
+    tiles: Any
+    forced: Any
+    counters_ptr: Any
+
+
+class ScorerTile(NamedTuple):
+    """A program's QueryTile, how many of its blocks are kept without a score, and how many are scored."""
+
+    queries: Any
+    unscored: Any
+    scored: Any
 
 
 @gluon.jit
-def take_ticket(ticket_ptr, wanted, SPLIT: gl.constexpr):
-    """The counter's next number, if it is wanted, in the first of [32]: whose numbers nobody waits for before use."""
+def load_tile(work, C: gl.constexpr):
+    """The program's ScorerTile; one without queries, and so without blocks, where it has none to do."""
+    tiles = work.tiles
+    number = find_tile(gl.program_id(0), tiles, C.tokens)
+    sequence = load_sequence(work.sequences_ptr, gl.minimum(number.sequence, tiles.num_sequences - 1))
+    q_end = sequence.q_end
+    first = gl.where(number.sequence < tiles.num_sequences, sequence.q_start + number.number * C.tokens, q_end)
+    num_keys = sequence.k_end - sequence.k_start
+    seen = gl.where(first < q_end, num_keys - q_end + gl.minimum(first + C.tokens, q_end), 0)
+    num_blocks = (gl.maximum(seen, 0) + C.block_size - 1) // C.block_size
+    unscored = first_kept(work.forced, num_blocks, C.topk)
+    queries = QueryTile(number.sequence, sequence.batch, sequence.q_start, q_end, first, sequence.k_start, num_keys)
+    return ScorerTile(queries, unscored, num_blocks - unscored)
+
+
+@gluon.jit
+def take_number(counter_ptr, wanted):
+    """The counter's next number, if it is wanted, in the first of [32]: nobody waits for it before it is used."""
     lane = gl.arange(0, 32, lanes(gl.num_warps()))
-    ticket = lane * 0
-    if SPLIT:
-        ticket = gl.atomic_add(ticket_ptr + ticket, ticket + 1, mask=(lane == 0) & wanted, sem="relaxed")
-    return ticket
+    number = lane * 0
+    return gl.atomic_add(counter_ptr + number, number + 1, mask=(lane == 0) & wanted, sem="relaxed")
 
 
 @gluon.jit
-def block_number(step, steps, ticket, num_splits, SPLIT: gl.constexpr):
-    """Which of the scored blocks is the program's step-th: from `steps` on by its ticket."""
-    number = gl.program_id(1) + step * num_splits
-    if SPLIT:
-        lane = gl.arange(0, 32, ticket.type.layout)
-        shared = steps * num_splits + gl.max(gl.where(lane == 0, ticket, 0), axis=0)
-        number = gl.where(step < steps, number, shared)
-    return number
+def shared_number(taken):
+    """The number that `take_number` took."""
+    lane = gl.arange(0, 32, taken.type.layout)
+    return gl.max(gl.where(lane == 0, taken, 0), axis=0)
 
 
 @gluon.jit
-def scale_box(scale_boxes, stage, STAGES: gl.constexpr):
-    """A stage's box of scales, each of which begins at a multiple of 128 bytes."""
-    return scale_boxes.index(stage * (scale_boxes.shape[0] // STAGES))
+def scale_buffer(buffers, stage, stages: gl.constexpr):
+    """The buffer of a stage's scales."""
+    return buffers.scales.index(stage * (buffers.scales.shape[0] // stages))
 
 
 @gluon.jit
-def write_block(block_box, block):
+def write_block(block_buffer, block):
     """The block whose keys a stage has, or -1 after the last, for the other warps."""
-    block_box.store(gl.full([1], block, gl.int32, lanes(gl.num_warps())))
+    block_buffer.store(gl.full([1], block, gl.int32, lanes(gl.num_warps())))
 
 
 @gluon.jit
-def await_block(boxes, barriers, step, STAGES: gl.constexpr):
+def await_block(buffers, barriers, step, stages: gl.constexpr):
     """The block of a step, once its keys are there."""
-    mbarrier.wait(barriers[0].index(step % STAGES), step // STAGES & 1)
-    block = boxes[2].index(step % STAGES).load(lanes(gl.num_warps()))
+    mbarrier.wait(barriers.full.index(step % stages), step // stages & 1)
+    block = buffers.blocks.index(step % stages).load(lanes(gl.num_warps()))
     return gl.max(block, axis=0)
 
 
 @gluon.jit
-def copy_keys(
-    tiles, boxes, barriers, tables, numbers,
-    TOPK: gl.constexpr, BLOCK: gl.constexpr, TOKENS: gl.constexpr, TABLE: gl.constexpr, PAGED: gl.constexpr,
-    SCALED: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-):  # fmt: skip
-    """The copying warp's work: the program's blocks of keys, and their scales."""
-    key_tiles, scale_tiles = tiles
-    key_boxes, scale_boxes, block_boxes = boxes
-    full, empty = barriers
-    _, _, seqlen_k, max_pages, num_pages, num_splits, _, _ = numbers
-    _, batch, _, _, _, k_start, _, forced, scored = load_tile(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
-    ticket_ptr = tables[3] + gl.program_id(0)
-    steps = scored // num_splits
-    steps -= steps // SHARED
-    step = 0
-    ticket = take_ticket(ticket_ptr, steps == 0, SPLIT)
-    number = block_number(step, steps, ticket, num_splits, SPLIT)
-    while number < scored:
-        ticket = take_ticket(ticket_ptr, step + 1 >= steps, SPLIT)
-        stage, turn, block = step % STAGES, step // STAGES, forced + number
-        row, key = locate_block(tables[2], max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
-        ready = full.index(stage)
-        mbarrier.wait(empty.index(stage), (turn & 1) ^ 1)
-        write_block(block_boxes.index(stage), block)
-        if SCALED:
-            mbarrier.expect(ready, key_tiles.block_type.nbytes + scale_tiles.block_type.nbytes)
-            place = (row * seqlen_k + key).to(gl.int32)
-            tma.async_copy_global_to_shared(scale_tiles, [place], ready, scale_box(scale_boxes, stage, STAGES))
-        else:
-            mbarrier.expect(ready, key_tiles.block_type.nbytes)
-        tma.async_copy_global_to_shared(key_tiles, [row.to(gl.int32), key, 0], ready, key_boxes.index(stage))
-        step += 1
-        number = block_number(step, steps, ticket, num_splits, SPLIT)
-    # Each program's last ticket is for no block, and this one the last of all: see `tickets`.
-    if SPLIT and number == scored + num_splits - 1:
-        gl.store(ticket_ptr, 0)
-    mbarrier.wait(empty.index(step % STAGES), (step // STAGES & 1) ^ 1)
-    write_block(block_boxes.index(step % STAGES), -1)
-    mbarrier.arrive(full.index(step % STAGES), count=1)
+def copy_block(keys, tile, buffers, barriers, step, block, C: gl.constexpr):
+    """Ask for the keys of a step's block, and for their scales."""
+    stage, turn = step % C.stages, step // C.stages
+    place = locate_block(keys.pages, tile.batch, tile.k_start, block, C.block_size)
+    ready = barriers.full.index(stage)
+    mbarrier.wait(barriers.empty.index(stage), (turn & 1) ^ 1)
+    write_block(buffers.blocks.index(stage), block)
+    if keys.scale is None:
+        mbarrier.expect(ready, keys.tiles.block_type.nbytes)
+    else:
+        mbarrier.expect(ready, keys.tiles.block_type.nbytes + keys.scale.block_type.nbytes)
+        first = (place.row * keys.seqlen_k + place.key).to(gl.int32)
+        tma.async_copy_global_to_shared(keys.scale, [first], ready, scale_buffer(buffers, stage, C.stages))
+    at = [place.row.to(gl.int32), place.key, 0]
+    tma.async_copy_global_to_shared(keys.tiles, at, ready, buffers.keys.index(stage))
 
 
 @gluon.jit
-def place_queries(queries, q_box, batch, first, q_end, ROWS: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr):
-    """The tile's query rows into shared memory; to e4m3 keys as the pairs of `split_e4m3`."""
-    index_q_ptr, stride_qb, stride_qh, stride_qs, stride_qd = queries
-    DEPTH: gl.constexpr = q_box.shape[1]
+def copy_keys(keys, buffers, barriers, work, num_splits, C: gl.constexpr):
+    """The copying warp's work: the program's blocks of keys, and their scales.
+
+    Of the scored blocks, a program takes every num_splits-th, and the last ones by the counter.
+    """
+    tile = load_tile(work, C)
+    step = 0
+    number = gl.program_id(1)
+    if work.counters_ptr is None:
+        while number < tile.scored:
+            copy_block(keys, tile.queries, buffers, barriers, step, tile.unscored + number, C)
+            step += 1
+            number = gl.program_id(1) + step * num_splits
+    else:
+        counter_ptr = work.counters_ptr + gl.program_id(0)
+        steps = tile.scored // num_splits
+        steps -= steps // SHARED
+        taken = take_number(counter_ptr, steps == 0)
+        number = gl.where(step < steps, number, steps * num_splits + shared_number(taken))
+        while number < tile.scored:
+            taken = take_number(counter_ptr, step + 1 >= steps)
+            copy_block(keys, tile.queries, buffers, barriers, step, tile.unscored + number, C)
+            step += 1
+            own = gl.program_id(1) + step * num_splits
+            number = gl.where(step < steps, own, steps * num_splits + shared_number(taken))
+        # Each program's last number is of no block, and this one the last of all: see `work_counters`.
+        if number == tile.scored + num_splits - 1:
+            gl.store(counter_ptr, 0)
+    mbarrier.wait(barriers.empty.index(step % C.stages), (step // C.stages & 1) ^ 1)
+    write_block(buffers.blocks.index(step % C.stages), -1)
+    mbarrier.arrive(barriers.full.index(step % C.stages), count=1)
+
+
+@gluon.jit
+def place_queries(index_q, q_buffer, tile, scaled: gl.constexpr, C: gl.constexpr):
+    """The tile's query rows into shared memory; scaled: for e4m3 keys, as the pairs of `split_e4m3`."""
     loaded: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
-    row, depth = gl.arange(0, ROWS, gl.SliceLayout(1, loaded)), gl.arange(0, DEPTH, gl.SliceLayout(0, loaded))
-    token = first + row // GROUPS
-    place = batch * stride_qb + (row % GROUPS).to(gl.int64) * stride_qh + token.to(gl.int64) * stride_qs
-    live = (token < q_end) & (row // GROUPS < ROWS // GROUPS)
-    q = gl.load(index_q_ptr + place[:, None] + depth.to(gl.int64)[None, :] * stride_qd, mask=live[:, None], other=0.0)
-    q_box.store(split_e4m3(q) if SCALED else q)
+    row = gl.arange(0, C.rows, gl.SliceLayout(1, loaded))
+    depth = gl.arange(0, C.depth, gl.SliceLayout(0, loaded))
+    token, group = tile.first + row // C.num_kv_heads, (row % C.num_kv_heads).to(gl.int64)
+    place = tile.batch * index_q.stride_b + group * index_q.stride_h + token.to(gl.int64) * index_q.stride_s
+    live = (token < tile.q_end) & (row // C.num_kv_heads < C.tokens)
+    places = index_q.ptr + place[:, None] + depth.to(gl.int64)[None, :] * index_q.stride_d
+    q = gl.load(places, mask=live[:, None], other=0.0)
+    q_buffer.store(split_e4m3(q) if scaled else q)
     fence_async_shared()
     meet()
 
@@ -153,160 +223,150 @@ def scale_scores(products, scales):
 
 
 @gluon.jit
-def block_maximum(scores, block, visible, num_local, BLOCK: gl.constexpr):
+def block_maximum(scores, block, visible, forced, C: gl.constexpr):
     """As `scoring.masked_maximum`, of scores [keys, rows]: m [rows] of a block."""
-    key = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, scores.type.layout))
+    key = block * C.block_size + gl.arange(0, C.block_size, gl.SliceLayout(1, scores.type.layout))
     seen = key[:, None] < gl.convert_layout(visible, gl.SliceLayout(0, scores.type.layout))[None, :]
     best = gl.convert_layout(gl.max(gl.where(seen, scores, float("-inf")), axis=0), visible.type.layout)
     best = gl.minimum(gl.maximum(best, -FLT_MAX), FLT_MAX)
-    best = gl.where(block > (visible - 1) // BLOCK - num_local, float("inf"), best)
-    return gl.where(block * BLOCK < visible, best, float("-inf"))
+    best = gl.where(is_forced(forced, block, (visible - 1) // C.block_size), float("inf"), best)
+    return gl.where(block * C.block_size < visible, best, float("-inf"))
 
 
 @gluon.jit
-def rank_keys(
-    boxes, q_box, barriers, tables, numbers, queries, outputs,
-    TOPK: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, TABLE: gl.constexpr,
-    SCALED: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, SPLIT: gl.constexpr, OVERLAP: gl.constexpr,
-):  # fmt: skip
-    """The work of the other warps."""
-    key_boxes, scale_boxes, _ = boxes
-    _, seqlen_q, _, _, _, num_splits, num_local, _ = numbers
-    TOKENS: gl.constexpr = ROWS // GROUPS
-    COLUMNS: gl.constexpr = q_box.shape[0]
-    DEPTH: gl.constexpr = q_box.shape[1]
-    scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS, 32 if SCALED else 16])
-    ranked: gl.constexpr = lanes(gl.num_warps())
-    tile = load_tile(tables, numbers, TOPK, BLOCK, TOKENS, TABLE)
-    sequence, batch, q_start, first, q_end, _, num_keys, forced, _ = tile
-    place_queries(queries, q_box, batch, first, q_end, ROWS, GROUPS, SCALED)
-    row = gl.arange(0, ROWS, ranked)
-    token = first + row // GROUPS
-    live = (token < q_end) & (row // GROUPS < TOKENS)
-    visible = gl.where(live, num_keys - q_end + token + 1, 0)
-    lists = first_blocks(KEPT, gl.where(gl.program_id(1) == 0, forced, 0), visible, BLOCK)
+def rank_keys(index_q, buffers, barriers, work, outputs, scaled: gl.constexpr, C: gl.constexpr):
+    """The work of the other warps: scores of the copied blocks, and the top-k of each row."""
+    q_buffer = buffers.queries
+    columns: gl.constexpr = q_buffer.shape[0]
+    per_key: gl.constexpr = [C.block_size, C.depth]
+    per_score: gl.constexpr = [C.block_size, columns]
+    scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, columns, 32 if scaled else 16])
+    tile = load_tile(work, C)
+    queries = tile.queries
+    place_queries(index_q, q_buffer, queries, scaled, C)
+    row = gl.arange(0, C.rows, lanes(gl.num_warps()))
+    token, group = queries.first + row // C.num_kv_heads, row % C.num_kv_heads
+    live = (token < queries.q_end) & (row // C.num_kv_heads < C.tokens)
+    visible = gl.where(live, queries.num_keys - queries.q_end + token + 1, 0)
+    topk = first_blocks(gl.where(gl.program_id(1) == 0, tile.unscored, 0), visible, C)
     step = 0
-    block = await_block(boxes, barriers, step, STAGES)
+    block = await_block(buffers, barriers, step, C.stages)
     while block >= 0:
-        stage = step % STAGES
-        keys = key_boxes.index(stage).reshape([BLOCK, DEPTH])
-        scores = gl.zeros([BLOCK, COLUMNS], gl.float32, scored)
+        stage = step % C.stages
+        keys = buffers.keys.index(stage).reshape(per_key)
+        scores = gl.zeros(per_score, gl.float32, scored)
         # e4m3 products are added up with about 14 bits, as in `scoring.score_e4m3`.
-        scores = warpgroup_mma(keys, q_box.permute((1, 0)), scores, use_acc=False, is_async=True)
-        if SCALED:
-            scales = scale_box(scale_boxes, stage, STAGES).load(gl.SliceLayout(1, scored))
+        scores = warpgroup_mma(keys, q_buffer.permute((1, 0)), scores, use_acc=False, is_async=True)
+        if scaled:
+            scales = scale_buffer(buffers, stage, C.stages).load(gl.SliceLayout(1, scored))
         scores = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(barriers[1].index(stage), count=1)
-        if SCALED:
+        mbarrier.arrive(barriers.empty.index(stage), count=1)
+        if scaled:
             scores = scale_scores(scores, scales)
-        lists = insert_block(lists, block_maximum(scores, block, visible, num_local, BLOCK), block)
+        topk = insert_block(topk, block_maximum(scores, block, visible, work.forced, C), block)
         step += 1
-        block = await_block(boxes, barriers, step, STAGES)
-    announce_next(OVERLAP)
-    lists_row = list_row(sequence, token - q_start, row % GROUPS, seqlen_q, GROUPS)
-    ids_row = (batch * GROUPS + row % GROUPS) * seqlen_q + token
-    store_ranking(lists, outputs[0], outputs[1], ids_row, lists_row, live, num_splits, TOPK, KEPT, 1, SPLIT)
+        block = await_block(buffers, barriers, step, C.stages)
+    announce_next(C.overlap)
+    seqlen_q = work.tiles.seqlen_q
+    lists_row = list_row(queries.sequence, token - queries.q_start, group, seqlen_q, C.num_kv_heads)
+    ids_row = (queries.batch * C.num_kv_heads + group) * seqlen_q + token
+    store_topk(topk, outputs, ids_row, lists_row, live, C)
 
 
-@gluon.jit(do_not_specialize=LENGTHS)
-def selection_hopper_kernel(
-    index_q_ptr,
-    key_tiles,
-    sequences_ptr,
-    tile_ends_ptr,
-    page_table_ptr,
-    scale_tiles,
-    ids_ptr,
-    lists_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_qd,
-    stride_kb,
-    stride_ks,
-    stride_kd,
-    num_sequences,
-    seqlen_q,
-    seqlen_k,
-    max_pages,
-    num_pages,
-    num_splits,
-    num_local,
-    num_init,
-    tickets_ptr,
-    GROUPS: gl.constexpr,
-    TOPK: gl.constexpr,
-    BLOCK: gl.constexpr,
-    DEPTH: gl.constexpr,
-    ROWS: gl.constexpr,
-    KEPT: gl.constexpr,
-    STAGES: gl.constexpr,
-    TABLE: gl.constexpr,
-    SPLIT: gl.constexpr,
-    PAGED: gl.constexpr,
-    SCALED: gl.constexpr,
-    NATIVE: gl.constexpr,
-    OVERLAP: gl.constexpr,
-):
-    """See the module's docstring. Grid and arguments are those of `selection.selection_kernel`, but for the boxes."""
-    dtype: gl.constexpr = key_tiles.dtype
-    TOKENS: gl.constexpr = ROWS // GROUPS
-    key_boxes = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, DEPTH], key_tiles.layout)
-    # What is copied lands on multiples of 128 bytes.
-    PITCH: gl.constexpr = 128 // BLOCK if BLOCK < 128 else 1
-    scale_boxes = gl.allocate_shared_memory(gl.uint8, [STAGES * PITCH, BLOCK], gl.NVMMASharedLayout(0, 8, 1))
-    block_boxes = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS * (2 if SCALED else 1), DEPTH], dtype)
-    q_box = gl.allocate_shared_memory(dtype, [ROWS * (2 if SCALED else 1), DEPTH], rows)
-    barriers = (make_barriers(STAGES, 1), make_barriers(STAGES, 1))
+@gluon.jit
+def selection_sm90_kernel(
+    index_q, key_boxes, scale_boxes, pages, seqlen_k, sequences_ptr, tiles, forced, counters_ptr, outputs,
+    C: gl.constexpr,
+):  # fmt: skip
+    """See the module's docstring. Grid (tiles, splits); key_boxes and scale_boxes: boxes for the bulk copy engine."""
+    dtype: gl.constexpr = key_boxes.dtype
+    scaled: gl.constexpr = scale_boxes is not None
+    columns: gl.constexpr = C.rows * (2 if scaled else 1)
+    per_key: gl.constexpr = [C.stages, 1, C.block_size, C.depth]
+    # Copies of scales are placed at multiples of 128 bytes.
+    per_scale: gl.constexpr = [C.stages * (128 // C.block_size if C.block_size < 128 else 1), C.block_size]
+    per_query: gl.constexpr = [columns, C.depth]
+    query_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(per_query, dtype)
+    key_buffers = gl.allocate_shared_memory(dtype, per_key, key_boxes.layout)
+    scale_buffers = gl.allocate_shared_memory(gl.uint8, per_scale, gl.NVMMASharedLayout(0, 8, 1))
+    block_buffers = gl.allocate_shared_memory(gl.int32, [C.stages, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_buffer = gl.allocate_shared_memory(dtype, per_query, query_layout)
+    buffers = Buffers(key_buffers, scale_buffers, block_buffers, q_buffer)
+    barriers = Barriers(make_barriers(C.stages, 1), make_barriers(C.stages, 1))
     fence_async_shared()
-    await_previous(OVERLAP)
-    boxes, tiles = (key_boxes, scale_boxes, block_boxes), (key_tiles, scale_tiles)
-    tables = (sequences_ptr, tile_ends_ptr, page_table_ptr, tickets_ptr)
-    numbers = (num_sequences, seqlen_q, seqlen_k, max_pages, num_pages, num_splits, num_local, num_init)
-    queries = (index_q_ptr, stride_qb, stride_qh, stride_qs, stride_qd)
-    outputs = (ids_ptr, lists_ptr)
+    await_previous(C.overlap)
+    keys = IndexKeys(key_boxes, scale_boxes, pages, seqlen_k)
+    work = Work(sequences_ptr, tiles, forced, counters_ptr)
     gl.warp_specialize(
         [
-            (rank_keys, (
-                boxes, q_box, barriers, tables, numbers, queries, outputs,
-                TOPK, BLOCK, ROWS, GROUPS, TABLE, SCALED, STAGES, KEPT, SPLIT, OVERLAP,
-            )),
-            (copy_keys, (
-                tiles, boxes, barriers, tables, numbers, TOPK, BLOCK, TOKENS, TABLE, PAGED, SCALED, STAGES, SPLIT,
-            )),
+            (rank_keys, (index_q, buffers, barriers, work, outputs, scaled, C)),
+            (copy_keys, (keys, buffers, barriers, work, outputs.num_splits, C)),
         ],
         [1],
         [40],
-    )  # fmt: skip
+    )
 
 
-def scorer_boxes(index_head_dim: int, block_size: int) -> dict[str, list[int]]:
-    """The box of each tensor that is copied."""
-    return {"key_tiles": [1, block_size, index_head_dim], "scale_tiles": [block_size]}
+def supports(problem: Problem, target: Target) -> bool:
+    """Whether the kernel takes such a problem, if a tile holds all query rows of a sequence."""
+    shape = problem.index_head_dim in (64, 128) and problem.block_size in (64, 128)
+    dtypes = problem.key_size == 2 == problem.element_size or (
+        problem.key_size == 1 and problem.dtype == torch.bfloat16
+    )
+    topk = problem.topk is not None and kept_blocks(problem.topk) <= 32
+    return GLUON and target.arch == 90 and shape and dtypes and topk and problem.bulk_copies
 
 
-def scorer_tiles(
-    index_k: torch.Tensor, index_k_scale: torch.Tensor | None, block_size: int
-) -> tuple[TensorDescriptor, TensorDescriptor | int]:
-    """index_k [B, 1, S, Di] and its scales as boxes for the bulk copy engine."""
-    boxes = scorer_boxes(index_k.shape[3], block_size)
-    scales = 0 if index_k_scale is None else shared_box(index_k_scale.view(-1), boxes["scale_tiles"])
-    return shared_box(index_k[:, 0], boxes["key_tiles"]), scales
-
-
+@functools.lru_cache
 def scorer_constants(
-    config: SelectionConfig, num_kv_heads: int, index_head_dim: int, block_size: int, topk: int, table: bool
-) -> dict[str, int | bool]:
-    """The compile-time arguments of `selection_hopper_kernel`, but for how the keys are kept and OVERLAP."""
-    return {
-        "GROUPS": num_kv_heads,
-        "TOPK": topk,
-        "BLOCK": block_size,
-        "DEPTH": index_head_dim,
-        "ROWS": config.rows,
-        "KEPT": config.kept,
-        "STAGES": config.num_stages,
-        "TABLE": table,
-        "SPLIT": config.num_splits > 1,
-    }
+    config: SelectionConfig, num_kv_heads: int, index_head_dim: int, rule: SelectionRule, overlap: bool
+) -> ScorerConstants:
+    """The constants of a configuration; of the rule only block_size and topk are constants."""
+    return ScorerConstants(
+        num_kv_heads=num_kv_heads,
+        topk=rule.topk,
+        block_size=rule.block_size,
+        depth=index_head_dim,
+        rows=config.rows,
+        tokens=config.tokens(num_kv_heads),
+        kept=config.kept,
+        period=1,
+        stages=config.num_stages,
+        overlap=overlap,
+    )
+
+
+def launch(
+    index_q: torch.Tensor,
+    index_k: torch.Tensor,
+    index_k_scale: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    sequences: torch.Tensor,
+    rule: SelectionRule,
+    config: SelectionConfig,
+    block_indices: torch.Tensor,
+    lists: torch.Tensor | None,
+) -> Launch:
+    """The launch that writes block_indices, or, if not None, the lists [sequences * Sq * Hkv, num_splits, kept]."""
+    batch, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
+    overlap = target_of(index_q.device).overlaps
+    tiles, num_tiles = tile_table(sequences, batch, seqlen_q, config.tokens(num_kv_heads))
+    scale_boxes = None if index_k_scale is None else shared_box(index_k_scale.view(-1), [rule.block_size])
+    return Launch(
+        selection_sm90_kernel,
+        (num_tiles, config.num_splits, 1),
+        {
+            "index_q": view(index_q),
+            "key_boxes": shared_box(index_k[:, 0], [1, rule.block_size, index_head_dim]),
+            "scale_boxes": scale_boxes,
+            "pages": pages_of(page_table, index_k),
+            "seqlen_k": index_k.shape[2],
+            "sequences_ptr": sequences,
+            "tiles": tiles,
+            "forced": forced_blocks(rule),
+            "counters_ptr": None if lists is None else work_counters(num_tiles, index_k.device),
+            "outputs": Outputs(block_indices, lists, config.num_splits),
+        },
+        {"C": scorer_constants(config, num_kv_heads, index_head_dim, rule, overlap)},
+        Options(config.num_warps, config.num_stages, overlap=overlap),
+    )

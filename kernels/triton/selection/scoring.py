@@ -1,94 +1,128 @@
-"""Pieces of the selection: loading queries and keys, scores, the maxima of blocks, and the walk in halves."""
+"""Steps of the selection's scorer: loading queries and keys, scores, and the maxima of blocks."""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..common.fp8 import decode_e4m3, join_pairs, load_scales
-from ..common.primitives import FLT_MAX, locate_block
-from .topk import insert_block
+from ..common.records import Place, locate_block
+from .rule import is_forced
+from .topk import FLT_MAX, insert_block
+
+
+class IndexKeys(NamedTuple):
+    """The index keys of all sequences.
+
+    tiles: a View, or a descriptor of tiles [1, block_size, Di] for the bulk copy engine; scale [B or num_pages, 1,
+    seqlen_k] uint8 of e4m3 keys, or None; pages: of `common.records`; seqlen_k: keys of a row, or of a page.
+    """
+
+    tiles: Any
+    scale: Any
+    pages: Any
+    seqlen_k: Any
+
+
+class QueryTile(NamedTuple):
+    """The tile of a program: tokens first .. of a sequence that has queries q_start .. q_end - 1 and num_keys keys."""
+
+    sequence: Any
+    batch: Any
+    q_start: Any
+    q_end: Any
+    first: Any
+    k_start: Any
+    num_keys: Any
+
+
+class KeyBlock(NamedTuple):
+    """Where a block of keys is, and its scales [columns]: ones that nobody reads where keys have none."""
+
+    place: Any
+    scales: Any
+
+
+class Bounds(NamedTuple):
+    """The blocks of a program: from begin to end - 1, those from `masked` on with masks."""
+
+    begin: Any
+    masked: Any
+    end: Any
 
 
 @triton.jit
-def load_queries(
-    index_q, row, first, q_end,
-    GROUPS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Rows `row` of the tile whose first token is `first`, [rows, DEPTH]; zero past its last token. uint8 are e4m3.
+def load_queries(index_q, row, tile, C: tl.constexpr):
+    """Rows `row` of a QueryTile, [rows, depth]; zero past its last token. uint8 numbers are taken as e4m3.
 
-    index_q: (pointer to a row of the batch, strides of head, token and number).
+    Row r is group r % num_kv_heads of token r // num_kv_heads; index_q is a View.
     """
-    base, stride_h, stride_s, stride_d = index_q
-    token, depth = first + row // GROUPS, tl.arange(0, DEPTH)
-    live = (token < q_end) & (row // GROUPS < TOKENS)
-    place = (row % GROUPS).to(tl.int64) * stride_h + token.to(tl.int64) * stride_s
-    places = base + place[:, None] + depth.to(tl.int64)[None, :] * stride_d
-    q = tl.load(places, mask=live[:, None] & (depth < HEAD_DIM)[None, :], other=0.0)
+    token, depth = tile.first + row // C.num_kv_heads, tl.arange(0, C.depth)
+    live = (token < tile.q_end) & (row // C.num_kv_heads < C.tokens)
+    base = index_q.ptr + tile.batch * index_q.stride_b
+    place = (row % C.num_kv_heads).to(tl.int64) * index_q.stride_h + token.to(tl.int64) * index_q.stride_s
+    places = base + place[:, None] + depth.to(tl.int64)[None, :] * index_q.stride_d
+    q = tl.load(places, mask=live[:, None] & (depth < C.head_dim)[None, :], other=0.0)
     return q.to(tl.float8e4nv, bitcast=True) if q.dtype == tl.uint8 else q
 
 
 @triton.jit
-def load_keys(
-    index_k, row, key, count,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
-    USE_TMA: tl.constexpr,
-):  # fmt: skip
-    """The keys [COLUMNS, DEPTH] of the block that begins at (row, key) of the cache, `count` keys of it, or WHOLE.
+def load_keys(keys, place, count, size: tl.constexpr, whole: tl.constexpr, C: tl.constexpr):
+    """`size` keys from `place` on, [columns, depth], of which `count` are the sequence's; `whole`: all of them are.
 
-    index_k: (tensor or TMA descriptor, strides of row, key and number). Columns past a block size that is no power of
-    two repeat its last key, which changes no maximum.
+    Columns past a size that is no power of two repeat its last key, which changes no maximum.
     """
-    base, stride_b, stride_s, stride_d = index_k
-    if USE_TMA:
-        return tl.reshape(base.load([row.to(tl.int32), key, 0]), [COLUMNS, DEPTH])
+    if C.use_tma:
+        return tl.reshape(keys.tiles.load([place.row.to(tl.int32), place.key, 0]), [C.columns, C.depth])
     else:
-        column = tl.minimum(tl.arange(0, COLUMNS), BLOCK - 1)
-        depth = tl.arange(0, DEPTH)
-        start = base + row * stride_b + key.to(tl.int64) * stride_s
-        place = start + column.to(tl.int64)[:, None] * stride_s + depth.to(tl.int64)[None, :] * stride_d
-        if WHOLE and HEAD_DIM == DEPTH:
-            return tl.load(place)
+        column = tl.minimum(tl.arange(0, C.columns), size - 1)
+        depth = tl.arange(0, C.depth)
+        tiles = keys.tiles
+        start = tiles.ptr + place.row * tiles.stride_b + place.key.to(tl.int64) * tiles.stride_s
+        places = start + column.to(tl.int64)[:, None] * tiles.stride_s + depth.to(tl.int64)[None, :] * tiles.stride_d
+        if whole and C.head_dim == C.depth:
+            return tl.load(places)
         else:
-            return tl.load(place, mask=(column < count)[:, None] & (depth < HEAD_DIM)[None, :], other=0.0)
+            return tl.load(places, mask=(column < count)[:, None] & (depth < C.head_dim)[None, :], other=0.0)
 
 
 @triton.jit
-def look_ahead(
-    cache, block, last, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, PAGED: tl.constexpr, SCALED: tl.constexpr
-):
-    """Of a block, or of block `last` if that comes before: where it lies, (row, key), and its scales [COLUMNS].
+def look_ahead(keys, tile, block, last, C: tl.constexpr):
+    """The KeyBlock of a block, or of block `last` if that comes before.
 
-    cache: (page table, its width, number of pages, pointer to scales, keys of a row, and of the sequence its batch row,
-    first key and number of keys). Asked for a step before they are needed: what an address waits for would keep the
-    loads of keys from running ahead.
+    It is asked for one step before it is needed: a load that an address waits for would keep the loads of keys from
+    running ahead.
     """
-    page_table, max_pages, num_pages, scale_ptr, seqlen_k, batch, k_start, num_keys = cache
-    if PAGED or SCALED:
+    if keys.pages.table is not None or keys.scale is not None:
         block = tl.maximum(tl.minimum(block, last), 0)
-    row, key = locate_block(page_table, max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
-    if SCALED:
-        column = tl.minimum(tl.arange(0, COLUMNS), BLOCK - 1)
-        scales = load_scales(scale_ptr + row * seqlen_k + key, column, column < num_keys - block * BLOCK)
+    place = locate_block(keys.pages, tile.batch, tile.k_start, block, C.block_size)
+    if keys.scale is None:
+        return KeyBlock(place, tl.full([C.columns], 1.0, tl.float32))
     else:
-        scales = tl.full([COLUMNS], 1.0, tl.float32)
-    return row, key, scales
+        column = tl.minimum(tl.arange(0, C.columns), C.block_size - 1)
+        start = keys.scale + place.row * keys.seqlen_k + place.key
+        return KeyBlock(place, load_scales(start, column, column < tile.num_keys - block * C.block_size))
 
 
 @triton.jit
-def score_keys(q, keys, scales, SCALED: tl.constexpr, NATIVE: tl.constexpr, SWAP: tl.constexpr):
-    """Scores [rows, columns] of queries [rows, DEPTH] and keys [columns, DEPTH]; SWAP: keys are the product's rows."""
+def score_keys(q, keys, scales, scaled: tl.constexpr, C: tl.constexpr):
+    """Scores [rows, columns] of queries [rows, depth] and keys [columns, depth].
+
+    scaled: the keys are e4m3 numbers with scales [columns]. C.swap: keys are the rows of the product.
+    """
     precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
-    if SCALED:
-        keys = decode_e4m3(keys, q.dtype, NATIVE)
-    if SWAP:
+    if scaled:
+        keys = decode_e4m3(keys, q.dtype, C.native)
+    if C.swap:
         scores = tl.trans(tl.dot(keys, tl.trans(q), input_precision=precision))
     else:
         scores = tl.dot(q, tl.trans(keys), input_precision=precision)
-    return scores * scales[None, :] if SCALED else scores
+    return scores * scales[None, :] if scaled else scores
 
 
 @triton.jit
 def score_e4m3(q, keys, scales):
-    """Scores [rows, columns] of queries [2 rows, DEPTH] from `split_e4m3` and e4m3 keys [columns, DEPTH], scaled.
+    """Scores [rows, columns] of queries [2 rows, depth] from `split_e4m3` and e4m3 keys [columns, depth], scaled.
 
     The tensor cores add up e4m3 products with about 14 bits, 32 of them as well as all. To wait for each 32, and add
     these up in fp32, would take a twentieth of a decoding step, for an error that is far below that of the keys.
@@ -104,68 +138,58 @@ def clear_maximum(scores):
 
 
 @triton.jit
-def ranked_maximum(best, block, visible, num_local, BLOCK: tl.constexpr):
+def ranked_maximum(best, block, visible, forced, C: tl.constexpr):
     """m [rows] of any block: `best`, or -inf where a row sees none of it, +inf where it is forced; visible in keys."""
-    newest = (visible - 1) // BLOCK
-    best = tl.where(block > newest - num_local, float("inf"), best)
-    return tl.where(block * BLOCK < visible, best, float("-inf"))
+    best = tl.where(is_forced(forced, block, (visible - 1) // C.block_size), float("inf"), best)
+    return tl.where(block * C.block_size < visible, best, float("-inf"))
 
 
 @triton.jit
-def masked_maximum(scores, block, visible, num_local, BLOCK: tl.constexpr):
+def masked_maximum(scores, block, visible, forced, C: tl.constexpr):
     """m [rows] of any block from its scores [rows, columns]."""
-    column = tl.minimum(tl.arange(0, scores.shape[1]), BLOCK - 1)
-    seen = (block * BLOCK + column)[None, :] < visible[:, None]
+    column = tl.minimum(tl.arange(0, scores.shape[1]), C.block_size - 1)
+    seen = (block * C.block_size + column)[None, :] < visible[:, None]
     best = clear_maximum(tl.where(seen, scores, float("-inf")))
-    return ranked_maximum(best, block, visible, num_local, BLOCK)
+    return ranked_maximum(best, block, visible, forced, C)
 
 
 @triton.jit
-def maximum_by_parts(
-    q, index_k, cache, row, key, block, visible, num_local,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr,
-    NATIVE: tl.constexpr,
-):  # fmt: skip
-    """As `masked_maximum`, of a block that begins at (row, key) of the cache, COLUMNS keys at a time."""
-    _, _, _, scale_ptr, seqlen_k, _, _, num_keys = cache
-    column = tl.arange(0, COLUMNS)
+def maximum_by_parts(q, keys, tile, place, block, visible, forced, C: tl.constexpr):
+    """As `masked_maximum`, of a block that begins at `place`, C.columns keys at a time."""
+    column = tl.arange(0, C.columns)
     best = tl.full([q.shape[0]], float("-inf"), tl.float32)
-    for first in range(0, BLOCK, COLUMNS):
-        count = tl.minimum(num_keys - block * BLOCK, BLOCK) - first
-        keys = load_keys(index_k, row, key + first, count, HEAD_DIM, COLUMNS, COLUMNS, DEPTH, False, False)
-        scales = load_scales(scale_ptr + row * seqlen_k + key + first, column, column < count) if SCALED else 1.0
-        scores = score_keys(q, keys, scales, SCALED, NATIVE, False)
-        seen = (column < count)[None, :] & ((block * BLOCK + first + column)[None, :] < visible[:, None])
+    for first in range(0, C.block_size, C.columns):
+        count = tl.minimum(tile.num_keys - block * C.block_size, C.block_size) - first
+        part = load_keys(keys, Place(place.row, place.key + first), count, C.columns, False, C)
+        if keys.scale is None:
+            scores = score_keys(q, part, 1.0, False, C)
+        else:
+            start = keys.scale + place.row * keys.seqlen_k + place.key + first
+            scores = score_keys(q, part, load_scales(start, column, column < count), True, C)
+        seen = (column < count)[None, :] & ((block * C.block_size + first + column)[None, :] < visible[:, None])
         best = tl.maximum(best, clear_maximum(tl.where(seen, scores, float("-inf"))))
-    return ranked_maximum(best, block, visible, num_local, BLOCK)
+    return ranked_maximum(best, block, visible, forced, C)
 
 
 @triton.jit
-def any_maximum(
-    q, index_k, cache, row, key, scales, block, visible, num_local,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, USE_TMA: tl.constexpr,
-    SCALED: tl.constexpr, NATIVE: tl.constexpr, SWAP: tl.constexpr, FP8_PRODUCT: tl.constexpr,
-):  # fmt: skip
-    """m [rows] of any block, which begins at (row, key) of the cache and whose keys have these scales."""
-    if COLUMNS < BLOCK:
-        best = maximum_by_parts(
-            q, index_k, cache, row, key, block, visible, num_local,
-            HEAD_DIM, BLOCK, COLUMNS, DEPTH, SCALED, NATIVE,
-        )  # fmt: skip
+def any_maximum(q, keys, tile, found, block, visible, forced, C: tl.constexpr):
+    """m [rows] of any block; found: its KeyBlock."""
+    if C.columns < C.block_size:
+        best = maximum_by_parts(q, keys, tile, found.place, block, visible, forced, C)
     else:
-        count = cache[7] - block * BLOCK
-        keys = load_keys(index_k, row, key, count, HEAD_DIM, BLOCK, COLUMNS, DEPTH, False, USE_TMA)
-        if FP8_PRODUCT and SCALED:
-            scores = score_e4m3(q, keys, scales)
+        scaled: tl.constexpr = keys.scale is not None
+        loaded = load_keys(keys, found.place, tile.num_keys - block * C.block_size, C.block_size, False, C)
+        if C.fp8_product and scaled:
+            scores = score_e4m3(q, loaded, found.scales)
         else:
-            scores = score_keys(q, keys, scales, SCALED, NATIVE, SWAP)
-        best = masked_maximum(scores, block, visible, num_local, BLOCK)
+            scores = score_keys(q, loaded, found.scales, scaled, C)
+        best = masked_maximum(scores, block, visible, forced, C)
     return best
 
 
 @triton.jit
 def interleave(even, odd):
-    """[rows] of what even rows and odd rows have, [rows // 2] each, a row to a thread.
+    """[rows] with the numbers of even rows and of odd rows, [rows // 2] each, in turn; one row per thread.
 
     As they leave a product, four threads have each row: the gather moves them, and all that is computed of them.
     """
@@ -174,46 +198,40 @@ def interleave(even, odd):
 
 
 @triton.jit
-def walk_halves(
-    lists, index_q, index_k, cache, bounds, first, q_end, visible, num_local,
-    GROUPS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, USE_TMA: tl.constexpr, PAGED: tl.constexpr, SCALED: tl.constexpr, NATIVE: tl.constexpr,
-    SWAP: tl.constexpr,
-):  # fmt: skip
-    """The lists of a tile's rows (see `first_blocks`) after the blocks of `bounds`: (first, first not clear, end).
+def score_halves(topk, index_q, keys, tile, bounds, visible, forced, C: tl.constexpr):
+    """The TopkLists of a tile's rows after the blocks of `bounds`, computed one half of the rows at a time.
 
     A clear block's products with the odd rows run while the maxima of the even rows are taken, and while these are
     inserted together with the odd rows' maxima of the block before. One by one, since that takes the same time at each
-    step, which the products cover; ranking several blocks at once would take longer than they do.
+    step, which the products cover; collecting several blocks first would take longer than the products do.
     """
-    begin, clear_end, end = bounds
-    num_keys = cache[7]
-    ROWS: tl.constexpr = visible.shape[0]
-    row, half = tl.arange(0, ROWS), 2 * tl.arange(0, ROWS // 2)
-    even_q = load_queries(index_q, half, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH)
-    odd_q = load_queries(index_q, half + 1, first, q_end, GROUPS, TOKENS, HEAD_DIM, DEPTH)
-    even_visible, odd_visible = tl.split(tl.reshape(visible, [ROWS // 2, 2]))
-    nothing = tl.full([ROWS // 2], float("-inf"), tl.float32)
-    odd_scores = tl.full([ROWS // 2, COLUMNS], float("-inf"), tl.float32)
-    place, key, scales = look_ahead(cache, begin, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
-    for block in range(begin, clear_end):
-        keys = load_keys(index_k, place, key, BLOCK, HEAD_DIM, BLOCK, COLUMNS, DEPTH, True, USE_TMA)
-        even_scores = score_keys(even_q, keys, scales, SCALED, NATIVE, SWAP)
-        odd_best = tl.where(block > begin, clear_maximum(odd_scores), float("-inf"))
-        odd_scores = score_keys(odd_q, keys, scales, SCALED, NATIVE, SWAP)
+    scaled: tl.constexpr = keys.scale is not None
+    rows: tl.constexpr = visible.shape[0]
+    columns: tl.constexpr = C.columns
+    row, half = tl.arange(0, rows), 2 * tl.arange(0, rows // 2)
+    even_q = load_queries(index_q, half, tile, C)
+    odd_q = load_queries(index_q, half + 1, tile, C)
+    even_visible, odd_visible = tl.split(tl.reshape(visible, [rows // 2, 2]))
+    nothing = tl.full([rows // 2], float("-inf"), tl.float32)
+    odd_scores = tl.full([rows // 2, columns], float("-inf"), tl.float32)
+    found = look_ahead(keys, tile, bounds.begin, bounds.end - 1, C)
+    for block in range(bounds.begin, bounds.masked):
+        loaded = load_keys(keys, found.place, C.block_size, C.block_size, True, C)
+        even_scores = score_keys(even_q, loaded, found.scales, scaled, C)
+        odd_best = tl.where(block > bounds.begin, clear_maximum(odd_scores), float("-inf"))
+        odd_scores = score_keys(odd_q, loaded, found.scales, scaled, C)
         best = interleave(clear_maximum(even_scores), odd_best)
-        lists = insert_block(lists, best, block - row % 2)
-        place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
-    # On the loop's own path only: where ptxas sees one to here that leaves the loop out, it waits for each product.
-    if clear_end > begin:
-        lists = insert_block(lists, interleave(nothing, clear_maximum(odd_scores)), clear_end - 1)
-    for block in tl.range(clear_end, end, num_stages=1):
-        count = num_keys - block * BLOCK
-        keys = load_keys(index_k, place, key, count, HEAD_DIM, BLOCK, COLUMNS, DEPTH, False, USE_TMA)
-        even_scores = score_keys(even_q, keys, scales, SCALED, NATIVE, SWAP)
-        even_best = masked_maximum(even_scores, block, even_visible, num_local, BLOCK)
-        odd_scores = score_keys(odd_q, keys, scales, SCALED, NATIVE, SWAP)
-        odd_best = masked_maximum(odd_scores, block, odd_visible, num_local, BLOCK)
-        lists = insert_block(lists, interleave(even_best, odd_best), block)
-        place, key, scales = look_ahead(cache, block + 1, end - 1, BLOCK, COLUMNS, PAGED, SCALED)
-    return lists
+        topk = insert_block(topk, best, block - row % 2)
+        found = look_ahead(keys, tile, block + 1, bounds.end - 1, C)
+    # On the loop's own path only: where ptxas sees a path to here around the loop, it waits for each product.
+    if bounds.masked > bounds.begin:
+        topk = insert_block(topk, interleave(nothing, clear_maximum(odd_scores)), bounds.masked - 1)
+    for block in tl.range(bounds.masked, bounds.end, num_stages=1):
+        loaded = load_keys(keys, found.place, tile.num_keys - block * C.block_size, C.block_size, False, C)
+        even_scores = score_keys(even_q, loaded, found.scales, scaled, C)
+        even_best = masked_maximum(even_scores, block, even_visible, forced, C)
+        odd_scores = score_keys(odd_q, loaded, found.scales, scaled, C)
+        odd_best = masked_maximum(odd_scores, block, odd_visible, forced, C)
+        topk = insert_block(topk, interleave(even_best, odd_best), block)
+        found = look_ahead(keys, tile, block + 1, bounds.end - 1, C)
+    return topk

@@ -1,25 +1,56 @@
-"""Ranking in registers: lists that blocks are inserted into, and tiles of packed keys.
+"""The top-k of each query row, kept in registers: lists that blocks are inserted into, or tiles of packed keys.
 
-Lists are tuples, (scores, ids), of a tensor [rows] for each place: for a few rows, or a thread for each. Tiles take any
-number of places and rows. In tiles and in memory a block is one int64, so that sorting and ties need no second tensor:
+A list (`TopkLists`) has one tensor [rows] per place: for a few rows, or for one row per thread. A tile (`TopkTile`)
+takes any number of places and rows. In tiles and in memory a block is one int64, so that sorting and ties need no
+second tensor:
 
     key = ordered(score) << 32 | (2^31 - 1 - id)
 
 `ordered` maps fp32 to int32 monotonically, so a larger key is a better score and, among equal scores, the smaller
 id. `-inf` marks a block that may not be chosen and `+inf` a forced one: scores proper are clamped to the finite
-range. Tiles of keys are `[K, R]`, a query row a column, because Triton then gives all K keys of a row to one
+range. Tiles of keys are `[K, R]`, one column per query row, because Triton then gives all K keys of a row to one
 thread, if there are rows enough, and a sorting network along K moves nothing between threads.
 """
 
 # Kernels let tuples grow, which is another type to mypy each time.
 # mypy: disable-error-code="assignment"
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+FLT_MAX = tl.constexpr(3.4028234663852886e38)
 ID_MASK = tl.constexpr(0x7FFFFFFF)
 ORDERED_NEG_INF = tl.constexpr(-2139095041)
 EMPTY_KEY = tl.constexpr(-2139095041 << 32)
+
+
+class TopkLists(NamedTuple):
+    """The best blocks of each row, best first: `kept` scores and ids, tuples of [rows]."""
+
+    scores: Any
+    ids: Any
+
+
+class TopkTile(NamedTuple):
+    """The best blocks of each row as packed keys, descending, and blocks that are still to be merged into them.
+
+    keys [kept, rows]; fresh [period, rows]: the scores of the current period's blocks; worst [rows]: the score that a
+    new block has to beat.
+    """
+
+    keys: Any
+    fresh: Any
+    worst: Any
+
+
+class Outputs(NamedTuple):
+    """Where the top-k goes: ids [B, Hkv, Sq, topk], or, if not None, lists [sequences * Sq * Hkv, num_splits, kept]."""
+
+    ids_ptr: Any
+    lists_ptr: Any
+    num_splits: Any
 
 
 @triton.constexpr_function
@@ -44,38 +75,38 @@ def key_scores(keys):
 
 
 @triton.jit
-def exchange(x, SPAN: tl.constexpr, STRIDE: tl.constexpr, descending):
-    """Order the pairs of x `[N, R]` that lie STRIDE rows apart: one layer of a bitonic network.
+def exchange(x, span: tl.constexpr, stride: tl.constexpr, descending):
+    """Order the pairs of x `[N, R]` that lie stride rows apart: one layer of a bitonic network.
 
-    Runs of SPAN rows alternate between the given order and its reverse, as the next wider layer needs.
+    Runs of span rows alternate between the given order and its reverse, as the next wider layer needs.
     `descending` is 0 or 1, or an int32 tensor [1, 1, 1, R] of them.
     """
     N: tl.constexpr = x.shape[0]
     R: tl.constexpr = x.shape[1]
-    pairs = tl.reshape(x, [N // (2 * STRIDE), 2, STRIDE, R])
+    pairs = tl.reshape(x, [N // (2 * stride), 2, stride, R])
     upper = tl.max(pairs, axis=1, keep_dims=True)
     lower = tl.min(pairs, axis=1, keep_dims=True)
     second = tl.arange(0, 2)[None, :, None, None]
-    reverse = (tl.arange(0, N // (2 * STRIDE)) // (SPAN // (2 * STRIDE)) % 2)[:, None, None, None]
+    reverse = (tl.arange(0, N // (2 * stride)) // (span // (2 * stride)) % 2)[:, None, None, None]
     take_upper = second ^ reverse ^ descending
     return tl.reshape(tl.where(take_upper == 1, upper, lower), [N, R])
 
 
 @triton.jit
-def merge_bitonic(x, SPAN: tl.constexpr, descending):
-    """Sort each bitonic run of SPAN rows of x `[N, R]`, every second run in reverse order."""
-    STEPS: tl.constexpr = log2(SPAN)
+def merge_bitonic(x, span: tl.constexpr, descending):
+    """Sort each bitonic run of span rows of x `[N, R]`, every second run in reverse order."""
+    STEPS: tl.constexpr = log2(span)
     for step in tl.static_range(STEPS):
-        x = exchange(x, SPAN, SPAN >> (step + 1), descending)
+        x = exchange(x, span, span >> (step + 1), descending)
     return x
 
 
 @triton.jit
-def sort_columns(x, DESCENDING: tl.constexpr):
+def sort_columns(x, descending: tl.constexpr):
     """Sort x `[N, R]` along N."""
     STEPS: tl.constexpr = log2(x.shape[0])
     for step in tl.static_range(STEPS):
-        x = merge_bitonic(x, 2 << step, DESCENDING)
+        x = merge_bitonic(x, 2 << step, descending)
     return x
 
 
@@ -113,43 +144,43 @@ def ascending_ids(kept, topk):
 
 
 @triton.jit
-def first_blocks(K: tl.constexpr, forced, visible, BLOCK: tl.constexpr):
-    """Lists of K blocks, (scores, ids), tuples of [rows]: of the first `forced` blocks those that a row sees.
+def first_blocks(first, visible, C: tl.constexpr):
+    """The TopkLists of the first `first` blocks, of those that a row sees; visible [rows] in keys.
 
-    visible [rows] in keys. What a list is short of has the score -inf and the id ID_MASK.
+    Places without a block have the score -inf and the id ID_MASK.
     """
+    kept: tl.constexpr = C.kept
     scores = ()
     ids = ()
-    for rank in tl.static_range(K):
-        given = (rank < forced) & (rank * BLOCK < visible)
+    for rank in tl.static_range(kept):
+        given = (rank < first) & (rank * C.block_size < visible)
         scores += (tl.where(given, float("inf"), float("-inf")),)
         ids += (tl.where(given, rank, ID_MASK),)
-    return scores, ids
+    return TopkLists(scores, ids)
 
 
 @triton.jit
 def insert_block(lists, score, id):
-    """The lists, best first, with one more block in its place and without their last.
+    """The TopkLists with one more block in its place and without their last.
 
     score [rows], id [rows] or one number. A block goes behind those that score the same, and nowhere with -inf.
     """
-    scores, ids = lists
-    new_scores = ()
-    new_ids = ()
+    scores = ()
+    ids = ()
     moved = score
-    for rank in tl.static_range(len(scores)):
-        before = score > scores[rank]
-        new_scores += (tl.maximum(moved, scores[rank]),)
-        new_ids += (tl.where(before, id, ids[rank]),)
-        moved, id = tl.minimum(moved, scores[rank]), tl.where(before, ids[rank], id)
-    return new_scores, new_ids
+    for rank in tl.static_range(len(lists.scores)):
+        before = score > lists.scores[rank]
+        scores += (tl.maximum(moved, lists.scores[rank]),)
+        ids += (tl.where(before, id, lists.ids[rank]),)
+        moved, id = tl.minimum(moved, lists.scores[rank]), tl.where(before, lists.ids[rank], id)
+    return TopkLists(scores, ids)
 
 
 @triton.jit
-def ascending(ids, COUNT: tl.constexpr):
-    """The first COUNT of a tuple of [rows], each row sorted."""
+def ascending(ids, count: tl.constexpr):
+    """The first `count` of a tuple of [rows], each row sorted."""
     found = ()
-    for rank in tl.static_range(COUNT):
+    for rank in tl.static_range(count):
         id = ids[rank]
         longer = ()
         for place in tl.static_range(rank):
@@ -161,66 +192,64 @@ def ascending(ids, COUNT: tl.constexpr):
 
 
 @triton.jit
-def start_ranking(forced, visible, KEPT: tl.constexpr, PERIOD: tl.constexpr, BLOCK: tl.constexpr):
-    """What `collect` keeps of the blocks so far, to begin with the first `forced` that a row sees; visible [rows].
+def start_topk(first, visible, C: tl.constexpr):
+    """The top-k of the first `first` blocks, of those that a row sees; visible [rows] in keys.
 
-    With PERIOD 1 the lists of `first_blocks`, which are short enough for a thread to hold; else tiles: the kept keys
-    [KEPT, rows], the scores of a period's blocks [PERIOD, rows], and those that a new block has to beat [rows].
+    With a period of 1 these are TopkLists, which are short enough for a thread to hold; else a TopkTile.
     """
-    if PERIOD == 1:
-        return first_blocks(KEPT, forced, visible, BLOCK)
+    if C.period == 1:
+        return first_blocks(first, visible, C)
     else:
-        rank = tl.arange(0, KEPT)[:, None]
-        given = (rank < forced) & (rank * BLOCK < visible[None, :])
-        kept = tl.where(given, pack_keys(tl.where(given, float("inf"), 0.0), rank), EMPTY_KEY)
-        return kept, tl.full([PERIOD, visible.shape[0]], float("-inf"), tl.float32), worst_kept(kept)
+        rank = tl.arange(0, C.kept)[:, None]
+        given = (rank < first) & (rank * C.block_size < visible[None, :])
+        keys = tl.where(given, pack_keys(tl.where(given, float("inf"), 0.0), rank), EMPTY_KEY)
+        return TopkTile(keys, tl.full([C.period, visible.shape[0]], float("-inf"), tl.float32), worst_kept(keys))
 
 
 @triton.jit
-def collect(ranking, best, block, flush, PERIOD: tl.constexpr):
-    """The ranking with block's maxima `best` [rows]; a period's are merged when it is full, or when told to flush."""
-    if PERIOD == 1:
-        return insert_block(ranking, best, block)
+def collect(topk, best, block, flush, C: tl.constexpr):
+    """The top-k with block's maxima `best` [rows]; a period's are merged when it is full, or when told to flush."""
+    if C.period == 1:
+        return insert_block(topk, best, block)
     else:
-        kept, fresh, worst = ranking
-        slot = block % PERIOD
-        fresh = tl.where(tl.arange(0, PERIOD)[:, None] == slot, best[None, :], fresh)
-        if (slot == PERIOD - 1) | flush:
+        keys, worst = topk.keys, topk.worst
+        slot = block % C.period
+        fresh = tl.where(tl.arange(0, C.period)[:, None] == slot, best[None, :], topk.fresh)
+        if (slot == C.period - 1) | flush:
             if tl.max((tl.max(fresh, axis=0) > worst).to(tl.int32), axis=0) > 0:
-                kept = keep_best(kept, fresh, block - slot)
-                worst = worst_kept(kept)
+                keys = keep_best(keys, fresh, block - slot)
+                worst = worst_kept(keys)
             fresh = tl.full(fresh.shape, float("-inf"), tl.float32)
-        return kept, fresh, worst
+        return TopkTile(keys, fresh, worst)
 
 
 @triton.jit
-def list_row(sequence, offset, group, seqlen_q, GROUPS: tl.constexpr):
-    """The row of lists of the offset-th query of a sequence, and of a group: to be known without any load."""
-    return (sequence.to(tl.int64) * seqlen_q + offset) * GROUPS + group
+def list_row(sequence, offset, group, seqlen_q, num_kv_heads: tl.constexpr):
+    """The row of lists of the offset-th query of a sequence, and of a group: known before anything is loaded."""
+    return (sequence.to(tl.int64) * seqlen_q + offset) * num_kv_heads + group
 
 
 @triton.jit
-def store_ranking(
-    ranking, ids_ptr, lists_ptr, ids_row, lists_row, live, num_splits,
-    TOPK: tl.constexpr, KEPT: tl.constexpr, PERIOD: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Write each live row's ids, ascending; or, of a SPLIT, its KEPT keys, descending, for `merge.merge_lists`."""
-    place = ids_row * TOPK
-    if SPLIT:
-        place = (lists_row * num_splits + tl.program_id(1)) * KEPT
-    if PERIOD == 1:
-        scores, ids = ranking
-        if SPLIT:
-            for rank in tl.static_range(KEPT):
-                tl.store(lists_ptr + place + rank, pack_keys(scores[rank], ids[rank]), mask=live)
-        else:
-            ids = ascending(ids, TOPK)
-            for rank in tl.static_range(TOPK):
-                tl.store(ids_ptr + place + rank, tl.where(ids[rank] == ID_MASK, -1, ids[rank]), mask=live)
+def store_topk(topk, outputs, ids_row, lists_row, live, C: tl.constexpr):
+    """Write each live row's ids, ascending; or, to lists, its kept keys, descending, for `merge.merge_lists`."""
+    count: tl.constexpr = C.topk
+    kept: tl.constexpr = C.kept
+    if outputs.lists_ptr is None:
+        place = ids_row * C.topk
     else:
-        rank = tl.arange(0, KEPT)[:, None]
-        if SPLIT:
-            tl.store(lists_ptr + place[None, :] + rank, ranking[0], mask=live[None, :])
+        place = (lists_row * outputs.num_splits + tl.program_id(1)) * C.kept
+    if C.period == 1:
+        if outputs.lists_ptr is None:
+            ids = ascending(topk.ids, count)
+            for rank in tl.static_range(count):
+                tl.store(outputs.ids_ptr + place + rank, tl.where(ids[rank] == ID_MASK, -1, ids[rank]), mask=live)
         else:
-            ids = ascending_ids(ranking[0], TOPK)
-            tl.store(ids_ptr + place[None, :] + rank, ids, mask=live[None, :] & (rank < TOPK))
+            for rank in tl.static_range(kept):
+                tl.store(outputs.lists_ptr + place + rank, pack_keys(topk.scores[rank], topk.ids[rank]), mask=live)
+    else:
+        rank = tl.arange(0, C.kept)[:, None]
+        if outputs.lists_ptr is None:
+            ids = ascending_ids(topk.keys, C.topk)
+            tl.store(outputs.ids_ptr + place[None, :] + rank, ids, mask=live[None, :] & (rank < C.topk))
+        else:
+            tl.store(outputs.lists_ptr + place[None, :] + rank, topk.keys, mask=live[None, :])

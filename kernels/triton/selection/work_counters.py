@@ -1,8 +1,8 @@
-"""Counters for programs that share work as they come to it: zero before a launch, and again after it.
+"""Work counters: programs that share work take the next part from them, so that slow programs take fewer parts.
 
-Setting them to zero in a launch of its own would cost more than they save. So the last program to take a ticket sets
-the counter back, and calls of one stream, which run one after the other, have the same counters. A captured graph runs
-on any stream at any time, and has counters of its own.
+A counter is zero before a launch, and again after it. Setting it to zero in a launch of its own would cost more than it
+saves. So the last program to take a number sets the counter back, and calls of one stream, which run one after the
+other, have the same counters. A captured graph runs on any stream at any time, and has counters of its own.
 """
 
 import functools
@@ -11,15 +11,17 @@ import threading
 import torch
 import triton
 
-# Counters of a device for the graphs to come, 4 MB: a step takes one for each sequence.
+# Counters of a device for graphs that are captured later, 4 MB: a step takes one per sequence.
 RESERVE = 1 << 20
 
 _reserves: dict[torch.device, torch.Tensor] = {}
 _lock = threading.Lock()
 
 
-def tickets(number: int, device: torch.device) -> torch.Tensor:
-    """That many counters, int32, for a launch on the current stream, that leaves them at zero."""
+def work_counters(number: int, device: torch.device) -> torch.Tensor:
+    """That many counters, int32, for a launch on the current stream, which leaves them at zero."""
+    if device.type == "meta":
+        return torch.empty(number, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         return _own_counters(number, device)
     if len(_reserves.get(device, ())) < RESERVE // 2:
@@ -34,7 +36,7 @@ def _counters_of(device: torch.device, stream: int, number: int) -> torch.Tensor
 
 
 def _fill_reserve(device: torch.device) -> None:
-    """Done outside of a capture, where memory would be the graph's, and be set to zero by each run of it."""
+    """Fill the reserve, outside of captures: in one, the memory would be the graph's, and each run would zero it."""
     counters = torch.zeros(RESERVE, dtype=torch.int32, device=device)
     # Any stream may use them from now on.
     torch.cuda.current_stream(device).synchronize()
@@ -43,7 +45,7 @@ def _fill_reserve(device: torch.device) -> None:
 
 
 def _own_counters(number: int, device: torch.device) -> torch.Tensor:
-    # Multiples of 16 bytes: for pointers that are not, Triton compiles another kernel, and a capture is no time for it.
+    # Multiples of 16 bytes: for other pointers another kernel is compiled, and a capture is no time for that.
     number = 4 * triton.cdiv(number, 4)
     with _lock:
         reserve = _reserves.get(device)

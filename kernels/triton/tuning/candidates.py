@@ -11,7 +11,6 @@ from ..backward.config import BackwardConfig
 from ..common.target import Target, padded
 from ..forward.config import ForwardConfig
 from ..loss.config import LossConfig
-from ..selection.config import SelectionConfig
 
 # The fields that hold for every length: what a file of changes may name.
 TUNABLE = {
@@ -48,23 +47,6 @@ def stages(target: Target, name: str, value: int) -> list[Changes]:
 def registers(target: Target, name: str, value: int | None) -> list[Changes]:
     """Limits of registers with which two or three programs of 4 warps more share a multiprocessor; NVIDIA only."""
     return [{name: limit} for limit in (None, 128, 168) if limit != value and target.backend == "cuda"]
-
-
-def selection_candidates(target: Target, config: SelectionConfig, num_kv_heads: int) -> Iterator[Changes]:
-    """Changes to try for the selection."""
-    if config.hopper:
-        yield from stages(target, "num_stages", config.num_stages)
-        return
-    yield from near("num_warps", config.num_warps, 2, 16)
-    yield from stages(target, "num_stages", config.num_stages)
-    if config.period > 1:
-        yield from near("period", config.period, 2, config.kept)
-    if config.swap:
-        return
-    for rows, warps in ((config.rows // 2, config.num_warps // 2), (config.rows * 2, config.num_warps * 2)):
-        if padded(num_kv_heads) <= rows <= min(512, 8192 // config.kept):
-            yield {"rows": rows}
-            yield {"rows": rows, "num_warps": warps}
 
 
 def forward_candidates(target: Target, config: ForwardConfig, group_size: int, block_size: int) -> Iterator[Changes]:

@@ -12,15 +12,15 @@ from ...rules import SelectionRule
 from ...tuning import Changes, Key, key_of
 from ..backward.config import backward_config
 from ..backward.launch import block_sparse_attention_backward
-from ..common.primitives import tma_ready
 from ..common.target import target_of
 from ..forward.config import forward_config
 from ..forward.launch import block_sparse_attention_forward
 from ..loss.config import loss_config
 from ..loss.launch import index_loss
-from ..selection.config import selection_config
-from ..selection.launch import select_blocks
-from .candidates import backward_candidates, forward_candidates, loss_candidates, selection_candidates
+from ..selection.config import candidates as selection_candidates
+from ..selection.config import tuned_shape
+from ..selection.launch import problem_of, select_blocks, shipped_config
+from .candidates import backward_candidates, forward_candidates, loss_candidates
 
 # Tokens that are alike in how far they choose as their neighbours do.
 SPAN = 64
@@ -112,26 +112,15 @@ def choose_blocks(sizes: Sizes, generator: torch.Generator) -> Tensor:
 def selection_trial(sizes: Sizes, x: Inputs) -> Trial:
     """The selection; its block_indices are its own."""
     target = target_of(x.q.device)
-    shape = {
-        "num_sequences": 1,
-        "num_kv_heads": sizes.num_kv_heads,
-        "seqlen_q": sizes.seqlen,
-        "seqlen_k": sizes.seqlen,
-        "index_head_dim": sizes.index_head_dim,
-        "block_size": sizes.block_size,
-        "topk": sizes.topk,
-        "dtype": sizes.dtype,
-        "key_size": sizes.dtype.itemsize,
-        "tma_ready": tma_ready(x.index_k),
-    }
-    shipped = selection_config(target, **shape)  # type: ignore[arg-type]
+    rule = SelectionRule(sizes.block_size, sizes.topk)
+    problem = problem_of(x.index_q, x.index_k, rule)
+    shipped = shipped_config(problem, target, 1, sizes.seqlen, sizes.seqlen)
 
     def run(config: Any) -> tuple[Tensor]:
-        rule = SelectionRule(sizes.block_size, sizes.topk)
         return (select_blocks(x.index_q, x.index_k, x.sequences, rule, config=config),)
 
-    changes = selection_candidates(target, shipped, sizes.num_kv_heads)
-    return Trial(key_of("selection", shipped, target, shape), shipped, changes, run)
+    changes = selection_candidates(problem, target, shipped)
+    return Trial(key_of("selection", shipped, target, tuned_shape(problem)), shipped, changes, run)
 
 
 def forward_trial(sizes: Sizes, x: Inputs) -> Trial:

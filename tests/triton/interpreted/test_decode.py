@@ -7,10 +7,11 @@ import torch
 
 from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.rules import SelectionRule
+from flexmsa.kernels.triton.common.fp8 import Cache
 from flexmsa.kernels.triton.common.target import target_of
 from flexmsa.kernels.triton.selection.launch import choose_config, rank_blocks
 from flexmsa.kernels.triton.serving import launch as decode
-from flexmsa.kernels.triton.serving.config import attend_config
+from flexmsa.kernels.triton.serving.config import default_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -49,6 +50,13 @@ def poisoned_inputs(dense, case):
     return q, k, v, index_q, index_k, sequences, block_size, topk
 
 
+def config_of(q, k, block_size, topk):
+    """The shipped configuration of the attention."""
+    groups = k.shape[1]
+    problem = decode.attend_problem(groups, q.shape[1] // groups, q.shape[3], block_size, topk, q.dtype, False)
+    return default_config(problem, target_of(q.device), num_rows=q.shape[0] * q.shape[2] * groups)
+
+
 def assert_attention(found, wanted, dtype):
     """Both are (out, lse): a few units in the last place of dtype."""
     tolerance = 16 * torch.finfo(dtype).eps
@@ -80,14 +88,12 @@ def test_attention_merges_lists(dense, name, num_lists, splits, monkeypatch):
     config = choose_config(index_q, index_k, sequences, SelectionRule(block_size, topk))
     config = replace(config, num_splits=num_lists)
     ids, lists = rank_blocks(index_q, index_k, sequences, SelectionRule(block_size, topk), config=config)
-    config = attend_config(
-        target_of(q.device), num_rows=1, head_dim=q.shape[3], block_size=block_size, topk=topk, element_size=4
-    )
-    config = replace(config, num_splits=splits)
+    config = replace(config_of(q, k, block_size, topk), num_splits=splits)
     ids.fill_(-7)
     with monkeypatch.context() as patch:
         patch.setattr(decode, "merge_splits", None)
-        found = kernels.attend_blocks(q, k, v, ids, sequences, block_size, 0.3, config=config, lists=lists)
+        chosen = decode.Chosen(ids, lists)
+        found = decode.attend(q, k, v, Cache(), chosen, sequences, block_size, 0.3, config)
     assert torch.equal(ids, dense.select(index_q, index_k, sequences, SelectionRule(block_size, topk)))
     wanted = dense.attend(q, k.nan_to_num(), v.nan_to_num(), ids, sequences, block_size, 0.3)
     assert_attention(found, wanted, q.dtype)
@@ -109,9 +115,8 @@ def test_long_lists_are_merged_once(dense, monkeypatch):
 def test_any_ids_and_splits(dense, splits):
     q, k, v, _, _, sequences, block_size, _ = poisoned_inputs(dense, CASES["several tokens"])
     ids = torch.tensor([-1, 3, 99, 2**31 - 1, 0, -(2**31), 18, -1], dtype=torch.int32).expand(2, 4, 2, 8)
-    target = target_of(q.device)
-    config = attend_config(target, num_rows=16, head_dim=16, block_size=block_size, topk=8, element_size=4)
-    found = kernels.attend_blocks(q, k, v, ids, sequences, block_size, 0.3, config=replace(config, num_splits=splits))
+    config = replace(config_of(q, k, block_size, 8), num_splits=splits)
+    found = kernels.attend_blocks(q, k, v, ids, sequences, block_size, 0.3, config=config)
     seen = ids.where((ids >= 0) & (ids < 19), -1)
     assert_attention(found, dense.attend(q, k, v, seen, sequences, block_size, 0.3), q.dtype)
 

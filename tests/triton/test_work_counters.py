@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexmsa.kernels.triton.selection import work_counters as module
-from flexmsa.kernels.triton.selection.work_counters import tickets
+from flexmsa.kernels.triton.selection.work_counters import work_counters
 
 CPU = torch.device("cpu")
 
@@ -29,37 +29,37 @@ def places(counters):
 
 
 def test_calls_of_one_stream_share_counters_and_those_of_two_do_not(stream):
-    first, again = tickets(3, CPU), tickets(4, CPU)
+    first, again = work_counters(3, CPU), work_counters(4, CPU)
     assert first.dtype == torch.int32 and len(first) >= 3 and not first.any()
     assert places(first) == places(again)
     stream.cuda_stream = 8
-    assert not places(first) & places(tickets(3, CPU))
+    assert not places(first) & places(work_counters(3, CPU))
 
 
 def test_every_captured_call_has_counters_of_its_own(stream):
-    eager = tickets(2, CPU)
+    eager = work_counters(2, CPU)
     stream.capturing = True
-    captured = [tickets(number, CPU) for number in (1, 2, 5, 3, 4, 1)]
+    captured = [work_counters(number, CPU) for number in (1, 2, 5, 3, 4, 1)]
     assert not any(counters.any() for counters in captured)
     assert [len(counters) for counters in captured] == [4, 4, 8, 4, 4, 4]
     assert len(set().union(*map(places, [eager, *captured]))) == len(eager) + 28
 
 
 def test_counters_are_aligned(stream):
-    tickets(1, CPU)
+    work_counters(1, CPU)
     stream.capturing = True
-    assert all(tickets(number, CPU).data_ptr() % 16 == 0 for number in (1, 3, 5))
+    assert all(work_counters(number, CPU).data_ptr() % 16 == 0 for number in (1, 3, 5))
 
 
 def test_the_reserve_is_made_outside_of_captures_and_before_it_is_used_up(stream):
-    tickets(1, CPU)
+    work_counters(1, CPU)
     assert stream.waits == 1
     for waits, number, left in ((1, 16, 16), (1, 4, 12), (2, 4, 28)):
         stream.capturing = False
-        tickets(1, CPU)
+        work_counters(1, CPU)
         assert stream.waits == waits
         stream.capturing = True
-        tickets(number, CPU)
+        work_counters(number, CPU)
         assert len(module._reserves[CPU]) == left
     module._reserves.clear()
-    assert not tickets(3, CPU).any() and stream.waits == 2
+    assert not work_counters(3, CPU).any() and stream.waits == 2

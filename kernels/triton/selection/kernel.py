@@ -1,0 +1,205 @@
+"""The scorer: scores, block maxima and top-k of query rows in one pass over the index keys.
+
+Formulas and layouts are in `launch`. One program owns `rows` query rows, rows // Hkv neighbouring tokens times all Hkv
+groups of one sequence, and a range of its blocks: all of them, or one split's share. So each key is loaded once for all
+groups. The program holds its queries, loops over the blocks, and keeps each row's best ones (see `topk.start_topk`):
+with a period of 1 it inserts the blocks into lists one by one, else it collects the maxima of `period` blocks, and
+merges them if any row has one that beats its worst. Blocks that every row of the tile sees whole and that are not
+forced are scored without masks; the last block always takes the masked path. A block of fp32 keys is scored in parts,
+as no tensor core multiplies them.
+
+Cost: 2 Hkv Di FLOPs per (query, visible key). A block costs each row block_size comparisons for the maximum and 5 kept
+operations for the insertion (or about 8 exchanges of 64-bit keys for its part of a merge), against block_size * Di
+multiply-adds. Keys are read Sq * Hkv / rows times, from L2; memory sees index_k about once.
+
+Few query rows leave the GPU idle, so the keys are then split; each split writes a list of its kept keys, int64.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...rules import SelectionRule
+from ..common.fp8 import as_bits, split_e4m3
+from ..common.launch import Launch, Options, View, view
+from ..common.overlap import await_previous
+from ..common.records import load_sequence, pages_of
+from ..common.target import Target, padded, target_of
+from ..common.tiles import find_tile, tile_table
+from .config import SelectionConfig
+from .rule import first_kept, forced_blocks, forced_from
+from .scoring import (
+    Bounds,
+    IndexKeys,
+    QueryTile,
+    any_maximum,
+    clear_maximum,
+    load_keys,
+    load_queries,
+    look_ahead,
+    score_halves,
+    score_keys,
+)
+from .topk import Outputs, collect, list_row, start_topk, store_topk
+
+
+@dataclass(frozen=True)
+class SelectionConstants:
+    """Constants of `selection_kernel`.
+
+    tokens: per tile; depth: Di, padded; native: the GPU converts e4m3 numbers by itself; the other fields are the
+    problem's and those of `SelectionConfig`.
+    """
+
+    num_kv_heads: int
+    topk: int
+    block_size: int
+    head_dim: int
+    depth: int
+    rows: int
+    tokens: int
+    columns: int
+    kept: int
+    period: int
+    clear: bool
+    halves: bool
+    use_tma: bool
+    swap: bool
+    fp8_product: bool
+    native: bool
+    overlap: bool
+
+
+@triton.jit
+def selection_kernel(
+    index_q, index_k, index_k_scale, pages, seqlen_k, sequences_ptr, tiles, forced, outputs, C: tl.constexpr
+):
+    """See the module's docstring. Grid (tiles, splits)."""
+    tl.static_assert(C.columns >= C.block_size or not (C.clear or C.swap), "only the masked path takes parts of blocks")
+    await_previous(C.overlap)
+    number = find_tile(tl.program_id(0), tiles, C.tokens)
+    if number.sequence >= tiles.num_sequences:
+        return
+    sequence = load_sequence(sequences_ptr, number.sequence)
+    q_end = sequence.q_end
+    first = sequence.q_start + number.number * C.tokens
+    if first >= q_end:
+        return
+    row = tl.arange(0, C.rows)
+    token = first + row // C.num_kv_heads
+    live = (token < q_end) & (row // C.num_kv_heads < C.tokens)
+    num_keys = sequence.k_end - sequence.k_start
+    visible = tl.where(live, num_keys - q_end + token + 1, 0)
+    first_visible = num_keys - q_end + first + 1
+    num_blocks = tl.cdiv(tl.maximum(num_keys - q_end + tl.minimum(first + C.tokens, q_end), 0), C.block_size)
+    clear_end = tl.minimum(first_visible // C.block_size, forced_from(forced, (first_visible - 1) // C.block_size))
+
+    unscored = first_kept(forced, num_blocks, C.topk)
+    share = tl.cdiv(tl.maximum(num_blocks - unscored, 0), outputs.num_splits)
+    begin = unscored + tl.program_id(1) * share
+    end = tl.minimum(begin + share, num_blocks)
+
+    tile = QueryTile(number.sequence, sequence.batch, sequence.q_start, q_end, first, sequence.k_start, num_keys)
+    keys = IndexKeys(index_k, index_k_scale, pages, seqlen_k)
+    topk = start_topk(tl.where(tl.program_id(1) == 0, unscored, 0), visible, C)
+    masked = tl.maximum(begin, tl.minimum(clear_end, end - 1)) if C.clear else begin
+    if C.halves:
+        topk = score_halves(topk, index_q, keys, tile, Bounds(begin, masked, end), visible, forced, C)
+    else:
+        scaled: tl.constexpr = index_k_scale is not None
+        q = load_queries(index_q, row, tile, C)
+        if C.fp8_product and scaled:
+            q = split_e4m3(q)
+        found = look_ahead(keys, tile, begin, end - 1, C)
+        if C.clear:
+            for block in range(begin, masked):
+                loaded = load_keys(keys, found.place, C.block_size, C.block_size, True, C)
+                best = clear_maximum(score_keys(q, loaded, found.scales, scaled, C))
+                found = look_ahead(keys, tile, block + 1, end - 1, C)
+                topk = collect(topk, best, block, False, C)
+        for block in tl.range(masked, end, num_stages=1 if C.clear else None):
+            best = any_maximum(q, keys, tile, found, block, visible, forced, C)
+            found = look_ahead(keys, tile, block + 1, end - 1, C)
+            topk = collect(topk, best, block, block == end - 1, C)
+    ids_row = (tile.batch * C.num_kv_heads + row % C.num_kv_heads) * tiles.seqlen_q + token
+    group = row % C.num_kv_heads
+    lists_row = list_row(tile.sequence, token - tile.q_start, group, tiles.seqlen_q, C.num_kv_heads)
+    store_topk(topk, outputs, ids_row, lists_row, live, C)
+
+
+@functools.lru_cache
+def selection_constants(
+    config: SelectionConfig, num_kv_heads: int, index_head_dim: int, rule: SelectionRule, target: Target
+) -> SelectionConstants:
+    """The constants of a configuration; of the rule only block_size and topk are constants."""
+    return SelectionConstants(
+        num_kv_heads=num_kv_heads,
+        topk=rule.topk,
+        block_size=rule.block_size,
+        head_dim=index_head_dim,
+        depth=padded(index_head_dim),
+        rows=config.rows,
+        tokens=config.tokens(num_kv_heads),
+        columns=config.columns,
+        kept=config.kept,
+        period=config.period,
+        clear=config.clear,
+        halves=config.halves,
+        use_tma=config.use_tma,
+        swap=config.swap,
+        fp8_product=config.fp8_product,
+        native=target.has_e4m3,
+        overlap=target.overlaps,
+    )
+
+
+def key_tiles(index_k: torch.Tensor, config: SelectionConfig, block_size: int) -> TensorDescriptor | View:
+    """index_k as the kernel takes it: a TMA descriptor of tiles [1, block_size, Di], or a View."""
+    # e4m3 keys that are multiplied as they are keep their type, which `view` would change.
+    index_k = index_k if config.fp8_product else as_bits(index_k)
+    if not config.use_tma:
+        return View(index_k, *index_k.stride())
+    return TensorDescriptor(
+        index_k,
+        [index_k.shape[0], index_k.shape[2], index_k.shape[3]],
+        [index_k.stride(0), index_k.stride(2), index_k.stride(3)],
+        [1, block_size, index_k.shape[3]],
+    )
+
+
+def launch(
+    index_q: torch.Tensor,
+    index_k: torch.Tensor,
+    index_k_scale: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    sequences: torch.Tensor,
+    rule: SelectionRule,
+    config: SelectionConfig,
+    block_indices: torch.Tensor,
+    lists: torch.Tensor | None,
+) -> Launch:
+    """The launch that writes block_indices, or, if not None, the lists [sequences * Sq * Hkv, num_splits, kept]."""
+    batch, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
+    target = target_of(index_q.device)
+    tiles, num_tiles = tile_table(sequences, batch, seqlen_q, config.tokens(num_kv_heads))
+    return Launch(
+        selection_kernel,
+        (num_tiles, config.num_splits, 1),
+        {
+            "index_q": view(index_q),
+            "index_k": key_tiles(index_k, config, rule.block_size),
+            "index_k_scale": index_k_scale,
+            "pages": pages_of(page_table, index_k),
+            "seqlen_k": index_k.shape[2],
+            "sequences_ptr": sequences,
+            "tiles": tiles,
+            "forced": forced_blocks(rule),
+            "outputs": Outputs(block_indices, lists, config.num_splits),
+        },
+        {"C": selection_constants(config, num_kv_heads, index_head_dim, rule, target)},
+        Options(config.num_warps, config.num_stages, overlap=target.overlaps),
+    )
