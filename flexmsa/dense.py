@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flexmsa.types import Lengths
+from flexmsa._sequences import Sequences
 
 __all__ = ["cudnn_attention", "cudnn_runs"]
 
@@ -11,12 +11,12 @@ __all__ = ["cudnn_attention", "cudnn_runs"]
 _HAS_CUDNN = torch.backends.cudnn.is_available() and not torch.version.hip
 
 
-def cudnn_runs(q: Tensor, k: Tensor, lengths: Lengths) -> bool:
+def cudnn_runs(q: Tensor, k: Tensor, sequences: Sequences) -> bool:
     """Whether cuDNN's fused attention takes these: 16 bits, D up to 128, a sequence a row, as many queries as keys."""
     if q.device.type != "cuda" or not _HAS_CUDNN:
         return False
     fits = q.element_size() == 2 and q.shape[3] % 8 == 0 and q.shape[3] <= 128 and q.shape[2] == k.shape[2]
-    return fits and lengths == (None, None, None) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return fits and sequences.are_whole and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest as FlexAuxRequest
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexmsa import ops, validation
-from flexmsa.types import Lengths
+from flexmsa._sequences import Sequences
 
 __all__ = ["create_block_mask", "pack_gqa", "packed_flex_attention", "unpack_gqa"]
 
@@ -104,8 +104,8 @@ def create_block_mask(
     (1, 1, 8, 4)
     """
     validation.check_block_mask_inputs(block_indices, num_heads, seqlen_k, block_size, cu_seqlens, kv_starts, kv_lens)
-    lengths = cu_seqlens, kv_starts, kv_lens
-    return selection_block_mask(block_indices, num_heads, seqlen_k, block_size, lengths, with_backward)
+    sequences = Sequences(block_indices, seqlen_k, cu_seqlens, kv_starts, kv_lens)
+    return selection_block_mask(block_indices, num_heads, block_size, sequences, with_backward)
 
 
 def _tokens_per_row_block(device: torch.device, group_size: int, with_backward: bool) -> int:
@@ -115,15 +115,11 @@ def _tokens_per_row_block(device: torch.device, group_size: int, with_backward: 
 
 
 def selection_block_mask(
-    block_indices: Tensor,
-    num_heads: int,
-    seqlen_k: int,
-    block_size: int,
-    lengths: Lengths,
-    with_backward: bool,
+    block_indices: Tensor, num_heads: int, block_size: int, sequences: Sequences, with_backward: bool
 ) -> BlockMask:
     """`create_block_mask` on checked input."""
     _, num_kv_heads, seqlen_q, topk = block_indices.shape
+    seqlen_k, aligned = sequences.seqlen_k, sequences.are_aligned
     group_size = num_heads // num_kv_heads
     on_cpu = block_indices.device.type == "cpu"
     tokens = _tokens_per_row_block(block_indices.device, group_size, with_backward)
@@ -132,11 +128,8 @@ def selection_block_mask(
     # The CPU template walks lists as wide as the keys; on CUDA a list holds no more than its tokens can choose.
     pieces = (block_size + mask_block - 2) // mask_block + 1
     width = num_blocks if on_cpu else min(num_blocks, tokens * topk * pieces)
-    cu_seqlens, kv_starts, _ = lengths
-    aligned = cu_seqlens is None and kv_starts is None
-    sequences = ops.sequence_table(block_indices, *lengths, seqlen_k)
     *lists, membership, start, end = ops.block_mask_lists(
-        block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward
+        block_indices, sequences.table, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward
     )
 
     def aligned_mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -155,14 +148,13 @@ def selection_block_mask(
     return _block_mask(lists, (seqlen_q * group_size, seqlen_k), row_block, mask_mod, with_backward)
 
 
-def dense_block_mask(q: Tensor, k: Tensor, lengths: Lengths, with_backward: bool) -> BlockMask:
+def dense_block_mask(q: Tensor, k: Tensor, sequences: Sequences, with_backward: bool) -> BlockMask:
     """The BlockMask of the warm-up: every visible key, for the rows of `pack_gqa(q)`."""
     group_size = q.shape[1] // k.shape[1]
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     tokens = _tokens_per_row_block(q.device, group_size, with_backward)
-    sequences = ops.sequence_table(q, *lengths, seqlen_k)
     *lists, start, end = ops.dense_mask_lists(
-        sequences, q.shape[0], seqlen_q, seqlen_k, _BACKWARD_ROWS, tokens, with_backward
+        sequences.table, q.shape[0], seqlen_q, seqlen_k, _BACKWARD_ROWS, tokens, with_backward
     )
 
     def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""Attention and its steps apart: check the input, fill the defaults, pick the backend, call the operators."""
+"""Attention and its single steps: check the input, fill in the defaults, and call the core."""
 
-import torch
 from torch import Tensor
 
-from flexmsa import dense, flex, ops, reference, validation
-from flexmsa.backends import choose_backend, dense_backend, step_backend
-from flexmsa.kernels.sequences import key_ranges
-from flexmsa.types import AuxOutput, AuxRequest, Lengths
+from flexmsa import _core, ops, validation
+from flexmsa._sequences import check_sequences
+from flexmsa.backends import choose_backend
+from flexmsa.kernels.rules import SelectionRule
+from flexmsa.types import AuxOutput, AuxRequest
 
 __all__ = ["attention", "block_sparse_attention", "index_loss", "select_blocks"]
 
@@ -69,53 +69,20 @@ def attention(
     >>> out.shape, aux.block_indices[0, 0, 40:].amax().item()
     (torch.Size([1, 4, 64, 16]), 3)
     """
-    _reject_forward_ad(q, k, v, index_q, index_k)
+    validation.reject_forward_ad(q, k, v, index_q, index_k)
     validation.check_main_inputs(q, k, v, scale)
     validation.check_index_inputs(index_q, index_k, index_scale)
     validation.check_branches_match(q, k, index_q, index_k)
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     choose_backend("block_sparse_attention", backend, q)
-    q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
     aux = validation.check_aux(return_aux)
-    block_indices = None
-    if topk is not None:
-        block_indices = select_blocks(
-            index_q,
-            index_k,
-            block_size=block_size,
-            topk=topk,
-            num_local_blocks=num_local_blocks,
-            num_init_blocks=num_init_blocks,
-            cu_seqlens=cu_seqlens,
-            kv_starts=kv_starts,
-            kv_lens=kv_lens,
-            backend=step_backend("select_blocks", backend, index_q),
-        )
-    lengths = cu_seqlens, kv_starts, kv_lens
-    out, lse = _attend(q, k, v, block_indices, block_size, scale, backend, lengths, aux)
-    if return_aux is None:
-        return out
-    loss = None
-    if aux.index_loss:
-        assert lse is not None
-        loss = index_loss(
-            q,
-            k,
-            index_q,
-            index_k,
-            block_indices,
-            lse,
-            block_size=block_size,
-            scale=scale,
-            index_scale=index_scale,
-            cu_seqlens=cu_seqlens,
-            kv_starts=kv_starts,
-            kv_lens=kv_lens,
-            backend=step_backend("index_loss", backend, q),
-        )
-    return out, AuxOutput(
-        lse=lse if aux.lse else None, block_indices=block_indices if aux.block_indices else None, index_loss=loss
-    )
+    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
+    q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
+    scale, index_scale = _scale(scale, q), _scale(index_scale, index_q)
+    rule = None if topk is None else SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
+    settings = _core.Settings(block_size, scale, index_scale, rule, backend)
+    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux)
+    return out if return_aux is None else (out, found)
 
 
 def select_blocks(
@@ -154,25 +121,16 @@ def select_blocks(
     >>> select_blocks(torch.ones(1, 1, 4, 1), index_k, block_size=1, topk=2)[0, 0].tolist()
     [[0, -1], [0, 1], [0, 2], [0, 3]]
     """
-    _reject_forward_ad(index_q, index_k)
+    validation.reject_forward_ad(index_q, index_k)
     validation.check_index_inputs(index_q, index_k, e4m3=True)
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     if topk is None:
         raise TypeError("topk: expected an int, got None; the dense warm-up selects nothing")
-    batch, _, seqlen_q, _ = index_q.shape
-    seqlen_k = index_k.shape[2]
-    validation.check_sequences(batch, seqlen_q, seqlen_k, index_q.device, cu_seqlens, kv_starts, kv_lens)
+    sequences = check_sequences(index_q, index_k.shape[2], cu_seqlens, kv_starts, kv_lens)
     backend = choose_backend("select_blocks", backend, index_q)
     index_q, index_k = ops.cast_to_autocast(index_q, index_k)
-    sequences = ops.sequence_table(index_q, cu_seqlens, kv_starts, kv_lens, seqlen_k)
-    if backend == "reference":
-        start, end = key_ranges(sequences, batch, seqlen_q)
-        return reference.select_blocks(
-            index_q, index_k, start, end, block_size, topk, num_local_blocks, num_init_blocks
-        )
-    return ops.select_blocks(
-        index_q.detach(), index_k.detach(), sequences, block_size, topk, num_local_blocks, num_init_blocks, backend
-    )
+    rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
+    return _core.select_blocks(index_q, index_k, sequences, rule, backend)
 
 
 def block_sparse_attention(
@@ -212,57 +170,20 @@ def block_sparse_attention(
     >>> torch.allclose(out, dense, atol=1e-5)
     True
     """
-    _reject_forward_ad(q, k, v)
+    validation.reject_forward_ad(q, k, v)
     validation.check_main_inputs(q, k, v, scale)
     aux = validation.check_aux(return_aux)
     if aux.index_loss:
         raise ValueError("return_aux: expected lse or block_indices, got index_loss; call flexmsa.index_loss for it")
-    q, k, v = ops.cast_to_autocast(q, k, v)
-    lengths = cu_seqlens, kv_starts, kv_lens
-    out, lse = _attend(q, k, v, block_indices, block_size, scale, backend, lengths, aux)
-    if return_aux is None:
-        return out
-    return out, AuxOutput(lse=lse if aux.lse else None, block_indices=block_indices if aux.block_indices else None)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor | None,
-    block_size: int,
-    scale: float | None,
-    backend: str | None,
-    lengths: Lengths,
-    aux: AuxRequest,
-) -> tuple[Tensor, Tensor | None]:
-    """Run the main branch on checked q, k, v; lse may be None if `aux` does not need it."""
-    batch, _, seqlen_q, head_dim = q.shape
-    seqlen_k = k.shape[2]
     validation.check_settings(block_size)
-    validation.check_sequences(batch, seqlen_q, seqlen_k, q.device, *lengths)
+    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
     if block_indices is not None:
-        validation.check_block_indices(block_indices, batch, k.shape[1], seqlen_q, q.device)
-    scale = head_dim**-0.5 if scale is None else scale
-    # cuDNN's lse has no gradient, which a caller who asked for it might want.
-    if block_indices is None and backend is None and not aux.lse and dense.cudnn_runs(q, k, lengths):
-        return dense.cudnn_attention(q, k, v, scale)
-    backend = (
-        dense_backend(backend, q) if block_indices is None else choose_backend("block_sparse_attention", backend, q)
-    )
-    if backend == "flex":
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        if block_indices is None:
-            mask = flex.dense_block_mask(q, k, lengths, needs_grad)
-        else:
-            mask = flex.selection_block_mask(block_indices, q.shape[1], seqlen_k, block_size, lengths, needs_grad)
-        result = flex.packed_flex_attention(q, k, v, mask, scale=scale, return_lse=aux.lse or aux.index_loss)
-        return result if isinstance(result, tuple) else (result, None)
-    sequences = ops.sequence_table(q, *lengths, seqlen_k)
-    if backend == "reference":
-        start, end = key_ranges(sequences, batch, seqlen_q)
-        return reference.block_sparse_attention(q, k, v, block_indices, start, end, block_size, scale)
-    return ops.block_sparse_attention(q, k, v, block_indices, sequences, block_size, scale, backend)
+        validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
+    choose_backend("block_sparse_attention", backend, q)
+    q, k, v = ops.cast_to_autocast(q, k, v)
+    settings = _core.Settings(block_size, _scale(scale, q), backend=backend)
+    out, lse = _core.main_branch(q, k, v, block_indices, sequences, settings, aux)
+    return out if return_aux is None else (out, _core.requested(aux, lse, block_indices))
 
 
 def index_loss(
@@ -302,47 +223,21 @@ def index_loss(
         ValueError, TypeError: an argument is not as described.
         NotImplementedError: the backend named cannot run this.
     """
-    _reject_forward_ad(q, k, index_q, index_k)
+    validation.reject_forward_ad(q, k, index_q, index_k)
     validation.check_main_inputs(q, k, k, scale)
     validation.check_index_inputs(index_q, index_k, index_scale)
     validation.check_branches_match(q, k, index_q, index_k)
     validation.check_settings(block_size)
-    batch, _, seqlen_q, head_dim = q.shape
-    seqlen_k = k.shape[2]
-    validation.check_sequences(batch, seqlen_q, seqlen_k, q.device, cu_seqlens, kv_starts, kv_lens)
+    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
     validation.check_lse(lse, q)
     if block_indices is not None:
-        validation.check_block_indices(block_indices, batch, k.shape[1], seqlen_q, q.device)
+        validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
     backend = choose_backend("index_loss", backend, q)
     q, k, index_q, index_k = ops.cast_to_autocast(q.detach(), k.detach(), index_q, index_k)
-    scale = head_dim**-0.5 if scale is None else scale
-    index_scale = index_q.shape[3] ** -0.5 if index_scale is None else index_scale
-    sequences = ops.sequence_table(q, cu_seqlens, kv_starts, kv_lens, seqlen_k)
-    if backend == "reference":
-        start, end = key_ranges(sequences, batch, seqlen_q)
-        return reference.index_loss(q, k, index_q, index_k, block_indices, start, end, block_size, scale, index_scale)
-    with_grad = torch.is_grad_enabled() and (index_q.requires_grad or index_k.requires_grad)
-    loss, _, _ = ops.index_loss(
-        q,
-        k,
-        index_q,
-        index_k,
-        block_indices,
-        lse.detach(),
-        sequences,
-        block_size,
-        scale,
-        index_scale,
-        with_grad,
-        backend,
-    )
-    return loss
+    settings = _core.Settings(block_size, _scale(scale, q), _scale(index_scale, index_q), backend=backend)
+    return _core.index_loss(q, k, index_q, index_k, block_indices, lse, sequences, settings)
 
 
-def _reject_forward_ad(*tensors: Tensor) -> None:
-    """Raise where a jvp would silently be zero: custom operators have no forward-mode rule."""
-    if torch.compiler.is_compiling():
-        return
-    for x in tensors:
-        if isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError("forward-mode differentiation (jvp) is not supported; use reverse mode")
+def _scale(scale: float | None, x: Tensor) -> float:
+    """Return `scale`, by default 1 / sqrt(the head dim of x)."""
+    return x.shape[3] ** -0.5 if scale is None else scale

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexmsa import ops, reference, validation
-from flexmsa.kernels.sequences import key_ranges
+from flexmsa import reference, validation
+from flexmsa._sequences import check_sequences
 
 __all__ = ["Recall", "block_recall", "recall", "score_recall"]
 
@@ -56,10 +56,8 @@ def recall(
     validation.check_main_inputs(q, k, k, scale)
     validation.check_settings(block_size)
     validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
-    validation.check_sequences(q.shape[0], q.shape[2], k.shape[2], q.device, cu_seqlens, kv_starts, kv_lens)
+    start, end = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens).key_ranges()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    sequences = ops.sequence_table(q, cu_seqlens, kv_starts, kv_lens, k.shape[2])
-    start, end = key_ranges(sequences, q.shape[0], q.shape[2])
 
     sums = torch.zeros(3, dtype=torch.float64, device=q.device)
     for here in _chunks(q.shape[2], chunk):

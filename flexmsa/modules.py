@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flexmsa import decoding, functional, ops, validation
+from flexmsa import decoding, functional, validation
+from flexmsa._sequences import Sequences
 from flexmsa.cache import Cache, MSACache
 from flexmsa.config import MSAConfig
-from flexmsa.kernels.sequences import key_ranges
 from flexmsa.types import AuxRequest
 
 __all__ = ["MSAttention", "Projections", "rotate"]
@@ -215,8 +215,7 @@ class MSAttention(nn.Module):
             positions: [B, S] int, for RoPE, where something else is to be counted.
         """
         if positions is None:
-            sequences = ops.sequence_table(x.unsqueeze(1), cu_seqlens, kv_starts, None, x.shape[1])
-            start, end = key_ranges(sequences, x.shape[0], x.shape[1])
+            start, end = Sequences(x.unsqueeze(1), x.shape[1], cu_seqlens, kv_starts).key_ranges()
             positions = (end - start - 1).clamp(min=0)
         config = self.config
         detached = x.detach()

@@ -4,9 +4,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-Lengths = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""cu_seqlens, kv_starts, kv_lens: which keys belong to which sequence."""
-
 
 class AuxRequest(NamedTuple):
     """What to return beside the output: pass as `return_aux`, as with `flex_attention`.

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 _INDEX_DTYPES = (torch.int32, torch.int64)
 
 
+def reject_forward_ad(*tensors: Tensor) -> None:
+    """Raise where a jvp would silently be zero: custom operators have no forward-mode rule."""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        if isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError("forward-mode differentiation (jvp) is not supported; use reverse mode")
+
+
 def check_int(name: str, value: object, least: int, advice: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}{advice}")
