@@ -28,24 +28,25 @@ def decode(
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Attend from new tokens to a cache that already holds their keys; for inference, without gradients.
 
-    Equal to `attention` on the filled part of each row, for one token, a few speculative ones, or a chunk of a prompt.
-    After an append with `lens`, row b's queries are the first lens[b]; the others give 0.
+    Gives the results of `attention` on the filled part of each row, for one token, a few speculative tokens, or a part
+    of a prompt. After an append with `lens`, row b's queries are the first lens[b]; the others give 0.
 
     Args:
-        q: [B, Hq, Sq, D], the tokens of the last append, or, if Sq is another, the last Sq tokens of each row.
-        cache: filled by its `append`, the keys of these tokens included.
+        q: [B, Hq, Sq, D], the tokens of the last append; if that had another number of tokens, the last Sq tokens of
+            each row.
+        cache: filled by its `append`, including the keys of these tokens.
         index_q: [B, Hkv, Sq, Di]; may be None if nothing is selected.
-        block_size: as for `attention`; equal to the page size of a paged cache.
-        block_indices: [B, Hkv, Sq, topk] of another layer, to attend to instead of selecting; -1 and blocks that the
-            query does not see are ignored.
-        Others: as for `attention`; `backend` may also be "triton".
+        block_size: as for `attention`; for a paged cache, its page size.
+        block_indices: [B, Hkv, Sq, topk] of another layer, used instead of a selection; -1 and blocks that the query
+            does not see are ignored.
+        Others: as for `attention`; "flex" has no kernel for this.
 
     Returns:
         out [B, Hq, Sq, D], or (out, AuxOutput) if `return_aux` is given. A row without keys gives 0.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
-        NotImplementedError: the backend named cannot run this.
+        NotImplementedError: the named backend cannot run this.
 
     >>> cache = MSACache(1, num_kv_heads=1, head_dim=16, index_head_dim=16, capacity=64)
     >>> cache.append(torch.randn(1, 1, 20, 16), torch.randn(1, 1, 20, 16), torch.randn(1, 1, 20, 16))
@@ -56,7 +57,7 @@ def decode(
         raise TypeError(f"cache: expected an MSACache or a PagedMSACache, got {type(cache).__name__}")
     aux = validation.check_aux(return_aux)
     if aux.index_loss:
-        raise ValueError("return_aux: expected lse or block_indices, got index_loss; decode is for inference")
+        raise ValueError("return_aux: expected lse or block_indices, got index_loss, which decode does not compute")
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     validation.check_decode_inputs(q, index_q, cache, block_size, scale)
     backend = choose_backend("decode", backend, q)

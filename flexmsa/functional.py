@@ -30,9 +30,10 @@ def attention(
     backend: str | None = None,
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
-    """MiniMax Sparse Attention (arXiv 2606.13392): select blocks of keys by the index branch, attend to them exactly.
+    """MiniMax Sparse Attention (arXiv 2606.13392): the index branch selects blocks of keys, the main branch attends to
+    them exactly.
 
-    Causal, the last query aligned with the last key. All tensors share one floating dtype; any strides.
+    Causal; the last query is aligned with the last key. All tensors have the same floating dtype, and any strides.
 
     Args:
         q: [B, Hq, Sq, D].
@@ -40,27 +41,27 @@ def attention(
         index_q: [B, Hkv, Sq, Di], one index head for each group.
         index_k: [B, 1, Sk, Di], one head for all groups.
         block_size: keys in one block.
-        topk: blocks that a query keeps in each group, forced ones among them. None is the warm-up: both branches are
-            dense, and the loss runs over the whole visible sequence.
-        num_local_blocks: the newest visible blocks, always kept; at least 1, the query's own.
-        num_init_blocks: the oldest blocks, always kept.
-        scale: of the main scores; default 1 / sqrt(D).
-        index_scale: of the index scores in the loss; default 1 / sqrt(Di).
+        topk: the number of blocks that a query selects in each group, including the forced blocks. None is the
+            warm-up: both branches are dense, and the loss covers all visible keys.
+        num_local_blocks: how many of the newest visible blocks are always selected; at least 1, the query's own.
+        num_init_blocks: how many of the oldest blocks are always selected.
+        scale: factor of the main scores; default 1 / sqrt(D).
+        index_scale: factor of the index scores in the loss; default 1 / sqrt(Di).
         cu_seqlens: [documents + 1] int32, offsets of documents packed along S (B = 1, Sq = Sk).
-        kv_starts, kv_lens: [B] int32; the keys of row b are kv_starts[b] .. kv_lens[b]-1 (left padding, a part-filled
-            cache), its queries the last ones. Blocks are anchored at each sequence's first token, so that a document
-            or a padded row gets what it gets alone.
-        backend: None picks the fastest for the device; "torch" (plain PyTorch, any device), "triton", "flex" or
-            "reference" (dense) name one, and steps that it does not have are left to the default.
-        return_aux: what else to return.
+        kv_starts, kv_lens: [B] int32; the keys of row b are kv_starts[b] .. kv_lens[b]-1 (left padding, a partly
+            filled cache), and its queries are the last of these tokens. Blocks are counted from each sequence's first
+            token, so a document or a padded row gives the same results as alone.
+        backend: None picks the fastest backend for the device; "torch" (plain PyTorch, any device), "triton", "flex"
+            and "reference" (dense) name one. A step that the named backend does not have uses the default.
+        return_aux: the additional results to return.
 
     Returns:
-        out [B, Hq, Sq, D], contiguous, or (out, AuxOutput) if `return_aux` is given. `out` has gradients to q, k and
-        v only, `index_loss` to index_q and index_k only. A query that sees no key gives 0.
+        out [B, Hq, Sq, D], contiguous, or (out, AuxOutput) if `return_aux` is given. `out` has gradients for q, k and
+        v only, `index_loss` for index_q and index_k only. A query that sees no key gives 0.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
-        NotImplementedError: the backend named cannot run this.
+        NotImplementedError: the named backend cannot run this.
 
     >>> q, k, v = torch.randn(1, 4, 64, 16), torch.randn(1, 2, 64, 16), torch.randn(1, 2, 64, 16)
     >>> index_q, index_k = torch.randn(1, 2, 64, 16), torch.randn(1, 1, 64, 16)
@@ -98,24 +99,24 @@ def select_blocks(
     kv_lens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Choose, for each query and group, the blocks of keys whose best index score is highest (paper, index branch).
+    """Select, for each query and group, the blocks of keys with the highest index scores (paper, index branch).
 
-    A block scores max over its visible keys j of <index_q[i, r], index_k[j]>; equal scores are decided for the
-    smaller id. Whatever the numbers, an id is -1 or a visible block. No gradient.
+    The score of a block is the maximum of <index_q[i, r], index_k[j]> over its visible keys j; of equal scores, the
+    smaller id is selected first. An id is always -1 or a visible block, even for NaN and infinite scores. No gradient.
 
     Args:
         index_q: [B, Hkv, Sq, Di]; index_k: [B, 1, Sk, Di]. Both may be float8_e4m3fn, which is faster on GPUs that
-            multiply it (Hopper, Blackwell) and ranks a little differently: cast `index_q * c` and `index_k * d`, with
-            positive numbers c and d that bring them within +-448, as such factors change no choice.
-        Others: as for `attention`; `backend` may also be "triton".
+            multiply it (Hopper, Blackwell) and ranks blocks slightly differently. Cast `index_q * c` and `index_k * d`,
+            with positive numbers c and d that bring all values within +-448; such factors do not change the selection.
+        Others: as for `attention`; "flex" has no kernel for this.
 
     Returns:
-        block_indices [B, Hkv, Sq, topk] int32, ascending, padded on the right with -1. Ids count from the first block
-        of the query's own sequence.
+        block_indices [B, Hkv, Sq, topk] int32, ascending, padded on the right with -1. Id 0 is the first block of
+        the query's own sequence.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
-        NotImplementedError: the backend named cannot run this.
+        NotImplementedError: the named backend cannot run this.
 
     >>> index_k = torch.tensor([[3.0], [0.0], [1.0], [9.0]]).view(1, 1, 4, 1)
     >>> select_blocks(torch.ones(1, 1, 4, 1), index_k, block_size=1, topk=2)[0, 0].tolist()
@@ -152,8 +153,8 @@ def block_sparse_attention(
     Args:
         q: [B, Hq, Sq, D]; k, v: [B, Hkv, Sk, D].
         block_indices: [B, Hkv, Sq, topk] int32 or int64, in any order; -1 is no block, an id given twice counts once,
-            and a block that the query does not see adds nothing. None takes every visible block. An id out of range
-            raises on a CPU and is ignored like -1 on a GPU, where reading it back would stop the device.
+            and a block that the query does not see adds nothing. None selects every visible block. An id out of range
+            raises on a CPU. On a GPU it is ignored like -1, because reading ids back would wait for the device.
         Others: as for `attention`.
 
     Returns:
@@ -161,7 +162,7 @@ def block_sparse_attention(
 
     Raises:
         ValueError, TypeError: an argument is not as described.
-        NotImplementedError: the backend named cannot run this, or `return_aux` asks for the loss.
+        NotImplementedError: the named backend cannot run this, or `return_aux` asks for the loss.
 
     >>> q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
     >>> every_block = torch.arange(2).expand(1, 2, 8, 2)
@@ -204,16 +205,16 @@ def index_loss(
 ) -> Tensor:
     """The KL loss of the index branch against the main branch (paper, training).
 
-    For a query and group, with P the mean over the G heads of the main branch's probabilities and P_idx the softmax
-    of index_scale * <index_q, index_k>, both over the visible keys of the selected blocks: sum P (log P - log P_idx),
-    averaged over batch, groups and the queries that see a key. The gradient, P_idx - P for the scores, reaches
-    index_q and index_k only.
+    For each query and group, the loss is sum P (log P - log P_idx). P is the mean over the G heads of the main branch's
+    probabilities, P_idx the softmax of index_scale * <index_q, index_k>, both over the visible keys of the selected
+    blocks. The result is the mean over batch, groups and the queries that see a key. Only index_q and index_k get a
+    gradient; with respect to the scores it is P_idx - P.
 
     Args:
-        q, k: the main branch's, [B, Hq, Sq, D] and [B, Hkv, Sk, D].
+        q, k: of the main branch, [B, Hq, Sq, D] and [B, Hkv, Sk, D].
         index_q, index_k: [B, Hkv, Sq, Di] and [B, 1, Sk, Di].
-        block_indices: [B, Hkv, Sq, topk] as given to the main branch; None, every visible block, is the warm-up.
-        lse: [B, Hq, Sq], the main branch's over the same blocks.
+        block_indices: [B, Hkv, Sq, topk] as given to the main branch; None (every visible block) is the warm-up.
+        lse: [B, Hq, Sq], of the main branch for the same blocks.
         Others: as for `attention`.
 
     Returns:
@@ -221,7 +222,7 @@ def index_loss(
 
     Raises:
         ValueError, TypeError: an argument is not as described.
-        NotImplementedError: the backend named cannot run this.
+        NotImplementedError: the named backend cannot run this.
     """
     validation.reject_forward_ad(q, k, index_q, index_k)
     validation.check_main_inputs(q, k, k, scale)

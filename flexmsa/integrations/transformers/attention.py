@@ -1,7 +1,7 @@
 """`attn_implementation="flexmsa"`: the attention and the mask function that transformers calls.
 
-MiniMax-M3's modules and those that `convert` changed hand them the same: the table of sequences as `attention_mask`,
-and as `block_indices` not ids, but what a layer selects them with.
+MiniMax-M3's modules and converted modules pass the same arguments to them: the table of sequences as `attention_mask`,
+and a `Selection` (index heads and settings, not ids) as `block_indices`.
 """
 
 import functools
@@ -26,18 +26,18 @@ from flexmsa.types import AuxRequest
 __all__ = ["IMPLEMENTATION", "Selection", "register_attention"]
 
 IMPLEMENTATION = "flexmsa"
-# Where attention is dense, blocks change nothing but the speed.
+# In dense attention, the block size affects only the speed.
 _DENSE_BLOCK_SIZE = 128
 
 
 class Selection(NamedTuple):
-    """What the queries of a layer choose their blocks with.
+    """How a layer selects blocks.
 
     Attributes:
         heads: index_q and index_k.
         block_size, topk, num_local_blocks, num_init_blocks: as for `flexmsa.attention`; topk None is the warm-up.
-        select: in place of the index branch's choice, (index_q, index_k) -> block_indices [B, Hkv, Sq, topk], for rows
-            of one sequence each.
+        select: replaces the index branch's selection: (index_q, index_k) -> block_indices [B, Hkv, Sq, topk], for
+            rows of one sequence each.
     """
 
     heads: IndexHeads
@@ -50,7 +50,7 @@ class Selection(NamedTuple):
 
 @functools.cache
 def register_attention() -> None:
-    """Make the implementation known to transformers; calling it again does nothing."""
+    """Register the implementation with transformers; further calls do nothing."""
     AttentionInterface.register(IMPLEMENTATION, _attend)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
@@ -63,14 +63,14 @@ def _mask(
     kv_length: int = 0,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The padding as it is, [B, keys]; for the window layers of a converted model, the mask of its other attention."""
+    """Return the padding mask [B, keys] unchanged; for sliding-window layers, the mask of the fallback attention."""
     fallback = (getattr(config, "flexmsa", None) or {}).get("fallback")
     if "local_size" in kwargs and fallback is not None:
         given = {"config": config, "attention_mask": attention_mask, "q_offset": q_offset, "kv_length": kv_length}
         return ALL_MASK_ATTENTION_FUNCTIONS[fallback](*args, **given, **kwargs)
     if attention_mask is None or not isinstance(q_offset, Tensor):
         return attention_mask
-    # A static cache: generate's mask grows by a token a step, of which a compiled step would be compiled again.
+    # A static cache: generate's mask grows by one token per step, so a compiled step would compile again each time.
     return F.pad(attention_mask, (0, kv_length - attention_mask.shape[1]))
 
 
@@ -87,10 +87,10 @@ def _attend(
     observe: Callable[[Tensor, Tensor, Tensor | None, float], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D] to out [B, Sq, Hq, D], and no weights.
+    """The attention function: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D] to out [B, Sq, Hq, D], and None for weights.
 
-    `module.flexmsa_fallback` names the implementation that attends instead, where a module has nothing to select from;
-    `observe` is called with query, key, the table of sequences and scaling.
+    If `module.flexmsa_fallback` names another implementation, that one attends (in layers with a sliding window, for
+    example). `observe` is called with query, key, the table of sequences and scaling.
     """
     if not hasattr(module, "flexmsa_fallback"):
         raise NotImplementedError(
@@ -106,7 +106,7 @@ def _attend(
             f"{list(attention_mask.shape)}; call the model, not a layer of it"
         )
     if block_indices is None and has_index_branch(module):
-        raise RuntimeError(f"{type(module).__name__} does not hand keyword arguments on to its attention function")
+        raise RuntimeError(f"{type(module).__name__} does not pass keyword arguments to its attention function")
     if dropout:
         raise NotImplementedError(f"attention_dropout: expected 0, got {dropout}; set config.attention_dropout = 0")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
