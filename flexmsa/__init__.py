@@ -1,4 +1,4 @@
-"""MiniMax Sparse Attention for PyTorch: select blocks of keys by a light index branch, attend to them exactly."""
+"""MiniMax Sparse Attention for PyTorch: a light index branch selects blocks of keys; attention to them is exact."""
 
 from flexmsa import metrics
 from flexmsa.cache import MSACache

@@ -1,4 +1,4 @@
-"""Which backend runs each step: what exists, what a device takes by itself, and why a named one cannot run."""
+"""The backend of each step: those that exist, the default of a device, and errors for those that cannot run."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ BACKENDS = {
 _ALL = ("torch", "flex", "triton", "reference")
 
 
-# Found out once: torch.compile traces neither question.
+# Evaluated once at import: torch.compile can trace neither expression.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -24,7 +24,7 @@ def _triton_runs(x: Tensor) -> bool:
 
 
 def default_backend(operation: str, x: Tensor) -> str:
-    """The backend that `operation` takes on the device and dtype of `x` when none is named."""
+    """Return the backend of `operation` for the device and dtype of `x` if the user names none."""
     if x.device.type != "cuda" or x.element_size() == 8:
         return "torch"
     if _triton_runs(x):
@@ -33,8 +33,8 @@ def default_backend(operation: str, x: Tensor) -> str:
 
 
 def dense_backend(backend: str | None, x: Tensor) -> str:
-    """As `choose_backend` for the main branch of the warm-up, which sees every block."""
-    # FlexAttention takes no smaller heads on a GPU.
+    """Return the backend of the main branch in the warm-up, where it attends to every block."""
+    # On a GPU, FlexAttention needs a head dim of at least 16.
     if backend is None and x.device.type == "cuda" and x.element_size() < 8 and x.shape[-1] >= 16:
         return "flex"
     return choose_backend("block_sparse_attention", backend, x)
@@ -45,7 +45,7 @@ def choose_backend(operation: str, backend: str | None, x: Tensor) -> str:
 
     Raises:
         ValueError: no backend has this name.
-        NotImplementedError: the backend does not have this operation, or does not run on this device.
+        NotImplementedError: the backend does not implement this operation, or does not run on this device.
     """
     if backend is None:
         return default_backend(operation, x)
@@ -59,12 +59,12 @@ def choose_backend(operation: str, backend: str | None, x: Tensor) -> str:
     if backend == "triton" and not _triton_runs(x):
         raise NotImplementedError(
             f"backend='triton' runs on CUDA tensors, got {x.device.type}: use backend=None, or set TRITON_INTERPRET=1 "
-            "before triton is imported to interpret the kernels"
+            "before importing triton to interpret the kernels"
         )
     return backend
 
 
 def step_backend(operation: str, backend: str | None, x: Tensor) -> str:
-    """As `choose_backend` for one step of `attention`: a backend without this step leaves it to the default."""
+    """Return the backend of one step of `attention`: the default if the named backend does not implement the step."""
     named = backend if backend is None or backend not in _ALL or backend in BACKENDS[operation] else None
     return choose_backend(operation, named, x)

@@ -1,4 +1,4 @@
-"""Caches of keys, values and index keys for generation: the part that all share, and the contiguous one."""
+"""Caches of keys, values and index keys for generation: the base class and the contiguous cache."""
 
 from typing import NoReturn, Self
 
@@ -14,16 +14,16 @@ FP8 = torch.float8_e4m3fn
 
 
 class Cache:
-    """What every cache holds and does; made as `MSACache` or `PagedMSACache`.
+    """The base class of `MSACache` and `PagedMSACache`.
 
     Attributes:
         k, v: keys and values; index_k: index keys.
-        k_scale, v_scale, index_k_scale: uint8, a power of two for each token and head of what is stored in e4m3; view
-            them as float8_e8m0fnu. Else None.
+        k_scale, v_scale, index_k_scale: for buffers in e4m3, uint8 powers of two for each token and head; view them as
+            float8_e8m0fnu. Otherwise None.
         page_table: [B, max_pages] int32, or None in a contiguous cache.
         kv_starts: [B] int32, the first key of each row.
         kv_lens: [B] int32, the end of the filled part of each row.
-        capacity: tokens that a row can hold.
+        capacity: the number of tokens that a row can hold.
     """
 
     page_table: Tensor | None = None
@@ -37,7 +37,7 @@ class Cache:
         batch_size: int,
         scales: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     ) -> None:
-        """Take over the buffers, and the scales that are given of e4m3 ones; rows start empty."""
+        """Use these buffers, and for e4m3 buffers the given or new scales; rows start empty."""
         self.k, self.v, self.index_k = k, v, index_k
         self.k_scale, self.v_scale, self.index_k_scale = (
             torch.zeros(x.shape[:-1], dtype=torch.uint8, device=x.device) if x.dtype == FP8 and scale is None else scale
@@ -47,36 +47,36 @@ class Cache:
         self.kv_starts = torch.zeros_like(self.kv_lens)
         self._sequences = torch.zeros(2 * batch_size, 5, dtype=torch.int32, device=k.device)
         self._status = torch.zeros(2, dtype=torch.int32, device=k.device)
-        # No row is longer than its bound. Exact lengths are on the device and cost a wait.
+        # Upper bounds of the rows' lengths. Exact lengths are on the device, and reading them waits for it.
         self._bounds = [0] * batch_size
         self._newest: tuple[int, bool] | None = None
 
     @property
     def batch_size(self) -> int:
-        """Rows."""
+        """The number of rows."""
         return self.kv_lens.shape[0]
 
     @property
     def buffers(self) -> list[Tensor]:
-        """Keys, values, index keys and the scales that there are."""
+        """Keys, values, index keys and the scales that are not None."""
         every = (self.k, self.v, self.index_k, self.k_scale, self.v_scale, self.index_k_scale)
         return [x for x in every if x is not None]
 
     def append(
         self, k: Tensor, v: Tensor, index_k: Tensor, *, lens: Tensor | None = None, backend: str | None = None
     ) -> None:
-        """Write new tokens behind those already there, in place; e4m3 buffers are quantised token by token.
+        """Write new tokens after those of each row, in place; for e4m3 buffers, quantise each token.
 
         Args:
             k, v: [B, Hkv, n, D].
             index_k: [B, 1, n, Di].
-            lens: [B] int; row b brings its first lens[b] tokens, 0 to n. None: all n.
+            lens: [B] int, 0 to n; only the first lens[b] tokens of row b are appended. None: all n.
             backend: as for `flexmsa.decode`.
 
         Raises:
             ValueError, TypeError: a shape, dtype or device differs from the cache's, or the tokens do not fit. The
-                cache is then unchanged. In compiled code on a GPU and in a CUDA graph, rows that are full stay as
-                they are, and `check` raises afterwards.
+                cache is then unchanged. In compiled code on a GPU and in a CUDA graph, an append leaves full rows
+                unchanged, and `check` raises afterwards.
         """
         count = k.shape[2] if isinstance(k, Tensor) and k.dim() == 4 else 0
         for name, new, buffer in (("k", k, self.k), ("v", v, self.v), ("index_k", index_k, self.index_k)):
@@ -108,11 +108,11 @@ class Cache:
     def check_room(self, count: int, lens: Tensor | None = None) -> None:
         """Raise ValueError unless `count` more tokens fit into every row, or lens[b] more into row b.
 
-        TypeError or ValueError, too, if lens are no such numbers.
+        Also raises TypeError or ValueError if lens has a wrong shape, dtype or device.
         """
         validation.check_row_counts("lens", lens, self.kv_lens)
         if is_recorded():
-            # What runs later, and how often, is not known here; the kernels look for themselves.
+            # How often a graph will run is unknown here; the kernels check the room in each run.
             self._bounds = [self.capacity] * self.batch_size
             return
         counts = self._known_counts(count, lens)
@@ -123,60 +123,61 @@ class Cache:
                 self._refuse(counts)
 
     def _refuse(self, counts: list[int]) -> NoReturn:
-        """Raise ValueError about the first row that cannot take as many tokens."""
+        """Raise ValueError about the first row that has no room for its tokens."""
         row = next(row for row, more in enumerate(counts) if self._bounds[row] + more > self.capacity)
         length = self._bounds[row]
         raise ValueError(
             f"cache: expected at most {self.capacity - length} more tokens in row {row}, got {counts[row]}: it holds "
-            f"{length} of {self.capacity}; make it with a larger capacity"
+            f"{length} of {self.capacity}; make the cache with a larger capacity"
         )
 
     def _known_counts(self, count: int, lens: Tensor | None) -> list[int]:
-        """Bounds of how many tokens each row brings, found without waiting for a device."""
+        """Return upper bounds of each row's number of new tokens, without waiting for a device."""
         return [count] * self.batch_size
 
     def _make_room(self, lengths: list[int]) -> bool:
-        """Whether row b can hold lengths[b] tokens, once this has been called."""
+        """Make room for lengths[b] tokens in row b if possible; return whether each row can hold them."""
         return max(lengths) <= self.capacity
 
     def check(self) -> None:
-        """Raise ValueError if an append did not fit in compiled code or a CUDA graph. Waits for the device."""
+        """Raise ValueError if an append in compiled code or a CUDA graph did not fit. Waits for the device."""
         refused = int(self._status[1])
         self._status[1] = 0
         if refused:
             raise ValueError(
-                f"cache: {refused} times a row was full and an append left it as it was; results since then are "
-                "those of the shorter row. Make the cache larger, or reserve pages before the graph is captured"
+                f"cache: expected room for every append, but {refused} times an append found a full row and left it "
+                "unchanged; later results are those of the shorter rows. Make the cache larger, or reserve pages "
+                "before capturing a graph"
             )
 
     def next_positions(self, count: int) -> Tensor:
-        """Return [B, count] int64: where each row's next tokens stand, for RoPE; to be asked before they are appended.
+        """Return [B, count] int64: the positions of each row's next tokens, for RoPE; call it before the append.
 
-        In compiled code ask here rather than read kv_lens, which the compiler may do after the append.
+        In compiled code call this rather than read kv_lens: the compiler may move the read after the append.
         """
         return ops.next_positions(self.kv_lens, self.kv_starts, count)
 
     def newest(self, seqlen_q: int) -> Tensor:
         """Return the table of sequences (see flexmsa.kernels) whose queries are each row's newest tokens.
 
-        They are the tokens of the last append if it brought `seqlen_q`, else the last `seqlen_q` tokens of each row.
+        These are the tokens of the last append if it had `seqlen_q`, else the last `seqlen_q` tokens of each row.
         """
         if self._newest is not None and self._newest[0] == seqlen_q:
             return self._sequences if self._newest[1] else self._sequences[: self.batch_size]
         queries = self.kv_lens.new_empty(self.batch_size, 1, seqlen_q, 0)
-        # A row may still be within its padding.
+        # A row may still be shorter than its padding.
         kv_lens = torch.maximum(self.kv_lens, self.kv_starts)
         return ops.sequence_table(queries, None, self.kv_starts, kv_lens, self.capacity)
 
     def trim(self, counts: int | Tensor) -> None:
-        """Forget the newest tokens of each row, such as rejected speculative ones.
+        """Remove the newest tokens of each row, such as rejected speculative tokens.
 
         Args:
-            counts: how many; an int, or [B] int for each row, of which negative ones are 0. No row gets shorter than
-                empty.
+            counts: the number of tokens; an int, or [B] int, one number per row; negative elements count as 0. A row
+                with fewer tokens becomes empty.
 
         Raises:
-            ValueError, TypeError: counts is a negative int, or has another shape or device.
+            ValueError, TypeError: counts is a negative int, or a tensor of wrong shape, dtype or device.
         """
         if isinstance(counts, Tensor):
             validation.check_row_counts("counts", counts, self.kv_lens)
@@ -189,15 +190,15 @@ class Cache:
         self._newest = None
 
     def reset(self) -> None:
-        """Forget every token of every row."""
+        """Remove all tokens."""
         self.kv_lens.zero_()
         self._bounds = [0] * self.batch_size
         self._newest = None
 
     def contiguous(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return k, v [B, Hkv, capacity, D] and index_k [B, 1, capacity, Di], unquantised: a copy, to look at.
+        """Return copies k, v [B, Hkv, capacity, D] and index_k [B, 1, capacity, Di], unquantised, to inspect.
 
-        Tokens from kv_lens on have any value.
+        Tokens from kv_lens on have arbitrary values.
         """
         return (
             self._gather(self.k, self.k_scale),
@@ -210,7 +211,7 @@ class Cache:
 
 
 class MSACache(Cache):
-    """Keys, values and index keys of one layer, each row in one piece: k, v [B, Hkv, capacity, D], index_k
+    """Keys, values and index keys of one layer, each row contiguous: k, v [B, Hkv, capacity, D], index_k
     [B, 1, capacity, Di].
 
     >>> cache = MSACache(batch_size=2, num_kv_heads=1, head_dim=16, index_head_dim=8, capacity=32)
@@ -238,13 +239,13 @@ class MSACache(Cache):
         """Allocate an empty cache.
 
         Args:
-            capacity: tokens that a row can hold, padding included.
-            kv_starts: [B] int; padding tokens on the left of each row's prompt. None: no padding.
-            dtype: of keys and values; torch.float8_e4m3fn stores them with a scale for each token and head.
+            capacity: the number of tokens that a row can hold, including padding.
+            kv_starts: [B] int; the number of padding tokens on the left of each row's prompt. None: no padding.
+            dtype: of keys and values; torch.float8_e4m3fn stores them with one scale for each token and head.
             index_dtype: of index keys, likewise; None: dtype.
 
         Raises:
-            ValueError, TypeError: a size is below 1, a dtype is none that is kept, or a start is no token of a row.
+            ValueError, TypeError: a size is below 1, a dtype is not supported, or a start is not within a row.
         """
         validation.check_cache_sizes(batch_size, num_kv_heads, head_dim, index_head_dim, capacity=capacity)
         index_dtype = dtype if index_dtype is None else index_dtype
@@ -258,10 +259,10 @@ class MSACache(Cache):
             self.kv_starts.copy_(kv_starts)
 
     def reorder(self, rows: Tensor) -> Self:
-        """Make row b a copy of what row rows[b] was, in place, for beam search; returns the cache.
+        """Copy row rows[b] to row b for each b at once, in place, for beam search; return the cache.
 
         Args:
-            rows: [B] int; every buffer is read and written once.
+            rows: [B] int. Reads and writes every buffer once.
         """
         validation.check_row_counts("rows", rows, self.kv_lens)
         for buffer in (*self.buffers, self.kv_starts, self.kv_lens):
@@ -273,17 +274,17 @@ class MSACache(Cache):
 
 
 def as_bits(buffer: Tensor) -> Tensor:
-    """e4m3 numbers as uint8, because not every device copies rows of them; others as they are."""
+    """Return e4m3 buffers as uint8, because not every device can copy rows of e4m3; others unchanged."""
     return buffer.view(torch.uint8) if buffer.dtype == FP8 else buffer
 
 
 def dequantised(buffer: Tensor, scale: Tensor) -> Tensor:
-    """The vectors, float32, that are kept as e4m3 numbers and scales."""
+    """Return e4m3 vectors times their scales, in float32."""
     return buffer.float() * scale.view(torch.float8_e8m0fnu).float()[..., None]
 
 
 def is_recorded() -> bool:
-    """Whether this code is being turned into a graph that runs later, where no value can be looked at."""
+    """Return whether this code is being compiled or captured, so that no value can be read."""
     if torch.compiler.is_compiling():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

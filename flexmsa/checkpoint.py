@@ -1,4 +1,4 @@
-"""Selective activation checkpointing that never selects twice."""
+"""Selective activation checkpointing that does not repeat the selection."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ __all__ = ["save_selection_policy"]
 
 
 def save_selection_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Save the selection and what the main branch gave; recompute everything else.
+    """Save the results of selection, main branch and index loss; recompute everything else.
 
-    A recomputed forward then attends to the very blocks that the first one chose, and neither the quadratic index
-    branch nor the attention runs twice. Per token this keeps topk ids for each group, out and lse.
+    The recomputed forward pass then attends to the same blocks as the first, and neither the quadratic index branch
+    nor the attention runs twice. Per token this saves topk ids for each group, out and lse.
 
     >>> from functools import partial
     >>> from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -31,4 +31,4 @@ _SAVED = {
     torch.ops.flexmsa.block_sparse_attention.default,
     torch.ops.flexmsa.index_loss.default,
 }
-assert ops.select_blocks  # imported so that torch.ops has them
+assert ops.select_blocks  # Importing ops registers the operators.

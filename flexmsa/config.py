@@ -16,10 +16,10 @@ class MSAConfig:
         num_heads, num_kv_heads: query heads Hq and key/value heads Hkv; Hkv divides Hq.
         head_dim, index_head_dim: D and Di.
         block_size, topk, num_local_blocks, num_init_blocks: as for `flexmsa.attention`; topk None is the warm-up.
-        qk_norm: RMS-normalise each head of q, k, index_q and index_k.
-        norm_eps: the epsilon of that norm.
-        rotary_dim: leading dimensions of each head, in both branches, that RoPE turns; even, 0 for no RoPE, None for
-            all of the smaller head.
+        qk_norm: apply RMSNorm to each head of q, k, index_q and index_k.
+        norm_eps: the epsilon of these norms.
+        rotary_dim: how many leading dimensions of each head RoPE rotates, in both branches; even; 0 for no RoPE, None
+            for min(head_dim, index_head_dim).
         rope_theta: the base of RoPE's frequencies.
         bias: give the projections a bias.
 
@@ -58,10 +58,10 @@ class MSAConfig:
 
     @property
     def group_size(self) -> int:
-        """G, the query heads that share a KV head."""
+        """G, the number of query heads that share a KV head."""
         return self.num_heads // self.num_kv_heads
 
     @property
     def rotary_size(self) -> int:
-        """`rotary_dim` with its default filled in."""
+        """`rotary_dim`, or its default if that is None."""
         return min(self.head_dim, self.index_head_dim) if self.rotary_dim is None else self.rotary_dim

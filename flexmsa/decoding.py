@@ -1,11 +1,12 @@
-"""Attention from new tokens to a cache, as `functional` does it to the tokens of a batch."""
+"""Attention from new tokens to a cache; `functional` attends within a batch."""
 
 from torch import Tensor
 
-from flexmsa import ops, reference, validation
+from flexmsa import _core, ops, validation
+from flexmsa._sequences import Sequences
 from flexmsa.backends import choose_backend
 from flexmsa.cache import Cache
-from flexmsa.kernels.sequences import key_ranges
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.types import AuxOutput, AuxRequest
 
 __all__ = ["decode"]
@@ -27,24 +28,25 @@ def decode(
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Attend from new tokens to a cache that already holds their keys; for inference, without gradients.
 
-    Equal to `attention` on the filled part of each row, for one token, a few speculative ones, or a chunk of a prompt.
-    After an append with `lens`, row b's queries are the first lens[b]; the others give 0.
+    Gives the results of `attention` on the filled part of each row, for one token, a few speculative tokens, or a part
+    of a prompt. After an append with `lens`, row b's queries are the first lens[b]; the others give 0.
 
     Args:
-        q: [B, Hq, Sq, D], the tokens of the last append, or, if Sq is another, the last Sq tokens of each row.
-        cache: filled by its `append`, the keys of these tokens included.
+        q: [B, Hq, Sq, D], the tokens of the last append; if that had another number of tokens, the last Sq tokens of
+            each row.
+        cache: filled by its `append`, including the keys of these tokens.
         index_q: [B, Hkv, Sq, Di]; may be None if nothing is selected.
-        block_size: as for `attention`; equal to the page size of a paged cache.
-        block_indices: [B, Hkv, Sq, topk] of another layer, to attend to instead of selecting; -1 and blocks that the
-            query does not see are ignored.
-        Others: as for `attention`; `backend` may also be "triton".
+        block_size: as for `attention`; for a paged cache, its page size.
+        block_indices: [B, Hkv, Sq, topk] of another layer, used instead of a selection; -1 and blocks that the query
+            does not see are ignored.
+        Others: as for `attention`; "flex" has no kernel for this.
 
     Returns:
         out [B, Hq, Sq, D], or (out, AuxOutput) if `return_aux` is given. A row without keys gives 0.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
-        NotImplementedError: the backend named cannot run this.
+        NotImplementedError: the named backend cannot run this.
 
     >>> cache = MSACache(1, num_kv_heads=1, head_dim=16, index_head_dim=16, capacity=64)
     >>> cache.append(torch.randn(1, 1, 20, 16), torch.randn(1, 1, 20, 16), torch.randn(1, 1, 20, 16))
@@ -55,36 +57,35 @@ def decode(
         raise TypeError(f"cache: expected an MSACache or a PagedMSACache, got {type(cache).__name__}")
     aux = validation.check_aux(return_aux)
     if aux.index_loss:
-        raise ValueError("return_aux: expected lse or block_indices, got index_loss; decode is for inference")
+        raise ValueError("return_aux: expected lse or block_indices, got index_loss, which decode does not compute")
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     validation.check_decode_inputs(q, index_q, cache, block_size, scale)
     backend = choose_backend("decode", backend, q)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    sequences = cache.newest(q.shape[2])
+    table = cache.newest(q.shape[2])
     choice = None
     if block_indices is not None:
         validation.check_block_indices(block_indices, q.shape[0], cache.k.shape[1], q.shape[2], q.device)
     elif topk is not None:
         if index_q is None:
-            raise TypeError("index_q: expected a tensor to select by, got None; or pass block_indices or topk=None")
-        choice = index_q.detach(), (block_size, topk, num_local_blocks, num_init_blocks)
+            raise TypeError("index_q: expected a tensor to select with, got None; or pass block_indices or topk=None")
+        choice = index_q.detach(), SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
+    lse: Tensor | None
     if backend == "reference":
         k, v, index_k = cache.contiguous()
-        ranges = key_ranges(sequences, q.shape[0], q.shape[2])
+        sequences = Sequences(q, cache.capacity, table=table)
         if choice is not None:
-            block_indices = reference.select_blocks(choice[0], index_k, *ranges, *choice[1])
-        out, lse = reference.block_sparse_attention(q, k, v, block_indices, *ranges, block_size, scale)
+            block_indices = _core.select_blocks(choice[0], index_k, sequences, choice[1], backend)
+        settings = _core.Settings(block_size, scale, backend=backend)
+        out, lse = _core.main_branch(q, k, v, block_indices, sequences, settings, aux)
     elif choice is not None:
-        branches = q.detach(), choice[0], cache.k, cache.v, cache.index_k, sequences
+        branches = q.detach(), choice[0], cache.k, cache.v, cache.index_k, table
+        numbers = block_size, topk, num_local_blocks, num_init_blocks, scale
         scales = cache.k_scale, cache.v_scale, cache.index_k_scale
-        out, lse, block_indices = ops.select_and_attend(
-            *branches, *choice[1], scale, backend, cache.page_table, *scales
-        )
+        out, lse, block_indices = ops.select_and_attend(*branches, *numbers, backend, cache.page_table, *scales)
     else:
         stored = cache.page_table, cache.k_scale, cache.v_scale
         out, lse = ops.attend_blocks(
-            q.detach(), cache.k, cache.v, block_indices, sequences, block_size, scale, backend, *stored
+            q.detach(), cache.k, cache.v, block_indices, table, block_size, scale, backend, *stored
         )
-    if return_aux is None:
-        return out
-    return out, AuxOutput(lse=lse if aux.lse else None, block_indices=block_indices if aux.block_indices else None)
+    return out if return_aux is None else (out, _core.requested(aux, lse, block_indices))

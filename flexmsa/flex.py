@@ -1,8 +1,8 @@
 """MSA through FlexAttention: block_indices become a BlockMask over GQA groups packed into rows.
 
-FlexAttention decides per block of rows which keys are read, MSA per token. So the G query heads of a group are packed
-into the rows, ordered (token, head in group), and one row block is one token or a few neighbouring ones; the mask_mod
-asks each token's own choice, and therefore holds with and without the lists, eager and compiled.
+FlexAttention decides which keys to read per block of rows, MSA per token. Therefore the G query heads of a group are
+packed into the rows, ordered (token, head in group), and one row block is one token or a few neighbouring ones. The
+mask_mod tests each token's own selection, so it is exact with and without the lists, eager and compiled.
 """
 
 import functools
@@ -16,13 +16,13 @@ from torch.nn.attention.flex_attention import AuxRequest as FlexAuxRequest
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexmsa import ops, validation
-from flexmsa.types import Lengths
+from flexmsa._sequences import Sequences
 
 __all__ = ["create_block_mask", "pack_gqa", "packed_flex_attention", "unpack_gqa"]
 
-# FlexAttention's CUDA backward wants row and key blocks that are multiples of this.
+# FlexAttention's CUDA backward needs row and key blocks that are multiples of this.
 _BACKWARD_ROWS = 128
-# The fewest rows that a tensor-core product takes.
+# The fewest rows of a tensor-core product.
 _FORWARD_ROWS = 16
 
 
@@ -34,7 +34,7 @@ def pack_gqa(q: Tensor, num_kv_heads: int) -> Tensor:
         num_kv_heads: the number of groups Hkv; divides Hq.
 
     Returns:
-        [B, Hkv, Sq * G, ...] contiguous, G = Hq / Hkv; row t * G + g is token t of head g of the group.
+        [B, Hkv, Sq * G, ...] contiguous, with G = Hq / Hkv; row t * G + g is token t of head g of the group.
 
     Raises:
         ValueError: `num_kv_heads` does not divide the heads.
@@ -85,15 +85,15 @@ def create_block_mask(
         seqlen_k: keys Sk.
         block_size: keys in one block of the selection.
         cu_seqlens, kv_starts, kv_lens: the sequences, as for `attention`.
-        with_backward: make the lists that FlexAttention's backward needs; without them row blocks are also smaller,
-            which suits inference.
+        with_backward: make the lists that FlexAttention's backward needs. False also makes row blocks smaller, which
+            is faster for inference.
 
-    The mask takes B * Hkv * Sq * blocks bytes for the membership, and the lists for the backward
-    B * Hkv * (Sk / 128) * (Sq * G / 128) * 8 on CUDA.
+    The membership table takes B * Hkv * Sq * blocks bytes, and on CUDA the lists for the backward take
+    B * Hkv * (Sk / 128) * (Sq * G / 128) * 8 bytes.
 
     Returns:
         A BlockMask for q packed to [B, Hkv, Sq * G, D] and k, v [B, Hkv, Sk, D]. Its mask_mod(b, h, row, key) can be
-        used alone; in a score_mod beside it, token = row // G and head = h * G + row % G.
+        used alone; in a score_mod used with it, token = row // G and head = h * G + row % G.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -104,39 +104,32 @@ def create_block_mask(
     (1, 1, 8, 4)
     """
     validation.check_block_mask_inputs(block_indices, num_heads, seqlen_k, block_size, cu_seqlens, kv_starts, kv_lens)
-    lengths = cu_seqlens, kv_starts, kv_lens
-    return selection_block_mask(block_indices, num_heads, seqlen_k, block_size, lengths, with_backward)
+    sequences = Sequences(block_indices, seqlen_k, cu_seqlens, kv_starts, kv_lens)
+    return selection_block_mask(block_indices, num_heads, block_size, sequences, with_backward)
 
 
 def _tokens_per_row_block(device: torch.device, group_size: int, with_backward: bool) -> int:
-    """As few tokens as the kernels allow: the fewer share a row block, the smaller the union of their blocks."""
+    """Return the fewest tokens that the kernels allow: the fewer share a row block, the fewer blocks it reads."""
     rows = 1 if device.type == "cpu" else (_BACKWARD_ROWS if with_backward else _FORWARD_ROWS)
     return rows // math.gcd(rows, group_size)
 
 
 def selection_block_mask(
-    block_indices: Tensor,
-    num_heads: int,
-    seqlen_k: int,
-    block_size: int,
-    lengths: Lengths,
-    with_backward: bool,
+    block_indices: Tensor, num_heads: int, block_size: int, sequences: Sequences, with_backward: bool
 ) -> BlockMask:
-    """`create_block_mask` on checked input."""
+    """Make the BlockMask of `create_block_mask` from checked input."""
     _, num_kv_heads, seqlen_q, topk = block_indices.shape
+    seqlen_k, aligned = sequences.seqlen_k, sequences.are_aligned
     group_size = num_heads // num_kv_heads
     on_cpu = block_indices.device.type == "cpu"
     tokens = _tokens_per_row_block(block_indices.device, group_size, with_backward)
     mask_block = block_size if on_cpu or block_size % _BACKWARD_ROWS == 0 else _BACKWARD_ROWS
     num_blocks = (seqlen_k + mask_block - 1) // mask_block
-    # The CPU template walks lists as wide as the keys; on CUDA a list holds no more than its tokens can choose.
-    pieces = (block_size + mask_block - 2) // mask_block + 1
-    width = num_blocks if on_cpu else min(num_blocks, tokens * topk * pieces)
-    cu_seqlens, kv_starts, _ = lengths
-    aligned = cu_seqlens is None and kv_starts is None
-    sequences = ops.sequence_table(block_indices, *lengths, seqlen_k)
+    # The CPU template reads lists as wide as the keys; on CUDA a list holds at most the blocks that its tokens select.
+    mask_blocks_per_block = (block_size + mask_block - 2) // mask_block + 1
+    width = num_blocks if on_cpu else min(num_blocks, tokens * topk * mask_blocks_per_block)
     *lists, membership, start, end = ops.block_mask_lists(
-        block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward
+        block_indices, sequences.table, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward
     )
 
     def aligned_mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -149,20 +142,19 @@ def selection_block_mask(
         block = torch.clamp(offset, min=0) // block_size
         return (offset >= 0) & (key < end[b, token]) & membership[b, h, token, block]
 
-    # Where all blocks start at multiples of their size, a tile's columns know theirs without asking the row.
+    # If all blocks start at multiples of block_size, a key's block does not depend on the row.
     mask_mod = aligned_mask_mod if aligned else shifted_mask_mod
     row_block = tokens * group_size, mask_block
     return _block_mask(lists, (seqlen_q * group_size, seqlen_k), row_block, mask_mod, with_backward)
 
 
-def dense_block_mask(q: Tensor, k: Tensor, lengths: Lengths, with_backward: bool) -> BlockMask:
-    """The BlockMask of the warm-up: every visible key, for the rows of `pack_gqa(q)`."""
+def dense_block_mask(q: Tensor, k: Tensor, sequences: Sequences, with_backward: bool) -> BlockMask:
+    """Make the BlockMask of the warm-up: every visible key, for the rows of `pack_gqa(q)`."""
     group_size = q.shape[1] // k.shape[1]
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     tokens = _tokens_per_row_block(q.device, group_size, with_backward)
-    sequences = ops.sequence_table(q, *lengths, seqlen_k)
     *lists, start, end = ops.dense_mask_lists(
-        sequences, q.shape[0], seqlen_q, seqlen_k, _BACKWARD_ROWS, tokens, with_backward
+        sequences.table, q.shape[0], seqlen_q, seqlen_k, _BACKWARD_ROWS, tokens, with_backward
     )
 
     def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -206,8 +198,8 @@ def _compiled_flex_attention(device: str) -> Callable[..., Any]:
 def _flex_attention(q: Tensor, *args: Any, **settings: Any) -> Any:
     if torch.compiler.is_compiling():
         return flex_attention(q, *args, **settings)
-    # A model's own variety (training or not, warm-up or not, with lse or not) fills the default limit of 8, after
-    # which FlexAttention would silently run dense.
+    # The variants of one model (training or not, warm-up or not, with lse or not) can reach the default limit of 8.
+    # Above the limit FlexAttention would silently run dense.
     with torch._dynamo.config.patch(recompile_limit=64):
         return _compiled_flex_attention(q.device.type)(q, *args, **settings)
 
@@ -222,23 +214,22 @@ def packed_flex_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Call FlexAttention with the group packed into rows: exact for any group size, on CPU and CUDA.
+    """Call FlexAttention with each group packed into rows: exact for any group size, on CPU and CUDA.
 
-    FlexAttention is compiled here if the caller is not being compiled already: run as it is, it would make an
-    S x S tensor.
+    This compiles FlexAttention, unless the caller is being compiled: uncompiled FlexAttention makes an S x S tensor.
 
     Args:
         q: [B, Hq, Sq, D]; k, v: [B, Hkv, Sk, D].
         block_mask: from `create_block_mask`.
         score_mod: as FlexAttention's, in packed coordinates: token = row // G, head = h * G + row % G.
-        scale: multiplies the scores; default 1 / sqrt(D).
+        scale: factor of the scores; default 1 / sqrt(D).
         return_lse: return (out, lse [B, Hq, Sq] float32); on CUDA only.
 
     Returns:
         out [B, Hq, Sq, D], or (out, lse).
 
     Raises:
-        NotImplementedError: a gradient or lse is asked for on a CPU, where FlexAttention has neither.
+        NotImplementedError: a gradient or lse is needed on a CPU, where FlexAttention computes neither.
     """
     on_cpu = q.device.type == "cpu"
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -261,9 +252,10 @@ def packed_flex_attention(
 
 
 def _kernel_options(block_mask: BlockMask) -> dict[str, Any]:
-    """Row tiles that divide a row block; never the decoding kernel, which ignores the size of our row blocks.
+    """Return kernel options: row tiles that divide a row block, two stages, and never the decoding kernel.
 
-    Two stages, because mask_mod's loads are pipelined too, and with three a tile outgrows Hopper's shared memory.
+    The decoding kernel ignores the size of our row blocks. mask_mod's loads are pipelined too, so with three stages a
+    tile does not fit into Hopper's shared memory.
     """
     rows = block_mask.BLOCK_SIZE[0]
     options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True, "fwd_num_stages": 2, "bwd_num_stages": 2}

@@ -1,12 +1,12 @@
-"""Attention and its steps apart: check the input, fill the defaults, pick the backend, call the operators."""
+"""Attention and its single steps: check the input, fill in the defaults, and call the core."""
 
-import torch
 from torch import Tensor
 
-from flexmsa import dense, flex, ops, reference, validation
-from flexmsa.backends import choose_backend, dense_backend, step_backend
-from flexmsa.kernels.sequences import key_ranges
-from flexmsa.types import AuxOutput, AuxRequest, Lengths
+from flexmsa import _core, ops, validation
+from flexmsa._sequences import check_sequences
+from flexmsa.backends import choose_backend
+from flexmsa.kernels.rules import SelectionRule
+from flexmsa.types import AuxOutput, AuxRequest
 
 __all__ = ["attention", "block_sparse_attention", "index_loss", "select_blocks"]
 
@@ -30,9 +30,10 @@ def attention(
     backend: str | None = None,
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
-    """MiniMax Sparse Attention (arXiv 2606.13392): select blocks of keys by the index branch, attend to them exactly.
+    """MiniMax Sparse Attention (arXiv 2606.13392): the index branch selects blocks of keys, the main branch attends to
+    them exactly.
 
-    Causal, the last query aligned with the last key. All tensors share one floating dtype; any strides.
+    Causal; the last query is aligned with the last key. All tensors have the same floating dtype, and any strides.
 
     Args:
         q: [B, Hq, Sq, D].
@@ -40,27 +41,27 @@ def attention(
         index_q: [B, Hkv, Sq, Di], one index head for each group.
         index_k: [B, 1, Sk, Di], one head for all groups.
         block_size: keys in one block.
-        topk: blocks that a query keeps in each group, forced ones among them. None is the warm-up: both branches are
-            dense, and the loss runs over the whole visible sequence.
-        num_local_blocks: the newest visible blocks, always kept; at least 1, the query's own.
-        num_init_blocks: the oldest blocks, always kept.
-        scale: of the main scores; default 1 / sqrt(D).
-        index_scale: of the index scores in the loss; default 1 / sqrt(Di).
+        topk: the number of blocks that a query selects in each group, including the forced blocks. None is the
+            warm-up: both branches are dense, and the loss covers all visible keys.
+        num_local_blocks: how many of the newest visible blocks are always selected; at least 1, the query's own.
+        num_init_blocks: how many of the oldest blocks are always selected.
+        scale: factor of the main scores; default 1 / sqrt(D).
+        index_scale: factor of the index scores in the loss; default 1 / sqrt(Di).
         cu_seqlens: [documents + 1] int32, offsets of documents packed along S (B = 1, Sq = Sk).
-        kv_starts, kv_lens: [B] int32; the keys of row b are kv_starts[b] .. kv_lens[b]-1 (left padding, a part-filled
-            cache), its queries the last ones. Blocks are anchored at each sequence's first token, so that a document
-            or a padded row gets what it gets alone.
-        backend: None picks the fastest for the device; "torch" (plain PyTorch, any device), "triton", "flex" or
-            "reference" (dense) name one, and steps that it does not have are left to the default.
-        return_aux: what else to return.
+        kv_starts, kv_lens: [B] int32; the keys of row b are kv_starts[b] .. kv_lens[b]-1 (left padding, a partly
+            filled cache), and its queries are the last of these tokens. Blocks are counted from each sequence's first
+            token, so a document or a padded row gives the same results as alone.
+        backend: None picks the fastest backend for the device; "torch" (plain PyTorch, any device), "triton", "flex"
+            and "reference" (dense) name one. A step that the named backend does not have uses the default.
+        return_aux: the additional results to return.
 
     Returns:
-        out [B, Hq, Sq, D], contiguous, or (out, AuxOutput) if `return_aux` is given. `out` has gradients to q, k and
-        v only, `index_loss` to index_q and index_k only. A query that sees no key gives 0.
+        out [B, Hq, Sq, D], contiguous, or (out, AuxOutput) if `return_aux` is given. `out` has gradients for q, k and
+        v only, `index_loss` for index_q and index_k only. A query that sees no key gives 0.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
-        NotImplementedError: the backend named cannot run this.
+        NotImplementedError: the named backend cannot run this.
 
     >>> q, k, v = torch.randn(1, 4, 64, 16), torch.randn(1, 2, 64, 16), torch.randn(1, 2, 64, 16)
     >>> index_q, index_k = torch.randn(1, 2, 64, 16), torch.randn(1, 1, 64, 16)
@@ -69,53 +70,20 @@ def attention(
     >>> out.shape, aux.block_indices[0, 0, 40:].amax().item()
     (torch.Size([1, 4, 64, 16]), 3)
     """
-    _reject_forward_ad(q, k, v, index_q, index_k)
+    validation.reject_forward_ad(q, k, v, index_q, index_k)
     validation.check_main_inputs(q, k, v, scale)
     validation.check_index_inputs(index_q, index_k, index_scale)
     validation.check_branches_match(q, k, index_q, index_k)
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     choose_backend("block_sparse_attention", backend, q)
-    q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
     aux = validation.check_aux(return_aux)
-    block_indices = None
-    if topk is not None:
-        block_indices = select_blocks(
-            index_q,
-            index_k,
-            block_size=block_size,
-            topk=topk,
-            num_local_blocks=num_local_blocks,
-            num_init_blocks=num_init_blocks,
-            cu_seqlens=cu_seqlens,
-            kv_starts=kv_starts,
-            kv_lens=kv_lens,
-            backend=step_backend("select_blocks", backend, index_q),
-        )
-    lengths = cu_seqlens, kv_starts, kv_lens
-    out, lse = _attend(q, k, v, block_indices, block_size, scale, backend, lengths, aux)
-    if return_aux is None:
-        return out
-    loss = None
-    if aux.index_loss:
-        assert lse is not None
-        loss = index_loss(
-            q,
-            k,
-            index_q,
-            index_k,
-            block_indices,
-            lse,
-            block_size=block_size,
-            scale=scale,
-            index_scale=index_scale,
-            cu_seqlens=cu_seqlens,
-            kv_starts=kv_starts,
-            kv_lens=kv_lens,
-            backend=step_backend("index_loss", backend, q),
-        )
-    return out, AuxOutput(
-        lse=lse if aux.lse else None, block_indices=block_indices if aux.block_indices else None, index_loss=loss
-    )
+    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
+    q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
+    scale, index_scale = _scale(scale, q), _scale(index_scale, index_q)
+    rule = None if topk is None else SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
+    settings = _core.Settings(block_size, scale, index_scale, rule, backend)
+    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux)
+    return out if return_aux is None else (out, found)
 
 
 def select_blocks(
@@ -131,48 +99,39 @@ def select_blocks(
     kv_lens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Choose, for each query and group, the blocks of keys whose best index score is highest (paper, index branch).
+    """Select, for each query and group, the blocks of keys with the highest index scores (paper, index branch).
 
-    A block scores max over its visible keys j of <index_q[i, r], index_k[j]>; equal scores are decided for the
-    smaller id. Whatever the numbers, an id is -1 or a visible block. No gradient.
+    The score of a block is the maximum of <index_q[i, r], index_k[j]> over its visible keys j; of equal scores, the
+    smaller id is selected first. An id is always -1 or a visible block, even for NaN and infinite scores. No gradient.
 
     Args:
         index_q: [B, Hkv, Sq, Di]; index_k: [B, 1, Sk, Di]. Both may be float8_e4m3fn, which is faster on GPUs that
-            multiply it (Hopper, Blackwell) and ranks a little differently: cast `index_q * c` and `index_k * d`, with
-            positive numbers c and d that bring them within +-448, as such factors change no choice.
-        Others: as for `attention`; `backend` may also be "triton".
+            multiply it (Hopper, Blackwell) and ranks blocks slightly differently. Cast `index_q * c` and `index_k * d`,
+            with positive numbers c and d that bring all values within +-448; such factors do not change the selection.
+        Others: as for `attention`; "flex" has no kernel for this.
 
     Returns:
-        block_indices [B, Hkv, Sq, topk] int32, ascending, padded on the right with -1. Ids count from the first block
-        of the query's own sequence.
+        block_indices [B, Hkv, Sq, topk] int32, ascending, padded on the right with -1. Id 0 is the first block of
+        the query's own sequence.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
-        NotImplementedError: the backend named cannot run this.
+        NotImplementedError: the named backend cannot run this.
 
     >>> index_k = torch.tensor([[3.0], [0.0], [1.0], [9.0]]).view(1, 1, 4, 1)
     >>> select_blocks(torch.ones(1, 1, 4, 1), index_k, block_size=1, topk=2)[0, 0].tolist()
     [[0, -1], [0, 1], [0, 2], [0, 3]]
     """
-    _reject_forward_ad(index_q, index_k)
+    validation.reject_forward_ad(index_q, index_k)
     validation.check_index_inputs(index_q, index_k, e4m3=True)
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     if topk is None:
         raise TypeError("topk: expected an int, got None; the dense warm-up selects nothing")
-    batch, _, seqlen_q, _ = index_q.shape
-    seqlen_k = index_k.shape[2]
-    validation.check_sequences(batch, seqlen_q, seqlen_k, index_q.device, cu_seqlens, kv_starts, kv_lens)
+    sequences = check_sequences(index_q, index_k.shape[2], cu_seqlens, kv_starts, kv_lens)
     backend = choose_backend("select_blocks", backend, index_q)
     index_q, index_k = ops.cast_to_autocast(index_q, index_k)
-    sequences = ops.sequence_table(index_q, cu_seqlens, kv_starts, kv_lens, seqlen_k)
-    if backend == "reference":
-        start, end = key_ranges(sequences, batch, seqlen_q)
-        return reference.select_blocks(
-            index_q, index_k, start, end, block_size, topk, num_local_blocks, num_init_blocks
-        )
-    return ops.select_blocks(
-        index_q.detach(), index_k.detach(), sequences, block_size, topk, num_local_blocks, num_init_blocks, backend
-    )
+    rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
+    return _core.select_blocks(index_q, index_k, sequences, rule, backend)
 
 
 def block_sparse_attention(
@@ -194,8 +153,8 @@ def block_sparse_attention(
     Args:
         q: [B, Hq, Sq, D]; k, v: [B, Hkv, Sk, D].
         block_indices: [B, Hkv, Sq, topk] int32 or int64, in any order; -1 is no block, an id given twice counts once,
-            and a block that the query does not see adds nothing. None takes every visible block. An id out of range
-            raises on a CPU and is ignored like -1 on a GPU, where reading it back would stop the device.
+            and a block that the query does not see adds nothing. None selects every visible block. An id out of range
+            raises on a CPU. On a GPU it is ignored like -1, because reading ids back would wait for the device.
         Others: as for `attention`.
 
     Returns:
@@ -203,7 +162,7 @@ def block_sparse_attention(
 
     Raises:
         ValueError, TypeError: an argument is not as described.
-        NotImplementedError: the backend named cannot run this, or `return_aux` asks for the loss.
+        NotImplementedError: the named backend cannot run this, or `return_aux` asks for the loss.
 
     >>> q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
     >>> every_block = torch.arange(2).expand(1, 2, 8, 2)
@@ -212,57 +171,20 @@ def block_sparse_attention(
     >>> torch.allclose(out, dense, atol=1e-5)
     True
     """
-    _reject_forward_ad(q, k, v)
+    validation.reject_forward_ad(q, k, v)
     validation.check_main_inputs(q, k, v, scale)
     aux = validation.check_aux(return_aux)
     if aux.index_loss:
         raise ValueError("return_aux: expected lse or block_indices, got index_loss; call flexmsa.index_loss for it")
-    q, k, v = ops.cast_to_autocast(q, k, v)
-    lengths = cu_seqlens, kv_starts, kv_lens
-    out, lse = _attend(q, k, v, block_indices, block_size, scale, backend, lengths, aux)
-    if return_aux is None:
-        return out
-    return out, AuxOutput(lse=lse if aux.lse else None, block_indices=block_indices if aux.block_indices else None)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor | None,
-    block_size: int,
-    scale: float | None,
-    backend: str | None,
-    lengths: Lengths,
-    aux: AuxRequest,
-) -> tuple[Tensor, Tensor | None]:
-    """Run the main branch on checked q, k, v; lse may be None if `aux` does not need it."""
-    batch, _, seqlen_q, head_dim = q.shape
-    seqlen_k = k.shape[2]
     validation.check_settings(block_size)
-    validation.check_sequences(batch, seqlen_q, seqlen_k, q.device, *lengths)
+    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
     if block_indices is not None:
-        validation.check_block_indices(block_indices, batch, k.shape[1], seqlen_q, q.device)
-    scale = head_dim**-0.5 if scale is None else scale
-    # cuDNN's lse has no gradient, which a caller who asked for it might want.
-    if block_indices is None and backend is None and not aux.lse and dense.cudnn_runs(q, k, lengths):
-        return dense.cudnn_attention(q, k, v, scale)
-    backend = (
-        dense_backend(backend, q) if block_indices is None else choose_backend("block_sparse_attention", backend, q)
-    )
-    if backend == "flex":
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        if block_indices is None:
-            mask = flex.dense_block_mask(q, k, lengths, needs_grad)
-        else:
-            mask = flex.selection_block_mask(block_indices, q.shape[1], seqlen_k, block_size, lengths, needs_grad)
-        result = flex.packed_flex_attention(q, k, v, mask, scale=scale, return_lse=aux.lse or aux.index_loss)
-        return result if isinstance(result, tuple) else (result, None)
-    sequences = ops.sequence_table(q, *lengths, seqlen_k)
-    if backend == "reference":
-        start, end = key_ranges(sequences, batch, seqlen_q)
-        return reference.block_sparse_attention(q, k, v, block_indices, start, end, block_size, scale)
-    return ops.block_sparse_attention(q, k, v, block_indices, sequences, block_size, scale, backend)
+        validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
+    choose_backend("block_sparse_attention", backend, q)
+    q, k, v = ops.cast_to_autocast(q, k, v)
+    settings = _core.Settings(block_size, _scale(scale, q), backend=backend)
+    out, lse = _core.main_branch(q, k, v, block_indices, sequences, settings, aux)
+    return out if return_aux is None else (out, _core.requested(aux, lse, block_indices))
 
 
 def index_loss(
@@ -283,16 +205,16 @@ def index_loss(
 ) -> Tensor:
     """The KL loss of the index branch against the main branch (paper, training).
 
-    For a query and group, with P the mean over the G heads of the main branch's probabilities and P_idx the softmax
-    of index_scale * <index_q, index_k>, both over the visible keys of the selected blocks: sum P (log P - log P_idx),
-    averaged over batch, groups and the queries that see a key. The gradient, P_idx - P for the scores, reaches
-    index_q and index_k only.
+    For each query and group, the loss is sum P (log P - log P_idx). P is the mean over the G heads of the main branch's
+    probabilities, P_idx the softmax of index_scale * <index_q, index_k>, both over the visible keys of the selected
+    blocks. The result is the mean over batch, groups and the queries that see a key. Only index_q and index_k get a
+    gradient; with respect to the scores it is P_idx - P.
 
     Args:
-        q, k: the main branch's, [B, Hq, Sq, D] and [B, Hkv, Sk, D].
+        q, k: of the main branch, [B, Hq, Sq, D] and [B, Hkv, Sk, D].
         index_q, index_k: [B, Hkv, Sq, Di] and [B, 1, Sk, Di].
-        block_indices: [B, Hkv, Sq, topk] as given to the main branch; None, every visible block, is the warm-up.
-        lse: [B, Hq, Sq], the main branch's over the same blocks.
+        block_indices: [B, Hkv, Sq, topk] as given to the main branch; None (every visible block) is the warm-up.
+        lse: [B, Hq, Sq], of the main branch for the same blocks.
         Others: as for `attention`.
 
     Returns:
@@ -300,49 +222,23 @@ def index_loss(
 
     Raises:
         ValueError, TypeError: an argument is not as described.
-        NotImplementedError: the backend named cannot run this.
+        NotImplementedError: the named backend cannot run this.
     """
-    _reject_forward_ad(q, k, index_q, index_k)
+    validation.reject_forward_ad(q, k, index_q, index_k)
     validation.check_main_inputs(q, k, k, scale)
     validation.check_index_inputs(index_q, index_k, index_scale)
     validation.check_branches_match(q, k, index_q, index_k)
     validation.check_settings(block_size)
-    batch, _, seqlen_q, head_dim = q.shape
-    seqlen_k = k.shape[2]
-    validation.check_sequences(batch, seqlen_q, seqlen_k, q.device, cu_seqlens, kv_starts, kv_lens)
+    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
     validation.check_lse(lse, q)
     if block_indices is not None:
-        validation.check_block_indices(block_indices, batch, k.shape[1], seqlen_q, q.device)
+        validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
     backend = choose_backend("index_loss", backend, q)
     q, k, index_q, index_k = ops.cast_to_autocast(q.detach(), k.detach(), index_q, index_k)
-    scale = head_dim**-0.5 if scale is None else scale
-    index_scale = index_q.shape[3] ** -0.5 if index_scale is None else index_scale
-    sequences = ops.sequence_table(q, cu_seqlens, kv_starts, kv_lens, seqlen_k)
-    if backend == "reference":
-        start, end = key_ranges(sequences, batch, seqlen_q)
-        return reference.index_loss(q, k, index_q, index_k, block_indices, start, end, block_size, scale, index_scale)
-    with_grad = torch.is_grad_enabled() and (index_q.requires_grad or index_k.requires_grad)
-    loss, _, _ = ops.index_loss(
-        q,
-        k,
-        index_q,
-        index_k,
-        block_indices,
-        lse.detach(),
-        sequences,
-        block_size,
-        scale,
-        index_scale,
-        with_grad,
-        backend,
-    )
-    return loss
+    settings = _core.Settings(block_size, _scale(scale, q), _scale(index_scale, index_q), backend=backend)
+    return _core.index_loss(q, k, index_q, index_k, block_indices, lse, sequences, settings)
 
 
-def _reject_forward_ad(*tensors: Tensor) -> None:
-    """Raise where a jvp would silently be zero: custom operators have no forward-mode rule."""
-    if torch.compiler.is_compiling():
-        return
-    for x in tensors:
-        if isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError("forward-mode differentiation (jvp) is not supported; use reverse mode")
+def _scale(scale: float | None, x: Tensor) -> float:
+    """Return `scale`, by default 1 / sqrt(the head dim of x)."""
+    return x.shape[3] ** -0.5 if scale is None else scale

@@ -1,4 +1,4 @@
-"""Health figures of the index branch: how well its choice matches where the main branch looks."""
+"""Health figures of the index branch: how well its selection matches the attention of the main branch."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,14 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexmsa import ops, reference, validation
-from flexmsa.kernels.sequences import key_ranges
+from flexmsa import reference, validation
+from flexmsa._sequences import check_sequences
 
 __all__ = ["Recall", "block_recall", "recall", "score_recall"]
 
 
 class Recall(NamedTuple):
-    """Two scalars from 0 to 1: the share of the best blocks that was chosen, and the share of their mass."""
+    """Two scalars from 0 to 1: the selected share of the best blocks, and the selected share of their mass."""
 
     block: Tensor
     score: Tensor
@@ -32,14 +32,15 @@ def recall(
     kv_lens: Tensor | None = None,
     chunk: int = 256,
 ) -> Recall:
-    """Compare a selection with the blocks that hold most of the main branch's dense attention (paper, health figures).
+    """Compare a selection with the blocks that have the most of the main branch's dense attention (paper, health
+    figures).
 
-    For each query and group, I is the selection and I* the |I| blocks of greatest attention mass, averaged over the
-    heads of the group. block = |I and I*| / |I*|; score = mass of (I and I*) / mass of I*. Both are averaged over the
-    queries that had a choice, those that see more blocks than they select; 1 where there is none.
+    For each query and group, I is the selection and I* the |I| blocks with the greatest attention mass, averaged over
+    the heads of the group. block = |I and I*| / |I*|; score = mass of (I and I*) / mass of I*. The results are means
+    over the queries with a choice (they see more blocks than they select), and 1 if no query has one.
 
-    The dense attention makes this quadratic in time: meant for a batch now and then. Memory is linear, `chunk`
-    queries at a time.
+    Time is quadratic because of the dense attention, so call this for single batches. Memory is linear: `chunk`
+    queries are compared at a time.
 
     Args:
         q: [B, Hq, Sq, D]; k: [B, Hkv, Sk, D]; block_indices: [B, Hkv, Sq, topk].
@@ -56,10 +57,8 @@ def recall(
     validation.check_main_inputs(q, k, k, scale)
     validation.check_settings(block_size)
     validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
-    validation.check_sequences(q.shape[0], q.shape[2], k.shape[2], q.device, cu_seqlens, kv_starts, kv_lens)
+    start, end = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens).key_ranges()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    sequences = ops.sequence_table(q, cu_seqlens, kv_starts, kv_lens, k.shape[2])
-    start, end = key_ranges(sequences, q.shape[0], q.shape[2])
 
     sums = torch.zeros(3, dtype=torch.float64, device=q.device)
     for here in _chunks(q.shape[2], chunk):
@@ -71,12 +70,12 @@ def recall(
 
 
 def block_recall(q: Tensor, k: Tensor, block_indices: Tensor, **settings) -> Tensor:
-    """The block recall of `recall`, alone: a scalar."""
+    """Return only the block recall of `recall`, a scalar."""
     return recall(q, k, block_indices, **settings).block
 
 
 def score_recall(q: Tensor, k: Tensor, block_indices: Tensor, **settings) -> Tensor:
-    """The score recall of `recall`, alone: a scalar."""
+    """Return only the score recall of `recall`, a scalar."""
     return recall(q, k, block_indices, **settings).score
 
 
@@ -86,7 +85,7 @@ def _chunks(length: int, chunk: int) -> Iterator[slice]:
 
 
 def _block_mass(q: Tensor, k: Tensor, start: Tensor, end: Tensor, block_size: int, scale: float) -> Tensor:
-    """Return [B, Hkv, Sq, blocks]: the attention that falls on each block, averaged over the heads of the group."""
+    """Return [B, Hkv, Sq, blocks]: the attention mass of each block, averaged over the heads of the group."""
     seqlen_k = k.shape[2]
     visible = reference.visible_keys(start, end, seqlen_k)[:, None]
     probabilities = reference.softmax(reference.main_scores(q, k, visible, scale)).mean(2)
@@ -96,18 +95,18 @@ def _block_mass(q: Tensor, k: Tensor, start: Tensor, end: Tensor, block_size: in
 
 
 def _compare(mass: Tensor, ids: Tensor, visible_keys: Tensor, block_size: int) -> Tensor:
-    """Return the number of queries that had a choice, and the sums of both recalls over them."""
+    """Return the number of queries with a choice, and the sums of both recalls over them."""
     blocks = mass.shape[-1]
     ids = ids.masked_fill(ids >= blocks, -1)
-    chosen = torch.zeros((*ids.shape[:-1], blocks + 1), dtype=torch.bool, device=ids.device)
-    chosen = chosen.scatter(-1, ids.masked_fill(ids < 0, blocks), True)[..., :blocks]
-    count = chosen.sum(-1, keepdim=True)
+    selected = torch.zeros((*ids.shape[:-1], blocks + 1), dtype=torch.bool, device=ids.device)
+    selected = selected.scatter(-1, ids.masked_fill(ids < 0, blocks), True)[..., :blocks]
+    count = selected.sum(-1, keepdim=True)
     rank = mass.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
     best = rank < count
-    both = best & chosen
+    both = best & selected
     visible_blocks = (visible_keys + block_size - 1).div(block_size, rounding_mode="floor")[:, None]
-    had_choice = (visible_blocks > count.squeeze(-1)) & (count.squeeze(-1) > 0)
+    has_choice = (visible_blocks > count.squeeze(-1)) & (count.squeeze(-1) > 0)
     block = both.sum(-1) / count.squeeze(-1).clamp(min=1)
     best_mass = (mass * best).sum(-1)
     score = (mass * both).sum(-1) / best_mass.clamp(min=torch.finfo(mass.dtype).tiny)
-    return torch.stack([had_choice.sum(), block[had_choice].sum(), score[had_choice].sum()]).double()
+    return torch.stack([has_choice.sum(), block[has_choice].sum(), score[has_choice].sum()]).double()

@@ -1,21 +1,21 @@
-"""MSAttention: the whole layer as an nn.Module."""
+"""MSAttention: the attention layer as an nn.Module."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flexmsa import decoding, functional, ops, validation
+from flexmsa import decoding, functional, validation
+from flexmsa._sequences import Sequences
 from flexmsa.cache import Cache, MSACache
 from flexmsa.config import MSAConfig
-from flexmsa.kernels.sequences import key_ranges
 from flexmsa.types import AuxRequest
 
 __all__ = ["MSAttention", "Projections", "rotate"]
 
 
 def rotate(x: Tensor, positions: Tensor, rotary_dim: int, theta: float) -> Tensor:
-    """Rotary position embedding of the first `rotary_dim` dimensions, halves paired (i, i + rotary_dim / 2).
+    """Apply rotary position embedding to the first `rotary_dim` dimensions, in pairs (i, i + rotary_dim / 2).
 
     Args:
         x: [B, H, S, D]; positions: [B, S] int, counted from each sequence's first token.
@@ -26,8 +26,8 @@ def rotate(x: Tensor, positions: Tensor, rotary_dim: int, theta: float) -> Tenso
     angle = positions[:, None, :, None].float() * theta**-exponent
     cos, sin = angle.cos(), angle.sin()
     left, right = x[..., :rotary_dim].float().chunk(2, dim=-1)
-    turned = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
-    return torch.cat([turned.to(x.dtype), x[..., rotary_dim:]], dim=-1)
+    rotated = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+    return torch.cat([rotated.to(x.dtype), x[..., rotary_dim:]], dim=-1)
 
 
 class Projections(NamedTuple):
@@ -43,8 +43,8 @@ class Projections(NamedTuple):
 class MSAttention(nn.Module):
     """Causal self-attention with a learned selection of key blocks (arXiv 2606.13392).
 
-    The index branch reads the layer's input detached, so that its loss trains the index projections alone. Set
-    `layer.topk = None` for the dense warm-up and an int to switch the selection on.
+    The index branch reads the layer's input detached, so its loss trains only the index projections. Set
+    `layer.topk = None` for the dense warm-up, and an int to select blocks.
 
     >>> config = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=8, index_head_dim=8, block_size=4, topk=2)
     >>> layer = MSAttention(config)
@@ -79,9 +79,9 @@ class MSAttention(nn.Module):
         index_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
     ) -> MSACache:
-        """Return an empty cache for this layer, on its device, and in its dtype if none is given.
+        """Return an empty cache for this layer, on its device; its dtype is the layer's unless `dtype` is given.
 
-        For use under autocast, give the region's.
+        Under autocast, pass the region's dtype.
         """
         weight = self.k_proj.weight
         config = self.config
@@ -109,24 +109,24 @@ class MSAttention(nn.Module):
         with_index_loss: bool | None = None,
         backend: str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+        """Project x, attend, and project the output.
 
         Args:
-            x: [B, S, hidden_size]; with a cache, the tokens that follow those in it.
-            cache: appended to in place; attention runs over all of it. For inference.
-            lens: [B] int; with a cache, only the first lens[b] tokens of row b are new ones.
-            block_indices: [B, Hkv, S, topk] of another layer, to attend to instead of selecting; with a cache.
-            cu_seqlens, kv_starts: documents packed along S, or padding on the left, as for `flexmsa.attention`; a
-                cache has its own kv_starts.
+            x: [B, S, hidden_size]; with a cache, the tokens that follow those in the cache.
+            cache: the new keys are appended to it in place, and the tokens attend to all of it. For inference.
+            lens: [B] int; with a cache, only the first lens[b] tokens of row b are new tokens.
+            block_indices: [B, Hkv, S, topk] of another layer, used instead of a selection; with a cache.
+            cu_seqlens, kv_starts: packed documents, or padding on the left, as for `flexmsa.attention`; a cache has
+                its own kv_starts.
             with_index_loss: compute the loss of the index branch; default: in training mode without a cache.
             backend: as for `flexmsa.attention`.
 
         Returns:
-            out [B, S, hidden_size], and the index loss, a scalar, or None if it was not asked for.
+            out [B, S, hidden_size], and the index loss, a scalar, or None if it was not requested.
 
         Raises:
-            ValueError: x has another shape, the cache is full, a cache came with cu_seqlens, kv_starts or a loss, or
-                lens or block_indices came without a cache.
+            ValueError: x has a wrong shape, the cache is full, a cache was given with cu_seqlens, kv_starts or a loss,
+                or lens or block_indices were given without a cache.
         """
         if x.dim() != 3 or x.shape[-1] != self.config.hidden_size:
             raise ValueError(f"x: expected [B, S, hidden_size={self.config.hidden_size}], got {list(x.shape)}")
@@ -161,20 +161,20 @@ class MSAttention(nn.Module):
         block_indices: Tensor | None = None,
         backend: str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Append to the cache and attend, as `forward` does; returns (out, block_indices) for a next layer to reuse.
+        """Append to the cache and attend, as `forward` does; also return block_indices, which other layers can reuse.
 
         Args:
             As for `forward`.
 
         Returns:
-            out [B, S, hidden_size], and the block_indices [B, Hkv, S, topk] attended to, None in the warm-up.
+            out [B, S, hidden_size], and the block_indices [B, Hkv, S, topk] of the attention, None in the warm-up.
         """
         if not isinstance(cache, Cache) or cache.batch_size != x.shape[0]:
             got = f"one of {cache.batch_size}" if isinstance(cache, Cache) else type(cache).__name__
             raise ValueError(f"cache: expected an MSACache or a PagedMSACache of x's {x.shape[0]} rows, got {got}")
         cache.check_room(x.shape[1], lens)
         q, k, v, index_q, index_k = self.project(x, positions=cache.next_positions(x.shape[1]))
-        # What `decode` would refuse must not have been appended.
+        # Checked before the append, so that an error leaves the cache unchanged.
         validation.check_decode_inputs(q, index_q, cache, self.config.block_size, None)
         if block_indices is not None:
             validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
@@ -207,16 +207,15 @@ class MSAttention(nn.Module):
         kv_starts: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Projections:
-        """Return what the layer attends with, for `flexmsa.metrics` or an attention call of one's own.
+        """Return the heads of both branches, for `flexmsa.metrics` or for another attention call.
 
         Args:
             x: [B, S, hidden_size].
-            cu_seqlens, kv_starts: the sequences, as for `flexmsa.attention`; RoPE counts from their start.
-            positions: [B, S] int, for RoPE, where something else is to be counted.
+            cu_seqlens, kv_starts: the sequences, as for `flexmsa.attention`; RoPE positions count from their starts.
+            positions: [B, S] int, RoPE positions that replace these.
         """
         if positions is None:
-            sequences = ops.sequence_table(x.unsqueeze(1), cu_seqlens, kv_starts, None, x.shape[1])
-            start, end = key_ranges(sequences, x.shape[0], x.shape[1])
+            start, end = Sequences(x.unsqueeze(1), x.shape[1], cu_seqlens, kv_starts).key_ranges()
             positions = (end - start - 1).clamp(min=0)
         config = self.config
         detached = x.detach()
@@ -224,15 +223,15 @@ class MSAttention(nn.Module):
         def heads(projected: Tensor, size: int) -> Tensor:
             return projected.unflatten(-1, (-1, size)).transpose(1, 2)
 
-        def turn(y: Tensor) -> Tensor:
+        def with_rope(y: Tensor) -> Tensor:
             return rotate(y, positions, config.rotary_size, config.rope_theta)
 
         return Projections(
-            q=turn(self.q_norm(heads(self.q_proj(x), config.head_dim))),
-            k=turn(self.k_norm(heads(self.k_proj(x), config.head_dim))),
+            q=with_rope(self.q_norm(heads(self.q_proj(x), config.head_dim))),
+            k=with_rope(self.k_norm(heads(self.k_proj(x), config.head_dim))),
             v=heads(self.v_proj(x), config.head_dim),
-            index_q=turn(self.index_q_norm(heads(self.index_q_proj(detached), config.index_head_dim))),
-            index_k=turn(self.index_k_norm(heads(self.index_k_proj(detached), config.index_head_dim))),
+            index_q=with_rope(self.index_q_norm(heads(self.index_q_proj(detached), config.index_head_dim))),
+            index_k=with_rope(self.index_k_norm(heads(self.index_k_proj(detached), config.index_head_dim))),
         )
 
     def _merge(self, out: Tensor) -> Tensor:

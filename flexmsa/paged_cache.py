@@ -1,4 +1,4 @@
-"""PagedMSACache: keys, values and index keys in pages of one block, which rows take as they grow and may share."""
+"""PagedMSACache: keys, values and index keys in pages of one block; rows get pages as they grow, and can share them."""
 
 from typing import NoReturn, Self
 
@@ -16,7 +16,7 @@ class PagedMSACache(Cache):
     """Keys, values and index keys of one layer in pages: k, v [num_pages, Hkv, page_size, D], index_k
     [num_pages, 1, page_size, Di]; block b of row r lies in page page_table[r, b].
 
-    Rows take free pages as tokens are appended. In compiled code and CUDA graphs they cannot, so `reserve` before.
+    An append gives rows the free pages that they need. It cannot in compiled code and CUDA graphs: `reserve` first.
 
     >>> cache = PagedMSACache(2, num_kv_heads=1, head_dim=16, index_head_dim=8, num_pages=6, max_pages=4, page_size=4)
     >>> cache.append(torch.ones(2, 1, 6, 16), torch.ones(2, 1, 6, 16), torch.ones(2, 1, 6, 8))
@@ -46,9 +46,9 @@ class PagedMSACache(Cache):
         """Allocate an empty cache.
 
         Args:
-            num_pages: pages for all rows together.
-            max_pages: pages that one row can have.
-            page_size: tokens in a page; the attention's block_size.
+            num_pages: the number of pages for all rows together.
+            max_pages: the most pages that one row can have.
+            page_size: tokens per page; the attention's block_size.
             dtype, index_dtype: as for `MSACache`.
         """
         validation.check_cache_sizes(
@@ -82,21 +82,21 @@ class PagedMSACache(Cache):
         v_scale: Tensor | None = None,
         index_k_scale: Tensor | None = None,
     ) -> Self:
-        """Return a cache on the buffers of a server that hands out pages itself.
+        """Return a cache on the buffers of a server that assigns pages itself.
 
-        The server writes page_table (before an append, for the pages that it needs) and may write kv_lens; `append`
-        writes kv_lens too, so each layer has its own. To decode after kv_lens was written, with no append between, call
-        `trim(0)` first. `reserve`, `share` and `reorder` are the server's business. On a GPU an append to a row that is
-        full leaves it as it is, and `check` raises afterwards, as in compiled code.
+        The server writes page_table (before an append, with the pages that the append needs) and may write kv_lens.
+        `append` also writes kv_lens, so each layer needs its own. If the server writes kv_lens and then decodes without
+        an append, call `trim(0)` first. `reserve`, `share` and `reorder` raise: the server does their work. On a GPU,
+        an append leaves a full row unchanged, and `check` raises afterwards, as in compiled code.
 
         Args:
             k, v: [num_pages, Hkv, page_size, D]; index_k: [num_pages, 1, page_size, Di].
             page_table: [B, max_pages] int32; kv_lens: [B] int32; both contiguous.
-            k_scale, v_scale, index_k_scale: of e4m3 pools, uint8 of their shape but for D. None: new ones, for pools
-                that hold nothing yet.
+            k_scale, v_scale, index_k_scale: for e4m3 pools, uint8 of the pool's shape without D. None: new scales, for
+                empty pools.
 
         Raises:
-            ValueError, TypeError: shapes, dtypes or devices do not fit together.
+            ValueError, TypeError: shapes, dtypes or devices do not match.
         """
         scales = {"k_scale": k_scale, "v_scale": v_scale, "index_k_scale": index_k_scale}
         validation.check_pools({"k": k, "v": v, "index_k": index_k}, scales)
@@ -108,24 +108,24 @@ class PagedMSACache(Cache):
 
     @property
     def page_size(self) -> int:
-        """Tokens in a page."""
+        """The number of tokens per page."""
         return self.k.shape[2]
 
     @property
     def capacity(self) -> int:  # type: ignore[override]
-        """Tokens that a row can hold at most."""
+        """The number of tokens that a row can hold."""
         return self.page_table.shape[1] * self.page_size
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that no row has."""
+        """The number of pages that no row uses."""
         return self._own_pages().num_free
 
     def reserve(self, tokens: int | list[int]) -> None:
-        """Give every row pages for `tokens` tokens in all, or row b for tokens[b]; more than it has stays.
+        """Give every row enough pages for `tokens` tokens, or row b for tokens[b]; a row never loses pages by this.
 
         Raises:
-            ValueError: a row cannot have so many, or too few pages are free. The cache is then unchanged.
+            ValueError: a row cannot hold so many, or too few pages are free. The cache is then unchanged.
         """
         wanted = tokens if isinstance(tokens, list) else [tokens] * self.batch_size
         if len(wanted) != self.batch_size:
@@ -141,9 +141,9 @@ class PagedMSACache(Cache):
         self._keep(pages)
 
     def share(self, source: int, rows: list[int], tokens: int) -> None:
-        """Let rows begin with the first `tokens` tokens of row `source`, whatever they held, without a copy.
+        """Replace the tokens of `rows` by the first `tokens` tokens of row `source`.
 
-        Full pages are shared; the tokens after the last full page are copied. What is reserved stays so.
+        The rows share full pages, and copy the tokens after the last full page. Reserved pages stay reserved.
 
         Raises:
             ValueError: the source is shorter, or too few pages are free. The cache is then unchanged.
@@ -168,10 +168,10 @@ class PagedMSACache(Cache):
         self._set_lens(rows, tokens)
 
     def reorder(self, rows: Tensor) -> Self:
-        """Make row b a copy of what row rows[b] was, for beam search; returns the cache.
+        """Copy row rows[b] to row b for each b at once, for beam search; return the cache.
 
-        Full pages are shared, part-filled ones copied. What is reserved for a row stays so. Waits for the device, to
-        know the lengths.
+        The rows share full pages, and copy partly filled ones. Pages reserved for a row stay reserved. Waits for the
+        device, to read the lengths.
 
         Args:
             rows: [B] int.
@@ -192,9 +192,14 @@ class PagedMSACache(Cache):
         return self
 
     def trim(self, counts: int | Tensor) -> None:
-        """As `Cache.trim`. If rows share pages, this waits for the device, and a row that is cut back into a shared
-        page gets a copy of it; not so in compiled code and CUDA graphs, where no row may be cut back that far. If too
-        few pages are free for that, it raises ValueError, and the cache is unchanged."""
+        """Remove tokens as `Cache.trim` does.
+
+        If rows share pages, this waits for the device, and a row that then ends within a shared page gets a copy of
+        it. Compiled code and CUDA graphs make no such copies, so there no row may end within a shared page.
+
+        Raises:
+            ValueError: too few pages are free for the copies. The cache is then unchanged.
+        """
         if self._pages is None or is_recorded() or not any(map(self._pages.is_shared, range(self.batch_size))):
             super().trim(counts)
             return
@@ -208,7 +213,7 @@ class PagedMSACache(Cache):
             raise
 
     def _leave_shared_pages(self) -> None:
-        """Give rows that end within a page which others have a copy of it."""
+        """Give each row that ends within a shared page a copy of that page."""
         pages, copies = self._own_pages().copy(), []
         for row, length in enumerate(self.kv_lens.tolist()):
             if pages.is_shared(row, length // self.page_size):
@@ -219,7 +224,7 @@ class PagedMSACache(Cache):
         self._keep(pages, copies)
 
     def reset(self, rows: list[int] | None = None) -> None:
-        """Forget every token of the rows, or of all, and free their pages."""
+        """Remove all tokens of the given rows, or of all rows, and free their pages."""
         rows = list(range(self.batch_size)) if rows is None else rows
         validation.check_rows("rows", rows, self.batch_size)
         if self._pages is not None:
@@ -235,7 +240,7 @@ class PagedMSACache(Cache):
         return rows.transpose(1, 2).flatten(2, 3)
 
     def _known_counts(self, count: int, lens: Tensor | None) -> list[int]:
-        # Pages are handed out by exact lengths, or bounds that grow too fast would use them up.
+        # Pages are assigned by exact lengths: bounds grow faster than lengths and would use up the pages.
         return super()._known_counts(count, lens) if lens is None else lens.clamp(0, count).tolist()
 
     def _make_room(self, lengths: list[int]) -> bool:
@@ -261,15 +266,15 @@ class PagedMSACache(Cache):
             max(0, self._pages_for(self._bounds[row] + more) - len(pages.rows[row])) for row, more in enumerate(counts)
         )
         raise ValueError(
-            f"cache: expected to need at most the {pages.num_free} pages that are free, got {needed}; make it with "
-            "more pages, or reset rows that are done"
+            f"cache: expected to need at most the {pages.num_free} pages that are free, got {needed}; make the "
+            "cache with more pages, or reset finished rows"
         )
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
     def _pages_in_use(self) -> Pages:
-        """Who has what, to be changed, without pages taken for tokens that were trimmed since."""
+        """Return a copy of the pages, without those of tokens that have been trimmed."""
         pages = self._own_pages().copy()
         for row, bound in enumerate(self._bounds):
             pages.truncate(row, max(self._pages_for(bound), self._reserved[row]))
@@ -277,7 +282,7 @@ class PagedMSACache(Cache):
 
     def _own_pages(self) -> Pages:
         if self._pages is None:
-            raise ValueError("cache: expected one that hands out its own pages, got one made by `wrap`")
+            raise ValueError("cache: expected a cache that assigns its own pages, got one made by `wrap`")
         return self._pages
 
     def _set_lens(self, rows: list[int], length: int) -> None:
@@ -287,7 +292,7 @@ class PagedMSACache(Cache):
         self._newest = None
 
     def _keep(self, pages: Pages, copies: list[tuple[int, int]] | None = None) -> None:
-        """Let `pages` be who has what from now on, on the device too, and copy what it takes."""
+        """Use `pages` from now on, write the page table on the device, and copy the pages (source, target)."""
         self._pages = pages
         width = self.page_table.shape[1]
         table = [row + [-1] * (width - len(row)) for row in pages.rows]

@@ -1,4 +1,4 @@
-"""Which row has which pages: the bookkeeping of a paged cache, on the host."""
+"""The pages of each row of a paged cache, tracked on the host."""
 
 from copy import copy
 from typing import Self
@@ -7,9 +7,9 @@ __all__ = ["Pages"]
 
 
 class Pages:
-    """The pages of each row, in order, and how many rows have each page; a page that no row has is free.
+    """The pages of each row, in order, and how many rows use each page; a page that no row uses is free.
 
-    A method that raises may leave things half done: change a `copy`, and keep it if all went well.
+    A method that raises may have made part of its changes: change a `copy`, and keep it if no method raised.
 
     >>> pages = Pages(num_pages=5, num_rows=2)
     >>> pages.extend(0, 3)
@@ -24,7 +24,7 @@ class Pages:
         self._free = list(range(num_pages - 1, -1, -1))
 
     def copy(self) -> Self:
-        """Return the same, to be changed by itself."""
+        """Return an independent copy."""
         other = copy(self)
         other.rows = [list(pages) for pages in self.rows]
         other._uses, other._free = list(self._uses), list(self._free)
@@ -32,24 +32,24 @@ class Pages:
 
     @property
     def num_free(self) -> int:
-        """Pages that no row has."""
+        """The number of pages that no row uses."""
         return len(self._free)
 
     def is_shared(self, row: int, first: int = 0) -> bool:
-        """Whether another row has any of the row's pages from number `first` on."""
+        """Return whether another row uses any of the row's pages from number `first` on."""
         return any(self._uses[page] > 1 for page in self.rows[row][first:])
 
     def extend(self, row: int, length: int) -> None:
         """Give the row free pages until it has `length`.
 
         Raises:
-            ValueError: there are too few.
+            ValueError: too few pages are free.
         """
         pages = self.rows[row]
         if length - len(pages) > len(self._free):
             raise ValueError(
                 f"cache: expected to need at most the {len(self._free)} pages that are free, got "
-                f"{length - len(pages)} more for row {row}; make it with more pages, or reset rows that are done"
+                f"{length - len(pages)} more for row {row}; make the cache with more pages, or reset finished rows"
             )
         while len(pages) < length:
             page = self._free.pop()
@@ -57,35 +57,35 @@ class Pages:
             pages.append(page)
 
     def extend_each(self, lengths: list[int]) -> None:
-        """Give row r free pages until it has lengths[r], as `extend` does."""
+        """Give each row r free pages until it has lengths[r], as `extend` does."""
         for row, length in enumerate(lengths):
             self.extend(row, length)
 
     def truncate(self, row: int, length: int) -> None:
-        """Take the pages after the first `length` from the row."""
+        """Remove the pages after the first `length` from the row."""
         self._assign({row: self.rows[row][:length]})
 
     def share(self, source: int, target: int, length: int) -> None:
-        """Let the target have the first `length` pages of the source, and none else."""
+        """Replace the target's pages by the first `length` pages of the source."""
         self._assign({target: self.rows[source][:length]})
 
     def own(self, row: int, length: int) -> tuple[int, int]:
-        """Give the row, which has `length` pages, a free one in place of the last; returns (old page, new page)."""
+        """Replace the last of the row's `length` pages by a free page; return (old page, new page)."""
         old = self.rows[row][length - 1]
         self.truncate(row, length - 1)
         self.extend(row, length)
         return old, self.rows[row][-1]
 
     def reorder(self, parents: list[int], lens: list[int], page_size: int) -> list[tuple[int, int]]:
-        """Give row b the pages of row parents[b]: full pages shared, a part-filled one copied to a page of its own.
+        """Give row b the pages of row parents[b]; rows share full pages, and get a free page for a partly filled one.
 
         Args:
-            lens: tokens in each row, as it was.
+            lens: the number of tokens in each row before.
 
         Returns:
-            (page to copy from, page to copy to) of each copy.
+            (page to copy from, page to copy to) for each partly filled page.
         """
-        # One child takes over all that its parent has: the parent's own row, or else the first.
+        # One child keeps all pages of its parent: the parent's own row if it is a child, else the first child.
         heirs = {parent: child for child, parent in reversed(list(enumerate(parents)))}
         heirs.update({row: row for row, parent in enumerate(parents) if row == parent})
         old = [list(pages) for pages in self.rows]

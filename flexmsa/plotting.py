@@ -1,4 +1,4 @@
-"""A picture of what is selected. Needs matplotlib, imported only when called: `pip install flexmsa[plot]`."""
+"""Plots of selections. They need matplotlib, imported only when called: `pip install flexmsa[plot]`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_selection", "selection_share"]
 
-# Panels side by side.
+# The most panels in a row.
 COLUMNS = 4
-# Blocks that still get some pixels each.
+# The most blocks that are drawn with sharp edges, several pixels each.
 SHARP_BLOCKS = 256
 
 
@@ -31,21 +31,22 @@ def plot_selection(
     title: str | None = None,
     figure: Figure | SubFigure | None = None,
 ) -> Figure:
-    """Draw which blocks of keys the queries chose: one panel a group, queries down, blocks across.
+    """Draw which blocks of keys the queries selected: one panel per group, queries from top to bottom, blocks from
+    left to right.
 
-    A long sequence is drawn in rows of several queries, and the colour is the share of a row's queries that chose a
-    block. What no query of a row can see yet is grey; the always selected local blocks are its staircase edge.
+    In a long sequence one picture row stands for several queries, and the colour is the share of them that selected a
+    block. Blocks that no query of a row sees are grey. The local blocks, always selected, form the staircase edge.
 
     Args:
         block_indices: [B, Hkv, Sq, topk] int32 or int64, -1 for no block, as `flexmsa.select_blocks` returns it.
         batch: the row of the batch to draw.
-        block_size: keys in one block, for the label of the axis.
-        max_rows: picture rows in a panel.
-        title: above all panels.
-        figure: a Figure or SubFigure to draw into; None makes one, of a size that suits the number of groups.
+        block_size: keys per block, for the label of the axis.
+        max_rows: the most picture rows per panel.
+        title: the title above all panels.
+        figure: a Figure or SubFigure to draw into; None makes one, sized for the number of groups.
 
     Returns:
-        The Figure, or the one that the SubFigure is part of. Drawn are one axes a group, then one for the colour bar.
+        The Figure, or the Figure that contains the SubFigure. It gets one axes per group, then one for the colour bar.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -76,7 +77,7 @@ def plot_selection(
     for axes in panels[:, 0]:
         axes.set_ylabel("query (token)")
     per_row = -(-queries // share.shape[1])
-    label = "chosen (1) or not (0)" if per_row == 1 else f"share of {per_row} queries that chose it"
+    label = "selected (1) or not (0)" if per_row == 1 else f"share of {per_row} queries that selected it"
     figure.colorbar(image, ax=list(panels.flat[:groups]), label=label, ticks=[0, 0.5, 1], pad=0.02)
     if title is not None:
         figure.suptitle(title, fontsize="large")
@@ -84,13 +85,13 @@ def plot_selection(
 
 
 def selection_share(block_indices: Tensor, *, batch: int = 0, max_rows: int = 128) -> Tensor:
-    """Count a selection in rows of consecutive queries, as `plot_selection` colours it.
+    """Return the colours of `plot_selection`: shares of a selection in rows of consecutive queries.
 
     Args:
-        block_indices: [B, Hkv, Sq, topk]; the newest block that a query chose is taken for the last that it sees.
+        block_indices: [B, Hkv, Sq, topk]; the newest selected block of a query counts as the last that it sees.
 
     Returns:
-        [Hkv, rows, blocks] float32 with rows <= max_rows: the share of a row's queries that chose a block, NaN where
+        [Hkv, rows, blocks] float32 with rows <= max_rows: the share of a row's queries that selected a block, NaN where
         no query of the row sees it.
 
     >>> selection_share(torch.tensor([[[[0, -1], [0, -1], [0, 1], [1, -1]]]]), max_rows=2)
@@ -107,11 +108,11 @@ def selection_share(block_indices: Tensor, *, batch: int = 0, max_rows: int = 12
     row = torch.arange(queries) // per_row
     first = torch.arange(groups)[:, None] * rows + row
     counted = ids >= 0
-    # A block that is given twice counts once.
+    # An id given twice counts once.
     counted[..., 1:] &= ids[..., 1:] != ids[..., :-1]
     cells = (first[..., None] * blocks + ids)[counted]
-    chosen = torch.bincount(cells, minlength=groups * rows * blocks).view(groups, rows, blocks)
-    share = chosen / torch.bincount(row)[:, None]
+    selected = torch.bincount(cells, minlength=groups * rows * blocks).view(groups, rows, blocks)
+    share = selected / torch.bincount(row)[:, None]
     newest = torch.full((groups * rows,), -1).scatter_reduce(0, first.flatten(), ids[..., -1].flatten(), "amax")
     return share.masked_fill(torch.arange(blocks) > newest.view(groups, rows, 1), torch.nan)
 

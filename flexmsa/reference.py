@@ -1,8 +1,8 @@
 """The definition: MiniMax Sparse Attention (arXiv 2606.13392) with dense S x S tensors, differentiable, any device.
 
-Every function works in float64 for float64 inputs and in float32 otherwise. Shapes, with the query's group r:
-q [B, Hq, Sq, D]; k, v [B, Hkv, Sk, D]; index_q [B, Hkv, Sq, Di]; index_k [B, 1, Sk, Di]; start, end [B, Sq],
-the keys start .. end-1 that a query sees (start is where its blocks are anchored).
+Every function computes in float64 for float64 inputs and in float32 otherwise. Shapes: q [B, Hq, Sq, D];
+k, v [B, Hkv, Sk, D]; index_q [B, Hkv, Sq, Di]; index_k [B, 1, Sk, Di]; start, end [B, Sq]. A query sees the keys
+start .. end-1, and its blocks are counted from start.
 """
 
 import torch
@@ -14,19 +14,19 @@ def _work_dtype(x: Tensor) -> torch.dtype:
 
 
 def visible_keys(start: Tensor, end: Tensor, seqlen_k: int) -> Tensor:
-    """Return [B, Sq, Sk] bool: may query i see key j?"""
+    """Return [B, Sq, Sk] bool: whether query i sees key j."""
     key = torch.arange(seqlen_k, device=start.device)
     return (key >= start[..., None]) & (key < end[..., None])
 
 
 def key_blocks(start: Tensor, seqlen_k: int, block_size: int) -> Tensor:
-    """Return [B, Sq, Sk] int64: the block, counted from the query's own anchor, that holds key j; -1 before it."""
+    """Return [B, Sq, Sk] int64: the block of key j, counted from the query's start; -1 for keys before it."""
     key = torch.arange(seqlen_k, device=start.device)
     return (key - start[..., None].long()).div(block_size, rounding_mode="floor").clamp(min=-1)
 
 
 def token_scores(index_q: Tensor, index_k: Tensor) -> Tensor:
-    """Return [B, Hkv, Sq, Sk]: the raw scores of the index branch, a NaN counted as -inf."""
+    """Return [B, Hkv, Sq, Sk]: the raw scores of the index branch, with NaN replaced by -inf."""
     work = _work_dtype(index_q)
     scores = index_q.to(work) @ index_k.to(work).transpose(-1, -2)
     return scores.masked_fill(scores.isnan(), -torch.inf)
@@ -35,7 +35,7 @@ def token_scores(index_q: Tensor, index_k: Tensor) -> Tensor:
 def block_scores(scores: Tensor, start: Tensor, end: Tensor, block_size: int) -> Tensor:
     """Return [B, Hkv, Sq, blocks]: the largest visible score of each block; -inf for a block with no visible key.
 
-    A visible block scores at least the smallest finite number, so that it ranks before an invisible one.
+    A visible block scores at least the lowest finite number, so it ranks before invisible blocks.
     """
     seqlen_k = scores.shape[-1]
     blocks = -(-seqlen_k // block_size)
@@ -57,7 +57,7 @@ def select_blocks(
     num_local_blocks: int = 1,
     num_init_blocks: int = 0,
 ) -> Tensor:
-    """Return [B, Hkv, Sq, topk] int32: the best blocks, ascending, padded on the right with -1."""
+    """Return [B, Hkv, Sq, topk] int32: ids of the selected blocks, ascending, padded on the right with -1."""
     scores = block_scores(token_scores(index_q, index_k), start, end, block_size)
     blocks = scores.shape[-1]
     block = torch.arange(blocks, device=scores.device)
@@ -91,7 +91,7 @@ def main_scores(q: Tensor, k: Tensor, keep: Tensor, scale: float, dtype: torch.d
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension; a row of -inf alone gives zeros, with zero gradient."""
+    """Return the softmax over the last dimension; a row of only -inf gives zeros, with zero gradient."""
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
@@ -109,12 +109,12 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return `out` [B, Hq, Sq, D] and `lse` [B, Hq, Sq] of softmax attention over the selected keys.
 
-    `dtype`, here and below, is what to compute in, if not float32 or float64: the error of doing so in the inputs'
-    own dtype is the measure that tests compare others with.
+    Here and in `index_loss`, `dtype` replaces the dtype of the computation. Tests compare the errors of other
+    implementations with the error of this one in the inputs' own dtype.
     """
     keep = selected_keys(block_indices, start, end, k.shape[2], block_size)
     scores = main_scores(q, k, keep, scale, dtype)
-    # A value that nobody sees may be anything, and 0 * NaN is NaN.
+    # Values that no query sees may be NaN, and 0 * NaN is NaN.
     values = v.to(scores.dtype).masked_fill(~keep.any(-2).any(1)[:, None, :, None], 0.0)
     out = softmax(scores) @ values.unsqueeze(2)
     return out.flatten(1, 2).to(q.dtype), scores.logsumexp(-1).flatten(1, 2)
@@ -133,7 +133,7 @@ def index_loss(
     index_scale: float,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the scalar KL loss: mean over groups and over the queries that see a key of KL(teacher || student)."""
+    """Return the scalar KL loss: the mean of KL(teacher || student) over groups and queries that see a key."""
     keep = selected_keys(block_indices, start, end, k.shape[2], block_size)
     teacher = softmax(main_scores(q.detach(), k.detach(), keep, scale, dtype)).mean(2)
     scores = (index_q.to(teacher.dtype) @ index_k.to(teacher.dtype).transpose(-1, -2)) * index_scale

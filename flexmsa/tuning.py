@@ -1,6 +1,6 @@
-"""Tuning, when asked for: time the Triton kernels with other tiles on this GPU, and keep what is faster.
+"""Optional tuning: time the Triton kernels with other tiles on this GPU, and keep the faster ones.
 
-`python -m flexmsa autotune --help` does it from the shell.
+From the shell: `python -m flexmsa autotune --help`.
 """
 
 import argparse
@@ -35,34 +35,34 @@ def autotune(
     path: str | os.PathLike | None = None,
     report: Report = lambda line: None,
 ) -> dict[str, dict[str, Any]]:
-    """Time the Triton kernels of one shape with other tiles than they ship with, and use what is faster.
+    """Time the Triton kernels of one shape with other tiles than the shipped ones, and use the faster tiles.
 
-    The shipped configurations are good choices, and nothing needs to be tuned. This is for a GPU that they were not
-    measured on (they were on an H200), or a shape far from 64/4 heads of 128: it takes some minutes, mostly of
-    compiling. What is found is used from then on in this process, for every sequence length; `path` keeps it for
-    others. Selection, and the main branch and the index loss in sparse training, are tuned; decoding is not.
+    The shipped configurations are good defaults, so tuning is optional. It can help on a GPU other than the H200, where
+    they were measured, or with a shape far from 64/4 heads of 128. It takes some minutes, mostly to compile. This
+    process then uses the results for every sequence length; `path` saves them for other processes. It tunes selection,
+    and the main branch and the index loss in sparse training, but not decoding.
 
-    Other tiles add up in another order: out, lse, loss and gradients stay as exact, and may differ in their last bits
-    from those of the shipped configurations; they still repeat bit by bit. block_indices are the same. So tune, or
-    load, before the first step, and do it alike in every process.
+    Other tiles add numbers in another order. Out, lse, loss and gradients are as exact as with the shipped
+    configurations, may differ from them in the last bits, and still repeat bit by bit. block_indices are the same.
+    Therefore tune or load before the first step, and use the same file in every process.
 
     Args:
         num_heads, num_kv_heads: Hq and Hkv.
         head_dim, index_head_dim: D and Di; None for Di = D.
         block_size, topk: as for `flexmsa.attention`.
         dtype: of all inputs.
-        seqlen: tokens of the trial, in one sequence; so many that every kernel fills the GPU several times over.
+        seqlen: tokens to tune with, in one sequence; enough that every kernel fills the GPU several times.
         device: the GPU to tune on.
-        path: a JSON file to write, after each kernel. What it holds already, of other shapes, is kept.
+        path: a JSON file, written after each kernel. Entries of other shapes in an existing file are kept.
         report: called with a line for each candidate.
 
     Returns:
-        For "selection", "forward", "backward" and "loss" a dict as in the file: "changes", the fields of the shipped
-        configuration that are changed, with their new values; "shipped_ms" and "best_ms", median milliseconds without
-        and with the changes; and the "kernel" and "shape" that they hold for.
+        For "selection", "forward", "backward" and "loss" a dict as in the file: "changes", the changed fields of the
+        shipped configuration, with their new values; "shipped_ms" and "best_ms", median milliseconds without and with
+        the changes; and the "kernel" and "shape" that they apply to.
 
     Raises:
-        ValueError, TypeError: a size or the dtype is not supported, or path is a file of another architecture.
+        ValueError, TypeError: a size or the dtype is not supported, or path is a file for another GPU architecture.
         RuntimeError: there is no GPU, or no Triton.
 
     >>> found = autotune(num_heads=64, num_kv_heads=4, head_dim=128, path="tuned.json")  # doctest: +SKIP
@@ -83,15 +83,15 @@ def autotune(
 
 
 def load_tuning(path: str | os.PathLike) -> None:
-    """Use what `autotune` found on this kind of GPU, in this process and for every sequence length.
+    """Use the results of `autotune` for this kind of GPU, in this process and for every sequence length.
 
-    What a file says of kernels and shapes takes the place of what was registered for them before.
+    They replace earlier results for the same kernels and shapes.
 
     Args:
         path: a file that `autotune` wrote.
 
     Raises:
-        ValueError: path was not written by `autotune`, or for another GPU architecture.
+        ValueError: `autotune` did not write path, or wrote it for another GPU architecture.
         RuntimeError: there is no GPU, or no Triton.
 
     >>> if os.path.exists("tuned.json"):
@@ -103,13 +103,13 @@ def load_tuning(path: str | os.PathLike) -> None:
 
 
 def _target_of(device: str | torch.device) -> Any:
-    """The target of a GPU, as the kernels see it."""
+    """Return the GPU's target, for which kernels are configured."""
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("tuning is of the Triton kernels, and Triton is not installed: pip install triton")
+        raise RuntimeError("tuning: expected Triton, which is not installed: pip install triton")
     if not torch.cuda.is_available():
-        raise RuntimeError("tuning is of GPU kernels, and torch finds no GPU: torch.cuda.is_available() is False")
+        raise RuntimeError("tuning: expected a GPU, but torch finds no GPU: torch.cuda.is_available() is False")
     if torch.device(device).type != "cuda":
-        raise ValueError(f"device: expected a GPU, as in 'cuda', got {device}")
+        raise ValueError(f"device: expected a GPU, such as 'cuda', got {device}")
     from flexmsa.kernels.triton.common.target import target_of
 
     return target_of(torch.device(device))
@@ -130,7 +130,7 @@ def _check_sizes(seqlen: int, topk: int, dtype: torch.dtype, **sizes: Any) -> No
 def _tune_kernels(
     sizes: dict[str, Any], device: str | torch.device, path: str | os.PathLike | None, report: Report
 ) -> Iterator[dict[str, Any]]:
-    """Tune one kernel after the other: register what is found, write it to path, yield it."""
+    """Tune the kernels one after the other: register each result, write it to path, and yield it."""
     _check_sizes(**sizes)
     target = _target_of(device)
     file = None if path is None else Path(path)
@@ -165,14 +165,14 @@ def _environment(device: str | torch.device) -> dict[str, str]:
 
 
 def _write(path: Path, stored: dict[str, Any]) -> None:
-    """Whole or not at all, so that nothing is lost when it is interrupted."""
+    """Write a new file, then rename it, so that an interruption cannot damage the old one."""
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(stored, indent=2) + "\n")
     new.replace(path)
 
 
 def _read(path: Path, arch: int | str) -> dict[str, Any]:
-    """What `_write` wrote, checked."""
+    """Read and check a file that `_write` wrote."""
     from flexmsa.kernels.triton.tuning.candidates import TUNABLE
 
     try:
@@ -196,11 +196,11 @@ def _read(path: Path, arch: int | str) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """Tune for one shape and write the file; returns 0, or 1 where there is no GPU to tune on."""
+    """Tune for one shape and write the file; return 0, or 1 if there is no GPU to tune on."""
     parser = argparse.ArgumentParser(
         prog="python -m flexmsa autotune",
-        description="Time the Triton kernels of one shape with other tiles than they ship with, and write what is "
-        "faster to a file for flexmsa.load_tuning. Takes some minutes; Ctrl-C leaves what was found so far.",
+        description="Time the Triton kernels of one shape with other tiles than the shipped ones, and write the faster "
+        "tiles to a file for flexmsa.load_tuning. Takes some minutes; Ctrl-C keeps the results so far.",
     )
     for name in ("num-heads", "num-kv-heads", "head-dim"):
         parser.add_argument(f"--{name}", type=int, required=True)
@@ -208,9 +208,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--topk", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--seqlen", type=int, default=65536, help="tokens of the trial; the result holds for all")
+    parser.add_argument("--seqlen", type=int, default=65536, help="tokens to tune with; results apply to every length")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, required=True, help="the file; what it has of other shapes is kept")
+    parser.add_argument("--out", type=Path, required=True, help="the file; its entries of other shapes are kept")
     options = vars(parser.parse_args(argv))
     device, path = options.pop("device"), options.pop("out")
     options["dtype"] = getattr(torch, options["dtype"])

@@ -4,12 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-Lengths = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""cu_seqlens, kv_starts, kv_lens: which keys belong to which sequence."""
-
 
 class AuxRequest(NamedTuple):
-    """What to return beside the output: pass as `return_aux`, as with `flex_attention`.
+    """The additional results to return: pass as `return_aux`, as with `flex_attention`.
 
     >>> AuxRequest(lse=True)
     AuxRequest(lse=True, block_indices=False, index_loss=False)
@@ -21,11 +18,11 @@ class AuxRequest(NamedTuple):
 
 
 class AuxOutput(NamedTuple):
-    """What was asked for by an `AuxRequest`; the rest is None.
+    """The results that an `AuxRequest` requested; the others are None.
 
     Attributes:
         lse: [B, Hq, Sq] float32, natural logarithm of the sum of exponentials of the scaled main scores over the
-            visible tokens of the selected blocks; -inf where a query sees nothing.
+            visible keys of the selected blocks; -inf where a query sees no key.
         block_indices: [B, Hkv, Sq, topk] int32, ascending, padded on the right with -1; None in the warm-up.
         index_loss: scalar float32, the KL loss of the index branch.
     """

@@ -1,7 +1,8 @@
-"""Every check of user input that needs no values of a device: shapes, dtypes, devices, settings; but for starts of a
-cache, which is made once. All messages in one voice: `name: expected ..., got ...`, then what to do about it.
+"""The checks of user input that read no values from a device: shapes, dtypes, devices and settings.
 
-Checks of values (ids in range, offsets rising) are in flexmsa.ops.checks, where they can run under torch.compile.
+Each message says `name: expected ..., got ...`, then how to correct it. Checks of values (ids in range, increasing
+offsets) are in flexmsa.ops.checks, where they also run under torch.compile. One exception: `check_kv_starts` reads
+values, once per cache.
 """
 
 from typing import TYPE_CHECKING
@@ -15,6 +16,15 @@ if TYPE_CHECKING:
     from flexmsa.cache import Cache
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def reject_forward_ad(*tensors: Tensor) -> None:
+    """Raise if a tensor has a forward-mode tangent: custom operators have no rule for it, so a jvp would be zero."""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        if isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError("forward-mode differentiation (jvp) is not supported; use reverse mode")
 
 
 def check_int(name: str, value: object, least: int, advice: str = "") -> None:
@@ -36,7 +46,7 @@ def check_settings(
     if num_local_blocks + num_init_blocks > topk:
         raise ValueError(
             f"topk: expected room for the {num_local_blocks} local and {num_init_blocks} initial blocks that are "
-            f"always selected, got topk={topk}; raise topk or force fewer blocks"
+            f"always selected, got topk={topk}; increase topk or force fewer blocks"
         )
 
 
@@ -58,7 +68,7 @@ def _check_tensor(name: str, x: object, layout: str, e4m3: bool = False) -> None
 
 
 def _check_alike(tensors: dict[str, Tensor]) -> None:
-    """One device; one dtype, unless autocast is about to make it one."""
+    """Check that all have one device and, unless autocast will cast them, one dtype."""
     (first, reference), *others = tensors.items()
     autocast = torch.is_autocast_enabled(reference.device.type)
     for name, x in others:
@@ -161,7 +171,7 @@ def check_sequences(
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
             raise ValueError(f"cu_seqlens: expected [documents + 1] offsets, got shape {list(cu_seqlens.shape)}")
         if kv_starts is not None or kv_lens is not None:
-            raise ValueError("cu_seqlens: expected alone, got it with kv_starts or kv_lens; pack, or pad, not both")
+            raise ValueError("cu_seqlens: expected alone, got it with kv_starts or kv_lens; either pack or pad")
         if batch != 1 or seqlen_q != seqlen_k:
             raise ValueError(
                 f"cu_seqlens: expected one packed row, B = 1 and Sq = Sk, got B={batch}, Sq={seqlen_q}, Sk={seqlen_k}"
@@ -173,7 +183,7 @@ def check_sequences(
 
 
 def check_aux(return_aux: AuxRequest | None) -> AuxRequest:
-    """What is asked for: nothing, if None."""
+    """Return `return_aux`, or a request for nothing if it is None."""
     if return_aux is not None and not isinstance(return_aux, AuxRequest):
         raise TypeError(f"return_aux: expected an AuxRequest, such as AuxRequest(lse=True), got {return_aux!r}")
     return return_aux or AuxRequest()
@@ -231,7 +241,7 @@ def check_kv_starts(kv_starts: Tensor, batch_size: int, capacity: int, device: t
     check_sequences(batch_size, 1, capacity, device, None, kv_starts, None)
     wrong = [start for start in kv_starts.tolist() if not 0 <= start <= capacity]
     if wrong:
-        raise ValueError(f"kv_starts: expected 0 to {capacity}, the capacity, for each row, got {wrong[0]}")
+        raise ValueError(f"kv_starts: expected 0 to {capacity} (the capacity) in each row, got {wrong[0]}")
 
 
 def check_rows(name: str, rows: list[int], batch_size: int) -> None:
@@ -240,7 +250,7 @@ def check_rows(name: str, rows: list[int], batch_size: int) -> None:
 
 
 def check_cache_input(name: str, new: Tensor, buffer: Tensor, tokens: tuple[int, int]) -> None:
-    """`tokens` is (B, n); the heads and their size are the buffer's."""
+    """Check new tokens of a cache; `tokens` is (B, n), heads and head dim must be those of the buffer."""
     _check_tensor(name, new, "[B, H, tokens, D]")
     batch, count = tokens
     heads, head_dim = buffer.shape[1], buffer.shape[3]
@@ -250,7 +260,7 @@ def check_cache_input(name: str, new: Tensor, buffer: Tensor, tokens: tuple[int,
     if new.dtype != buffer.dtype and buffer.element_size() > 1:
         raise TypeError(
             f"{name}: expected the dtype of the cache, {buffer.dtype}, got {new.dtype}; make the cache with this dtype "
-            "(that of the autocast region, within one), or cast"
+            "(under autocast, the region's), or cast"
         )
 
 
@@ -298,13 +308,13 @@ def check_row_counts(name: str, counts: Tensor | None, kv_lens: Tensor) -> None:
 
 
 def check_pools(pools: dict[str, Tensor], scales: dict[str, Tensor | None]) -> None:
-    """Keys, values and index keys of a paged cache, and scales of those that are e4m3."""
+    """Check the keys, values and index keys of a paged cache, and the scales of e4m3 pools."""
     for name, pool in pools.items():
         _check_tensor(name, pool, "pages [num_pages, heads, page_size, D]", e4m3=True)
     k, v, index_k = pools.values()
     if v.shape != k.shape or (index_k.shape[0], index_k.shape[2]) != (k.shape[0], k.shape[2]) or index_k.shape[1] != 1:
         raise ValueError(
-            "k, v, index_k: expected [num_pages, Hkv, page_size, D], the same, and [num_pages, 1, page_size, Di], "
+            "k, v, index_k: expected [num_pages, Hkv, page_size, D] twice and [num_pages, 1, page_size, Di], "
             f"got {list(k.shape)}, {list(v.shape)} and {list(index_k.shape)}"
         )
     _check_same_dtype("v", v, "k", k)
@@ -320,7 +330,7 @@ def _check_pool_scale(name: str, scale: Tensor, pool: Tensor) -> None:
     if pool.dtype != torch.float8_e4m3fn or not is_right:
         raise TypeError(
             f"{name}: expected uint8 on {pool.device}, contiguous, for an e4m3 pool, got {scale.dtype} on "
-            f"{scale.device} of strides {list(scale.stride())} for {pool.dtype}"
+            f"{scale.device} with strides {list(scale.stride())} for {pool.dtype}"
         )
     _check_shape(name, scale, tuple(pool.shape[:-1]), "[num_pages, heads, page_size]")
 
@@ -335,6 +345,6 @@ def check_page_table(page_table: Tensor, kv_lens: Tensor, device: torch.device) 
     _check_shape("kv_lens", kv_lens, (page_table.shape[0],), "[B] with page_table's B")
     if kv_lens.dtype != torch.int32 or not kv_lens.is_contiguous():
         raise TypeError(
-            f"kv_lens: expected contiguous int32, which is updated in place, got {kv_lens.dtype} of stride "
+            f"kv_lens: expected contiguous int32, to be updated in place, got {kv_lens.dtype} with stride "
             f"{kv_lens.stride(0)}"
         )

@@ -1,4 +1,4 @@
-"""torch.library operators of flexmsa: name and schema, shape rule, choice of kernel, autograd and autocast."""
+"""torch.library operators of flexmsa: schemas, fake (shape) functions, choice of kernels, autograd and autocast."""
 
 from .attention import block_sparse_attention, block_sparse_attention_backward
 from .autocast import cast_to_autocast

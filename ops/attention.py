@@ -1,5 +1,7 @@
 """flexmsa::block_sparse_attention: softmax attention over the selected blocks, and its backward."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,14 +31,14 @@ def block_sparse_attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None means every visible block."""
+    """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None selects every visible block."""
     if block_indices is not None:
         check_block_indices(block_indices, -(-k.shape[2] // block_size))
     return run_kernel(backend, "block_sparse_attention_forward", q, k, v, block_indices, sequences, block_size, scale)
 
 
 @block_sparse_attention.register_fake
-def _(q, k, v, block_indices, sequences, block_size, scale, backend):
+def _(q, *_):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
 
 
@@ -46,40 +48,14 @@ def _(q, k, v, block_indices, sequences, block_size, scale, backend):
     schema="(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor? block_indices, Tensor sequences, int block_size, float scale, str backend) -> (Tensor, Tensor, Tensor)",
 )
-def block_sparse_attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_indices: Tensor | None,
-    sequences: Tensor,
-    block_size: int,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v."""
-    return run_kernel(
-        backend,
-        "block_sparse_attention_backward",
-        grad_out,
-        grad_lse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        block_indices,
-        sequences,
-        block_size,
-        scale,
-    )
+def block_sparse_attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v; the schema names the arguments."""
+    *inputs, backend = args
+    return run_kernel(backend, "block_sparse_attention_backward", *inputs)
 
 
 @block_sparse_attention_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, out, lse, block_indices, sequences, block_size, scale, backend):
+def _(grad_out, grad_lse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

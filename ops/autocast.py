@@ -1,7 +1,6 @@
-"""Autocast for the operators: floating inputs are cast to the dtype of the region, statistics stay as they are, and
-so does e4m3.
+"""Autocast for the operators: cast floating inputs to the region's dtype; keep float64, e4m3 and statistics.
 
-`torch.library.register_autocast` fixes one dtype for good; this follows the one that the user chose.
+`torch.library.register_autocast` fixes one dtype at registration; this reads the user's dtype in each call.
 """
 
 from typing import Any
@@ -13,7 +12,7 @@ _library = torch.library.Library("flexmsa", "FRAGMENT")
 
 
 def cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors in the dtype of the autocast region they are in, unchanged outside of one."""
+    """Return the tensors in the dtype of the enclosing autocast region, unchanged outside one."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -23,7 +22,7 @@ def cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def register_autocast(op: torch.library.CustomOpDef, *, cast: int) -> None:
-    """Give `op` an autocast rule that casts its first `cast` arguments, and casts nothing inside the kernel."""
+    """Give `op` an autocast rule: cast its first `cast` arguments, and disable autocast inside the kernel."""
     for device in ("cpu", "cuda"):
 
         def rule(*args: Any, device: str = device) -> Any:

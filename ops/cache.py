@@ -1,7 +1,9 @@
-"""Operators on a cache: append to it in place, attend to chosen blocks of it, and select these too.
+"""Operators on a cache: append to it in place, attend to given blocks of it, or select the blocks and attend.
 
-All are for inference and have no gradient. Layouts of contiguous and paged caches are in docs/serving.md.
+All are for inference and have no gradient. docs/serving.md describes the layouts of contiguous and paged caches.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,44 +33,13 @@ from .dispatch import run_kernel
     "Tensor(f!)? cache_index_k_scale, Tensor? page_table, Tensor kv_starts, Tensor(g!) kv_lens, "
     "Tensor(h!) sequences, Tensor(i!) status, str backend) -> ()",
 )
-def append(
-    k: Tensor,
-    v: Tensor,
-    index_k: Tensor,
-    lens: Tensor | None,
-    cache_k: Tensor,
-    cache_v: Tensor,
-    cache_index_k: Tensor,
-    cache_k_scale: Tensor | None,
-    cache_v_scale: Tensor | None,
-    cache_index_k_scale: Tensor | None,
-    page_table: Tensor | None,
-    kv_starts: Tensor,
-    kv_lens: Tensor,
-    sequences: Tensor,
-    status: Tensor,
-    backend: str,
-) -> None:
-    """Write n new tokens of each row behind its kv_lens tokens; kv_lens and the table `sequences` follow."""
-    run_kernel(
-        backend,
-        "append",
-        k,
-        v,
-        index_k,
-        lens,
-        cache_k,
-        cache_v,
-        cache_index_k,
-        cache_k_scale,
-        cache_v_scale,
-        cache_index_k_scale,
-        page_table,
-        kv_starts,
-        kv_lens,
-        sequences,
-        status,
-    )
+def append(*args: Any) -> None:
+    """Write n new tokens of each row after its kv_lens tokens; update kv_lens and the table `sequences`.
+
+    The schema names the arguments.
+    """
+    *inputs, backend = args
+    run_kernel(backend, "append", *inputs)
 
 
 @append.register_fake
@@ -95,25 +66,13 @@ def attend_blocks(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None takes every visible block."""
-    return run_kernel(
-        backend,
-        "attend_blocks",
-        q,
-        k,
-        v,
-        block_indices,
-        sequences,
-        block_size,
-        scale,
-        page_table,
-        k_scale,
-        v_scale,
-    )
+    """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None selects every visible block."""
+    main = q, k, v, block_indices, sequences, block_size, scale
+    return run_kernel(backend, "attend_blocks", *main, page_table, k_scale, v_scale)
 
 
 @attend_blocks.register_fake
-def _(q, k, v, block_indices, sequences, block_size, scale, backend, page_table=None, k_scale=None, v_scale=None):
+def _(q, *_):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
 
 
@@ -142,23 +101,10 @@ def select_and_attend(
     v_scale: Tensor | None = None,
     index_k_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out and lse of `attend_blocks`, and the block_indices of `select_blocks` that they are of."""
-    return run_kernel(
-        backend,
-        "select_and_attend",
-        q,
-        index_q,
-        k,
-        v,
-        index_k,
-        sequences,
-        SelectionRule(block_size, topk, num_local_blocks, num_init_blocks),
-        scale,
-        page_table,
-        k_scale,
-        v_scale,
-        index_k_scale,
-    )
+    """Return out and lse of `attend_blocks`, and the block_indices of `select_blocks` that it attended to."""
+    rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
+    main = q, index_q, k, v, index_k, sequences, rule, scale
+    return run_kernel(backend, "select_and_attend", *main, page_table, k_scale, v_scale, index_k_scale)
 
 
 @select_and_attend.register_fake
@@ -167,7 +113,7 @@ def _(q, index_q, k, v, index_k, sequences, block_size, topk, *_):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=statistics_dtype(q)), block_indices
 
 
-# Casting here would copy a whole cache: what is appended and asked has its dtype already, or raises.
+# A cast here would copy the whole cache. New tokens and queries must have the cache's dtype; others raise.
 register_autocast(append, cast=0)
 register_autocast(attend_blocks, cast=0)
 register_autocast(select_and_attend, cast=0)

@@ -1,4 +1,4 @@
-"""Checks of values. They run where reading a value costs nothing, on a CPU; on a GPU it would stop the device."""
+"""Checks of values. They run on a CPU only: on a GPU, reading a value would wait for the device."""
 
 import itertools
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def check_block_indices(block_indices: Tensor, num_blocks: int) -> None:
-    """Raise ValueError unless every id is -1 or a block of the keys."""
+    """Raise ValueError unless every id is -1 or the id of a block of the keys."""
     if block_indices.device.type != "cpu" or block_indices.numel() == 0:
         return
     low, high = (int(x) for x in block_indices.aminmax())
@@ -18,14 +18,14 @@ def check_block_indices(block_indices: Tensor, num_blocks: int) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, seqlen: int) -> None:
-    """Raise ValueError unless the offsets rise from 0 to `seqlen`."""
+    """Raise ValueError unless the offsets increase from 0 to `seqlen`."""
     if cu_seqlens.device.type != "cpu":
         return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != seqlen:
         raise ValueError(
             f"cu_seqlens: expected offsets from 0 to the sequence length {seqlen}, "
-            f"got {offsets[0]} to {offsets[-1]}; add a last document for padding, or cut it off"
+            f"got {offsets[0]} to {offsets[-1]}; make padding the last document, or remove it"
         )
     for n, (here, after) in enumerate(itertools.pairwise(offsets)):
         if after <= here:

@@ -1,7 +1,7 @@
-"""Operators round FlexAttention: the lists of a BlockMask, and the packing of a GQA group into rows.
+"""Operators for FlexAttention: make the lists of a BlockMask, and pack a GQA group into rows.
 
-They are operators, not traced code, because a table made by scatter in the graph that captures it in mask_mod comes
-out wrong, and because packing by views fails in the compiler's CPU template.
+They are operators, not traced code, for two reasons. If one graph makes a table with scatter and captures it in
+mask_mod, the table's values are wrong; and packing with views fails in the compiler's CPU template.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """flexmsa::index_loss: the KL loss that teaches the index branch, and its closed-form gradient.
 
-Value and gradient need the same teacher probabilities, the costly part. The forward operator therefore makes the
-gradient on the way (when asked to), in float32 so that a loss scale still finds it, and the backward operator
-multiplies it by the gradient of the loss.
+Loss and gradient need the same teacher probabilities, which cost most of the time. Therefore the forward operator also
+computes the gradient (if `with_grad`), in float32 so that it does not underflow before a loss scale is applied, and the
+backward operator multiplies it by the gradient of the loss.
 """
 
 import torch
@@ -34,24 +34,11 @@ def index_loss(
     with_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the scalar loss and its gradients to index_q and index_k (of no elements unless `with_grad`)."""
+    """Return the scalar loss and its gradients for index_q and index_k (empty unless `with_grad`)."""
     if block_indices is not None:
         check_block_indices(block_indices, -(-k.shape[2] // block_size))
-    return run_kernel(
-        backend,
-        "index_loss",
-        q,
-        k,
-        index_q,
-        index_k,
-        block_indices,
-        lse,
-        sequences,
-        block_size,
-        scale,
-        index_scale,
-        with_grad,
-    )
+    branches = q, k, index_q, index_k, block_indices, lse, sequences
+    return run_kernel(backend, "index_loss", *branches, block_size, scale, index_scale, with_grad)
 
 
 @index_loss.register_fake
@@ -67,7 +54,7 @@ def _(q, k, index_q, index_k, block_indices, lse, sequences, block_size, scale, 
     schema="(Tensor grad_loss, Tensor unit_grad, ScalarType dtype) -> Tensor",
 )
 def index_loss_backward(grad_loss: Tensor, unit_grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the gradient for a loss of gradient 1, times the scalar `grad_loss`, in `dtype`."""
+    """Return unit_grad, the gradient for grad_loss = 1, times the scalar `grad_loss`, in `dtype`."""
     return (unit_grad * grad_loss).to(dtype, copy=True)
 
 
@@ -89,7 +76,7 @@ def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 12
     if not ctx.with_grad:
-        raise RuntimeError("index_loss: computed with with_grad=False, so it has no gradient")
+        raise RuntimeError("index_loss: expected with_grad=True to compute a gradient, got with_grad=False")
     grads = [
         index_loss_backward(grad_loss, unit_grad, dtype) if needed else None
         for unit_grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[2:4], strict=True)

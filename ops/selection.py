@@ -1,4 +1,4 @@
-"""flexmsa::select_blocks: the index branch's choice of blocks."""
+"""flexmsa::select_blocks: the blocks that the index branch selects."""
 
 import torch
 from torch import Tensor
@@ -28,31 +28,12 @@ def select_blocks(
     index_k_scale: Tensor | None = None,
 ) -> Tensor:
     """Return block_indices [B, Hkv, Sq, topk] int32 for index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di] or pages."""
-    return run_kernel(
-        backend,
-        "select_blocks",
-        index_q,
-        index_k,
-        sequences,
-        SelectionRule(block_size, topk, num_local_blocks, num_init_blocks),
-        page_table,
-        index_k_scale,
-    )
+    rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
+    return run_kernel(backend, "select_blocks", index_q, index_k, sequences, rule, page_table, index_k_scale)
 
 
 @select_blocks.register_fake
-def _(
-    index_q,
-    index_k,
-    sequences,
-    block_size,
-    topk,
-    num_local_blocks,
-    num_init_blocks,
-    backend,
-    page_table=None,
-    index_k_scale=None,
-):
+def _(index_q, index_k, sequences, block_size, topk, *_):
     return index_q.new_empty((*index_q.shape[:3], topk), dtype=torch.int32)
 
 

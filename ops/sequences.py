@@ -1,4 +1,4 @@
-"""flexmsa::sequence_table: the sequences of a batch as one small tensor."""
+"""flexmsa::sequence_table and flexmsa::next_positions: the sequences of a batch as one small tensor."""
 
 import torch
 from torch import Tensor
@@ -29,14 +29,14 @@ def _(q, cu_seqlens, kv_starts, kv_lens, seqlen_k):
     return q.new_empty((count, 5), dtype=torch.int32)
 
 
-# An operator because compiled code may put off plain arithmetic until kv_lens has changed (seen with torch 2.13).
+# An operator, because compiled code may run plain arithmetic after kv_lens has changed (seen with torch 2.13).
 @torch.library.custom_op(
     "flexmsa::next_positions",
     mutates_args=(),
     schema="(Tensor kv_lens, Tensor kv_starts, SymInt count) -> Tensor",
 )
 def next_positions(kv_lens: Tensor, kv_starts: Tensor, count: int) -> Tensor:
-    """Return [B, count] int64: where the next `count` tokens of each row stand, counted from its first key."""
+    """Return [B, count] int64: the positions of each row's next `count` tokens, counted from its first key."""
     return kernel.next_positions(kv_lens, kv_starts, count)
 
 

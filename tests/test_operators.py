@@ -1,5 +1,6 @@
 """The operators under the compiler, autocast, checkpointing and torch.library's own checks."""
 
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import flexmsa
-from flexmsa import AuxRequest, MSAConfig, MSAttention, ops
+from flexmsa import AuxRequest, MSAConfig, MSAttention, ops, validation
 
 EVERYTHING = AuxRequest(lse=True, block_indices=True, index_loss=True)
 SEQUENCES = torch.tensor([[0, 0, 33, 0, 33]], dtype=torch.int32)
@@ -201,6 +202,29 @@ def test_autocast_reaches_an_operator_called_by_itself():
         found = torch.ops.flexmsa.select_blocks(index_q, index_k, SEQUENCES, 8, 2, 1, 0, "torch")
     half = index_q.bfloat16(), index_k.bfloat16()
     assert torch.equal(found, torch.ops.flexmsa.select_blocks(*half, SEQUENCES, 8, 2, 1, 0, "torch"))
+
+
+@pytest.mark.parametrize("topk", [2, None])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_attention_checks_its_input_and_makes_its_table_once(monkeypatch, topk, backend):
+    calls: Counter[str] = Counter()
+
+    def count(module, name):
+        function = getattr(module, name)
+
+        def counted(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    checks = ["reject_forward_ad", *(f"check_{x}" for x in ("main_inputs", "index_inputs", "branches_match"))]
+    checks += [f"check_{x}" for x in ("settings", "sequences", "aux")]
+    for name in checks:
+        count(validation, name)
+    count(ops, "sequence_table")
+    flexmsa.attention(*make_inputs(20), block_size=8, topk=topk, backend=backend, return_aux=EVERYTHING)
+    assert calls == dict.fromkeys([*checks, "sequence_table"], 1)
 
 
 def test_forward_mode_raises():

@@ -183,7 +183,7 @@ def test_a_server_keeps_its_own_page_table():
     with pytest.raises(ValueError, match="page_table"):
         cache.append(inputs.k[:, :, :5], inputs.v[:, :, :5], inputs.index_k[:, :, :5])
     assert same(cache, before)
-    with pytest.raises(ValueError, match="hands out its own pages"):
+    with pytest.raises(ValueError, match="assigns its own pages"):
         cache.reserve(8)
 
 

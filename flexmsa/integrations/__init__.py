@@ -1,1 +1,1 @@
-"""Other libraries with flexmsa inside. Each package is imported only when asked for, and needs its library."""
+"""flexmsa in other libraries. Each package here needs its library and is not imported by flexmsa itself."""

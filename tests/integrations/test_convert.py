@@ -285,7 +285,7 @@ def test_settings_that_do_not_fit_are_named():
 def test_a_model_that_keeps_keyword_arguments_to_itself_is_refused():
     settings = {key: value for key, value in GROUPED.items() if key != "pad_token_id"}
     model = convert(StableLmForCausalLM(StableLmConfig(**settings)).to(DEVICE), SETTINGS)
-    with pytest.raises(RuntimeError, match="does not hand keyword arguments on"):
+    with pytest.raises(RuntimeError, match="does not pass keyword arguments"):
         model.train()(tokens(1, 20))
 
 

@@ -1,7 +1,7 @@
 """`attn_implementation="flexmsa"`: the attention and the mask function that transformers calls.
 
-MiniMax-M3's modules and those that `convert` changed hand them the same: the table of sequences as `attention_mask`,
-and as `block_indices` not ids, but what a layer selects them with.
+MiniMax-M3's modules and converted modules pass the same arguments to them: the table of sequences as `attention_mask`,
+and a `Selection` (index heads and settings, not ids) as `block_indices`.
 """
 
 import functools
@@ -15,27 +15,29 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flexmsa import functional, ops, validation
+from flexmsa import _core, ops, validation
+from flexmsa._sequences import Sequences
 from flexmsa.backends import choose_backend
 from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch
 from flexmsa.integrations.transformers.losses import IndexLosses
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.types import AuxRequest
 
 __all__ = ["IMPLEMENTATION", "Selection", "register_attention"]
 
 IMPLEMENTATION = "flexmsa"
-# Where attention is dense, blocks change nothing but the speed.
+# In dense attention, the block size affects only the speed.
 _DENSE_BLOCK_SIZE = 128
 
 
 class Selection(NamedTuple):
-    """What the queries of a layer choose their blocks with.
+    """How a layer selects blocks.
 
     Attributes:
         heads: index_q and index_k.
         block_size, topk, num_local_blocks, num_init_blocks: as for `flexmsa.attention`; topk None is the warm-up.
-        select: in place of the index branch's choice, (index_q, index_k) -> block_indices [B, Hkv, Sq, topk], for rows
-            of one sequence each.
+        select: replaces the index branch's selection: (index_q, index_k) -> block_indices [B, Hkv, Sq, topk], for
+            rows of one sequence each.
     """
 
     heads: IndexHeads
@@ -48,7 +50,7 @@ class Selection(NamedTuple):
 
 @functools.cache
 def register_attention() -> None:
-    """Make the implementation known to transformers; calling it again does nothing."""
+    """Register the implementation with transformers; further calls do nothing."""
     AttentionInterface.register(IMPLEMENTATION, _attend)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
@@ -61,14 +63,14 @@ def _mask(
     kv_length: int = 0,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The padding as it is, [B, keys]; for the window layers of a converted model, the mask of its other attention."""
+    """Return the padding mask [B, keys] unchanged; for sliding-window layers, the mask of the fallback attention."""
     fallback = (getattr(config, "flexmsa", None) or {}).get("fallback")
     if "local_size" in kwargs and fallback is not None:
         given = {"config": config, "attention_mask": attention_mask, "q_offset": q_offset, "kv_length": kv_length}
         return ALL_MASK_ATTENTION_FUNCTIONS[fallback](*args, **given, **kwargs)
     if attention_mask is None or not isinstance(q_offset, Tensor):
         return attention_mask
-    # A static cache: generate's mask grows by a token a step, of which a compiled step would be compiled again.
+    # A static cache: generate's mask grows by one token per step, so a compiled step would compile again each time.
     return F.pad(attention_mask, (0, kv_length - attention_mask.shape[1]))
 
 
@@ -85,10 +87,10 @@ def _attend(
     observe: Callable[[Tensor, Tensor, Tensor | None, float], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D] to out [B, Sq, Hq, D], and no weights.
+    """The attention function: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D] to out [B, Sq, Hq, D], and None for weights.
 
-    `module.flexmsa_fallback` names the implementation that attends instead, where a module has nothing to select from;
-    `observe` is called with query, key, the table of sequences and scaling.
+    If `module.flexmsa_fallback` names another implementation, that one attends (in layers with a sliding window, for
+    example). `observe` is called with query, key, the table of sequences and scaling.
     """
     if not hasattr(module, "flexmsa_fallback"):
         raise NotImplementedError(
@@ -104,7 +106,7 @@ def _attend(
             f"{list(attention_mask.shape)}; call the model, not a layer of it"
         )
     if block_indices is None and has_index_branch(module):
-        raise RuntimeError(f"{type(module).__name__} does not hand keyword arguments on to its attention function")
+        raise RuntimeError(f"{type(module).__name__} does not pass keyword arguments to its attention function")
     if dropout:
         raise NotImplementedError(f"attention_dropout: expected 0, got {dropout}; set config.attention_dropout = 0")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -121,18 +123,20 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _attend_densely(q: Tensor, k: Tensor, v: Tensor, sequences: Tensor | None, scale: float) -> Tensor:
-    """The output [B, Hq, Sq, D] of a layer without an index branch: every visible key."""
+def _attend_densely(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, scale: float) -> Tensor:
+    """Return the output [B, Hq, Sq, D] of a layer without an index branch: attention to every visible key."""
     q, k, v = ops.cast_to_autocast(q, k, v)
     if q.shape[2] == 1:
         mask = None
-        if sequences is not None:
+        if table is not None:
             key = torch.arange(k.shape[2], device=k.device)
-            mask = ((key >= sequences[:, 3:4]) & (key < sequences[:, 4:]))[:, None, None]
+            mask = ((key >= table[:, 3:4]) & (key < table[:, 4:]))[:, None, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    if sequences is None:
-        return functional.block_sparse_attention(q, k, v, None, scale=scale)  # type: ignore[return-value]
-    return _main_branch(q, k, v, None, sequences, _DENSE_BLOCK_SIZE, scale)[0]
+    if table is None:
+        _check_plain(q, k, v)
+    sequences = Sequences(q, k.shape[2], table=table)
+    settings = _settings(q, scale, table is None, _DENSE_BLOCK_SIZE)
+    return _core.main_branch(q, k, v, None, sequences, settings, AuxRequest())[0]
 
 
 def _attend_sparsely(
@@ -140,71 +144,51 @@ def _attend_sparsely(
     k: Tensor,
     v: Tensor,
     selection: Selection,
-    sequences: Tensor | None,
+    table: Tensor | None,
     scale: float,
     with_loss: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output [B, Hq, Sq, D] and, if asked for, the index loss."""
+    """Return the output [B, Hq, Sq, D] and, if requested, the index loss."""
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, *(x.to(q.dtype) for x in selection.heads))
     validation.check_branches_match(q, k, index_q, index_k)
-    validation.check_settings(
-        selection.block_size, selection.topk, selection.num_local_blocks, selection.num_init_blocks
-    )
-    block_size = _DENSE_BLOCK_SIZE if selection.topk is None else selection.block_size
-    if sequences is None and selection.topk is None:
-        # Through the fastest dense kernel, which need not be one of flexmsa's own.
-        wanted = AuxRequest(index_loss=with_loss)
-        out, aux = functional.attention(
-            q, k, v, index_q, index_k, block_size=block_size, topk=None, scale=scale, return_aux=wanted
-        )
-        return out, aux.index_loss  # type: ignore[union-attr]
-    if selection.select is not None and sequences is not None:
-        raise ValueError("select: expected rows of one sequence each, got padding, packed documents or a static cache")
-    if sequences is None:
-        sequences = ops.sequence_table(q, None, None, None, k.shape[2])
-    block_indices = _select_blocks(index_q.detach(), index_k.detach(), selection, sequences)
-    out, lse = _main_branch(q, k, v, block_indices, sequences, block_size, scale)
-    if not with_loss:
-        return out, None
-    with_grad = torch.is_grad_enabled() and (index_q.requires_grad or index_k.requires_grad)
-    index_loss, _, _ = ops.index_loss(
-        q.detach(),
-        k.detach(),
-        index_q,
-        index_k,
-        block_indices,
-        lse.detach(),
-        sequences,
-        block_size,
-        scale,
-        index_q.shape[-1] ** -0.5,
-        with_grad,
-        _backend("index_loss", q),
-    )
-    return out, index_loss
-
-
-def _select_blocks(index_q: Tensor, index_k: Tensor, selection: Selection, sequences: Tensor) -> Tensor | None:
-    """block_indices [B, Hkv, Sq, topk], None in the warm-up."""
     _, block_size, topk, num_local_blocks, num_init_blocks, select = selection
+    validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
+    is_plain = topk is None and table is None
+    if is_plain:
+        _check_plain(q, k, v, index_q, index_k)
+    rule = block_indices = None
     if topk is None:
-        return None
-    if select is not None:
-        return select(index_q, index_k)
-    backend = _backend("select_blocks", index_q)
-    return ops.select_blocks(index_q, index_k, sequences, block_size, topk, num_local_blocks, num_init_blocks, backend)
+        block_size = _DENSE_BLOCK_SIZE
+    elif select is None:
+        rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
+    elif table is None:
+        block_indices = select(index_q.detach(), index_k.detach())
+    else:
+        raise ValueError("select: expected rows of one sequence each, got padding, packed documents or a static cache")
+    settings = _settings(q, scale, is_plain, block_size, rule, index_q.shape[-1] ** -0.5)
+    sequences, aux = Sequences(q, k.shape[2], table=table), AuxRequest(index_loss=with_loss)
+    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, block_indices)
+    return out, found.index_loss
 
 
-def _main_branch(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None, sequences: Tensor, block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Sq, D] and lse [B, Hq, Sq]; without gradients through the kernels for serving."""
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    attend = ops.block_sparse_attention if needs_grad else ops.attend_blocks
-    return attend(q, k, v, block_indices, sequences, block_size, scale, _backend("block_sparse_attention", q))
+def _check_plain(q: Tensor, k: Tensor, v: Tensor, *index: Tensor) -> None:
+    validation.reject_forward_ad(q, k, v, *index)
+    validation.check_main_inputs(q, k, v, None)
 
 
-def _backend(step: str, x: Tensor) -> str:
-    """The backend of a step on the device of `x`, of those that take a table of sequences."""
-    backend = choose_backend(step, None, x)
-    return "torch" if backend == "flex" else backend
+def _settings(
+    q: Tensor,
+    scale: float,
+    is_plain: bool,
+    block_size: int,
+    rule: SelectionRule | None = None,
+    index_scale: float = 1.0,
+) -> _core.Settings:
+    """Return the settings of a call.
+
+    Dense attention to whole rows, `is_plain`, may use FlexAttention and cuDNN. All else uses the kernels that take a
+    table of sequences, and without gradients those for inference.
+    """
+    backend = None if is_plain else choose_backend("block_sparse_attention", None, q)
+    backend = "torch" if backend == "flex" else backend
+    return _core.Settings(block_size, scale, index_scale, rule, backend, for_inference=not is_plain)

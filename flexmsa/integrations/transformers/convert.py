@@ -20,17 +20,17 @@ from flexmsa.integrations.transformers.losses import IndexLosses, keep_losses_wh
 
 __all__ = ["conversion_of", "convert", "install", "model_sizes", "msa_config", "set_warm_up"]
 
-# Settings that the model itself has, so that the saved ones need not repeat them.
+# Settings that the model's own configuration has; they are not saved again.
 _OF_THE_MODEL = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "rotary_dim", "rope_theta")
 
 
 def msa_config(model: PreTrainedModel, **settings: Any) -> MSAConfig:
-    """The settings of a converted layer of `model`: sizes and epsilon are the model's, the rest is `settings`.
+    """Return the settings of a converted layer of `model`: its sizes and epsilon, and `settings`.
 
     Args:
         model: a causal model of transformers.
-        settings: of `MSAConfig`: block_size, topk, num_local_blocks, num_init_blocks, index_head_dim (default: the
-            model's head_dim), qk_norm, norm_eps, bias.
+        settings: fields of `MSAConfig`: block_size, topk, num_local_blocks, num_init_blocks, index_head_dim (default:
+            the model's head_dim), qk_norm, norm_eps, bias.
     """
     config = model.config.get_text_config()
     sizes = model_sizes(config)
@@ -39,7 +39,7 @@ def msa_config(model: PreTrainedModel, **settings: Any) -> MSAConfig:
 
 
 def model_sizes(config: PreTrainedConfig) -> dict[str, int]:
-    """The settings of `MSAConfig` that a model has itself."""
+    """Return the settings of `MSAConfig` that a model's own configuration has."""
     heads = config.num_attention_heads
     return {
         "hidden_size": config.hidden_size,
@@ -55,21 +55,21 @@ def convert(
     *,
     layers: Iterable[int] | None = None,
 ) -> PreTrainedModel:
-    """Add an index branch to attention layers of a dense causal model, in place; its own weights stay as they are.
+    """Add an index branch to attention layers of a dense causal model, in place; its own weights do not change.
 
     The model starts in the warm-up: its logits are those of the dense model. Train it with
     `flexmsa.integrations.transformers.training`, or switch the selection on with `set_warm_up(model, False)`. In
-    training mode `outputs.index_loss` is the sum over the layers of the index losses, and `outputs.loss` has
-    `model.flexmsa.index_loss_weight` times that sum in it.
+    training mode `outputs.index_loss` is the sum of the layers' index losses, and `outputs.loss` includes
+    `model.flexmsa.index_loss_weight` times that sum.
 
     Args:
         model: grouped-query or multi-head attention with RoPE, such as Llama, Qwen2, Qwen3, Mistral, Gemma 3, Phi.
-        settings: an MSAConfig that fits the model, or the arguments of `msa_config`. The model's own RoPE turns the
-            index heads.
+        settings: an MSAConfig that matches the model, or the arguments of `msa_config`. The model's own RoPE rotates
+            the index heads.
         layers: the numbers of the layers to convert; default: all without a sliding window.
 
     Returns:
-        The model. `model.flexmsa` is its `Conversion`, and `model.config.flexmsa` the settings, saved with it.
+        The model. `model.flexmsa` is its `Conversion`, and `model.config.flexmsa` the settings, saved with the model.
 
     Raises:
         ValueError, TypeError: the model or the settings are not as described.
@@ -77,10 +77,10 @@ def convert(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     if hasattr(model, "flexmsa"):
-        raise ValueError("model: expected a dense model, got one that is converted already")
+        raise ValueError("model: expected a dense model, got one that is converted already; convert once")
     if getattr(model.config.get_text_config(), "flexmsa", None) is not None:
         raise ValueError(
-            "model: expected a dense model, got the checkpoint of a converted one without its index branch; "
+            "model: expected a dense model, got the checkpoint of a converted model without its index branch; "
             "load it with flexmsa.integrations.transformers.from_pretrained"
         )
     config = settings if isinstance(settings, MSAConfig) else msa_config(model, **(settings or {}))
@@ -95,16 +95,16 @@ def _check_settings(config: MSAConfig, sizes: dict[str, int]) -> None:
         if getattr(config, name) != size:
             raise ValueError(f"settings: expected {name}={size}, as the model has, got {getattr(config, name)}")
     if config.topk is None:
-        raise ValueError("settings: expected an int for topk, got None; the warm-up is a mode of a converted model")
+        raise ValueError("settings: expected an int for topk, got None; for the warm-up, call set_warm_up(model, True)")
     if config.rotary_dim is not None or config.rope_theta != MSAConfig.rope_theta:
-        raise ValueError("settings: expected no rotary_dim and rope_theta; index heads turn by the model's own RoPE")
+        raise ValueError("settings: expected no rotary_dim and rope_theta; the model's RoPE rotates the index heads")
 
 
 def _attention_modules(model: PreTrainedModel) -> dict[int, Any]:
-    """The causal self-attention modules by their layer's number.
+    """Return the causal self-attention modules by layer number.
 
     Raises:
-        ValueError: there are none, or they do what flexmsa does not.
+        ValueError: there are none, or they have a feature that flexmsa does not support.
     """
     found: Iterable[Any] = model.modules()
     modules = {
@@ -125,16 +125,16 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, Any]:
             "attention_dropout": getattr(module, "attention_dropout", 0),
             "attn_logit_softcapping": getattr(module, "attn_logit_softcapping", None),
             "sinks": getattr(module, "sinks", None),
-            "indexer of its own": getattr(module, "indexer", None),
+            "own indexer": getattr(module, "indexer", None),
         }
         for name, value in refused.items():
             if isinstance(value, Tensor | nn.Module) or value:
-                raise ValueError(f"model: expected no {name}, which flexmsa does not do, in {type(module).__name__}")
+                raise ValueError(f"model: expected no {name}, which flexmsa cannot do, in {type(module).__name__}")
     return modules
 
 
 def _is_local(module: Any) -> bool:
-    """Whether an attention module sees a window or a chunk only; some classes keep that in the configuration."""
+    """Return whether an attention module sees only a window or chunk; some classes have that in the configuration."""
     kinds = getattr(module.config, "layer_types", None)
     if kinds is not None:
         return kinds[module.layer_idx] != "full_attention"
@@ -146,8 +146,8 @@ def _choose_layers(modules: dict[int, Any], layers: Iterable[int] | None) -> tup
     if layers is None:
         if not full:
             raise ValueError(
-                "layers: expected layers that attend to everything, got a model whose every layer has a sliding "
-                "window; set config.sliding_window = None if the model was not trained with one"
+                "layers: expected layers with full attention, got a model whose every layer has a sliding window; "
+                "set config.sliding_window = None if the model was not trained with one"
             )
         return tuple(full)
     chosen = tuple(sorted(set(layers)))
@@ -161,7 +161,7 @@ def _choose_layers(modules: dict[int, Any], layers: Iterable[int] | None) -> tup
 
 
 def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: bool) -> PreTrainedModel:
-    """Do what `convert` does, without its checks."""
+    """Convert as `convert` does, without its checks."""
     register_attention()
     _own_config(model)
     text_config = model.config.get_text_config()
@@ -185,7 +185,7 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
 
 
 def _own_config(model: Any) -> None:
-    """Give the model a configuration of its own, for others may have been made from the same one."""
+    """Copy the model's configuration, because other models may share it."""
     shared = model.config, model.config.get_text_config()
     own = copy.deepcopy(model.config)
     owned = own, own.get_text_config()
@@ -196,13 +196,13 @@ def _own_config(model: Any) -> None:
 
 
 def set_warm_up(model: Any, warm_up: bool) -> None:
-    """Make the main branch of a converted model dense (the warm-up), or switch its selection on."""
+    """Make the main branch of a converted model dense (the warm-up), or sparse."""
     conversion_of(model).warm_up = warm_up
     _store_settings(model)
 
 
 def conversion_of(model: Any) -> Conversion:
-    """The state of a converted model."""
+    """Return the state of a converted model."""
     conversion = getattr(model, "flexmsa", None)
     if not isinstance(conversion, Conversion):
         raise ValueError(f"model: expected a converted model, got a {type(model).__name__}; call convert(model) first")
@@ -210,7 +210,7 @@ def conversion_of(model: Any) -> Conversion:
 
 
 def _store_settings(model: Any) -> None:
-    """Write the settings where save_pretrained finds them."""
+    """Write the settings to the model's configuration, which save_pretrained saves."""
     conversion: Conversion = model.flexmsa
     settings = {
         name: value for name, value in dataclasses.asdict(conversion.config).items() if name not in _OF_THE_MODEL
@@ -224,18 +224,18 @@ def _store_settings(model: Any) -> None:
 
 
 def _before_forward(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Ask the layers for what this forward pass needs."""
+    """Add this forward pass's `ForwardPass` and `IndexLosses` to the keyword arguments."""
     if model.config.get_text_config()._attn_implementation != IMPLEMENTATION:
         return args, kwargs
     if kwargs.get("index_losses") is not None:
         raise ValueError(
-            "index_losses: expected none, got some; the loss of a converted model has them, with its weight"
+            "index_losses: expected none, got some; the loss of a converted model already includes them, weighted"
         )
     conversion: Conversion = model.flexmsa
     trains = model.training and torch.is_grad_enabled()
     if trains:
         keep_losses_when_checkpointing(model)
-    # Everything after the tokens may be positions, where it is given by place.
+    # A positional argument after the tokens may be position_ids.
     has_positions = len(args) > 1 or kwargs.get("position_ids") is not None
     forward_pass = ForwardPass(has_positions, with_health=conversion.with_health)
     losses = IndexLosses() if trains or conversion.with_health else None
@@ -243,7 +243,7 @@ def _before_forward(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 
 
 def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Add the index loss to the outputs, and in training to their loss."""
+    """Add the index loss to the outputs, and in training mode to their loss."""
     conversion: Conversion = model.flexmsa
     losses: IndexLosses | None = kwargs.get("index_losses")
     if losses is None:
@@ -251,7 +251,7 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
     values = losses.values
     if values.keys() != set(conversion.layers):
         raise RuntimeError(
-            f"{type(model).__name__} does not hand keyword arguments on to its attention modules: "
+            f"{type(model).__name__} does not pass keyword arguments to its attention modules: "
             f"expected index losses of the layers {list(conversion.layers)}, got {list(values)}"
         )
     named = isinstance(output, Mapping)
@@ -276,10 +276,10 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
 
 
 def _share_of_step(kwargs: dict[str, Any]) -> Tensor | float:
-    """The part of an optimizer step's tokens in this forward pass.
+    """Return this forward pass's share of the tokens of the optimizer step.
 
-    Trainer divides the summed loss of each micro-batch by the tokens of the whole step; the index loss, a mean, is
-    weighted alike, so that accumulating gradients does not multiply it.
+    Trainer divides the summed loss of each micro-batch by the tokens of the whole step. The index loss is a mean, so it
+    gets the weight tokens / tokens of the step; otherwise gradient accumulation would multiply it.
     """
     count = kwargs.get("num_items_in_batch")
     if count is None:

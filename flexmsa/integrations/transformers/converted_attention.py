@@ -1,8 +1,8 @@
-"""A converted model: its state, and the hook by which each attention module computes its index heads.
+"""A converted model: its state, and the hook that computes the index heads of each attention module.
 
-A transformers attention module keeps its projections, norms, RoPE and cache. A forward pre-hook gives it the keyword
-arguments that it hands on to the attention function (see attention.py), so that the index heads arrive beside q, k and
-v. A `ForwardPass`, made once for each call of the model, travels to the hooks the same way.
+A transformers attention module keeps its projections, norms, RoPE and cache. A forward pre-hook adds keyword arguments,
+which the module passes to the attention function (see attention.py); so that function gets the index heads together
+with q, k and v. Each call of the model makes one `ForwardPass` and passes it to the hooks in the same way.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,11 @@ class ForwardPass:
     """One call of a converted model.
 
     Attributes:
-        has_positions: position_ids came from the caller, and may tell documents apart.
-        with_health: compare what each index branch selects with where the main branch looks.
-        health: layer number -> what was found.
-        sequences: the table of sequences, None where every row is one; `has_sequences` once a layer has found out.
+        has_positions: the caller passed position_ids, which may separate documents.
+        with_health: compare the selection of each index branch with the attention of the main branch.
+        health: layer number -> the result.
+        sequences: the table of sequences, None if every row is one sequence; valid if `has_sequences`, which the first
+            layer sets.
     """
 
     has_positions: bool = True
@@ -42,12 +43,12 @@ class ForwardPass:
 
 
 class Report(NamedTuple):
-    """What the last forward pass found, detached.
+    """The results of the last forward pass, detached.
 
     Attributes:
         lm_loss: scalar, the model's own loss; None without labels.
         index_losses: [converted layers]; None if they were not computed.
-        health: of the converted layers; empty unless it was asked for.
+        health: of the converted layers; empty unless it was requested.
     """
 
     lm_loss: Tensor | None = None
@@ -66,9 +67,9 @@ class Conversion:
         warm_up: whether the main branch is dense.
         index_loss_weight: of the summed index losses in the loss of a model in training mode.
         with_health: measure each forward pass.
-        select: instead of the index branch's choice, (index_q, index_k, config) -> block_indices [B, Hkv, Sq, topk],
-            such as `random_blocks`; for rows of one sequence each.
-        report: what the last forward pass found.
+        select: replaces the index branch's selection: (index_q, index_k, config) -> block_indices
+            [B, Hkv, Sq, topk], such as `random_blocks`; for rows of one sequence each.
+        report: the results of the last forward pass.
         frozen: the parameters that the warm-up froze and the sparse phase trains again.
     """
 
@@ -83,7 +84,7 @@ class Conversion:
     frozen: set[str] = field(default_factory=set)
 
     def selection(self, heads: IndexHeads) -> Selection:
-        """What a layer with these index heads attends by."""
+        """Return the `Selection` of a layer with these index heads."""
         config, select = self.config, self.select
         return Selection(
             heads,
@@ -96,15 +97,15 @@ class Conversion:
 
 
 def hook_attention(module: nn.Module, conversion: Conversion, fallback: str | None) -> None:
-    """Let `module`, with or without an index branch, attend through flexmsa, or through the `fallback` named."""
-    # Both are copied together with the model, as attributes of the module.
+    """Let `module`, with or without an index branch, attend through flexmsa, or through `fallback` if not None."""
+    # As attributes of the module, both are copied together with the model.
     module.msa = conversion  # type: ignore[assignment]
     module.flexmsa_fallback = fallback  # type: ignore[assignment]
     module.register_forward_pre_hook(_before_attention, with_kwargs=True)
 
 
 def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Put the table of sequences, the index heads and what measures them among the keyword arguments of `module`."""
+    """Add the table of sequences, the index heads and the function that measures them to the keyword arguments."""
     kwargs = dict(kwargs)
     forward_pass = kwargs.pop("msa_pass", None) or ForwardPass()
     if module.flexmsa_fallback is not None or module.config._attn_implementation != IMPLEMENTATION:
@@ -120,7 +121,7 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple
     if cache is not None:
         heads = IndexHeads(heads.index_q, cache_index_keys(cache, module.layer_idx, heads.index_k))
     kwargs["block_indices"] = module.msa.selection(heads)
-    # A checkpointed layer runs again in the backward pass, and is not measured again.
+    # A checkpointed layer runs again in the backward pass, but is measured only once.
     if forward_pass.with_health and module.layer_idx not in forward_pass.health:
         untrained = untrained_heads(module, module.msa.config, hidden_states, rope)
         kwargs["observe"] = partial(_observe, forward_pass, module, heads, untrained)
@@ -143,14 +144,14 @@ def _observe(
 def _sequences(
     forward_pass: ForwardPass, hidden_states: Tensor, cache: Cache | None, layer_idx: int, kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """The table of sequences, found by the first layer that asks, on the device of the one that asks now."""
+    """Return the table of sequences on the device of this layer; the first layer of a forward pass makes it."""
     if forward_pass.has_sequences:
         found = forward_pass.sequences
         return None if found is None else found.to(hidden_states.device)
     position_ids = kwargs.get("position_ids") if forward_pass.has_positions else None
     mask, cu_seqlens = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
     sequences = find_sequences(hidden_states, mask, position_ids, cu_seqlens, cache, layer_idx)
-    # A traced layer that is checkpointed may not change what is outside of it.
+    # A traced, checkpointed layer must not change objects outside it.
     if not torch.compiler.is_compiling():
         forward_pass.sequences, forward_pass.has_sequences = sequences, True
     return sequences

@@ -1,4 +1,4 @@
-"""How good a selection is, beside what costs nothing: an untrained index branch, a window, and chance."""
+"""Measure a selection, and compare it with baselines without training: an untrained branch, a window, random blocks."""
 
 from typing import Any, NamedTuple
 
@@ -11,12 +11,12 @@ from flexmsa.integrations.transformers.index_branch import IndexHeads, add_index
 
 __all__ = ["LayerHealth", "measure", "random_blocks", "untrained_heads", "window_blocks"]
 
-# The newest queries of the longest sequence: enough to average over, and linear in the number of keys.
+# The newest queries of the longest sequence: enough for a mean, and the cost is linear in the number of keys.
 MEASURED_QUERIES = 128
 
 
 class LayerHealth(NamedTuple):
-    """Recalls (see flexmsa.metrics) of one layer: of its index branch, and of two selections that learn nothing."""
+    """Recalls (see flexmsa.metrics) of one layer: of its index branch, and of two selections without training."""
 
     learned: metrics.Recall
     untrained: metrics.Recall
@@ -27,7 +27,7 @@ class LayerHealth(NamedTuple):
 def untrained_heads(
     attention: Any, config: MSAConfig, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
 ) -> IndexHeads:
-    """The index heads of a branch as `convert` makes it, the same one every time."""
+    """Return the index heads of an untrained branch as `convert` makes it, with the same weights in every call."""
     weight = attention.index_q_proj.weight
     branch = nn.Module()
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
@@ -46,10 +46,10 @@ def measure(
     config: MSAConfig,
     scale: float | None,
 ) -> LayerHealth:
-    """Compare three selections of `config.topk` blocks with the blocks that hold most of the main branch's attention.
+    """Compare three selections of `config.topk` blocks with the blocks that get the most attention in the main branch.
 
-    Measured on the newest queries of the longest sequence in the batch; in the warm-up too, where nothing is left out
-    yet. Reads the lengths back from a GPU.
+    Measures the newest queries of the longest sequence in the batch, also in the warm-up, where attention is still
+    dense. Waits for a GPU to read the lengths.
     """
     row, queries, keys = _longest(q, k, sequences)
     q, k = q[row, :, queries], k[row, :, keys]
@@ -57,16 +57,16 @@ def measure(
     def recall(block_indices: Tensor) -> metrics.Recall:
         return metrics.recall(q, k, block_indices, block_size=config.block_size, scale=scale)
 
-    def chosen(branch: IndexHeads) -> Tensor:
+    def selected(branch: IndexHeads) -> Tensor:
         return select(branch.index_q[row, :, queries], branch.index_k[row, :, keys], config)
 
-    trained = chosen(heads)
+    trained = selected(heads)
     window = window_blocks(heads.index_q[row, :, queries], heads.index_k[row, :, keys], config)
-    return LayerHealth(recall(trained), recall(chosen(untrained)), recall(window))
+    return LayerHealth(recall(trained), recall(selected(untrained)), recall(window))
 
 
 def _longest(q: Tensor, k: Tensor, sequences: Tensor | None) -> tuple[slice, slice, slice]:
-    """The batch row, the measured queries and the keys of the longest sequence."""
+    """Return the batch row, the measured queries and the keys of the longest sequence."""
     if sequences is None:
         return slice(0, 1), slice(max(0, q.shape[2] - MEASURED_QUERIES), q.shape[2]), slice(0, k.shape[2])
     length = torch.where(sequences[:, 4] > sequences[:, 3], sequences[:, 2] - sequences[:, 1], -1)
@@ -75,7 +75,7 @@ def _longest(q: Tensor, k: Tensor, sequences: Tensor | None) -> tuple[slice, sli
 
 
 def select(index_q: Tensor, index_k: Tensor, config: MSAConfig) -> Tensor:
-    """What the index branch chooses: block_indices [B, Hkv, Sq, topk]."""
+    """Return the selection of the index branch, block_indices [B, Hkv, Sq, topk]."""
     assert config.topk is not None
     return functional.select_blocks(
         index_q,
@@ -88,10 +88,10 @@ def select(index_q: Tensor, index_k: Tensor, config: MSAConfig) -> Tensor:
 
 
 def window_blocks(index_q: Tensor, index_k: Tensor, config: MSAConfig, num_init_blocks: int = 0) -> Tensor:
-    """The newest blocks, and the `num_init_blocks` oldest ones as an attention sink, `config.topk` in all.
+    """Select the `num_init_blocks` oldest blocks, as an attention sink, and the newest: `config.topk` in total.
 
     Returns:
-        block_indices [B, Hkv, Sq, topk] int32 for one causal sequence a row, as `select` gives them.
+        block_indices [B, Hkv, Sq, topk] int32 for one causal sequence per row, like those of `select`.
     """
     newest = _own_block(index_q, index_k, config)[:, None]
     assert config.topk is not None
@@ -104,7 +104,7 @@ def window_blocks(index_q: Tensor, index_k: Tensor, config: MSAConfig, num_init_
 
 
 def random_blocks(index_q: Tensor, index_k: Tensor, config: MSAConfig) -> Tensor:
-    """The query's own block and others by chance, `config.topk` in all; the shape is that of `window_blocks`."""
+    """Select the query's own block and random others, `config.topk` in total; the shape is that of `window_blocks`."""
     newest = _own_block(index_q, index_k, config)[:, None]
     blocks = torch.arange(-(-index_k.shape[2] // config.block_size), device=newest.device)
     scores = torch.rand(*index_q.shape[:3], len(blocks), device=newest.device)

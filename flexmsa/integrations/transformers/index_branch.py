@@ -1,4 +1,4 @@
-"""The index branch beside a transformers attention module: its weights, what it computes, and its keys in the cache."""
+"""The index branch of a transformers attention module: its weights, its heads, and its keys in the cache."""
 
 import sys
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class IndexHeads(NamedTuple):
 def add_index_branch(
     module: nn.Module, config: MSAConfig, std: float, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Give `module` index_q_proj, index_k_proj and their norms; projections start normal with deviation `std`."""
+    """Add index_q_proj, index_k_proj and their norms to `module`; weights are normal with standard deviation `std`."""
     for name, heads in (("index_q", config.num_kv_heads), ("index_k", 1)):
         size = heads * config.index_head_dim
         projection = nn.Linear(config.hidden_size, size, bias=config.bias, dtype=dtype, device=device)
@@ -46,12 +46,12 @@ def add_index_branch(
 
 
 def has_index_branch(module: nn.Module) -> bool:
-    """Whether an attention module has an index branch, of `add_index_branch` or as MiniMax-M3 has it."""
+    """Return whether an attention module has an index branch, from `add_index_branch` or MiniMax-M3's own."""
     return hasattr(module, "index_q_proj") or getattr(module, "indexer", None) is not None
 
 
 def is_index_weight(name: str) -> bool:
-    """Whether a parameter of this name belongs to an index branch.
+    """Return whether a parameter of this name belongs to an index branch.
 
     >>> is_index_weight("model.layers.0.self_attn.index_q_proj.weight"), is_index_weight("lm_head.weight")
     (True, False)
@@ -62,17 +62,17 @@ def is_index_weight(name: str) -> bool:
 def project_index(
     branch: Any, attention: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
 ) -> IndexHeads:
-    """The index heads of `hidden_states` [B, S, hidden_size], turned by the RoPE of `attention`'s own model.
+    """Return the index heads of `hidden_states` [B, S, hidden_size], with the RoPE of `attention`'s own model.
 
-    The input is detached: the loss of the index branch trains the weights of `branch` and nothing else.
+    The input is detached, so the loss of the index branch trains only the weights of `branch`.
     """
     detached = hidden_states.detach()
     size = branch.index_k_proj.out_features
 
     def heads(project: nn.Module, norm: Any) -> Tensor:
-        found = project(detached).unflatten(-1, (-1, size))
-        # Under autocast, back to the dtype of the norm's weight.
-        return norm(found.to(getattr(norm, "weight", found).dtype)).transpose(1, 2)
+        projected = project(detached).unflatten(-1, (-1, size))
+        # Under autocast, cast back to the dtype of the norm's weight.
+        return norm(projected.to(getattr(norm, "weight", projected).dtype)).transpose(1, 2)
 
     index_q = heads(branch.index_q_proj, branch.index_q_norm)
     index_k = heads(branch.index_k_proj, branch.index_k_norm)
@@ -82,23 +82,23 @@ def project_index(
 
 
 def _rotate(attention: nn.Module, index_q: Tensor, index_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn the leading dimensions of both, as many as cos and sin [B, S, rotary] have, the way the model pairs them."""
+    """Apply the model's own RoPE to the leading dimensions of both, as many as cos and sin [B, S, rotary] have."""
     rotary, size = cos.shape[-1], index_k.shape[-1]
     if rotary > size:
-        raise ValueError(f"index_head_dim: expected at least the {rotary} dimensions that RoPE turns, got {size}")
-    turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    turned = turn(index_q[..., :rotary], index_k[..., :rotary], cos, sin)
+        raise ValueError(f"index_head_dim: expected at least the {rotary} dimensions that RoPE rotates, got {size}")
+    apply_rope = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    rotated = apply_rope(index_q[..., :rotary], index_k[..., :rotary], cos, sin)
     return tuple(
         torch.cat([part, whole[..., rotary:]], dim=-1).to(whole.dtype)
-        for part, whole in zip(turned, (index_q, index_k), strict=True)
+        for part, whole in zip(rotated, (index_q, index_k), strict=True)
     )  # type: ignore[return-value]
 
 
 def cache_index_keys(cache: Cache, layer_idx: int, index_k: Tensor) -> Tensor:
-    """Append index_k [B, 1, S, Di] to those of the layer in `cache`; returns all of them, [B, 1, capacity, Di].
+    """Append index_k [B, 1, S, Di] to the layer's index keys in `cache`; return all of them, [B, 1, capacity, Di].
 
-    A layer that holds nothing yet is exchanged for transformers' own kind with room for index keys, which beam search
-    and cropping know how to handle.
+    This replaces an empty layer by transformers' own kind of layer with index keys, which supports beam search and
+    cropping.
     """
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
@@ -107,7 +107,7 @@ def cache_index_keys(cache: Cache, layer_idx: int, index_k: Tensor) -> Tensor:
         if type(layer) not in (DynamicLayer, StaticLayer) or layer.is_initialized:
             raise ValueError(
                 f"past_key_values: expected an empty DynamicCache or StaticCache, or one that this model filled, got "
-                f"{layer} in layer {layer_idx} of a {type(cache).__name__}; it has no index keys of the tokens before"
+                f"{layer} in layer {layer_idx} of a {type(cache).__name__}; it has no index keys of the earlier tokens"
             )
         static = isinstance(layer, StaticLayer)
         cache.layers[layer_idx] = StaticIndexedLayer(layer.max_cache_len) if static else DynamicIndexedLayer()

@@ -1,4 +1,4 @@
-"""Load a converted model that `save_pretrained` wrote: settings in config.json, index weights among the others."""
+"""Load a converted model that `save_pretrained` wrote: settings from config.json, index weights with the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexmsa.integrations.transformers.index_branch import is_index_weight
 
 __all__ = ["from_pretrained"]
 
-# Which files are meant, and so for config.json too.
+# Arguments that select the files, for config.json too.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -27,12 +27,12 @@ def from_pretrained(
 
     Args:
         path: a folder, or a name on the Hub.
-        settings: what the checkpoint is expected to have been made with; default: no expectation.
+        settings: the expected settings of the checkpoint; default: not checked.
         kwargs: for transformers' own `from_pretrained`: dtype, device_map, ...
 
     Raises:
-        ValueError: the checkpoint is of a dense model, lacks index weights, or has other settings; the message says
-            what differs.
+        ValueError: the checkpoint is of a dense model, has no index weights, or has other settings; the message names
+            the differences.
     """
     where = {name: kwargs[name] for name in _WHERE if name in kwargs}
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **where)
@@ -54,7 +54,7 @@ def from_pretrained(
         architecture.__init__(self, config, *args, **options)
         install(self, msa_config(self, **own), tuple(stored["layers"]), stored["warm_up"])
 
-    # A class with the index branch in its constructor, so that loading fills it like any other weight.
+    # A class whose constructor adds the index branch, so that from_pretrained loads its weights like all others.
     loader: Any = type(
         architecture.__name__, (architecture,), {"__init__": init, "__module__": architecture.__module__}
     )
@@ -67,7 +67,7 @@ def from_pretrained(
 
 
 def _check_same_settings(path: str | Path, stored: dict[str, Any], settings: MSAConfig | Mapping[str, Any]) -> None:
-    """Compare what both name; RoPE is always the model's own."""
+    """Compare the settings that both name; RoPE is always the model's own."""
     wanted = dataclasses.asdict(settings) if isinstance(settings, MSAConfig) else dict(settings)
     known = {setting.name for setting in dataclasses.fields(MSAConfig)}
     for name in wanted:

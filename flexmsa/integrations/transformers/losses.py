@@ -1,4 +1,4 @@
-"""The index losses of one forward pass, kept whichever way the layers are checkpointed."""
+"""The index losses of one forward pass, with and without checkpointing of the layers."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -14,9 +14,9 @@ __all__ = ["IndexLosses", "keep_losses_when_checkpointing"]
 
 
 class IndexLosses:
-    """Collects the index loss of each sparse layer: a new one goes into each call, `model(..., index_losses=losses)`.
+    """Collects the index loss of each sparse layer: pass a new one to each call, `model(..., index_losses=losses)`.
 
-    A converted model makes its own, and adds them to `outputs.loss` itself.
+    A converted model makes its own and adds the losses to `outputs.loss`.
 
     Attributes:
         values: layer number -> the layer's loss, a detached scalar.
@@ -35,13 +35,13 @@ class IndexLosses:
         return {layer: loss.detach() for layer, loss in self._losses.items()}
 
     def record(self, layer: int, loss: Tensor) -> None:
-        """Keep the loss of `layer`, a scalar."""
+        """Store the loss of `layer`, a scalar."""
         if layer in self._losses:
             raise ValueError("index_losses: expected an empty IndexLosses, got a used one; make one for each forward")
         self._losses[layer] = loss
 
     def sum(self) -> Tensor:
-        """The sum over layers, a scalar with a gradient to the index weights.
+        """Return the sum over layers, a scalar with a gradient for the index weights.
 
         Raises:
             RuntimeError: nothing was recorded.
@@ -55,11 +55,11 @@ class IndexLosses:
         """Return loss + weight * (the sum over layers), to call backward on.
 
         Args:
-            loss: scalar, the model's own loss; zero to train the index branches alone.
+            loss: scalar, the model's own loss; zero to train only the index branches.
             weight: lambda, the factor of each layer's index loss.
 
         Raises:
-            RuntimeError: nothing was recorded, or what was recorded has no gradient.
+            RuntimeError: nothing was recorded, or the recorded losses have no gradient.
         """
         total = self.sum()
         if torch.is_grad_enabled() and not total.requires_grad:
@@ -71,7 +71,7 @@ class IndexLosses:
 
 
 def keep_losses_when_checkpointing(model: nn.Module) -> None:
-    """Make the index losses of a checkpointed layer its outputs, so that their gradient survives recomputation."""
+    """Make the index losses of a checkpointed layer outputs of it, so that they keep their gradient."""
     layers: Iterable[Any] = model.modules()
     for layer in layers:
         if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
@@ -81,15 +81,15 @@ def keep_losses_when_checkpointing(model: nn.Module) -> None:
 
 
 def _numbers_inside(layer: nn.Module) -> list[int]:
-    """The layer numbers of the attention modules inside that have an index branch."""
+    """Return the layer numbers of the attention modules inside `layer` that have an index branch."""
     modules: Iterable[Any] = layer.modules()
     return [module.layer_idx for module in modules if has_index_branch(module)]
 
 
 class _Checkpoint:
-    """transformers' `checkpoint`, for a layer whose keyword arguments may hold an IndexLosses.
+    """transformers' `checkpoint`, for a layer whose keyword arguments may have an IndexLosses.
 
-    The checkpointed function touches nothing outside itself, which torch.compile would refuse.
+    The checkpointed function changes no object outside itself: torch.compile would raise.
     """
 
     def __init__(self, checkpoint: Callable, numbers: list[int]) -> None:

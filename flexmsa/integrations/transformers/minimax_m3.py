@@ -1,10 +1,11 @@
-"""MiniMax-M3 of transformers through flexmsa: nothing of size Sq x Sk, documents and padding right, a trained indexer.
+"""MiniMax-M3 of transformers through flexmsa, with packed documents, padding and a trainable indexer; no tensor has
+Sq x Sk elements.
 
-Three places of transformers' model change, and only where `attn_implementation="flexmsa"`:
+With `attn_implementation="flexmsa"`, three parts of transformers' model change:
 
-- the text model finds, once for all layers, which keys each token sees, and hands that to them as their mask;
-- the indexer returns its heads, with its weights, norms, RoPE and cache, and leaves the selection to
-- the attention function, which selects, attends, and computes the index loss when asked to.
+- the text model makes the table of sequences once and passes it to all layers as their mask;
+- the indexer computes its heads with its weights, norms, RoPE and cache, but does not select;
+- the attention function selects, attends, and computes the index loss if requested.
 """
 
 import functools
@@ -25,10 +26,10 @@ __all__ = ["register"]
 
 @functools.cache
 def register() -> None:
-    """Make `attn_implementation="flexmsa"` known to transformers, for MiniMax-M3 text and vision-language models.
+    """Register `attn_implementation="flexmsa"` with transformers, for MiniMax-M3 text and vision-language models.
 
     Call it before `from_pretrained(..., attn_implementation="flexmsa")` or `model.set_attn_implementation("flexmsa")`;
-    calling it again does nothing. Models with another implementation run as before.
+    further calls do nothing. Models with another implementation do not change.
 
     >>> from transformers import AttentionInterface
     >>> register()
@@ -47,7 +48,7 @@ def register() -> None:
 
 
 def _text_model_forward(forward: Callable) -> Callable:
-    """Wrap the text model's `forward`: a mask in a dict is one that it gives to every layer as it is."""
+    """Wrap the text model's `forward`: pass the table in a dict of masks, which it gives to every layer unchanged."""
 
     @functools.wraps(forward)
     def wrapped(
@@ -82,7 +83,7 @@ def _text_model_forward(forward: Callable) -> Callable:
 
 
 def _indexer_forward(forward: Callable) -> Callable:
-    """Wrap the indexer's `forward`: the same heads, of a detached input, and no scores."""
+    """Wrap the indexer's `forward`: compute the same heads, from a detached input, and no scores."""
 
     @functools.wraps(forward)
     def wrapped(

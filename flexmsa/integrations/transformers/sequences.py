@@ -1,8 +1,8 @@
-"""Which keys each token sees, from what transformers hands to a model: padding, positions, a part-filled cache.
+"""Find the keys that each token sees, from the arguments of a transformers model: padding, positions, a cache.
 
-The result is the table of sequences (see flexmsa.kernels). Padding on the right is a sequence of its own that sees no
-key, so that it costs nothing and has no part in the index loss; padding on the left lies before the first key of its
-row and sees none either.
+The result is the table of sequences (see flexmsa.kernels). Padding on the right is a separate sequence without keys,
+so it costs nothing and does not enter the index loss. Padding on the left is before the first key of its row, so it
+sees no key either.
 """
 
 import torch
@@ -22,24 +22,24 @@ def find_sequences(
     cache: Cache | None = None,
     layer_idx: int = 0,
 ) -> Tensor | None:
-    """Return `sequences`, or None where every row is one sequence, which ends with the last key.
+    """Return `sequences`, or None if every row is one sequence, which ends with the last key.
 
     Args:
         tokens: [B, Sq] or [B, Sq, width], the new tokens; only its shape and device are read.
         mask: [B, keys] bool, False for padding. None: no padding.
-        position_ids: [B or 1, Sq], from which documents are known. None: one document a row.
-        cu_seqlens: [documents + 1] int32, offsets of documents packed in one row; takes the place of both.
-        cache: what has the keys before, none of the new ones yet in its layer `layer_idx`.
+        position_ids: [B or 1, Sq]; they show where documents start. None: one document per row.
+        cu_seqlens: [documents + 1] int32, offsets of documents packed in one row; replaces mask and position_ids.
+        cache: the earlier keys; its layer `layer_idx` does not have the new ones yet.
 
     Raises:
-        ValueError: the mask or the offsets are not as described, or padding lies between tokens.
+        ValueError: the mask or the offsets are not as described, or there is padding between tokens.
     """
     seqlen = tokens.shape[1]
     past: int | Tensor = 0
     ends_with_last_key = True
     if cache is not None:
         past = cache.get_seq_length(layer_idx)
-        # A static cache hands out all of its buffer, and its own counter as the length.
+        # A static cache returns its whole buffer, and its counter tensor as the length.
         ends_with_last_key = isinstance(past, int) and past + seqlen == cache.get_mask_sizes(seqlen, layer_idx)[0]
     if isinstance(past, Tensor):
         past = past.to(tokens.device)
@@ -58,7 +58,7 @@ def document_table(cu_seqlens: Tensor, tokens: Tensor, past: int | Tensor) -> Te
     Args:
         cu_seqlens: [documents + 1] int32, their offsets.
         tokens: [1, Sq] or [1, Sq, width]; only its shape and device are read.
-        past: how many keys are before the first of them.
+        past: the number of keys before the first token.
     """
     batch, seqlen = tokens.shape[:2]
     if batch != 1:
@@ -70,14 +70,14 @@ def document_table(cu_seqlens: Tensor, tokens: Tensor, past: int | Tensor) -> Te
 def row_table(mask: Tensor | None, position_ids: Tensor | None, tokens: Tensor, past: int | Tensor) -> Tensor:
     """Return `sequences` for rows that may be padded, continue a cache, or hold several documents.
 
-    A document starts wherever `position_ids` do not rise by one. The first one of a row may continue what a cache
-    holds: it then reaches back as many keys as its position says, but not into padding.
+    A document starts wherever `position_ids` do not increase by one. The first document of a row may have started in
+    the cache: its first position is the number of its earlier keys, except that padding is never among them.
 
     Args:
         mask: [B, at least the keys so far] bool, False for padding on either side. None: no padding.
-        position_ids: [B or 1, Sq], or None: one document a row.
+        position_ids: [B or 1, Sq], or None: one document per row.
         tokens: [B, Sq] or [B, Sq, width], the new tokens; only its shape and device are read.
-        past: int or one-element tensor, how many keys are before them.
+        past: int or one-element tensor, the number of keys before the new tokens.
     """
     batch, seqlen = tokens.shape[:2]
     rows = torch.arange(batch, device=tokens.device)
@@ -107,7 +107,7 @@ def row_table(mask: Tensor | None, position_ids: Tensor | None, tokens: Tensor, 
 
 
 def _padding(mask: Tensor, seqlen: int, past: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row: its first key, and how many of the `seqlen` new tokens come before the padding on the right."""
+    """Return for each row its first key, and the number of its new tokens before the padding on the right."""
     if mask.dim() != 2:
         raise ValueError(
             f"attention_mask: expected [B, keys], True for tokens and False for padding, got {list(mask.shape)}; "
@@ -127,7 +127,7 @@ def _padding(mask: Tensor, seqlen: int, past: int | Tensor) -> tuple[Tensor, Ten
 
 
 def _check_no_gap(is_whole: Tensor) -> None:
-    """On a GPU the check runs on the device, as that of an index out of range does, and nothing waits for it."""
+    """Raise if a row has padding between tokens. On a GPU this is an asynchronous assertion on the device."""
     message = (
         "attention_mask: expected padding on the left or the right of a row, got padding between tokens; "
         "pad prompts on the left to generate from them"
@@ -139,9 +139,9 @@ def _check_no_gap(is_whole: Tensor) -> None:
 
 
 def _document_starts(position_ids: Tensor, first_token: Tensor, num_tokens: Tensor) -> Tensor:
-    """Ascending numbers, of the B*Sq tokens, where a sequence starts: a row, a document, the padding on the right.
+    """Return the tokens, numbered 0 to B*Sq-1, that start a sequence: a row, a document or the padding on the right.
 
-    A traced graph cannot know how many there are: there, B*Sq entries come back, those not needed being B*Sq.
+    Their number is unknown in a traced graph, which therefore returns B*Sq entries; unused entries are B*Sq.
     """
     batch, seqlen = position_ids.shape
     token = torch.arange(seqlen, device=position_ids.device)

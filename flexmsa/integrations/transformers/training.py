@@ -1,11 +1,11 @@
-"""The two phases that train a converted model: as functions for a loop of one's own, and as a Trainer callback.
+"""The two phases that train a converted model: as functions for any training loop, and as a Trainer callback.
 
-Phase 1, the warm-up: the base is frozen, its attention dense, and the index branches learn from the KL divergence over
-everything that a token sees. Phase 2: the selection is on and everything trains on
+Phase 1, the warm-up: the base is frozen, its attention is dense, and the index branches learn from the KL divergence
+over all visible keys. Phase 2: the selection is on, and all weights train on
 
     model's own loss + index_loss_weight * sum over layers of KL
 
-which is what `outputs.loss` of a converted model in training mode is. In phase 1 only the KL has a gradient.
+In training mode, this is `outputs.loss` of a converted model. In phase 1 only the KL has a gradient.
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def begin_warm_up(model: nn.Module) -> None:
-    """Phase 1: dense attention, and only the index weights train."""
+    """Enter phase 1: dense attention, and only the index weights train."""
     conversion = conversion_of(model)
     set_warm_up(model, True)
     for name, parameter in model.named_parameters():
@@ -44,7 +44,7 @@ def begin_warm_up(model: nn.Module) -> None:
 
 
 def begin_sparse(model: nn.Module) -> None:
-    """Phase 2: the selection is on, and what `begin_warm_up` froze trains again."""
+    """Enter phase 2: sparse attention, and the weights that `begin_warm_up` froze train again."""
     conversion = conversion_of(model)
     set_warm_up(model, False)
     for name, parameter in model.named_parameters():
@@ -54,9 +54,9 @@ def begin_sparse(model: nn.Module) -> None:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """All parameters for an optimizer that serves both phases: the base, then the index weights.
+    """Return all parameters for one optimizer of both phases: the base, then the index weights.
 
-    Made once, before `begin_warm_up` or after it: an optimizer passes over weights without a gradient.
+    Call it once, before or after `begin_warm_up`: an optimizer skips weights without a gradient.
     """
     branches: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in model.named_parameters():
@@ -65,10 +65,10 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> tuple[Tensor, Tensor]:
-    """Clip the gradient of the base and that of the index weights apart, so that neither loss scales the other's step.
+    """Clip the gradients of the base and of the index weights separately, so that neither loss scales the other's step.
 
     Returns:
-        The norms of both before.
+        The norms of both before clipping.
     """
     base, index = (
         torch.nn.utils.clip_grad_norm_([p for p in group["params"] if p.grad is not None], max_norm)
@@ -78,11 +78,11 @@ def clip_gradients(model: nn.Module, max_norm: float) -> tuple[Tensor, Tensor]:
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, resumed: bool = False) -> None:
-    """Find the mistakes that leave an index branch untrained, or train it otherwise than before.
+    """Raise if an index branch would not train, or would not continue its earlier training.
 
     Args:
-        optimizer: of both phases.
-        resumed: its state was loaded from a checkpoint of a conversion.
+        optimizer: the optimizer of both phases.
+        resumed: whether its state was loaded from a checkpoint of a conversion.
 
     Raises:
         ValueError: a parameter is not in the optimizer, index weights are frozen, or their state is missing.
@@ -101,8 +101,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, resum
 
 
 def _keeps_no_state(optimizer: torch.optim.Optimizer) -> bool:
-    """SGD without momentum."""
-    # accelerate, and so Trainer, wraps it.
+    """Return whether this is SGD without momentum."""
+    # accelerate, and therefore Trainer, wraps the optimizer.
     optimizer = getattr(optimizer, "optimizer", optimizer)
     return isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)
 
@@ -114,12 +114,12 @@ def _refuse(names: list[str], expected: str, advice: str) -> None:
 
 
 def log_entries(model: nn.Module) -> dict[str, float]:
-    """What the last forward pass in training mode found, for a log.
+    """Return the results of the last forward pass in training mode, for a log.
 
     Returns:
         lm_loss; kl, the sum over the layers, and kl/layer_N. If `model.flexmsa.with_health` was set: block_recall and
-        score_recall of the index branch, of an untrained one, and of a window of the same budget, over the layers;
-        block_recall/layer_N and score_recall/layer_N.
+        score_recall, means over the layers, of the index branch, of an untrained branch, and of a window of as many
+        blocks; block_recall/layer_N and score_recall/layer_N.
     """
     conversion = conversion_of(model)
     lm_loss, index_losses, health = conversion.report
@@ -149,14 +149,15 @@ def _recalls(layers: Iterable[int], health: tuple[LayerHealth, ...]) -> dict[str
 class ConversionCallback(TrainerCallback, ExportableState):
     """Both phases of a conversion in one run of `transformers.Trainer`, on a model that `convert` made.
 
-    It freezes and unfreezes, switches the selection on, clips the base's and the index branches' gradients apart
-    (`TrainingArguments.max_grad_norm` each; jointly with fp16, FSDP or DeepSpeed, whose gradients it cannot read), and
-    puts `log_entries` into every log, with the norms before clipping as grad_norm/base and grad_norm/index. A run that
-    resumes from a checkpoint of either phase goes on as it would have.
+    It freezes and unfreezes weights, switches the selection on, clips the gradients of the base and of the index
+    branches separately, and adds `log_entries` to every log, with the norms before clipping as grad_norm/base and
+    grad_norm/index. Each gradient is clipped to `TrainingArguments.max_grad_norm`; with fp16, FSDP or DeepSpeed, whose
+    gradients the callback cannot read, Trainer clips both jointly. A run that resumes from a checkpoint of either phase
+    continues as without the interruption.
 
     Args:
         warm_up_steps: optimizer steps of phase 1; the rest of the run is phase 2.
-        index_loss_weight: of the sum over layers of the KL.
+        index_loss_weight: factor of the sum over layers of the KL.
     """
 
     def __init__(self, warm_up_steps: int, index_loss_weight: float = 1.0) -> None:
@@ -166,14 +167,14 @@ class ConversionCallback(TrainerCallback, ExportableState):
         self._norms: tuple[Tensor, Tensor] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What trainer_state.json keeps, to compare with when a run resumes."""
+        """Return the entry of trainer_state.json, which is checked when a run resumes."""
         arguments = {"warm_up_steps": self.warm_up_steps, "index_loss_weight": self.index_loss_weight}
         return {"args": arguments, "attributes": {"_settings": self._settings}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Enter the phase of the step that comes, and find what would train wrongly."""
+        """Enter the phase of the next step, and check the optimizer and the resumed settings."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         conversion = conversion_of(model)
         stored = model.config.get_text_config().flexmsa
@@ -204,7 +205,7 @@ class ConversionCallback(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Switch to phase 2 when its first step comes; measure the steps that are logged."""
+        """Switch to phase 2 before its first step; measure the steps that are logged."""
         model = kwargs["model"]
         if state.global_step == self.warm_up_steps:
             begin_sparse(model)
@@ -214,12 +215,12 @@ class ConversionCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Clip."""
+        """Clip the gradients."""
         if self._max_grad_norm > 0:
             self._norms = clip_gradients(kwargs["model"], self._max_grad_norm)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave evaluations alone."""
+        """Stop measuring, so that evaluations are not measured."""
         conversion_of(kwargs["model"]).with_health = False
 
     def on_log(
@@ -230,7 +231,7 @@ class ConversionCallback(TrainerCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the entries to the log and to the history that checkpoints keep."""
+        """Add the entries to the log and to the history in checkpoints."""
         if logs is not None and "loss" in logs:
             entries = log_entries(kwargs["model"])
             if self._norms is not None:
@@ -243,6 +244,6 @@ class ConversionCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the clipping back."""
+        """Restore Trainer's clipping."""
         if self._max_grad_norm > 0:
             args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, 0.0

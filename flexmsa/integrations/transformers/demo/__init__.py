@@ -1,4 +1,4 @@
-"""`python -m flexmsa convert-demo`: a dense transformers model learns, is converted, and is compared."""
+"""`python -m flexmsa convert-demo`: train a dense transformers model, convert it, and compare the results."""
 
 import argparse
 import dataclasses
@@ -32,12 +32,12 @@ QUICK = {
     "test_windows": 32,
 }
 INTERRUPTED = 130
-# What the conversion is expected to reach.
+# The expected bound on the relative difference from the dense loss.
 MOST_ABOVE_DENSE = 0.02
 
 
 def main(argv: list[str]) -> int:
-    """Run the demo; returns the exit code, 130 after Ctrl-C."""
+    """Run the demo; return the exit code, 130 after Ctrl-C."""
     try:
         return run(parse(argv))
     except (FileNotFoundError, FileExistsError) as error:
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> Settings:
-    """Read the options; those not given keep the defaults of `Settings`, or of the quick run."""
+    """Read the options; the defaults are those of `Settings`, or of the quick run."""
     default = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m flexmsa convert-demo",
@@ -61,14 +61,14 @@ def parse(argv: list[str]) -> Settings:
     for name, text in (
         ("dense-steps", "training steps of the dense model"),
         ("warm-up-steps", "steps of phase 1: the index branch alone learns"),
-        ("sparse-steps", "steps of phase 2, and of each other way to attend"),
+        ("sparse-steps", "steps of phase 2, and of each other kind of attention"),
         ("batch-size", "windows of text in a batch"),
-        ("seed", "of the weights and the batches"),
+        ("seed", "seed of the weights and the batches"),
     ):
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} (default: {value})")
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"where the results go (default: {default.out}/)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"folder for the results (default: {default.out}/)")
     options = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     preset = QUICK if options.pop("quick") else {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +84,7 @@ def parse(argv: list[str]) -> Settings:
 
 
 def run(settings: Settings) -> int:
-    """Train, convert, compare and save, saying so; Ctrl-C goes straight to the saving."""
+    """Train, convert, compare and save, and print the progress; Ctrl-C skips to saving."""
     started = time.monotonic()
     settings.out.mkdir(parents=True, exist_ok=True)
     text = read_standard_library()
@@ -97,7 +97,7 @@ def run(settings: Settings) -> int:
         train(demo, settings, results["unigram_loss"])
     except KeyboardInterrupt:
         results["interrupted"] = True
-        print("\nStopped; saving what there is.")
+        print("\nStopped; saving the results so far.")
     results["seconds"] = time.monotonic() - started
     for name, scores in (("not_retrained", demo.swapped), ("retrained", demo.trained)):
         results[name] = {way: {"loss": score.loss, "answers": score.answers} for way, score in scores.items()}
@@ -109,12 +109,12 @@ def run(settings: Settings) -> int:
 
 
 def introduce(settings: Settings, text: Text, demo: Demo) -> None:
-    """Say what is about to happen."""
+    """Print the text, the model and the budget."""
     size = sum(parameter.numel() for parameter in demo.dense.parameters())
     keys = settings.block_size * settings.topk
     print(
         f"Text: {text.num_files} files of Python source from {text.source};\n"
-        f"  {len(text.train):,} bytes to learn from, {len(text.validation):,} bytes of other files to test on.\n"
+        f"  {len(text.train):,} bytes for training, {len(text.validation):,} bytes of other files for testing.\n"
         f"Model: {type(demo.dense).__name__}, {settings.num_layers} layers of width {settings.hidden_size}, "
         f"{size:,} parameters, on {settings.device}.\n"
         f"Budget: {keys} of {settings.context} keys, {settings.topk} blocks of {settings.block_size}.\n"
@@ -126,24 +126,24 @@ def introduce(settings: Settings, text: Text, demo: Demo) -> None:
 
 
 def train(demo: Demo, settings: Settings, unigram: float) -> None:
-    """Everything that takes time."""
+    """Train the dense model, convert it, and train each kind of attention."""
     print(f"\nDense training, {settings.dense_steps} steps.", flush=True)
     demo.train_dense(Progress(settings.dense_steps))
     print(
-        f"\nConverted. Phase 1, {settings.warm_up_steps} steps: the index branches learn, all else is frozen.",
+        f"\nConverted. Phase 1, {settings.warm_up_steps} steps: only the index branches learn.",
         flush=True,
     )
     demo.warm_up(Progress(settings.warm_up_steps))
     demo.try_ways()
     dense = demo.swapped["dense"]
-    print(f"The dense model: {dense.loss:.3f} nats a byte (unigram {unigram:.3f}), retrieval {dense.answers:.0%}.")
+    print(f"The dense model: {dense.loss:.3f} nats per byte (unigram {unigram:.3f}), retrieval {dense.answers:.0%}.")
     for way in WAYS:
-        print(f"\nOn from there, {settings.sparse_steps} steps: {way}.", flush=True)
+        print(f"\nFurther training, {settings.sparse_steps} steps: {way}.", flush=True)
         demo.train_way(way, Progress(settings.sparse_steps))
 
 
 def conclude(demo: Demo) -> None:
-    """Say whether the conversion did what is expected of it."""
+    """Print whether the converted model meets the expectations."""
     if not {"dense", "MSA", "window"} <= demo.trained.keys():
         return
     dense, msa, window = (demo.trained[way] for way in ("dense", "MSA", "window"))

@@ -1,10 +1,10 @@
-"""A key told early in the context and asked for at its end: what a window cannot answer, and attention can."""
+"""A retrieval task: the context gives a key early and asks for it at its end, beyond the reach of a window."""
 
 import torch
 from torch import Tensor
 
-# A telling is the mark and the letters of the key; each letter has an alphabet of its own. Source code holds hardly
-# any of these bytes.
+# A telling is the mark and the letters of the key; each letter has its own alphabet. Source code has almost none of
+# these bytes.
 MARK = 1
 KEY_LENGTH = 2
 ALPHABET = 64
@@ -13,16 +13,16 @@ TELLING = KEY_LENGTH + 1
 
 
 def plant_keys(ids: Tensor, most_tellings: int, generator: torch.Generator) -> Tensor:
-    """Write a key over the text of each row: once or more at random places, and at the end, where it is asked for.
+    """Write a key over the text of each row: at one or more random places, and at the end, where it is asked for.
 
-    Each telling after the first can be foretold, so that many teach faster than one does.
+    Each telling after the first can be predicted, so several tellings teach faster than one.
 
     Args:
         ids: [B, S] bytes.
-        most_tellings: 1 to this many before the last.
+        most_tellings: the most tellings before the last; their number is random from 1.
 
     Returns:
-        A changed copy of ids. A model that reads all but the last KEY_LENGTH bytes has been asked.
+        A changed copy of ids. The question ends before the last KEY_LENGTH bytes.
     """
     telling = _tellings(len(ids), generator)
     slots = (ids.shape[1] - TELLING) // TELLING
@@ -36,7 +36,7 @@ def plant_keys(ids: Tensor, most_tellings: int, generator: torch.Generator) -> T
 
 
 def plant_early_keys(ids: Tensor, sink: int, generator: torch.Generator) -> Tensor:
-    """The test: the key is told once, in the first half of the context but behind its first `sink` bytes."""
+    """Write the test: the key is told once, in the first half of the context but after its first `sink` bytes."""
     telling = _tellings(len(ids), generator)
     planted = ids.clone()
     starts = torch.randint(sink, ids.shape[1] // 2 - TELLING, (len(ids), 1), generator=generator)
@@ -52,5 +52,5 @@ def _tellings(batch: int, generator: torch.Generator) -> Tensor:
 
 
 def answered(logits: Tensor, ids: Tensor) -> Tensor:
-    """Which rows of ids [B, S + 1] a model answers whole, from its logits [B, S, vocabulary] for all but the last."""
+    """Return which rows of ids [B, S + 1] a model answers completely, from its logits [B, S, vocabulary]."""
     return (logits[:, -KEY_LENGTH:].argmax(-1) == ids[:, -KEY_LENGTH:]).all(1)

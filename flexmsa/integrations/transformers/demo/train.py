@@ -1,4 +1,4 @@
-"""A dense model, its conversion, and four ways to go on from there: everything that convert-demo measures."""
+"""The measurements of convert-demo: a dense model, its conversion, and further training of four variants."""
 
 import copy
 import math
@@ -32,7 +32,7 @@ MOST_TELLINGS = 23
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a run depends on. The defaults take about ten minutes on two CPU cores."""
+    """The settings of a run. The defaults take about ten minutes on two CPU cores."""
 
     dense_steps: int = 900
     warm_up_steps: int = 100
@@ -56,7 +56,7 @@ class Settings:
     test_windows: int = 256
 
     def dense_model(self) -> Qwen3Config:
-        """The configuration of the dense model."""
+        """Return the configuration of the dense model."""
         return Qwen3Config(
             vocab_size=VOCABULARY,
             hidden_size=self.hidden_size,
@@ -75,11 +75,11 @@ class Settings:
 
 
 class Score(NamedTuple):
-    """A model on the text held out.
+    """The results of a model on the test text.
 
     Attributes:
-        losses: [windows], nats a byte.
-        answers: the share of the keys told early that it gives whole.
+        losses: [windows], nats per byte.
+        answers: the share of the early keys that it answers completely.
     """
 
     losses: Tensor
@@ -96,17 +96,17 @@ WAYS: dict[str, Callable[..., Tensor] | None] = {
     "window": partial(window_blocks, num_init_blocks=1),
     "random": random_blocks,
 }
-"""Ways to attend, each with the selection that takes the place of the index branch's."""
+"""Kinds of attention, each with the selection that replaces the index branch's."""
 
 
 class Demo:
-    """The models, and what has been measured so far.
+    """The models, and the measurements so far. A way is a kind of attention, a key of `WAYS`.
 
     Attributes:
-        dense, converted: as they are after dense training and after phase 1, where every way goes on from.
+        dense, converted: the models after dense training and after phase 1, from which every way trains further.
         losses: phase or way -> the model's own loss at each step.
-        entries: of the converted model's log at the measured steps, with "step" and "warm_up".
-        swapped, trained: way -> its score before and after it trained on.
+        entries: the converted model's log entries at the measured steps, with "step" and "warm_up".
+        swapped, trained: way -> its score before and after further training.
     """
 
     def __init__(self, settings: Settings, text: Text) -> None:
@@ -122,7 +122,7 @@ class Demo:
         self.trained: dict[str, Score] = {}
 
     def train_dense(self, progress: Progress) -> None:
-        """The model that is converted later."""
+        """Train the dense model, which is converted later."""
         settings = self.settings
         self._train("dense training", self.dense, settings.dense_steps, settings.learning_rate, progress)
 
@@ -141,7 +141,7 @@ class Demo:
             self.swapped[way] = self.score(self._attending(way))
 
     def train_way(self, way: str, progress: Progress) -> None:
-        """Phase 2, or for ways without an index branch as many steps of the language loss, on the same batches."""
+        """Train phase 2, or without an index branch as many steps on the language loss, on the same batches."""
         settings = self.settings
         model = self._attending(way)
         if way != "dense":
@@ -155,7 +155,7 @@ class Demo:
                 self.trained[way] = self.score(model)
 
     def _attending(self, way: str) -> Any:
-        """A model of its own that attends this way."""
+        """Return a new copy of the model that attends this way."""
         if way == "dense":
             return copy.deepcopy(self.dense)
         model = copy.deepcopy(self.converted)
@@ -213,7 +213,7 @@ class Demo:
 
     @torch.no_grad()
     def score(self, model: Any) -> Score:
-        """The model on the text held out, with and without keys."""
+        """Return the results on the test text, with and without keys."""
         settings = self.settings
         model.eval()
         ids = spread_windows(self.text.validation, settings.test_windows, settings.context + 1)
@@ -229,7 +229,7 @@ class Demo:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear to its peak in the first twentieth of the steps, then a cosine to a tenth of it."""
+    """Return the learning rate: linear to its peak in the first 5 % of the steps, then a cosine to 10 % of it."""
     rise = max(1, steps // 20)
     if step <= rise:
         return peak * step / rise
@@ -237,6 +237,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def unigram_loss(text: Text) -> float:
-    """Nats a byte of the text held out, foretold from how often each byte is in the rest."""
+    """Return the loss, in nats per byte, of the test text when predicted from the training text's byte frequencies."""
     counts = torch.bincount(text.train.long(), minlength=VOCABULARY).double() + 1
     return -(counts / counts.sum()).log()[text.validation.long()].mean().item()

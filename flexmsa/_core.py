@@ -1,0 +1,134 @@
+"""The steps of MSA on checked tensors of one dtype: choose a backend and call it. Public functions and integrations
+share them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexmsa import dense, flex, ops, reference
+from flexmsa._sequences import Sequences
+from flexmsa.backends import choose_backend, dense_backend, step_backend
+from flexmsa.kernels.rules import SelectionRule
+from flexmsa.types import AuxOutput, AuxRequest
+
+__all__ = ["Settings", "attention", "index_loss", "main_branch", "requested", "select_blocks"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to attend.
+
+    Attributes:
+        block_size: keys per block.
+        scale, index_scale: factors of the main scores, and of the index scores in the loss.
+        rule: how to select; None is the dense warm-up.
+        backend: as for `flexmsa.attention`.
+        for_inference: without gradients, attend with the kernels for caches, which are also fast for few queries.
+    """
+
+    block_size: int
+    scale: float
+    index_scale: float = 1.0
+    rule: SelectionRule | None = None
+    backend: str | None = None
+    for_inference: bool = False
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    sequences: Sequences,
+    settings: Settings,
+    aux: AuxRequest,
+    block_indices: Tensor | None = None,
+) -> tuple[Tensor, AuxOutput]:
+    """Select, attend, and compute the index loss if `aux` requests it; given block_indices replace the selection."""
+    if block_indices is None and settings.rule is not None:
+        block_indices = select_blocks(index_q, index_k, sequences, settings.rule, settings.backend)
+    out, lse = main_branch(q, k, v, block_indices, sequences, settings, aux)
+    loss = None
+    if aux.index_loss:
+        assert lse is not None
+        loss = index_loss(q, k, index_q, index_k, block_indices, lse, sequences, settings)
+    return out, requested(aux, lse, block_indices, loss)
+
+
+def select_blocks(
+    index_q: Tensor, index_k: Tensor, sequences: Sequences, rule: SelectionRule, backend: str | None
+) -> Tensor:
+    """Return block_indices [B, Hkv, Sq, topk] int32."""
+    backend = step_backend("select_blocks", backend, index_q)
+    numbers = rule.block_size, rule.topk, rule.num_local_blocks, rule.num_init_blocks
+    if backend == "reference":
+        return reference.select_blocks(index_q, index_k, *sequences.key_ranges(), *numbers)
+    return ops.select_blocks(index_q.detach(), index_k.detach(), sequences.table, *numbers, backend)
+
+
+def main_branch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor | None,
+    sequences: Sequences,
+    settings: Settings,
+    aux: AuxRequest,
+) -> tuple[Tensor, Tensor | None]:
+    """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; lse may be None if `aux` does not need it."""
+    block_size, scale, backend = settings.block_size, settings.scale, settings.backend
+    # cuDNN's lse has no gradient, and a user who requests the lse may want one.
+    if block_indices is None and backend is None and not aux.lse and dense.cudnn_runs(q, k, sequences):
+        return dense.cudnn_attention(q, k, v, scale)
+    backend = (
+        dense_backend(backend, q) if block_indices is None else choose_backend("block_sparse_attention", backend, q)
+    )
+    needs_grad = _needs_grad(q, k, v)
+    if backend == "flex":
+        if block_indices is None:
+            mask = flex.dense_block_mask(q, k, sequences, needs_grad)
+        else:
+            mask = flex.selection_block_mask(block_indices, q.shape[1], block_size, sequences, needs_grad)
+        result = flex.packed_flex_attention(q, k, v, mask, scale=scale, return_lse=aux.lse or aux.index_loss)
+        return result if isinstance(result, tuple) else (result, None)
+    if backend == "reference":
+        ranges = sequences.key_ranges()
+        return reference.block_sparse_attention(q, k, v, block_indices, *ranges, block_size, scale)
+    attend = ops.attend_blocks if settings.for_inference and not needs_grad else ops.block_sparse_attention
+    return attend(q, k, v, block_indices, sequences.table, block_size, scale, backend)
+
+
+def index_loss(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    block_indices: Tensor | None,
+    lse: Tensor,
+    sequences: Sequences,
+    settings: Settings,
+) -> Tensor:
+    """Return the scalar loss, with gradients to index_q and index_k only."""
+    backend = step_backend("index_loss", settings.backend, q)
+    q, k, lse = q.detach(), k.detach(), lse.detach()
+    if backend == "reference":
+        branches, ranges = (q, k, index_q, index_k), sequences.key_ranges()
+        scales = settings.scale, settings.index_scale
+        return reference.index_loss(*branches, block_indices, *ranges, settings.block_size, *scales)
+    numbers = settings.block_size, settings.scale, settings.index_scale, _needs_grad(index_q, index_k)
+    loss, _, _ = ops.index_loss(q, k, index_q, index_k, block_indices, lse, sequences.table, *numbers, backend)
+    return loss
+
+
+def requested(
+    aux: AuxRequest, lse: Tensor | None, block_indices: Tensor | None, index_loss: Tensor | None = None
+) -> AuxOutput:
+    """Return what `aux` requests of a call's results."""
+    return AuxOutput(lse if aux.lse else None, block_indices if aux.block_indices else None, index_loss)
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
