@@ -1,4 +1,4 @@
-"""Save a run of convert-demo: every number as JSON, the table as text, and a picture where matplotlib is installed."""
+"""Save a run of convert-demo: all numbers as JSON, the table as text, and a picture if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ NAMES = {
     "dense": "dense",
     "MSA": "MSA",
     "window": "sliding window and a sink block",
-    "random": "blocks at random",
+    "random": "random blocks",
 }
 
 
 def save(demo: Demo, results: dict[str, Any]) -> list[Path]:
-    """Write the files into the run's folder; returns what was written."""
+    """Write the files into the run's folder; returns the paths."""
     folder = demo.settings.out
     text = json.dumps({**results, "losses": demo.losses, "index_branch": demo.entries}, indent=1)
     written = [folder / "convert.json", folder / "convert.md"]
@@ -33,7 +33,7 @@ def save(demo: Demo, results: dict[str, Any]) -> list[Path]:
     try:
         figure = draw_figure(demo, results["unigram_loss"])
     except ImportError:
-        print("No picture, for matplotlib is not installed: pip install flexmsa[plot]")
+        print("No picture, as matplotlib is not installed: pip install flexmsa[plot]")
         return written
     written.append(folder / "convert.png")
     write_whole(written[-1], partial(figure.savefig, format="png"))
@@ -41,10 +41,10 @@ def save(demo: Demo, results: dict[str, Any]) -> list[Path]:
 
 
 def draw_table(demo: Demo, unigram_loss: float) -> str:
-    """The table of docs/conversion.md, as Markdown; a dash for what was not reached."""
+    """The table of docs/conversion.md as Markdown, with a dash for missing results."""
     settings = demo.settings
     sparse_keys = settings.block_size * settings.topk
-    columns = ["loss, nats a byte", "keys of the last byte", "not retrained", "retrieval", "retrained", "above dense"]
+    columns = ["loss, nats per byte", "keys of the last byte", "not retrained", "retrieval", "retrained", "above dense"]
     lines = [f"| {' | '.join([*columns, 'retrieval'])} |", "| --- " * 7 + "|"]
     for way in WAYS:
         keys = settings.context if way == "dense" else sparse_keys
@@ -52,7 +52,7 @@ def draw_table(demo: Demo, unigram_loss: float) -> str:
         cells = [NAMES[way], f"{keys}", *_cells(before), *_cells(after)]
         cells.insert(5, _above(after, demo.trained.get("dense")))
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, f"| bytes by how often they come | 0 | {unigram_loss:.3f} | 0% | | | |"]) + "\n"
+    return "\n".join([*lines, f"| unigram baseline | 0 | {unigram_loss:.3f} | 0% | | | |"]) + "\n"
 
 
 def _cells(score: Score | None) -> list[str]:
@@ -66,7 +66,7 @@ def _above(score: Score | None, dense: Score | None) -> str:
 
 
 def draw_figure(demo: Demo, unigram_loss: float) -> Figure:
-    """Training losses, the index branch's KL and recalls, and how often each way finds the key."""
+    """Draw the training losses, the index branch's KL and recalls, and the retrieval of each way to attend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 8), dpi=90, layout="constrained")
@@ -93,15 +93,15 @@ def _smooth(values: list[float], reach: int) -> list[float]:
 def _draw_losses(axes: Axes, demo: Demo, unigram_loss: float) -> None:
     training = demo.losses.get("dense training", [])
     axes.plot(range(1, len(training) + 1), _smooth(training, 10), color=GREY, label="dense training")
-    axes.axhline(unigram_loss, color=GREY, linestyle=":", linewidth=1, label="bytes by how often they come")
-    axes.set(xlabel="step", ylabel="nats a byte", ylim=(min(training, default=0.0) - 0.1, 1.7 * unigram_loss))
+    axes.axhline(unigram_loss, color=GREY, linestyle=":", linewidth=1, label="unigram baseline")
+    axes.set(xlabel="step", ylabel="nats per byte", ylim=(min(training, default=0.0) - 0.1, 1.7 * unigram_loss))
     axes.legend(frameon=False, fontsize="small", loc="center right", bbox_to_anchor=(1.0, 0.37))
     _title(axes, "Loss in training, smoothed")
     _draw_excess(axes.inset_axes((0.3, 0.71, 0.68, 0.19)), demo)
 
 
 def _draw_excess(axes: Axes, demo: Demo) -> None:
-    """What each way loses against the dense model, which sees the same batches."""
+    """Draw the loss of each way to attend minus that of the dense model on the same batches."""
     dense = demo.losses.get("dense", [])
     for way in WAYS:
         excess = [loss - other for loss, other in zip(demo.losses.get(way, []), dense, strict=False)]
@@ -109,7 +109,7 @@ def _draw_excess(axes: Axes, demo: Demo) -> None:
             axes.plot(range(1, len(excess) + 1), _smooth(excess, 10), color=COLOURS[way], label=way)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize="small")
-    axes.set_title("from there on: above dense, by step", fontsize="small", loc="left")
+    axes.set_title("further training: loss minus dense loss, by step", fontsize="small", loc="left")
     if axes.lines:
         axes.legend(frameon=False, fontsize="small", ncols=4, loc="upper right", bbox_to_anchor=(1.03, -0.25))
 
@@ -122,8 +122,8 @@ def _draw_answers(axes: Axes, demo: Demo) -> None:
                 axes.bar(place + shift, share, width=0.38, color=COLOURS[way], alpha=alpha)
                 axes.annotate(f"{share:.0%}", (place + shift, share), ha="center", va="bottom", fontsize="small")
     axes.set_xticks(range(len(WAYS)), WAYS)
-    axes.set(ylim=(0, 1.1), ylabel="share of keys given whole")
-    _title(axes, "Retrieval: before (pale) and after training on")
+    axes.set(ylim=(0, 1.1), ylabel="share of keys answered")
+    _title(axes, "Retrieval: before (pale) and after further training")
 
 
 def _draw_divergence(axes: Axes, demo: Demo) -> None:
@@ -131,7 +131,7 @@ def _draw_divergence(axes: Axes, demo: Demo) -> None:
     for layer in range(demo.settings.num_layers):
         axes.plot(steps, [entry[f"kl/layer_{layer}"] for entry in demo.entries], label=f"layer {layer}", alpha=0.8)
     axes.axvline(demo.settings.warm_up_steps + 0.5, color=GREY, linestyle="--", linewidth=1)
-    axes.set(xlabel="step after the conversion", ylabel="nats a query", ylim=(0, None))
+    axes.set(xlabel="step after the conversion", ylabel="nats per query", ylim=(0, None))
     if steps:
         axes.legend(frameon=False, fontsize="small")
     _title(axes, "KL of each index branch; dashed: phase 2 begins")
@@ -146,15 +146,9 @@ def _draw_recalls(axes: Axes, demo: Demo) -> None:
     ):
         for kind, style in (("score", "-"), ("block", ":")):
             recalls = [entry[f"{kind}_recall{suffix}"] for entry in demo.entries]
-            axes.plot(
-                steps,
-                recalls,
-                color=colour,
-                linestyle=style,
-                label=f"{name}, {kind} recall",
-            )
+            axes.plot(steps, recalls, color=colour, linestyle=style, label=f"{name}, {kind} recall")
     axes.axvline(demo.settings.warm_up_steps + 0.5, color=GREY, linestyle="--", linewidth=1)
     axes.set(xlabel="step after the conversion", ylabel="share", ylim=(0, 1.02))
     if steps:
         axes.legend(frameon=False, fontsize="small", loc="lower right")
-    _title(axes, f"The best {demo.settings.topk} blocks: how much of them is found")
+    _title(axes, f"Recall of the best {demo.settings.topk} blocks")

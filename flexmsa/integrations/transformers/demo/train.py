@@ -1,4 +1,4 @@
-"""A dense model, its conversion, and four ways to go on from there: everything that convert-demo measures."""
+"""The measurements of convert-demo: a dense model, its conversion, and further training with four ways to attend."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ from flexmsa.integrations.transformers.training import (
 )
 
 VOCABULARY = 256
-MOST_TELLINGS = 23
+MOST_STATEMENTS = 23
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class Settings:
 
 
 class Score(NamedTuple):
-    """A model on the text held out.
+    """A model's results on held-out text.
 
     Attributes:
-        losses: [windows], nats a byte.
-        answers: the share of the keys told early that it gives whole.
+        losses: [windows], nats per byte.
+        answers: the share of keys that the model answers in the retrieval test.
     """
 
     losses: Tensor
@@ -96,17 +96,17 @@ WAYS: dict[str, Callable[..., Tensor] | None] = {
     "window": partial(window_blocks, num_init_blocks=1),
     "random": random_blocks,
 }
-"""Ways to attend, each with the selection that takes the place of the index branch's."""
+"""Ways to attend, each with the selection that replaces the index branch's."""
 
 
 class Demo:
-    """The models, and what has been measured so far.
+    """The models, and the measurements so far.
 
     Attributes:
-        dense, converted: as they are after dense training and after phase 1, where every way goes on from.
-        losses: phase or way -> the model's own loss at each step.
-        entries: of the converted model's log at the measured steps, with "step" and "warm_up".
-        swapped, trained: way -> its score before and after it trained on.
+        dense, converted: the models after dense training and after phase 1, from which every way to attend continues.
+        losses: phase or way -> the language loss at each step.
+        entries: entries of the converted model's log at the measured steps, with "step" and "warm_up".
+        swapped, trained: way -> its score before and after further training.
     """
 
     def __init__(self, settings: Settings, text: Text) -> None:
@@ -122,7 +122,7 @@ class Demo:
         self.trained: dict[str, Score] = {}
 
     def train_dense(self, progress: Progress) -> None:
-        """The model that is converted later."""
+        """Train the model that is converted later."""
         settings = self.settings
         self._train("dense training", self.dense, settings.dense_steps, settings.learning_rate, progress)
 
@@ -141,7 +141,7 @@ class Demo:
             self.swapped[way] = self.score(self._attending(way))
 
     def train_way(self, way: str, progress: Progress) -> None:
-        """Phase 2, or for ways without an index branch as many steps of the language loss, on the same batches."""
+        """Run phase 2, or, without an index branch, as many steps with the language loss, on the same batches."""
         settings = self.settings
         model = self._attending(way)
         if way != "dense":
@@ -155,7 +155,7 @@ class Demo:
                 self.trained[way] = self.score(model)
 
     def _attending(self, way: str) -> Any:
-        """A model of its own that attends this way."""
+        """Return a new model that attends this way."""
         if way == "dense":
             return copy.deepcopy(self.dense)
         model = copy.deepcopy(self.converted)
@@ -192,7 +192,7 @@ class Demo:
     def _step(self, model: Any, optimizer: torch.optim.Optimizer) -> float:
         settings = self.settings
         ids = random_batch(self.text.train, settings.batch_size, settings.context, self.batches)
-        ids = plant_keys(ids, MOST_TELLINGS, self.batches).to(settings.device)
+        ids = plant_keys(ids, MOST_STATEMENTS, self.batches).to(settings.device)
         loss = model(ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
@@ -213,7 +213,7 @@ class Demo:
 
     @torch.no_grad()
     def score(self, model: Any) -> Score:
-        """The model on the text held out, with and without keys."""
+        """Measure the model on held-out text, with and without keys."""
         settings = self.settings
         model.eval()
         ids = spread_windows(self.text.validation, settings.test_windows, settings.context + 1)
@@ -229,7 +229,7 @@ class Demo:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear to its peak in the first twentieth of the steps, then a cosine to a tenth of it."""
+    """Linear up to the peak in the first twentieth of the steps, then a cosine down to a tenth of it."""
     rise = max(1, steps // 20)
     if step <= rise:
         return peak * step / rise
@@ -237,6 +237,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def unigram_loss(text: Text) -> float:
-    """Nats a byte of the text held out, foretold from how often each byte is in the rest."""
+    """The loss on held-out text, in nats per byte, of predicting each byte by its frequency in the training text."""
     counts = torch.bincount(text.train.long(), minlength=VOCABULARY).double() + 1
     return -(counts / counts.sum()).log()[text.validation.long()].mean().item()
