@@ -117,7 +117,7 @@ BATCHES = {
     "nothing": ([0, 0], [0, 5], 1),
     "no tokens": ([0], [9], 0),
     "the most queries that gather": ([16, 9, 16], [90, 80, 16], 16),
-    "a part of a prompt": ([40, 7, 0], [100, 97, 50], 40),
+    "a chunk of a prompt": ([40, 7, 0], [100, 97, 50], 40),
 }
 
 

@@ -87,7 +87,7 @@ def schedules(
     max_steps: int = 8,
     capacity: int = 128,
 ) -> Schedule:
-    """A `Schedule` of appends (one token, a few, or part of a prompt) and of the other operations on a cache.
+    """A `Schedule` of appends (one token, a few, or a chunk of a prompt) and of the other operations on a cache.
 
     >>> from hypothesis import given
     >>> @given(schedules())

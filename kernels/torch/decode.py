@@ -1,4 +1,4 @@
-"""Attention of a few new queries, or of a part of a prompt, to the chosen blocks of a cache.
+"""Attention of a few new queries, or of a chunk of a prompt, to the chosen blocks of a cache.
 
 A few queries share hardly any blocks, so each (query, group) gathers its own: it reads topk * block_size keys. Many
 queries are computed in key-major order, as in training.

@@ -21,6 +21,15 @@ NAMES = {
     "window": "sliding window and a sink block",
     "random": "random blocks",
 }
+COLUMNS = (
+    "loss, nats per byte",
+    "keys that the last byte attends to",
+    "loss, not retrained",
+    "retrieval, not retrained",
+    "loss, retrained",
+    "above dense",
+    "retrieval, retrained",
+)
 
 
 def save(demo: Demo, results: dict[str, Any]) -> list[Path]:
@@ -44,8 +53,7 @@ def draw_table(demo: Demo, unigram_loss: float) -> str:
     """The table of docs/conversion.md as Markdown, with a dash for missing results."""
     settings = demo.settings
     sparse_keys = settings.block_size * settings.topk
-    columns = ["loss, nats per byte", "keys of the last byte", "not retrained", "retrieval", "retrained", "above dense"]
-    lines = [f"| {' | '.join([*columns, 'retrieval'])} |", "| --- " * 7 + "|"]
+    lines = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     for way in WAYS:
         keys = settings.context if way == "dense" else sparse_keys
         before, after = demo.swapped.get(way), demo.trained.get(way)
