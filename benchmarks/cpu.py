@@ -1,10 +1,10 @@
-"""Time the CPU kernels beside dense attention, and say what the FLOPs would allow.
+"""Time the plain PyTorch kernels and dense attention on a CPU, with the limit that the FLOPs set.
 
     python -m benchmarks.cpu [--repeats 3] [--lengths 16384 65536] [--out out]
 
-Prints a table, and writes cpu.json and cpu.png. A ratio is the dense median over ours, from rounds that run every
-variant once, so that a machine that slows down slows all of them. The limit is the same ratio for the
-multiplications and additions that either needs; `share` is how much of the limit is reached.
+Prints a table, and writes cpu.json and cpu.png. A ratio is the median dense time divided by ours. Every round runs each
+variant once, so a slowdown of the machine affects all variants. The limit is the ratio of the FLOPs that both need;
+`share` is the ratio divided by the limit.
 """
 
 import argparse
@@ -38,11 +38,11 @@ class Shape:
 
     @property
     def kept(self) -> int:
-        """Keys that a query attends to."""
+        """The number of keys that a query attends to."""
         return self.topk * self.block_size
 
     def flops(self) -> dict[str, float]:
-        """FLOPs of each variant, after the cost model of the paper; backward is 2.5 times forward."""
+        """FLOPs of each variant by the cost model of the paper; a backward costs 2.5 forwards."""
         dense = 2.0 * self.num_heads * self.head_dim * self.seqlen**2
         main = 4.0 * self.num_heads * self.head_dim * self.seqlen * self.kept
         select = 1.0 * self.num_kv_heads * self.head_dim * self.seqlen**2
@@ -61,13 +61,13 @@ SHAPES = {
     16384: Shape(16384, num_heads=16, num_kv_heads=4, head_dim=128),
     65536: Shape(65536, num_heads=4, num_kv_heads=1, head_dim=64),
 }
-# The least share of the limit that the project promises.
+# The share of the limit that the project promises at least.
 BARS = {"main branch forward": 0.5, "layer forward": 0.5, "layer forward + backward with KL": 0.35}
 DENSE_OF = dict.fromkeys(BARS, "dense forward") | {"layer forward + backward with KL": "dense forward + backward"}
 
 
 def make_variants(shape: Shape) -> dict[str, Callable[[], object]]:
-    """Return what to time, by name."""
+    """Return the calls to time, by name."""
     generator = torch.Generator().manual_seed(0)
 
     def random(heads: int) -> Tensor:
@@ -102,7 +102,7 @@ def make_variants(shape: Shape) -> dict[str, Callable[[], object]]:
 
 
 def measure(shape: Shape, repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each variant, round by round, after one warm-up of ours on a short input."""
+    """Return each variant's seconds per round, after one warm-up of all variants on a short input."""
     for variant in make_variants(Shape(2048, shape.num_heads, shape.num_kv_heads, shape.head_dim)).values():
         variant()
     variants = make_variants(shape)
@@ -118,7 +118,7 @@ def measure(shape: Shape, repeats: int) -> dict[str, list[float]]:
 
 
 def compare(shape: Shape, seconds: dict[str, list[float]]) -> list[dict]:
-    """Return a row for each variant of ours: its time, its ratio to dense, the limit, and the share reached."""
+    """Return a row per variant of ours: its time, its ratio to dense, the limit, and the share of the limit."""
     flops = shape.flops()
     rows = []
     for name, bar in BARS.items():
@@ -143,7 +143,7 @@ def compare(shape: Shape, seconds: dict[str, list[float]]) -> list[dict]:
 
 
 def peak_memory(seqlen: int, variant: str) -> float:
-    """MiB that one variant adds to what its inputs take, in a process of its own."""
+    """Peak MiB of one variant beyond its inputs, measured in a new process."""
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
@@ -160,7 +160,7 @@ def _peak_memory_here(seqlen: int, variant: str) -> float:
 
 
 def _high_water() -> float:
-    """MiB that this process has held at most; unlike getrusage's, Linux's own figure is not the parent's at first."""
+    """Peak MiB of this process, on Linux from /proc: getrusage starts with the peak of the parent process."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
@@ -168,7 +168,7 @@ def _high_water() -> float:
 
 
 def describe_machine() -> dict:
-    """The processor, cores and versions that the numbers belong to."""
+    """The processor, threads and versions of the measurement."""
     model = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3, about 15 minutes on 2 cores)")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--out", type=Path, default=Path("out"), help="where cpu.json and cpu.png go (default out)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of cpu.json and cpu.png (default out)")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         name: {seqlen: peak_memory(seqlen, name) for seqlen in (8192, 16384, 32768)}
         for name in ("layer forward", "layer forward + backward with KL")
     }
-    print("\npeak memory beyond the inputs, 4/1 heads, D=64 (linear: doubles with the length)")
+    print("\npeak memory beyond the inputs, 4/1 heads, D=64 (linear if it doubles with the length)")
     for name, by_length in memory.items():
         print(f"  {name:<33}", ", ".join(f"{n // 1024}K: {mib:.0f} MiB" for n, mib in by_length.items()))
     (options.out / "cpu.json").write_text(

@@ -1,10 +1,10 @@
-"""Time one decoding step on a CPU beside dense attention over the whole cache: `python -m benchmarks.cpu_decode`.
+"""Time a decoding step and dense attention to the whole cache on a CPU: `python -m benchmarks.cpu_decode`.
 
-One new token, batch 1, 64 query heads, 4 KV heads, head dim 128, blocks of 128 keys, topk 16. Steps go through the
-caches of several layers, as those of a model do, then dense attention goes through the same, all 4 GB of keys and
-values: so no step finds its index keys in the processor's cache. Dense is the faster of
-scaled_dot_product_attention(enable_gqa=True) and the same call on q packed by group, [B, Hkv, G, D]. Medians over
-rounds of one pass each. The limit is the ratio of the bytes that either has to read. It takes 6 GB of memory.
+One new token, batch 1, 64 query heads, 4 KV heads, head dim 128, blocks of 128 keys, topk 16. The steps of a round use
+the caches of several layers in turn, as in a model, and so does dense attention: 4 GB of keys and values, so that no
+step finds its index keys in the processor's cache. Dense is the faster of scaled_dot_product_attention(enable_gqa=True)
+and the same call on q packed by group, [B, Hkv, G, D]. Times are medians over rounds. The limit is the ratio of the
+bytes that both must read. The benchmark needs 6 GB of memory.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.cpu import describe_machine
 HEADS, GROUPS, DEPTH, CHOSEN = 64, 4, 128, 16 * 128
 KV_BYTES = 2**32
 FP8 = torch.float8_e4m3fn
-# Keys, dtype, dtype of the index keys, the least ratio that the project promises.
+# Keys, dtype, dtype of the index keys, the ratio that the project promises at least.
 CASES = [
     (131072, torch.float32, torch.float32, 5.0),
     (524288, torch.float32, torch.float32, 6.0),
@@ -32,7 +32,7 @@ CASES = [
 
 
 def filled(keys: int, dtype: torch.dtype, index_dtype: torch.dtype, layers: int) -> list[flexmsa.MSACache]:
-    """Caches full of keys, of which the last append brought one, as before a decoding step."""
+    """Full caches whose last append was of one key, as before a decoding step."""
     caches = [
         flexmsa.MSACache(1, GROUPS, DEPTH, DEPTH, keys, dtype=dtype, index_dtype=index_dtype) for _ in range(layers)
     ]
@@ -54,7 +54,7 @@ def measure(keys: int, dtype: torch.dtype, index_dtype: torch.dtype, rounds: int
         "step": lambda cache: flexmsa.decode(q, cache, index_q),
         "packed": lambda cache: scaled_dot_product_attention(packed, cache.k, cache.v),
     }
-    # Ten times slower than the packed call, so one of it is enough to know which is the faster.
+    # Ten times slower than the packed call, so a single call shows which of the two is faster.
     begin = perf_counter()
     scaled_dot_product_attention(q, caches[0].k, caches[0].v, enable_gqa=True)
     seconds = {"enable_gqa": [perf_counter() - begin], **{name: [] for name in variants}}
@@ -71,7 +71,7 @@ def measure(keys: int, dtype: torch.dtype, index_dtype: torch.dtype, rounds: int
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_decode", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="where cpu_decode.json goes (default out)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of cpu_decode.json (default out)")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

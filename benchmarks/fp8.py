@@ -1,7 +1,7 @@
-"""What e4m3 index keys do to the selection: `python -m benchmarks.fp8`. Writes benchmarks/results/fp8.json.
+"""The effect of e4m3 index keys on the selection: `python -m benchmarks.fp8`. Writes benchmarks/results/fp8.json.
 
-Queries and keys are normal, the selection is of the last queries of a sequence, in groups of M3's shape. e4m3 is
-compared with bf16: keys with a scale a token, as a cache has them, then keys and queries cast as they are.
+Queries and keys are normal numbers at M3's shape; the last queries of a sequence select. Selections in e4m3 are
+compared with those in bf16: for keys with one scale per token, as in a cache, and for queries and keys cast directly.
 """
 
 import json
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results" / "fp8.json"
 
 
 def quantised(index_k: Tensor) -> Tensor:
-    """index_k [1, 1, S, Di] as an e4m3 cache gives it back, float32."""
+    """index_k [1, 1, S, Di] after storage in an e4m3 cache, float32."""
     seqlen = index_k.shape[2]
     cache = flexmsa.MSACache(1, 1, DEPTH, DEPTH, seqlen, dtype=index_k.dtype, index_dtype=torch.float8_e4m3fn)
     cache.append(index_k, index_k, index_k)
@@ -53,7 +53,7 @@ def measure(seqlen: int) -> list[dict]:
         "queries and keys": selection(*(x.to(torch.float8_e4m3fn) for x in (index_q, index_k))),
     }.items():
         kept = (coarse[..., None] == plain[..., None, :]).any(-1)
-        # The local block is forced, so it cannot differ.
+        # The local block is forced in both, so it cannot differ.
         differ = (~kept).sum().item() / (kept.numel() - kept.numel() // TOPK)
         recall = (mass(index_q, index_k, coarse) / mass(index_q, index_k, plain)).mean().item()
         rows.append({"seqlen": seqlen, "in e4m3": name, "ids_that_differ": differ, "score_recall": recall})

@@ -1,12 +1,12 @@
-"""The Triton kernels on a GPU: right first, then timed beside their floors.
+"""Check the Triton kernels on a GPU, then time them, with the floors of their times.
 
     python -m benchmarks.gpu [--only PART ...] [--quick] [--sweep] [--out out/gpu]
 
-Times are medians. Training and prefill: CUDA events round one call, before which memory is overwritten for some
-milliseconds, so that the L2 cache holds none of it and the host is ahead. Decode: a CUDA graph of calls that take turns
-on caches which together exceed the L2 cache, divided by the number of calls. Floors come from ceilings measured in the
-same run: a bf16 product of 8192^3 and a device copy. With --only, the rows of these parts replace those in
-OUT/gpu.json, and the others stay, each part with the machine and the ceilings of its own run.
+Times are medians. For training and prefill, CUDA events measure one call. Before it, fills of other memory for some
+milliseconds clear the L2 cache and let the host run ahead. For decode, a CUDA graph contains several calls, which use
+in turn caches that together exceed the L2 cache; its time is divided by the number of calls. Floors are computed from
+ceilings measured in the same run: a bf16 product of 8192^3 and a device copy. With --only, the rows of these parts
+replace those in OUT/gpu.json; other parts keep their rows, and the machine and ceilings of their own run.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from flexmsa.kernels import tuning
 LAYERS = [8192, 16384, 32768, 131072, 524288]
 
 
-# The host needs some milliseconds for the launches of a backward.
+# 24 fills take longer than the host needs for the launches of a backward, some milliseconds.
 event_time = partial(tuning.event_time, repeats=20, fills=24)
 
 
@@ -89,7 +89,7 @@ def environment():
 
 @dataclass(frozen=True)
 class Run:
-    """Where a part's rows go, the ceilings that its floors come from, and how much to time."""
+    """The report function for a part's rows, the ceilings for its floors, and options."""
 
     report: Callable[..., None]
     flops: float
@@ -157,7 +157,7 @@ def time_peers(run: Run) -> None:
 
 
 SELECTION_CHECKS = (selection_errors, packed_errors, large_errors)
-# What times a part, and what has to be right before it does.
+# Part -> the function that times it, and the checks that must pass first.
 PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]], ...]]] = {
     "selection": (time_selections, SELECTION_CHECKS),
     "decode": (time_decoding, (serving_errors,)),
@@ -173,7 +173,7 @@ QUICK = ("selection", "decode", "host", "chunks", "training")
 
 
 def check(parts: list[str]) -> bool:
-    """Print what is wrong with what the parts time; True if nothing is."""
+    """Run each check of the parts once and print the errors; True if there are none."""
     torch.manual_seed(0)
     checks = dict.fromkeys(errors for part in parts for errors in PARTS[part][1])
     errors = [error for found in checks for error in found()]
@@ -182,19 +182,19 @@ def check(parts: list[str]) -> bool:
 
 
 def report(results: Results, part: str, name: str, milliseconds, floor=None, **more) -> None:
-    """Keep a row and print it; a string in place of the time says why there is none."""
+    """Keep a row and print it; `milliseconds` is a string with the reason if there is no time."""
     results.add(part, {"name": name, "ms": milliseconds, "floor_ms": floor, **more})
     shown = milliseconds if isinstance(milliseconds, str) or milliseconds is None else f"{milliseconds:10.4f}"
     print(f"{name:42} {shown} {'' if floor is None else f'floor {floor:10.4f}'}", flush=True)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the parts to run in their order."""
+    """The options, and the parts to run, in order."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="for gpu.json and gpu.png (default out/gpu)")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--sweep", action="store_true", help="in the part selection, time other configurations too")
-    parser.add_argument("--quick", action="store_true", help=f"shorter lengths, and by default {', '.join(QUICK)} only")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the results (default out/gpu)")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--sweep", action="store_true", help="time other configurations in the part selection")
+    parser.add_argument("--quick", action="store_true", help=f"shorter lengths; by default only {', '.join(QUICK)}")
     options = parser.parse_args(argv)
     wanted = options.only or (QUICK if options.quick else PARTS)
     return options, [part for part in PARTS if part in wanted]

@@ -1,11 +1,11 @@
-"""The main branch beside its peers on a GPU: a part of `benchmarks/gpu.py`.
+"""The main branch and its peers on a GPU: a part of `benchmarks/gpu.py`.
 
 All attend at M3's shape (gpu_training.py), forward and backward: ours and `parallel_nsa` of flash-linear-attention to
-the same given blocks, the dense ones to every block up to the query.
+the same given blocks, the dense peers to every block up to the query.
 
-`parallel_nsa` is called for its selected branch alone, without compression, gates or window. It gets its own layout,
-[B, T, H, D], before the clock starts, and its tile sizes from its own tuner, which does not ask for the length and so
-runs once, at 8K tokens. Its forward also takes the means of keys and values, which a caller cannot turn off.
+`parallel_nsa` computes its selected branch alone, without compression, gates or window. Its inputs are converted to its
+layout [B, T, H, D] before the measurement. Its own tuner picks the tile sizes, independently of the length, so it runs
+once, at 8K tokens. Its forward also computes the means of keys and values, which a caller cannot turn off.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,19 +33,19 @@ from benchmarks.gpu_training import (
 
 LENGTHS = [8192, 32768, 131072]
 CHOSEN = ["random", "neighbours share"]
-# Of q, k and v; the layout is the peer's own.
+# From q, k and v to out, in the peer's own layout.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-# Of a selection.
+# From a selection to attention to its blocks.
 Sparse = Callable[[Tensor], Attend]
 
 
 def token_major(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """[B, H, S, ...] as [B, S, H, ...], or back, contiguous."""
+    """[B, H, S, ...] to [B, S, H, ...], or back, contiguous."""
     return tuple(x.transpose(1, 2).contiguous() for x in tensors)
 
 
 def parallel_nsa() -> tuple[str, Sparse] | None:
-    """The peer's name, and what makes it attend to given blocks; None, and a line why, where there is none to time."""
+    """The peer's name and its attention to given blocks; None, with a printed reason, if it cannot be timed."""
     try:
         from fla.ops.nsa import parallel_nsa as function
     except ImportError as error:
@@ -53,12 +53,12 @@ def parallel_nsa() -> tuple[str, Sparse] | None:
         return None
 
     def sparse(ids: Tensor) -> Attend:
-        # Ids of -1 are left out by it too; block_counts is the width of the selection.
+        # parallel_nsa also ignores ids of -1; block_counts is the width of the selection.
         return partial(function, block_indices=token_major(ids)[0], block_counts=TOPK, block_size=BLOCK)
 
     try:
         wrong = "; ".join(disagreements(sparse))
-    except Exception as error:  # what stops this peer is not to stop the others
+    except Exception as error:  # an error of this peer must not stop the others
         wrong = f"{type(error).__name__}: {error}"
     if wrong:
         print(f"no rows of parallel_nsa, which does not agree with ours: {wrong}", flush=True)
@@ -67,7 +67,7 @@ def parallel_nsa() -> tuple[str, Sparse] | None:
 
 
 def disagreements(sparse: Sparse, seqlen: int = 8192) -> Iterator[str]:
-    """Where a token-major peer's output and gradients differ from ours by more than roundings of bf16 explain."""
+    """The results of a token-major peer that differ from ours by more than the rounding errors of bf16."""
     inputs = training_inputs(seqlen)[:3]
     ids, grad = chosen(PATTERNS["random"], seqlen), torch.randn_like(inputs[0])
 
@@ -85,9 +85,9 @@ def disagreements(sparse: Sparse, seqlen: int = 8192) -> Iterator[str]:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest error of a token, all heads together, over its norm, or over the mean token's if that is more.
+    """The largest error of a token, over all heads, relative to its norm or to the mean norm if that is larger.
 
-    Not of an element: many are near zero by cancellation. Not of the whole: a few wrong tokens would not show.
+    Per token, because many elements are near zero by cancellation, and a few wrong tokens would not show in the whole.
     """
     norms = torch.linalg.vector_norm(expected.float(), dim=(1, 3))
     errors = torch.linalg.vector_norm(actual.float() - expected.float(), dim=(1, 3))
@@ -99,14 +99,14 @@ def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def dense_peers(seqlen: int) -> dict[str, Attend]:
-    """What attends to every block up to the query, FlexAttention by a kernel compiled for this length."""
+    """The peers that attend to every block up to the query; FlexAttention is compiled for this length."""
 
     def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    # Once the compiler's cache for FlexAttention is full, of our own calls or of other lengths, it runs uncompiled and
-    # makes a tensor of S x S. So the cache is emptied, and fullgraph turns that into an error.
+    # When the compiler's cache for FlexAttention is full (of our own calls or of other lengths), FlexAttention runs
+    # uncompiled and allocates S x S scores. Therefore the cache is cleared, and fullgraph makes this case an error.
     torch._dynamo.reset()
     mask = torch.compile(create_block_mask)(causal, None, None, seqlen, seqlen, device="cuda")
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
@@ -115,14 +115,14 @@ def dense_peers(seqlen: int) -> dict[str, Attend]:
 
 
 def times(attend: Attend, inputs: tuple[Tensor, ...], grad: Tensor, timer: Timer) -> Iterator[tuple[str, float | str]]:
-    """Milliseconds of a peer's forward and of its backward; where it does not run, what it said."""
+    """Milliseconds of a peer's forward and of its backward, or the error message if it fails."""
     for direction, measure in (
         ("forward", lambda: timer(lambda: attend(*inputs))),
         ("backward", lambda: backward_time(attend, inputs, grad, timer)),
     ):
         try:
             yield direction, measure()
-        except Exception as error:  # no memory, or not this shape: say so and go on
+        except Exception as error:  # out of memory, or an unsupported shape: report it and continue
             yield direction, f"{type(error).__name__}: {str(error)[:80]}"
 
 

@@ -1,6 +1,6 @@
-"""Draw training and prefill against dense attention, by length: `python -m benchmarks.gpu_plot`.
+"""Plot layer time (ms) against sequence length, for MSA and dense attention: `python -m benchmarks.gpu_plot`.
 
-From the rows of the part training in `benchmarks/gpu.py`. Writes docs/images/gpu.png from the committed results.
+Uses the rows of the part training of `benchmarks/gpu.py`. Writes docs/images/gpu.png from the committed results.
 """
 
 import math
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Milliseconds by tokens.
+# Tokens -> milliseconds.
 Line = dict[int, float]
 DENSE, SPARSE = "dense cuDNN", ("random", "neighbours share")
-# What a panel adds up: the steps of ours on a selection, beside the selection itself, and those of dense attention.
+# Panel -> the steps whose times it adds up: ours (in addition to the selection), and those of dense attention.
 PANELS = {
     "Training: selection, forward, backward, KL loss": (
         ("main branch, forward", "main branch, backward", "KL value and gradient"),
@@ -24,12 +24,12 @@ PANELS = {
     "Prefill: selection, forward": (("main branch, forward",), ("forward",)),
 }
 COLOURS = {DENSE: "0.35", "random": "#0072b2", "neighbours share": "#009e73"}
-# Labels stand above (1) or below (-1) the line.
+# Labels are above (1) or below (-1) the line.
 SIDES = {DENSE: 0, "random": 1, "neighbours share": -1}
 
 
 def panel_lines(rows: Iterable[dict]) -> dict[str, dict[str, Line]]:
-    """The lines of each panel, by name, over the lengths at which all their steps were timed."""
+    """The lines of each panel, by name, at the lengths at which all steps were timed."""
     times = {row["name"]: row["ms"] for row in rows if row["name"].startswith("layer ")}
     lengths = sorted({int(name.split(":")[0].removeprefix("layer ")) for name in times})
     panels = {}
@@ -46,7 +46,7 @@ def panel_lines(rows: Iterable[dict]) -> dict[str, dict[str, Line]]:
 
 
 def crossover(ours: Line, dense: Line) -> tuple[float, float] | None:
-    """(tokens, milliseconds) where ours begins to be faster, on straight lines between logarithms; None if nowhere."""
+    """(tokens, milliseconds) at which ours becomes faster, by log-log interpolation; None if it never does."""
     for low, high in pairwise(sorted(ours)):
         before, after = (math.log(ours[n] / dense[n]) for n in (low, high))
         if before > 0 >= after:
@@ -56,10 +56,10 @@ def crossover(ours: Line, dense: Line) -> tuple[float, float] | None:
 
 
 def draw(rows: Iterable[dict], gpu: str, path: Path) -> None:
-    """Draw both panels. ImportError without matplotlib, ValueError where fewer than two lengths were timed."""
+    """Draw both panels. Raises ImportError without matplotlib, ValueError with fewer than two lengths."""
     panels = panel_lines(rows)
     if any(len(lines[DENSE]) < 2 for lines in panels.values()):
-        raise ValueError("it takes the part training at two lengths or more")
+        raise ValueError("needs the part training at two lengths or more")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
@@ -97,7 +97,7 @@ def draw_panel(axes: "Axes", lines: dict[str, Line]) -> None:
             write(axes, label, point, (-14 * side, 32 * side), colour, va="center", ha="center")
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(dense), [f"{n // 1024}K" for n in dense])
-    # Room for the labels of what lies at its left end.
+    # Room for labels at the left end.
     axes.set_xlim(left=min(dense) / 3)
     axes.set_xlabel("tokens")
     axes.spines[["top", "right"]].set_visible(False)

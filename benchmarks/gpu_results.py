@@ -1,17 +1,17 @@
-"""The file that `benchmarks/gpu.py` writes, kept by part, so that a long benchmark can be run in pieces."""
+"""The result file of `benchmarks/gpu.py`, organised by parts, so that a long benchmark can run part by part."""
 
 import json
 from pathlib import Path
 
 
 class Results:
-    """Rows, each of a part, and for each part the run that measured it: the machine and its ceilings.
+    """Rows that name their part, and per part the run that measured it: the machine and its ceilings.
 
-    The file is written after every row, so that a run that is interrupted keeps what it has measured.
+    The file is written after every row, so an interrupted run keeps its measurements.
     """
 
     def __init__(self, path: Path, **constants: object) -> None:
-        """Take what the file has, if there is one; `constants` are written beside the rows."""
+        """Load the file if it exists; `constants` are written in addition to the rows."""
         found = json.loads(path.read_text()) if path.exists() else {"parts": {}, "rows": []}
         if "parts" not in found:
             raise SystemExit(f"{path}: expected rows that name their part; move this older file away")
@@ -20,13 +20,13 @@ class Results:
         self.rows: list[dict] = found["rows"]
 
     def begin(self, part: str, run: dict) -> None:
-        """Drop the part's rows for those that are to come; the file keeps them until the first of these."""
+        """Drop the part's old rows; the file keeps them until the first new one."""
         self.parts[part] = run
         self.rows = [row for row in self.rows if row["part"] != part]
 
     def add(self, part: str, row: dict) -> None:
         self.rows.append({"part": part, **row})
-        # In one move, since the file may hold hours of earlier runs.
+        # Replaced in one step, since the file may contain hours of earlier runs.
         draft = self.path.with_suffix(".tmp")
         draft.write_text(json.dumps({"parts": self.parts, **self.constants, "rows": self.rows}, indent=1))
         draft.replace(self.path)

@@ -1,7 +1,7 @@
 """The selection on a GPU: a part of `benchmarks/gpu.py`.
 
-It is compared with its definition in float64, on integers, whose scores are exact in any order of summation, then timed
-at M3's shape beside the products alone.
+It is compared with its definition in float64, on integers, whose scores are exact in any order of summation. Then it is
+timed at M3's shape; the floor is the time of the score products alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ def plain(batch, seqlen_q, seqlen_k, device):
 
 
 def dense_ids(index_q, index_k, sequences, rule, queries=None):
-    """block_indices by the definition, in float64; only of the given queries, if any."""
+    """block_indices by the definition, in float64, for all queries or the given ones."""
     block_size, topk = rule.block_size, rule.topk
     batch, groups, seqlen_q, _ = index_q.shape
     ids = torch.full((batch, groups, seqlen_q, topk), -1, dtype=torch.int32, device=index_q.device)
@@ -64,17 +64,17 @@ SELECTIONS = [
 
 
 def integers(*shape, dtype, device="cuda"):
-    """Small integers: their scores are exact in any order of summation, and often equal."""
+    """Small integers, whose scores are exact in any order of summation, and often equal."""
     return torch.randint(-3, 4, shape, device=device).to(dtype)
 
 
 def with_dtypes(shapes):
-    """Every shape in bf16, the first two in fp16 and fp32 also."""
+    """Every shape in bf16, and the first two also in fp16 and fp32."""
     return [*product(shapes, [torch.bfloat16]), *product(shapes[:2], [torch.float16, torch.float32])]
 
 
 def selection_errors(device="cuda", cases=None):
-    """Names of the selections that differ from the definition or from themselves, with and without a split."""
+    """The selections that differ from the definition or between two runs, with and without a split."""
     for shape, dtype in cases or with_dtypes(SELECTIONS):
         batch, groups, seqlen_q, seqlen_k, depth = shape[:5]
         rule = SelectionRule(*shape[5:])
@@ -91,7 +91,7 @@ def selection_errors(device="cuda", cases=None):
 
 
 def packed_errors(device="cuda"):
-    """Documents in one row, of which one has a single token; unused cache slots hold NaN."""
+    """Documents in one row, one of them a single token; NaN in unused positions of the cache."""
     lengths = torch.tensor([1, 700, 3, 1300, 44])
     ends = lengths.cumsum(0)
     table = torch.stack([0 * ends, ends - lengths, ends, ends - lengths + 9, ends + 9], 1)
@@ -106,7 +106,7 @@ def packed_errors(device="cuda"):
 
 
 def large_errors():
-    """Spot checks where offsets and tile counts are large, and by e4m3 queries and keys, at M3's shape."""
+    """Spot checks of large offsets and tile counts, and of e4m3 queries and keys, at M3's shape."""
     shapes = [(131072, 131072), *CHUNKS, (1, 1 << 20)]
     cases = [*product(shapes, [torch.bfloat16]), *product([(1000, 1000), (20000, 20000), (40, 3000)], [FP8])]
     for (seqlen_q, seqlen_k), dtype in cases:
@@ -148,7 +148,7 @@ def selection_time(
 def selection_times(
     timer: Callable[..., float], flops: float, quick: bool
 ) -> Iterator[tuple[str, float, float, dict[str, object]]]:
-    """(what, milliseconds, those of its products alone, how it is launched)."""
+    """(name, milliseconds, floor in milliseconds, configuration of the launch)."""
     for seqlen_q, seqlen_k in [(s, s) for s in SQUARE if not (quick and s > 200_000)] + CHUNKS:
         floor = selection_floor(seqlen_q, seqlen_k, flops)
         index_q, index_k, sequences = index_inputs(1, seqlen_q, seqlen_k)
@@ -160,7 +160,7 @@ def selection_times(
 
 
 def sweep_times(timer: Callable[..., float]) -> Iterator[tuple[str, float | str]]:
-    """Selection with other tiles, warps and stages, and with blocks ranked several at a time."""
+    """Times of the selection with other tiles, warps and stages, and with several blocks per update of the top-k."""
     variants: dict[str, dict] = {
         "default": {},
         **{f"whole rows, period {p}": {"halves": False, "period": p} for p in (1, 4, 8, 16)},
@@ -177,6 +177,6 @@ def sweep_times(timer: Callable[..., float]) -> Iterator[tuple[str, float | str]
         for name, change in variants.items():
             try:
                 time = selection_time(timer, *inputs, config=replace(base, **change))
-            except Exception as error:  # a variant may not fit the GPU: say so and go on
+            except Exception as error:  # a variant may not fit the GPU: report it and continue
                 time = f"{type(error).__name__}: {str(error)[:80]}"
             yield f"{seqlen}, {name}", time

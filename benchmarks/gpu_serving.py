@@ -1,8 +1,8 @@
-"""Serving on a GPU, beside dense attention: a part of `benchmarks/gpu.py`, checked by `gpu_serving_checks`.
+"""Serving and dense attention on a GPU: a part of `benchmarks/gpu.py`, checked by `gpu_serving_checks`.
 
-A decoding step is timed in a CUDA graph: the selection over a whole cache and the attention to what was chosen. The
-calls in a graph take turns on caches that together exceed the L2 cache. All at M3's shape: 64 query heads, 4 KV heads,
-head dim 128, blocks of 128 keys, topk 16, bf16 queries.
+A decoding step, selection from a whole cache and attention to the chosen blocks, is timed in a CUDA graph. The calls in
+a graph use in turn caches that together exceed the L2 cache. M3's shape: 64 query heads, 4 KV heads, head dim 128,
+blocks of 128 keys, topk 16, bf16 queries.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,9 +24,9 @@ RULE = SelectionRule(BLOCK, TOPK)
 SCALE = DEPTH**-0.5
 FP8 = torch.float8_e4m3fn
 Timer = Callable[[Callable[[], object]], float]
-# The shapes with a bar, then the grid of workloads.json; batch, keys, new tokens.
+# The shapes with a promised speed, then the grid of workloads.json; batch, keys, new tokens.
 STEPS = [(1, 131072, 1), (1, 1 << 20, 1), (4, 1 << 20, 1), (8, 131072, 1), (16, 131072, 1)]
-# Many short sequences, whose keys and values are most of what a step reads: batch, keys.
+# Many short sequences, where a step reads mostly keys and values: batch, keys.
 SHORT = [(16, 32768), (64, 16384)]
 GRID = [
     (batch, keys, tokens)
@@ -35,7 +35,7 @@ GRID = [
     for tokens in (1, 4, 8)
     if batch * keys <= 16_000_000
 ]
-# Query length, keys in the end, calls that they stand for: prefill calls of workloads.json.
+# Prefill calls of workloads.json: queries, keys after the append, number of such calls in production.
 CHUNKS = [
     (16384, 47744, 2477),
     (338, 74578, 1418),
@@ -50,9 +50,9 @@ CHUNKS = [
 
 
 def graph_time(calls: list[Callable[[], object]], repeats: int = 30) -> float:
-    """Median milliseconds of one of the calls, captured together in a CUDA graph, each once or more: at least 8 in all.
+    """Median milliseconds per call in a CUDA graph that repeats the calls until it has at least 8.
 
-    With a single call, the launch of the graph would count.
+    With a single call, the launch time of the graph would matter.
     """
     calls = calls * -(-8 // len(calls))
     stream = torch.cuda.Stream()
@@ -88,7 +88,7 @@ def caches(
     spread: float = 0.0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[tuple[Step, flexmsa.MSACache]]:
-    """Filled caches that together exceed the L2 cache, each with (q, index_q); rows are up to `spread` shorter."""
+    """Full caches that together exceed the L2 cache, with (q, index_q); rows are shorter by a share up to `spread`."""
     if copies is None:
         copies = min(64, max(1, -(-(300 << 20) // (batch * keys * DEPTH * index_dtype.itemsize))))
     made = []
@@ -148,9 +148,9 @@ def time_step(
 
 
 def dense_step(batch: int, keys: int) -> dict[str, float | None]:
-    """Milliseconds of one new token's dense attention, by backend; None where it refuses.
+    """Milliseconds of dense attention of one new token, by backend; None if the backend raises an error.
 
-    FlexAttention has a kernel for few queries, FlashDecoding: programs share the blocks of its mask, which is full.
+    FlexAttention uses its kernel for few queries, FlashDecoding, which splits the keys between programs.
     """
     q = torch.randn(batch, HEADS, 1, DEPTH, dtype=torch.bfloat16, device="cuda")
     k, v = (torch.randn(batch, GROUPS, keys, DEPTH, dtype=torch.bfloat16, device="cuda") for _ in range(2))
@@ -172,19 +172,19 @@ def dense_step(batch: int, keys: int) -> dict[str, float | None]:
 
 
 def read_time(size: int) -> float:
-    """Milliseconds of summing `size` bytes, the plainest read there is, in a graph over the same kind of rotation."""
+    """Milliseconds of summing `size` bytes, the simplest read, in a graph that also uses several buffers in turn."""
     buffers = [torch.ones(size // 4, device="cuda") for _ in range(max(2, (300 << 20) // size))]
     return graph_time([lambda x=x: x.sum() for x in buffers])
 
 
 def step_bytes(batch: int, keys: int, tokens: int, index_bytes: float) -> float:
-    """Bytes that a step has to read: every index key once, and the chosen keys and values of each token and group."""
+    """Bytes that a step must read: every index key once, and the chosen keys and values of each token and group."""
     chosen = 2 * GROUPS * min(keys, TOPK * BLOCK) * DEPTH * 2
     return batch * (keys * index_bytes + tokens * chosen)
 
 
 def decode_times(bandwidth: float, quick: bool = False) -> Iterator[tuple[str, float | None, float | None]]:
-    """(what, milliseconds, floor in milliseconds) of decoding steps."""
+    """(name, milliseconds, floor in milliseconds) of decoding steps."""
     for size in (256 << 20, 128 << 20):
         yield f"plain read of {size >> 20} MiB", read_time(size), size / bandwidth * 1e3
     for batch, keys, tokens in STEPS:
@@ -200,13 +200,13 @@ def decode_times(bandwidth: float, quick: bool = False) -> Iterator[tuple[str, f
             for part in ("step", "attention"):
                 yield f"{batch} x {keys}: {part}, keys and values in {name}", times[part], None
     for batch, keys, tokens in [] if quick else GRID:
-        # Rows are up to a fifth shorter, a tenth on average.
+        # Rows are up to a fifth shorter than `keys`, on average a tenth.
         floor = step_bytes(batch, int(keys * 0.9), tokens, 2 * DEPTH) / bandwidth * 1e3
         yield f"{batch} x {keys} x {tokens}: step", time_step(batch, keys, tokens, torch.bfloat16, 0.2)["step"], floor
 
 
 def chunk_times(timer: Timer) -> Iterator[tuple[str, float]]:
-    """(what, milliseconds) of chunks of a prompt over a filled prefix, and of dense attention."""
+    """(name, milliseconds) of chunks of a prompt behind a cached prefix, and of dense attention."""
     for tokens, keys, _ in CHUNKS:
         ((q, index_q), cache) = caches(1, keys, tokens, torch.bfloat16, copies=1)[0]
         sequences = cache.newest(tokens)
@@ -231,5 +231,5 @@ def chunk_times(timer: Timer) -> Iterator[tuple[str, float]]:
 
 
 def chunk_calls() -> dict[str, dict[str, int]]:
-    """How many calls each chunk stands for, by its name in `chunk_times`."""
+    """The number of production calls that each chunk represents, by its name in `chunk_times`."""
     return {f"{tokens} x {keys}": {"calls": calls} for tokens, keys, calls in CHUNKS}

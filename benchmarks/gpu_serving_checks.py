@@ -1,6 +1,6 @@
-"""What is wrong with serving on a GPU, before it is timed: a part of `benchmarks/gpu.py`.
+"""Checks of serving on a GPU before it is timed: a part of `benchmarks/gpu.py`.
 
-Caches by schedules, and steps at a length where offsets are large, beside each other, and with empty rows.
+Schedules of operations on caches; decoding steps with large offsets, at the same time, and with empty rows.
 """
 
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ SCHEDULES = [
         topk=2,
         capacity=1024,
     ),
-    # What a kernel of its own scores on Hopper, in many lists.
+    # Shapes of the Hopper kernel, with many splits.
     Schedule(
         steps=(
             *(("append", (2400, 1300)), ("append", (1, 1)), ("append", (4, 2)), ("trim", (130, 0))),
@@ -80,9 +80,9 @@ SCHEDULES = [
 
 
 def serving_errors() -> Iterator[str]:
-    """What is wrong with caches, appends and decoding; nothing if all is well."""
+    """The errors of caches, appends and decoding."""
     for few_rows in (decode.FEW_ROWS, 0):
-        # Chunks of a prompt take other kernels beyond so many rows.
+        # Beyond this number of rows, chunks of a prompt use other kernels.
         with mock.patch.object(decode, "FEW_ROWS", few_rows):
             yield from schedule_errors(
                 SCHEDULES,
@@ -91,7 +91,7 @@ def serving_errors() -> Iterator[str]:
                 {"dtype": "bfloat16", "paged": True, "fp8_index": True},
                 {"dtype": "bfloat16", "fp8_index": True, "fp8_keys": True},
             )
-    # The plain PyTorch kernels, which devices without Triton take, run on this one.
+    # The plain PyTorch kernels, the default on devices without Triton.
     formats = {"dtype": "bfloat16"}, {"dtype": "bfloat16", "paged": True}, {"dtype": "float32", "fp8_keys": True}
     yield from schedule_errors(SCHEDULES[:3], *formats, backend="torch")
     yield from long_errors()
@@ -100,7 +100,7 @@ def serving_errors() -> Iterator[str]:
 
 
 def schedule_errors(schedules: list[Schedule], *formats: dict[str, Any], backend: str | None = None) -> Iterator[str]:
-    """What is wrong where these schedules are followed in these formats of a cache."""
+    """The errors of the schedules with caches of these formats."""
     for schedule, changes in product(schedules, formats):
         try:
             check_schedule(replace(schedule, **changes), "cuda", backend)
@@ -120,7 +120,7 @@ def long_errors() -> Iterator[str]:
         name = f"{tokens} tokens, a million keys, {dtype}"
         out, _, ids = step((q, index_q), cache)
         if not torch.equal(ids, select((q, index_q), cache)):
-            yield f"{name}: another selection by itself"
+            yield f"{name}: the selection alone differs"
         if not all(map(torch.equal, (out, ids), step((q, index_q), cache)[::2])):
             yield f"{name}: not repeatable"
         index_k = cache.index_k.double() if cache.index_k_scale is None else cache.contiguous()[2].double()
@@ -140,7 +140,7 @@ def long_errors() -> Iterator[str]:
 
 
 def counter_errors() -> Iterator[str]:
-    """Steps with more sequences than multiprocessors, a few of them empty, leave no counter that a later one finds."""
+    """Steps with more sequences than multiprocessors, some of them empty, must leave all work counters at zero."""
     ((q, index_q), cache) = caches(300, 4096, 1, torch.bfloat16, copies=1)[0]
     cache.kv_lens[::7] = 0
     ids = select((q, index_q), cache)
@@ -148,13 +148,13 @@ def counter_errors() -> Iterator[str]:
         one, sequences = slice(row, row + 1), cache.newest(1)[row : row + 1].clone()
         sequences[:, 0] = 0
         if not torch.equal(select_blocks(index_q[one], cache.index_k[one], sequences, RULE), ids[one]):
-            yield f"row {row} of many: another selection than alone"
+            yield f"row {row} of many: the selection differs from that of the row alone"
     if any(work_counters(number, ids.device).any() for number in (1, 300)):
         yield "counters are not left at zero"
 
 
 def overlapping_errors() -> Iterator[str]:
-    """Steps on one cache that run at once: in two captured graphs, and without one on a third stream."""
+    """Steps on one cache at the same time: in two captured graphs, and without a graph on a third stream."""
     made = caches(2, 100000, 1, torch.bfloat16, copies=3)
     news, cache = [new for new, _ in made], made[0][1]
     wanted = [step(new, cache) for new in news]
@@ -175,4 +175,4 @@ def overlapping_errors() -> Iterator[str]:
         torch.cuda.synchronize()
         for right, steps in zip(wanted, [*found, loose], strict=True):
             if not all(torch.equal(*pair) for each in steps for pair in zip(right, each, strict=True)):
-                yield "steps that run at once disturb each other"
+                yield "steps at the same time disturb each other"

@@ -1,7 +1,7 @@
-"""Training and prefill on a GPU, beside dense attention: a part of `benchmarks/gpu.py`.
+"""Training, prefill and dense attention on a GPU: a part of `benchmarks/gpu.py`.
 
-The main branch, the KL loss and the selection are checked against the float64 oracle first, on shapes that reach every
-kernel, then timed on selections of four kinds. Times are milliseconds at M3's shape: 64 query heads, 4 KV heads, head
+The main branch, the KL loss and the selection are first checked against the float64 oracle, on shapes that reach every
+kernel, then timed on four kinds of selections. Times are milliseconds at M3's shape: 64 query heads, 4 KV heads, head
 dim 128, blocks of 128 keys, topk 16, bf16, causal, batch 1.
 """
 
@@ -21,12 +21,12 @@ from flexmsa.testing import Case, check_case
 HEADS, GROUPS, DEPTH, BLOCK, TOPK = 64, 4, 128, 128, 16
 SETTINGS = {"block_size": BLOCK, "topk": TOPK}
 Timer = Callable[[Callable[[], object]], float]
-# Compiled code may otherwise give its buffers away after one backward, but here a backward runs many times.
+# By default, compiled code may free its buffers in a backward, but here a backward runs many times.
 functorch_config.donated_buffer = False
 
 
 def chosen(scores: Callable[[int, Tensor, int], Tensor], seqlen: int) -> Tensor:
-    """block_indices [1, 4, S, 16] of the best blocks by scores(group, queries, blocks), and the local one."""
+    """block_indices [1, 4, S, 16]: the local block, and the best blocks by scores(group, queries, blocks)."""
     num_blocks = -(-seqlen // BLOCK)
     ids = torch.empty(1, GROUPS, seqlen, TOPK, dtype=torch.int32, device="cuda")
     block = torch.arange(num_blocks, device="cuda")
@@ -53,7 +53,7 @@ def first_block_hot(group: int, query: Tensor, num_blocks: int) -> Tensor:
 
 
 def neighbours_share(group: int, query: Tensor, num_blocks: int) -> Tensor:
-    """A choice that changes every 64 tokens, and noise: eight neighbours choose 18 blocks or so between them."""
+    """Scores that change every 64 tokens, and noise: eight neighbours choose about 18 different blocks together."""
     generator = torch.Generator("cuda").manual_seed(group)
     slow = torch.randn(num_blocks * BLOCK // 64 + 1, num_blocks, device="cuda", generator=generator)
     scores = slow[query // 64] + 0.05 * torch.randn(len(query), num_blocks, device="cuda")
@@ -62,7 +62,7 @@ def neighbours_share(group: int, query: Tensor, num_blocks: int) -> Tensor:
 
 
 def eight_hot_blocks(group: int, query: Tensor, num_blocks: int) -> Tensor:
-    """Eight blocks that every query chooses, once they are visible, the others at random."""
+    """Every query chooses the visible ones of eight blocks, and other blocks at random."""
     scores = torch.rand(len(query), num_blocks, device="cuda")
     scores[:, :: max(1, num_blocks // 8)] += 2.0
     return scores
@@ -91,7 +91,7 @@ CASES = [
     ),
     Case(batch=2, group_size=6, seqlen_q=200, seqlen_k=260, kv_starts=(0, 31), kv_lens=(260, 231), block_size=32),
     Case(group_size=64, head_dim=64, index_head_dim=64, seqlen_q=150, seqlen_k=150, block_size=16, ties=True),
-    # What Hopper has kernels of its own for: documents, and keys that end within a block.
+    # Shapes of the Hopper kernels: documents, and keys that end within a block.
     Case(
         num_kv_heads=2,
         group_size=8,
@@ -131,7 +131,7 @@ CASES = [
 
 
 def training_errors(backend: str | None = None) -> Iterator[str]:
-    """What is wrong with out, lse, loss or gradients, case by case; nothing if all is well."""
+    """The errors of out, lse, loss and gradients, case by case."""
     for number, case in enumerate(CASES):
         for dtype in ("bfloat16", "float16", "float32") if number in (2, 3) else ("bfloat16",):
             try:
@@ -143,7 +143,7 @@ def training_errors(backend: str | None = None) -> Iterator[str]:
 
 
 def repeat_errors() -> Iterator[str]:
-    """Results that are not bit for bit the same twice, where every list is split and both orders of work occur."""
+    """Results that differ between two runs, on a selection with split lists and with both orders of work."""
     inputs = training_inputs(16384)
     ids = chosen(eight_hot_blocks, 16384)
     ids[:, :, 8192:] = chosen(neighbours_share, 16384)[:, :, 8192:]
@@ -157,7 +157,7 @@ def repeat_errors() -> Iterator[str]:
 
 
 def poison_errors() -> Iterator[str]:
-    """Results that change with what lies beyond the last key, in a block, or with a NaN that is none of theirs."""
+    """Results that depend on memory beyond the last key of a block, or on a NaN in another token's gradient."""
     *inputs, _, _ = (x[:, :, :500] for x in training_inputs(512))
     _, k, v = inputs
     ids = chosen(random_selection, 500)
@@ -173,7 +173,7 @@ def poison_errors() -> Iterator[str]:
     kept = results(grad)
     k[:, :, 460:] = v[:, :, 460:] = torch.nan
     if not all(map(torch.equal, results(grad), kept)):
-        yield "what lies beyond the last key reaches a result"
+        yield "memory beyond the last key changes a result"
     grad[:, :, 300] = torch.nan
     _, grad_q, *grads = results(grad)
     if not torch.equal(grad_q.isfinite().all(3)[0, 0], torch.arange(500, device="cuda") != 300):
@@ -215,7 +215,7 @@ def backward_time(call: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad:
 def training_times(
     seqlen: int, timer: Timer, dense_timer: Timer, launch_timer: Timer, patterns: list[str]
 ) -> Iterator[tuple[str, float]]:
-    """(what, milliseconds) of every step of a training layer at one length, of its launches, and of dense attention."""
+    """(name, milliseconds) of all steps of a training layer at one length, of its launches, and of dense attention."""
     q, k, v, index_q, index_k = training_inputs(seqlen)
     grad = torch.randn_like(q)
     yield "dense cuDNN, forward", dense_timer(lambda: dense(q, k, v))
@@ -243,7 +243,7 @@ def training_times(
 def main_branch_times(
     inputs: tuple[Tensor, ...], ids: Tensor, grad: Tensor, backend: str | None, timer: Timer
 ) -> Iterator[tuple[str, float]]:
-    """Milliseconds of the main branch's forward and of its backward on given blocks."""
+    """Milliseconds of the main branch's forward and backward with given blocks."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flexmsa.block_sparse_attention(q, k, v, ids, block_size=BLOCK, backend=backend)
@@ -253,7 +253,7 @@ def main_branch_times(
 
 
 def flex_times(seqlen: int, timer: Timer, patterns: list[str]) -> Iterator[tuple[str, float]]:
-    """The main branch by FlexAttention with our BlockMask."""
+    """Times of the main branch by FlexAttention with our BlockMask."""
     q, k, v, _, _ = training_inputs(seqlen)
     for pattern in patterns:
         ids = chosen(PATTERNS[pattern], seqlen)
@@ -262,7 +262,7 @@ def flex_times(seqlen: int, timer: Timer, patterns: list[str]) -> Iterator[tuple
 
 
 def step_times(seqlen: int, repeats: int = 10) -> Iterator[tuple[str, float]]:
-    """(how, milliseconds) that a training step of the whole layer takes by the clock, the host's launches included."""
+    """(mode, milliseconds) of a training step of the whole layer: wall-clock time, with the host's launches."""
     torch.manual_seed(0)
     config = MSAConfig(hidden_size=2048, num_heads=HEADS, num_kv_heads=GROUPS, head_dim=DEPTH, index_head_dim=DEPTH)
     layer = MSAttention(config).to("cuda", torch.bfloat16)
@@ -288,7 +288,7 @@ def step_times(seqlen: int, repeats: int = 10) -> Iterator[tuple[str, float]]:
 
 
 def prefill_times(seqlen: int, timer: Timer, patterns: list[str]) -> Iterator[tuple[str, float]]:
-    """(what, milliseconds) of the forward steps alone, where dense attention takes seconds."""
+    """(name, milliseconds) of the forward steps alone, at a length where dense attention takes seconds."""
     q, k, v, index_q, index_k = training_inputs(seqlen)
 
     def compiled_and_timed(call: Callable[[], object]) -> float:

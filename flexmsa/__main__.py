@@ -1,28 +1,28 @@
-"""`python -m flexmsa COMMAND`: the commands; each module is imported only when its command runs."""
+"""`python -m flexmsa COMMAND`: each command is imported only when it runs."""
 
 import argparse
 import importlib
 import sys
 
-# Command, module with `main(argv) -> exit code`, and summary.
+# Command -> module with `main(argv) -> exit code`, and summary.
 COMMANDS = {
     "demo": ("flexmsa.demo", "train a small language model with MSA beside a dense one, and compare them"),
     "convert-demo": (
         "flexmsa.integrations.transformers.demo",
-        "train a small dense transformers model, convert it, and compare it with other uses of the same budget",
+        "train a small dense transformers model, convert it, and compare it with other kinds of sparse attention",
     ),
-    "check": ("flexmsa.testing.check", "compare every backend that runs on this machine with the reference"),
+    "check": ("flexmsa.testing.check", "compare flexmsa on this machine with the definition, on random inputs"),
     "autotune": (
         "flexmsa.tuning",
-        "time the Triton kernels with other tiles on this GPU, and write a file of the faster ones",
+        "time the Triton kernels with other tile sizes on this GPU, and save the faster ones",
     ),
 }
-# Packages that commands need in addition to torch, triton and numpy, and the extras that install them.
+# Packages that commands need in addition to torch, triton and numpy -> the extra that installs them.
 EXTRAS = {"transformers": "transformers", "accelerate": "transformers", "hypothesis": "test", "matplotlib": "plot"}
 
 
 def main(argv: list[str]) -> int:
-    """Run the command that `argv` names with the rest of `argv`; return its exit code."""
+    """Run the command that `argv` names with the rest of `argv`; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m flexmsa", description="MiniMax Sparse Attention for PyTorch, from the command line."
     )

@@ -1,9 +1,9 @@
-"""The lists of a FlexAttention BlockMask from block_indices, in plain PyTorch on any device, without waiting for it.
+"""The lists of a FlexAttention BlockMask from block_indices, in plain PyTorch on any device, without a host sync.
 
-FlexAttention sparsifies per block of rows, MSA per token. A row block is `tokens` neighbouring tokens times the G
-heads of a group; it lists the union of its tokens' blocks, and `membership` tells mask_mod each token's own.
-Memory is that of queries times blocks: the membership, and the transposed lists, which BlockMask wants as wide as the
-row blocks.
+FlexAttention selects per block of rows, MSA per token. A row block is `tokens` neighbouring tokens times the G heads of
+a group; it lists the union of its tokens' blocks, and mask_mod reads each token's own blocks from `membership`.
+Memory grows with queries times blocks: for the membership table, and for the transposed lists, whose width BlockMask
+requires to be the number of row blocks.
 """
 
 import torch
@@ -21,26 +21,35 @@ def valid_blocks(block_indices: Tensor, start: Tensor, end: Tensor, block_size: 
 
 
 def membership_table(ids: Tensor, num_blocks: int) -> Tensor:
-    """Return [B, Hkv, Sq, num_blocks] bool: is the block chosen?
+    """Return [B, Hkv, Sq, num_blocks] bool: whether the query chose the block.
 
-    A byte for each, though a bit would do: taking bits apart in mask_mod costs more than twice the time.
+    One byte per entry, although a bit would do: extracting bits in mask_mod more than doubles its time.
     """
     table = torch.zeros((*ids.shape[:-1], num_blocks), dtype=torch.uint8, device=ids.device)
     return table.scatter_add_(-1, ids.clamp(min=0), (ids >= 0).to(torch.uint8)).view(torch.bool)
 
 
 def _covered_blocks(ids: Tensor, start: Tensor, end: Tensor, block_size: int, mask_block: int, aligned: bool) -> Tensor:
-    """Return [B, Hkv, Sq, pieces] int64: the blocks of the mask that hold keys of each chosen block, or -1."""
+    """Return [B, Hkv, Sq, n] int64: the blocks of the mask that hold keys of each chosen block, or -1."""
     first_key = start.long()[:, None, :, None] + ids * block_size
     last_key = torch.minimum(first_key + block_size, end.long()[:, None, :, None]) - 1
     first = first_key // mask_block
     longest = block_size - 1 if aligned and block_size % mask_block == 0 else block_size + mask_block - 2
-    pieces = longest // mask_block + 1
-    if aligned and mask_block % block_size == 0:
-        pieces = 1
-    covered = first[..., None] + torch.arange(pieces, device=ids.device)
+    most = 1 if aligned and mask_block % block_size == 0 else longest // mask_block + 1
+    covered = first[..., None] + torch.arange(most, device=ids.device)
     outside = (ids < 0)[..., None] | (covered * mask_block > last_key[..., None])
     return covered.masked_fill(outside, -1).flatten(-2)
+
+
+def _listed_by_all(union: Tensor, tokens: int) -> Tensor:
+    """Return for each entry of sorted unions [..., n] whether it begins a run of `tokens` equal entries.
+
+    Each token lists a block once, so a block that begins such a run is listed by all tokens of the row block.
+    """
+    shared = torch.zeros_like(union, dtype=torch.bool)
+    num_runs = union.shape[-1] - tokens + 1
+    shared[..., :num_runs] = union[..., tokens - 1 :] == union[..., :num_runs]
+    return shared
 
 
 def _compress(values: Tensor, keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -52,7 +61,7 @@ def _compress(values: Tensor, keep: Tensor, width: int) -> tuple[Tensor, Tensor]
 
 
 def _transpose(count: Tensor, indices: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Return, for each key block, how many row blocks list it and which: [B, Hkv, blocks], [B, Hkv, blocks, rows]."""
+    """Return how many row blocks list each key block, and which: [B, Hkv, blocks], [B, Hkv, blocks, rows]."""
     batch, heads, rows, width = indices.shape
     listed = torch.arange(width, device=indices.device) < count[..., None]
     numbers = torch.arange(rows, device=indices.device).expand(num_blocks, rows)
@@ -79,15 +88,15 @@ def block_mask_lists(
     """Return the lists of a BlockMask for rows packed as (token, head in group).
 
     Args:
-        mask_block: keys in one block of the mask (block_size, or a size that FlexAttention's kernels want).
-        tokens: tokens in one block of rows.
+        mask_block: keys per block of the mask (block_size, or a size that FlexAttention's kernels require).
+        tokens: tokens per row block.
         width: width of the key lists.
-        aligned: every sequence starts at key 0, so that blocks of equal size coincide with those of the mask.
-        with_backward: make the transposed lists too; they have no elements otherwise.
+        aligned: every sequence starts at key 0, so blocks of equal size coincide with those of the mask.
+        with_backward: make the transposed lists too; otherwise they are empty.
 
     Returns:
-        kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, the same four transposed, and what mask_mod
-        reads: membership [B, Hkv, Sq, blocks], start [B, Sq], end [B, Sq].
+        kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, the same four transposed, and the tensors for
+        mask_mod: membership [B, Hkv, Sq, blocks], start [B, Sq], end [B, Sq].
     """
     batch, _, seqlen_q, _ = block_indices.shape
     num_blocks = -(-seqlen_k // mask_block)
@@ -95,7 +104,7 @@ def block_mask_lists(
     ids = valid_blocks(block_indices, start, end, block_size)
     covered = _covered_blocks(ids, start, end, block_size, mask_block, aligned)
 
-    # The last row block is filled with copies of the last token, which add nothing to its union.
+    # Copies of the last token fill the last row block; they add nothing to its union.
     rows = -(-seqlen_q // tokens)
     token = torch.arange(rows * tokens, device=ids.device).clamp(max=seqlen_q - 1)
     union = covered[:, :, token].unflatten(2, (rows, tokens)).flatten(-2).sort(-1).values
@@ -104,13 +113,9 @@ def block_mask_lists(
 
     full = torch.zeros_like(first)
     if aligned and mask_block == block_size:
-        # Each token lists a block once, so a block that all of them list fills a run of `tokens` entries.
-        shared = torch.zeros_like(first)
-        shared[..., : union.shape[-1] - tokens + 1] = (
-            union[..., tokens - 1 :] == union[..., : union.shape[-1] - tokens + 1]
-        )
         earliest_end = end[:, token].unflatten(1, (rows, tokens)).amin(-1)
-        full = first & shared & ((union + 1) * mask_block <= earliest_end[:, None, :, None])
+        seen_whole = (union + 1) * mask_block <= earliest_end[:, None, :, None]
+        full = first & _listed_by_all(union, tokens) & seen_whole
     partial_lists = _compress(union, first & ~full, width)
     full_lists = _compress(union, full, width)
 
@@ -125,9 +130,9 @@ def block_mask_lists(
 def dense_mask_lists(
     sequences: Tensor, batch: int, seqlen_q: int, seqlen_k: int, mask_block: int, tokens: int, with_backward: bool
 ) -> list[Tensor]:
-    """Return the lists of the BlockMask in which a token sees all of its sequence up to itself.
+    """Return the lists of the BlockMask in which a token sees its whole sequence up to itself.
 
-    As `block_mask_lists` with one head for all, and without the membership, which mask_mod does not need.
+    As `block_mask_lists` with one head for all, but without the membership, which mask_mod does not need.
     """
     start, end = key_ranges(sequences, batch, seqlen_q)
     rows = -(-seqlen_q // tokens)

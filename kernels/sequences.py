@@ -1,7 +1,24 @@
-"""The table of sequences (see flexmsa.kernels) made from what a user passes, and read back per query."""
+"""The table of sequences (see flexmsa.kernels): made from the user's arguments, and read per sequence or per query."""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Sequence(NamedTuple):
+    """One row of the table as ints, or its columns as tensors or arrays [N]."""
+
+    batch: Any
+    q_start: Any
+    q_end: Any
+    k_start: Any
+    k_end: Any
+
+
+def list_sequences(sequences: Tensor) -> list[Sequence]:
+    """Return the rows of the table as ints."""
+    return [Sequence(*row) for row in sequences.tolist()]
 
 
 def sequence_table(
@@ -15,9 +32,9 @@ def sequence_table(
 ) -> Tensor:
     """Return `sequences` [N, 5] int32 on `device`.
 
-    Values out of range are pulled into it, so that on a GPU, where they are not read back to be checked, they
-    can give a wrong answer but never an address outside the tensors: offsets are made to rise from 0 to the
-    length of the buffer, and every query stays in exactly one sequence.
+    Values out of range are clamped. On a GPU nobody reads the values back to check them, so bad values can give a
+    wrong answer there, but never an address outside the tensors: offsets rise from 0 to the length of the buffer, and
+    every query stays in exactly one sequence.
     """
     if cu_seqlens is not None:
         offsets = cu_seqlens.to(device=device, dtype=torch.int32).clamp(0, seqlen_q)
@@ -37,9 +54,9 @@ def sequence_table(
 
 
 def query_sequences(sequences: Tensor, batch: int, seqlen_q: int) -> Tensor:
-    """Return [B*Sq] int64: which row of `sequences` each query belongs to."""
+    """Return [B*Sq] int64: the row of `sequences` that each query belongs to."""
     first_query = sequences[:, 0].long() * seqlen_q + sequences[:, 1]
-    # A sequence of no queries shares its first query with the next one: only the last of such a run is found.
+    # A sequence without queries has the same first query as the next one; the search finds the last of such a run.
     order = torch.arange(batch * seqlen_q, device=sequences.device)
     return torch.searchsorted(first_query, order, right=True) - 1
 
@@ -49,11 +66,12 @@ def key_ranges(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Tensor, Te
 
     `start` is the anchor of the query's blocks. A query that sees nothing has end <= start.
     """
-    _, _, q_end, k_start, k_end = sequences[query_sequences(sequences, batch, seqlen_q)].unbind(1)
+    of_query = Sequence(*sequences[query_sequences(sequences, batch, seqlen_q)].unbind(1))
     token = torch.arange(seqlen_q, device=sequences.device, dtype=torch.int32).repeat(batch)
-    return k_start.reshape(batch, seqlen_q).contiguous(), (k_end - q_end + token + 1).view(batch, seqlen_q)
+    start = of_query.k_start.reshape(batch, seqlen_q).contiguous()
+    return start, (of_query.k_end - of_query.q_end + token + 1).view(batch, seqlen_q)
 
 
 def next_positions(kv_lens: Tensor, kv_starts: Tensor, count: int) -> Tensor:
-    """Return [B, count] int64: where the next tokens of each row stand, counted from its first key."""
+    """Return [B, count] int64: the positions of each row's next tokens, counted from the row's first key."""
     return ((kv_lens - kv_starts)[:, None] + torch.arange(count, device=kv_lens.device)).clamp(min=0)

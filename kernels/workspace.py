@@ -4,12 +4,13 @@ _limit = [1 << 30]
 
 
 def set_workspace_limit(size: int) -> None:
-    """Let the GPU's training kernels keep about `size` bytes of partial results at a time; 1 GiB by default.
+    """Limit the partial results that the GPU's training kernels keep at a time to about `size` bytes (default: 1 GiB).
 
-    They work through the tokens in chunks that fit. Beside it they keep the reverse index, some 40 bytes for each block
-    that a token chose, and the backward about a sixth of its workspace more for sums. A larger workspace means fewer
-    and longer passes over the keys, which pays beyond some 100K tokens; a smaller one leaves memory to the model. At
-    least 16 tokens of a group are taken at a time, whatever the limit. It holds for the whole process, on every device.
+    The kernels process the tokens in ranges whose partial results fit. In addition they keep the inverse index, some 40
+    bytes for each block that a token chose, and the backward keeps sums of about a sixth of the limit. A larger
+    workspace means fewer and longer passes over the keys, which is faster beyond some 100K tokens; a smaller one leaves
+    more memory to the model. A range has at least 16 tokens of one group, whatever the limit. The limit holds for the
+    whole process, on every device.
 
     Args:
         size: bytes, at least 1.
@@ -34,7 +35,10 @@ def workspace_limit() -> int:
 
 
 def chunk_tokens(num_tokens: int, bytes_per_token: int) -> int:
-    """Tokens whose partial results, of one group, fit into the workspace: a multiple of 16, in chunks of equal size."""
+    """Tokens of one group per token range: a multiple of 16, whose partial results fit into the workspace.
+
+    All ranges of `num_tokens` tokens have this size, except the last, which may be shorter.
+    """
     most = max(16, workspace_limit() // max(1, bytes_per_token))
-    chunks = -(-num_tokens // most)
-    return max(16, -(-num_tokens // max(1, chunks * 16)) * 16)
+    num_ranges = -(-num_tokens // most)
+    return max(16, -(-num_tokens // max(1, num_ranges * 16)) * 16)

@@ -1,4 +1,4 @@
-"""What must hold for any input, on every backend that runs on a CPU."""
+"""Properties that hold for any input, on every backend that runs on a CPU."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from flexmsa import AuxRequest
 from flexmsa.testing import assert_close, check_case
 from flexmsa.testing.strategies import cases, packed_lengths
 
-# A sum of such numbers is infinite or not a number, depending on the order.
+# A sum of such numbers is infinite or NaN, depending on the order.
 _OVERFLOWS = 3e38
 EVERYTHING = AuxRequest(lse=True, block_indices=True, index_loss=True)
 
@@ -94,7 +94,7 @@ def _assert_same_alone(packed, alone, queries, row=slice(None)):
 
 @settings(max_examples=25)
 @given(data=st.data(), block_size=st.sampled_from([4, 16]), topk=st.sampled_from([1, 3, None]))
-def test_a_packed_document_gets_what_it_gets_alone(data, block_size, topk):
+def test_a_packed_document_equals_the_document_alone(data, block_size, topk):
     total = data.draw(st.integers(1, 120))
     offsets = data.draw(packed_lengths(total))
     inputs = make_inputs(total)
@@ -110,7 +110,7 @@ def test_a_packed_document_gets_what_it_gets_alone(data, block_size, topk):
 
 
 @pytest.mark.parametrize("topk", [2, None])
-def test_a_padded_row_gets_what_it_gets_alone(topk):
+def test_a_padded_row_equals_the_row_alone(topk):
     inputs = make_inputs(50, batch=3)
     starts = [0, 13, 50]
     settings = {"block_size": 8, "topk": topk, "return_aux": EVERYTHING}
@@ -127,27 +127,27 @@ def test_a_padded_row_gets_what_it_gets_alone(topk):
 
 
 @pytest.mark.parametrize("topk", [2, 50, None])
-@pytest.mark.parametrize("chunk", [1, 4, 30])
-def test_prefill_then_decode_is_one_prefill(topk, chunk):
+@pytest.mark.parametrize("step", [1, 4, 30])
+def test_prefill_then_decode_equals_one_prefill(topk, step):
     inputs = make_inputs(90, batch=2)
     prefix = 60
     aux = AuxRequest(block_indices=True)
     whole, selected = flexmsa.attention(*inputs, block_size=16, topk=topk, return_aux=aux)
     cache = flexmsa.MSACache(2, num_kv_heads=2, head_dim=16, index_head_dim=16, capacity=100)
     cache.append(inputs.k[:, :, :prefix], inputs.v[:, :, :prefix], inputs.index_k[:, :, :prefix])
-    for first in range(prefix, 90, chunk):
-        new = slice(first, first + chunk)
+    for first in range(prefix, 90, step):
+        new = slice(first, first + step)
         q, k, v, index_q, index_k = inputs.rows(new, new)
         cache.append(k, v, index_k)
-        out, step = flexmsa.decode(q, cache, index_q, block_size=16, topk=topk, return_aux=aux)
+        out, found = flexmsa.decode(q, cache, index_q, block_size=16, topk=topk, return_aux=aux)
         assert_close("out", out, whole[:, :, new].double(), whole[:, :, new])
         if topk is not None:
-            assert torch.equal(step.block_indices, selected.block_indices[:, :, new])
+            assert torch.equal(found.block_indices, selected.block_indices[:, :, new])
 
 
 @settings(max_examples=40)
 @given(data=st.data(), bad=st.sampled_from([torch.nan, torch.inf, -torch.inf, _OVERFLOWS]))
-def test_bad_numbers_never_give_an_id_out_of_range(data, bad):
+def test_numbers_that_are_not_finite_give_valid_ids(data, bad):
     seqlen = data.draw(st.integers(1, 100))
     block_size, topk = data.draw(st.sampled_from([4, 16])), data.draw(st.integers(1, 8))
     _, _, _, index_q, index_k = make_inputs(seqlen, batch=2)
@@ -166,7 +166,7 @@ def test_bad_numbers_never_give_an_id_out_of_range(data, bad):
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_e4m3_index_queries_and_keys_are_the_numbers_they_are(backend):
+def test_e4m3_index_inputs_equal_the_same_numbers_in_float32(backend):
     index_q, index_k = torch.randn(2, 3, 70, 32), torch.randn(2, 1, 70, 32)
     index_k[0, 0, 20] = torch.nan
     stored = [x.to(torch.float8_e4m3fn) for x in (index_q, index_k)]
@@ -176,7 +176,7 @@ def test_e4m3_index_queries_and_keys_are_the_numbers_they_are(backend):
     assert not torch.equal(ids, flexmsa.select_blocks(index_q, index_k, **settings))
 
 
-def test_autocast_leaves_e4m3_alone():
+def test_autocast_does_not_cast_e4m3():
     stored = [torch.randn(2, heads, 70, 32).to(torch.float8_e4m3fn) for heads in (3, 1)]
     ids = flexmsa.select_blocks(*stored, block_size=8, topk=3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -196,7 +196,7 @@ def test_gradients_stay_in_their_branch(backend, topk):
     assert all(x is not None and x.abs().sum() > 0 for x in index[3:])
 
 
-def test_caller_supplied_indices_in_any_order_count_once():
+def test_block_indices_may_be_unsorted_and_repeated():
     q, k, v, _, _ = make_inputs(40)
     tidy = torch.tensor([0, 2, -1, -1]).expand(1, 2, 40, 4)
     untidy = torch.tensor([2, -1, 0, 2]).expand(1, 2, 40, 4)

@@ -1,4 +1,4 @@
-"""`python -m flexmsa demo`: a small language model learns with MSA on this machine, beside its dense twin."""
+"""`python -m flexmsa demo`: train a small language model with MSA, and its dense twin for comparison."""
 
 import argparse
 import dataclasses
@@ -30,9 +30,9 @@ QUICK = {
     "validation_windows": 8,
     "generated_bytes": 60,
 }
-# After Ctrl-C the user waits for the prompt.
+# Few windows, as the user waits for the prompt after Ctrl-C.
 WINDOWS_AFTER_INTERRUPT = 16
-# The text held out should have many such windows.
+# The held-out text should have many windows of this length.
 LONGEST_CONTEXT = 16384
 INTERRUPTED = 130
 
@@ -50,26 +50,29 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> Settings:
-    """Read the options; those not given keep the defaults of `Settings`, or of the quick run."""
+    """Read the options; all others keep the defaults of `Settings`, or of the quick run."""
     default = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m flexmsa demo",
-        description="Train a small byte-level language model with MSA on the Python standard library's source, beside "
-        "the same model with dense attention, and compare the two. Takes about four minutes on two CPU cores.",
+        description="Train a small byte-level language model with MSA on the source code of the Python standard "
+        "library, and the same model with dense attention, and compare the two. Takes about four minutes on two CPU "
+        "cores.",
     )
-    parser.add_argument("--quick", action="store_true", help="a much smaller model for a few steps: seconds")
+    parser.add_argument("--quick", action="store_true", help="a much smaller model and a few steps: takes seconds")
     for name, text in (
         ("steps", "training steps of each model"),
-        ("warmup", "how many of them are the dense warm-up, before the selection is switched on"),
-        ("batch-size", "windows of text in a batch"),
-        ("context", "bytes in a window"),
-        ("seed", "of the weights, the batches and the generated text"),
+        ("warmup", "steps of the dense warm-up at their beginning, without selection"),
+        ("batch-size", "windows of text per batch"),
+        ("context", "bytes per window"),
+        ("seed", "random seed of the weights, the batches and the generated text"),
     ):
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} (default: {value})")
-    parser.add_argument("--temperature", type=float, metavar="T", help="of the generated text; 0 for the likeliest")
-    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"where the results go (default: {default.out}/)")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="temperature of the generated text; 0 takes the most likely byte"
+    )
+    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if available)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"folder of the results (default: {default.out}/)")
     options = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     preset = QUICK if options.pop("quick") else {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,7 +84,7 @@ def parse(argv: list[str]) -> Settings:
 
 
 def find_problem(settings: Settings) -> str | None:
-    """Say what is wrong with the settings, if anything is."""
+    """Return a message if a setting is invalid."""
     for name, least in (("steps", 1), ("warmup", 0), ("batch_size", 1), ("context", 2), ("temperature", 0)):
         value = getattr(settings, name)
         if value < least:
@@ -98,7 +101,7 @@ def find_problem(settings: Settings) -> str | None:
 
 
 def run(settings: Settings) -> int:
-    """Train, compare, generate and save, saying so; Ctrl-C goes straight to a brief comparison and the saving."""
+    """Train, compare, generate and save, with messages; after Ctrl-C, only a brief comparison and saving follow."""
     started = time.monotonic()
     settings.out.mkdir(parents=True, exist_ok=True)
     text = read_standard_library()
@@ -113,7 +116,7 @@ def run(settings: Settings) -> int:
         results["generation"] = write_text(training)
     except KeyboardInterrupt:
         results["interrupted"] = True
-        print(f"\nStopped after {len(training.steps)} of {settings.steps} steps; saving what there is.")
+        print(f"\nStopped after {len(training.steps)} of {settings.steps} steps; saving the results so far.")
         if "validation" not in results:
             results["validation"] = compare(training, min(WINDOWS_AFTER_INTERRUPT, settings.validation_windows))
     results["seconds"] = {"training": training.seconds, "total": time.monotonic() - started}
@@ -124,35 +127,35 @@ def run(settings: Settings) -> int:
 
 
 def introduce(settings: Settings, text: Text, training: Training) -> None:
-    """Say what is about to happen."""
+    """Print the text, the models and the budget of the run."""
     sizes = [sum(p.numel() for p in model.parameters()) for model in (training.msa, training.dense)]
     most, mean = keys_attended(settings)
     print(
         f"Text: {text.num_files} files of Python source from {text.source};\n"
-        f"  {len(text.train):,} bytes to learn from, {len(text.validation):,} bytes of other files to test on.\n"
+        f"  {len(text.train):,} bytes for training, {len(text.validation):,} bytes of other files for validation.\n"
         f"Models: {settings.num_layers} layers of width {settings.hidden_size}, {settings.num_heads} query heads over "
         f"{settings.num_kv_heads} key/value heads;\n"
-        f"  MSA {sizes[0]:,} parameters, of which the index branch {sizes[0] - sizes[1]:,}; dense {sizes[1]:,}.\n"
-        f"Attention: the last of {settings.context} tokens looks at {most} keys with MSA and {settings.context} without"
-        f" (on average {mean:.0f} and {(settings.context + 1) / 2:.0f}).\n"
+        f"  MSA {sizes[0]:,} parameters, {sizes[0] - sizes[1]:,} of them in the index branch; dense {sizes[1]:,}.\n"
+        f"Attention: the last of {settings.context} tokens attends to {most} keys with MSA and {settings.context} "
+        f"without (on average {mean:.0f} and {(settings.context + 1) / 2:.0f}).\n"
         f"Training on {settings.device}: {settings.steps} steps of {settings.batch_size} x {settings.context} bytes "
         f"for each model, {settings.warmup} of them the dense warm-up.\n"
-        f"  KL: how far the index branch is from the main branch's attention. "
-        f"Recall: how much of the {settings.topk} best blocks\n  it finds, by number / by attention mass.",
+        f"  KL: divergence of the index branch from the main branch's attention. "
+        f"Recall: share of the {settings.topk} best blocks\n  that it finds, by number / by attention mass.",
         flush=True,
     )
 
 
 def keys_attended(settings: Settings) -> tuple[int, float]:
-    """Return the keys that the last token attends to, and the mean over a window."""
+    """Return the number of keys that the last token attends to, and the mean over a window."""
     size, topk = settings.block_size, settings.topk
     counts = [min(token, (topk - 1) * size + token % size) + 1 for token in range(settings.context)]
     return counts[-1], sum(counts) / len(counts)
 
 
 def compare(training: Training, windows: int) -> dict[str, Any]:
-    """Measure both models on the text held out."""
-    print(f"Testing both on {windows} windows of {training.settings.context} bytes that neither saw.", flush=True)
+    """Measure both models on held-out text."""
+    print(f"Validating both on {windows} held-out windows of {training.settings.context} bytes.", flush=True)
     msa, dense = (training.validate(model, windows) for model in (training.msa, training.dense))
     gap = msa - dense
     return {
@@ -165,7 +168,7 @@ def compare(training: Training, windows: int) -> dict[str, Any]:
 
 
 def write_text(training: Training) -> dict[str, Any]:
-    """Let the MSA model write, and check its cache against the plain forward pass."""
+    """Generate text with the MSA model, and compare its cached logits with the uncached forward pass."""
     settings = training.settings
     training.msa.eval()
     generator = torch.Generator().manual_seed(settings.seed)
@@ -177,11 +180,11 @@ def write_text(training: Training) -> dict[str, Any]:
     with torch.no_grad():
         plain = training.msa(torch.tensor([list(written[:-1])], device=cached.device))[0][0]
     difference = (cached - plain).abs().max().item()
-    print(f"\nThe MSA model writes on after {settings.prompt!r} (temperature {settings.temperature}):\n")
+    print(f"\nThe MSA model continues {settings.prompt!r} (temperature {settings.temperature}):\n")
     print("\n".join("    " + line for line in written.decode(errors="replace").splitlines()))
     print(
-        f"\n{settings.generated_bytes} bytes through the cache in {seconds:.1f} s; its logits differ from the uncached "
-        f"model's by at most {difference:.1e} (logits reach {plain.abs().max().item():.1f}).",
+        f"\n{settings.generated_bytes} bytes through the cache in {seconds:.1f} s; the logits differ from the uncached "
+        f"ones by at most {difference:.1e} (largest logit {plain.abs().max().item():.1f}).",
         flush=True,
     )
     return {
@@ -193,13 +196,13 @@ def write_text(training: Training) -> dict[str, Any]:
 
 
 def conclude(training: Training, results: dict[str, Any]) -> None:
-    """The last lines: how long it took, and how far apart the models are."""
+    """Print the last lines: the time, and the losses of both models."""
     found = results["validation"]
     error = "" if found["standard_error"] is None else f" (standard error {found['standard_error']:.3f})"
     side = "above" if found["difference"] > 0 else "below"
     state = "MSA" if training.steps and training.steps[-1].sparse else "MSA, not yet sparse,"
     print(
         f"Took {clock(results['seconds']['total'])}.\n"
-        f"Validation loss: {state} {found['msa_loss']:.3f}, dense {found['dense_loss']:.3f} nats a byte; "
+        f"Validation loss: {state} {found['msa_loss']:.3f}, dense {found['dense_loss']:.3f} nats per byte; "
         f"MSA is {abs(found['difference']):.3f}{error} {side} dense."
     )

@@ -1,4 +1,4 @@
-"""Generation through the caches: prompts of different lengths in one batch, then a byte a step for every row."""
+"""Generation with caches: prompts of different lengths in one batch, then one byte per step for every row."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,8 +15,8 @@ Step = Callable[[Tensor], Tensor]
 
 
 class Generated(NamedTuple):
-    """For each prompt: the text, prompt and continuation, and the logits [bytes - 1, 256] of its bytes from the second
-    on, as the cached model gave them."""
+    """Per prompt: the text (prompt and continuation), and the cached model's logits [bytes - 1, 256] of its bytes from
+    the second on."""
 
     texts: list[bytes]
     logits: list[Tensor]
@@ -34,18 +34,18 @@ def generate(
 ) -> Generated:
     """Continue each prompt by `length` bytes.
 
-    The prompts are read in one go, each row its own number of bytes. Then every step is the same work on the same
+    One call reads all prompts, each row with its own number of bytes. Every later step does the same work on the same
     memory: on a GPU it is captured once as a CUDA graph and replayed.
 
     Args:
-        prompts: of at least one byte each.
+        prompts: at least one byte each.
         temperature: divides the logits; 0 takes the best byte each time.
-        generator: of random numbers, on the CPU.
+        generator: source of random numbers, on the CPU.
         compiled: run the step through torch.compile.
         select_every: as for `GPT.read`.
 
     Raises:
-        ValueError: there is no prompt, or an empty one.
+        ValueError: there is no prompt, or a prompt is empty.
     """
     if not prompts or not all(prompts):
         raise ValueError(f"prompts: expected at least one, of at least one byte each, got {prompts}")
@@ -81,7 +81,7 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator | None
 
 
 def make_step(model: GPT, caches: list[Cache], compiled: bool, select_every: int) -> Step:
-    """Return the function from new bytes [B, 1] to the logits [B, 256] of those that follow."""
+    """Return a function from new bytes [B, 1] to the logits [B, 256] of the bytes that follow."""
 
     def step(new: Tensor) -> Tensor:
         return model.read(new, caches, select_every=select_every)[:, -1]
@@ -91,13 +91,13 @@ def make_step(model: GPT, caches: list[Cache], compiled: bool, select_every: int
 
 
 def captured(step: Step) -> Step:
-    """Return a function that runs `step` once as it is, captures it as a CUDA graph when called again, and replays."""
+    """Return a function that runs `step` once, captures it as a CUDA graph in the second call, and then replays it."""
     graph = torch.cuda.CUDAGraph()
     buffers: list[Tensor] = []
 
     def replay(new: Tensor) -> Tensor:
         if not buffers:
-            # Kernels are compiled on first use, which a capture does not allow.
+            # The first call compiles the kernels, which is not allowed in a capture.
             buffers.append(new.clone())
             return step(new)
         buffers[0].copy_(new)

@@ -1,4 +1,4 @@
-"""A byte-level GPT to read in one sitting: the same blocks around MSAttention or around ordinary dense attention."""
+"""A small byte-level GPT: the same blocks around MSAttention or around ordinary dense attention."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ class DenseAttention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x [B, S, hidden_size] to (out, None), so that a block need not know which attention it holds."""
+        """x [B, S, hidden_size] to (out, None), the interface of MSAttention."""
         config = self.config
         positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
 
@@ -42,7 +42,7 @@ class DenseAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each behind a norm and beside a residual."""
+    """Attention and an MLP, each behind a norm, with a residual connection."""
 
     def __init__(self, attention: Any, width: int) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the new x, and the attention's index loss, if it has one."""
+        """Return the new x, and the attention's index loss or None."""
         attended, index_loss = self.attention(self.attention_norm(x))
         return self._finish(x, attended), index_loss
 
     def generate(self, x: Tensor, cache: Cache, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """As `MSAttention.generate`: return the new x, and the blocks that were attended to."""
+        """As `MSAttention.generate`: return the new x, and the chosen blocks."""
         attended, block_indices = self.attention.generate(self.attention_norm(x), cache, **options)
         return self._finish(x, attended), block_indices
 
@@ -78,12 +78,12 @@ class GPT(nn.Module):
         super().__init__()
         attention = DenseAttention if dense else MSAttention
         self.embedding = nn.Embedding(VOCABULARY, config.hidden_size)
-        # Any, for a type checker sees bare modules in a ModuleList.
+        # Any, because to a type checker a ModuleList contains bare modules.
         self.blocks: Any = nn.ModuleList(Block(attention(config), config.hidden_size) for _ in range(num_layers))
         self.norm = nn.RMSNorm(config.hidden_size)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                # Two of these a layer add up on the residual stream.
+                # Two such weights per layer add to the residual stream.
                 writes = name.endswith(("o_proj.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 * (2 * num_layers) ** -0.5 if writes else 0.02)
 
@@ -94,7 +94,7 @@ class GPT(nn.Module):
             ids: [B, S] int64.
 
         Returns:
-            logits [B, S, 256], and the sum of the layers' index losses, 0 where they compute none.
+            logits [B, S, 256], and the sum of the layers' index losses, 0 if they compute none.
         """
         x = self.embedding(ids)
         total = x.new_zeros(())
@@ -104,13 +104,13 @@ class GPT(nn.Module):
         return self._score(x), total
 
     def read(self, ids: Tensor, caches: list[Cache], lens: Tensor | None = None, select_every: int = 1) -> Tensor:
-        """Score the byte that follows each of the bytes that follow those in the caches, which take them in.
+        """Append bytes to the caches, and score the byte that follows each of them.
 
         Args:
             ids: [B, S] int64.
-            caches: one for each layer, such as `new_caches` makes.
-            lens: [B] int; row b brings its first lens[b] bytes only.
-            select_every: 2 lets every second layer attend to the blocks that the layer before it chose, and so on.
+            caches: one per layer, as from `new_caches`.
+            lens: [B] int; row b appends only its first lens[b] bytes.
+            select_every: with n, only every n-th layer selects; the layers after it attend to the same blocks.
 
         Returns:
             logits [B, S, 256].
@@ -136,7 +136,7 @@ class GPT(nn.Module):
 
 
 def dense_twin(model: GPT) -> GPT:
-    """Return the same model with dense attention, on the same device, with a copy of the weights that both have."""
+    """Return the same model with dense attention, on the same device, with a copy of all common weights."""
     twin = GPT(model.blocks[0].attention.config, len(model.blocks), dense=True).to(model.embedding.weight.device)
     weights = model.state_dict()
     twin.load_state_dict({name: weights[name] for name in twin.state_dict()})
@@ -144,5 +144,5 @@ def dense_twin(model: GPT) -> GPT:
 
 
 def language_loss(logits: Tensor, ids: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy, in nats a byte, of logits [B, S, 256] for the bytes ids [B, S] that they should have foretold."""
+    """Cross-entropy of logits [B, S, 256] for the bytes ids [B, S], in nats per byte."""
     return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction=reduction)

@@ -1,17 +1,17 @@
-"""A progress line: rewritten in place on a terminal, printed now and then into a file."""
+"""A progress line: rewritten in place on a terminal, printed a limited number of times into a file."""
 
 import shutil
 import sys
 import time
 from typing import TextIO
 
-# Lines of a whole run where the output is no terminal.
+# Lines per run if the output is not a terminal.
 LINES = 20
 BAR = 20
 
 
 class Progress:
-    """How far a loop of `total` steps is, on stderr, with the time that it took and still needs."""
+    """The progress of a loop of `total` steps on stderr, with the elapsed and the remaining time."""
 
     def __init__(self, total: int, stream: TextIO | None = None) -> None:
         self.total = total
@@ -21,9 +21,9 @@ class Progress:
         self.pace = 0.0
 
     def update(self, step: int, text: str) -> None:
-        """Say that `step` steps are done, with a few words on them."""
+        """Show that `step` steps are done, with `text`."""
         now = time.monotonic()
-        # Steps may come to cost more or less on the way, so the newest count most.
+        # The newest steps count most, as the cost of a step may change during training.
         newest = now - self.latest
         self.pace = newest if step == 1 else 0.95 * self.pace + 0.05 * newest
         self.latest = now
@@ -40,14 +40,14 @@ class Progress:
         self.stream.flush()
 
     def close(self) -> None:
-        """Leave the line, so that what follows starts on its own."""
+        """End the line, so that later output starts on a new one."""
         if self.terminal:
             self.stream.write("\n")
             self.stream.flush()
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds.
+    """Format seconds as minutes and seconds.
 
     >>> clock(75.2)
     '1:15'

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours of Okabe and Ito, told apart by colour-blind readers too.
+# Colours of Okabe and Ito, which colour-blind readers can distinguish.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#888888"
 
 
 def save(training: Training, results: dict[str, Any]) -> list[Path]:
-    """Write metrics.json and the pictures into the run's folder; returns what was written.
+    """Write metrics.json and the pictures into the run's folder; returns the paths.
 
     Args:
-        results: whatever was found after the training, to go into metrics.json beside its history.
+        results: results from after the training, for metrics.json in addition to the history.
     """
     settings = training.settings
     history = {
@@ -39,7 +39,7 @@ def save(training: Training, results: dict[str, Any]) -> list[Path]:
     try:
         pictures = {"curves.png": draw_curves(training), "selection.png": draw_selection(training)}
     except ImportError:
-        print("No pictures, for matplotlib is not installed: pip install flexmsa[plot]")
+        print("No pictures, as matplotlib is not installed: pip install flexmsa[plot]")
         return written
     for name, figure in pictures.items():
         written.append(settings.out / name)
@@ -58,7 +58,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def draw_curves(training: Training) -> Figure:
-    """Losses of both models, the loss of the index branch and its recalls, one above the other over the steps."""
+    """Draw four panels over the steps: both losses, their difference, the index branch's loss and its recalls."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 10), dpi=80, layout="constrained")
@@ -68,12 +68,12 @@ def draw_curves(training: Training) -> Figure:
     msa, dense, index = zip(*(record[2:] for record in training.steps), strict=True)
     _draw_smoothed(losses, steps, dense, ORANGE, "dense attention")
     _draw_smoothed(losses, steps, msa, BLUE, "MSA")
-    losses.set(ylabel="nats a byte")
+    losses.set(ylabel="nats per byte")
     _draw_smoothed(gap, steps, [ours - theirs for ours, theirs in zip(msa, dense, strict=True)], BLUE)
     gap.axhline(0, color=ORANGE, linewidth=1.2)
-    gap.set(ylabel="nats a byte")
+    gap.set(ylabel="nats per byte")
     _draw_smoothed(divergence, steps, index, GREEN)
-    divergence.set(ylabel="nats a query", ylim=(0, None))
+    divergence.set(ylabel="nats per query", ylim=(0, None))
     _draw_recalls(recalls, training)
     for axes, title in (
         (losses, "Training loss (each batch pale, smoothed bold)"),
@@ -128,7 +128,7 @@ def _name_phases(axes: Axes, settings: Settings) -> None:
 
 
 def draw_selection(training: Training) -> Figure:
-    """What each group of each layer selects on the first window of the text held out."""
+    """Draw the selection of each group of each layer on the first held-out window."""
     from matplotlib.figure import Figure
 
     settings, selections = training.settings, training.selections()
@@ -136,6 +136,6 @@ def draw_selection(training: Training) -> Figure:
     parts = figure.subfigures(len(selections), 1, squeeze=False)[:, 0]
     for layer, (part, selection) in enumerate(zip(parts, selections, strict=True)):
         found = selection.recall.score.item()
-        title = f"Layer {layer}: {settings.topk} blocks a token; they hold {found:.0%} of the mass of the best"
+        title = f"Layer {layer}: {settings.topk} blocks per token, {found:.0%} of the best blocks' attention mass"
         plot_selection(selection.block_indices, block_size=settings.block_size, title=title, figure=part)
     return figure

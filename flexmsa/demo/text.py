@@ -1,4 +1,4 @@
-"""The text to learn from: the Python standard library's own source, which every Python has at hand."""
+"""The training text: the source code of the Python standard library, which comes with every Python."""
 
 import sysconfig
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Installed packages are not the standard library, tests are often left out of an installation, and the last two hold
-# tables and prose rather than code.
+# Installed packages are not part of the standard library, tests are missing from some installations, and the last two
+# folders contain tables and prose rather than code.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"})
 # Every tenth file is held out.
 VALIDATION_STRIDE = 10
@@ -16,11 +16,11 @@ VALIDATION_STRIDE = 10
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes to train on and bytes held out, from different files.
+    """Bytes for training and held-out bytes, from different files.
 
     Attributes:
-        source: the folder that the files came from.
-        num_files: how many were read.
+        source: the folder of the files.
+        num_files: the number of files.
         train, validation: [bytes] uint8.
     """
 
@@ -34,7 +34,7 @@ def read_standard_library(folder: Path | None = None) -> Text:
     """Read the .py files under `folder` (default: this Python's standard library) in the order of their names.
 
     Raises:
-        FileNotFoundError: too few files are there, as where the library lies in a zip archive.
+        FileNotFoundError: there are too few files, for example because the library is in a zip archive.
     """
     folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
     paths = [path for path in folder.rglob("*.py") if SKIPPED_FOLDERS.isdisjoint(path.relative_to(folder).parts)]

@@ -67,7 +67,7 @@ class Step(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Recalls of the index branch after a step, one of each for every layer."""
+    """Recalls of the index branch after a step, one of each kind per layer."""
 
     step: int
     block_recall: list[float]
@@ -75,18 +75,18 @@ class Probe(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What a layer chooses on some text: block_indices [B, Hkv, S, topk], and how well."""
+    """A layer's selection on some text: block_indices [B, Hkv, S, topk], and its recall."""
 
     block_indices: Tensor
     recall: metrics.Recall
 
 
 class Training:
-    """Both models, their optimizers, and what has been measured so far.
+    """Both models, their optimizers, and the measurements so far.
 
     Attributes:
-        steps, probes: the history, complete at any moment.
-        seconds: spent in `run`.
+        steps, probes: the history, complete at any time.
+        seconds: time spent in `run`.
     """
 
     def __init__(self, settings: Settings, text: Text) -> None:
@@ -147,7 +147,7 @@ class Training:
 
     @torch.no_grad()
     def selections(self) -> list[Selection]:
-        """What each layer chooses on the probe's text; in the warm-up, what it would choose."""
+        """Each layer's selection on the probe's text; in the warm-up, the selection that it would make."""
         self.msa.eval()
         x = self.msa.embedding(self.probe_ids.to(self.settings.device))
         found = []
@@ -162,7 +162,7 @@ class Training:
 
     @torch.no_grad()
     def validate(self, model: GPT, count: int) -> Tensor:
-        """Return [count]: the loss on each of `count` windows of the text held out."""
+        """Return [count]: the loss on each of `count` held-out windows."""
         model.eval()
         ids = spread_windows(self.text.validation, count, self.settings.context + 1).to(self.settings.device)
         losses = [
@@ -173,7 +173,7 @@ class Training:
 
 
 def _branches(model: GPT) -> list[dict[str, list[nn.Parameter]]]:
-    """The parameters of the index branches, and all others: so that clipping the ones leaves the others alone."""
+    """The parameters in two groups, index branches and all others, whose gradients are clipped independently."""
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in model.named_parameters():
         groups[".index_" in name].append(parameter)
@@ -181,7 +181,7 @@ def _branches(model: GPT) -> list[dict[str, list[nn.Parameter]]]:
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Linear to its peak in the first twentieth of the steps, then a cosine to a tenth of it."""
+    """Linear up to the peak in the first twentieth of the steps, then a cosine down to a tenth of it."""
     rise = max(1, settings.steps // 20)
     if step <= rise:
         return settings.learning_rate * step / rise
@@ -190,7 +190,7 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 def describe(step: Step, probe: Probe) -> str:
-    """One line on where the training stands."""
+    """Return one line on the state of the training."""
     block, score = (sum(recall) / len(recall) for recall in (probe.block_recall, probe.score_recall))
     return (
         f"{'sparse ' if step.sparse else 'warm-up'} loss {step.msa_loss:.2f} dense {step.dense_loss:.2f} "

@@ -1,7 +1,7 @@
-"""What a user needs to fuzz flexmsa on their own hardware (install flexmsa[test]).
+"""Tools to fuzz flexmsa on your own hardware (install flexmsa[test]).
 
-`strategies.cases` draws inputs, `oracle.attention` says what is right, `check_case` compares the two.
-`strategies.schedules` draws what happens to a cache while it serves, and `check_schedule` follows it.
+`strategies.cases` draws inputs, `oracle.attention` computes the right results, `check_case` compares the two.
+`strategies.schedules` draws the operations on a cache during serving, and `check_schedule` runs and checks them.
 """
 
 from flexmsa.testing import oracle, strategies

@@ -1,4 +1,4 @@
-"""One rule for every comparison of floating numbers."""
+"""One rule for every comparison of floating-point results."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,20 @@ __all__ = ["assert_close", "product_size"]
 
 
 def assert_close(name: str, actual: Tensor, exact: Tensor, baseline: Tensor, terms: float = 0.0) -> None:
-    """Assert that `actual` is as near to the exact result as eager PyTorch comes in the same dtype.
+    """Assert that `actual` is about as close to the exact result as eager PyTorch is in the same dtype.
 
     The largest error may be twice the baseline's, plus 8 units in the last place of the largest exact value, or of
-    `terms`, if that is larger. Where the exact result is finite, `actual` must be; where it is infinite, `actual`
-    must be the same.
+    `terms` if that is larger. Where the exact result is finite, `actual` must be finite; where it is infinite, `actual`
+    must be equal.
 
     Args:
         actual: the result under test.
-        exact: the same in float64.
-        baseline: the same formula in eager PyTorch, in the dtype under test.
-        terms: the size of terms that cancel in the result, and leave their rounding behind.
+        exact: the result in float64.
+        baseline: the result of the same formula in eager PyTorch, in the dtype under test.
+        terms: the size of terms that cancel in the result, but whose rounding errors remain.
 
     Raises:
-        AssertionError: names the tensor, the worst element and its place.
+        AssertionError: names the tensor, the worst element and its index.
 
     >>> x = torch.tensor([1.0, 2.0])
     >>> assert_close("x", x, x.double(), x)
@@ -47,7 +47,7 @@ def assert_close(name: str, actual: Tensor, exact: Tensor, baseline: Tensor, ter
 
 
 def product_size(q: Tensor, k: Tensor) -> float:
-    """The size of the products that a score of q [..., D] and k [..., D] is a sum of, and that may cancel in it.
+    """The largest size of the terms of a score of q [..., D] and k [..., D], which may cancel in their sum.
 
     >>> product_size(torch.full((1, 4), 3.0), torch.full((1, 4), -2.0))
     3.0

@@ -1,4 +1,4 @@
-"""A test case as a few numbers: what hypothesis draws and shrinks, and what a failure prints as code."""
+"""A test case as a few numbers, which hypothesis can draw and shrink, and a failure prints as code."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,10 @@ __all__ = ["Case"]
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes and settings of one call of `flexmsa.attention`, from which its inputs follow.
+    """Shapes and settings of one call of `flexmsa.attention`, which determine its inputs.
 
-    Index queries and keys are multiples of 1/16 whose products are exact in every dtype, so that a selection has one
-    right answer; `ties` draws them from few values, so that equal scores are common.
+    Index queries and keys are multiples of 1/16 whose products are exact in every dtype, so a selection has one right
+    answer. `ties` draws them from few values, which makes equal scores common.
 
     >>> inputs, settings = Case(seqlen_q=5, seqlen_k=5).inputs("cpu")
     >>> [tuple(x.shape) for x in inputs]
@@ -49,7 +49,7 @@ class Case:
             x = x.to(device=device, dtype=dtype)
             if not self.strided:
                 return x
-            # Tokens outermost but for the batch, in a wider buffer: the strides of a fused projection.
+            # [B, S, H, D] in a wider buffer: the strides of a fused projection.
             batch, heads, seqlen, size = x.shape
             wide = torch.full((batch, seqlen, heads, size + 8), torch.nan, device=device, dtype=dtype)
             view = wide.transpose(1, 2)[..., :size]

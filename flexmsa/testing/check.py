@@ -1,4 +1,4 @@
-"""Compare flexmsa with the oracle on random cases: what `python -m flexmsa check` does."""
+"""`python -m flexmsa check`: compare flexmsa with the oracle on random cases."""
 
 import argparse
 import math
@@ -37,7 +37,7 @@ def check_case(
         gradients: compare the gradients too.
 
     Raises:
-        AssertionError: names what is wrong, and where.
+        AssertionError: names the wrong result, and the element.
 
     >>> check_case(Case(seqlen_q=20, seqlen_k=20, group_size=3))
     """
@@ -58,20 +58,17 @@ def check_case(
     narrow = tuple(x.detach().clone().requires_grad_() for x in inputs)
     exact_reference = _reference(wide, settings, got.block_indices, torch.float64)
     baseline = _reference(narrow, settings, got.block_indices, inputs[0].dtype)
-    # The loss is a difference of two entropies, of at most log(keys) each; where there is one key, lse is its score.
+    # The loss is a difference of two entropies, at most log(keys) each. With one key, lse is its score.
     terms = {"index_loss": math.log(1 + case.seqlen_k), "lse": product_size(*inputs[:2])}
     for name, result in results.items():
-        pieces = exact[name], baseline[name].detach().cpu(), terms.get(name, 0.0)
-        assert_close(name, result.detach().cpu(), *pieces)
+        assert_close(name, result.detach().cpu(), exact[name], baseline[name].detach().cpu(), terms.get(name, 0.0))
     if not gradients:
         return
-    found = _gradients(results, inputs)
-    right = _gradients(exact_reference, wide)
-    eager = _gradients(baseline, narrow)
+    exact = _gradients(exact_reference, wide)
+    baseline = _gradients(baseline, narrow)
     terms = _cancelling_terms(inputs, got.lse)
-    for name, result in found.items():
-        pieces = right[name].cpu(), eager[name].cpu(), terms.get(name, 0.0)
-        assert_close(f"gradient of {name}", result.cpu(), *pieces)
+    for name, result in _gradients(results, inputs).items():
+        assert_close(f"gradient of {name}", result.cpu(), exact[name].cpu(), baseline[name].cpu(), terms[name])
 
 
 def _on_host(settings: dict) -> dict:
@@ -103,7 +100,7 @@ def _reference(
 
 
 def _gradients(results: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Gradients of a fixed combination of out and lse to q, k, v, and of the loss to index_q, index_k."""
+    """Gradients of a fixed combination of out and lse by q, k, v, and of the loss by index_q, index_k."""
     out, lse = results["out"], results["lse"]
     weight = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64).view(out.shape).to(out.dtype)
     seen = lse.isfinite()
@@ -114,11 +111,12 @@ def _gradients(results: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> dict[s
 
 
 def _cancelling_terms(inputs: tuple[Tensor, ...], lse: Tensor) -> dict[str, float]:
-    """The size of what cancels in each gradient.
+    """The size of the terms that cancel in each gradient.
 
-    In q and k, the gradient of a score is <grad_out, v> - <grad_out, out>: sums of D terms of either sign, of at most
-    max |v| each, times the scale 1 / sqrt(D). In v it is a sum over the heads of a group, and in index_q and index_k
-    P_idx - P, over the rows of the mean: of weights e^(S - lse) that are as wrong as S and lse, in the dtype of lse.
+    For q and k, the gradient of a score is <grad_out, v> - <grad_out, out>: sums of D terms of either sign, at most
+    max |v| each, times the scale 1 / sqrt(D). For v it is a sum over the heads of a group, and for index_q and index_k
+    it is P_index - P divided by the number of rows in the mean. The weights e^(S - lse) in these have the error of S
+    and lse, in the dtype of lse.
     """
     q, k, v, index_q, index_k = (float(x.detach().abs().max()) for x in inputs)
     num_heads, num_kv_heads = inputs[0].shape[1], inputs[1].shape[1]
@@ -134,16 +132,16 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flexmsa check",
         description="Compare flexmsa with float64 oracles on random shapes, settings and inputs, and on random "
-        "schedules of what happens to a cache that serves.",
+        "schedules of operations on a cache.",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to try new cases (default 60)")
-    parser.add_argument("--backend", default=None, help="as for flexmsa.attention (default: the device's own)")
+    parser.add_argument("--backend", default=None, help="as for flexmsa.attention (default: the device's default)")
     parser.add_argument("--dtype", action="append", choices=["float32", "float16", "bfloat16"], help="may be repeated")
-    parser.add_argument("--seed", type=int, default=0, help="start of the random cases (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random cases (default 0)")
     options = parser.parse_args(argv)
     dtypes = tuple(options.dtype or (["float32"] if options.device == "cpu" else ["bfloat16", "float16"]))
-    # Every new combination of sizes is a new FlexAttention kernel, more than a model would ever have.
+    # Every new combination of sizes compiles a new FlexAttention kernel, more than a model ever needs.
     torch._dynamo.config.recompile_limit = 4096
     torch._dynamo.config.accumulated_recompile_limit = 4096
     _describe(options, dtypes)
@@ -164,12 +162,15 @@ def main(argv: list[str]) -> int:
     if not failed:
         print("every case agreed with the oracle")
         return 0
-    case, message = failed[-1]
+    _print_failure(*failed[-1], options)
+    return 1
+
+
+def _print_failure(case: Case | Schedule, message: str, options: argparse.Namespace) -> None:
     print(f"\nFAILED: {message}\n\nthe smallest failing case found, as code:\n")
     check = _checker(case)
     print(f"from flexmsa.testing import {type(case).__name__}, {check.__name__}")
     print(f"{check.__name__}({case!r}, device={options.device!r}, backend={options.backend!r})")
-    return 1
 
 
 def _describe(options: argparse.Namespace, dtypes: tuple[str, ...]) -> None:
@@ -189,8 +190,7 @@ def _try_round(
     failed: list[tuple[Case | Schedule, str]],
     deadline: float,
 ) -> None:
-    """Draw a round of cases, every second time of schedules; after a failure hypothesis goes on with smaller and
-    smaller ones that fail too."""
+    """Draw a round of cases, or every second time of schedules; after a failure, hypothesis shrinks the failing one."""
     serving = number % 2 == 1 and options.backend != "flex"
 
     @seed(number)

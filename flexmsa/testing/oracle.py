@@ -1,4 +1,4 @@
-"""MSA in NumPy float64, one query at a time: written from the paper, sharing no code with any other implementation."""
+"""MSA in NumPy float64, one query at a time: written from the paper, without code of any other implementation."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ Array = NDArray[np.float64]
 
 
 class Oracle(NamedTuple):
-    """out [B, Hq, Sq, D], lse [B, Hq, Sq], block_indices [B, Hkv, Sq, topk] (None in the warm-up), index_loss."""
+    """out [B, Hq, Sq, D], lse [B, Hq, Sq], block_indices [B, Hkv, Sq, topk] (None in warm-up), index_loss."""
 
     out: Array
     lse: Array
@@ -36,7 +36,7 @@ def attention(
     kv_starts: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
 ) -> Oracle:
-    """Compute what `flexmsa.attention` should return, from arrays of the same layout.
+    """Compute the right results of `flexmsa.attention`, from arrays of the same layout.
 
     >>> rng = np.random.default_rng(0)
     >>> q, k, v, iq, ik = (rng.normal(size=(1, 1, 6, 4)) for _ in range(5))
@@ -90,7 +90,7 @@ def _visible(
     kv_starts: ArrayLike | None,
     kv_lens: ArrayLike | None,
 ) -> tuple[int, int]:
-    """The first and the last key that query i of row b sees; the last is before the first if it sees none."""
+    """The first and the last key that query i of row b sees; if it sees none, the last is before the first."""
     if cu_seqlens is not None:
         return max(int(x) for x in np.asarray(cu_seqlens) if x <= i), i
     first = 0 if kv_starts is None else int(np.asarray(kv_starts)[b])

@@ -1,7 +1,7 @@
-"""Serving as a test case: a schedule of what happens to a cache, compared after every append with dense attention.
+"""Serving as a test case: a schedule of operations on a cache, compared with dense attention after every append.
 
-A plain list of tensors for each row mirrors what the cache should hold. Every slot of the cache that holds no token is
-filled with NaN before each step, so that one that is read shows.
+A plain list of tensors per row mirrors the right contents of the cache. Before each step, every position of the cache
+without a token is filled with NaN, so that a read of one shows.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,15 @@ from flexmsa.types import AuxRequest
 __all__ = ["Schedule", "check_schedule"]
 
 FP8 = torch.float8_e4m3fn
-# Codes of NaN, of e4m3 numbers and of scales.
+# The codes of NaN among e4m3 numbers and among scales.
 _NAN = {FP8: 0x7F, torch.uint8: 0xFF}
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A cache and what happens to it.
+    """A cache and the operations on it.
 
-    steps: ("append", lens), tokens that each row brings, in one call; ("trim", counts); ("reorder", rows);
+    steps: ("append", lens), the number of new tokens per row, in one call; ("trim", counts); ("reorder", rows);
     ("share", (source, target)), half of the source's tokens, for paged caches; ("reset",).
 
     >>> check_schedule(Schedule(steps=(("append", (20, 7)), ("trim", (1, 0)), ("append", (1, 1)))))
@@ -50,7 +50,7 @@ class Schedule:
     seed: int = 0
 
     def new_cache(self, device: str | torch.device) -> Cache:
-        """Return the empty cache that the schedule begins with."""
+        """Return the empty cache at the beginning of the schedule."""
         dtype = getattr(torch, self.dtype)
         settings: dict[str, Any] = {
             "dtype": FP8 if self.fp8_keys else dtype,
@@ -61,7 +61,7 @@ class Schedule:
         if not self.paged:
             return MSACache(*sizes, self.capacity, **settings)
         pages = -(-self.capacity // self.block_size)
-        # One page a row to spare, for copies while rows are reordered.
+        # One spare page per row, for copies while rows are reordered.
         count = (pages + 1) * self.batch
         return PagedMSACache(*sizes, num_pages=count, max_pages=pages, page_size=self.block_size, **settings)
 
@@ -75,10 +75,10 @@ class _Run:
     rows: list[list[Tensor]] = field(default_factory=list)
 
     def draw(self, heads: int, count: int, size: int, fp8: bool, exact: bool) -> Tensor:
-        """[B, heads, count, size]; exact ones have exact products and frequent ties."""
+        """Return [B, heads, count, size]; `exact` numbers have exact products and frequent ties."""
         shape = (self.schedule.batch, heads, count, size)
         if fp8:
-            # e4m3 holds them exactly, as its scales are powers of two.
+            # e4m3 holds these numbers exactly, as its scales are powers of two.
             x = torch.randint(-7, 8, shape, generator=self.generator) / 4
             x *= torch.exp2(torch.randint(-3, 1, shape[:3], generator=self.generator))[..., None]
         elif exact:
@@ -89,7 +89,7 @@ class _Run:
 
 
 def check_schedule(schedule: Schedule, device: str | torch.device = "cpu", backend: str | None = None) -> None:
-    """Assert that after every append the newest tokens attend as they would in one dense pass over their row.
+    """Assert that after every append the newest tokens have the results of one dense pass over their row.
 
     Args:
         schedule: sizes, steps and seed.
@@ -97,7 +97,7 @@ def check_schedule(schedule: Schedule, device: str | torch.device = "cpu", backe
         backend: as for `flexmsa.decode`.
 
     Raises:
-        AssertionError: names the step and what is wrong.
+        AssertionError: names the step and the error.
     """
     run = _Run(schedule, schedule.new_cache(device), backend, torch.Generator().manual_seed(schedule.seed))
     sizes = ((schedule.num_kv_heads, schedule.head_dim),) * 2 + ((1, schedule.index_head_dim),)
@@ -164,7 +164,7 @@ def _compare(
         expected = reference.select_blocks(
             index_q[None, :, :length], index_k, *rules, schedule.topk, 1, schedule.num_init_blocks
         )
-        assert torch.equal(ids[None, :, :length], expected), f"row {row}: other blocks than the dense reference"
+        assert torch.equal(ids[None, :, :length], expected), f"row {row}: blocks differ from the dense reference's"
     scale = schedule.head_dim**-0.5
     q = q[None, :, :length]
     exact = reference.block_sparse_attention(q.double(), k.double(), v.double(), expected, *rules, scale)
@@ -212,7 +212,7 @@ _STEPS: dict[str, Callable[..., None]] = {
 
 
 def _poison(cache: Cache) -> None:
-    """Fill every slot that holds no token with NaN."""
+    """Fill every position without a token with NaN."""
     lens = cache.kv_lens.tolist()
     size = cache.k.shape[2]
     live = torch.zeros(cache.k.shape[0], size, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for inputs of `flexmsa.attention`: ragged, tied, strided, packed and padded ones."""
+"""Hypothesis strategies for inputs of `flexmsa.attention` (ragged, tied, strided, packed, padded) and for serving."""
 
 from hypothesis import strategies as st
 
@@ -87,7 +87,7 @@ def schedules(
     max_steps: int = 8,
     capacity: int = 128,
 ) -> Schedule:
-    """A `Schedule` of appends, a token, a few, or a chunk of a prompt at once, and of what else may happen to a cache.
+    """A `Schedule` of appends (one token, a few, or a chunk of a prompt) and of the other operations on a cache.
 
     >>> from hypothesis import given
     >>> @given(schedules())
@@ -105,7 +105,7 @@ def schedules(
         "share": st.tuples(row, row),
     }
     steps: list[tuple] = []
-    # No row can be longer than all that was ever appended, since rows only copy each other.
+    # Rows only copy each other, so no row is longer than all appends together.
     longest = 0
     for number in range(draw(st.integers(1, max_steps))):
         name = "append" if number == 0 else draw(st.sampled_from(names))

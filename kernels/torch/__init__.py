@@ -1,4 +1,4 @@
-"""Every kernel in plain PyTorch, for the CPU: one batched matrix product per key/value block and its queries."""
+"""Every kernel in plain PyTorch, for any device: one batched matrix product per key/value block and its queries."""
 
 from flexmsa.kernels.torch.append import append
 from flexmsa.kernels.torch.attention import block_sparse_attention_backward, block_sparse_attention_forward

@@ -1,15 +1,19 @@
-"""Appending: new tokens are written into a cache behind those of each row, quantised where the cache holds e4m3."""
+"""Append: write new tokens into a cache behind each row's tokens, quantised where the cache holds e4m3."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flexmsa.kernels.sequences import Sequence
 from flexmsa.kernels.torch import fp8
 
 
-class _Piece(NamedTuple):
-    """``length`` tokens of a row from ``token`` on, and where they go: a place in the first dimension, a first key."""
+class _Span(NamedTuple):
+    """``length`` tokens of batch row ``row`` from ``token`` on, and their destination in a cache.
+
+    ``place`` is the index of the cache's first dimension (a batch row or a page), ``key`` the first key there.
+    """
 
     row: int
     token: int
@@ -37,28 +41,28 @@ def append(
 ) -> None:
     """Write the first lens[b] of the n tokens k, v [B,Hkv,n,D], index_k [B,1,n,Di] behind the kv_lens[b] of row b.
 
-    Caches are [B,H,S,D], or with page_table [B,max_pages] pages [num_pages,H,block_size,D]; their scales lack D, and
-    are None unless the cache is e4m3. kv_lens grows, and ``sequences`` becomes the table whose queries are the new
-    tokens: one sequence for each row, and with lens a second one, which sees no key, for what is behind lens[b].
-    A row without room raises ValueError, and nothing is changed; ``status`` is for kernels that cannot raise.
+    Caches are [B,H,S,D], or with page_table [B,max_pages] pages [num_pages,H,block_size,D]. Their scales have the same
+    shape without D, and are None unless the cache is e4m3. kv_lens grows, and ``sequences`` becomes the table of the
+    new tokens: one sequence per row, and with lens a second one, which sees no key, for the tokens from lens[b] on.
+    A row without room raises ValueError, and nothing changes. ``status`` is for kernels that cannot raise.
     """
     num_new = k.shape[2]
     counts = [num_new] * len(kv_lens) if lens is None else lens.clamp(0, num_new).tolist()
-    pieces = []
+    spans = []
     for row, (length, count) in enumerate(zip(kv_lens.tolist(), counts, strict=True)):
         if page_table is None:
             _check_room(row, length, count, cache_k.shape[2])
-            pieces.append(_Piece(row, 0, count, row, length))
+            spans.append(_Span(row, 0, count, row, length))
         else:
             _check_room(row, length, count, page_table.shape[1] * cache_k.shape[2])
-            pieces += _paged(row, length, count, page_table[row], cache_k)
+            spans += _paged_spans(row, length, count, page_table[row], cache_k)
     for new, cache, scale in (
         (k, cache_k, cache_k_scale),
         (v, cache_v, cache_v_scale),
         (index_k, cache_index_k, cache_index_k_scale),
     ):
-        for piece in pieces:
-            _write(new, cache, scale, piece)
+        for span in spans:
+            _write(new, cache, scale, span)
     kv_lens += torch.tensor(counts, dtype=kv_lens.dtype)
     _write_table(sequences, counts, num_new, kv_starts, kv_lens, ragged=lens is not None)
 
@@ -71,11 +75,11 @@ def _check_room(row: int, length: int, count: int, capacity: int) -> None:
         )
 
 
-def _paged(row: int, length: int, count: int, page_table: Tensor, cache: Tensor) -> list[_Piece]:
-    """The pieces of a row, cut where its pages end."""
+def _paged_spans(row: int, length: int, count: int, page_table: Tensor, cache: Tensor) -> list[_Span]:
+    """The new tokens of a row, one span per page."""
     num_pages, _, block_size, _ = cache.shape
     first, stop = length // block_size, -(-(length + count) // block_size) if count else 0
-    pieces = []
+    spans = []
     for block, page in enumerate(page_table[first:stop].tolist(), first):
         if not 0 <= page < num_pages:
             raise ValueError(
@@ -84,26 +88,26 @@ def _paged(row: int, length: int, count: int, page_table: Tensor, cache: Tensor)
             )
         start = max(length, block * block_size)
         end = min(length + count, (block + 1) * block_size)
-        pieces.append(_Piece(row, start - length, end - start, page, start - block * block_size))
-    return pieces
+        spans.append(_Span(row, start - length, end - start, page, start - block * block_size))
+    return spans
 
 
-def _write(new: Tensor, cache: Tensor, scale: Tensor | None, piece: _Piece) -> None:
-    tokens = new[piece.row, :, piece.token : piece.token + piece.length]
-    keys = slice(piece.key, piece.key + piece.length)
+def _write(new: Tensor, cache: Tensor, scale: Tensor | None, span: _Span) -> None:
+    tokens = new[span.row, :, span.token : span.token + span.length]
+    keys = slice(span.key, span.key + span.length)
     if scale is None:
-        cache[piece.place, :, keys] = tokens
+        cache[span.place, :, keys] = tokens
     else:
-        cache[piece.place, :, keys], scale[piece.place, :, keys] = fp8.quantize(tokens)
+        cache[span.place, :, keys], scale[span.place, :, keys] = fp8.quantize(tokens)
 
 
 def _write_table(
     sequences: Tensor, counts: list[int], num_new: int, kv_starts: Tensor, kv_lens: Tensor, ragged: bool
 ) -> None:
-    """Fill the first rows of ``sequences``, which are (batch, q_start, q_end, k_start, k_end)."""
+    """Fill the first rows of ``sequences``."""
     table = []
     for row, (count, k_start, k_end) in enumerate(zip(counts, kv_starts.tolist(), kv_lens.tolist(), strict=True)):
-        table.append([row, 0, count, k_start, k_end])
+        table.append(Sequence(row, 0, count, k_start, k_end))
         if ragged:
-            table.append([row, count, num_new, 0, 0])
+            table.append(Sequence(row, count, num_new, 0, 0))
     sequences[: len(table)] = torch.tensor(table, dtype=sequences.dtype)

@@ -1,7 +1,7 @@
 """Attention of a few new queries, or of a chunk of a prompt, to the chosen blocks of a cache.
 
-A few queries share hardly any block, so each (query, group) gathers its own: what is read is proportional to
-topk * block_size. Many queries work through the blocks as in training.
+A few queries share hardly any blocks, so each (query, group) gathers its own: it reads topk * block_size keys. Many
+queries are computed in key-major order, as in training.
 """
 
 import numpy as np
@@ -19,14 +19,16 @@ from flexmsa.kernels.torch.packing import (
     compute_dtype,
     locate_block,
     query_positions,
+    sequence_columns,
 )
 from flexmsa.kernels.torch.selection import select_blocks
 
-# The most queries of a row that gather their blocks.
+# The most queries per row that gather their blocks.
 _FEW_QUERIES = 16
-# Widening these would take longer than all else; float32 is as fast by plain products.
+# Dtypes for the fused kernel: conversion to float32 would take longer than everything else. For float32 itself, plain
+# products are as fast.
 _FUSED = (torch.bfloat16, torch.float16)
-# Numbers gathered at once, of keys and of values each.
+# Numbers gathered at once, for keys and for values each.
 _GATHERED = 2**21
 
 
@@ -42,7 +44,7 @@ def attend_blocks(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [B,Hq,Sq,D] and lse [B,Hq,Sq] of ``block_sparse_attention_forward``, whose arguments these are."""
+    """out [B,Hq,Sq,D] and lse [B,Hq,Sq]; arguments and results are those of ``block_sparse_attention_forward``."""
     check_page_table(page_table, sequences, block_size, k.shape[0])
     if block_indices is None or q.shape[2] > _FEW_QUERIES:
         return block_sparse_attention_forward(
@@ -52,7 +54,7 @@ def attend_blocks(
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full(q.shape[:-1], -torch.inf, dtype=dtype)
     sequence, position = query_positions(sequences, q.shape[0], q.shape[2])
-    k_start = array(sequences).astype(np.int64)[sequence, 3]
+    k_start = sequence_columns(sequences).k_start[sequence]
     ids = array(block_indices).astype(np.int64)
     scratch = Scratch(dtype)
     step = max(1, _GATHERED // (num_heads * max(1, ids.shape[-1]) * block_size * q.shape[-1]))
@@ -96,9 +98,9 @@ def select_and_attend(
 def _attend_fused(
     rows: Tensor, k: Tensor, v: Tensor, scale: float, keys: "_ChosenKeys", scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """rows [J, G, D] to their results [J, G, D] and lse [J, G, 1], by the kernel of scaled_dot_product_attention.
+    """out [J, G, D] and lse [J, G, 1] of rows [J, G, D], by the kernel of scaled_dot_product_attention.
 
-    It takes keys and values as they are stored, and its own lse, which the public function keeps to itself.
+    The kernel reads keys and values as they are stored, and returns its lse, unlike the public function.
     """
     mask = None
     if keys.is_padding is not None:
@@ -123,14 +125,14 @@ def _attend(
     keys: "_ChosenKeys",
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
-    """rows [J, G, D], times the scale, to their results [J, G, D] and lse [J, G, 1]."""
+    """out [J, G, D] and lse [J, G, 1] of rows [J, G, D], which include the factor scale."""
     gathered = keys.gather(k, scratch)
     scores = torch.bmm(rows, gathered.transpose(1, 2), out=scratch.take("scores", *rows.shape[:2], gathered.shape[1]))
     if k_scale is not None:
         scores.mul_(fp8.factors(keys.gather(fp8.as_scales(k_scale), scratch))[:, None])
     if keys.is_padding is not None:
         scores.masked_fill_(keys.is_padding[:, None], torch.finfo(scores.dtype).min)
-    # Softmax is one fused pass, and its largest value gives back the logsumexp.
+    # Softmax is one fused pass, and its largest value gives the logsumexp.
     maximum = scores.amax(-1, keepdim=True)
     probs = torch.softmax(scores, -1, out=scratch.take("probs", *scores.shape))
     lse = maximum.sub_(probs.amax(-1, keepdim=True).log_())
@@ -140,10 +142,10 @@ def _attend(
 
 
 class _ChosenKeys:
-    """The visible keys of the chosen blocks of J jobs, one for each query and group: L places for each job.
+    """The visible keys of the chosen blocks of J rows, one row per query and group: L keys per row.
 
-    A job with fewer keys has some of its last block again, as padding: so nothing is read that it does not attend to.
-    (One without any key has keys of its newest block.) ``is_padding`` [J, L] is None where no job has any.
+    A row with fewer keys repeats keys of its last block as padding, so no key is read that it does not attend to. (A
+    row without keys repeats keys of its newest block.) ``is_padding`` [J, L] is None if no row has padding.
     """
 
     def __init__(
@@ -156,14 +158,14 @@ class _ChosenKeys:
         seqlen_k: int,
         page_table: Tensor | None,
     ) -> None:
-        """ids [n, Hkv, topk]; batch row, newest visible key and first key of the sequence [n].
+        """ids [n, Hkv, topk]; batch row [n], position of the newest visible key [n], first key of the sequence [n].
 
         seqlen_k is the cache's third dimension.
         """
         num_heads = ids.shape[1]
         batch, position, k_start = (x[:, None, None] for x in (batch, position, k_start))
         newest = position // block_size
-        # What is not visible comes last, and of the others only the newest block can be cut off by the query.
+        # Invisible blocks come last. Of the others, only the newest block can extend beyond the query.
         hidden = newest + 1
         ids = np.sort(np.where((ids < 0) | (ids > newest), hidden, ids))
         ids[..., 1:] = np.where(ids[..., 1:] == ids[..., :-1], hidden, ids[..., 1:])
@@ -184,13 +186,13 @@ class _ChosenKeys:
         self._is_blind = torch.as_tensor(num_keys == 0)[:, None, None] if least == 0 else None
 
     def clear_blind(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """out [J, G, D] and lse [J, G, 1], with 0 and -inf put where a job sees no key."""
+        """out [J, G, D] and lse [J, G, 1], set to 0 and -inf for rows without keys."""
         if self._is_blind is None:
             return out, lse
         return out.masked_fill_(self._is_blind, 0.0), lse.masked_fill_(self._is_blind, -torch.inf)
 
     def gather_stored(self, x: Tensor, scratch: Scratch, name: str) -> Tensor:
-        """x [B,Hkv,S,...] or pages of it to [J, L, ...] as it is stored, in the buffer of that name."""
+        """x [B,Hkv,S,...], or its pages, to [J, L, ...] in x's dtype, in the buffer of that name."""
         stored = x.view(torch.int8) if fp8.is_e4m3(x) else x
         if stored.is_contiguous():
             gathered = scratch.take(name, self._place.numel(), *x.shape[3:], dtype=stored.dtype)
@@ -200,7 +202,7 @@ class _ChosenKeys:
         return gathered.view(x.dtype).view(*self._shape, *x.shape[3:])
 
     def gather(self, x: Tensor, scratch: Scratch) -> Tensor:
-        """The same in the compute dtype, e4m3 divided by ``fp8.SHIFT``; valid until the next call."""
+        """The gathered keys in the compute dtype, e4m3 divided by ``fp8.SHIFT``; valid until the next call."""
         gathered = self.gather_stored(x, scratch, "gathered")
         if x.dtype == scratch.dtype:
             return gathered

@@ -1,11 +1,13 @@
-"""Vectors kept as e4m3 numbers with one scale each: vector = scale * stored, the scale an e8m0 number.
+"""Vectors stored as e4m3 numbers with one scale per vector: vector = scale * stored, the scale an e8m0 number.
 
-That is a power of two in a byte, or NaN, its code held as uint8: the least with which the largest number is at most
-e4m3's largest, 448. A vector that is not finite, or beyond 448 * 2^119, counts as NaN throughout, whatever was stored.
+An e8m0 number is one byte, a power of two or NaN; its code is held as uint8. The scale is the least with which the
+largest number of the vector is at most 448, e4m3's largest. A vector that is not finite, or beyond 448 * 2^119, has the
+scale NaN and counts as NaN throughout, whatever its stored numbers.
 
-PyTorch converts e4m3 on a CPU one number at a time. Here the bits s eeee mmm become s 0eeee mmm0000000, and these, as
-a float16, are the same number divided by 2^8: exactly, subnormals included. As a bfloat16, s 0000eeee mmm0000 are it
-divided by 2^120. The code of e4m3's own NaN is never stored in a vector whose scale is a number, and is read as 480.
+PyTorch converts e4m3 on a CPU one number at a time. This module shifts bits instead: s eeee mmm becomes
+s 0eeee mmm0000000, which as a float16 is the same number divided by 2^8, exactly, subnormals included; or
+s 0000eeee mmm0000, which as a bfloat16 is the number divided by 2^120. A vector whose scale is a number never contains
+e4m3's own code of NaN, which would be read as 480.
 """
 
 import torch
@@ -17,16 +19,16 @@ BFLOAT16_SHIFT = 2.0**120
 LARGEST_SUBNORMAL = 7 * 2.0**-9
 # The bits of a float32's fraction, and those of 448 = 1.75 * 2^8.
 _FRACTION, _LARGEST_FRACTION = 0x7FFFFF, 0x600000
-# The code of 2^119, beyond which a scale times SHIFT might be no float32.
+# The code of 2^119. A larger scale times SHIFT might exceed float32.
 _LAST = 246
 _NAN = 255
-# Where the bits of a number come to stand: all of a float16 but the highest of its exponent and the last seven, and all
-# of a bfloat16 but the four highest of its exponent and the last four.
+# The bits that a number fills: all of a float16 but the highest of its exponent and the last seven, and all of a
+# bfloat16 but the four highest of its exponent and the last four.
 _FLOAT16, _BFLOAT16 = -0x4080, -0x7810
 
 
 def is_e4m3(x: Tensor) -> bool:
-    """Whether x holds e4m3 numbers."""
+    """Whether x is stored as e4m3 numbers."""
     return x.dtype == torch.float8_e4m3fn
 
 
@@ -37,22 +39,22 @@ def as_float16(stored: Tensor, bits: Tensor | None = None) -> Tensor:
 
 
 def as_bfloat16(stored: Tensor, bits: Tensor) -> Tensor:
-    """The same divided by ``BFLOAT16_SHIFT``: e4m3's subnormals are bfloat16's, which products may take for zero."""
+    """The numbers divided by ``BFLOAT16_SHIFT``: e4m3's subnormals stay subnormal, and products may flush them to 0."""
     return _spread(stored, 2**4, _BFLOAT16, bits).view(torch.bfloat16)
 
 
 def _spread(stored: Tensor, factor: int, mask: int, bits: Tensor) -> Tensor:
-    # The signed byte widened to 16 bits repeats its sign, which so comes to stand in the highest bit too.
+    # Sign extension to 16 bits puts the sign into the highest bit.
     return bits.copy_(stored.view(torch.int8)).mul_(factor).bitwise_and_(mask)
 
 
 def as_scales(codes: Tensor) -> Tensor:
-    """The scales whose codes these are."""
+    """The scales of these codes."""
     return codes.view(torch.float8_e8m0fnu)
 
 
 def factors(scales: Tensor) -> Tensor:
-    """What the numbers of ``as_float16`` are to be multiplied by."""
+    """The factors that turn numbers of ``as_float16`` back into the original ones."""
     return scales.to(torch.float32) * SHIFT
 
 

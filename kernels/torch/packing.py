@@ -1,12 +1,12 @@
-"""How the CPU kernels lay out their operands: queries as rows, keys as blocks.
+"""The layout of the plain PyTorch kernels' operands: queries as rows, keys as blocks.
 
-Rows. The G query heads of one group share their selection, so the G * D numbers of one token and group make one
-row. A ``Chunk`` of the queries is packed at a time, small enough that gathering its rows, once for each selected
-block, mostly hits the cache. One more row, the last, is all zeros: short lists of rows are padded with it.
+Rows. The G query heads of one group share their selection, so the G * D numbers of one token and group make one row.
+The kernels pack the rows of one ``TokenRange`` at a time, which is small enough that gathering its rows, once per
+selected block, mostly hits the processor's cache. The last row is an additional one of zeros, and pads short lists of
+rows.
 
-Blocks. The keys of every sequence are cut into blocks from the sequence's own first key; the last block of a
-sequence is filled up with zeros, so that nothing which lies between sequences is ever read. In a paged cache every
-block is a page.
+Blocks. The keys of every sequence are cut into blocks from the sequence's own first key. Zeros fill up the last block
+of a sequence, so keys between sequences are never read. In a paged cache every block is a page.
 """
 
 import math
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexmsa.kernels.sequences import Sequence
 from flexmsa.kernels.torch import fp8
 
 Array = np.ndarray
@@ -28,9 +29,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Scratch:
-    """Named buffers that grow to the largest request and are then used again for every chunk or tile.
+    """Named buffers that grow to the largest request, and that all token ranges and tiles use again.
 
-    Fresh memory of a megabyte costs more in page faults than an elementwise pass over it.
+    For a megabyte of fresh memory, the page faults cost more than an elementwise pass.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -38,7 +39,7 @@ class Scratch:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor; the next call with this name and type takes it away."""
+        """An uninitialised tensor, valid until the next call with this name and type."""
         key = name, dtype or self.dtype
         if key not in self._buffers:
             self._buffers[key] = torch.empty(0, dtype=key[1])
@@ -52,8 +53,11 @@ class Scratch:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A box of queries: some batch rows, groups and tokens. Rows are numbered in this order."""
+class TokenRange:
+    """The queries that are worked on at once: a range each of batch rows, groups and tokens.
+
+    Rows are numbered in the order (batch row, group, token).
+    """
 
     batch: range
     head: range
@@ -69,7 +73,7 @@ class Chunk:
         return math.prod(self.shape)
 
     def of(self, x: Tensor) -> Tensor:
-        """View the chunk's part of x [B,Hkv*G,Sq,...] as [*shape, G, ...]."""
+        """View this range of x [B,Hkv*G,Sq,...] as [*shape, G, ...]."""
         batch, head, token = (slice(part.start, part.stop) for part in (self.batch, self.head, self.token))
         return x.unflatten(1, (self.num_kv_heads, -1))[batch, head, :, token].transpose(2, 3)
 
@@ -82,20 +86,20 @@ class Chunk:
         return rows
 
     def unpack(self, rows: Tensor, out: Tensor) -> None:
-        """The reverse of :meth:`pack`, into the chunk's part of ``out``."""
+        """The inverse of :meth:`pack`, into this range of ``out``."""
         part = self.of(out)
         part.copy_(rows[:-1].view(part.shape))
 
 
-def chunks(batch: int, num_kv_heads: int, seqlen_q: int, num_rows: int) -> Iterator[Chunk]:
-    """Cut the queries into boxes of at most ``num_rows`` rows: first by batch, then by group, then by token."""
+def token_ranges(batch: int, num_kv_heads: int, seqlen_q: int, num_rows: int) -> Iterator[TokenRange]:
+    """Cut the queries into ranges of at most ``num_rows`` rows: first by batch, then by group, then by token."""
     token_step = max(1, min(seqlen_q, num_rows))
     head_step = max(1, min(num_kv_heads, num_rows // token_step)) if token_step == seqlen_q else 1
     batch_step = max(1, num_rows // (token_step * head_step)) if head_step == num_kv_heads else 1
     for b in _steps(batch, batch_step):
         for head in _steps(num_kv_heads, head_step):
             for token in _steps(seqlen_q, token_step):
-                yield Chunk(b, head, token, num_kv_heads)
+                yield TokenRange(b, head, token, num_kv_heads)
 
 
 def _steps(stop: int, step: int) -> Iterator[range]:
@@ -103,53 +107,58 @@ def _steps(stop: int, step: int) -> Iterator[range]:
 
 
 def array(x: Tensor) -> Array:
-    """The numbers of a small tensor, to reckon with: an operation takes a fifth of the time that PyTorch's takes."""
+    """A small tensor as a NumPy array: an operation on it takes a fifth of the time of PyTorch's."""
     return x.cpu().numpy()
 
 
 def locate_block(
     batch: Array, k_start: Array, block: Array, block_size: int, page_table: Tensor | None
 ) -> tuple[Array, Array]:
-    """Where block ``block`` of a sequence lies: a place in the first dimension, and the first key there."""
+    """The index of a cache's first dimension (batch row or page) where block ``block`` is, and its first key there."""
     if page_table is None:
         return batch, k_start + block * block_size
     return array(page_table)[batch, block].astype(np.int64), np.zeros_like(block)
 
 
-def count_blocks(table: Array, block_size: int) -> Array:
-    """The number of blocks [N] of each sequence, none where it has no query."""
-    _, q_start, q_end, k_start, k_end = table.astype(np.int64).T
-    return np.where(q_end > q_start, k_end - k_start + block_size - 1, 0).clip(min=0) // block_size
+def sequence_columns(sequences: Tensor) -> Sequence:
+    """The columns of the table of sequences as int64 arrays [N]."""
+    return Sequence(*array(sequences).astype(np.int64).T)
+
+
+def count_blocks(columns: Sequence, block_size: int) -> Array:
+    """The number of blocks [N] of each sequence, 0 for a sequence without queries."""
+    num_keys = np.where(columns.q_end > columns.q_start, columns.k_end - columns.k_start, 0)
+    return -(-num_keys.clip(min=0) // block_size)
 
 
 def check_page_table(page_table: Tensor | None, sequences: Tensor, block_size: int, num_pages: int) -> None:
     """Raise ValueError unless every block of every sequence has a page."""
     if page_table is None:
         return
-    table = array(sequences)
-    num_blocks = count_blocks(table, block_size)
-    pages = array(page_table)[table[:, 0]]
+    columns = sequence_columns(sequences)
+    num_blocks = count_blocks(columns, block_size)
+    pages = array(page_table)[columns.batch]
     wrong = ((pages < 0) | (pages >= num_pages)) & (np.arange(pages.shape[1]) < num_blocks[:, None])
     if wrong.any():
         n, block = np.argwhere(wrong)[0]
         raise ValueError(
             f"page_table: expected a page from 0 to {num_pages - 1} for each of the {num_blocks[n]} blocks of "
-            f"batch row {table[n, 0]}, got {pages[n, block]} for block {block}; reserve a page for it"
+            f"batch row {columns.batch[n]}, got {pages[n, block]} for block {block}; reserve a page for it"
         )
 
 
 class BlockTable:
-    """Where the blocks of every sequence lie: block ``b`` of sequence ``n`` is ``first_block[n] + b``."""
+    """The number and place of every sequence's blocks: block ``b`` of sequence ``n`` is ``first_block[n] + b``."""
 
     def __init__(self, sequences: Tensor, block_size: int, page_table: Tensor | None = None) -> None:
-        table = array(sequences).astype(np.int64)
-        num_blocks = count_blocks(table, block_size)
+        columns = sequence_columns(sequences)
+        num_blocks = count_blocks(columns, block_size)
         first_block = num_blocks.cumsum() - num_blocks
-        owner = np.repeat(np.arange(len(table)), num_blocks)
+        owner = np.repeat(np.arange(len(num_blocks)), num_blocks)
         block = np.arange(len(owner)) - first_block[owner]
-        batch, _, _, k_start, k_end = table[owner].T
-        row, first = locate_block(batch, k_start, block, block_size, page_table)
-        last = k_end - k_start - 1 - block * block_size
+        k_start = columns.k_start[owner]
+        row, first = locate_block(columns.batch[owner], k_start, block, block_size, page_table)
+        last = columns.k_end[owner] - k_start - 1 - block * block_size
         offset = np.arange(block_size)
         self.block_size = block_size
         self.total = len(owner)
@@ -164,7 +173,7 @@ class BlockTable:
     ) -> Tensor:
         """[B,H,Sk,D] to blocks [H * total, block_size, D] in ``dtype``, or x's compute dtype, times ``scale``.
 
-        e4m3 numbers come with their token_scale [B,H,Sk].
+        token_scale [B,H,Sk] holds the scales of e4m3 numbers.
         """
         blocks = self._take(x).to(compute_dtype(x.dtype) if dtype is None else dtype)
         if token_scale is not None:
@@ -191,18 +200,17 @@ class BlockTable:
 
 
 def query_positions(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Array, Array]:
-    """For each query [B,Sq]: its sequence, and its newest visible key counted from the sequence's first key.
+    """For each query [B,Sq]: its sequence, and the position of its newest visible key from the sequence's first key.
 
     The position is negative for a query that sees no key.
     """
-    table = array(sequences).astype(np.int64)
-    row, q_start, q_end, k_start, k_end = table.T
-    length = (q_end - q_start).clip(min=0)
-    owner = np.repeat(np.arange(len(table)), length)
+    columns = sequence_columns(sequences)
+    length = (columns.q_end - columns.q_start).clip(min=0)
+    owner = np.repeat(np.arange(len(length)), length)
     offset = np.arange(len(owner)) - (length.cumsum() - length)[owner]
-    query = row[owner], q_start[owner] + offset
+    query = columns.batch[owner], columns.q_start[owner] + offset
     sequence = np.zeros((batch, seqlen_q), np.int64)
     position = np.full((batch, seqlen_q), -1)
     sequence[query] = owner
-    position[query] = (k_end - k_start - length)[owner] + offset
+    position[query] = (columns.k_end - columns.k_start - length)[owner] + offset
     return sequence, position

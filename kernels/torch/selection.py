@@ -1,9 +1,9 @@
-"""Which blocks each query and group attends to: the block's best token score, and the topk best blocks.
+"""Selection: each query and group chooses the topk blocks with the best scores, a block's best token score.
 
     block_scores[b, r, i, c] = max over keys j of block c visible to query i of <index_q[b, r, i], index_k[b, j]>
 
-Queries are taken in tiles, so that the scores of one tile against one stretch of keys stay in the cache and block
-scores exist for one tile only.
+Queries are processed in tiles, so that the scores of one tile and one range of keys stay in the processor's cache, and
+block scores exist for one tile only.
 """
 
 import numpy as np
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from flexmsa.kernels.rules import SelectionRule
+from flexmsa.kernels.sequences import list_sequences
 from flexmsa.kernels.torch import fp8
 from flexmsa.kernels.torch.index_keys import FEW_VECTORS, SCORES_PER_STEP, IndexKeys, Queries, forced_and_hidden
+from flexmsa.kernels.torch.inverse_index import batch_by_size
 from flexmsa.kernels.torch.packing import Array, Scratch, check_page_table, compute_dtype, query_positions
-from flexmsa.kernels.torch.reverse_index import batch_by_size
-from flexmsa.kernels.torch.sieve import best_blocks, multiplies_bf16
+from flexmsa.kernels.torch.prefilter import best_blocks, multiplies_bf16
 
-# Query vectors in a tile, when there are that many.
+# The most query vectors per tile.
 _VECTORS_PER_TILE = 512
 
 
@@ -31,12 +32,12 @@ def select_blocks(
 ) -> Tensor:
     """index_q [B,Hkv,Sq,Di], index_k [B,1,Sk,Di] to block_indices [B,Hkv,Sq,topk] int32.
 
-    With page_table [B,max_pages], index_k is pages [num_pages,1,block_size,Di]. e4m3 keys have an index_k_scale of
-    the shape of index_k but for Di, or e4m3 queries.
+    With page_table [B,max_pages], index_k is pages [num_pages,1,block_size,Di]. e4m3 keys come with an index_k_scale,
+    which has the shape of index_k without Di, or with e4m3 queries.
 
-    Numbers count from the first block of the query's sequence; they ascend and are padded with -1. The newest
+    Block ids count from the first block of the query's sequence; they ascend and are padded with -1. The newest
     ``num_local_blocks`` and the oldest ``num_init_blocks`` visible blocks rank above all others, equal scores rank
-    by block number, NaN is the lowest score. Only visible blocks are selected, whatever the numbers.
+    by block id, NaN is the lowest score. Only visible blocks are selected, whatever the scores.
     """
     check_page_table(page_table, sequences, rule.block_size, index_k.shape[0])
     if fp8.is_e4m3(index_q):
@@ -46,7 +47,7 @@ def select_blocks(
     if sum(tile.stop - tile.start for tile in tiles) == batch * seqlen_q:
         block_indices = torch.empty(batch, num_kv_heads, seqlen_q, rule.topk, dtype=torch.int32)
     else:
-        # Right where at most topk blocks are visible; the other queries are overwritten.
+        # The result of queries that see at most topk blocks; the other queries' ids are overwritten.
         _, position = query_positions(sequences, batch, seqlen_q)
         newest = torch.as_tensor(position // rule.block_size)[:, None, :, None]
         ids = torch.arange(rule.topk, dtype=torch.int32)
@@ -61,10 +62,10 @@ def select_blocks(
 
 
 def _tiles(sequences: Tensor, rule: SelectionRule, num_kv_heads: int) -> list[Queries]:
-    """Tiles over the queries that see more than topk blocks."""
+    """Tiles of the queries that see more than topk blocks."""
     tiles = []
     tokens = max(1, _VECTORS_PER_TILE // num_kv_heads)
-    for batch, q_start, q_end, k_start, k_end in sequences.tolist():
+    for batch, q_start, q_end, k_start, k_end in list_sequences(sequences):
         shift = k_end - k_start - q_end
         first = max(q_start, rule.topk * rule.block_size - shift)
         for stop in range(q_end, first, -tokens):
@@ -84,7 +85,7 @@ def _select(
 ) -> None:
     """Write the selection of the tiles' queries to block_indices.
 
-    Query vectors of a tile are ordered (token, group); short tiles repeat their last token.
+    The query vectors of a tile are ordered by (token, group); short tiles repeat their last token.
     """
     num_kv_heads = index_q.shape[1]
     offset = np.arange(max(tile.stop - tile.start for tile in tiles))
@@ -104,7 +105,7 @@ def _select(
 
 
 def _best_of_all(queries: Tensor, position: Array, index_k: IndexKeys, rule: SelectionRule, scratch: Scratch) -> Tensor:
-    """The best blocks [C * R, topk] of queries [C, R, Di] at position [C, R]."""
+    """The best blocks [C * R, topk] of queries [C, R, Di] at position [C, R], from the scores of all keys."""
     forced, hidden = (torch.as_tensor(x).mT for x in forced_and_hidden(rule, position, index_k.num_blocks))
     newest_key = torch.as_tensor(position)[:, None]
     scores = _block_scores(queries, index_k, newest_key, rule, scratch, clean=False)
@@ -126,14 +127,14 @@ def _block_scores(
 ) -> Tensor:
     """Block scores [C, num_blocks, R] of queries [C, R, Di] at position [C, 1, R].
 
-    A NaN token score makes its block's score NaN, unless ``clean``. Forced blocks are left at zero. A block that is
-    not forced lies wholly in the past, except where there is no forced local block.
+    A NaN token score makes its block's score NaN, unless ``clean``. Forced blocks keep the score zero. If there is a
+    forced local block, every other block lies wholly in the past.
     """
     num_tiles, num_vectors, _ = queries.shape
     num_blocks, block_size = index_k.num_blocks, rule.block_size
     block_scores = scratch.take("block_scores", num_tiles, num_blocks, num_vectors).zero_()
     limit = torch.finfo(queries.dtype).max
-    for first, stop in index_k.stretches(num_vectors):
+    for first, stop in index_k.block_ranges(num_vectors):
         scores = _products(index_k.blocks(first, stop), queries, block_size, scratch)
         if index_k.factors is not None:
             factors = index_k.factors[:, first * block_size : stop * block_size]
@@ -148,7 +149,7 @@ def _block_scores(
 
 
 def _products(keys: Tensor, queries: Tensor, block_size: int, scratch: Scratch) -> Tensor:
-    """keys [C, n * block_size, Di] times queries [C, R, Di]: [C, n, block_size, R], in the order that is fastest."""
+    """keys [C, n * block_size, Di] times queries [C, R, Di]: [C, n, block_size, R], by the faster of two products."""
     num_vectors = queries.shape[1]
     blocks = keys.unflatten(1, (-1, block_size))
     if num_vectors > FEW_VECTORS:
@@ -162,9 +163,9 @@ def _products(keys: Tensor, queries: Tensor, block_size: int, scratch: Scratch) 
 
 
 def _best(scores: Tensor, topk: int) -> Tensor:
-    """The topk best columns of scores [rows, num_blocks > topk], ascending, -1 instead of those that score -inf."""
+    """The topk best columns of scores [rows, num_blocks > topk], ascending, with -1 in place of a score of -inf."""
     values, ids = scores.topk(topk + 1)
-    # topk does not say which of equal scores it takes. That matters only if they are at the threshold.
+    # torch.topk chooses arbitrarily between equal scores, which matters only for scores at the threshold.
     tied = (values[:, topk - 1] == values[:, topk]) & (values[:, topk] > -torch.inf)
     ids = ids[:, :topk].masked_fill_(values[:, :topk] == -torch.inf, scores.shape[1])
     if bool(tied.any()):
@@ -174,7 +175,7 @@ def _best(scores: Tensor, topk: int) -> Tensor:
 
 
 def _first_best(scores: Tensor, threshold: Tensor, topk: int) -> Tensor:
-    """The columns above the threshold and the first that equal it, topk together."""
+    """The columns above the threshold and the first ones equal to it, topk in total."""
     above, equal = scores > threshold, scores == threshold
     room = topk - above.sum(-1, keepdim=True)
     return (above | (equal & (equal.cumsum(-1) <= room))).nonzero()[:, 1].view(-1, topk)

@@ -1,11 +1,11 @@
-"""Softmax over blocks of scores that are met one after another, and the attention that it weights.
+"""Softmax over the blocks of a row one after another, and the attention with its weights.
 
 With S the scores of a row, out = sum_j e^(S_j) v_j / sum_j e^(S_j) and lse = ln sum_j e^(S_j). ``PlainAttention`` adds
-up just these, in half the passes over the scores that ``OnlineAttention`` takes. That is exact while lse stays within
-+-55, as it does in layers that normalise their queries and keys, and it tells where it is not. ``OnlineAttention``
-takes any scores, and keeps what each row has so far normalised.
+up exactly these sums, in half the passes over the scores that ``OnlineAttention`` needs. Its results are exact while
+lse stays within +-55, as in layers that normalise their queries and keys, and ``is_exact`` finds the rows where they
+are not. ``OnlineAttention`` accepts any scores, and keeps each row's partial result normalised.
 
-Rows are numbered as in ``packing``: one for each token and group, G heads to a row, the last for padding.
+Rows are numbered as in ``packing``: one per token and group, G heads per row, the last one for padding.
 """
 
 import math
@@ -16,26 +16,26 @@ from torch import Tensor
 from flexmsa.kernels.torch.packing import Scratch
 from flexmsa.kernels.torch.tile import Tile
 
-# Of plain sums: 2^80 either way leaves room in float32 for weights that are 2^46 times smaller, and for the values.
+# For plain sums: 2^80 or 2^-80 leaves room in float32 for weights that are 2^46 times smaller, and for the values.
 _LARGEST_LSE = 80.0 * math.log(2)
 
 
 class OnlineSoftmax:
-    """The logsumexp of the scores that each row and head [num_rows + 1, G] has met so far."""
+    """The logsumexp [num_rows + 1, G] of each row's and head's scores so far."""
 
     def __init__(self, num_rows: int, group_size: int, scratch: Scratch) -> None:
         self._scratch = scratch
         self.lse = torch.full((num_rows + 1, group_size), -torch.inf, dtype=scratch.dtype)
 
     def update(self, tile: Tile, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Meet scores [C, T * G, block_size]: returns their softmax, and the weight [C, T * G, 1] of this block's
-        result against the result so far.
+        """Add scores [C, T * G, block_size]; returns their softmax, and the weight [C, T * G, 1] of this block.
 
-        Softmax is one fused pass, and gives back the logsumexp: its largest value is exp(maximum - logsumexp).
+        A result so far becomes (1 - weight) * result + weight * this block's result. Softmax is one fused pass, whose
+        largest value gives the logsumexp: it is exp(maximum - logsumexp).
         """
         maximum = scores.amax(-1, keepdim=True)
         if maximum.min() == -torch.inf:
-            # Every score of a row overflowed: the block shall weigh nothing, rather than NaN.
+            # Every score of a row is -inf: the block must get the weight 0, not NaN.
             lowest = torch.finfo(scores.dtype).min
             scores.clamp_(min=lowest)
             maximum.clamp_(min=lowest)
@@ -48,7 +48,7 @@ class OnlineSoftmax:
 
 
 class OnlineAttention:
-    """out [num_rows + 1, G * D] and lse [num_rows + 1, G] over the blocks so far: 0 and -inf before the first."""
+    """out [num_rows + 1, G * D] and lse [num_rows + 1, G] over the blocks so far; before the first, 0 and -inf."""
 
     def __init__(self, num_rows: int, group_size: int, head_dim: int, scratch: Scratch) -> None:
         self._scratch = scratch
@@ -56,7 +56,7 @@ class OnlineAttention:
         self._out = scratch.take("out_rows", num_rows + 1, group_size * head_dim).zero_()
 
     def add(self, tile: Tile, scores: Tensor, v_blocks: Tensor) -> None:
-        """Meet the scores [C, T * G, block_size] of the tile's blocks."""
+        """Add the scores [C, T * G, block_size] of the tile's blocks."""
         probs, weight = self._softmax.update(tile, scores)
         before = tile.gather(self._out, self._scratch, "before", self._softmax.lse.shape[1])
         merged = torch.bmm(probs, tile.operand(v_blocks), out=self._scratch.take("merged", *before.shape))
@@ -68,7 +68,7 @@ class OnlineAttention:
 
 
 class PlainAttention:
-    """The same, by way of plain sums; scores come in base 2, whose powers are cheaper."""
+    """The same results from plain sums. Scores are in base 2, as exp2 is cheaper than exp."""
 
     def __init__(self, num_rows: int, group_size: int, head_dim: int, scratch: Scratch) -> None:
         self._scratch = scratch
@@ -77,12 +77,12 @@ class PlainAttention:
 
     @staticmethod
     def is_exact(out: Tensor, lse: Tensor) -> Tensor:
-        """Which rows of out [..., D] and lse [...] are right to rounding; those that met no key are not."""
-        # A sum is finite only if its terms are; where finite terms overflow, a row is done again for nothing.
+        """Whether each row of out [..., D] and lse [...] is exact up to rounding; False for rows without keys."""
+        # A finite sum implies finite terms. If finite terms overflow in the sum, a row is computed again needlessly.
         return (lse.abs() <= _LARGEST_LSE) & out.sum(-1).isfinite()
 
     def add(self, tile: Tile, scores: Tensor, v_blocks: Tensor) -> None:
-        """Meet the scores [C, T * G, block_size] of the tile's blocks; they are overwritten."""
+        """Add the scores [C, T * G, block_size] of the tile's blocks; they are overwritten."""
         weights = scores.exp2_()
         self._sums.index_add_(0, tile.rows, weights.sum(-1).view(-1, self._sums.shape[1]))
         out = tile.gather(self._out, self._scratch, "before", self._sums.shape[1])
@@ -90,7 +90,7 @@ class PlainAttention:
         self._out.index_copy_(0, tile.rows, out.view(-1, self._out.shape[1]))
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        # A row that met no key has the sum 0 and stays 0; all other sums are far larger than what is added here.
+        # A row without keys has the sum 0 and stays 0. All other sums are far larger than `tiny`.
         tiny = torch.finfo(self._sums.dtype).tiny
         self._out.unflatten(1, (self._sums.shape[1], -1)).div_((self._sums + tiny)[..., None])
         return self._out, self._sums.log_()

@@ -1,6 +1,6 @@
-"""One step of the walk over key/value blocks: a few blocks, each against the rows that attend to it.
+"""A tile: a few key/value blocks, each with rows that attend to it, in one batched product.
 
-Shapes: C jobs (blocks), T tokens each, G heads to a token, so C * T * G query vectors; see ``packing`` for rows and
+Shapes: C blocks, T tokens per block, G heads per token, so C * T * G query vectors; see ``packing`` for rows and
 blocks.
 """
 
@@ -14,10 +14,10 @@ from flexmsa.kernels.torch.packing import Scratch
 
 @dataclass(frozen=True)
 class Tile:
-    """Block ``blocks[c]`` against the rows ``rows[c]``; short lists are padded with the zero row.
+    """Block ``blocks[c]`` and its rows ``rows[c]``; the zero row pads short lists.
 
-    rows [C * T]; future [C, M, block_size] is True for the keys that the first M rows of each job do not see yet,
-    and is None where all rows see the whole block.
+    rows is [C * T]. future [C, M, block_size] is True for the keys that the first M rows of each block do not see yet;
+    it is None if all rows see the whole block.
     """
 
     blocks: list[int]
@@ -41,19 +41,19 @@ class Tile:
         return blocks[self.blocks]
 
     def score(self, gathered: Tensor, blocks: Tensor, scratch: Scratch, name: str) -> Tensor:
-        """Products [C, T * G, block_size] of gathered rows with the keys of their blocks."""
+        """Products [C, T * G, block_size] of gathered rows and the keys of their blocks."""
         scores = scratch.take(name, *gathered.shape[:2], blocks.shape[1])
         return torch.bmm(gathered, self.operand(blocks).transpose(1, 2), out=scores)
 
     def hide_future(self, scores: Tensor, value: float) -> Tensor:
-        """Fill in place the unseen keys of scores [C, T * G, block_size]."""
+        """Set the scores [C, T * G, block_size] of unseen keys to ``value``, in place."""
         if self.future is not None:
             by_token = scores.unflatten(1, (self.rows.numel() // len(self.blocks), -1))
             by_token[:, : self.future.shape[1]].masked_fill_(self.future[:, :, None], value)
         return scores
 
     def add_to_blocks(self, blocks: Tensor, scores: Tensor, gathered: Tensor) -> None:
-        """Add scores^T [C, block_size, T * G] times gathered [C, T * G, D] to the tile's blocks."""
+        """Add scores^T [C, block_size, T * G] times gathered [C, T * G, D] to this tile's ``blocks``."""
         if len(self.blocks) == 1:
             block = self.operand(blocks)
             torch.baddbmm(block, scores.transpose(1, 2), gathered, out=block)
@@ -62,5 +62,5 @@ class Tile:
 
 
 def max_tokens(group_size: int, *sizes: int) -> int:
-    """Tokens per tile, for operands with rows of ``sizes`` numbers: together they should fit the second-level cache."""
+    """Tokens per tile for operands with rows of ``sizes`` numbers that together should fit the second-level cache."""
     return max(1, 2**19 // (group_size * max(*sizes, 32)))

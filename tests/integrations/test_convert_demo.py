@@ -17,7 +17,7 @@ from flexmsa.integrations.transformers.demo.retrieval import (
     FIRST_LETTER,
     KEY_LENGTH,
     MARK,
-    TELLING,
+    STATEMENT,
     answered,
     plant_early_keys,
     plant_keys,
@@ -86,7 +86,7 @@ def test_ctrl_c_leaves_results(interrupted_at, tmp_path, monkeypatch, capsys):
     assert results["interrupted"]
     assert list(results["retrained"]) == ([] if interrupted_at == 1 else ["dense"])
     said = capsys.readouterr().out
-    assert "saving what there is" in said
+    assert "saving the results so far" in said
     assert "pip install flexmsa[plot]" in said
 
 
@@ -112,10 +112,10 @@ def test_the_keys_of_the_retrieval_task():
     assert torch.equal(text, torch.full((40, 97), 65))
     said = (early == MARK).nonzero()[:, 1].view(40, 2)
     assert (said[:, 0] >= 8).all()
-    assert (said[:, 0] + TELLING <= 48).all()
-    assert (said[:, 1] == 97 - TELLING).all()
-    keys = torch.stack([row[at : at + TELLING] for row, (at, _) in zip(early, said.tolist(), strict=True)])
-    assert torch.equal(keys, early[:, -TELLING:])
+    assert (said[:, 0] + STATEMENT <= 48).all()
+    assert (said[:, 1] == 97 - STATEMENT).all()
+    keys = torch.stack([row[at : at + STATEMENT] for row, (at, _) in zip(early, said.tolist(), strict=True)])
+    assert torch.equal(keys, early[:, -STATEMENT:])
     assert (early >= FIRST_LETTER).sum(1).eq(2 * KEY_LENGTH).all()
     often = (plant_keys(text, 5, generator) == MARK).sum(1)
     assert often.unique().tolist() == [2, 3, 4, 5, 6]

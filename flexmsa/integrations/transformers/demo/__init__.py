@@ -32,12 +32,12 @@ QUICK = {
     "test_windows": 32,
 }
 INTERRUPTED = 130
-# The expected bound on the relative difference from the dense loss.
+# The largest loss of the converted model, relative to the dense one, that is expected.
 MOST_ABOVE_DENSE = 0.02
 
 
 def main(argv: list[str]) -> int:
-    """Run the demo; return the exit code, 130 after Ctrl-C."""
+    """Run the demo; returns the exit code, 130 after Ctrl-C."""
     try:
         return run(parse(argv))
     except (FileNotFoundError, FileExistsError) as error:
@@ -49,26 +49,26 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> Settings:
-    """Read the options; the defaults are those of `Settings`, or of the quick run."""
+    """Read the options; all others keep the defaults of `Settings`, or of the quick run."""
     default = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m flexmsa convert-demo",
-        description="Train a small dense Qwen3 of transformers on the Python standard library's source, convert it to "
-        "MiniMax Sparse Attention, and compare it with other uses of the same budget. About ten minutes on two CPU "
-        "cores.",
+        description="Train a small dense Qwen3 of transformers on the source code of the Python standard library, "
+        "convert it to MiniMax Sparse Attention, and compare it with other selections of the same number of keys. "
+        "Takes about ten minutes on two CPU cores.",
     )
-    parser.add_argument("--quick", action="store_true", help="a much smaller model for a few steps: seconds")
+    parser.add_argument("--quick", action="store_true", help="a much smaller model and a few steps: takes seconds")
     for name, text in (
         ("dense-steps", "training steps of the dense model"),
-        ("warm-up-steps", "steps of phase 1: the index branch alone learns"),
-        ("sparse-steps", "steps of phase 2, and of each other kind of attention"),
-        ("batch-size", "windows of text in a batch"),
-        ("seed", "seed of the weights and the batches"),
+        ("warm-up-steps", "steps of phase 1, which trains the index branch alone"),
+        ("sparse-steps", "steps of phase 2, and of training with each other selection"),
+        ("batch-size", "windows of text per batch"),
+        ("seed", "random seed of the weights and the batches"),
     ):
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} (default: {value})")
-    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"folder for the results (default: {default.out}/)")
+    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if available)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"folder of the results (default: {default.out}/)")
     options = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     preset = QUICK if options.pop("quick") else {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +84,7 @@ def parse(argv: list[str]) -> Settings:
 
 
 def run(settings: Settings) -> int:
-    """Train, convert, compare and save, and print the progress; Ctrl-C skips to saving."""
+    """Train, convert, compare and save, with messages; after Ctrl-C, only saving follows."""
     started = time.monotonic()
     settings.out.mkdir(parents=True, exist_ok=True)
     text = read_standard_library()
@@ -109,41 +109,44 @@ def run(settings: Settings) -> int:
 
 
 def introduce(settings: Settings, text: Text, demo: Demo) -> None:
-    """Print the text, the model and the budget."""
+    """Print the text, the model and the budget of the run."""
     size = sum(parameter.numel() for parameter in demo.dense.parameters())
     keys = settings.block_size * settings.topk
     print(
         f"Text: {text.num_files} files of Python source from {text.source};\n"
-        f"  {len(text.train):,} bytes for training, {len(text.validation):,} bytes of other files for testing.\n"
+        f"  {len(text.train):,} bytes for training, {len(text.validation):,} bytes of other files for validation.\n"
         f"Model: {type(demo.dense).__name__}, {settings.num_layers} layers of width {settings.hidden_size}, "
         f"{size:,} parameters, on {settings.device}.\n"
         f"Budget: {keys} of {settings.context} keys, {settings.topk} blocks of {settings.block_size}.\n"
-        f"Retrieval: a key of {KEY_LENGTH} letters, told in the first half of the context and asked for at its end.\n"
-        f"  KL: how far the index branches are from the main branch's attention, sum over the layers.\n"
-        f"  Score recall: how much of the attention on the {settings.topk} best blocks they find.",
+        f"Retrieval: the end of the context asks for a key of {KEY_LENGTH} letters in the first half of the context.\n"
+        f"  KL: divergence of the index branches from the main branch's attention, summed over the layers.\n"
+        f"  Score recall: share of the attention mass on the {settings.topk} best blocks that they find.",
         flush=True,
     )
 
 
 def train(demo: Demo, settings: Settings, unigram: float) -> None:
-    """Train the dense model, convert it, and train each kind of attention."""
+    """Train the dense model, convert it, and train each way to attend."""
     print(f"\nDense training, {settings.dense_steps} steps.", flush=True)
     demo.train_dense(Progress(settings.dense_steps))
     print(
-        f"\nConverted. Phase 1, {settings.warm_up_steps} steps: only the index branches learn.",
+        f"\nConverted. Phase 1, {settings.warm_up_steps} steps: trains the index branches, all else is frozen.",
         flush=True,
     )
     demo.warm_up(Progress(settings.warm_up_steps))
     demo.try_ways()
     dense = demo.swapped["dense"]
-    print(f"The dense model: {dense.loss:.3f} nats per byte (unigram {unigram:.3f}), retrieval {dense.answers:.0%}.")
+    print(
+        f"The dense model: {dense.loss:.3f} nats per byte (unigram baseline {unigram:.3f}), "
+        f"retrieval {dense.answers:.0%}."
+    )
     for way in WAYS:
         print(f"\nFurther training, {settings.sparse_steps} steps: {way}.", flush=True)
         demo.train_way(way, Progress(settings.sparse_steps))
 
 
 def conclude(demo: Demo) -> None:
-    """Print whether the converted model meets the expectations."""
+    """Print whether the conversion reached the expected results."""
     if not {"dense", "MSA", "window"} <= demo.trained.keys():
         return
     dense, msa, window = (demo.trained[way] for way in ("dense", "MSA", "window"))

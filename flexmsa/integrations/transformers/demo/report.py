@@ -19,12 +19,21 @@ NAMES = {
     "dense": "dense",
     "MSA": "MSA",
     "window": "sliding window and a sink block",
-    "random": "blocks at random",
+    "random": "random blocks",
 }
+COLUMNS = (
+    "loss, nats per byte",
+    "keys that the last byte attends to",
+    "loss, not retrained",
+    "retrieval, not retrained",
+    "loss, retrained",
+    "above dense",
+    "retrieval, retrained",
+)
 
 
 def save(demo: Demo, results: dict[str, Any]) -> list[Path]:
-    """Write the files into the run's folder; return their paths."""
+    """Write the files into the run's folder; returns the paths."""
     folder = demo.settings.out
     text = json.dumps({**results, "losses": demo.losses, "index_branch": demo.entries}, indent=1)
     written = [folder / "convert.json", folder / "convert.md"]
@@ -33,7 +42,7 @@ def save(demo: Demo, results: dict[str, Any]) -> list[Path]:
     try:
         figure = draw_figure(demo, results["unigram_loss"])
     except ImportError:
-        print("No picture, because matplotlib is not installed: pip install flexmsa[plot]")
+        print("No picture, as matplotlib is not installed: pip install flexmsa[plot]")
         return written
     written.append(folder / "convert.png")
     write_whole(written[-1], partial(figure.savefig, format="png"))
@@ -41,11 +50,10 @@ def save(demo: Demo, results: dict[str, Any]) -> list[Path]:
 
 
 def draw_table(demo: Demo, unigram_loss: float) -> str:
-    """Return the table of docs/conversion.md, as Markdown; a dash stands for a missing result."""
+    """The table of docs/conversion.md as Markdown, with a dash for missing results."""
     settings = demo.settings
     sparse_keys = settings.block_size * settings.topk
-    columns = ["loss, nats per byte", "keys of the last byte", "not retrained", "retrieval", "retrained", "above dense"]
-    lines = [f"| {' | '.join([*columns, 'retrieval'])} |", "| --- " * 7 + "|"]
+    lines = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     for way in WAYS:
         keys = settings.context if way == "dense" else sparse_keys
         before, after = demo.swapped.get(way), demo.trained.get(way)
@@ -66,7 +74,7 @@ def _above(score: Score | None, dense: Score | None) -> str:
 
 
 def draw_figure(demo: Demo, unigram_loss: float) -> Figure:
-    """Draw the training losses, the index branch's KL and recalls, and how often each model finds the key."""
+    """Draw the training losses, the index branch's KL and recalls, and the retrieval of each way to attend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 8), dpi=90, layout="constrained")
@@ -101,7 +109,7 @@ def _draw_losses(axes: Axes, demo: Demo, unigram_loss: float) -> None:
 
 
 def _draw_excess(axes: Axes, demo: Demo) -> None:
-    """Draw how much the loss of each model exceeds that of the dense model on the same batches."""
+    """Draw the loss of each way to attend minus that of the dense model on the same batches."""
     dense = demo.losses.get("dense", [])
     for way in WAYS:
         excess = [loss - other for loss, other in zip(demo.losses.get(way, []), dense, strict=False)]
@@ -109,7 +117,7 @@ def _draw_excess(axes: Axes, demo: Demo) -> None:
             axes.plot(range(1, len(excess) + 1), _smooth(excess, 10), color=COLOURS[way], label=way)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize="small")
-    axes.set_title("further training: loss above dense, by step", fontsize="small", loc="left")
+    axes.set_title("further training: loss minus dense loss, by step", fontsize="small", loc="left")
     if axes.lines:
         axes.legend(frameon=False, fontsize="small", ncols=4, loc="upper right", bbox_to_anchor=(1.03, -0.25))
 
@@ -146,13 +154,7 @@ def _draw_recalls(axes: Axes, demo: Demo) -> None:
     ):
         for kind, style in (("score", "-"), ("block", ":")):
             recalls = [entry[f"{kind}_recall{suffix}"] for entry in demo.entries]
-            axes.plot(
-                steps,
-                recalls,
-                color=colour,
-                linestyle=style,
-                label=f"{name}, {kind} recall",
-            )
+            axes.plot(steps, recalls, color=colour, linestyle=style, label=f"{name}, {kind} recall")
     axes.axvline(demo.settings.warm_up_steps + 0.5, color=GREY, linestyle="--", linewidth=1)
     axes.set(xlabel="step after the conversion", ylabel="share", ylim=(0, 1.02))
     if steps:

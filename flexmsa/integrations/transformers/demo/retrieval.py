@@ -1,56 +1,56 @@
-"""A retrieval task: the context gives a key early and asks for it at its end, beyond the reach of a window."""
+"""The retrieval test: a key early in the context, which its end asks for. Full attention finds it, a window cannot."""
 
 import torch
 from torch import Tensor
 
-# A telling is the mark and the letters of the key; each letter has its own alphabet. Source code has almost none of
-# these bytes.
+# A statement of the key is the mark and the letters of the key; each letter has its own alphabet. Source code contains
+# hardly any of these bytes.
 MARK = 1
 KEY_LENGTH = 2
 ALPHABET = 64
 FIRST_LETTER = 128
-TELLING = KEY_LENGTH + 1
+STATEMENT = KEY_LENGTH + 1
 
 
-def plant_keys(ids: Tensor, most_tellings: int, generator: torch.Generator) -> Tensor:
-    """Write a key over the text of each row: at one or more random places, and at the end, where it is asked for.
+def plant_keys(ids: Tensor, most_statements: int, generator: torch.Generator) -> Tensor:
+    """Write statements of a key over the text of each row: one or more at random places, and the question at the end.
 
-    Each telling after the first can be predicted, so several tellings teach faster than one.
+    Every statement after the first is predictable, so several statements teach faster than one.
 
     Args:
         ids: [B, S] bytes.
-        most_tellings: the most tellings before the last; their number is random from 1.
+        most_statements: a row has 1 to this many statements before the last.
 
     Returns:
-        A changed copy of ids. The question ends before the last KEY_LENGTH bytes.
+        A changed copy of ids. All but the last KEY_LENGTH bytes of a row are the question.
     """
-    telling = _tellings(len(ids), generator)
-    slots = (ids.shape[1] - TELLING) // TELLING
+    statements = _draw_statements(len(ids), generator)
+    num_places = (ids.shape[1] - STATEMENT) // STATEMENT
     planted = ids.clone()
-    for row, said in zip(planted, telling, strict=True):
-        count = int(torch.randint(1, most_tellings + 1, (), generator=generator))
-        for slot in torch.randperm(slots, generator=generator)[:count].tolist():
-            row[slot * TELLING : (slot + 1) * TELLING] = said
-    planted[:, -TELLING:] = telling
+    for row, statement in zip(planted, statements, strict=True):
+        count = int(torch.randint(1, most_statements + 1, (), generator=generator))
+        for place in torch.randperm(num_places, generator=generator)[:count].tolist():
+            row[place * STATEMENT : (place + 1) * STATEMENT] = statement
+    planted[:, -STATEMENT:] = statements
     return planted
 
 
 def plant_early_keys(ids: Tensor, sink: int, generator: torch.Generator) -> Tensor:
-    """Write the test: the key is told once, in the first half of the context but after its first `sink` bytes."""
-    telling = _tellings(len(ids), generator)
+    """The test: one statement of the key, in the first half of the context but behind its first `sink` bytes."""
+    statements = _draw_statements(len(ids), generator)
     planted = ids.clone()
-    starts = torch.randint(sink, ids.shape[1] // 2 - TELLING, (len(ids), 1), generator=generator)
-    planted.scatter_(1, starts + torch.arange(TELLING), telling)
-    planted[:, -TELLING:] = telling
+    starts = torch.randint(sink, ids.shape[1] // 2 - STATEMENT, (len(ids), 1), generator=generator)
+    planted.scatter_(1, starts + torch.arange(STATEMENT), statements)
+    planted[:, -STATEMENT:] = statements
     return planted
 
 
-def _tellings(batch: int, generator: torch.Generator) -> Tensor:
+def _draw_statements(batch: int, generator: torch.Generator) -> Tensor:
     letters = torch.randint(ALPHABET, (batch, KEY_LENGTH), generator=generator)
     key = FIRST_LETTER + ALPHABET * torch.arange(KEY_LENGTH) + letters
     return torch.cat([torch.full((batch, 1), MARK), key], dim=1)
 
 
 def answered(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return which rows of ids [B, S + 1] a model answers completely, from its logits [B, S, vocabulary]."""
+    """Whether a model answers each row of ids [B, S + 1], from its logits [B, S, vocabulary] for all but the last."""
     return (logits[:, -KEY_LENGTH:].argmax(-1) == ids[:, -KEY_LENGTH:]).all(1)

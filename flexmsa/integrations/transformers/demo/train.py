@@ -1,4 +1,4 @@
-"""The measurements of convert-demo: a dense model, its conversion, and further training of four variants."""
+"""The measurements of convert-demo: a dense model, its conversion, and further training with four ways to attend."""
 
 import copy
 import math
@@ -27,12 +27,12 @@ from flexmsa.integrations.transformers.training import (
 )
 
 VOCABULARY = 256
-MOST_TELLINGS = 23
+MOST_STATEMENTS = 23
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run. The defaults take about ten minutes on two CPU cores."""
+    """Everything that a run depends on. The defaults take about ten minutes on two CPU cores."""
 
     dense_steps: int = 900
     warm_up_steps: int = 100
@@ -56,7 +56,7 @@ class Settings:
     test_windows: int = 256
 
     def dense_model(self) -> Qwen3Config:
-        """Return the configuration of the dense model."""
+        """The configuration of the dense model."""
         return Qwen3Config(
             vocab_size=VOCABULARY,
             hidden_size=self.hidden_size,
@@ -75,11 +75,11 @@ class Settings:
 
 
 class Score(NamedTuple):
-    """The results of a model on the test text.
+    """A model's results on held-out text.
 
     Attributes:
         losses: [windows], nats per byte.
-        answers: the share of the early keys that it answers completely.
+        answers: the share of keys that the model answers in the retrieval test.
     """
 
     losses: Tensor
@@ -96,16 +96,16 @@ WAYS: dict[str, Callable[..., Tensor] | None] = {
     "window": partial(window_blocks, num_init_blocks=1),
     "random": random_blocks,
 }
-"""Kinds of attention, each with the selection that replaces the index branch's."""
+"""Ways to attend, each with the selection that replaces the index branch's."""
 
 
 class Demo:
-    """The models, and the measurements so far. A way is a kind of attention, a key of `WAYS`.
+    """The models, and the measurements so far.
 
     Attributes:
-        dense, converted: the models after dense training and after phase 1, from which every way trains further.
-        losses: phase or way -> the model's own loss at each step.
-        entries: the converted model's log entries at the measured steps, with "step" and "warm_up".
+        dense, converted: the models after dense training and after phase 1, from which every way to attend continues.
+        losses: phase or way -> the language loss at each step.
+        entries: entries of the converted model's log at the measured steps, with "step" and "warm_up".
         swapped, trained: way -> its score before and after further training.
     """
 
@@ -122,7 +122,7 @@ class Demo:
         self.trained: dict[str, Score] = {}
 
     def train_dense(self, progress: Progress) -> None:
-        """Train the dense model, which is converted later."""
+        """Train the model that is converted later."""
         settings = self.settings
         self._train("dense training", self.dense, settings.dense_steps, settings.learning_rate, progress)
 
@@ -141,7 +141,7 @@ class Demo:
             self.swapped[way] = self.score(self._attending(way))
 
     def train_way(self, way: str, progress: Progress) -> None:
-        """Train phase 2, or without an index branch as many steps on the language loss, on the same batches."""
+        """Run phase 2, or, without an index branch, as many steps with the language loss, on the same batches."""
         settings = self.settings
         model = self._attending(way)
         if way != "dense":
@@ -155,7 +155,7 @@ class Demo:
                 self.trained[way] = self.score(model)
 
     def _attending(self, way: str) -> Any:
-        """Return a new copy of the model that attends this way."""
+        """Return a new model that attends this way."""
         if way == "dense":
             return copy.deepcopy(self.dense)
         model = copy.deepcopy(self.converted)
@@ -192,7 +192,7 @@ class Demo:
     def _step(self, model: Any, optimizer: torch.optim.Optimizer) -> float:
         settings = self.settings
         ids = random_batch(self.text.train, settings.batch_size, settings.context, self.batches)
-        ids = plant_keys(ids, MOST_TELLINGS, self.batches).to(settings.device)
+        ids = plant_keys(ids, MOST_STATEMENTS, self.batches).to(settings.device)
         loss = model(ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
@@ -213,7 +213,7 @@ class Demo:
 
     @torch.no_grad()
     def score(self, model: Any) -> Score:
-        """Return the results on the test text, with and without keys."""
+        """Measure the model on held-out text, with and without keys."""
         settings = self.settings
         model.eval()
         ids = spread_windows(self.text.validation, settings.test_windows, settings.context + 1)
@@ -229,7 +229,7 @@ class Demo:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Return the learning rate: linear to its peak in the first 5 % of the steps, then a cosine to 10 % of it."""
+    """Linear up to the peak in the first twentieth of the steps, then a cosine down to a tenth of it."""
     rise = max(1, steps // 20)
     if step <= rise:
         return peak * step / rise
@@ -237,6 +237,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def unigram_loss(text: Text) -> float:
-    """Return the loss, in nats per byte, of the test text when predicted from the training text's byte frequencies."""
+    """The loss on held-out text, in nats per byte, of predicting each byte by its frequency in the training text."""
     counts = torch.bincount(text.train.long(), minlength=VOCABULARY).double() + 1
     return -(counts / counts.sum()).log()[text.validation.long()].mean().item()

@@ -1,4 +1,4 @@
-"""The first look at index keys in bf16 rules out no block that may be chosen."""
+"""The bf16 prefilter of the selection never rules out a block that may be chosen."""
 
 import numpy as np
 import pytest
@@ -11,21 +11,21 @@ from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.torch import fp8, selection
 from flexmsa.kernels.torch.index_keys import IndexKeys, Queries
 from flexmsa.kernels.torch.packing import Scratch
-from flexmsa.kernels.torch.sieve import best_blocks, least_scores, rough_error, rough_maxima
+from flexmsa.kernels.torch.prefilter import best_blocks, least_scores, rough_error, rough_maxima
 
 BLOCK, TOPK = 8, 3
 CASES = {
     # name: (Hkv, Sq, keys, largest integer, local, init)
     "one token": (4, 1, 1600, 9, 1, 0),
     "ties": (2, 1, 1600, 1, 1, 0),
-    "tokens on both sides of a block's end": (3, 3, 1593, 9, 1, 0),
+    "tokens on both sides of a block boundary": (3, 3, 1593, 9, 1, 0),
     "forced": (2, 2, 1603, 9, 2, 1),
     "all forced": (1, 1, 1603, 9, 2, 1),
 }
 
 
-def sieved(monkeypatch, used, *arguments):
-    """The selection of a CPU that multiplies bf16, or of one that does not; what the sieve finds goes to `used`."""
+def selected(monkeypatch, used, *arguments):
+    """The selection on a CPU with bf16 products, or without if `used` is None; `used` gets the prefilter's results."""
 
     def noting(*arguments):
         found = best_blocks(*arguments)
@@ -52,13 +52,13 @@ def in_pages(x, table):
 @pytest.mark.parametrize("fp8_keys", [False, True], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_nothing_changes(case, paged, fp8_keys, monkeypatch):
+def test_the_prefilter_changes_no_selection(case, paged, fp8_keys, monkeypatch):
     groups, seqlen_q, num_keys, largest, local, init = case
     torch.manual_seed(0)
-    # Integers, whose products are exact in any order; their sums need more than the 8 bits of a bf16 number.
+    # Integers, whose scores are exact in any order of summation, and need more than the 8 bits of a bf16 number.
     index_q = torch.randint(-largest, largest + 1, (1, groups, seqlen_q, 64)).bfloat16()
     index_k = torch.randint(-largest, largest + 1, (1, 1, 1608, 64)).bfloat16()
-    # With scales of their own.
+    # Keys with different scales.
     index_k *= torch.randint(1, 3, (1608, 1))
     index_k[:, :, num_keys:] = torch.nan
     index_k, scale = in_format(index_k, fp8_keys)
@@ -69,16 +69,16 @@ def test_nothing_changes(case, paged, fp8_keys, monkeypatch):
     sequences = torch.tensor([[0, 0, seqlen_q, 0, num_keys]], dtype=torch.int32)
     arguments = index_q, index_k, sequences, SelectionRule(BLOCK, TOPK, local, init), table, scale
     used = []
-    found = sieved(monkeypatch, used, *arguments)
-    assert torch.equal(found, sieved(monkeypatch, None, *arguments))
+    found = selected(monkeypatch, used, *arguments)
+    assert torch.equal(found, selected(monkeypatch, None, *arguments))
     if largest > 1:
         assert len(used) == 1 and used[0] is not None
 
 
-def test_numbers_of_keys_that_count_as_zero(monkeypatch):
+def test_subnormal_numbers_of_e4m3_keys(monkeypatch):
     torch.manual_seed(0)
     index_q, index_k = torch.full((1, 2, 1, 16), 9.0).bfloat16(), torch.randint(-7, 8, (1, 1, 400, 16)).bfloat16()
-    # Beside the first number of a key, all but an 8 are subnormal. By what is not, five blocks are the best.
+    # Next to a key's first number, all but an 8 are subnormal. Without the subnormal ones, five blocks are best.
     index_k[..., 0], index_k[..., 1] = 2.0**17, 0
     index_k[0, 0, : 5 * BLOCK, 1] = 8
     index_q[..., 0], index_q[..., 1] = 0, 1
@@ -86,17 +86,17 @@ def test_numbers_of_keys_that_count_as_zero(monkeypatch):
     assert index_k[..., 2:].float().abs().max() == fp8.LARGEST_SUBNORMAL
     sequences = torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32)
     arguments = index_q, index_k, sequences, SelectionRule(BLOCK, TOPK), None, scale
-    assert torch.equal(sieved(monkeypatch, [], *arguments), sieved(monkeypatch, None, *arguments))
+    assert torch.equal(selected(monkeypatch, [], *arguments), selected(monkeypatch, None, *arguments))
 
 
 @pytest.mark.parametrize("exponent", [-120, -79, -78, -77, -76, -75, -74, 60, 80])
-def test_sizes_of_queries(exponent, monkeypatch):
+def test_queries_of_any_magnitude(exponent, monkeypatch):
     torch.manual_seed(0)
     index_q, index_k = torch.randint(-9, 10, (1, 2, 1, 16)).bfloat16(), torch.randint(-9, 10, (1, 1, 1600, 16))
     index_k, scale = fp8.quantize(index_k)
     sequences = torch.tensor([[0, 0, 1, 0, 1600]], dtype=torch.int32)
     arguments = index_q * 2.0**exponent, index_k, sequences, SelectionRule(BLOCK, TOPK), None, scale
-    assert torch.equal(sieved(monkeypatch, [], *arguments), sieved(monkeypatch, None, *arguments))
+    assert torch.equal(selected(monkeypatch, [], *arguments), selected(monkeypatch, None, *arguments))
 
 
 @pytest.mark.parametrize("fp8_keys", [False, True], ids=["bf16", "e4m3"])
@@ -108,15 +108,15 @@ def test_keys_that_are_not_finite(bad, fp8_keys, monkeypatch):
     sequences = torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32)
     arguments = index_q, index_k, sequences, SelectionRule(BLOCK, TOPK), None, scale
     used = []
-    assert torch.equal(sieved(monkeypatch, used, *arguments), sieved(monkeypatch, None, *arguments))
-    # One such key of a block hides behind the others.
+    assert torch.equal(selected(monkeypatch, used, *arguments), selected(monkeypatch, None, *arguments))
+    # A key that scores -inf does not change the maximum of its block.
     assert (bad == -torch.inf and not fp8_keys) or used == [None]
 
 
-def test_a_query_of_more_bits_is_not_rounded(monkeypatch):
+def test_float32_queries_skip_the_prefilter(monkeypatch):
     used = []
     arguments = torch.randn(1, 2, 1, 16), torch.randn(1, 1, 400, 16).bfloat16()
-    sieved(
+    selected(
         monkeypatch, used, *arguments, torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32), SelectionRule(BLOCK, TOPK)
     )
     assert not used

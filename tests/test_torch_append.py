@@ -1,4 +1,4 @@
-"""The CPU kernels that fill caches, against plain loops and torch's own e4m3."""
+"""The plain PyTorch append, compared with loops over tokens and with torch's own e4m3."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ HEADS, DEPTH, BLOCK = 2, 16, 8
 FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 
-class Filled:
-    """A cache to append to, contiguous or paged, and a plain copy of what it should hold."""
+class Buffers:
+    """The arguments of `append`: a cache, contiguous or paged, with garbage in it, and its lengths."""
 
     def __init__(self, kv_lens, is_paged, dtype=torch.float32):
         batch, self.capacity = len(kv_lens), 4 * BLOCK
@@ -59,9 +59,9 @@ def new_tokens(batch, count, strided):
 @pytest.mark.parametrize("lens", [None, (9, 0, 3), (-2, 50, 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8], ids=str)
 @pytest.mark.parametrize("is_paged", [False, True])
-def test_append_is_a_plain_loop(is_paged, dtype, lens):
+def test_append_equals_a_loop_over_tokens(is_paged, dtype, lens):
     kv_lens = [0, 15, 23]
-    cache = Filled(kv_lens, is_paged, dtype)
+    cache = Buffers(kv_lens, is_paged, dtype)
     cache.kv_starts += lengths(0, 4, 0)
     new = new_tokens(3, 9, strided=True)
     caches, scales = ([None if x is None else x.clone() for x in part] for part in (cache.caches, cache.scales))
@@ -91,7 +91,7 @@ def test_append_is_a_plain_loop(is_paged, dtype, lens):
 
 @pytest.mark.parametrize("is_paged", [False, True])
 def test_an_append_without_room_changes_nothing(is_paged):
-    cache = Filled([3, 28, 0], is_paged)
+    cache = Buffers([3, 28, 0], is_paged)
     before = [x.clone() for x in cache.tensors()]
     for lens in (None, lengths(5, 5, 5), lengths(0, 5, 0)):
         with pytest.raises(
@@ -105,7 +105,7 @@ def test_an_append_without_room_changes_nothing(is_paged):
 
 @pytest.mark.parametrize("bad", [-1, 15])
 def test_an_append_without_a_page_changes_nothing(bad):
-    cache = Filled([3, 14, 0], is_paged=True)
+    cache = Buffers([3, 14, 0], is_paged=True)
     cache.table[1, 2] = bad
     before = [x.clone() for x in cache.tensors()]
     with pytest.raises(ValueError, match=f"page_table: expected a page from 0 to 14 for block 2 of row 1, got {bad}"):
@@ -115,7 +115,7 @@ def test_an_append_without_a_page_changes_nothing(bad):
     assert cache.kv_lens.tolist() == [8, 16, 5]
 
 
-def test_quantization_is_that_of_torch():
+def test_quantization_equals_torch():
     x = randn(3, 5, DEPTH) * torch.logspace(-30, 30, 5)[:, None]
     x[1, 2] = 0.0
     x[0, 0], x[0, 0, 3] = 0.0, 448 * 2.0**5
@@ -134,7 +134,7 @@ def test_quantization_is_that_of_torch():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf, -448.1 * 2.0**119])
-def test_a_vector_that_is_no_number_says_so_in_its_scale(bad):
+def test_the_scale_of_a_vector_that_is_not_finite_is_nan(bad):
     x = randn(2, DEPTH)
     x[0, 3] = bad
     assert fp8.as_scales(fp8.quantize(x)[1]).float().isnan().tolist() == [True, False]

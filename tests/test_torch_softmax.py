@@ -1,4 +1,4 @@
-"""The two ways to add up attention on a CPU: plain sums where they are safe, a running softmax elsewhere."""
+"""The two ways to add up attention: plain sums where they are exact, a running softmax elsewhere."""
 
 import pytest
 import torch
@@ -33,15 +33,15 @@ def check(inputs, **settings):
 
 @pytest.mark.parametrize(("factor", "plain"), [(1.0, "all"), (40.0, "some"), (1000.0, "none")])
 @pytest.mark.parametrize("settings", [{}, {"cu_seqlens": lengths(0, 1, 40, 96)}])
-def test_both_ways_are_exact(factor, plain, settings):
+def test_both_ways_equal_the_reference(factor, plain, settings):
     inputs = make_inputs(96)
     share = check(inputs._replace(q=inputs.q * factor), **settings).float().mean()
     assert {"all": share == 1, "some": 0 < share < 1, "none": share < 0.1}[plain]
 
 
 @pytest.mark.parametrize("score", [-200.0, -54.0, 0.0, 50.0, 200.0])
-def test_scores_round_any_size(score):
-    """Weights far from 1, up to both ends of what plain sums hold, and beyond."""
+def test_scores_of_any_magnitude(score):
+    """Weights far from 1: up to both limits of plain sums, and beyond."""
     inputs = make_inputs(96)
     direction = torch.ones(16) / 4
     q, k = (score * direction).expand_as(inputs.q), 4 * direction + inputs.k / 1000
@@ -50,7 +50,7 @@ def test_scores_round_any_size(score):
 
 
 def test_a_row_depends_on_its_own_keys_alone():
-    """One query and one key of another document overflow; the others' bits stay."""
+    """If one query and one key of a document overflow, other documents keep their bits."""
     inputs, settings = make_inputs(96), {"cu_seqlens": lengths(0, 48, 96)}
     calm = results(inputs, **settings)["ours"][0]
     inputs.q[:, :, 20] *= 1000
