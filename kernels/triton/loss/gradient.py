@@ -10,8 +10,8 @@ import triton.language as tl
 
 from ..common.primitives import LN_2, LOG2_E, load_tile
 from ..common.target import padded
-from ..schedule.inverse_index import chunk_origin
-from ..schedule.work_items import load_slot, piece_entries
+from ..schedule.inverse_index import IndexRecord, find_token_range
+from ..schedule.work_items import ItemsRecord, item_entries, load_item
 from .config import LossConfig
 from .loads import VARYING, load_entries, load_part, load_rows
 from .student import lse_constants
@@ -123,7 +123,8 @@ def index_loss_kernel(
     batch, first_key, stop_key, shift, begin, stop = load_part(plan_ptr, chunk, num_items, COLUMNS)
     if begin >= stop:
         return
-    group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
+    tokens = find_token_range(IndexRecord(0, 0, 0, 0, first_token, num_tokens, chunk_tokens, 0), chunk, topk)
+    group, origin, token0 = tokens.group, tokens.first_entry, tokens.first_token
     q_base = q_ptr + batch * stride_qb + group * group_size * stride_qh
     k_base = k_ptr + batch * stride_kb + group * stride_kh
     x_base = index_q_ptr + batch * stride_xb + group * stride_xh
@@ -132,7 +133,7 @@ def index_loss_kernel(
     index_k = load_tile(y_base, first_key, stop_key - first_key, stride_ys, stride_yd, COLUMNS, INDEX_DIM, INDEX_DEPTH)
     precision: tl.constexpr = "ieee" if index_k.dtype == tl.float32 else "tf32"
     query0 = (token0 - batch * seqlen_q).to(tl.int32)
-    entries_ptr = piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin)
+    entries_ptr = item_entries(IndexRecord(0, entries_ptr, offsets_ptr, num_blocks, 0, 0, 0, 0), chunk, begin)
     num_entries = stop - begin
     lse_base = lse_ptr + (batch * seqlen_q * num_groups + group) * group_size
     num_keys = stop_key - first_key
@@ -180,7 +181,7 @@ def index_loss_kernel(
             grad_k_ptr + (batch * seqlen_k + first_key) * INDEX_DIM,
             stop_key - first_key,
             partial_k_ptr,
-            load_slot(plan_ptr, chunk, num_items),
+            load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk).slot,
             INDEX_DIM,
         )
 

@@ -10,7 +10,7 @@ For each query i and group, over the visible tokens j of its selected blocks, G 
 count: the (batch, group, query) that see a key. Layouts: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], index_q [B, Hkv, Sq, Di],
 index_k [B, 1, Sk, Di], any strides; the gradients fp32, contiguous, of the shapes of index_q and index_k.
 
-Tokens are worked through in chunks of one group (see `reverse_index`), each in up to five launches:
+Tokens are worked through in chunks of one group (see `inverse_index`), each in up to five launches:
 
 1. block_lse: a program owns a piece of one block's list, and writes each entry's logsumexp over the block;
 2. index_lse: that of each token, over its slots (both in `loss_student`);
@@ -35,8 +35,8 @@ from ...tuning import tuned
 from ...workspace import chunk_tokens
 from ..common.primitives import LOG2_E
 from ..common.target import padded, target_of
-from ..schedule.inverse_index import ReverseIndex, chunked_indexes
-from ..schedule.work_items import cut_lists
+from ..schedule.inverse_index import InverseIndex, inverse_indexes
+from ..schedule.work_items import cut_into_items
 from .config import LossConfig, loss_config
 from .gradient import index_loss_kernel, loss_constants
 from .reduce import sum_pieces_kernel, sum_slots_kernel
@@ -55,7 +55,7 @@ def slot_bytes(config: LossConfig, parts: int, index_dim: int, with_grad: bool, 
 
 
 def run_chunks(
-    index: ReverseIndex,
+    index: InverseIndex,
     q: torch.Tensor,
     k: torch.Tensor,
     index_q: torch.Tensor,
@@ -72,20 +72,20 @@ def run_chunks(
 ) -> torch.Tensor:
     """The loss of each piece of an index; fills grad_q for the tokens of the index, and adds to grad_k."""
     num_kv_heads, seqlen_q, index_dim = index_q.shape[1:]
-    seqlen_k, topk, size = k.shape[2], index.topk, index.chunk_tokens
+    seqlen_k, topk, size = k.shape[2], index.topk, index.range_tokens
     parts = triton.cdiv(block_size, config.columns)
-    pieces = cut_lists(index, config.length)
-    losses = lse_rows.new_zeros(index.num_chunks, pieces.num_items, parts)
+    pieces = cut_into_items(index, config.length)
+    losses = lse_rows.new_zeros(index.num_ranges, pieces.num_items, parts)
     partial_lse = lse_rows.new_empty(size, topk, parts)
     index_lse = lse_rows.new_empty(size)
     partial_q = lse_rows.new_empty(size if with_grad else 0, topk, parts, index_dim)
     num_slots = min(pieces.num_items, 2 * (size * topk // config.length)) if with_grad else 0
     partial_k = lse_rows.new_empty(num_slots, parts, config.columns, index_dim)
-    lists = (index.entries, index.offsets, pieces.plan)
+    lists = (index.entries, index.offsets, pieces.table)
     shares = min(64, triton.next_power_of_2(topk * parts))
     rows = max(16, 1024 // shares)
     dims = {"INDEX_DIM": index_dim, "INDEX_DEPTH": padded(index_dim)}
-    for chunk in range(index.num_chunks):
+    for chunk in range(index.num_ranges):
         tokens = (chunk, index.first_token, index.num_tokens, size)
         items = (*tokens, index.num_blocks, pieces.num_items, topk)
         entries = (*tokens, index.none, topk)
@@ -211,7 +211,7 @@ def index_loss(
     parts = triton.cdiv(block_size, config.columns)
     index_groups = num_kv_heads if block_indices is None else 0
     size = chunk_tokens(batch * seqlen_q, topk * slot_bytes(config, parts, index_dim, with_grad, index_groups))
-    for index in chunked_indexes(block_indices, sequences, q, k, block_size, size):
+    for index in inverse_indexes(block_indices, sequences, q, k, block_size, size):
         losses = run_chunks(
             index,
             q,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..schedule.work_items import load_piece
+from ..schedule.work_items import ItemsRecord, load_item
 
 # Never worth a kernel of its own: lengths, counts, and what changes from launch to launch.
 VARYING = [
@@ -24,8 +24,16 @@ VARYING = [
 
 @triton.jit
 def load_part(plan_ptr, chunk, num_items, COLUMNS: tl.constexpr):
-    """`load_piece`, but of program_id(1)'s share of the block's keys; of none past its end."""
-    batch, first_key, stop_key, shift, begin, stop = load_piece(plan_ptr, chunk, num_items)
+    """`load_item`, but of program_id(1)'s share of the block's keys; of none past its end."""
+    item = load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk)
+    batch, first_key, stop_key, shift, begin, stop = (
+        item.batch,
+        item.first_key,
+        item.stop_key,
+        item.shift,
+        item.begin,
+        item.stop,
+    )
     first_key += tl.program_id(1) * COLUMNS
     return batch, first_key, tl.minimum(stop_key, first_key + COLUMNS), shift, begin, stop
 

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..schedule.inverse_index import chunk_origin, load_block
-from ..schedule.work_items import load_share
+from ..schedule.inverse_index import IndexRecord, find_token_range, load_block
+from ..schedule.work_items import ItemsRecord, load_share
 from .loads import VARYING
 
 
@@ -27,10 +27,12 @@ def sum_pieces_kernel(
     Program (block, i) owns ROWS of its keys; SIZE: keys of all its parts.
     """
     block = tl.program_id(0)
-    slot, pieces = load_share(shares_ptr, chunk, num_blocks, block)
+    share = load_share(ItemsRecord(0, shares_ptr, 0, num_blocks), chunk, block)
+    slot, pieces = share.first_slot, share.num_items
     if pieces == 0:
         return
-    batch, first_key, stop_key = load_block(blocks_ptr, block)
+    owned = load_block(blocks_ptr, block)
+    batch, first_key, stop_key = owned.batch, owned.first_key, owned.stop_key
     column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, INDEX_DEPTH)
     inside = (first_key + column < stop_key)[:, None] & (depth < INDEX_DIM)[None, :]
@@ -62,7 +64,8 @@ def sum_slots_kernel(
     ROWS: tl.constexpr,
 ):
     """grad_q [B, Hkv, Sq, Di] of ROWS tokens: the sums of partial_q over their used slots, in order."""
-    group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
+    tokens = find_token_range(IndexRecord(0, 0, 0, 0, first_token, num_tokens, chunk_tokens, 0), chunk, topk)
+    group, origin, token0 = tokens.group, tokens.first_entry, tokens.first_token
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < tl.minimum(chunk_tokens, first_token + num_tokens - token0)
     depth = tl.arange(0, INDEX_DEPTH)

@@ -5,8 +5,8 @@ import triton.language as tl
 
 from ..common.primitives import load_tile
 from ..common.target import padded
-from ..schedule.inverse_index import chunk_origin
-from ..schedule.work_items import piece_entries
+from ..schedule.inverse_index import IndexRecord, find_token_range
+from ..schedule.work_items import item_entries
 from .config import LossConfig
 from .loads import VARYING, load_entries, load_part, load_rows
 
@@ -44,13 +44,14 @@ def block_lse_kernel(
     batch, first_key, stop_key, shift, begin, stop = load_part(plan_ptr, chunk, num_items, COLUMNS)
     if begin >= stop:
         return
-    group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
+    tokens = find_token_range(IndexRecord(0, 0, 0, 0, first_token, num_tokens, chunk_tokens, 0), chunk, topk)
+    group, origin, token0 = tokens.group, tokens.first_entry, tokens.first_token
     x_base = index_q_ptr + batch * stride_xb + group * stride_xh
     y_base = index_k_ptr + batch * stride_yb
     index_k = load_tile(y_base, first_key, stop_key - first_key, stride_ys, stride_yd, COLUMNS, INDEX_DIM, INDEX_DEPTH)
     precision: tl.constexpr = "ieee" if index_k.dtype == tl.float32 else "tf32"
     query0 = (token0 - batch * seqlen_q).to(tl.int32)
-    entries_ptr = piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin)
+    entries_ptr = item_entries(IndexRecord(0, entries_ptr, offsets_ptr, num_blocks, 0, 0, 0, 0), chunk, begin)
     num_entries = stop - begin
     key = first_key + tl.arange(0, COLUMNS)
     for step in range(0, num_entries, ROWS):
@@ -84,7 +85,8 @@ def index_lse_kernel(
     SHARES: tl.constexpr,
 ):
     """index_lse [token in chunk], base 2: the logsumexp of partial_lse [token in chunk, slot, part]."""
-    _, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
+    tokens = find_token_range(IndexRecord(0, 0, 0, 0, first_token, num_tokens, chunk_tokens, 0), chunk, topk)
+    origin, token0 = tokens.first_entry, tokens.first_token
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < tl.minimum(chunk_tokens, first_token + num_tokens - token0)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
