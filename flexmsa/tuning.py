@@ -16,6 +16,7 @@ import torch
 
 from flexmsa import validation
 from flexmsa.config import MSAConfig
+from flexmsa.kernels.problem import Problem
 from flexmsa.kernels.tuning import Key, Report, clear_tuning, describe, event_time, register, tune
 
 __all__ = ["autotune", "clear_tuning", "load_tuning", "main"]
@@ -51,7 +52,7 @@ def autotune(
         head_dim, index_head_dim: D and Di; None for Di = D.
         block_size, topk: as for `flexmsa.attention`.
         dtype: of all inputs.
-        seqlen: tokens of the trial, in one sequence; so many that every kernel fills the GPU several times over.
+        seqlen: tokens of the one sequence that is timed; enough that every kernel fills the GPU several times over.
         device: the GPU to tune on.
         path: a JSON file to write, after each kernel. What it holds already, of other shapes, is kept.
         report: called with a line for each candidate.
@@ -79,7 +80,7 @@ def autotune(
         "dtype": dtype,
         "seqlen": seqlen,
     }
-    return {entry["kernel"]: entry for entry in _tune_kernels(sizes, device, path, report)}
+    return {entry["kernel"]: entry for entry in _tune_tasks(sizes, device, path, report)}
 
 
 def load_tuning(path: str | os.PathLike) -> None:
@@ -119,43 +120,50 @@ def _register(entry: dict[str, Any], arch: int | str) -> None:
     register(Key(entry["kernel"], arch, tuple(sorted(entry["shape"].items()))), entry["changes"])
 
 
-def _check_sizes(seqlen: int, topk: int, dtype: torch.dtype, **sizes: Any) -> None:
+def _problem_of(seqlen: int, topk: int, dtype: torch.dtype, **sizes: Any) -> Problem:
+    """The problem to tune for, its sizes checked."""
     MSAConfig(hidden_size=1, topk=topk, rotary_dim=0, **sizes)
     validation.check_int("topk", topk, 1)
     validation.check_int("seqlen", seqlen, 1)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype: expected torch.bfloat16, torch.float16 or torch.float32, got {dtype}")
+    group_size = sizes.pop("num_heads") // sizes["num_kv_heads"]
+    return Problem(topk=topk, dtype=dtype, group_size=group_size, **sizes)
 
 
-def _tune_kernels(
+def _tune_tasks(
     sizes: dict[str, Any], device: str | torch.device, path: str | os.PathLike | None, report: Report
 ) -> Iterator[dict[str, Any]]:
-    """Tune one kernel after the other: register what is found, write it to path, yield it."""
-    _check_sizes(**sizes)
+    """Tune one task after the other: register what is found, write it to path, yield it."""
+    problem = _problem_of(**sizes)
     target = _target_of(device)
     file = None if path is None else Path(path)
     stored = {"kernels": []} if file is None or not file.exists() else _read(file, target.arch)
-    from flexmsa.kernels.triton.tuning.trials import TRIALS, Sizes, make_inputs
+    from flexmsa.kernels.triton.tuning.tasks import TASKS, make_inputs
 
     with torch.cuda.device(device):
-        inputs = make_inputs(Sizes(**sizes), torch.device(device))
-        for make_trial in TRIALS:
-            trial = make_trial(Sizes(**sizes), inputs)
-            kernel = trial.key.kernel
-            found = tune(
-                trial.shipped,
-                trial.candidates,
-                trial.run,
-                event_time,
-                lambda line, kernel=kernel: report(f"{kernel}: {line}"),  # type: ignore[misc]
-            )
-            entry = {"kernel": kernel, "shape": dict(trial.key.shape), **found._asdict()}
+        inputs = make_inputs(problem, sizes["seqlen"], torch.device(device))
+        for task in TASKS:
+            entry = _tune_task(task, inputs, report)
             _register(entry, target.arch)
-            others = [old for old in stored["kernels"] if (old["kernel"], old["shape"]) != (kernel, entry["shape"])]
+            others = [old for old in stored["kernels"] if (old["kernel"], old["shape"]) != (task.name, entry["shape"])]
             stored = {**_environment(device), "arch": target.arch, "kernels": [*others, entry]}
             if file is not None:
                 _write(file, stored)
             yield entry
+
+
+def _tune_task(task: Any, inputs: Any, report: Report) -> dict[str, Any]:
+    """The entry of a file that says what was found for one task."""
+    shipped = task.choose(inputs)
+    found = tune(
+        shipped,
+        task.candidates(inputs.problem, inputs.target, shipped),
+        lambda config: task.run(inputs, config),
+        event_time,
+        lambda line: report(f"{task.name}: {line}"),
+    )
+    return {"kernel": task.name, "shape": dict(task.key(inputs).shape), **found._asdict()}
 
 
 def _environment(device: str | torch.device) -> dict[str, str]:
@@ -173,12 +181,13 @@ def _write(path: Path, stored: dict[str, Any]) -> None:
 
 def _read(path: Path, arch: int | str) -> dict[str, Any]:
     """What `_write` wrote, checked."""
-    from flexmsa.kernels.triton.tuning.candidates import TUNABLE
+    from flexmsa.kernels.triton.tuning.tasks import TASKS
 
+    tunable = {task.name: task.tunable for task in TASKS}
     try:
         stored = json.loads(path.read_text())
         for entry in stored["kernels"]:
-            unknown = set(entry["changes"]) - set(TUNABLE[entry["kernel"]])
+            unknown = set(entry["changes"]) - set(tunable[entry["kernel"]])
             values = [*entry["changes"].values(), *entry["shape"].values()]
             if unknown or not all(isinstance(value, int | str | None) for value in values):
                 raise ValueError(f"changes to {entry['kernel']}: {entry['changes']}")
@@ -208,7 +217,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--topk", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--seqlen", type=int, default=65536, help="tokens of the trial; the result holds for all")
+    parser.add_argument("--seqlen", type=int, default=65536, help="tokens to time; the result holds for all")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, required=True, help="the file; what it has of other shapes is kept")
     options = vars(parser.parse_args(argv))
@@ -222,7 +231,7 @@ def main(argv: list[str]) -> int:
         return 1
     entries = []
     try:
-        for entry in _tune_kernels(options, device, path, lambda line: print(line, flush=True)):
+        for entry in _tune_tasks(options, device, path, lambda line: print(line, flush=True)):
             entries.append(entry)
     except KeyboardInterrupt:
         print("\nstopped")
