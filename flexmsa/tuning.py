@@ -1,6 +1,6 @@
-"""Optional tuning: time the Triton kernels with other tiles on this GPU, and keep the faster ones.
+"""Tuning, when asked for: time the Triton kernels with other tiles on this GPU, and keep what is faster.
 
-From the shell: `python -m flexmsa autotune --help`.
+`python -m flexmsa autotune --help` does it from the shell.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import torch
 
 from flexmsa import validation
 from flexmsa.config import MSAConfig
+from flexmsa.kernels.problem import Problem
 from flexmsa.kernels.tuning import Key, Report, clear_tuning, describe, event_time, register, tune
 
 __all__ = ["autotune", "clear_tuning", "load_tuning", "main"]
@@ -35,16 +36,16 @@ def autotune(
     path: str | os.PathLike | None = None,
     report: Report = lambda line: None,
 ) -> dict[str, dict[str, Any]]:
-    """Time the Triton kernels of one shape with other tiles than the shipped ones, and use the faster tiles.
+    """Time the Triton kernels of one shape with other tiles than they ship with, and use what is faster.
 
-    The shipped configurations are good defaults, so tuning is optional. It can help on a GPU other than the H200, where
-    they were measured, or with a shape far from 64/4 heads of 128. It takes some minutes, mostly to compile. This
-    process then uses the results for every sequence length; `path` saves them for other processes. It tunes selection,
-    and the main branch and the index loss in sparse training, but not decoding.
+    The shipped configurations are good choices, and nothing needs to be tuned. This is for a GPU that they were not
+    measured on (they were on an H200), or a shape far from 64/4 heads of 128: it takes some minutes, mostly of
+    compiling. What is found is used from then on in this process, for every sequence length; `path` keeps it for
+    others. Selection, and the main branch and the index loss in sparse training, are tuned; decoding is not.
 
-    Other tiles add numbers in another order. Out, lse, loss and gradients are as exact as with the shipped
-    configurations, may differ from them in the last bits, and still repeat bit by bit. block_indices are the same.
-    Therefore tune or load before the first step, and use the same file in every process.
+    Other tiles add up in another order: out, lse, loss and gradients stay as exact, and may differ in their last bits
+    from those of the shipped configurations; they still repeat bit by bit. block_indices are the same. So tune, or
+    load, before the first step, and do it alike in every process.
 
     Args:
         num_heads, num_kv_heads: Hq and Hkv.
@@ -53,16 +54,16 @@ def autotune(
         dtype: of all inputs.
         seqlen: tokens to tune with, in one sequence; enough that every kernel fills the GPU several times.
         device: the GPU to tune on.
-        path: a JSON file, written after each kernel. Entries of other shapes in an existing file are kept.
+        path: a JSON file to write, after each kernel. What it holds already, of other shapes, is kept.
         report: called with a line for each candidate.
 
     Returns:
-        For "selection", "forward", "backward" and "loss" a dict as in the file: "changes", the changed fields of the
-        shipped configuration, with their new values; "shipped_ms" and "best_ms", median milliseconds without and with
-        the changes; and the "kernel" and "shape" that they apply to.
+        For "selection", "forward", "backward" and "loss" a dict as in the file: "changes", the fields of the shipped
+        configuration that are changed, with their new values; "shipped_ms" and "best_ms", median milliseconds without
+        and with the changes; and the "kernel" and "shape" that they hold for.
 
     Raises:
-        ValueError, TypeError: a size or the dtype is not supported, or path is a file for another GPU architecture.
+        ValueError, TypeError: a size or the dtype is not supported, or path is a file of another architecture.
         RuntimeError: there is no GPU, or no Triton.
 
     >>> found = autotune(num_heads=64, num_kv_heads=4, head_dim=128, path="tuned.json")  # doctest: +SKIP
@@ -79,19 +80,19 @@ def autotune(
         "dtype": dtype,
         "seqlen": seqlen,
     }
-    return {entry["kernel"]: entry for entry in _tune_kernels(sizes, device, path, report)}
+    return {entry["kernel"]: entry for entry in _tune_tasks(sizes, device, path, report)}
 
 
 def load_tuning(path: str | os.PathLike) -> None:
-    """Use the results of `autotune` for this kind of GPU, in this process and for every sequence length.
+    """Use what `autotune` found on this kind of GPU, in this process and for every sequence length.
 
-    They replace earlier results for the same kernels and shapes.
+    What a file says of kernels and shapes takes the place of what was registered for them before.
 
     Args:
         path: a file that `autotune` wrote.
 
     Raises:
-        ValueError: `autotune` did not write path, or wrote it for another GPU architecture.
+        ValueError: path was not written by `autotune`, or for another GPU architecture.
         RuntimeError: there is no GPU, or no Triton.
 
     >>> if os.path.exists("tuned.json"):
@@ -103,13 +104,13 @@ def load_tuning(path: str | os.PathLike) -> None:
 
 
 def _target_of(device: str | torch.device) -> Any:
-    """Return the GPU's target, for which kernels are configured."""
+    """The target of a GPU, as the kernels see it."""
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("tuning: expected Triton, which is not installed: pip install triton")
+        raise RuntimeError("tuning is of the Triton kernels, and Triton is not installed: pip install triton")
     if not torch.cuda.is_available():
-        raise RuntimeError("tuning: expected a GPU, but torch finds no GPU: torch.cuda.is_available() is False")
+        raise RuntimeError("tuning is of GPU kernels, and torch finds no GPU: torch.cuda.is_available() is False")
     if torch.device(device).type != "cuda":
-        raise ValueError(f"device: expected a GPU, such as 'cuda', got {device}")
+        raise ValueError(f"device: expected a GPU, as in 'cuda', got {device}")
     from flexmsa.kernels.triton.common.target import target_of
 
     return target_of(torch.device(device))
@@ -119,43 +120,50 @@ def _register(entry: dict[str, Any], arch: int | str) -> None:
     register(Key(entry["kernel"], arch, tuple(sorted(entry["shape"].items()))), entry["changes"])
 
 
-def _check_sizes(seqlen: int, topk: int, dtype: torch.dtype, **sizes: Any) -> None:
+def _problem_of(seqlen: int, topk: int, dtype: torch.dtype, **sizes: Any) -> Problem:
+    """The problem to tune for, its sizes checked."""
     MSAConfig(hidden_size=1, topk=topk, rotary_dim=0, **sizes)
     validation.check_int("topk", topk, 1)
     validation.check_int("seqlen", seqlen, 1)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype: expected torch.bfloat16, torch.float16 or torch.float32, got {dtype}")
+    group_size = sizes.pop("num_heads") // sizes["num_kv_heads"]
+    return Problem(topk=topk, dtype=dtype, group_size=group_size, **sizes)
 
 
-def _tune_kernels(
+def _tune_tasks(
     sizes: dict[str, Any], device: str | torch.device, path: str | os.PathLike | None, report: Report
 ) -> Iterator[dict[str, Any]]:
-    """Tune the kernels one after the other: register each result, write it to path, and yield it."""
-    _check_sizes(**sizes)
+    """Tune one task after the other: register each result, write it to path, and yield it."""
+    problem = _problem_of(**sizes)
     target = _target_of(device)
     file = None if path is None else Path(path)
     stored = {"kernels": []} if file is None or not file.exists() else _read(file, target.arch)
-    from flexmsa.kernels.triton.tuning.trials import TRIALS, Sizes, make_inputs
+    from flexmsa.kernels.triton.tuning.tasks import TASKS, make_inputs
 
     with torch.cuda.device(device):
-        inputs = make_inputs(Sizes(**sizes), torch.device(device))
-        for make_trial in TRIALS:
-            trial = make_trial(Sizes(**sizes), inputs)
-            kernel = trial.key.kernel
-            found = tune(
-                trial.shipped,
-                trial.candidates,
-                trial.run,
-                event_time,
-                lambda line, kernel=kernel: report(f"{kernel}: {line}"),  # type: ignore[misc]
-            )
-            entry = {"kernel": kernel, "shape": dict(trial.key.shape), **found._asdict()}
+        inputs = make_inputs(problem, sizes["seqlen"], torch.device(device))
+        for task in TASKS:
+            entry = _tune_task(task, inputs, report)
             _register(entry, target.arch)
-            others = [old for old in stored["kernels"] if (old["kernel"], old["shape"]) != (kernel, entry["shape"])]
+            others = [old for old in stored["kernels"] if (old["kernel"], old["shape"]) != (task.name, entry["shape"])]
             stored = {**_environment(device), "arch": target.arch, "kernels": [*others, entry]}
             if file is not None:
                 _write(file, stored)
             yield entry
+
+
+def _tune_task(task: Any, inputs: Any, report: Report) -> dict[str, Any]:
+    """The entry of a file that says what was found for one task."""
+    shipped = task.choose(inputs)
+    found = tune(
+        shipped,
+        task.candidates(inputs.problem, inputs.target, shipped),
+        lambda config: task.run(inputs, config),
+        event_time,
+        lambda line: report(f"{task.name}: {line}"),
+    )
+    return {"kernel": task.name, "shape": dict(task.key(inputs).shape), **found._asdict()}
 
 
 def _environment(device: str | torch.device) -> dict[str, str]:
@@ -165,7 +173,7 @@ def _environment(device: str | torch.device) -> dict[str, str]:
 
 
 def _write(path: Path, stored: dict[str, Any]) -> None:
-    """Write a new file, then rename it, so that an interruption cannot damage the old one."""
+    """Whole or not at all, so that nothing is lost when it is interrupted."""
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(stored, indent=2) + "\n")
     new.replace(path)
@@ -173,12 +181,13 @@ def _write(path: Path, stored: dict[str, Any]) -> None:
 
 def _read(path: Path, arch: int | str) -> dict[str, Any]:
     """Read and check a file that `_write` wrote."""
-    from flexmsa.kernels.triton.tuning.candidates import TUNABLE
+    from flexmsa.kernels.triton.tuning.tasks import TASKS
 
+    tunable = {task.name: task.tunable for task in TASKS}
     try:
         stored = json.loads(path.read_text())
         for entry in stored["kernels"]:
-            unknown = set(entry["changes"]) - set(TUNABLE[entry["kernel"]])
+            unknown = set(entry["changes"]) - set(tunable[entry["kernel"]])
             values = [*entry["changes"].values(), *entry["shape"].values()]
             if unknown or not all(isinstance(value, int | str | None) for value in values):
                 raise ValueError(f"changes to {entry['kernel']}: {entry['changes']}")
@@ -196,11 +205,11 @@ def _read(path: Path, arch: int | str) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """Tune for one shape and write the file; return 0, or 1 if there is no GPU to tune on."""
+    """Tune for one shape and write the file; returns 0, or 1 where there is no GPU to tune on."""
     parser = argparse.ArgumentParser(
         prog="python -m flexmsa autotune",
-        description="Time the Triton kernels of one shape with other tiles than the shipped ones, and write the faster "
-        "tiles to a file for flexmsa.load_tuning. Takes some minutes; Ctrl-C keeps the results so far.",
+        description="Time the Triton kernels of one shape with other tiles than they ship with, and write what is "
+        "faster to a file for flexmsa.load_tuning. Takes some minutes; Ctrl-C leaves what was found so far.",
     )
     for name in ("num-heads", "num-kv-heads", "head-dim"):
         parser.add_argument(f"--{name}", type=int, required=True)
@@ -210,7 +219,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--seqlen", type=int, default=65536, help="tokens to tune with; results apply to every length")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, required=True, help="the file; its entries of other shapes are kept")
+    parser.add_argument("--out", type=Path, required=True, help="the file; what it has of other shapes is kept")
     options = vars(parser.parse_args(argv))
     device, path = options.pop("device"), options.pop("out")
     options["dtype"] = getattr(torch, options["dtype"])
@@ -222,7 +231,7 @@ def main(argv: list[str]) -> int:
         return 1
     entries = []
     try:
-        for entry in _tune_kernels(options, device, path, lambda line: print(line, flush=True)):
+        for entry in _tune_tasks(options, device, path, lambda line: print(line, flush=True)):
             entries.append(entry)
     except KeyboardInterrupt:
         print("\nstopped")

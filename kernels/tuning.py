@@ -1,7 +1,8 @@
-"""What tuning changed in the configurations that the Triton kernels are launched with, in this process.
+"""Changes that tuning made to the configurations of the Triton kernels, in this process.
 
-`triton/configs.py` chooses a configuration by target and shape. For a kernel, an architecture and a shape, whatever
-the sequence length, some of its fields may be changed: `tuned` is where the kernels ask, `tune` finds what pays.
+The config.py of each folder of kernels chooses a configuration by problem and target. For a task, an architecture and
+the fields of the problem that the task uses, some fields of its configuration may be changed, for every sequence
+length: launches ask `tuned_config`, and `tune` finds changes that make a task faster.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-# What a configuration is chosen by, but differs from call to call.
+from .problem import Problem
+
+# Arguments of `tuned` that differ from call to call.
 LENGTHS = {"num_sequences", "seqlen_q", "seqlen_k", "tma_ready", "scales_ready"}
 # How much faster a candidate must be: less than this, and noise would choose.
 MARGIN = 0.03
@@ -22,13 +25,13 @@ Report = Callable[[str], object]
 
 
 class Key(NamedTuple):
-    """What a change holds for: kernel is "selection", "forward", "backward" or "loss"; shape: sorted names and values.
+    """Where a change applies: task is "selection", "forward", "backward" or "loss"; shape: sorted names and values.
 
-    The shape has the rows of the configuration before the change: a selection of few queries takes fewer rows, and is
-    launched so differently that what was found for many does not hold for it.
+    The shape has the fields of the problem that the task uses, and the rows of the configuration before the change: a
+    selection of few queries takes fewer rows, and changes that were found for many queries do not suit it.
     """
 
-    kernel: str
+    task: str
     arch: int | str
     shape: tuple[tuple[str, Any], ...]
 
@@ -53,25 +56,40 @@ def clear_tuning() -> None:
 
 
 def register(key: Key, changes: Changes) -> None:
-    """From now on, launch what `key` says with these fields changed; with none, as shipped."""
+    """From now on, launch the task of `key` with these fields changed; with none, as shipped."""
     _changes[key] = changes
 
 
-def key_of(kernel: str, config: Any, target: Any, shape: Mapping[str, Any]) -> Key:
-    """The key of a configuration that was chosen for a target and a shape."""
-    lasting = {name: value for name, value in shape.items() if name not in LENGTHS}
-    for name, value in lasting.items():
-        if isinstance(value, torch.dtype):
-            lasting[name] = str(value).removeprefix("torch.")
-    return Key(kernel, target.arch, tuple(sorted({**lasting, "rows": config.rows}.items())))
+def key_of(task: str, config: Any, target: Any, shape: Mapping[str, Any]) -> Key:
+    """The Key of a configuration that was chosen for a target and a shape; dtypes by name, as a file has them."""
+    values = {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in shape.items()
+    }
+    return Key(task, target.arch, tuple(sorted({**values, "rows": config.rows}.items())))
 
 
-def tuned(kernel: str, choose: Callable[..., Any], target: Any, **shape: Any) -> Any:
-    """The configuration `choose(target, **shape)`, with what tuning changed in it."""
+def tuned(task: str, choose: Callable[..., Any], target: Any, **shape: Any) -> Any:
+    """`tuned_config`, for callers that have no Problem: the configuration is `choose(target, **shape)`."""
     config = choose(target, **shape)
     if not _changes:
         return config
-    return replace(config, **_changes.get(key_of(kernel, config, target, shape), {}))
+    lasting = {name: value for name, value in shape.items() if name not in LENGTHS}
+    if "decoded" in lasting:
+        lasting["scaled"] = lasting.pop("decoded")
+    return replace(config, **_changes.get(key_of(task, config, target, lasting), {}))
+
+
+def key_for(task: str, problem: Problem, target: Any, config: Any, depends_on: tuple[str, ...]) -> Key:
+    """The Key of a configuration that was chosen for a problem and a target; depends_on: fields of the problem."""
+    return key_of(task, config, target, {name: getattr(problem, name) for name in depends_on})
+
+
+def tuned_config(task: str, problem: Problem, target: Any, config: Any, depends_on: tuple[str, ...]) -> Any:
+    """The configuration that was chosen for a problem and a target, with the changes that tuning made."""
+    if not _changes:
+        return config
+    return replace(config, **_changes.get(key_for(task, problem, target, config, depends_on), {}))
 
 
 def tune(
@@ -81,16 +99,16 @@ def tune(
     time: Callable[[Callable[[], object]], float],
     report: Report = lambda line: None,
 ) -> Found:
-    """Which of the candidates' changes make `run(config)` faster; each is tried on top of those that did before it.
+    """Find the candidates that make `run(config)` faster; each is tried on top of those found before it.
 
-    A candidate that does not compile or launch is left out, and so is one whose results are not those of `shipped`.
+    A candidate is left out if it does not compile or launch, or if its results are not those of `shipped`.
 
     Args:
         shipped: the configuration to begin with.
         candidates: fields to change, and their values.
-        run: launches the kernel with a configuration and returns its results.
+        run: runs the task with a configuration and returns its results.
         time: milliseconds of a call.
-        report: takes a line for each candidate.
+        report: takes a line per candidate.
     """
     expected = run(shipped)
     best, best_ms = shipped, time(partial(run, shipped))
@@ -118,7 +136,7 @@ def tune(
 
 
 def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two results are the same but for rounding, and ids but for choices that hang on it."""
+    """Whether two results are the same but for rounding, and ids but for choices that rounding decides."""
     if not expected.is_floating_point():
         return bool((found != expected).float().mean() <= 1e-4)
     return bool((found.float() - expected.float()).norm() <= 1e-2 * expected.float().norm())
@@ -140,10 +158,10 @@ def describe(changes: Changes) -> str:
 
 
 def event_time(call: Callable[[], object], repeats: int = 10, warm_up: bool = True, fills: int = 4) -> float:
-    """Median milliseconds that a call keeps the current GPU, after one to warm up.
+    """Median milliseconds that a call occupies the current GPU, after one call to warm up.
 
-    Before each, half a gigabyte is overwritten `fills` times: that empties the L2 cache, and lets the host run ahead,
-    as it does in training. What the host takes beyond that counts.
+    Before each call, half a gigabyte is overwritten `fills` times: that empties the L2 cache, and lets the host run
+    ahead, as it does in training. Host time beyond that counts.
     """
     spare = torch.empty(1 << 29, dtype=torch.int8, device="cuda")
     if warm_up:

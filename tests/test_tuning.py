@@ -17,9 +17,11 @@ from flexmsa.kernels.triton.forward import config as forward_config  # noqa: E40
 from flexmsa.kernels.triton.loss import config as loss_config  # noqa: E402
 from flexmsa.kernels.triton.selection import config as selection_config  # noqa: E402
 from flexmsa.kernels.triton.tuning import candidates  # noqa: E402
+from flexmsa.kernels.triton.tuning.tasks import TASKS  # noqa: E402
 from flexmsa.testing.compiled import TARGETS  # noqa: E402
 
 SHAPES = [(16, 4, 128, 128), (4, 8, 64, 64), (1, 2, 256, 48), (3, 1, 80, 512)]
+TUNABLE = {task.name: task.tunable for task in TASKS}
 EXPONENTS = ("rows", "columns", "num_warps", "period", "walk_rows", "walk_columns", "walk_warps")
 
 
@@ -33,8 +35,9 @@ def lists(target, group_size, num_kv_heads, head_dim, block_size, dtype):
     yield "forward", config, candidates.forward_candidates(target, config, group_size, block_size)
     config = backward_config.backward_config(target, **sizes, group_size=group_size)
     yield "backward", config, candidates.backward_candidates(target, config, block_size)
-    config = loss_config.loss_config(target, **sizes, index_head_dim=head_dim)
-    yield "loss", config, candidates.loss_candidates(target, config, block_size)
+    problem = Problem(num_kv_heads, dtype, group_size, head_dim, head_dim, block_size, topk=16)
+    config = loss_config.default_config(problem, target)
+    yield "loss", config, loss_config.candidates(problem, target, config)
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -46,7 +49,7 @@ def test_candidates_are_valid(target, shape, dtype):
         changes = list(changes)
         assert 4 <= len(changes) <= 24
         for change in changes:
-            assert set(change) <= set(candidates.TUNABLE[kernel])
+            assert set(change) <= set(TUNABLE[kernel])
             config = replace(shipped, **change)
             assert config != shipped
             for name in EXPONENTS:

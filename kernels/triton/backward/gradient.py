@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common.primitives import LOG2_E
 from ..common.target import padded
-from ..schedule.work_items import Pieces, load_piece, load_slot
+from ..schedule.work_items import ItemsRecord, WorkItems, load_item
 from .config import BackwardConfig
 from .preprocess import Workspace
 
@@ -104,7 +104,8 @@ def gradient_kernel(
     If that is not the first, grad_q is added to what the launch for the keys before has left.
     """
     KNOWN_HEADS: tl.constexpr = ROWS % HEADS == 0 and ROWS >= 64
-    batch, first_key, stop_key, _, first, last = load_piece(plan_ptr, chunk, num_items)
+    item = load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk)
+    batch, first_key, stop_key, first, last = item.batch, item.first_key, item.stop_key, item.begin, item.stop
     if first >= last:
         return
     group = tl.cast(group, tl.int64)
@@ -151,8 +152,9 @@ def gradient_kernel(
         tl.store(partial_q + place, grad_q.to(partial_q_ptr.dtype.element_ty), mask=mask)
 
     # Loaded again: the loop leaves no register to keep them in.
-    batch, first_key, stop_key, _, _, _ = load_piece(plan_ptr, chunk, num_items)
-    slot = load_slot(plan_ptr, chunk, num_items)
+    item = load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk)
+    batch, first_key, stop_key = item.batch, item.first_key, item.stop_key
+    slot = item.slot
     inside = (first_key + column < stop_key)[:, None] & (depth < HEAD_DIM)[None, :]
     alone = slot < 0
     place = tl.where(alone, (batch * num_kv_heads + group) * seqlen_k + first_key, slot * BLOCK) * HEAD_DIM
@@ -194,7 +196,7 @@ def gradient_launcher(
     config: BackwardConfig,
     grad_k: Tensor,
     grad_v: Tensor,
-) -> Callable[[Pieces, int, int], None]:
+) -> Callable[[WorkItems, int, int], None]:
     """What fills the partial results of a chunk, given its pieces, its number, and its KV head.
 
     Lists of one piece are added to grad_k and grad_v.
@@ -203,14 +205,14 @@ def gradient_launcher(
     block_size = workspace.partial_k.shape[1]
     constants = gradient_constants(config, q.shape[1] // num_kv_heads, head_dim, block_size)
 
-    def launch(pieces: Pieces, chunk: int, group: int) -> None:
+    def launch(pieces: WorkItems, chunk: int, group: int) -> None:
         for offset in range(0, block_size, config.columns):
             gradient_kernel[(pieces.num_items,)](
                 grad_out,
                 q,
                 k,
                 v,
-                pieces.plan,
+                pieces.table,
                 workspace.queries,
                 workspace.limits,
                 workspace.row_delta,

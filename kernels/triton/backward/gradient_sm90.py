@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..common.gluon_sm90 import HALF, SIDE_BY_SIDE, clear_rows, copy_block, gather_rows, make_barriers, meet, shared_box
 from ..common.primitives import LOG2_E
-from ..schedule.work_items import Pieces, load_piece, load_slot
+from ..schedule.work_items import ItemsRecord, WorkItems, load_item
 from .config import BackwardConfig
 from .preprocess import Workspace
 
@@ -49,7 +49,8 @@ def copy_rows(
     chunk, group, num_items, _, _, _ = numbers
     ENTRIES: gl.constexpr = ROWS // HEADS
     HALVES: gl.constexpr = HEAD_DIM // HALF
-    batch, first_key, _, _, first, last = load_piece(plan_ptr, chunk, num_items)
+    item = load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk)
+    batch, first_key, first, last = item.batch, item.first_key, item.begin, item.stop
     batch = gl.cast(batch, gl.int32)
     if first < last:
         copy_block(k_tiles, v_tiles, [batch, group, first_key, 0], keys_full, k_box, v_box)
@@ -166,7 +167,8 @@ def multiply_rows(
     q_rows = q_boxes._reinterpret(k_box.dtype, [STAGES, ROWS, HEAD_DIM], SIDE_BY_SIDE)
     grad_rows = grad_boxes._reinterpret(k_box.dtype, [STAGES, ROWS, HEAD_DIM], SIDE_BY_SIDE)
     block = k_box.reshape([BLOCK, HEAD_DIM]), v_box.reshape([BLOCK, HEAD_DIM])
-    _, first_key, stop_key, _, first, last = load_piece(plan_ptr, chunk, num_items)
+    item = load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk)
+    first_key, stop_key, first, last = item.first_key, item.stop_key, item.begin, item.stop
     if first < last:
         mbarrier.wait(keys_full, 0)
         count = stop_key - first_key
@@ -211,8 +213,9 @@ def multiply_rows(
         grad_k = warpgroup_mma_wait(0, deps=[grad_k])
         tma.store_wait(0)
         # Loaded again: the loops leave no register to keep them in.
-        batch, first_key, stop_key, _, _, _ = load_piece(plan_ptr, chunk, num_items)
-        slot = load_slot(plan_ptr, chunk, num_items)
+        item = load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk)
+        batch, first_key, stop_key = item.batch, item.first_key, item.stop_key
+        slot = item.slot
         place = (batch * num_kv_heads + group) * seqlen_k + first_key
         store_sum(grad_k_ptr, partial_k_ptr, grad_k * scale, place, slot, stop_key - first_key)
         store_sum(grad_v_ptr, partial_v_ptr, grad_v, place, slot, stop_key - first_key)
@@ -298,7 +301,7 @@ def gradient_launcher(
     config: BackwardConfig,
     grad_k: Tensor,
     grad_v: Tensor,
-) -> Callable[[Pieces, int, int], None]:
+) -> Callable[[WorkItems, int, int], None]:
     """As `backward_gradient.gradient_launcher`, but that a partial dQ is [entries, G, D] for every G."""
     num_kv_heads, seqlen_k, head_dim = k.shape[1:]
     group_size, block_size = q.shape[1] // num_kv_heads, workspace.partial_k.shape[1]
@@ -308,10 +311,10 @@ def gradient_launcher(
     tiles = [shared_box(x, box) for x, box in zip((q, grad_out, k, v, *stats, partial), boxes, strict=True)]
     constants = hopper_constants(config, group_size, head_dim, block_size)
 
-    def launch(pieces: Pieces, chunk: int, group: int) -> None:
+    def launch(pieces: WorkItems, chunk: int, group: int) -> None:
         gradient_hopper_kernel[(pieces.num_items,)](
             *tiles,
-            pieces.plan,
+            pieces.table,
             workspace.queries,
             workspace.limits,
             workspace.partial_q,

@@ -7,7 +7,7 @@ Layouts: q, out, grad_out [B, Hq, Sq, D], k, v [B, Hkv, Sk, D], lse, grad_lse [B
 block_indices [B, Hkv, Sq, topk], or None for every visible block; sequences as in `flexmsa.kernels`. The gradients are
 contiguous. Nothing is accumulated across programs, so that the results are the same bits every time.
 
-The work goes chunk by chunk (see `reverse_index`), four launches each:
+The work goes chunk by chunk (see `inverse_index`), four launches each:
 
 - `gather_kernel` writes, in the order of the lists, what is needed of each entry and of its G rows (`backward_rows`);
 - `gradient_kernel`: one program owns one piece of a block's list, and makes its dK, dV and dQ (`backward_gradient`, and
@@ -27,8 +27,8 @@ from ...tuning import tuned
 from ...workspace import chunk_tokens
 from ..common.primitives import tma_ready
 from ..common.target import padded, target_of
-from ..schedule.inverse_index import chunked_indexes
-from ..schedule.work_items import cut_lists
+from ..schedule.inverse_index import inverse_indexes
+from ..schedule.work_items import cut_into_items
 from .config import BackwardConfig, backward_config
 from .gradient import heads_inside
 from .preprocess import Workspace, gather_kernel, row_statistics
@@ -99,12 +99,12 @@ def block_sparse_attention_backward(
     entries = max(1, 1024 // lanes)
     depth = padded(head_dim)
     heads = min(lanes, max(1, 2048 // depth))
-    for index in chunked_indexes(block_indices, sequences, q, k, block_size, step):
-        pieces = cut_lists(index, config.length)
-        chunks = index.num_chunks // num_kv_heads
-        for chunk in range(index.num_chunks):
-            group, first_token = chunk // chunks, chunk % chunks * index.chunk_tokens
-            tokens = min(index.chunk_tokens, index.num_tokens - first_token)
+    for index in inverse_indexes(block_indices, sequences, q, k, block_size, step):
+        pieces = cut_into_items(index, config.length)
+        chunks = index.num_ranges // num_kv_heads
+        for chunk in range(index.num_ranges):
+            group, first_token = chunk // chunks, chunk % chunks * index.range_tokens
+            tokens = min(index.range_tokens, index.num_tokens - first_token)
             workspace.places.fill_(-1)
             gather_kernel[(triton.cdiv(tokens * topk, entries),)](
                 index.blocks,
@@ -121,7 +121,7 @@ def block_sparse_attention_backward(
                 chunk,
                 index.first_token,
                 index.num_tokens,
-                index.chunk_tokens,
+                index.range_tokens,
                 index.num_blocks,
                 index.lowest,
                 topk,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common.primitives import LOG2_E
 from ..common.target import padded
-from ..schedule.inverse_index import chunk_origin
+from ..schedule.inverse_index import IndexRecord, find_token_range
 
 
 @triton.jit
@@ -159,7 +159,8 @@ def gather_kernel(
     live = place < count
     entry = tl.load(entries_ptr + begin + place, mask=live, other=0)
     block = tl.load(numbers_ptr + entry, mask=live, other=lowest).to(tl.int64) - lowest - chunk * num_blocks
-    group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
+    tokens = find_token_range(IndexRecord(0, 0, 0, 0, first_token, num_tokens, chunk_tokens, 0), chunk, topk)
+    group, origin, token0 = tokens.group, tokens.first_entry, tokens.first_token
     # Tokens, and entries of a chunk, are numbered in 32 bits, and divided much faster so.
     local = tl.where(live, entry - origin, 0).to(tl.int32)
     token = token0.to(tl.int32) + local // topk

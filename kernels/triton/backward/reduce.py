@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..schedule.inverse_index import load_block
-from ..schedule.work_items import load_share
+from ..schedule.work_items import ItemsRecord, load_share
 from .gradient import partial_offsets
 
 
@@ -27,10 +27,12 @@ def sum_pieces_kernel(
 ):
     """Add the pieces of block program_id(0)'s list, if there are several, to KEYS of its keys' gradients."""
     block = tl.program_id(0)
-    slot, pieces = load_share(shares_ptr, chunk, tl.num_programs(0), block)
+    share = load_share(ItemsRecord(0, shares_ptr, 0, tl.num_programs(0)), chunk, block)
+    slot, pieces = share.first_slot, share.num_items
     if pieces == 0:
         return
-    batch, first_key, stop_key = load_block(blocks_ptr, block)
+    owned = load_block(blocks_ptr, block)
+    batch, first_key, stop_key = owned.batch, owned.first_key, owned.stop_key
     key = tl.program_id(1) * KEYS + tl.arange(0, KEYS)[:, None]
     depth = tl.arange(0, DEPTH)[None, :]
     mask = (first_key + key < stop_key) & (key < BLOCK) & (depth < HEAD_DIM)

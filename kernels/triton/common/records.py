@@ -33,10 +33,17 @@ class Place(NamedTuple):
 
 
 @triton.jit
-def load_sequence(sequences_ptr, number):
-    """The Sequence of that number."""
+def load_sequence(sequences_ptr, number, mask=None):
+    """The Sequence of that number, or of a tensor of numbers, with zeros where a mask is given and not set."""
     row = sequences_ptr + number.to(tl.int64) * 5
-    return Sequence(tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4))
+    other: tl.constexpr = None if mask is None else 0
+    return Sequence(
+        tl.load(row, mask=mask, other=other).to(tl.int64),
+        tl.load(row + 1, mask=mask, other=other),
+        tl.load(row + 2, mask=mask, other=other),
+        tl.load(row + 3, mask=mask, other=other),
+        tl.load(row + 4, mask=mask, other=other),
+    )
 
 
 @triton.jit

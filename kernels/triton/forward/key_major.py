@@ -1,6 +1,6 @@
 """The forward in KV-outer order: one program owns a block's keys and values, and runs over the rows that chose it.
 
-A program owns a piece of the list of (token, slot) entries that chose one block (see `reverse_index`). It loads the
+A program owns a piece of the list of (token, slot) entries that chose one block (see `inverse_index`). It loads the
 block's keys and values once and runs over the entries' query rows: row r is head r % G of entry r // G, so that tiles
 are full for any group size. Each (entry, head) gets a partial output, normalised, and its lse, in a workspace that one
 chunk of tokens fills at a time; `combine_slots` then joins the slots of each token.
@@ -20,8 +20,8 @@ from ...workspace import chunk_tokens
 from ..common.fp8 import as_bits, load_vectors
 from ..common.primitives import LOG2_E, await_previous, key_limit, locate_block, page_arguments
 from ..common.target import padded, target_of
-from ..schedule.inverse_index import chunk_origin, reverse_index
-from ..schedule.work_items import Pieces, cut_lists, load_piece, piece_entries
+from ..schedule.inverse_index import IndexRecord, find_token_range, inverse_index
+from ..schedule.work_items import ItemsRecord, WorkItems, cut_into_items, item_entries, load_item
 from .combine import combine_constants, combine_slots_kernel
 from .config import ForwardConfig
 
@@ -145,10 +145,19 @@ def partial_attention_kernel(
     block alone, partial_lse [chunk_tokens, topk, G] its lse, base 2.
     """
     await_previous(OVERLAP)
-    batch, first_key, stop_key, shift, begin, stop = load_piece(plan_ptr, chunk, num_items)
+    item = load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk)
+    batch, first_key, stop_key, shift, begin, stop = (
+        item.batch,
+        item.first_key,
+        item.stop_key,
+        item.shift,
+        item.begin,
+        item.stop,
+    )
     if begin >= stop:
         return
-    group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, TOPK)
+    tokens = find_token_range(IndexRecord(0, 0, 0, 0, first_token, num_tokens, chunk_tokens, 0), chunk, TOPK)
+    group, origin, token0 = tokens.group, tokens.first_entry, tokens.first_token
     num_keys = stop_key - first_key
     place, key = batch, first_key
     if PAGED:
@@ -166,7 +175,7 @@ def partial_attention_kernel(
         stride_vs, stride_vd, q_ptr.dtype.element_ty, COLUMNS, HEAD_DIM, DEPTH, SCALED, NATIVE,
     )  # fmt: skip
     q_base = q_ptr + batch * stride_qb + group * GROUP_SIZE * stride_qh
-    entries_ptr = piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin)
+    entries_ptr = item_entries(IndexRecord(0, entries_ptr, offsets_ptr, num_blocks, 0, 0, 0, 0), chunk, begin)
     num_entries = stop - begin
     num_rows = num_entries * GROUP_SIZE
     first_query, seen_from = (token0 - batch * seqlen_q).to(tl.int32), shift - first_key + 1
@@ -237,7 +246,7 @@ def partial_constants(
 
 def partial_launcher(
     q, k, v, cache, sequences, block_size, scale, config, index, partial, partial_lse
-) -> Callable[[Pieces, int], None]:
+) -> Callable[[WorkItems, int], None]:
     """What fills the partial results of a chunk, given its pieces and its number."""
     pages, max_pages, num_pages = page_arguments(cache.page_table, sequences, k)
     target = target_of(q.device)
@@ -248,7 +257,7 @@ def partial_launcher(
         **target.overlap(),
     }
 
-    def launch(pieces: Pieces, chunk: int) -> None:
+    def launch(pieces: WorkItems, chunk: int) -> None:
         partial_attention_kernel[(pieces.num_items,)](
             q,
             as_bits(k),
@@ -258,7 +267,7 @@ def partial_launcher(
             pages,
             index.entries,
             index.offsets,
-            pieces.plan,
+            pieces.table,
             partial,
             partial_lse,
             *q.stride(),
@@ -271,7 +280,7 @@ def partial_launcher(
             num_pages,
             index.first_token,
             index.num_tokens,
-            index.chunk_tokens,
+            index.range_tokens,
             index.num_blocks,
             pieces.num_items,
             k.shape[1],
@@ -295,7 +304,7 @@ def attend_by_block(
     size = chunk_tokens(batch * seqlen_q, topk * group_size * (head_dim * q.element_size() + 4))
     # Elements of a chunk's partial results are numbered in 32 bits.
     size = max(1, min(size, (2**31 - 1) // (topk * group_size * head_dim)))
-    index = reverse_index(
+    index = inverse_index(
         block_indices,
         sequences,
         batch=batch,
@@ -303,12 +312,12 @@ def attend_by_block(
         seqlen_q=seqlen_q,
         seqlen_k=key_limit(cache.page_table, k),
         block_size=block_size,
-        chunk_tokens=size,
+        range_tokens=size,
         skip=skip,
     )
-    pieces = cut_lists(index, config.length)
-    partial = q.new_empty(index.chunk_tokens, topk, group_size, head_dim)
-    partial_lse = lse.new_empty(index.chunk_tokens, topk, group_size)
+    pieces = cut_into_items(index, config.length)
+    partial = q.new_empty(index.range_tokens, topk, group_size, head_dim)
+    partial_lse = lse.new_empty(index.range_tokens, topk, group_size)
     combine = combine_constants(group_size, head_dim, topk)
     overlap = target_of(q.device).overlap()
     if hopper:
@@ -319,9 +328,9 @@ def attend_by_block(
     else:
         results = index, partial, partial_lse
         attend_chunk = partial_launcher(q, k, v, cache, sequences, block_size, scale, config, *results)
-    for chunk in range(index.num_chunks):
+    for chunk in range(index.num_ranges):
         attend_chunk(pieces, chunk)
-        combine_slots_kernel[(triton.cdiv(index.chunk_tokens, combine["TOKENS"]),)](
+        combine_slots_kernel[(triton.cdiv(index.range_tokens, combine["TOKENS"]),)](
             partial,
             partial_lse,
             index.numbers,
@@ -332,7 +341,7 @@ def attend_by_block(
             seqlen_q,
             index.first_token,
             index.num_tokens,
-            index.chunk_tokens,
+            index.range_tokens,
             index.none,
             num_kv_heads,
             topk,

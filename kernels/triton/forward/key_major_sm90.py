@@ -32,8 +32,8 @@ from ..common.gluon_sm90 import (
     shared_box,
 )
 from ..common.primitives import LOG2_E
-from ..schedule.inverse_index import ReverseIndex
-from ..schedule.work_items import Pieces, load_piece, piece_entries
+from ..schedule.inverse_index import IndexRecord, InverseIndex
+from ..schedule.work_items import ItemsRecord, WorkItems, item_entries, load_item
 from .key_major import softmax_rows
 
 ROWS = gl.constexpr(64)
@@ -60,12 +60,13 @@ def copy_queries(
     chunk, group, origin, token0, seqlen_q, num_blocks, num_items, _, _ = numbers
     ENTRIES: gl.constexpr = ROWS // HEADS
     HALVES: gl.constexpr = HEAD_DIM // HALF
-    batch, first_key, _, _, begin, stop = load_piece(plan_ptr, chunk, num_items)
+    item = load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk)
+    batch, first_key, begin, stop = item.batch, item.first_key, item.begin, item.stop
     first_query = gl.cast(token0 - batch * seqlen_q, gl.int32)
     batch = gl.cast(batch, gl.int32)
     if begin < stop:
         copy_block(k_tiles, v_tiles, [batch, group, first_key, 0], keys_full, k_box, v_box)
-        entries_ptr = piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin)
+        entries_ptr = item_entries(IndexRecord(0, entries_ptr, offsets_ptr, num_blocks, 0, 0, 0, 0), chunk, begin)
         last = stop - begin - 1
         for step in range((stop - begin + ENTRIES - 1) // ENTRIES):
             stage = step % STAGES
@@ -89,8 +90,9 @@ def store_outputs(tiles, buffers, barriers, pointers, numbers, HEADS: gl.constex
     chunk, _, origin, _, _, num_blocks, num_items, _, num_rows = numbers
     ENTRIES: gl.constexpr = ROWS // HEADS
     HALVES: gl.constexpr = HEAD_DIM // HALF
-    _, _, _, _, begin, stop = load_piece(plan_ptr, chunk, num_items)
-    entries_ptr = piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin)
+    item = load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk)
+    begin, stop = item.begin, item.stop
+    entries_ptr = item_entries(IndexRecord(0, entries_ptr, offsets_ptr, num_blocks, 0, 0, 0, 0), chunk, begin)
     last = stop - begin - 1
     for step in range((stop - begin + ENTRIES - 1) // ENTRIES):
         rows = ()
@@ -135,10 +137,18 @@ def attend_rows(
     out_rows = out_boxes._reinterpret(dtype, [ROWS, HEAD_DIM], SIDE_BY_SIDE)
     k, v = k_box.reshape([BLOCK, HEAD_DIM]), v_box.reshape([BLOCK, HEAD_DIM])
     row = gl.arange(0, ROWS, gl.SliceLayout(1, scored))
-    batch, first_key, stop_key, shift, begin, stop = load_piece(plan_ptr, chunk, num_items)
+    item = load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk)
+    batch, first_key, stop_key, shift, begin, stop = (
+        item.batch,
+        item.first_key,
+        item.stop_key,
+        item.shift,
+        item.begin,
+        item.stop,
+    )
     if begin < stop:
         num_keys = stop_key - first_key
-        entries_ptr = piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin)
+        entries_ptr = item_entries(IndexRecord(0, entries_ptr, offsets_ptr, num_blocks, 0, 0, 0, 0), chunk, begin)
         last = stop - begin - 1
         # A query sees as many keys of the block as its number and this.
         seen = gl.cast(token0 - batch * seqlen_q, gl.int32) + shift - first_key + 1
@@ -243,24 +253,24 @@ def partial_launcher_hopper(
     v: Tensor,
     block_size: int,
     scale: float,
-    index: ReverseIndex,
+    index: InverseIndex,
     partial: Tensor,
     partial_lse: Tensor,
-) -> Callable[[Pieces, int], None]:
+) -> Callable[[WorkItems, int], None]:
     """As `by_block.partial_launcher`."""
     num_kv_heads, head_dim = k.shape[1], k.shape[3]
     group_size = q.shape[1] // num_kv_heads
-    chunks = index.num_chunks // num_kv_heads
+    chunks = index.num_ranges // num_kv_heads
     boxes = hopper_boxes(group_size, head_dim, block_size).values()
     # Made once: a descriptor costs the host as much as a launch.
     tiles = [shared_box(x, box) for x, box in zip((q, k, v, partial.view(-1, head_dim)), boxes, strict=True)]
     constants = hopper_constants(index.topk, group_size, head_dim, block_size)
 
-    def launch(pieces: Pieces, chunk: int) -> None:
-        group, first_token = chunk // chunks, chunk % chunks * index.chunk_tokens
+    def launch(pieces: WorkItems, chunk: int) -> None:
+        group, first_token = chunk // chunks, chunk % chunks * index.range_tokens
         partial_hopper_kernel[(pieces.num_items,)](
             *tiles,
-            pieces.plan,
+            pieces.table,
             index.entries,
             index.offsets,
             partial_lse,

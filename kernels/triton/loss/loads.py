@@ -1,49 +1,59 @@
-"""What the index loss's kernels share: their part of a block, the entries of a piece, and the queries of those."""
+"""Records that the index loss's kernels share, and how they load a part of a block, entries and their queries."""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..schedule.work_items import load_piece
+from ..schedule.work_items import WorkItem, load_item
 
-# Never worth a kernel of its own: lengths, counts, and what changes from launch to launch.
-VARYING = [
-    "num_groups",
-    "group_size",
-    "seqlen_q",
-    "seqlen_k",
-    "chunk",
-    "first_token",
-    "num_tokens",
-    "chunk_tokens",
-    "num_blocks",
-    "num_items",
-    "none",
-    "topk",
-]
+
+class Sizes(NamedTuple):
+    """Hkv, G, Sq and Sk: numbers that the kernels take at run time."""
+
+    num_kv_heads: Any
+    group_size: Any
+    seqlen_q: Any
+    seqlen_k: Any
+
+
+class Gradients(NamedTuple):
+    """Where gradients go, all fp32 and contiguous; None stands for a call without gradients.
+
+    unit: their factor, index_scale / count; grad_q [B, Hkv, Sq, Di], grad_k [B, 1, Sk, Di]; partial_q
+    [entry of the token range, part, Di]; partial_k [slot of the work items, part, columns, Di].
+    """
+
+    unit: Any
+    grad_q: Any
+    grad_k: Any
+    partial_q: Any
+    partial_k: Any
 
 
 @triton.jit
-def load_part(plan_ptr, chunk, num_items, COLUMNS: tl.constexpr):
-    """`load_piece`, but of program_id(1)'s share of the block's keys; of none past its end."""
-    batch, first_key, stop_key, shift, begin, stop = load_piece(plan_ptr, chunk, num_items)
-    first_key += tl.program_id(1) * COLUMNS
-    return batch, first_key, tl.minimum(stop_key, first_key + COLUMNS), shift, begin, stop
+def load_part(items, range_number, columns: tl.constexpr):
+    """WorkItem program_id(0), but with the keys of part program_id(1) of its block; a part past the end has none."""
+    item = load_item(items, range_number)
+    first_key = item.first_key + tl.program_id(1) * columns
+    stop_key = tl.minimum(item.stop_key, first_key + columns)
+    return WorkItem(item.batch, first_key, stop_key, item.shift, item.begin, item.stop, item.slot, item.block)
 
 
 @triton.jit
-def load_rows(base, query, stride_s, stride_d, DIM: tl.constexpr, DEPTH: tl.constexpr):
-    """The vectors of the queries [ROWS] as a tile [ROWS, DEPTH]."""
-    depth = tl.arange(0, DEPTH)
-    rows = base + query.to(tl.int64)[:, None] * stride_s + depth.to(tl.int64)[None, :] * stride_d
-    if DIM == DEPTH:
+def load_rows(base, query, stride_s, stride_d, head_dim: tl.constexpr, depth: tl.constexpr):
+    """The vectors of queries [ROWS] as a tile [ROWS, depth]."""
+    d = tl.arange(0, depth)
+    rows = base + query.to(tl.int64)[:, None] * stride_s + d.to(tl.int64)[None, :] * stride_d
+    if head_dim == depth:
         return tl.load(rows)
     else:
-        return tl.load(rows, mask=(depth < DIM)[None, :], other=0.0)
+        return tl.load(rows, mask=(d < head_dim)[None, :], other=0.0)
 
 
 @triton.jit
-def load_entries(entries_ptr, entry, num_entries, origin):
-    """int32: which of the chunk's entries are those of a piece; the last one again past its end."""
-    place = entries_ptr + tl.minimum(entry, num_entries - 1)
+def load_entries(entries_ptr, number, num_entries, first_entry):
+    """Entries `number` of a work item, counted from the token range's first, int32; past its end, the last again."""
+    place = entries_ptr + tl.minimum(number, num_entries - 1)
     # The low halves suffice, because the difference fits.
-    return tl.load(place).to(tl.int32) - origin.to(tl.int32)
+    return tl.load(place).to(tl.int32) - first_entry.to(tl.int32)

@@ -1,79 +1,102 @@
-"""The index loss's sums of what `loss_gradient` keeps apart: grad_index_k over pieces, grad_index_q over slots."""
+"""The index loss's sums of partial gradients: grad_index_k over work items, grad_index_q over top-k slots, in order."""
 
 import triton
 import triton.language as tl
 
-from ..schedule.inverse_index import chunk_origin, load_block
-from ..schedule.work_items import load_share
-from .loads import VARYING
+from ..common.launch import Launch
+from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
+from ..schedule.work_items import WorkItems, load_share
+from .config import LossConstants
+from .loads import Gradients, Sizes
+
+# Keys, or tokens, that one program sums for.
+ROWS = tl.constexpr(16)
 
 
-@triton.jit(do_not_specialize=VARYING)
-def sum_pieces_kernel(
-    blocks_ptr,
-    shares_ptr,
-    partial_k_ptr,
-    grad_k_ptr,
-    seqlen_k,
-    chunk,
-    num_blocks,
-    INDEX_DIM: tl.constexpr,
-    INDEX_DEPTH: tl.constexpr,
-    SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """grad_k += the sum of partial_k [slot, SIZE, Di] over the pieces of a block's list, if it has several.
+@triton.jit
+def sum_items_kernel(gradients, index, items, seqlen_k, range_number, C: tl.constexpr):
+    """grad_k += the sum of partial_k over the work items of a block's list, if there are several.
 
-    Program (block, i) owns ROWS of its keys; SIZE: keys of all its parts.
+    Program (block, i) owns ROWS of the block's keys.
     """
-    block = tl.program_id(0)
-    slot, pieces = load_share(shares_ptr, chunk, num_blocks, block)
-    if pieces == 0:
+    INDEX_DEPTH: tl.constexpr = C.index_depth
+    number = tl.program_id(0)
+    share = load_share(items, range_number, number)
+    if share.num_items == 0:
         return
-    batch, first_key, stop_key = load_block(blocks_ptr, block)
+    block = load_block(index.blocks, number)
     column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, INDEX_DEPTH)
-    inside = (first_key + column < stop_key)[:, None] & (depth < INDEX_DIM)[None, :]
-    offsets = column[:, None] * INDEX_DIM + depth[None, :]
+    inside = (block.first_key + column < block.stop_key)[:, None] & (depth < C.index_head_dim)[None, :]
+    offsets = column[:, None] * C.index_head_dim + depth[None, :]
     total = tl.zeros([ROWS, INDEX_DEPTH], tl.float32)
-    for piece in tl.range(0, pieces, num_stages=4):
-        total += tl.load(partial_k_ptr + (slot + piece) * SIZE * INDEX_DIM + offsets, mask=inside, other=0.0)
-    place = grad_k_ptr + (batch * seqlen_k + first_key) * INDEX_DIM + offsets
+    for item in tl.range(0, share.num_items, num_stages=4):
+        slot = gradients.partial_k + (share.first_slot + item) * (C.parts * C.columns) * C.index_head_dim
+        total += tl.load(slot + offsets, mask=inside, other=0.0)
+    place = gradients.grad_k + (block.batch * seqlen_k + block.first_key) * C.index_head_dim + offsets
     tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)
 
 
-@triton.jit(do_not_specialize=VARYING)
-def sum_slots_kernel(
-    numbers_ptr,
-    unit_ptr,
-    partial_q_ptr,
-    grad_q_ptr,
-    num_groups,
-    seqlen_q,
-    chunk,
-    first_token,
-    num_tokens,
-    chunk_tokens,
-    none,
-    topk,
-    INDEX_DIM: tl.constexpr,
-    INDEX_DEPTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """grad_q [B, Hkv, Sq, Di] of ROWS tokens: the sums of partial_q over their used slots, in order."""
-    group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
+@triton.jit
+def sum_slots_kernel(gradients, index, numbers, num_kv_heads, seqlen_q, range_number, C: tl.constexpr):
+    """grad_q of ROWS tokens: the sums of partial_q over their used top-k slots, in order."""
+    INDEX_DEPTH: tl.constexpr = C.index_depth
+    PARTS: tl.constexpr = C.parts
+    tokens = find_token_range(index, range_number, index.topk)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = row < tl.minimum(chunk_tokens, first_token + num_tokens - token0)
+    live = row < tokens.num_tokens
     depth = tl.arange(0, INDEX_DEPTH)
-    deep = (depth < INDEX_DIM)[None, :]
+    deep = (depth < C.index_head_dim)[None, :]
     grad_q = tl.zeros([ROWS, INDEX_DEPTH], tl.float32)
-    for slot in range(0, topk):
-        local = row * topk + slot
-        used = tl.load(numbers_ptr + origin + local, mask=live, other=none) < none
+    for slot in range(0, index.topk):
+        entry = row * index.topk + slot
+        used = tl.load(numbers.ptr + tokens.first_entry + entry, mask=live, other=numbers.none) < numbers.none
         for part in tl.static_range(PARTS):
-            place = partial_q_ptr + (local * PARTS + part)[:, None] * INDEX_DIM + depth[None, :]
+            place = gradients.partial_q + (entry * PARTS + part)[:, None] * C.index_head_dim + depth[None, :]
             grad_q += tl.load(place, mask=used[:, None] & deep, other=0.0)
-    token = token0 + row
-    place = ((token // seqlen_q * num_groups + group) * seqlen_q + token % seqlen_q) * INDEX_DIM
-    tl.store(grad_q_ptr + place[:, None] + depth[None, :], grad_q * tl.load(unit_ptr), mask=live[:, None] & deep)
+    token = tokens.first_token + row
+    place = ((token // seqlen_q * num_kv_heads + tokens.group) * seqlen_q + token % seqlen_q) * C.index_head_dim
+    place = gradients.grad_q + place[:, None] + depth[None, :]
+    tl.store(place, grad_q * tl.load(gradients.unit), mask=live[:, None] & deep)
+
+
+def sum_items(
+    gradients: Gradients,
+    index: InverseIndex,
+    items: WorkItems,
+    seqlen_k: int,
+    range_number: int,
+    constants: LossConstants,
+) -> Launch:
+    """Adds partial_k of one token range to grad_k."""
+    return Launch(
+        sum_items_kernel,
+        (index.num_blocks, triton.cdiv(constants.parts * constants.columns, ROWS.value), 1),
+        {
+            "gradients": gradients,
+            "index": index.record(),
+            "items": items.record(),
+            "seqlen_k": seqlen_k,
+            "range_number": range_number,
+        },
+        {"C": constants},
+    )
+
+
+def sum_slots(
+    gradients: Gradients, index: InverseIndex, sizes: Sizes, range_number: int, constants: LossConstants
+) -> Launch:
+    """Fills grad_q of one token range from its partial_q."""
+    return Launch(
+        sum_slots_kernel,
+        (triton.cdiv(index.range_tokens, ROWS.value), 1, 1),
+        {
+            "gradients": gradients,
+            "index": index.record(),
+            "numbers": index.list_numbers(),
+            "num_kv_heads": sizes.num_kv_heads,
+            "seqlen_q": sizes.seqlen_q,
+            "range_number": range_number,
+        },
+        {"C": constants},
+    )

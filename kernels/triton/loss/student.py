@@ -1,100 +1,73 @@
-"""The student's logsumexp, which `loss_gradient` takes as given: of each entry's block, then of each token."""
+"""The student's logsumexp, which `gradient` takes as given: of each entry's block, then of each token.
 
+Program (i, part) of `block_lse_kernel` owns work item i and one part of its block, program i of `index_lse_kernel` some
+tokens of the token range. See `launch` for the formulas.
+"""
+
+import torch
 import triton
 import triton.language as tl
 
-from ..common.primitives import load_tile
-from ..common.target import padded
-from ..schedule.inverse_index import chunk_origin
-from ..schedule.work_items import piece_entries
-from .config import LossConfig
-from .loads import VARYING, load_entries, load_part, load_rows
+from ..common.launch import Launch, Options, View
+from ..common.tiles import load_tile
+from ..schedule.inverse_index import InverseIndex, find_token_range
+from ..schedule.work_items import WorkItems, item_entries
+from .config import LossConfig, LossConstants
+from .loads import load_entries, load_part, load_rows
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit
 def block_lse_kernel(
-    index_q_ptr,
-    index_k_ptr,
-    entries_ptr,
-    offsets_ptr,
-    plan_ptr,
-    partial_lse_ptr,
-    stride_xb,
-    stride_xh,
-    stride_xs,
-    stride_xd,
-    stride_yb,
-    stride_ys,
-    stride_yd,
-    seqlen_q,
-    chunk,
-    first_token,
-    num_tokens,
-    chunk_tokens,
-    num_blocks,
-    num_items,
-    topk,
-    index_scale,
-    INDEX_DIM: tl.constexpr,
-    INDEX_DEPTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    index_q, index_k, index, items, partial_lse_ptr, seqlen_q, range_number, index_scale, C: tl.constexpr
 ):
     """partial_lse [entry, part] of the student's scores, base 2; index_scale is in base 2 as well."""
-    batch, first_key, stop_key, shift, begin, stop = load_part(plan_ptr, chunk, num_items, COLUMNS)
-    if begin >= stop:
+    part = load_part(items, range_number, C.columns)
+    if part.begin >= part.stop:
         return
-    group, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
-    x_base = index_q_ptr + batch * stride_xb + group * stride_xh
-    y_base = index_k_ptr + batch * stride_yb
-    index_k = load_tile(y_base, first_key, stop_key - first_key, stride_ys, stride_yd, COLUMNS, INDEX_DIM, INDEX_DEPTH)
-    precision: tl.constexpr = "ieee" if index_k.dtype == tl.float32 else "tf32"
-    query0 = (token0 - batch * seqlen_q).to(tl.int32)
-    entries_ptr = piece_entries(entries_ptr, offsets_ptr, chunk, num_blocks, begin)
-    num_entries = stop - begin
-    key = first_key + tl.arange(0, COLUMNS)
-    for step in range(0, num_entries, ROWS):
-        entry = step + tl.arange(0, ROWS)
-        local = load_entries(entries_ptr, entry, num_entries, origin)
-        query = query0 + local // topk
-        index_q = load_rows(x_base, query, stride_xs, stride_xd, INDEX_DIM, INDEX_DEPTH)
-        scores = tl.dot(index_q, tl.trans(index_k), input_precision=precision) * index_scale
-        seen = key[None, :] < tl.minimum(query + shift + 1, stop_key)[:, None]
+    tokens = find_token_range(index, range_number, index.topk)
+    x_base = index_q.ptr + part.batch * index_q.stride_b + tokens.group * index_q.stride_h
+    y_base = index_k.ptr + part.batch * index_k.stride_b
+    num_keys = part.stop_key - part.first_key
+    y = load_tile(
+        y_base, part.first_key, num_keys, index_k.stride_s, index_k.stride_d, C.columns, C.index_head_dim, C.index_depth
+    )
+    precision: tl.constexpr = "ieee" if y.dtype == tl.float32 else "tf32"
+    query0 = (tokens.first_token - part.batch * seqlen_q).to(tl.int32)
+    entries_ptr = item_entries(index, range_number, part.begin)
+    num_entries = part.stop - part.begin
+    key = part.first_key + tl.arange(0, C.columns)
+    for step in range(0, num_entries, C.rows):
+        number = step + tl.arange(0, C.rows)
+        entry = load_entries(entries_ptr, number, num_entries, tokens.first_entry)
+        query = query0 + entry // index.topk
+        x = load_rows(x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, C.index_depth)
+        scores = tl.dot(x, tl.trans(y), input_precision=precision) * index_scale
+        seen = key[None, :] < tl.minimum(query + part.shift + 1, part.stop_key)[:, None]
         scores = tl.where(seen, scores, float("-inf"))
         largest = tl.max(scores, axis=1)
         offset = tl.where(largest == float("-inf"), 0.0, largest)
         lse = offset + tl.log2(tl.sum(tl.exp2(scores - offset[:, None]), axis=1))
-        share = local.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(partial_lse_ptr + share, lse, mask=entry < num_entries)
+        share = entry.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(partial_lse_ptr + share, lse, mask=number < num_entries)
 
 
-@triton.jit(do_not_specialize=VARYING)
-def index_lse_kernel(
-    partial_lse_ptr,
-    numbers_ptr,
-    index_lse_ptr,
-    chunk,
-    first_token,
-    num_tokens,
-    chunk_tokens,
-    none,
-    topk,
-    PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SHARES: tl.constexpr,
-):
-    """index_lse [token in chunk], base 2: the logsumexp of partial_lse [token in chunk, slot, part]."""
-    _, origin, token0 = chunk_origin(chunk, first_token, num_tokens, chunk_tokens, topk)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = row < tl.minimum(chunk_tokens, first_token + num_tokens - token0)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for first in range(0, topk * PARTS, SHARES):
-        share = first + tl.arange(0, SHARES)
-        inside = live[:, None] & (share < topk * PARTS)[None, :]
-        local = row[:, None] * topk + (share // PARTS)[None, :]
-        used = tl.load(numbers_ptr + origin + local, mask=inside, other=none) < none
-        lse = tl.load(partial_lse_ptr + local * PARTS + (share % PARTS)[None, :], mask=used, other=float("-inf"))
+@triton.jit
+def index_lse_kernel(partial_lse_ptr, index_lse_ptr, index, numbers, range_number, C: tl.constexpr, rows: tl.constexpr):
+    """index_lse [token of the range], base 2: the logsumexp of partial_lse [token of the range, slot, part].
+
+    A program owns `rows` tokens.
+    """
+    tokens = find_token_range(index, range_number, index.topk)
+    row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    live = row < tokens.num_tokens
+    largest = tl.full([rows], float("-inf"), tl.float32)
+    total = tl.zeros([rows], tl.float32)
+    for first in range(0, index.topk * C.parts, C.shares):
+        share = first + tl.arange(0, C.shares)
+        inside = live[:, None] & (share < index.topk * C.parts)[None, :]
+        entry = row[:, None] * index.topk + (share // C.parts)[None, :]
+        used = tl.load(numbers.ptr + tokens.first_entry + entry, mask=inside, other=numbers.none) < numbers.none
+        lse = tl.load(partial_lse_ptr + entry * C.parts + (share % C.parts)[None, :], mask=used, other=float("-inf"))
         new_largest = tl.maximum(largest, tl.max(lse, axis=1))
         offset = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         total = total * tl.exp2(largest - offset) + tl.sum(tl.exp2(lse - offset[:, None]), axis=1)
@@ -102,11 +75,55 @@ def index_lse_kernel(
     tl.store(index_lse_ptr + row, largest + tl.log2(total), mask=live)
 
 
-def lse_constants(config: LossConfig, index_dim: int) -> dict[str, int]:
-    """The compile-time arguments of `block_lse_kernel`."""
-    return {
-        "INDEX_DIM": index_dim,
-        "INDEX_DEPTH": padded(index_dim),
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-    }
+def block_lse(
+    index_q: View,
+    index_k: View,
+    index: InverseIndex,
+    items: WorkItems,
+    partial_lse: torch.Tensor,
+    seqlen_q: int,
+    range_number: int,
+    index_scale: float,
+    config: LossConfig,
+    constants: LossConstants,
+) -> Launch:
+    """Fills partial_lse for one token range; index_scale in base 2."""
+    return Launch(
+        block_lse_kernel,
+        (items.num_items, constants.parts, 1),
+        {
+            "index_q": index_q,
+            "index_k": index_k,
+            "index": index.record(),
+            "items": items.record(),
+            "partial_lse_ptr": partial_lse,
+            "seqlen_q": seqlen_q,
+            "range_number": range_number,
+            "index_scale": index_scale,
+        },
+        {"C": constants},
+        Options(4, config.num_stages),
+    )
+
+
+def index_lse(
+    partial_lse: torch.Tensor,
+    index_lse: torch.Tensor,
+    index: InverseIndex,
+    range_number: int,
+    constants: LossConstants,
+) -> Launch:
+    """Fills index_lse for one token range from its partial_lse."""
+    rows = max(16, 1024 // constants.shares)
+    return Launch(
+        index_lse_kernel,
+        (triton.cdiv(index.range_tokens, rows), 1, 1),
+        {
+            "partial_lse_ptr": partial_lse,
+            "index_lse_ptr": index_lse,
+            "index": index.record(),
+            "numbers": index.list_numbers(),
+            "range_number": range_number,
+        },
+        {"C": constants, "rows": rows},
+    )

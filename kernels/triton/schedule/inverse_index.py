@@ -1,73 +1,147 @@
-"""The reverse index on the device: for each KV block the (query, slot) pairs that chose it, in a fixed order.
+"""The inverse index on the device: for each KV block the (query, top-k slot) pairs that chose it, in a fixed order.
 
-An *entry* is one (group, token, slot) of block_indices, a token being a query of the flattened batch, b * Sq + i.
-The tokens are worked through in *chunks*, so that what the kernels keep for each entry is bounded. A *list* is the
-entries of one (group, chunk, block), and its number is
+An *entry* is one (group, token, top-k slot) of block_indices; a token is a query of the flattened batch, b * Sq + i.
+The kernels work on one *token range* of one group at a time, which bounds what they keep per entry. A *list* is the
+entries of one (group, token range, block), and its number is
 
-    lowest + (group * num_chunks + chunk) * num_blocks + block
+    lowest + (group * ranges per group + token range) * num_blocks + block
 
 where block counts through the blocks of all sequences. Entries are sorted by list, then token, with a stable sort, so
-the order is always the same. A slot that holds no block, an id seen before in its row, or a block that the query does
-not see, belongs to no list. Nothing is read back to the host. `pieces` then shares the lists out among programs.
+the order is always the same. A slot belongs to no list if it holds no block, an id that its row held before, or a block
+that the query does not see. Nothing is read back to the host. `work_items` then cuts the lists for the programs.
 
 Bytes for E entries: 2 E written for the numbers of up to 65,534 lists, about 2 * 10 * 2 E by the radix sort (4 E and
-4 * 12 * 2 E for more lists), 8 E read back by each kernel.
+4 * 12 * 2 E for more lists), 8 E read back by each kernel. The two widths of numbers are the only thing that a length
+compiles a kernel again for: `list_numbers_kernel`, and kernels that take `ListNumbers`, have a variant for each.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..common.primitives import load_sequence
+from ..common.launch import Launch, view
+from ..common.records import load_sequence
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_blocks"])
+class Block(NamedTuple):
+    """A row of `InverseIndex.blocks`: query i of the sequence sees the block's keys j <= i + shift; batch is int64."""
+
+    batch: Any
+    first_key: Any
+    stop_key: Any
+    shift: Any
+
+
+class IndexRecord(NamedTuple):
+    """An InverseIndex as an argument of a kernel; range_tokens: tokens per token range."""
+
+    blocks: Any
+    entries: Any
+    offsets: Any
+    num_blocks: Any
+    first_token: Any
+    num_tokens: Any
+    range_tokens: Any
+    topk: Any
+
+
+class ListNumbers(NamedTuple):
+    """The number of each entry's list as an argument of a kernel; lowest, none: of the first list, and of no list.
+
+    Apart from IndexRecord because the pointer's type depends on how many lists there are.
+    """
+
+    ptr: Any
+    lowest: Any
+    none: Any
+
+
+class TokenRange(NamedTuple):
+    """The tokens that a launch works on at once, of one group; all int64.
+
+    first_entry: the first entry of the range before sorting; first_token: of the flattened batch; num_tokens: the last
+    range of a group may have fewer than the others.
+    """
+
+    group: Any
+    first_entry: Any
+    first_token: Any
+    num_tokens: Any
+
+
+@triton.jit
+def load_block(blocks_ptr, block, mask=None):
+    """The Block of that number, or of a tensor of numbers where mask is set."""
+    row = blocks_ptr + tl.cast(block, tl.int64) * 4
+    return Block(
+        tl.load(row, mask=mask).to(tl.int64),
+        tl.load(row + 1, mask=mask),
+        tl.load(row + 2, mask=mask),
+        tl.load(row + 3, mask=mask),
+    )
+
+
+@triton.jit
+def store_block(blocks_ptr, number, block, mask):
+    """Write the Blocks [N] of these numbers [N] where mask is set."""
+    row = blocks_ptr + number.to(tl.int64) * 4
+    tl.store(row, block.batch, mask=mask)
+    tl.store(row + 1, block.first_key, mask=mask)
+    tl.store(row + 2, block.stop_key, mask=mask)
+    tl.store(row + 3, block.shift, mask=mask)
+
+
+@triton.jit
+def find_token_range(index, number, topk):
+    """The TokenRange of number `group * ranges per group + range`; topk: index.topk, or the same as a constant."""
+    per_group = tl.cdiv(index.num_tokens, index.range_tokens)
+    group = tl.cast(number // per_group, tl.int64)
+    token = tl.cast(number % per_group, tl.int64) * index.range_tokens
+    num_tokens = tl.minimum(index.range_tokens, index.num_tokens - token)
+    return TokenRange(group, (group * index.num_tokens + token) * topk, index.first_token + token, num_tokens)
+
+
+@triton.jit
 def block_table_kernel(
     sequences_ptr,
     blocks_ptr,
     before_ptr,
     num_sequences,
     num_blocks,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    SEQUENCES: tl.constexpr,
+    block_size: tl.constexpr,
+    rows: tl.constexpr,
+    chunk: tl.constexpr,
 ):
-    """ROWS rows of `ReverseIndex.blocks`; before[n], how many rows come before those of sequence n, by program 0.
+    """`rows` rows of `InverseIndex.blocks`, reading `chunk` sequences at a time; rows past the last have no keys.
 
-    Rows past the last sequence's are of no keys.
+    Program 0 also writes before[n]: how many rows come before those of sequence n.
     """
-    block = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    batch = tl.zeros([ROWS], tl.int32)
+    number = tl.program_id(0) * rows + tl.arange(0, rows)
+    block = number[:, None]
+    batch = tl.zeros([rows], tl.int32)
     first_key, stop_key, shift = batch, batch, batch
     total = num_sequences * 0
-    for start in range(0, num_sequences, SEQUENCES):
-        n = start + tl.arange(0, SEQUENCES)
+    for start in range(0, num_sequences, chunk):
+        n = start + tl.arange(0, chunk)
         live = n < num_sequences
-        row = sequences_ptr + n.to(tl.int64) * 5
-        q_end = tl.load(row + 2, mask=live, other=0)
-        k_start = tl.load(row + 3, mask=live, other=0)
-        k_end = tl.load(row + 4, mask=live, other=0)
-        counts = tl.cdiv(tl.maximum(k_end - k_start, 0), BLOCK)
+        sequence = load_sequence(sequences_ptr, n, live)
+        counts = tl.cdiv(tl.maximum(sequence.k_end - sequence.k_start, 0), block_size)
         before = total + tl.cumsum(counts, axis=0) - counts
         if tl.program_id(0) == 0:
             tl.store(before_ptr + n, before, mask=live)
         # At most one sequence owns a row.
         owned = (block >= before[None, :]) & (block < (before + counts)[None, :])
-        key = k_start[None, :] + (block - before[None, :]) * BLOCK
-        batch += tl.sum(tl.where(owned, tl.load(row, mask=live, other=0)[None, :], 0), axis=1)
+        key = sequence.k_start[None, :] + (block - before[None, :]) * block_size
+        batch += tl.sum(tl.where(owned, sequence.batch.to(tl.int32)[None, :], 0), axis=1)
         first_key += tl.sum(tl.where(owned, key, 0), axis=1)
-        stop_key += tl.sum(tl.where(owned, tl.minimum(key + BLOCK, k_end[None, :]), 0), axis=1)
-        shift += tl.sum(tl.where(owned, (k_end - q_end)[None, :], 0), axis=1)
+        stop_key += tl.sum(tl.where(owned, tl.minimum(key + block_size, sequence.k_end[None, :]), 0), axis=1)
+        shift += tl.sum(tl.where(owned, (sequence.k_end - sequence.q_end)[None, :], 0), axis=1)
         total += tl.sum(counts, axis=0)
-    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place = blocks_ptr + number.to(tl.int64) * 4
-    tl.store(place, batch, mask=number < num_blocks)
-    tl.store(place + 1, first_key, mask=number < num_blocks)
-    tl.store(place + 2, stop_key, mask=number < num_blocks)
-    tl.store(place + 3, shift, mask=number < num_blocks)
+    store_block(blocks_ptr, number, Block(batch, first_key, stop_key, shift), number < num_blocks)
 
 
 @triton.jit
@@ -77,100 +151,81 @@ def find_sequences(sequences_ptr, token, num_sequences, seqlen_q):
     size = num_sequences
     while size > 1:
         middle = (low + high) // 2
-        row = sequences_ptr + middle.to(tl.int64) * 5
+        sequence = load_sequence(sequences_ptr, middle)
         # A sequence of no queries starts where the next one does, which is then found.
-        below = tl.load(row).to(tl.int64) * seqlen_q + tl.load(row + 1) <= token
+        below = sequence.batch * seqlen_q + sequence.q_start <= token
         low, high = tl.where(below, middle, low), tl.where(below, high, middle)
         size = tl.cdiv(size, 2)
     return low
 
 
-@triton.jit(do_not_specialize=["num_sequences", "first_token", "num_tokens", "chunk_tokens", "num_blocks", "lowest"])
+@triton.jit
 def list_numbers_kernel(
-    ids_ptr,
+    ids,
     sequences_ptr,
     before_ptr,
     skip_ptr,
     numbers_ptr,
-    stride_ib,
-    stride_ih,
-    stride_is,
-    stride_ik,
     num_sequences,
     seqlen_q,
     first_token,
     num_tokens,
-    chunk_tokens,
+    range_tokens,
     num_blocks,
     lowest,
     topk,
-    BLOCK: tl.constexpr,
-    DENSE: tl.constexpr,
-    SKIP: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    block_size: tl.constexpr,
+    rows: tl.constexpr,
+    slots: tl.constexpr,
 ):
     """numbers[group, token, slot] = the entry's list, or the number past the last list if it belongs to none.
 
-    Program (i, group) owns ROWS tokens. skip[group, token] leaves the token out.
+    Program (i, group) owns `rows` tokens, and takes `slots` top-k slots of each at a time. ids: block_indices, or None
+    for every visible block. skip[group, token], unless None, leaves the token out.
     """
     group, num_groups = tl.program_id(1), tl.num_programs(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
     live = row < num_tokens
     token = tl.where(live, first_token + row, 0)
-    sequence = find_sequences(sequences_ptr, token, num_sequences, seqlen_q)
-    batch, _, q_end, k_start, k_end = load_sequence(sequences_ptr, sequence)
+    owner = find_sequences(sequences_ptr, token, num_sequences, seqlen_q)
+    sequence = load_sequence(sequences_ptr, owner)
     query = token % seqlen_q
-    sees = tl.where(live, k_end - q_end + query + 1 - k_start, 0)
-    if SKIP:
+    sees = tl.where(live, sequence.k_end - sequence.q_end + query + 1 - sequence.k_start, 0)
+    if skip_ptr is not None:
         skipped = tl.load(skip_ptr + group.to(tl.int64) * num_tokens + row, mask=live, other=1)
         sees = tl.where(skipped != 0, 0, sees)
-    ids_row = ids_ptr + batch * stride_ib + group.to(tl.int64) * stride_ih + query.to(tl.int64) * stride_is
-    num_chunks = tl.cdiv(num_tokens, chunk_tokens)
-    none = lowest + num_groups * num_chunks * num_blocks
-    first_list = lowest + (group * num_chunks + row // chunk_tokens) * num_blocks
-    first_list += tl.load(before_ptr + sequence)
-    for first_slot in range(0, topk, SLOTS):
-        slot = first_slot + tl.arange(0, SLOTS)
+    per_group = tl.cdiv(num_tokens, range_tokens)
+    none = lowest + num_groups * per_group * num_blocks
+    first_list = lowest + (group * per_group + row // range_tokens) * num_blocks
+    first_list += tl.load(before_ptr + owner)
+    for first_slot in range(0, topk, slots):
+        slot = first_slot + tl.arange(0, slots)
         inside = live[:, None] & (slot < topk)[None, :]
-        if DENSE:
-            ids = tl.broadcast_to(slot[None, :], [ROWS, SLOTS])
-            repeated = ids < 0
+        if ids is None:
+            chosen = tl.broadcast_to(slot[None, :], [rows, slots])
+            repeated = chosen < 0
         else:
-            ids = tl.load(ids_row[:, None] + slot[None, :].to(tl.int64) * stride_ik, mask=inside, other=-1).to(tl.int64)
-            repeated = ids < 0
-            for earlier in range(0, tl.minimum(first_slot + SLOTS, topk) - 1):
-                other = tl.load(ids_row + tl.cast(earlier, tl.int64) * stride_ik, mask=live, other=-1).to(tl.int64)
-                repeated |= (ids == other[:, None]) & (slot > earlier)[None, :]
+            ids_row = ids.ptr + sequence.batch * ids.stride_b + group.to(tl.int64) * ids.stride_h
+            ids_row += query.to(tl.int64) * ids.stride_s
+            place = ids_row[:, None] + slot[None, :].to(tl.int64) * ids.stride_d
+            chosen = tl.load(place, mask=inside, other=-1).to(tl.int64)
+            repeated = chosen < 0
+            for earlier in range(0, tl.minimum(first_slot + slots, topk) - 1):
+                other = tl.load(ids_row + tl.cast(earlier, tl.int64) * ids.stride_d, mask=live, other=-1).to(tl.int64)
+                repeated |= (chosen == other[:, None]) & (slot > earlier)[None, :]
         # Compared in 64 bits: an id of any size is out of range, never wrapped into it.
-        seen = ids.to(tl.int64) * BLOCK < sees[:, None]
-        number = tl.where(seen & ~repeated, first_list[:, None] + ids.to(tl.int32), none)
+        seen = chosen.to(tl.int64) * block_size < sees[:, None]
+        number = tl.where(seen & ~repeated, first_list[:, None] + chosen.to(tl.int32), none)
         place = (group.to(tl.int64) * num_tokens + row)[:, None] * topk + slot[None, :]
         tl.store(numbers_ptr + place, number.to(numbers_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def load_block(blocks_ptr, block):
-    """(batch as int64, first key, last key + 1) of a block."""
-    row = blocks_ptr + tl.cast(block, tl.int64) * 4
-    return tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
-
-
-@triton.jit
-def chunk_origin(chunk, first_token, num_tokens, chunk_tokens, TOPK):
-    """(group, first entry before sorting, first token) of chunk `group * num_chunks + chunk`, all int64."""
-    num_chunks = tl.cdiv(num_tokens, chunk_tokens)
-    group = tl.cast(chunk // num_chunks, tl.int64)
-    token = tl.cast(chunk % num_chunks, tl.int64) * chunk_tokens
-    return group, (group * num_tokens + token) * TOPK, first_token + token
-
-
 @dataclass(frozen=True)
-class ReverseIndex:
-    """Made by `reverse_index`.
+class InverseIndex:
+    """Made by `inverse_index`.
 
-    blocks: [num_blocks, 4] int32, (batch, first key, last key + 1, shift) of each block: query i of the sequence sees
-    its keys j <= i + shift. There is room for as many blocks as the shapes allow; no list names those left over.
+    blocks: [num_blocks, 4] int32, a `Block` each. There is room for as many blocks as the shapes allow; no list names
+    those left over.
     numbers: [groups, num_tokens, topk] int16 or int32, the list of each entry, `none` for none.
     entries: [groups * num_tokens * topk] int64, entries in the order of their lists.
     offsets: [num_lists + 1] int64, where each list begins in `entries`.
@@ -182,7 +237,7 @@ class ReverseIndex:
     offsets: torch.Tensor
     lowest: int
     first_token: int
-    chunk_tokens: int
+    range_tokens: int
 
     @property
     def num_tokens(self) -> int:
@@ -197,29 +252,47 @@ class ReverseIndex:
         return self.blocks.shape[0]
 
     @property
-    def num_chunks(self) -> int:
-        """Chunks of tokens of all groups: kernels run once for each."""
-        return self.numbers.shape[0] * triton.cdiv(self.num_tokens, self.chunk_tokens)
+    def num_ranges(self) -> int:
+        """Token ranges of all groups: kernels run once for each."""
+        return self.numbers.shape[0] * triton.cdiv(self.num_tokens, self.range_tokens)
 
     @property
     def none(self) -> int:
-        return self.lowest + self.num_chunks * self.num_blocks
+        return self.lowest + self.num_ranges * self.num_blocks
+
+    def record(self) -> IndexRecord:
+        """What kernels take, but for the numbers of the lists."""
+        sizes = self.num_blocks, self.first_token, self.num_tokens, self.range_tokens, self.topk
+        return IndexRecord(self.blocks, self.entries, self.offsets, *sizes)
+
+    def list_numbers(self) -> ListNumbers:
+        """The numbers of the lists, for kernels that ask for an entry's list."""
+        return ListNumbers(self.numbers, self.lowest, self.none)
 
 
 def block_table(
     sequences: torch.Tensor, batch: int, seqlen_k: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ReverseIndex.blocks`, and [N] int32, how many of its rows come before each sequence's own."""
+    """`InverseIndex.blocks`, and [N] int32, how many of its rows come before each sequence's own."""
     num_sequences = sequences.shape[0]
     limit = batch * triton.cdiv(seqlen_k, block_size) + (num_sequences if num_sequences != batch else 0)
     blocks, before = sequences.new_empty(limit, 4), sequences.new_empty(num_sequences)
-    block_table_kernel[(triton.cdiv(limit, 64),)](
-        sequences, blocks, before, num_sequences, limit, BLOCK=block_size, ROWS=64, SEQUENCES=64, num_warps=4
-    )
+    Launch(
+        block_table_kernel,
+        (triton.cdiv(limit, 64), 1, 1),
+        {
+            "sequences_ptr": sequences,
+            "blocks_ptr": blocks,
+            "before_ptr": before,
+            "num_sequences": num_sequences,
+            "num_blocks": limit,
+        },
+        {"block_size": block_size, "rows": 64, "chunk": 64},
+    ).run()
     return blocks, before
 
 
-def reverse_index(
+def inverse_index(
     block_indices: torch.Tensor | None,
     sequences: torch.Tensor,
     *,
@@ -228,77 +301,75 @@ def reverse_index(
     seqlen_q: int,
     seqlen_k: int,
     block_size: int,
-    chunk_tokens: int,
+    range_tokens: int,
     tokens: range | None = None,
     skip: torch.Tensor | None = None,
-) -> ReverseIndex:
-    """The reverse index of block_indices [B, Hkv, Sq, topk], or of every visible block if None.
+) -> InverseIndex:
+    """The inverse index of block_indices [B, Hkv, Sq, topk], or of every visible block if None.
 
     `tokens` are those to index, all by default; `skip` [Hkv, len(tokens)] int8 leaves out those where it is not 0.
     """
     tokens = tokens or range(batch * seqlen_q)
     blocks, before = block_table(sequences, batch, seqlen_k, block_size)
     topk = triton.cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
-    num_lists = num_kv_heads * triton.cdiv(len(tokens), chunk_tokens) * blocks.shape[0]
+    num_lists = num_kv_heads * triton.cdiv(len(tokens), range_tokens) * blocks.shape[0]
     # Numbers of 16 bits are sorted in half the time, and have a sign.
     dtype, lowest = (torch.int16, -(2**15)) if num_lists < 2**16 - 1 else (torch.int32, 0)
     numbers = sequences.new_empty(num_kv_heads, len(tokens), topk, dtype=dtype)
-    ids = numbers if block_indices is None else block_indices
-    slots = min(64, triton.next_power_of_2(max(topk, 1)))
+    # Every visible block is a number that grows with the length, and is not to be compiled for.
+    slots = 64 if block_indices is None else min(64, triton.next_power_of_2(max(topk, 1)))
     rows = max(16, 2048 // slots)
     if numbers.numel() > 0:
-        list_numbers_kernel[(triton.cdiv(len(tokens), rows), num_kv_heads)](
-            ids,
-            sequences,
-            before,
-            numbers if skip is None else skip,
-            numbers,
-            *(ids.stride() if block_indices is not None else (0, 0, 0, 0)),
-            sequences.shape[0],
-            seqlen_q,
-            tokens.start,
-            len(tokens),
-            chunk_tokens,
-            blocks.shape[0],
-            lowest,
-            topk,
-            BLOCK=block_size,
-            DENSE=block_indices is None,
-            SKIP=skip is not None,
-            ROWS=rows,
-            SLOTS=slots,
-            num_warps=4,
-        )
+        Launch(
+            list_numbers_kernel,
+            (triton.cdiv(len(tokens), rows), num_kv_heads, 1),
+            {
+                "ids": None if block_indices is None else view(block_indices),
+                "sequences_ptr": sequences,
+                "before_ptr": before,
+                "skip_ptr": skip,
+                "numbers_ptr": numbers,
+                "num_sequences": sequences.shape[0],
+                "seqlen_q": seqlen_q,
+                "first_token": tokens.start,
+                "num_tokens": len(tokens),
+                "range_tokens": range_tokens,
+                "num_blocks": blocks.shape[0],
+                "lowest": lowest,
+                "topk": topk,
+            },
+            {"block_size": block_size, "rows": rows, "slots": slots},
+        ).run()
     ordered, entries = numbers.flatten().sort(stable=True)
     number = torch.arange(lowest, lowest + num_lists + 1, dtype=dtype, device=sequences.device)
-    return ReverseIndex(
+    return InverseIndex(
         blocks,
         numbers,
         entries,
         torch.searchsorted(ordered, number),
         lowest,
         tokens.start,
-        min(chunk_tokens, max(1, len(tokens))),
+        min(range_tokens, max(1, len(tokens))),
     )
 
 
-def chunked_indexes(
+def inverse_indexes(
     block_indices: torch.Tensor | None,
     sequences: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     block_size: int,
-    size: int,
-) -> Iterator[ReverseIndex]:
-    """The reverse index of all tokens of q [B, Hq, Sq, D] over k [B, Hkv, Sk, D], in chunks of `size` tokens.
+    range_tokens: int,
+) -> Iterator[InverseIndex]:
+    """The inverse index of all tokens of q [B, Hq, Sq, D] over k [B, Hkv, Sk, D], in ranges of `range_tokens` tokens.
 
-    Where block_indices is None, and so every visible block an entry, an index of one chunk after the other, so that
-    memory stays bounded by the chunk.
+    Where block_indices is None, every visible block is an entry: then the index of one token range after the other, so
+    that memory stays bounded by the range.
     """
     num_tokens = q.shape[0] * q.shape[2]
-    reach = size if block_indices is None else num_tokens
+    reach = range_tokens if block_indices is None else num_tokens
     for start in range(0, num_tokens, reach):
-        yield reverse_index(
+        yield inverse_index(
             block_indices,
             sequences,
             batch=q.shape[0],
@@ -306,6 +377,6 @@ def chunked_indexes(
             seqlen_q=q.shape[2],
             seqlen_k=k.shape[2],
             block_size=block_size,
-            chunk_tokens=size,
+            range_tokens=range_tokens,
             tokens=range(start, min(start + reach, num_tokens)),
         )

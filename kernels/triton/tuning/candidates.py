@@ -1,16 +1,13 @@
-"""What is worth trying beside the configurations that ship: for each kernel, fields and values near the shipped ones.
-
-Every list holds changes that leave results right. Whether they fit into a GPU's registers and shared memory is for
-the trial to find out.
-"""
+"""Changes that tuning tries for the selection, the forward and the backward; each leaves the results right."""
 
 from collections.abc import Iterator
 
 from ...tuning import Changes
 from ..backward.config import BackwardConfig
+from ..common.candidates import near, registers, stages
 from ..common.target import Target, padded
 from ..forward.config import ForwardConfig
-from ..loss.config import LossConfig
+from ..selection.config import SelectionConfig
 
 # The fields that hold for every length: what a file of changes may name.
 TUNABLE = {
@@ -29,24 +26,24 @@ TUNABLE = {
         ),
     ),
     "backward": ("rows", "columns", "num_warps", "num_stages", "length", "swap", "hopper"),
-    "loss": ("rows", "columns", "num_warps", "num_stages", "length"),
 }
 
 
-def near(name: str, value: int, least: int, most: int) -> list[Changes]:
-    """Half of a field's value and twice it, where that is from `least` to `most`."""
-    return [{name: size} for size in (value // 2, value * 2) if least <= size <= most]
-
-
-def stages(target: Target, name: str, value: int) -> list[Changes]:
-    """A stage more, a stage less; AMD GPUs have room for two."""
-    most = 2 if target.backend == "hip" else 6
-    return [{name: count} for count in (value + 1, value - 1) if 1 <= count <= most]
-
-
-def registers(target: Target, name: str, value: int | None) -> list[Changes]:
-    """Limits of registers with which two or three programs of 4 warps more share a multiprocessor; NVIDIA only."""
-    return [{name: limit} for limit in (None, 128, 168) if limit != value and target.backend == "cuda"]
+def selection_candidates(target: Target, config: SelectionConfig, num_kv_heads: int) -> Iterator[Changes]:
+    """Changes to try for the selection."""
+    if config.hopper:
+        yield from stages(target, "num_stages", config.num_stages)
+        return
+    yield from near("num_warps", config.num_warps, 2, 16)
+    yield from stages(target, "num_stages", config.num_stages)
+    if config.period > 1:
+        yield from near("period", config.period, 2, config.kept)
+    if config.swap:
+        return
+    for rows, warps in ((config.rows // 2, config.num_warps // 2), (config.rows * 2, config.num_warps * 2)):
+        if padded(num_kv_heads) <= rows <= min(512, 8192 // config.kept):
+            yield {"rows": rows}
+            yield {"rows": rows, "num_warps": warps}
 
 
 def forward_candidates(target: Target, config: ForwardConfig, group_size: int, block_size: int) -> Iterator[Changes]:
@@ -81,14 +78,9 @@ def backward_candidates(target: Target, config: BackwardConfig, block_size: int)
         yield from near("length", config.length, 16, 16384)
         yield {"hopper": False}
         return
-    yield from loss_candidates(target, config, block_size)
-    yield {"swap": not config.swap}
-
-
-def loss_candidates(target: Target, config: LossConfig | BackwardConfig, block_size: int) -> Iterator[Changes]:
-    """Changes to try for the index loss, and for what else takes the rows of a piece past a part of its block."""
     yield from near("num_warps", config.num_warps, 4, 8)
     yield from stages(target, "num_stages", config.num_stages)
     yield from near("rows", config.rows, 16, 128)
     yield from near("columns", config.columns, 16, padded(block_size))
     yield from near("length", config.length, 16, 16384)
+    yield {"swap": not config.swap}

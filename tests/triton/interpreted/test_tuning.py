@@ -1,9 +1,10 @@
-"""What tuning changes is what the kernels are launched with, and changes no result but by rounding."""
+"""Tuned changes reach the launches, and change no result but by rounding."""
 
 import contextlib
 import importlib
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,30 +12,25 @@ from triton.runtime.errors import OutOfResources
 
 import flexmsa
 from flexmsa import tuning
+from flexmsa.kernels.problem import Problem
 from flexmsa.kernels.triton.common.target import Target
-from flexmsa.kernels.triton.tuning import trials
+from flexmsa.kernels.triton.tuning import tasks
 from flexmsa.kernels.tuning import MARGIN, register, tune
 from flexmsa.testing import Case
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-SIZES = trials.Sizes(
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    index_head_dim=16,
-    block_size=16,
-    topk=2,
-    dtype=torch.float32,
-    seqlen=40,
-)
+SIZES = {"num_kv_heads": 2, "head_dim": 16, "index_head_dim": 16, "block_size": 16, "topk": 2, "dtype": torch.float32}
+PROBLEM = Problem(**SIZES, group_size=2)
+SEQLEN = 40
+TASKS = {task.name: task for task in tasks.TASKS}
 CHANGES = {
     "selection": {"rows": 64, "period": 4},
     "forward": {"rows": 32, "length": 32, "walk_rows": 32, "walk_limit": 2},
     "backward": {"rows": 32, "length": 16, "swap": False},
     "loss": {"rows": 32, "length": 20},
 }
-# The function that turns a kernel's configuration, its first argument, into what the kernel is launched with.
+# The function that turns a task's configuration, its first argument, into the constants of a launch.
 LAUNCHES = {
     "selection": ("selection.launch", "selection_constants"),
     "forward": ("forward.key_major", "partial_constants"),
@@ -67,32 +63,32 @@ def launched(monkeypatch):
     return found
 
 
-def trial_of(make_trial, seqlen=SIZES.seqlen):
-    sizes = replace(SIZES, seqlen=seqlen)
-    return make_trial(sizes, trials.make_inputs(sizes, torch.device("cpu")))
+def inputs_of(seqlen=SEQLEN):
+    return tasks.make_inputs(PROBLEM, seqlen, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("make_trial", trials.TRIALS)
-@pytest.mark.parametrize("seqlen", [SIZES.seqlen, 55])
-def test_changes_hold_for_every_length(launched, make_trial, seqlen):
-    key, trial = trial_of(make_trial).key, trial_of(make_trial, seqlen)
-    launches = launched[key.kernel]
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("seqlen", [SEQLEN, 55])
+def test_changes_hold_for_every_length(launched, task, seqlen):
+    inputs, launches = inputs_of(seqlen), launched[task.name]
+    shipped = task.choose(inputs)
     launches.clear()
-    expected = trial.run(None)
-    assert set(launches) == {trial.shipped}
-    register(key, CHANGES[key.kernel])
+    expected = task.run(inputs, None)
+    assert set(launches) == {shipped}
+    register(task.key(inputs_of()), CHANGES[task.name])
     launches.clear()
-    torch.testing.assert_close(trial.run(None), expected)
-    assert set(launches) == {replace(trial.shipped, **CHANGES[key.kernel])} != {trial.shipped}
+    torch.testing.assert_close(task.run(inputs, None), expected)
+    assert set(launches) == {replace(shipped, **CHANGES[task.name])} != {shipped}
     flexmsa.clear_tuning()
     launches.clear()
-    assert all(map(torch.equal, trial.run(None), expected))
-    assert set(launches) == {trial.shipped}
+    assert all(map(torch.equal, task.run(inputs, None), expected))
+    assert set(launches) == {shipped}
 
 
 def test_a_selection_of_few_queries_stays_as_it_is(launched):
-    register(trial_of(trials.selection_trial).key, CHANGES["selection"])
-    trial_of(trials.selection_trial, 5).run(None)
+    task = TASKS["selection"]
+    register(task.key(inputs_of()), CHANGES["selection"])
+    task.run(inputs_of(5), None)
     assert [config.rows for config in launched["selection"]] == [16]
 
 
@@ -107,10 +103,10 @@ def test_changes_reach_a_compiled_function(launched):
         return out.square().sum() + aux.index_loss
 
     expected = torch.autograd.grad(loss_of(*inputs), inputs)
-    for make_trial in trials.TRIALS:
-        trial = trial_of(make_trial)
-        register(trial.key, CHANGES[trial.key.kernel])
-        launched[trial.key.kernel].clear()
+    like = inputs_of()
+    for task in TASKS.values():
+        register(task.key(like), CHANGES[task.name])
+        launched[task.name].clear()
     torch.testing.assert_close(torch.autograd.grad(loss_of(*inputs), inputs), expected)
     for kernel, configs in launched.items():
         assert {config.rows for config in configs} == {CHANGES[kernel]["rows"]}
@@ -125,16 +121,16 @@ def time_by_table(call):
 
 
 def test_the_fastest_that_runs_and_is_right_is_found():
-    trial = trial_of(trials.selection_trial)
+    task, inputs = TASKS["selection"], inputs_of()
 
     def run(config):
         if config.num_warps == 2:
             raise OutOfResources(1, 0, "shared memory")
-        return tuple(x + (config.num_stages == 2) for x in trial.run(config))
+        return tuple(x + (config.num_stages == 2) for x in task.run(inputs, config))
 
     lines = []
     candidates = [{"num_warps": 2}, {"num_stages": 3}, {"num_stages": 2}, {"num_warps": 8}, {"num_warps": 8}]
-    found = tune(trial.shipped, candidates, run, time_by_table, lines.append)
+    found = tune(task.choose(inputs), candidates, run, time_by_table, lines.append)
     assert found == ({"num_warps": 8}, 1.0, 0.9)
     assert lines == [
         "as shipped: 1.000 ms",
@@ -147,8 +143,8 @@ def test_the_fastest_that_runs_and_is_right_is_found():
 
 def test_what_wins_must_win_once_more():
     times = iter([1.0, 0.9, 1.0, 0.99])
-    trial = trial_of(trials.selection_trial)
-    found = tune(trial.shipped, [{"num_warps": 8}], trial.run, lambda call: next(times))
+    task, inputs = TASKS["selection"], inputs_of()
+    found = tune(task.choose(inputs), [{"num_warps": 8}], partial(task.run, inputs), lambda call: next(times))
     assert found == ({}, 1.0, 1.0)
 
 
@@ -159,11 +155,11 @@ def gpu(monkeypatch):
     monkeypatch.setattr(tuning, "_environment", lambda device: {"gpu": "the interpreter"})
     monkeypatch.setattr(tuning, "event_time", lambda call: 1.0 if call.args[0].num_warps == 8 else 2.0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    for kernel in LAUNCHES:
-        monkeypatch.setattr(trials, f"{kernel}_candidates", lambda *shape: [{"num_warps": 16}, {"num_warps": 8}])
+    warps = [{"num_warps": 16}, {"num_warps": 8}]
+    monkeypatch.setattr(tasks, "TASKS", tuple(t._replace(candidates=lambda *given: warps) for t in tasks.TASKS))
 
 
-ARGUMENTS = {**vars(SIZES), "seqlen": 20, "device": "cpu"}
+ARGUMENTS = {**SIZES, "num_heads": 4, "seqlen": 20, "device": "cpu"}
 SHELL = ["--num-heads=4", "--num-kv-heads=2", "--head-dim=16", "--block-size=16", "--topk=2", "--seqlen=20"]
 SHELL += ["--dtype=float32", "--device=cpu"]
 
@@ -179,15 +175,15 @@ def test_a_file_brings_back_what_was_found(gpu, launched, tmp_path):
     }
     flexmsa.clear_tuning()
     flexmsa.load_tuning(path)
-    for make_trial in trials.TRIALS:
-        trial = trial_of(make_trial, 40)
-        launched[trial.key.kernel].clear()
-        trial.run(None)
-        assert {config.num_warps for config in launched[trial.key.kernel]} == {8}
+    inputs = inputs_of(40)
+    for task in TASKS.values():
+        launched[task.name].clear()
+        task.run(inputs, None)
+        assert {config.num_warps for config in launched[task.name]} == {8}
 
 
 def test_a_file_keeps_other_shapes(gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(trials, "TRIALS", (trials.selection_trial,))
+    monkeypatch.setattr(tasks, "TASKS", tasks.TASKS[:1])
     path = tmp_path / "tuned.json"
     for topk in (2, 3, 2):
         flexmsa.autotune(**{**ARGUMENTS, "topk": topk}, path=path)
@@ -197,10 +193,10 @@ def test_a_file_keeps_other_shapes(gpu, tmp_path, monkeypatch):
 
 
 def test_the_command_stopped_leaves_what_was_found(gpu, tmp_path, monkeypatch, capsys):
-    def stop(sizes, inputs):
+    def stop(inputs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trials, "TRIALS", (trials.selection_trial, stop))
+    monkeypatch.setattr(tasks, "TASKS", (tasks.TASKS[0], tasks.TASKS[1]._replace(choose=stop)))
     path = tmp_path / "tuned.json"
     assert tuning.main([*SHELL, f"--out={path}"]) == 0
     assert [entry["kernel"] for entry in json.loads(path.read_text())["kernels"]] == ["selection"]

@@ -1,4 +1,4 @@
-"""The reverse index against a plain walk over block_indices."""
+"""The inverse index against a plain loop over block_indices."""
 
 from collections import defaultdict
 from itertools import pairwise
@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from flexmsa.kernels.triton.schedule.inverse_index import block_table, reverse_index
-from flexmsa.kernels.triton.schedule.work_items import cut_lists
+from flexmsa.kernels.triton.schedule.inverse_index import block_table, inverse_index
+from flexmsa.kernels.triton.schedule.work_items import cut_into_items
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -21,8 +21,8 @@ SEQUENCES = {
 BLOCK = 8
 
 
-def walk(ids, sequences, seqlen_q, chunk_tokens, skip):
-    """{(group, chunk, block): [(token, slot), ...]} and the first block of each sequence."""
+def chosen(ids, sequences, seqlen_q, range_tokens, skip):
+    """{(group, token_range, block): [(token, slot), ...]} and the first block of each sequence."""
     lists = defaultdict(list)
     first_block = 0
     for batch, q_start, q_end, k_start, k_end in sequences:
@@ -37,22 +37,22 @@ def walk(ids, sequences, seqlen_q, chunk_tokens, skip):
                         and block not in row[:slot]
                         and not (skip is not None and skip[group, token])
                     ):
-                        lists[group, token // chunk_tokens, first_block + block].append((token, slot))
+                        lists[group, token // range_tokens, first_block + block].append((token, slot))
         first_block += -(-max(0, k_end - k_start) // BLOCK)
     return {name: sorted(entries) for name, entries in lists.items()}
 
 
 @pytest.mark.parametrize("layout", SEQUENCES.values(), ids=SEQUENCES)
-@pytest.mark.parametrize("chunk_tokens", [1000, 13])
+@pytest.mark.parametrize("range_tokens", [1000, 13])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("skipping", [False, True])
-def test_lists(layout, chunk_tokens, dtype, skipping):
+def test_lists(layout, range_tokens, dtype, skipping):
     rows, batch, seqlen_q, seqlen_k = layout
     groups, topk, length = 2, 3, 4
     ids = torch.randint(-2, 7, (batch, groups, seqlen_q, topk), dtype=dtype)
     ids[0, 0, 0, 0] = 2**31 - 1 if dtype == torch.int32 else 2**40
     skip = (torch.rand(groups, batch * seqlen_q) < 0.3).to(torch.int8) if skipping else None
-    index = reverse_index(
+    index = inverse_index(
         ids,
         torch.tensor(rows, dtype=torch.int32),
         batch=batch,
@@ -60,22 +60,22 @@ def test_lists(layout, chunk_tokens, dtype, skipping):
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
         block_size=BLOCK,
-        chunk_tokens=chunk_tokens,
+        range_tokens=range_tokens,
         skip=skip,
     )
     found = {}
-    num_chunks = index.num_chunks // groups
+    num_ranges = index.num_ranges // groups
     for number in index.offsets.diff().nonzero().flatten().tolist():
         entries = index.entries[index.offsets[number] : index.offsets[number + 1]].tolist()
         launch, block = divmod(number, index.num_blocks)
-        group, chunk = divmod(launch, num_chunks)
-        found[group, chunk, block] = [(e // topk % index.num_tokens, e % topk) for e in entries]
+        group, token_range = divmod(launch, num_ranges)
+        found[group, token_range, block] = [(e // topk % index.num_tokens, e % topk) for e in entries]
         assert {e // topk // index.num_tokens for e in entries} == {group}
-    assert found == walk(ids, rows, seqlen_q, chunk_tokens, skip)
+    assert found == chosen(ids, rows, seqlen_q, range_tokens, skip)
 
-    pieces = cut_lists(index, length)
-    for chunk in range(index.num_chunks):
-        offsets = index.offsets[chunk * index.num_blocks :][: index.num_blocks + 1]
+    items = cut_into_items(index, length)
+    for number in range(index.num_ranges):
+        offsets = index.offsets[number * index.num_blocks :][: index.num_blocks + 1]
         expected, shares, slot = [], [], 0
         for block, (begin, stop) in enumerate(pairwise(offsets.tolist())):
             starts = range(begin, stop, length)
@@ -85,22 +85,22 @@ def test_lists(layout, chunk_tokens, dtype, skipping):
                 entries = [start - int(offsets[0]), min(start + length, stop) - int(offsets[0])]
                 expected.append([*index.blocks[block].tolist(), *entries, slot if several else -1, block])
                 slot += bool(several)
-        expected += [[0] * 8] * (pieces.num_items - len(expected))
-        assert pieces.plan[chunk].tolist() == expected
-        assert pieces.shares[chunk].tolist() == shares
+        expected += [[0] * 8] * (items.num_items - len(expected))
+        assert items.table[number].tolist() == expected
+        assert items.shares[number].tolist() == shares
 
 
 def test_many_lists():
     """Numbers of 32 bits, where 16 do not suffice, give the same lists."""
     rows, batch, seqlen_q, seqlen_k = SEQUENCES["cache"]
     ids = torch.randint(-2, 7, (batch, 2, seqlen_q, 3))
-    shape = {"batch": batch, "num_kv_heads": 2, "seqlen_q": seqlen_q, "block_size": BLOCK, "chunk_tokens": 5}
+    shape = {"batch": batch, "num_kv_heads": 2, "seqlen_q": seqlen_q, "block_size": BLOCK, "range_tokens": 5}
     few, many = (
-        reverse_index(ids, torch.tensor(rows, dtype=torch.int32), seqlen_k=keys, **shape) for keys in (seqlen_k, 80000)
+        inverse_index(ids, torch.tensor(rows, dtype=torch.int32), seqlen_k=keys, **shape) for keys in (seqlen_k, 80000)
     )
     assert (few.numbers.dtype, many.numbers.dtype) == (torch.int16, torch.int32)
-    for chunk in range(few.num_chunks):
-        found, expected = (x.offsets[chunk * x.num_blocks :][: few.num_blocks + 1] for x in (many, few))
+    for number in range(few.num_ranges):
+        found, expected = (x.offsets[number * x.num_blocks :][: few.num_blocks + 1] for x in (many, few))
         assert torch.equal(found, expected)
     assert torch.equal(many.entries, few.entries)
 
@@ -108,10 +108,10 @@ def test_many_lists():
 def test_every_visible_block():
     rows = SEQUENCES["packed"][0]
     every = torch.arange(5).expand(1, 1, 40, 5)
-    shape = {"batch": 1, "num_kv_heads": 1, "seqlen_q": 40, "seqlen_k": 40, "block_size": BLOCK, "chunk_tokens": 16}
+    shape = {"batch": 1, "num_kv_heads": 1, "seqlen_q": 40, "seqlen_k": 40, "block_size": BLOCK, "range_tokens": 16}
     sequences = torch.tensor(rows, dtype=torch.int32)
     for tokens in (None, range(10, 33)):
-        found, wanted = (reverse_index(ids, sequences, **shape, tokens=tokens) for ids in (None, every))
+        found, wanted = (inverse_index(ids, sequences, **shape, tokens=tokens) for ids in (None, every))
         assert torch.equal(found.numbers, wanted.numbers) and torch.equal(found.entries, wanted.entries)
 
 
