@@ -6,8 +6,12 @@ the trial to find out.
 
 from collections.abc import Iterator
 
+import torch
+
+from ...problem import Problem
 from ...tuning import Changes
-from ..backward.config import BackwardConfig
+from ..backward.config import BackwardConfig, candidates
+from ..common.candidates import near, registers, stages
 from ..common.target import Target, padded
 from ..forward.config import ForwardConfig
 from ..loss.config import LossConfig
@@ -29,25 +33,9 @@ TUNABLE = {
             "hopper",
         ),
     ),
-    "backward": ("rows", "columns", "num_warps", "num_stages", "length", "swap", "hopper"),
+    "backward": ("rows", "columns", "num_warps", "num_stages", "length", "swap", "sm90"),
     "loss": ("rows", "columns", "num_warps", "num_stages", "length"),
 }
-
-
-def near(name: str, value: int, least: int, most: int) -> list[Changes]:
-    """Half of a field's value and twice it, where that is from `least` to `most`."""
-    return [{name: size} for size in (value // 2, value * 2) if least <= size <= most]
-
-
-def stages(target: Target, name: str, value: int) -> list[Changes]:
-    """A stage more, a stage less; AMD GPUs have room for two."""
-    most = 2 if target.backend == "hip" else 6
-    return [{name: count} for count in (value + 1, value - 1) if 1 <= count <= most]
-
-
-def registers(target: Target, name: str, value: int | None) -> list[Changes]:
-    """Limits of registers with which two or three programs of 4 warps more share a multiprocessor; NVIDIA only."""
-    return [{name: limit} for limit in (None, 128, 168) if limit != value and target.backend == "cuda"]
 
 
 def selection_candidates(target: Target, config: SelectionConfig, num_kv_heads: int) -> Iterator[Changes]:
@@ -94,17 +82,11 @@ def forward_candidates(target: Target, config: ForwardConfig, group_size: int, b
 
 def backward_candidates(target: Target, config: BackwardConfig, block_size: int) -> Iterator[Changes]:
     """Changes to try for the backward."""
-    if config.hopper:
-        yield from stages(target, "num_stages", config.num_stages)
-        yield from near("length", config.length, 16, 16384)
-        yield {"hopper": False}
-        return
-    yield from loss_candidates(target, config, block_size)
-    yield {"swap": not config.swap}
+    return candidates(Problem(num_kv_heads=1, dtype=torch.bfloat16, block_size=block_size), target, config)
 
 
-def loss_candidates(target: Target, config: LossConfig | BackwardConfig, block_size: int) -> Iterator[Changes]:
-    """Changes to try for the index loss, and for what else takes the rows of a piece past a part of its block."""
+def loss_candidates(target: Target, config: LossConfig, block_size: int) -> Iterator[Changes]:
+    """Changes to try for the index loss."""
     yield from near("num_warps", config.num_warps, 4, 8)
     yield from stages(target, "num_stages", config.num_stages)
     yield from near("rows", config.rows, 16, 128)
