@@ -155,7 +155,7 @@ def gradient_kernel(grad_out, q, k, v, items, rows, partial, sums, range_number,
 
 
 @functools.lru_cache
-def gradient_constants(problem: Problem, config: BackwardConfig, heads_inside: bool) -> list[GradientConstants]:
+def gradient_constants(config: BackwardConfig, problem: Problem, heads_inside: bool) -> list[GradientConstants]:
     """Constants of `gradient_kernel`, for each part of a block's keys."""
     return [
         GradientConstants(
@@ -198,7 +198,7 @@ def gradient_launcher(
             "group": group,
             "scale": scale,
         }
-        for constants in gradient_constants(problem, config, workspace.heads_inside):
+        for constants in gradient_constants(config, problem, workspace.heads_inside):
             Launch(gradient_kernel, (items.num_items, 1, 1), arguments, {"C": constants}, options).run()
 
     return launch
