@@ -1,15 +1,25 @@
-"""Tile sizes, warps and stages of the backward kernels: pure functions of target and shape."""
+"""Tile sizes, warps and stages of the backward kernels: pure functions of the problem and the target."""
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
+from ...problem import Problem
+from ...tuning import Changes
+from ..common.candidates import near, stages
 from ..common.target import Target, gathers_on_hopper, padded
 
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """rows: query rows a step; columns: keys of a block that one program holds, further ones taking further launches;
-    length: entries of a piece, one program's share of a list; swap: how dQ is multiplied, see `gradient_tile`;
-    hopper: by `backward_hopper`, where that takes the tensors, with its own rows and warps.
+    """Tiles of the main branch's backward.
+
+    rows: query rows per step; columns: keys of a block that one program holds, where further keys take further
+    launches; length: entries per work item, one program's share of a list; swap: how dQ is multiplied, see
+    `gradient.gradient_tile`; sm90: `gradient_sm90` computes the gradients, where it supports the problem, with its own
+    rows and warps.
     """
 
     rows: int
@@ -18,16 +28,15 @@ class BackwardConfig:
     num_stages: int
     length: int
     swap: bool
-    hopper: bool = False
+    sm90: bool = False
 
 
-def backward_config(
-    target: Target, *, group_size: int, head_dim: int, block_size: int, element_size: int
-) -> BackwardConfig:
-    """Tiles of the main branch's backward: dK, dV fill the registers, K, V and the rows on their way shared memory."""
-    depth = padded(head_dim)
+@functools.lru_cache
+def default_config(problem: Problem, target: Target) -> BackwardConfig:
+    """Tiles that ship. dK and dV fill the registers; K, V and the rows that are being copied fill the shared memory."""
+    depth = padded(problem.head_dim)
     large = target.backend == "cuda" and target.shared_memory >= 163 << 10
-    if element_size > 2:
+    if problem.element_size > 2:
         rows, columns, num_stages = 16, 4096 // depth, 1
     elif large and target.arch in (90, 100, 103):
         rows, columns, num_stages = (64, 128, 3) if depth <= 128 else (32, 64, 2)
@@ -37,9 +46,34 @@ def backward_config(
         rows, columns, num_stages = 32 if depth <= 64 else 16, 128 if depth <= 128 else 32, 2
     else:
         rows, columns, num_stages = (32, 128, 1) if depth <= 128 else (16, 32, 1)
-    columns = min(columns, padded(block_size))
-    few = element_size <= 2 and columns * depth <= 64 * 64
-    swap = target.backend == "cuda" and (element_size > 2 or depth > 128 or not large)
+    columns = min(columns, padded(problem.block_size))
+    few = problem.element_size <= 2 and columns * depth <= 64 * 64
+    swap = target.backend == "cuda" and (problem.element_size > 2 or depth > 128 or not large)
     num_warps = 4 if target.backend == "hip" or few else 8
-    hopper = gathers_on_hopper(target, group_size, head_dim, block_size, element_size)
-    return BackwardConfig(rows, columns, num_warps, num_stages, max(16, 8192 // group_size), swap, hopper)
+    shape = problem.group_size, problem.head_dim, problem.block_size, problem.element_size
+    sm90 = gathers_on_hopper(target, *shape)
+    return BackwardConfig(rows, columns, num_warps, num_stages, max(16, 8192 // problem.group_size), swap, sm90)
+
+
+def backward_config(
+    target: Target, *, group_size: int, head_dim: int, block_size: int, element_size: int
+) -> BackwardConfig:
+    """`default_config` by the names that tuning keeps its changes by."""
+    dtype = torch.float32 if element_size > 2 else torch.bfloat16
+    problem = Problem(1, dtype, group_size=group_size, head_dim=head_dim, block_size=block_size)
+    return default_config(problem, target)
+
+
+def candidates(problem: Problem, target: Target, config: BackwardConfig) -> Iterator[Changes]:
+    """Changes to a configuration that are worth timing; none changes the results but for rounding."""
+    if config.sm90:
+        yield from stages(target, "num_stages", config.num_stages)
+        yield from near("length", config.length, 16, 16384)
+        yield {"sm90": False}
+        return
+    yield from near("num_warps", config.num_warps, 4, 8)
+    yield from stages(target, "num_stages", config.num_stages)
+    yield from near("rows", config.rows, 16, 128)
+    yield from near("columns", config.columns, 16, padded(problem.block_size))
+    yield from near("length", config.length, 16, 16384)
+    yield {"swap": not config.swap}

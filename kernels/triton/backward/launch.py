@@ -5,34 +5,36 @@
 
 Layouts: q, out, grad_out [B, Hq, Sq, D], k, v [B, Hkv, Sk, D], lse, grad_lse [B, Hq, Sq] fp32, any strides;
 block_indices [B, Hkv, Sq, topk], or None for every visible block; sequences as in `flexmsa.kernels`. The gradients are
-contiguous. Nothing is accumulated across programs, so that the results are the same bits every time.
+contiguous. Programs do not accumulate into one result, so the results are the same bits every time.
 
-The work goes chunk by chunk (see `inverse_index`), four launches each:
+`statistics_kernel` computes delta. Then each token range (see `inverse_index`) takes four launches:
 
-- `gather_kernel` writes, in the order of the lists, what is needed of each entry and of its G rows (`backward_rows`);
-- `gradient_kernel`: one program owns one piece of a block's list, and makes its dK, dV and dQ (`backward_gradient`, and
-  for Hopper `backward_hopper`);
-- `sum_pieces_kernel`: one program owns some keys of a block whose list has several pieces, and adds them in order;
-- `sum_slots_kernel`: one program owns some heads of one token, and sums dQ over its slots in order (`backward_sums`).
+- `gather_kernel` writes, in the order of the lists, what each entry and its G rows need (`preprocess`);
+- `gradient_kernel`: one program owns one work item of a block's list, and computes its dK, dV and dQ (`gradient`, and
+  for Hopper `gradient_sm90`);
+- `sum_items_kernel`: one program owns some keys of a block whose list has several work items, and adds them in order;
+- `sum_slots_kernel`: one program owns some heads of one token, and sums dQ over its top-k slots in order (`reduce`).
 
 For E = B Hkv Sq topk entries and R = E G rows: 10 R block_size D FLOPs; 2 R D elements of q and dO are gathered, R D of
-dQ written and read again. At M3's shape and 128K tokens, bf16: 22 TFLOP, 28 ms, beside 68 + 69 GB, 32 ms, of which the
-reading of dQ, 8 ms, does not overlap with the products.
+dQ written and read again. At M3's shape and 128K tokens, bf16: 22 TFLOP, 28 ms, beside 68 + 69 GB, 32 ms, of which
+reading dQ, 8 ms, does not overlap with the products.
 """
 
 import triton
 from torch import Tensor
 
+from ...problem import Problem
 from ...tuning import tuned
 from ...workspace import chunk_tokens
-from ..common.primitives import tma_ready
-from ..common.target import padded, target_of
+from ..common.target import target_of
+from ..common.tiles import tma_ready
 from ..schedule.inverse_index import inverse_indexes
 from ..schedule.work_items import cut_into_items
+from . import gradient, gradient_sm90
 from .config import BackwardConfig, backward_config
-from .gradient import heads_inside
-from .preprocess import Workspace, gather_kernel, row_statistics
-from .reduce import sum_pieces_kernel, sum_slots_kernel
+from .preprocess import gather_rows, row_statistics
+from .reduce import sum_items, sum_slots
+from .workspace import KeyGradients, make_workspace, puts_heads_inside
 
 
 def block_sparse_attention_backward(
@@ -53,123 +55,59 @@ def block_sparse_attention_backward(
 
     `config` overrides the choice of tiles, for tests and tuning.
     """
-    batch, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads, seqlen_k = k.shape[1:3]
-    group_size = num_heads // num_kv_heads
     topk = triton.cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
-    grad_k, grad_v = (lse.new_zeros(k.shape) for _ in range(2))
+    sums = KeyGradients(lse.new_zeros(k.shape), lse.new_zeros(k.shape), num_kv_heads, seqlen_k)
     if q.numel() * topk * seqlen_k == 0:
-        return q.new_zeros(q.shape), grad_k.to(k.dtype), grad_v.to(v.dtype)
+        return q.new_zeros(q.shape), sums.k.to(k.dtype), sums.v.to(v.dtype)
     grad_q = q.new_empty(q.shape)
+    target = target_of(q.device)
+    problem = Problem(
+        num_kv_heads=num_kv_heads,
+        dtype=q.dtype,
+        group_size=q.shape[1] // num_kv_heads,
+        head_dim=q.shape[3],
+        block_size=block_size,
+        bulk_copies=all(map(tma_ready, (grad_out, q, k, v))),
+    )
     config = config or tuned(
         "backward",
         backward_config,
-        target_of(q.device),
-        group_size=group_size,
-        head_dim=head_dim,
+        target,
+        group_size=problem.group_size,
+        head_dim=problem.head_dim,
         block_size=block_size,
-        element_size=q.element_size(),
+        element_size=problem.element_size,
     )
-    delta, lse2 = row_statistics(grad_out, grad_lse, out, lse, num_kv_heads)
+    use_sm90 = config.sm90 and gradient_sm90.supports(problem, target)
+    implementation = gradient_sm90 if use_sm90 else gradient
 
-    step = chunk_tokens(batch * seqlen_q, topk * group_size * head_dim * q.element_size())
-    # Rows of a chunk are numbered in 32 bits.
-    step = max(1, min(step, (2**31 - 1) // (topk * group_size) - 2 * config.rows))
-    num_entries = min(step, batch * seqlen_q) * topk
-    num_slots = 2 * num_entries // config.length if num_entries > config.length else 0
-    workspace = Workspace(
-        queries=sequences.new_empty(num_entries),
-        limits=sequences.new_empty(num_entries),
-        places=sequences.new_empty(num_entries),
-        row_delta=lse.new_empty(num_entries, group_size),
-        row_lse2=lse.new_empty(num_entries, group_size),
-        partial_q=q.new_empty(num_entries, group_size, head_dim),
-        partial_k=lse.new_empty(num_slots, block_size, head_dim),
-        partial_v=lse.new_empty(num_slots, block_size, head_dim),
-    )
-    hopper = hopper_takes(grad_out, q, k, v, config)
-    if hopper:
-        # Imported where it is launched: another version of Triton may not have what it needs.
-        from .gradient_sm90 import gradient_launcher
-    else:
-        from .gradient import gradient_launcher
-    add_gradients = gradient_launcher(grad_out, q, k, v, workspace, scale, config, grad_k, grad_v)
-
-    lanes = triton.next_power_of_2(group_size)
-    entries = max(1, 1024 // lanes)
-    depth = padded(head_dim)
-    heads = min(lanes, max(1, 2048 // depth))
-    for index in inverse_indexes(block_indices, sequences, q, k, block_size, step):
-        pieces = cut_into_items(index, config.length)
-        chunks = index.num_ranges // num_kv_heads
-        for chunk in range(index.num_ranges):
-            group, first_token = chunk // chunks, chunk % chunks * index.range_tokens
-            tokens = min(index.range_tokens, index.num_tokens - first_token)
-            workspace.places.fill_(-1)
-            gather_kernel[(triton.cdiv(tokens * topk, entries),)](
-                index.blocks,
-                index.numbers,
-                index.entries,
-                index.offsets,
-                delta,
-                lse2,
-                workspace.queries,
-                workspace.limits,
-                workspace.places,
-                workspace.row_delta,
-                workspace.row_lse2,
-                chunk,
-                index.first_token,
-                index.num_tokens,
-                index.range_tokens,
-                index.num_blocks,
-                index.lowest,
-                topk,
-                seqlen_q,
-                num_kv_heads,
-                HEADS=group_size,
-                ENTRIES=entries,
-                LANES=lanes,
-                num_warps=4,
-            )
-            add_gradients(pieces, chunk, group)
-            if num_slots > 0:
-                sum_pieces_kernel[(index.num_blocks, triton.cdiv(block_size, 16))](
-                    index.blocks,
-                    pieces.shares,
-                    workspace.partial_k,
-                    workspace.partial_v,
-                    grad_k,
-                    grad_v,
-                    chunk,
-                    group,
-                    seqlen_k,
-                    num_kv_heads,
-                    HEAD_DIM=head_dim,
-                    BLOCK=block_size,
-                    KEYS=16,
-                    DEPTH=depth,
-                    num_warps=4,
-                )
-            sum_slots_kernel[(tokens, triton.cdiv(group_size, heads))](
-                workspace.places,
-                workspace.partial_q,
-                grad_q,
-                group,
-                index.first_token + first_token,
-                seqlen_q,
-                num_kv_heads,
-                topk,
-                HEADS=group_size,
-                HEAD_DIM=head_dim,
-                INSIDE=heads_inside(group_size) and not hopper,
-                TILE=heads,
-                DEPTH=depth,
-                num_warps=max(1, min(8, heads * depth // 256)),
-            )
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+    range_tokens = tokens_per_range(q, topk, problem, config)
+    num_entries = min(range_tokens, q.shape[0] * q.shape[2]) * topk
+    heads_inside = not use_sm90 and puts_heads_inside(problem.group_size)
+    workspace = make_workspace(q, lse, sequences, problem, num_entries, slots_of(num_entries, config), heads_inside)
+    statistics = row_statistics(grad_out, grad_lse, out, lse, problem)
+    add_gradients = implementation.gradient_launcher(grad_out, q, k, v, workspace, sums, scale, problem, config)
+    for index in inverse_indexes(block_indices, sequences, q, k, block_size, range_tokens):
+        items = cut_into_items(index, config.length)
+        per_group = index.num_ranges // num_kv_heads
+        for number in range(index.num_ranges):
+            group, first_token = number // per_group, number % per_group * index.range_tokens
+            num_tokens = min(index.range_tokens, index.num_tokens - first_token)
+            gather_rows(index, statistics, workspace, number, num_tokens * topk, q.shape[2], problem)
+            add_gradients(items, number, group)
+            sum_items(index, items, workspace, sums, number, group, problem)
+            sum_slots(workspace, grad_q, group, index.first_token + first_token, num_tokens, topk, problem)
+    return grad_q, sums.k.to(k.dtype), sums.v.to(v.dtype)
 
 
-def hopper_takes(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, config: BackwardConfig) -> bool:
-    """Whether `backward_hopper` takes the tensors: the bulk copy engine has to read them."""
-    return config.hopper and all(tma_ready(x) for x in (grad_out, q, k, v))
+def tokens_per_range(q: Tensor, topk: int, problem: Problem, config: BackwardConfig) -> int:
+    """Tokens of a token range: as many as the workspace holds, with rows that are numbered in 32 bits."""
+    rows = topk * problem.group_size
+    tokens = chunk_tokens(q.shape[0] * q.shape[2], rows * problem.head_dim * problem.element_size)
+    return max(1, min(tokens, (2**31 - 1) // rows - 2 * config.rows))
+
+
+def slots_of(num_entries: int, config: BackwardConfig) -> int:
+    """Most slots of work items that the lists of a token range need: only lists of several work items have slots."""
+    return 2 * num_entries // config.length if num_entries > config.length else 0

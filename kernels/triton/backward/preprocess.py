@@ -1,181 +1,169 @@
 """What the backward needs of each query row beside its vectors: delta and lse, then gathered in the order of the lists.
 
-See `attention_backward` for the formulas.
+See `launch` for the formulas, and `workspace` for the layouts.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.primitives import LOG2_E
+from ...problem import Problem
+from ..common.launch import Launch, view
+from ..common.softmax import LOG2_E
 from ..common.target import padded
-from ..schedule.inverse_index import IndexRecord, find_token_range
+from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
+from .workspace import Workspace
 
 
-@triton.jit
-def statistics_kernel(
-    grad_out_ptr,
-    grad_lse_ptr,
-    out_ptr,
-    lse_ptr,
-    delta_ptr,
-    lse2_ptr,
-    stride_gb,
-    stride_gh,
-    stride_gs,
-    stride_gd,
-    stride_mb,
-    stride_mh,
-    stride_ms,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    stride_od,
-    stride_lb,
-    stride_lh,
-    stride_ls,
-    seqlen_q,
-    num_kv_heads,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GRAD_LSE: tl.constexpr,
-):
-    """delta, and lse in base 2, [B, Hkv, Sq, G]: program (i, b * Hkv + group) owns ROWS neighbouring numbers."""
-    pair = tl.program_id(1).to(tl.int64)
-    batch, group = pair // num_kv_heads, pair % num_kv_heads
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = row < tl.cast(seqlen_q, tl.int64) * HEADS
-    query, head = row // HEADS, group * HEADS + row % HEADS
-    depth = tl.arange(0, DEPTH)[None, :]
-    mask = live[:, None] & (depth < HEAD_DIM)
-    depth = depth.to(tl.int64)
-    grad_rows = grad_out_ptr + batch * stride_gb + head * stride_gh + query * stride_gs
-    out_rows = out_ptr + batch * stride_ob + head * stride_oh + query * stride_os
-    grad = tl.load(grad_rows[:, None] + depth * stride_gd, mask=mask, other=0.0).to(tl.float32)
-    out = tl.load(out_rows[:, None] + depth * stride_od, mask=mask, other=0.0).to(tl.float32)
-    delta = tl.sum(grad * out, axis=1)
-    if GRAD_LSE:
-        grad_lse = grad_lse_ptr + batch * stride_mb + head * stride_mh + query * stride_ms
-        delta -= tl.load(grad_lse, mask=live, other=0.0)
-    lse = tl.load(lse_ptr + batch * stride_lb + head * stride_lh + query * stride_ls, mask=live, other=0.0)
-    place = pair * seqlen_q * HEADS + row
-    tl.store(delta_ptr + place, delta, mask=live)
-    # +inf makes every probability of a row that sees no key 0.
-    tl.store(lse2_ptr + place, tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E), mask=live)
+class Statistics(NamedTuple):
+    """delta, and the lse in base 2: [B, Hkv, Sq, G] fp32."""
 
-
-def row_statistics(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, num_kv_heads: int
-) -> tuple[Tensor, Tensor]:
-    """delta and the lse in base 2, [B, Hkv, Sq, G] fp32."""
-    batch, num_heads, seqlen_q, head_dim = out.shape
-    group_size = num_heads // num_kv_heads
-    delta, lse2 = (lse.new_empty(batch, num_kv_heads, seqlen_q, group_size) for _ in range(2))
-    depth = padded(head_dim)
-    rows = max(16, 4096 // depth)
-    given = lse if grad_lse is None else grad_lse
-    statistics_kernel[(triton.cdiv(seqlen_q * group_size, rows), batch * num_kv_heads)](
-        grad_out,
-        given,
-        out,
-        lse,
-        delta,
-        lse2,
-        *grad_out.stride(),
-        *given.stride(),
-        *out.stride(),
-        *lse.stride(),
-        seqlen_q,
-        num_kv_heads,
-        HEADS=group_size,
-        HEAD_DIM=head_dim,
-        ROWS=rows,
-        DEPTH=depth,
-        GRAD_LSE=grad_lse is not None,
-        num_warps=4,
-    )
-    return delta, lse2
+    delta: Any
+    lse2: Any
 
 
 @dataclass(frozen=True)
-class Workspace:
-    """What is kept of one chunk at a time, in the order of the lists.
+class StatisticsConstants:
+    """Constants of `statistics_kernel`; rows: per program; depth: D, padded."""
 
-    queries, limits: [entries] int32, the query of an entry and how many keys of its block it sees; row_delta, row_lse2:
-    [entries, G] fp32; places: [tokens, topk] int32, where an entry went, -1 for a slot of no list; partial_q:
-    [entries, G, D] in q's dtype, each row's own share of dQ; partial_k, partial_v: [slots, block_size, D] fp32, the
-    shares of the pieces that have a slot.
-    """
-
-    queries: Tensor
-    limits: Tensor
-    places: Tensor
-    row_delta: Tensor
-    row_lse2: Tensor
-    partial_q: Tensor
-    partial_k: Tensor
-    partial_v: Tensor
+    group_size: int
+    head_dim: int
+    rows: int
+    depth: int
 
 
-@triton.jit(do_not_specialize=["chunk", "first_token", "num_tokens", "chunk_tokens", "lowest"])
-def gather_kernel(
-    blocks_ptr,
-    numbers_ptr,
-    entries_ptr,
-    offsets_ptr,
-    delta_ptr,
-    lse2_ptr,
-    queries_ptr,
-    limits_ptr,
-    places_ptr,
-    row_delta_ptr,
-    row_lse2_ptr,
-    chunk,
-    first_token,
-    num_tokens,
-    chunk_tokens,
-    num_blocks,
-    lowest,
-    topk,
-    seqlen_q,
-    num_kv_heads,
-    HEADS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """The query of each entry of the chunk, how many keys of its block it sees, and its rows' delta and lse.
+@triton.jit
+def statistics_kernel(grad_out, grad_lse, out, lse, statistics, seqlen_q, num_kv_heads, C: tl.constexpr):
+    """Statistics: program (i, b * Hkv + group) owns C.rows neighbouring numbers. grad_lse is None for zero."""
+    pair = tl.program_id(1).to(tl.int64)
+    batch, group = pair // num_kv_heads, pair % num_kv_heads
+    row = tl.program_id(0).to(tl.int64) * C.rows + tl.arange(0, C.rows)
+    live = row < tl.cast(seqlen_q, tl.int64) * C.group_size
+    query, head = row // C.group_size, group * C.group_size + row % C.group_size
+    d = tl.arange(0, C.depth)[None, :]
+    mask = live[:, None] & (d < C.head_dim)
+    d = d.to(tl.int64)
+    grad_rows = grad_out.ptr + batch * grad_out.stride_b + head * grad_out.stride_h + query * grad_out.stride_s
+    out_rows = out.ptr + batch * out.stride_b + head * out.stride_h + query * out.stride_s
+    grad = tl.load(grad_rows[:, None] + d * grad_out.stride_d, mask=mask, other=0.0).to(tl.float32)
+    outputs = tl.load(out_rows[:, None] + d * out.stride_d, mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(grad * outputs, axis=1)
+    if grad_lse is not None:
+        place = batch * grad_lse.stride_b + head * grad_lse.stride_h + query * grad_lse.stride_s
+        delta -= tl.load(grad_lse.ptr + place, mask=live, other=0.0)
+    place = batch * lse.stride_b + head * lse.stride_h + query * lse.stride_s
+    lse_rows = tl.load(lse.ptr + place, mask=live, other=0.0)
+    place = pair * seqlen_q * C.group_size + row
+    tl.store(statistics.delta + place, delta, mask=live)
+    # +inf makes every probability of a row that sees no key 0.
+    lse2 = tl.where(lse_rows == float("-inf"), float("inf"), lse_rows * LOG2_E)
+    tl.store(statistics.lse2 + place, lse2, mask=live)
 
-    All in the order of the lists; places[token of the chunk, slot] is where in that order an entry went. Program i owns
-    ENTRIES of them.
-    """
-    chunk = tl.cast(chunk, tl.int64)
-    begin = tl.load(offsets_ptr + chunk * num_blocks)
-    count = tl.load(offsets_ptr + (chunk + 1) * num_blocks) - begin
-    place = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+
+@functools.lru_cache
+def statistics_constants(problem: Problem) -> StatisticsConstants:
+    """Constants of `statistics_kernel`: a program reads 4096 numbers of each tensor, or 16 rows."""
+    depth = padded(problem.head_dim)
+    return StatisticsConstants(problem.group_size, problem.head_dim, max(16, 4096 // depth), depth)
+
+
+def row_statistics(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, problem: Problem) -> Statistics:
+    """The Statistics of all query rows."""
+    batch, _, seqlen_q, _ = out.shape
+    num_kv_heads, group_size = problem.num_kv_heads, problem.group_size
+    statistics = Statistics(*(lse.new_empty(batch, num_kv_heads, seqlen_q, group_size) for _ in range(2)))
+    constants = statistics_constants(problem)
+    Launch(
+        statistics_kernel,
+        (triton.cdiv(seqlen_q * group_size, constants.rows), batch * num_kv_heads, 1),
+        {
+            "grad_out": view(grad_out),
+            "grad_lse": None if grad_lse is None else view(grad_lse[..., None]),
+            "out": view(out),
+            "lse": view(lse[..., None]),
+            "statistics": statistics,
+            "seqlen_q": seqlen_q,
+            "num_kv_heads": num_kv_heads,
+        },
+        {"C": constants},
+    ).run()
+    return statistics
+
+
+@dataclass(frozen=True)
+class GatherConstants:
+    """Constants of `gather_kernel`; entries: per program; heads: G, padded."""
+
+    group_size: int
+    entries: int
+    heads: int
+
+
+@triton.jit
+def gather_kernel(index, numbers, statistics, rows, places_ptr, range_number, seqlen_q, num_kv_heads, C: tl.constexpr):
+    """Fill the GatheredRows and `Workspace.places` of a token range; program i owns C.entries entries of its lists."""
+    range_number = tl.cast(range_number, tl.int64)
+    first_list = range_number * index.num_blocks
+    begin = tl.load(index.offsets + first_list)
+    count = tl.load(index.offsets + first_list + index.num_blocks) - begin
+    place = tl.program_id(0).to(tl.int64) * C.entries + tl.arange(0, C.entries)
     live = place < count
-    entry = tl.load(entries_ptr + begin + place, mask=live, other=0)
-    block = tl.load(numbers_ptr + entry, mask=live, other=lowest).to(tl.int64) - lowest - chunk * num_blocks
-    tokens = find_token_range(IndexRecord(0, 0, 0, 0, first_token, num_tokens, chunk_tokens, 0), chunk, topk)
-    group, origin, token0 = tokens.group, tokens.first_entry, tokens.first_token
-    # Tokens, and entries of a chunk, are numbered in 32 bits, and divided much faster so.
-    local = tl.where(live, entry - origin, 0).to(tl.int32)
-    token = token0.to(tl.int32) + local // topk
+    entry = tl.load(index.entries + begin + place, mask=live, other=0)
+    number = tl.load(numbers.ptr + entry, mask=live, other=numbers.lowest).to(tl.int64)
+    block = load_block(index.blocks, number - numbers.lowest - first_list, live)
+    tokens = find_token_range(index, range_number, index.topk)
+    # Tokens, and entries of a token range, fit into 32 bits, which are divided much faster.
+    local = tl.where(live, entry - tokens.first_entry, 0).to(tl.int32)
+    token = tokens.first_token.to(tl.int32) + local // index.topk
     batch, query = (token // seqlen_q).to(tl.int64), token % seqlen_q
-    first_key = tl.load(blocks_ptr + block * 4 + 1, mask=live, other=0)
-    stop_key = tl.load(blocks_ptr + block * 4 + 2, mask=live, other=0)
-    shift = tl.load(blocks_ptr + block * 4 + 3, mask=live, other=0)
-    limit = tl.minimum(stop_key, query + shift + 1) - first_key
-    tl.store(queries_ptr + place, query, mask=live)
-    tl.store(limits_ptr + place, limit, mask=live)
+    limit = tl.minimum(block.stop_key, query + block.shift + 1) - block.first_key
+    tl.store(rows.queries + place, query, mask=live)
+    tl.store(rows.limits + place, limit, mask=live)
     tl.store(places_ptr + local, place.to(tl.int32), mask=live)
 
-    head = tl.arange(0, LANES)[None, :]
-    mask = live[:, None] & (head < HEADS)
-    source = (((batch * num_kv_heads + group) * seqlen_q + query) * HEADS)[:, None] + head
-    row = place[:, None] * HEADS + head
-    tl.store(row_delta_ptr + row, tl.load(delta_ptr + source, mask=mask), mask=mask)
-    tl.store(row_lse2_ptr + row, tl.load(lse2_ptr + source, mask=mask), mask=mask)
+    head = tl.arange(0, C.heads)[None, :]
+    mask = live[:, None] & (head < C.group_size)
+    source = (((batch * num_kv_heads + tokens.group) * seqlen_q + query) * C.group_size)[:, None] + head
+    row = place[:, None] * C.group_size + head
+    tl.store(rows.delta + row, tl.load(statistics.delta + source, mask=mask), mask=mask)
+    tl.store(rows.lse2 + row, tl.load(statistics.lse2 + source, mask=mask), mask=mask)
+
+
+@functools.lru_cache
+def gather_constants(group_size: int) -> GatherConstants:
+    """Constants of `gather_kernel`: a program gathers 1024 rows."""
+    heads = triton.next_power_of_2(group_size)
+    return GatherConstants(group_size, max(1, 1024 // heads), heads)
+
+
+def gather_rows(
+    index: InverseIndex,
+    statistics: Statistics,
+    workspace: Workspace,
+    range_number: int,
+    num_entries: int,
+    seqlen_q: int,
+    problem: Problem,
+) -> None:
+    """Fill the rows and places of the workspace for a token range of at most `num_entries` entries."""
+    workspace.places.fill_(-1)
+    constants = gather_constants(problem.group_size)
+    Launch(
+        gather_kernel,
+        (triton.cdiv(num_entries, constants.entries), 1, 1),
+        {
+            "index": index.record(),
+            "numbers": index.list_numbers(),
+            "statistics": statistics,
+            "rows": workspace.rows,
+            "places_ptr": workspace.places,
+            "range_number": range_number,
+            "seqlen_q": seqlen_q,
+            "num_kv_heads": problem.num_kv_heads,
+        },
+        {"C": constants},
+    ).run()
