@@ -10,6 +10,7 @@ import flexmsa
 
 triton = pytest.importorskip("triton")
 
+from flexmsa.kernels.problem import Problem  # noqa: E402
 from flexmsa.kernels.triton.backward import config as backward_config  # noqa: E402
 from flexmsa.kernels.triton.common import target as targets  # noqa: E402
 from flexmsa.kernels.triton.forward import config as forward_config  # noqa: E402
@@ -19,7 +20,7 @@ from flexmsa.kernels.triton.tuning import candidates  # noqa: E402
 from flexmsa.testing.compiled import TARGETS  # noqa: E402
 
 SHAPES = [(16, 4, 128, 128), (4, 8, 64, 64), (1, 2, 256, 48), (3, 1, 80, 512)]
-EXPONENTS = ("rows", "columns", "num_warps", "period", "walk_rows", "walk_columns", "walk_warps")
+EXPONENTS = ("rows", "columns", "num_warps", "period", "query_major_rows", "query_major_columns", "query_major_warps")
 
 
 def lists(target, group_size, num_kv_heads, head_dim, block_size, dtype):
@@ -29,8 +30,9 @@ def lists(target, group_size, num_kv_heads, head_dim, block_size, dtype):
     lengths = {"num_sequences": 1, "seqlen_q": 16384, "seqlen_k": 16384, "tma_ready": True}
     config = selection_configs.selection_config(target, **index, **lengths, dtype=dtype, key_size=dtype.itemsize)
     yield "selection", config, candidates.selection_candidates(target, config, num_kv_heads)
-    config = forward_config.forward_config(target, **sizes, group_size=group_size, topk=16)
-    yield "forward", config, candidates.forward_candidates(target, config, group_size, block_size)
+    problem = Problem(num_kv_heads, dtype, group_size, head_dim, block_size=block_size, topk=16)
+    config = forward_config.default_config(problem, target)
+    yield "forward", config, forward_config.candidates(problem, target, config)
     config = backward_config.backward_config(target, **sizes, group_size=group_size)
     yield "backward", config, candidates.backward_candidates(target, config, block_size)
     config = loss_config.loss_config(target, **sizes, index_head_dim=head_dim)
@@ -52,13 +54,13 @@ def test_candidates_are_valid(target, shape, dtype):
             for name in EXPONENTS:
                 value = getattr(config, name, 1)
                 assert value > 0 and value & (value - 1) == 0, (change, name)
-            assert max(config.num_warps, getattr(config, "walk_warps", 1)) <= 16
-            assert config.num_stages >= 1 and getattr(config, "walk_stages", 1) >= 1
+            assert max(config.num_warps, getattr(config, "query_major_warps", 1)) <= 16
+            assert config.num_stages >= 1 and getattr(config, "query_major_stages", 1) >= 1
             if kernel == "selection":
                 assert config.tokens(num_kv_heads) >= 1 and config.period <= config.kept
             if kernel == "forward":
-                assert config.walk_rows >= group_size and config.walk_limit >= 1
-                assert target.backend == "cuda" or config.max_registers is config.walk_registers is None
+                assert config.query_major_rows >= group_size and config.longest_union >= 1
+                assert target.backend == "cuda" or config.max_registers is config.query_major_registers is None
             assert getattr(config, "columns", 1) <= targets.padded(block_size)
             assert getattr(config, "length", 16) >= 16
 

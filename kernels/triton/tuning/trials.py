@@ -8,19 +8,22 @@ import torch
 import triton
 from torch import Tensor
 
+from ...problem import Problem
 from ...rules import SelectionRule
 from ...tuning import Changes, Key, key_of
 from ..backward.config import backward_config
 from ..backward.launch import block_sparse_attention_backward
 from ..common.primitives import tma_ready
 from ..common.target import target_of
-from ..forward.config import forward_config
+from ..forward.config import candidates as forward_candidates
+from ..forward.config import default_config as default_forward_config
+from ..forward.config import tuning_shape as forward_tuning_shape
 from ..forward.launch import block_sparse_attention_forward
 from ..loss.config import loss_config
 from ..loss.launch import index_loss
 from ..selection.config import selection_config
 from ..selection.launch import select_blocks
-from .candidates import backward_candidates, forward_candidates, loss_candidates, selection_candidates
+from .candidates import backward_candidates, loss_candidates, selection_candidates
 
 # Tokens that are alike in how far they choose as their neighbours do.
 SPAN = 64
@@ -137,17 +140,20 @@ def selection_trial(sizes: Sizes, x: Inputs) -> Trial:
 def forward_trial(sizes: Sizes, x: Inputs) -> Trial:
     """The main branch's forward."""
     target = target_of(x.q.device)
-    shape = {
-        "group_size": sizes.group_size,
-        "head_dim": sizes.head_dim,
-        "block_size": sizes.block_size,
-        "topk": sizes.topk,
-        "element_size": sizes.dtype.itemsize,
-        "decoded": False,
-    }
-    shipped = forward_config(target, **shape)  # type: ignore[arg-type]
-    changes = forward_candidates(target, shipped, sizes.group_size, sizes.block_size)
-    return Trial(key_of("forward", shipped, target, shape), shipped, changes, lambda config: attend(sizes, x, config))
+    problem = Problem(
+        num_kv_heads=sizes.num_kv_heads,
+        dtype=sizes.dtype,
+        group_size=sizes.group_size,
+        head_dim=sizes.head_dim,
+        block_size=sizes.block_size,
+        topk=sizes.topk,
+        key_dtype=sizes.dtype,
+        bulk_copies=tma_ready(x.q) and tma_ready(x.k) and tma_ready(x.v),
+    )
+    shipped = default_forward_config(problem, target)
+    changes = forward_candidates(problem, target, shipped)
+    key = key_of("forward", shipped, target, forward_tuning_shape(problem))
+    return Trial(key, shipped, changes, lambda config: attend(sizes, x, config))
 
 
 def attend(sizes: Sizes, x: Inputs, config: Any = None) -> tuple[Tensor, Tensor]:
