@@ -83,10 +83,13 @@ def default_config(problem: Problem, target: Target) -> ForwardConfig:
     large = max(1, columns * depth * size // (128 * 128 * 2))
     # Below Hopper the block's keys and values end up in registers, which leaves less room for rows.
     rows = max(16, (64 if large_tiles else 16 if depth <= 64 else 32) // large)
-    # Half a block per step: with 128 registers per thread, two programs share a multiprocessor. E4m3 keys and values
-    # pass through registers.
-    query_major_columns = max(16, min(columns, (32 if scaled and not large_tiles else 64) // large))
-    query_major_rows = max(padded(problem.group_size), (128 if large_tiles else 64) // large)
+    # Half a block per step: with 128 registers per thread, two programs share a multiprocessor. On Hopper, a product of
+    # 128 rows of more than 128 numbers of 16 bits needs more registers than that (ptxas error C7602): longer heads take
+    # rows, keys and registers as for larger blocks.
+    large_step = max(large, 2) if target.arch == 90 and depth > 128 and size == 2 else large
+    # E4m3 keys and values pass through registers.
+    query_major_columns = max(16, min(columns, (32 if scaled and not large_tiles else 64) // large_step))
+    query_major_rows = max(padded(problem.group_size), (128 if large_tiles else 64) // large_step)
     tile_bytes = (query_major_rows + 4 * query_major_columns) * depth * size
     # Where a whole block of keys and values does not fit, every tile is query-major, in steps of part of a block.
     block_bytes = 2 * columns * depth * size
@@ -102,7 +105,7 @@ def default_config(problem: Problem, target: Target) -> ForwardConfig:
         query_major_columns=query_major_columns,
         query_major_warps=8 if query_major_rows * query_major_columns > 64 * 64 else 4,
         query_major_stages=2 if target.backend == "cuda" and tile_bytes <= target.shared_memory else 1,
-        query_major_registers=128 if target.arch == 90 and large == 1 else None,
+        query_major_registers=128 if target.arch == 90 and large_step == 1 else None,
         query_major_bulk_copies=large_tiles and size == 2,
         query_major_sm90=fits_query_major_sm90(problem, target),
         key_major_sm90=gathers,
