@@ -12,7 +12,8 @@ class Problem:
     num_kv_heads: groups; group_size: query heads per group; head_dim, index_head_dim: D and Di, 0 where a task does not
     read such vectors; topk: None where every visible block is taken; dtype: of the queries; key_dtype: of the keys (and
     values) as they are stored, e4m3 in some caches; paged: keys lie in pages of block_size; bulk_copies: alignment and
-    strides let the bulk copy engine (TMA) read all that the task reads.
+    strides let the bulk copy engine (TMA) read all that the task reads; positive_scale: the sign of the main scores'
+    scale, whose maximum is found before the scale is multiplied in.
 
     >>> Problem(num_kv_heads=4, dtype=torch.bfloat16, index_head_dim=128, topk=16).element_size
     2
@@ -28,6 +29,7 @@ class Problem:
     key_dtype: torch.dtype | None = None
     paged: bool = False
     bulk_copies: bool = True
+    positive_scale: bool = True
 
     @property
     def element_size(self) -> int:

@@ -5,7 +5,7 @@ the fields of the problem that the task uses, some fields of its configuration m
 length: launches ask `tuned_config`, and `tune` finds changes that make a task faster.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from functools import partial
 from statistics import median
@@ -15,8 +15,6 @@ import torch
 
 from .problem import Problem
 
-# Arguments of `tuned` that differ from call to call.
-LENGTHS = {"num_sequences", "seqlen_q", "seqlen_k", "tma_ready", "scales_ready"}
 # How much faster a candidate must be: less than this, and noise would choose.
 MARGIN = 0.03
 
@@ -60,36 +58,19 @@ def register(key: Key, changes: Changes) -> None:
     _changes[key] = changes
 
 
-def key_of(task: str, config: Any, target: Any, shape: Mapping[str, Any]) -> Key:
-    """The Key of a configuration that was chosen for a target and a shape; dtypes by name, as a file has them."""
-    values = {
-        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-        for name, value in shape.items()
-    }
-    return Key(task, target.arch, tuple(sorted({**values, "rows": config.rows}.items())))
-
-
-def tuned(task: str, choose: Callable[..., Any], target: Any, **shape: Any) -> Any:
-    """`tuned_config`, for callers that have no Problem: the configuration is `choose(target, **shape)`."""
-    config = choose(target, **shape)
-    if not _changes:
-        return config
-    lasting = {name: value for name, value in shape.items() if name not in LENGTHS}
-    if "decoded" in lasting:
-        lasting["scaled"] = lasting.pop("decoded")
-    return replace(config, **_changes.get(key_of(task, config, target, lasting), {}))
-
-
-def key_for(task: str, problem: Problem, target: Any, config: Any, depends_on: tuple[str, ...]) -> Key:
+def key_of(task: str, problem: Problem, target: Any, config: Any, depends_on: tuple[str, ...]) -> Key:
     """The Key of a configuration that was chosen for a problem and a target; depends_on: fields of the problem."""
-    return key_of(task, config, target, {name: getattr(problem, name) for name in depends_on})
+    shape = {name: getattr(problem, name) for name in depends_on} | {"rows": config.rows}
+    # A file has dtypes by name.
+    names = {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in shape.items()}
+    return Key(task, target.arch, tuple(sorted(names.items())))
 
 
 def tuned_config(task: str, problem: Problem, target: Any, config: Any, depends_on: tuple[str, ...]) -> Any:
     """The configuration that was chosen for a problem and a target, with the changes that tuning made."""
     if not _changes:
         return config
-    return replace(config, **_changes.get(key_for(task, problem, target, config, depends_on), {}))
+    return replace(config, **_changes.get(key_of(task, problem, target, config, depends_on), {}))
 
 
 def tune(

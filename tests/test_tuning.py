@@ -11,33 +11,22 @@ import flexmsa
 triton = pytest.importorskip("triton")
 
 from flexmsa.kernels.problem import Problem  # noqa: E402
-from flexmsa.kernels.triton.backward import config as backward_config  # noqa: E402
 from flexmsa.kernels.triton.common import target as targets  # noqa: E402
-from flexmsa.kernels.triton.forward import config as forward_config  # noqa: E402
-from flexmsa.kernels.triton.loss import config as loss_config  # noqa: E402
-from flexmsa.kernels.triton.selection import config as selection_config  # noqa: E402
-from flexmsa.kernels.triton.tuning import candidates  # noqa: E402
 from flexmsa.kernels.triton.tuning.tasks import TASKS  # noqa: E402
 from flexmsa.testing.compiled import TARGETS  # noqa: E402
 
-SHAPES = [(16, 4, 128, 128), (4, 8, 64, 64), (1, 2, 256, 48), (3, 1, 80, 512)]
 TUNABLE = {task.name: task.tunable for task in TASKS}
-EXPONENTS = ("rows", "columns", "num_warps", "period", "walk_rows", "walk_columns", "walk_warps")
+SHAPES = [(16, 4, 128, 128), (4, 8, 64, 64), (1, 2, 256, 48), (3, 1, 80, 512)]
+EXPONENTS = ("rows", "columns", "num_warps", "period", "query_major_rows", "query_major_columns", "query_major_warps")
 
 
 def lists(target, group_size, num_kv_heads, head_dim, block_size, dtype):
-    """(kernel, shipped configuration, candidates) of every kernel."""
-    sizes = {"head_dim": head_dim, "block_size": block_size, "element_size": dtype.itemsize}
-    problem = Problem(num_kv_heads, dtype, index_head_dim=head_dim, block_size=block_size, topk=16)
-    config = selection_config.default_config(problem, target, 1, 16384, 16384, sm90=False)
-    yield "selection", config, selection_config.candidates(problem, target, config)
-    config = forward_config.forward_config(target, **sizes, group_size=group_size, topk=16)
-    yield "forward", config, candidates.forward_candidates(target, config, group_size, block_size)
-    config = backward_config.backward_config(target, **sizes, group_size=group_size)
-    yield "backward", config, candidates.backward_candidates(target, config, block_size)
-    problem = Problem(num_kv_heads, dtype, group_size, head_dim, head_dim, block_size, topk=16)
-    config = loss_config.default_config(problem, target)
-    yield "loss", config, loss_config.candidates(problem, target, config)
+    """(task, shipped configuration, candidates) of every task."""
+    problem = Problem(num_kv_heads, dtype, group_size, head_dim, head_dim, block_size, topk=16, bulk_copies=False)
+    for task in TASKS:
+        lengths = (1, 16384, 16384) if task.name == "selection" else ()
+        config = task.config.default_config(problem, target, *lengths)
+        yield task.name, config, task.candidates(problem, target, config)
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -55,13 +44,13 @@ def test_candidates_are_valid(target, shape, dtype):
             for name in EXPONENTS:
                 value = getattr(config, name, 1)
                 assert value > 0 and value & (value - 1) == 0, (change, name)
-            assert max(config.num_warps, getattr(config, "walk_warps", 1)) <= 16
-            assert config.num_stages >= 1 and getattr(config, "walk_stages", 1) >= 1
+            assert max(config.num_warps, getattr(config, "query_major_warps", 1)) <= 16
+            assert config.num_stages >= 1 and getattr(config, "query_major_stages", 1) >= 1
             if kernel == "selection":
                 assert config.tokens(num_kv_heads) >= 1 and config.period <= config.kept
             if kernel == "forward":
-                assert config.walk_rows >= group_size and config.walk_limit >= 1
-                assert target.backend == "cuda" or config.max_registers is config.walk_registers is None
+                assert config.query_major_rows >= group_size and config.longest_union >= 1
+                assert target.backend == "cuda" or config.max_registers is config.query_major_registers is None
             assert getattr(config, "columns", 1) <= targets.padded(block_size)
             assert getattr(config, "length", 16) >= 16
 

@@ -4,12 +4,14 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from ...problem import Problem
 from ...tuning import Changes
 from ..common.candidates import near, stages
 from ..common.target import Target, gathers_on_hopper, padded
+
+# The fields of a Problem that a configuration depends on, and the fields of a configuration that tuning may change.
+DEPENDS_ON = ("group_size", "head_dim", "block_size", "element_size")
+TUNABLE = ("rows", "columns", "num_warps", "num_stages", "length", "swap", "sm90")
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,6 @@ def default_config(problem: Problem, target: Target) -> BackwardConfig:
     shape = problem.group_size, problem.head_dim, problem.block_size, problem.element_size
     sm90 = gathers_on_hopper(target, *shape)
     return BackwardConfig(rows, columns, num_warps, num_stages, max(16, 8192 // problem.group_size), swap, sm90)
-
-
-def backward_config(
-    target: Target, *, group_size: int, head_dim: int, block_size: int, element_size: int
-) -> BackwardConfig:
-    """`default_config` by the names that tuning keeps its changes by."""
-    dtype = torch.float32 if element_size > 2 else torch.bfloat16
-    problem = Problem(1, dtype, group_size=group_size, head_dim=head_dim, block_size=block_size)
-    return default_config(problem, target)
 
 
 def candidates(problem: Problem, target: Target, config: BackwardConfig) -> Iterator[Changes]:

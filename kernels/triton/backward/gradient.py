@@ -17,10 +17,10 @@ from torch import Tensor
 from ...problem import Problem
 from ..common.launch import Launch, Options, view
 from ..common.softmax import LOG2_E
-from ..common.target import padded
+from ..common.target import Target, padded
 from ..schedule.work_items import WorkItems, load_item
 from .config import BackwardConfig
-from .workspace import KeyGradients, Launcher, Workspace, partial_place
+from .workspace import KeyGradients, Launcher, Workspace, heads_fill_lines, partial_place
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,16 @@ def gradient_constants(config: BackwardConfig, problem: Problem, heads_inside: b
         )
         for offset in range(0, problem.block_size, config.columns)
     ]
+
+
+def supports(problem: Problem, target: Target, config: BackwardConfig) -> bool:
+    """Every problem."""
+    return True
+
+
+def puts_heads_inside(problem: Problem) -> bool:
+    """Whether a row's share of dQ lies with the heads innermost: see `Workspace`."""
+    return heads_fill_lines(problem.group_size)
 
 
 def gradient_launcher(

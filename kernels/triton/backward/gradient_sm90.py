@@ -96,10 +96,15 @@ class GradientShape:
     stages: int
 
 
-def supports(problem: Problem, target: Target) -> bool:
+def puts_heads_inside(problem: Problem) -> bool:
+    """Rows are stored whole, by the bulk copy engine."""
+    return False
+
+
+def supports(problem: Problem, target: Target, config: BackwardConfig) -> bool:
     """Whether the kernel takes a problem: Hopper, its tile sizes, and tensors that the bulk copy engine reads."""
     shape = problem.group_size, problem.head_dim, problem.block_size, problem.element_size
-    return problem.bulk_copies and gathers_on_hopper(target, *shape)
+    return config.sm90 and problem.bulk_copies and gathers_on_hopper(target, *shape)
 
 
 @gluon.jit

@@ -20,21 +20,31 @@ dQ written and read again. At M3's shape and 128K tokens, bf16: 22 TFLOP, 28 ms,
 reading dQ, 8 ms, does not overlap with the products.
 """
 
+from typing import Any
+
 import triton
 from torch import Tensor
 
 from ...problem import Problem
-from ...tuning import tuned
+from ...tuning import tuned_config
 from ...workspace import chunk_tokens
-from ..common.target import target_of
+from ..common.launch import choose
+from ..common.target import GLUON, target_of
 from ..common.tiles import tma_ready
 from ..schedule.inverse_index import inverse_indexes
 from ..schedule.work_items import cut_into_items
-from . import gradient, gradient_sm90
-from .config import BackwardConfig, backward_config
+from . import gradient
+from .config import DEPENDS_ON, BackwardConfig, default_config
 from .preprocess import gather_rows, row_statistics
 from .reduce import sum_items, sum_slots
-from .workspace import KeyGradients, make_workspace, puts_heads_inside
+from .workspace import KeyGradients, make_workspace
+
+# The first that supports a problem runs. Other versions of Triton may lack what the kernel in Gluon needs.
+GRADIENTS: tuple[Any, ...] = (gradient,)
+if GLUON:
+    from . import gradient_sm90
+
+    GRADIENTS = (gradient_sm90, *GRADIENTS)
 
 
 def block_sparse_attention_backward(
@@ -70,21 +80,12 @@ def block_sparse_attention_backward(
         block_size=block_size,
         bulk_copies=all(map(tma_ready, (grad_out, q, k, v))),
     )
-    config = config or tuned(
-        "backward",
-        backward_config,
-        target,
-        group_size=problem.group_size,
-        head_dim=problem.head_dim,
-        block_size=block_size,
-        element_size=problem.element_size,
-    )
-    use_sm90 = config.sm90 and gradient_sm90.supports(problem, target)
-    implementation = gradient_sm90 if use_sm90 else gradient
+    config = config or tuned_config("backward", problem, target, default_config(problem, target), DEPENDS_ON)
+    implementation = choose(GRADIENTS, problem, target, config)
 
     range_tokens = tokens_per_range(q, topk, problem, config)
     num_entries = min(range_tokens, q.shape[0] * q.shape[2]) * topk
-    heads_inside = not use_sm90 and puts_heads_inside(problem.group_size)
+    heads_inside = implementation.puts_heads_inside(problem)
     workspace = make_workspace(q, lse, sequences, problem, num_entries, slots_of(num_entries, config), heads_inside)
     statistics = row_statistics(grad_out, grad_lse, out, lse, problem)
     add_gradients = implementation.gradient_launcher(grad_out, q, k, v, workspace, sums, scale, problem, config)

@@ -85,7 +85,7 @@ def make_workspace(
     )
 
 
-def puts_heads_inside(group_size: int) -> bool:
+def heads_fill_lines(group_size: int) -> bool:
     """Whether `gradient` leaves a partial dQ with its heads innermost: as its products do, where that fills sectors."""
     return group_size % 8 == 0
 

@@ -157,6 +157,11 @@ _compiled: dict[Any, Compiled] = {}
 _recording: ContextVar[list["Launch"] | None] = ContextVar("recording", default=None)
 
 
+def choose(implementations: tuple[Any, ...], problem: Any, target: Target, config: Any) -> Any:
+    """The first of a folder's implementations that supports a problem; the last one supports all."""
+    return next(x for x in implementations if x.supports(problem, target, config))
+
+
 def num_compiled() -> int:
     """Kernels that this process has compiled, or read from Triton's cache."""
     return len(_compiled)

@@ -1,24 +1,48 @@
-"""The end of the forward in KV-outer order (see `by_block`): a token's attention from that to each of its blocks."""
+"""The end of the key-major order: a token's attention, from its partial results (see `key_major`)."""
 
+import functools
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 
-from ..common.primitives import LN_2, await_previous
-from ..common.target import padded
+from ...problem import Problem
+from ..common.launch import Launch, Options
+from ..common.overlap import await_previous
+from ..common.softmax import LN_2
+from ..common.target import Target, padded
+from ..schedule.inverse_index import InverseIndex, find_token_range
+from .records import Partial, Results, result_row
+
+
+@dataclass(frozen=True)
+class CombineConstants:
+    """Constants of `combine_kernel`; heads, depth: G and D, padded; slots: read at once; tokens: per program."""
+
+    topk: int
+    group_size: int
+    heads: int
+    head_dim: int
+    depth: int
+    slots: int
+    tokens: int
+    overlap: bool
 
 
 @triton.jit
-def slots_lse(partial_lse_ptr, numbers, first_row, none, topk, GROUP_SIZE, HEADS: tl.constexpr, SLOTS: tl.constexpr):
-    """[HEADS] fp32, base 2: the lse over all used slots of one token and group."""
+def slots_lse(lse_ptr, numbers, first_row, none, C: tl.constexpr):
+    """[heads] fp32, base 2: the lse over all used slots of one token and group."""
+    HEADS: tl.constexpr = C.heads
     head = tl.arange(0, HEADS)
     row_max = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    for start in range(0, topk, SLOTS):
-        slot = start + tl.arange(0, SLOTS)
-        used = tl.load(numbers + slot, mask=slot < topk, other=none) < none
-        place = first_row + slot[:, None] * GROUP_SIZE + head[None, :]
-        mask = used[:, None] & (head < GROUP_SIZE)[None, :]
-        lse = tl.load(partial_lse_ptr + place, mask=mask, other=float("-inf"))
+    for start in range(0, C.topk, C.slots):
+        slot = start + tl.arange(0, C.slots)
+        used = tl.load(numbers + slot, mask=slot < C.topk, other=none) < none
+        place = first_row + slot[:, None] * C.group_size + head[None, :]
+        mask = used[:, None] & (head < C.group_size)[None, :]
+        lse = tl.load(lse_ptr + place, mask=mask, other=float("-inf"))
         new_max = tl.maximum(row_max, tl.max(lse, axis=0))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         total = total * tl.exp2(row_max - shift) + tl.sum(tl.exp2(lse - shift[None, :]), axis=0)
@@ -27,85 +51,96 @@ def slots_lse(partial_lse_ptr, numbers, first_row, none, topk, GROUP_SIZE, HEADS
 
 
 @triton.jit
-def combine_token(
-    partial_ptr, partial_lse_ptr, numbers, first_row, out_ptr, lse_ptr, out_row, stride, none, topk,
-    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, DEPTH: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """out and lse of one token and group, from out_row on, heads being `stride` rows apart.
+def combine_token(partial, numbers, first_row, results, out_row, none, C: tl.constexpr):
+    """out and lse of one token and group: its slots' partial results, weighted by exp2(their lse - lse).
 
-    They are its slots' partial outputs, weighted by exp2(their lse - lse).
+    numbers: of its slots' lists; first_row: of its partial results; out_row: of its first head in the results.
     """
-    lse = slots_lse(partial_lse_ptr, numbers, first_row, none, topk, GROUP_SIZE, HEADS, SLOTS)
+    HEADS: tl.constexpr = C.heads
+    DEPTH: tl.constexpr = C.depth
+    lse = slots_lse(partial.lse, numbers, first_row, none, C)
     offset = tl.where(lse == float("-inf"), 0.0, lse)
     head, d = tl.arange(0, HEADS), tl.arange(0, DEPTH)[None, :]
     acc = tl.zeros([HEADS, DEPTH], tl.float32)
     # Copied into shared memory ahead of their use: the loads of an unrolled loop wait for one another.
-    for slot in tl.range(0, topk, num_stages=4):
+    for slot in tl.range(0, C.topk, num_stages=4):
         # An unused slot has no heads to load.
-        used = head < tl.where(tl.load(numbers + slot) < none, GROUP_SIZE, 0)
-        place = first_row + slot * GROUP_SIZE + head
-        weight = tl.exp2(tl.load(partial_lse_ptr + place, mask=used, other=float("-inf")) - offset)
-        part = partial_ptr + place[:, None] * HEAD_DIM + d
-        mask = used[:, None] & (d < HEAD_DIM)
+        used = head < tl.where(tl.load(numbers + slot) < none, C.group_size, 0)
+        place = first_row + slot * C.group_size + head
+        weight = tl.exp2(tl.load(partial.lse + place, mask=used, other=float("-inf")) - offset)
+        part = partial.out + place[:, None] * C.head_dim + d
+        mask = used[:, None] & (d < C.head_dim)
         acc += weight[:, None] * tl.load(part, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    row = out_row + head.to(tl.int64) * stride
-    out = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row[:, None] * HEAD_DIM + d, out, mask=(head < GROUP_SIZE)[:, None] & (d < HEAD_DIM))
-    tl.store(lse_ptr + row, lse * LN_2, mask=head < GROUP_SIZE)
+    row = out_row + head.to(tl.int64) * results.seqlen_q
+    out = acc.to(results.out.dtype.element_ty)
+    mask = (head < C.group_size)[:, None] & (d < C.head_dim)
+    tl.store(results.out + row[:, None] * C.head_dim + d, out, mask=mask)
+    tl.store(results.lse + row, lse * LN_2, mask=head < C.group_size)
 
 
-@triton.jit(do_not_specialize=["chunk", "none"])
-def combine_slots_kernel(
-    partial_ptr,
-    partial_lse_ptr,
-    numbers_ptr,
-    skip_ptr,
-    out_ptr,
-    lse_ptr,
-    chunk,
-    seqlen_q,
-    first_token,
-    num_tokens,
-    chunk_tokens,
-    none,
-    num_kv_heads,
-    topk,
-    GROUP_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SLOTS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """`combine_token` for those of TOKENS tokens of a chunk whose skip is 0."""
-    await_previous(OVERLAP)
-    num_chunks = tl.cdiv(num_tokens, chunk_tokens)
-    group, begin = tl.cast(chunk // num_chunks, tl.int64), chunk % num_chunks * chunk_tokens
-    first, end = begin + tl.program_id(0) * TOKENS, tl.minimum(begin + chunk_tokens, num_tokens)
-    skip_ptr += group * num_tokens
-    tokens = first + tl.arange(0, TOKENS)
+@triton.jit
+def combine_kernel(partial, numbers, skip_ptr, results, index, range_number, C: tl.constexpr):
+    """`combine_token` for those of a token range's tokens whose skip is 0. Grid (tokens / C.tokens)."""
+    await_previous(C.overlap)
+    token_range = find_token_range(index, range_number, C.topk)
+    # Tokens are counted from the index's first one.
+    begin = (token_range.first_token - index.first_token).to(tl.int32)
+    first, end = begin + tl.program_id(0) * C.tokens, begin + token_range.num_tokens.to(tl.int32)
+    skip_ptr += token_range.group * index.num_tokens
+    tokens = first + tl.arange(0, C.tokens)
     # Where neighbours share, nearly all are left out: then there is little to launch, and one load to wait for.
     if tl.min(tl.load(skip_ptr + tokens, mask=tokens < end, other=1), axis=0) == 0:
-        for token in range(first, tl.minimum(first + TOKENS, end)):
+        for token in range(first, tl.minimum(first + C.tokens, end)):
             if tl.load(skip_ptr + token) == 0:
-                batch, query = (first_token + token) // seqlen_q, (first_token + token) % seqlen_q
-                out_row = (tl.cast(batch, tl.int64) * num_kv_heads + group) * GROUP_SIZE * seqlen_q + query
-                combine_token(
-                    partial_ptr, partial_lse_ptr, numbers_ptr + (group * num_tokens + token) * topk,
-                    (token - begin) * topk * GROUP_SIZE, out_ptr, lse_ptr, out_row, seqlen_q, none, topk,
-                    GROUP_SIZE, HEAD_DIM, HEADS, DEPTH, SLOTS,
-                )  # fmt: skip
+                batch, query = (
+                    (index.first_token + token) // results.seqlen_q,
+                    (index.first_token + token) % results.seqlen_q,
+                )
+                out_row = result_row(results, batch, token_range.group, 0, query, C.group_size)
+                slots = numbers.ptr + (token_range.group * index.num_tokens + token) * C.topk
+                first_row = (token - begin) * C.topk * C.group_size
+                combine_token(partial, slots, first_row, results, out_row, numbers.none, C)
 
 
-def combine_constants(group_size: int, head_dim: int, topk: int) -> dict[str, int]:
-    """The compile-time arguments of `combine_slots_kernel`, but for OVERLAP."""
-    return {
-        "GROUP_SIZE": group_size,
-        "HEAD_DIM": head_dim,
-        "HEADS": triton.next_power_of_2(group_size),
-        "DEPTH": padded(head_dim),
-        "SLOTS": min(64, triton.next_power_of_2(topk)),
-        # With more tokens a program, what is read at once lies further apart, and memory is slower.
-        "TOKENS": 2,
-    }
+@functools.lru_cache
+def combine_constants(problem: Problem, target: Target) -> CombineConstants:
+    """Constants of `combine_kernel`."""
+    assert problem.topk is not None
+    return CombineConstants(
+        group_size=problem.group_size,
+        topk=problem.topk,
+        heads=triton.next_power_of_2(problem.group_size),
+        head_dim=problem.head_dim,
+        depth=padded(problem.head_dim),
+        slots=min(64, triton.next_power_of_2(problem.topk)),
+        # With more tokens per program, what is read at once lies further apart, and memory is slower.
+        tokens=2,
+        overlap=target.overlaps,
+    )
+
+
+def launch(
+    partial: Partial,
+    index: InverseIndex,
+    skip: torch.Tensor,
+    results: Results,
+    range_number: int,
+    problem: Problem,
+    target: Target,
+) -> Launch:
+    """The launch that fills the results of a token range's tokens whose skip [Hkv, B*Sq] is 0."""
+    constants = combine_constants(problem, target)
+    return Launch(
+        combine_kernel,
+        (triton.cdiv(index.range_tokens, constants.tokens), 1, 1),
+        {
+            "partial": partial,
+            "numbers": index.list_numbers(),
+            "skip_ptr": skip,
+            "results": results,
+            "index": index.record(),
+            "range_number": range_number,
+        },
+        {"C": constants},
+        Options(overlap=constants.overlap),
+    )

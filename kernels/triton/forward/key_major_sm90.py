@@ -1,16 +1,17 @@
-"""`by_block`'s main kernel for Hopper, in Gluon: one warp gathers, one scatters, and four multiply.
+"""Key-major attention for Hopper, in Gluon: one warp gathers, one scatters, and four multiply.
 
-It does what `by_block.partial_attention_kernel` does. The copying warp fetches the query rows of a step an entry at a
-time with the bulk copy engine, in halves of the head dim, which lie side by side as the tensor cores take them, and
-runs ahead of the warps that multiply; the storing warp sends an entry's partial output to its place in the same way.
-Two programs share a multiprocessor: one multiplies while the other is at its softmax, or waits for its first keys.
+The kernel computes what `key_major.key_major_kernel` does. The copying warp fetches the query rows of a step, one entry
+at a time, with the bulk copy engine, in halves of the head dim, which lie side by side as the tensor cores take them;
+it runs ahead of the warps that multiply. The storing warp sends an entry's partial output to its place in the same way.
+Two programs share a multiprocessor: one multiplies while the other computes its softmax, or waits for its first keys.
 
-Triton's interpreter knows no Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
+Triton's interpreter cannot run Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -21,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ...problem import Problem
 from ..common.gluon_sm90 import (
     HALF,
     SIDE_BY_SIDE,
@@ -31,82 +33,117 @@ from ..common.gluon_sm90 import (
     make_barriers,
     shared_box,
 )
-from ..common.primitives import LOG2_E
-from ..schedule.inverse_index import IndexRecord, InverseIndex
-from ..schedule.work_items import ItemsRecord, WorkItems, item_entries, load_item
-from .key_major import softmax_rows
+from ..common.launch import Launch, Options
+from ..common.softmax import LOG2_E, softmax_rows
+from ..common.target import Target
+from ..schedule.inverse_index import InverseIndex, find_token_range
+from ..schedule.work_items import WorkItems, item_entries, load_item
+from .config import ForwardConfig, fits_key_major_sm90
+from .records import Inputs, Partial
 
 ROWS = gl.constexpr(64)
 STAGES = gl.constexpr(2)
-# Of a thread, at the launch: two programs share a multiprocessor.
+# Per thread, at the launch: two programs share a multiprocessor.
 REGISTERS = 128
+
+
+class Boxes(NamedTuple):
+    """Queries, keys, values and partial outputs: descriptors of the bulk copy engine, or buffers in shared memory."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+
+
+class Barriers(NamedTuple):
+    """keys_full: the block's keys and values; full, empty: the stages of queries; out_full, out_empty: the outputs."""
+
+    keys_full: Any
+    full: Any
+    empty: Any
+    out_full: Any
+    out_empty: Any
+
+
+class Work(NamedTuple):
+    """What a launch works on: the index and its work items, a token range, and rows of the partial results in all."""
+
+    index: Any
+    items: Any
+    range_number: Any
+    seqlen_q: Any
+    num_rows: Any
+
+
+@dataclass(frozen=True)
+class ItemShape:
+    """Constants of `key_major_sm90_kernel`; entries: per step; halves: of the head dim."""
+
+    topk: int
+    group_size: int
+    head_dim: int
+    block_size: int
+    entries: int
+    halves: int
 
 
 @gluon.jit
 def load_entry(entries_ptr, number, origin, last):
-    """Entry `number` of a piece, counted from the chunk's first; beyond the last one, that."""
+    """Entry `number` of a work item, counted from the token range's first; beyond the last one, the last one."""
     return gl.cast(gl.load(entries_ptr + gl.minimum(number, last)) - origin, gl.int32)
 
 
 @gluon.jit
-def copy_queries(
-    tiles, buffers, barriers, pointers, numbers, TOPK: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr
-):
+def copy_queries(tensors, buffers, barriers, work, shape: gl.constexpr):
     """The copying warp's work: the block's keys and values, then the queries of every step."""
-    q_tiles, k_tiles, v_tiles, _ = tiles
-    q_boxes, k_box, v_box, _ = buffers
-    keys_full, full, empty, _, _ = barriers
-    plan_ptr, entries_ptr, offsets_ptr, _ = pointers
-    chunk, group, origin, token0, seqlen_q, num_blocks, num_items, _, _ = numbers
-    ENTRIES: gl.constexpr = ROWS // HEADS
-    HALVES: gl.constexpr = HEAD_DIM // HALF
-    item = load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk)
-    batch, first_key, begin, stop = item.batch, item.first_key, item.begin, item.stop
-    first_query = gl.cast(token0 - batch * seqlen_q, gl.int32)
-    batch = gl.cast(batch, gl.int32)
-    if begin < stop:
-        copy_block(k_tiles, v_tiles, [batch, group, first_key, 0], keys_full, k_box, v_box)
-        entries_ptr = item_entries(IndexRecord(0, entries_ptr, offsets_ptr, num_blocks, 0, 0, 0, 0), chunk, begin)
-        last = stop - begin - 1
-        for step in range((stop - begin + ENTRIES - 1) // ENTRIES):
+    ENTRIES: gl.constexpr = shape.entries
+    HALVES: gl.constexpr = shape.halves
+    item = load_item(work.items, work.range_number)
+    tokens = find_token_range(work.index, work.range_number, shape.topk)
+    group, batch = gl.cast(tokens.group, gl.int32), gl.cast(item.batch, gl.int32)
+    first_query = gl.cast(tokens.first_token - item.batch * work.seqlen_q, gl.int32)
+    if item.begin < item.stop:
+        at = [batch, group, item.first_key, 0]
+        copy_block(tensors.k, tensors.v, at, barriers.keys_full, buffers.k, buffers.v)
+        entries_ptr = item_entries(work.index, work.range_number, item.begin)
+        last = item.stop - item.begin - 1
+        for step in range((item.stop - item.begin + ENTRIES - 1) // ENTRIES):
             stage = step % STAGES
             # All before any copy is asked for, so that they are under way together.
             queries = ()
             for number in gl.static_range(ENTRIES):
-                entry = load_entry(entries_ptr, step * ENTRIES + number, origin, last)
-                queries += (first_query + entry // TOPK,)  # type: ignore[assignment]
-            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), ENTRIES * HALVES * q_tiles.block_type.nbytes)
-            gather_rows(q_tiles, q_boxes, queries, batch, group * HEADS, stage, full.index(stage), HALVES)
+                entry = load_entry(entries_ptr, step * ENTRIES + number, tokens.first_entry, last)
+                queries += (first_query + entry // shape.topk,)  # type: ignore[assignment]
+            mbarrier.wait(barriers.empty.index(stage), (step // STAGES & 1) ^ 1)
+            full = barriers.full.index(stage)
+            mbarrier.expect(full, ENTRIES * HALVES * tensors.q.block_type.nbytes)
+            gather_rows(tensors.q, buffers.q, queries, batch, group * shape.group_size, stage, full, HALVES)
 
 
 @gluon.jit
-def store_outputs(tiles, buffers, barriers, pointers, numbers, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr):
+def store_outputs(tensors, buffers, barriers, work, shape: gl.constexpr):
     """The storing warp's work: the partial outputs of every step."""
-    partial_tiles = tiles[3]
-    out_boxes = buffers[3]
-    _, _, _, out_full, out_empty = barriers
-    plan_ptr, entries_ptr, offsets_ptr, _ = pointers
-    chunk, _, origin, _, _, num_blocks, num_items, _, num_rows = numbers
-    ENTRIES: gl.constexpr = ROWS // HEADS
-    HALVES: gl.constexpr = HEAD_DIM // HALF
-    item = load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk)
-    begin, stop = item.begin, item.stop
-    entries_ptr = item_entries(IndexRecord(0, entries_ptr, offsets_ptr, num_blocks, 0, 0, 0, 0), chunk, begin)
-    last = stop - begin - 1
-    for step in range((stop - begin + ENTRIES - 1) // ENTRIES):
+    ENTRIES: gl.constexpr = shape.entries
+    HALVES: gl.constexpr = shape.halves
+    item = load_item(work.items, work.range_number)
+    origin = find_token_range(work.index, work.range_number, shape.topk).first_entry
+    entries_ptr = item_entries(work.index, work.range_number, item.begin)
+    last = item.stop - item.begin - 1
+    for step in range((item.stop - item.begin + ENTRIES - 1) // ENTRIES):
         rows = ()
         for number in gl.static_range(ENTRIES):
             entry = load_entry(entries_ptr, step * ENTRIES + number, origin, last)
             # Past all rows nothing is written.
-            rows += (gl.where(step * ENTRIES + number <= last, entry * HEADS, num_rows),)  # type: ignore[assignment]
-        mbarrier.wait(out_full, step & 1)
+            live = step * ENTRIES + number <= last
+            rows += (gl.where(live, entry * shape.group_size, work.num_rows),)  # type: ignore[assignment]
+        mbarrier.wait(barriers.out_full, step & 1)
         for number in gl.static_range(ENTRIES):
             for half in gl.static_range(HALVES):
-                box = out_boxes.index(half * ENTRIES + number)
-                tma.async_copy_shared_to_global(partial_tiles, [rows[number], half * HALF], box)
+                box = buffers.out.index(half * ENTRIES + number)
+                tma.async_copy_shared_to_global(tensors.out, [rows[number], half * HALF], box)
         tma.store_wait(0)
-        mbarrier.arrive(out_empty, count=1)
+        mbarrier.arrive(barriers.out_empty, count=1)
 
 
 @gluon.jit
@@ -119,173 +156,120 @@ def hand_over(out, normal, out_rows, out_full):
 
 
 @gluon.jit
-def attend_rows(
-    tiles, buffers, barriers, pointers, numbers,
-    TOPK: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
-):  # fmt: skip
-    """The work of the other four warps."""
-    q_boxes, k_box, v_box, out_boxes = buffers
-    keys_full, full, empty, out_full, out_empty = barriers
-    plan_ptr, entries_ptr, offsets_ptr, partial_lse_ptr = pointers
-    chunk, _, origin, token0, seqlen_q, num_blocks, num_items, scale, _ = numbers
-    ENTRIES: gl.constexpr = ROWS // HEADS
-    BLOCK: gl.constexpr = k_box.shape[2]
-    dtype: gl.constexpr = k_box.dtype
+def attend_rows(buffers, barriers, work, lse_ptr, scale, shape: gl.constexpr):
+    """The work of the other four warps: partial outputs, handed over to the storing warp, and partial lse."""
+    HEAD_DIM: gl.constexpr = shape.head_dim
+    BLOCK: gl.constexpr = shape.block_size
+    dtype: gl.constexpr = buffers.k.dtype
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    q_rows = q_boxes._reinterpret(dtype, [STAGES, ROWS, HEAD_DIM], SIDE_BY_SIDE)
-    out_rows = out_boxes._reinterpret(dtype, [ROWS, HEAD_DIM], SIDE_BY_SIDE)
-    k, v = k_box.reshape([BLOCK, HEAD_DIM]), v_box.reshape([BLOCK, HEAD_DIM])
+    q_rows = buffers.q._reinterpret(dtype, [STAGES, ROWS, HEAD_DIM], SIDE_BY_SIDE)
+    out_rows = buffers.out._reinterpret(dtype, [ROWS, HEAD_DIM], SIDE_BY_SIDE)
+    k, v = buffers.k.reshape([BLOCK, HEAD_DIM]), buffers.v.reshape([BLOCK, HEAD_DIM])
     row = gl.arange(0, ROWS, gl.SliceLayout(1, scored))
-    item = load_item(ItemsRecord(plan_ptr, 0, num_items, 0), chunk)
-    batch, first_key, stop_key, shift, begin, stop = (
-        item.batch,
-        item.first_key,
-        item.stop_key,
-        item.shift,
-        item.begin,
-        item.stop,
-    )
-    if begin < stop:
-        num_keys = stop_key - first_key
-        entries_ptr = item_entries(IndexRecord(0, entries_ptr, offsets_ptr, num_blocks, 0, 0, 0, 0), chunk, begin)
-        last = stop - begin - 1
+    item = load_item(work.items, work.range_number)
+    if item.begin < item.stop:
+        tokens = find_token_range(work.index, work.range_number, shape.topk)
+        origin = tokens.first_entry
+        num_keys = item.stop_key - item.first_key
+        entries_ptr = item_entries(work.index, work.range_number, item.begin)
+        last = item.stop - item.begin - 1
         # A query sees as many keys of the block as its number and this.
-        seen = gl.cast(token0 - batch * seqlen_q, gl.int32) + shift - first_key + 1
-        mbarrier.wait(keys_full, 0)
+        seen = gl.cast(tokens.first_token - item.batch * work.seqlen_q, gl.int32) + item.shift - item.first_key + 1
+        mbarrier.wait(barriers.keys_full, 0)
         if num_keys < BLOCK:
             clear_rows(k, num_keys)
             clear_rows(v, num_keys)
-        for step in range((stop - begin + ENTRIES - 1) // ENTRIES):
+        for step in range((item.stop - item.begin + shape.entries - 1) // shape.entries):
             stage = step % STAGES
-            number = step * ENTRIES + row // HEADS
+            number = step * shape.entries + row // shape.group_size
             entry = load_entry(entries_ptr, number, origin, last)
             # Queries ascend: the first one sees fewest.
-            fewest = gl.minimum(load_entry(entries_ptr, step * ENTRIES, origin, last) // TOPK + seen, num_keys)
-            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            first_entry = load_entry(entries_ptr, step * shape.entries, origin, last)
+            fewest = gl.minimum(first_entry // shape.topk + seen, num_keys)
+            mbarrier.wait(barriers.full.index(stage), step // STAGES & 1)
             scores = gl.zeros([ROWS, BLOCK], gl.float32, scored)
             scores = warpgroup_mma(q_rows.index(stage), k.permute((1, 0)), scores, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            mbarrier.arrive(empty.index(stage), count=1)
+            mbarrier.arrive(barriers.empty.index(stage), count=1)
             if fewest < BLOCK:
-                scores = hide_unseen(scores, gl.minimum(entry // TOPK + seen, num_keys) - 1)
-            weights, normal, lse = softmax_rows(scores, None, scale * LOG2_E, True, False)
-            gl.store(partial_lse_ptr + entry * HEADS + row % HEADS, lse, mask=number <= last)
+                scores = hide_unseen(scores, gl.minimum(entry // shape.topk + seen, num_keys) - 1)
+            weights, normal, lse = softmax_rows(scores, None, scale, True, False)
+            gl.store(lse_ptr + entry * shape.group_size + row % shape.group_size, lse, mask=number <= last)
             weights = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, summed, 2))
             out = gl.zeros([ROWS, HEAD_DIM], gl.float32, summed)
             out = warpgroup_mma(weights, v, out, use_acc=False, is_async=True)
             out = warpgroup_mma_wait(0, deps=[out])
-            mbarrier.wait(out_empty, (step & 1) ^ 1)
-            hand_over(out, normal, out_rows, out_full)
+            mbarrier.wait(barriers.out_empty, (step & 1) ^ 1)
+            hand_over(out, normal, out_rows, barriers.out_full)
 
 
-@gluon.jit(do_not_specialize=["chunk", "group", "origin", "token0", "num_blocks", "num_items", "num_rows"])
-def partial_hopper_kernel(
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    partial_tiles,
-    plan_ptr,
-    entries_ptr,
-    offsets_ptr,
-    partial_lse_ptr,
-    chunk,
-    group,
-    origin,
-    token0,
-    seqlen_q,
-    num_blocks,
-    num_items,
-    num_rows,
-    scale,
-    TOPK: gl.constexpr,
-    HEADS: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    BLOCK: gl.constexpr,
-):
-    """See the module's docstring. Program i owns item i of a chunk's plan."""
-    dtype: gl.constexpr = k_tiles.dtype
-    ENTRIES: gl.constexpr = ROWS // HEADS
-    HALVES: gl.constexpr = HEAD_DIM // HALF
-    buffers = (
-        gl.allocate_shared_memory(dtype, [STAGES * HALVES * ENTRIES, 1, HEADS, 1, HALF], q_tiles.layout),
-        gl.allocate_shared_memory(dtype, [1, 1, BLOCK, HEAD_DIM], k_tiles.layout),
-        gl.allocate_shared_memory(dtype, [1, 1, BLOCK, HEAD_DIM], v_tiles.layout),
-        gl.allocate_shared_memory(dtype, [HALVES * ENTRIES, HEADS, HALF], partial_tiles.layout),
+@gluon.jit
+def key_major_sm90_kernel(
+    q_boxes, k_boxes, v_boxes, out_boxes, index, items, lse_ptr, range_number, seqlen_q, num_rows, scale,
+    shape: gl.constexpr,
+):  # fmt: skip
+    """Fill the partial results of one work item; see the module's docstring. Grid (work items)."""
+    dtype: gl.constexpr = k_boxes.dtype
+    queries: gl.constexpr = [STAGES * shape.halves * shape.entries, 1, shape.group_size, 1, HALF]
+    keys: gl.constexpr = [1, 1, shape.block_size, shape.head_dim]
+    outputs: gl.constexpr = [shape.halves * shape.entries, shape.group_size, HALF]
+    buffers = Boxes(
+        gl.allocate_shared_memory(dtype, queries, q_boxes.layout),
+        gl.allocate_shared_memory(dtype, keys, k_boxes.layout),
+        gl.allocate_shared_memory(dtype, keys, v_boxes.layout),
+        gl.allocate_shared_memory(dtype, outputs, out_boxes.layout),
     )
     keys_full, full, empty = make_barriers(1, 1), make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     out_full, out_empty = make_barriers(1, 1), make_barriers(1, 1)
     fence_async_shared()
-    barriers = (keys_full.index(0), full, empty, out_full.index(0), out_empty.index(0))
-    tiles = (q_tiles, k_tiles, v_tiles, partial_tiles)
-    pointers = (plan_ptr, entries_ptr, offsets_ptr, partial_lse_ptr)
-    numbers = (chunk, group, origin, token0, seqlen_q, num_blocks, num_items, scale, num_rows)
+    barriers = Barriers(keys_full.index(0), full, empty, out_full.index(0), out_empty.index(0))
+    tensors = Boxes(q_boxes, k_boxes, v_boxes, out_boxes)
+    work = Work(index, items, range_number, seqlen_q, num_rows)
     gl.warp_specialize(
         [
-            (attend_rows, (tiles, buffers, barriers, pointers, numbers, TOPK, HEADS, HEAD_DIM)),
-            (copy_queries, (tiles, buffers, barriers, pointers, numbers, TOPK, HEADS, HEAD_DIM)),
-            (store_outputs, (tiles, buffers, barriers, pointers, numbers, HEADS, HEAD_DIM)),
+            (attend_rows, (buffers, barriers, work, lse_ptr, scale, shape)),
+            (copy_queries, (tensors, buffers, barriers, work, shape)),
+            (store_outputs, (tensors, buffers, barriers, work, shape)),
         ],
         [1, 1],
         [24, 24],
     )
 
 
-def hopper_boxes(group_size: int, head_dim: int, block_size: int) -> dict[str, list[int]]:
-    """The box of each tensor that is copied."""
-    keys = [1, 1, block_size, head_dim]
-    return {
-        "q_tiles": [1, group_size, 1, HALF.value],
-        "k_tiles": keys,
-        "v_tiles": keys,
-        "partial_tiles": [group_size, HALF.value],
-    }
+def supports(problem: Problem, target: Target, config: ForwardConfig) -> bool:
+    """Whether the kernel takes this problem: its shape, and the bulk copy engine reads queries and keys."""
+    reads = problem.bulk_copies and not problem.paged and problem.positive_scale
+    return config.key_major_sm90 and reads and fits_key_major_sm90(problem, target)
 
 
-def hopper_constants(topk: int, group_size: int, head_dim: int, block_size: int) -> dict[str, int]:
-    """The compile-time arguments of `partial_hopper_kernel`."""
-    return {"TOPK": topk, "HEADS": group_size, "HEAD_DIM": head_dim, "BLOCK": block_size}
-
-
-def partial_launcher_hopper(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_size: int,
-    scale: float,
+def launches(
+    inputs: Inputs,
     index: InverseIndex,
-    partial: Tensor,
-    partial_lse: Tensor,
-) -> Callable[[WorkItems, int], None]:
-    """As `by_block.partial_launcher`."""
-    num_kv_heads, head_dim = k.shape[1], k.shape[3]
-    group_size = q.shape[1] // num_kv_heads
-    chunks = index.num_ranges // num_kv_heads
-    boxes = hopper_boxes(group_size, head_dim, block_size).values()
+    items: WorkItems,
+    partial: Partial,
+    problem: Problem,
+    config: ForwardConfig,
+    target: Target,
+) -> Iterator[Launch]:
+    """For each token range, the launch that fills its partial results; the scale is positive."""
+    group_size, head_dim, block_size = problem.group_size, problem.head_dim, problem.block_size
+    keys = [1, 1, block_size, head_dim]
     # Made once: a descriptor costs the host as much as a launch.
-    tiles = [shared_box(x, box) for x, box in zip((q, k, v, partial.view(-1, head_dim)), boxes, strict=True)]
-    constants = hopper_constants(index.topk, group_size, head_dim, block_size)
-
-    def launch(pieces: WorkItems, chunk: int) -> None:
-        group, first_token = chunk // chunks, chunk % chunks * index.range_tokens
-        partial_hopper_kernel[(pieces.num_items,)](
-            *tiles,
-            pieces.table,
-            index.entries,
-            index.offsets,
-            partial_lse,
-            chunk,
-            group,
-            (group * index.num_tokens + first_token) * index.topk,
-            index.first_token + first_token,
-            q.shape[2],
-            index.num_blocks,
-            pieces.num_items,
-            partial_lse.numel(),
-            scale,
-            **constants,
-            num_warps=4,
-            maxnreg=REGISTERS,
-        )
-
-    return launch
+    arguments = {
+        "q_boxes": shared_box(inputs.q, [1, group_size, 1, HALF.value]),
+        "k_boxes": shared_box(inputs.k, keys),
+        "v_boxes": shared_box(inputs.v, keys),
+        "out_boxes": shared_box(partial.out.view(-1, head_dim), [group_size, HALF.value]),
+        "index": index.record(),
+        "items": items.record(),
+        "lse_ptr": partial.lse,
+    }
+    sizes = {"seqlen_q": inputs.q.shape[2], "num_rows": partial.lse.numel(), "scale": inputs.scale * LOG2_E.value}
+    assert problem.topk is not None
+    entries, halves = ROWS.value // group_size, head_dim // HALF.value
+    shape = ItemShape(problem.topk, group_size, head_dim, block_size, entries, halves)
+    for number in range(index.num_ranges):
+        grid = items.num_items, 1, 1
+        given = {**arguments, "range_number": number, **sizes}
+        yield Launch(key_major_sm90_kernel, grid, given, {"shape": shape}, Options(4, max_registers=REGISTERS))

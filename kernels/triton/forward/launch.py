@@ -5,21 +5,90 @@
 Layouts: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D], any strides; out [B, Hq, Sq, D] and lse [B, Hq, Sq] fp32, contiguous.
 For inference, k and v may be kept in pages and in e4m3, as in `decode`.
 
-Two orders of work, chosen tile by tile on the device (see `union`): neighbouring tokens that chose much the same
-blocks walk the union of them (see `walk`); all other tokens take the KV-outer order (see `by_block`). For Hopper both
-have a kernel in Gluon (`walk_hopper`, `by_block_hopper`).
+Two orders of work, which the device chooses per tile (see `tile_unions`): neighbouring tokens that chose much the same
+blocks are attended to query-major, all other tokens key-major. For Hopper both orders have a kernel in Gluon.
 """
+
+from typing import Any
 
 import torch
 
-from ...tuning import tuned
+from ...problem import Problem
+from ...tuning import tuned_config
+from ...workspace import chunk_tokens
 from ..common.fp8 import Cache
-from ..common.primitives import tma_ready
-from ..common.target import target_of
-from .config import ForwardConfig, forward_config
-from .key_major import attend_by_block
-from .query_major import walk_tiles
-from .tile_unions import choose_tiles
+from ..common.launch import choose
+from ..common.records import capacity_of
+from ..common.target import GLUON, Target, target_of
+from ..common.tiles import tma_ready
+from ..schedule.inverse_index import inverse_index
+from ..schedule.work_items import cut_into_items
+from . import combine, key_major, query_major
+from .config import DEPENDS_ON, ForwardConfig, default_config
+from .records import Inputs, Partial, Results
+from .tile_unions import Tiles, find_tile_unions
+
+# The first that supports a problem runs. Other versions of Triton may lack what the kernels in Gluon need.
+QUERY_MAJOR: tuple[Any, ...] = (query_major,)
+KEY_MAJOR: tuple[Any, ...] = (key_major,)
+if GLUON:
+    from . import key_major_sm90, query_major_sm90
+
+    QUERY_MAJOR, KEY_MAJOR = (query_major_sm90, *QUERY_MAJOR), (key_major_sm90, *KEY_MAJOR)
+
+
+def problem_of(inputs: Inputs, block_indices: torch.Tensor | None, block_size: int) -> Problem:
+    """The Problem of a call of `block_sparse_attention_forward`."""
+    q, k = inputs.q, inputs.k
+    return Problem(
+        num_kv_heads=k.shape[1],
+        dtype=q.dtype,
+        group_size=q.shape[1] // k.shape[1],
+        head_dim=q.shape[3],
+        block_size=block_size,
+        topk=None if block_indices is None else block_indices.shape[3],
+        key_dtype=k.dtype,
+        paged=inputs.cache.page_table is not None,
+        bulk_copies=tma_ready(q) and tma_ready(k) and tma_ready(inputs.v),
+        positive_scale=inputs.scale > 0,
+    )
+
+
+def attend_key_major(
+    inputs: Inputs,
+    block_indices: torch.Tensor,
+    tiles: Tiles,
+    results: Results,
+    problem: Problem,
+    config: ForwardConfig,
+    target: Target,
+) -> None:
+    """Fill the results of the tokens whose skip is 0, in token ranges whose partial results fit the workspace."""
+    assert problem.topk is not None and tiles.skip is not None
+    q, batch = inputs.q, inputs.q.shape[0]
+    rows = problem.topk * problem.group_size
+    range_tokens = chunk_tokens(batch * results.seqlen_q, rows * (problem.head_dim * problem.element_size + 4))
+    # Elements of a range's partial results are numbered in 32 bits.
+    range_tokens = max(1, min(range_tokens, (2**31 - 1) // (rows * problem.head_dim)))
+    index = inverse_index(
+        block_indices,
+        inputs.sequences,
+        batch=batch,
+        num_kv_heads=problem.num_kv_heads,
+        seqlen_q=results.seqlen_q,
+        seqlen_k=capacity_of(inputs.cache.page_table, inputs.k),
+        block_size=problem.block_size,
+        range_tokens=range_tokens,
+        skip=tiles.skip,
+    )
+    items = cut_into_items(index, config.length)
+    shape = index.range_tokens, problem.topk, problem.group_size
+    partial = Partial(q.new_empty(*shape, problem.head_dim), results.lse.new_empty(shape))
+    implementation = choose(KEY_MAJOR, problem, target, config)
+    launches = implementation.launches(inputs, index, items, partial, problem, config, target)
+    for number, attend in enumerate(launches):
+        attend.run()
+        combine.launch(partial, index, tiles.skip, results, number, problem, target).run()
 
 
 def block_sparse_attention_forward(
@@ -39,38 +108,21 @@ def block_sparse_attention_forward(
     query does not see; None stands for every visible block. `cache` says how k and v are kept, contiguous and in q's
     dtype by default; `config` overrides the choice of tiles.
     """
-    cache = cache or Cache()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() == 0 or (block_indices is not None and block_indices.shape[3] == 0):
         return out.zero_(), lse.fill_(-torch.inf)
-    topk = 1 if block_indices is None else block_indices.shape[3]
-    config = config or tuned(
-        "forward",
-        forward_config,
-        target_of(q.device),
-        group_size=q.shape[1] // k.shape[1],
-        head_dim=q.shape[3],
-        block_size=block_size,
-        topk=topk,
-        element_size=q.element_size(),
-        decoded=cache.k_scale is not None,
-    )
-    tiles = choose_tiles(block_indices, sequences, q, k, block_size, config)
-    if config.walk_all:
-        # Tokens without a block to see are in no walk.
+    inputs = Inputs(q, k, v, cache or Cache(), sequences, scale)
+    problem, target = problem_of(inputs, block_indices, block_size), target_of(q.device)
+    config = config or tuned_config("forward", problem, target, default_config(problem, target), DEPENDS_ON)
+    tiles = find_tile_unions(block_indices, sequences, q.shape[0], q.shape[2], problem, config)
+    if config.query_major_only:
+        # Tokens without a block to see are in no tile's union.
         out.zero_()
         lse.fill_(-torch.inf)
-    # What the kernels for Hopper take: keys and values as they are, and a positive scale.
-    plain = scale > 0 and cache.page_table is None and cache.k_scale is None and all(map(tma_ready, (q, k, v)))
-    if plain and config.walk_hopper and tiles.list is not None and tiles.tokens * (q.shape[1] // k.shape[1]) == 128:
-        # Imported where it is launched: another version of Triton may not have what it needs.
-        from .query_major_sm90 import attend_tiles_sm90
-
-        attend_tiles_sm90(q, k, v, tiles, block_size, scale, config, out, lse)
-    else:
-        walk_tiles(q, k, v, cache, tiles, sequences, block_size, scale, config, out, lse)
-    if block_indices is not None and not config.walk_all:
-        rules = block_size, scale, config, plain and config.hopper
-        attend_by_block(q, k, v, cache, block_indices, sequences, tiles.skip, *rules, out, lse)
+    results = Results(out, lse, problem.num_kv_heads, q.shape[2])
+    implementation = choose(QUERY_MAJOR, problem, target, config)
+    implementation.launch(inputs, tiles, results, problem, config, target).run()
+    if block_indices is not None and not config.query_major_only:
+        attend_key_major(inputs, block_indices, tiles, results, problem, config, target)
     return out, lse

@@ -1,295 +1,278 @@
-"""Attention in tiles of neighbouring tokens, each tile walking the union of its tokens' blocks.
+"""Query-major attention: each tile of neighbouring tokens loads every block of its tile union once.
 
-A tile is T tokens times the G heads of a group, `walk_rows` rows. It loads each block of the union once, in steps of
-`walk_columns` keys, and keeps a running softmax as dense flash attention does; a token that did not choose the block
-gives it no weight. No partial results go through memory. Blocks that all tokens see whole come first and take no mask.
-The unions are those of `union.choose_tiles`; without block_indices every visible block is walked.
+A tile is T tokens times the G heads of a group, `query_major_rows` rows. It takes the blocks of its union one after the
+other, in steps of `query_major_columns` keys, and keeps a running softmax as dense flash attention does; a token that
+did not choose the block gives it no weight. No partial results go through memory. Blocks that all tokens see whole come
+first and take no mask. The unions come from `find_tile_unions`; without block_indices a tile takes every visible block.
 
-Cost: 4 U T G Bk D FLOPs a tile and group for a union of U blocks; 2 U Bk D elements of keys and values, mostly from L2.
-Where 128K tokens of M3's shape choose like their neighbours (U = 18.4 for 8 tokens), 10.1 TFLOP: 13 ms at 783 TFLOP/s.
+Cost: 4 U T G Bk D FLOPs per tile and group for a union of U blocks; 2 U Bk D elements of keys and values, mostly from
+L2. Where 128K tokens of M3's shape choose like their neighbours (U = 18.4 for 8 tokens), 10.1 TFLOP: 13 ms at 783
+TFLOP/s.
 """
 
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common.fp8 import Cache, as_bits, dequantize, load_scales
-from ..common.primitives import (
-    LN_2,
-    LOG2_E,
-    find_tile,
-    load_sequence,
-    load_tile,
-    locate_block,
-    page_arguments,
-    tma_ready,
-)
-from ..common.target import padded, target_of
+from ...problem import Problem
+from ..common.fp8 import as_bits, dequantize, load_scales
+from ..common.launch import Launch, Options, view
+from ..common.records import load_sequence, locate_block, pages_of
+from ..common.softmax import LN_2, LOG2_E
+from ..common.target import Target, padded
+from ..common.tiles import TileTable, find_tile, load_tile
 from .config import ForwardConfig
-from .tile_unions import Tiles
+from .records import Inputs, Results, Vectors, result_row
+from .tile_unions import Tiles, load_tile_union
 
 
-@triton.jit
-def load_member(list_ptr, members_ptr, place, step, token, DENSE: tl.constexpr):
-    """(block, whether each row's token chose it) of one element of a union; of the step itself if all are walked."""
-    if DENSE:
-        return step, token >= 0
-    return tl.load(list_ptr + place), ((tl.load(members_ptr + place) >> token) & 1) != 0
+class Member(NamedTuple):
+    """A block of a tile's union, and whether each row's token chose it."""
+
+    block: Any
+    chosen: Any
 
 
-@triton.jit
-def load_keys(
-    source, at, num_keys, seqlen_k, dtype: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DEPTH: tl.constexpr, MASKED: tl.constexpr, USE_TMA: tl.constexpr, SCALED: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """Vectors [COLUMNS, DEPTH] of k or v from `at`, (row of the cache, group, key), on, in dtype.
+class Softmax(NamedTuple):
+    """The running softmax of rows, base 2: weighted sums of values, largest score, and sum of weights."""
 
-    USE_TMA: by the bulk copy engine, all COLUMNS of them; else by pointer, and with MASKED zero from num_keys on.
-    source: (tiles for the engine, the group's vectors, the scales, and the strides of rows, keys and elements).
+    acc: Any
+    row_max: Any
+    row_sum: Any
+
+
+@dataclass(frozen=True)
+class QueryMajorConstants:
+    """Constants of `query_major_kernel`.
+
+    A block is taken in `parts` steps of `columns` keys; rows, tokens: of a tile; positive: the scale is; native: the
+    GPU converts e4m3 numbers itself.
     """
-    tiles, base, scale_ptr, stride_b, stride_s, stride_d = source
-    place, group, key = at
-    column, d = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-    if USE_TMA:
-        x = tl.reshape(tiles.load([place.to(tl.int32), group.to(tl.int32), key, 0]), [COLUMNS, DEPTH])
-    elif MASKED or HEAD_DIM != DEPTH:
-        x = load_tile(base + place * stride_b, key, num_keys, stride_s, stride_d, COLUMNS, HEAD_DIM, DEPTH)
-    else:
-        row = base + place * stride_b + (key + column).to(tl.int64)[:, None] * stride_s
-        x = tl.load(row + d.to(tl.int64)[None, :] * stride_d)
-    if SCALED:
-        vector = (place * tl.num_programs(1) + group) * seqlen_k + key
-        x = dequantize(x, load_scales(scale_ptr + vector, column, column < num_keys), dtype, NATIVE)
-    return x
+
+    group_size: int
+    head_dim: int
+    depth: int
+    block_size: int
+    columns: int
+    parts: int
+    rows: int
+    tokens: int
+    stages: int
+    positive: bool
+    native: bool
 
 
 @triton.jit
-def walk_step(acc, row_max, row_sum, q, k, v, last, member, scale, MASKED: tl.constexpr, POSITIVE: tl.constexpr):
-    """Fold one step's keys into the running softmax (base 2) of the rows that are members.
+def load_member(unions, place, step, token):
+    """The Member at `place` of the unions' lists; where every visible block is taken, block `step`."""
+    if unions.blocks is None:
+        return Member(step, token >= 0)
+    else:
+        chosen = ((tl.load(unions.members + place) >> token) & 1) != 0
+        return Member(tl.load(unions.blocks + place), chosen)
 
-    last [ROWS]: the newest column each row sees. Without MASKED every row sees all of them. A positive scale is
+
+@triton.jit
+def load_vectors(
+    vectors, boxes, place, group, key, num_keys, seqlen_k, dtype: tl.constexpr, masked: tl.constexpr, C: tl.constexpr
+):
+    """Keys or values [columns, depth] in dtype, from key `key` of row place.row of the cache on.
+
+    With boxes, the bulk copy engine loads all columns. Without, `masked` sets those from num_keys on to zero.
+    """
+    COLUMNS: tl.constexpr = C.columns
+    DEPTH: tl.constexpr = C.depth
+    x = vectors.view
+    column, d = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    if boxes is not None:
+        rows = tl.reshape(boxes.load([place.row.to(tl.int32), group.to(tl.int32), key, 0]), [COLUMNS, DEPTH])
+    else:
+        base = x.ptr + group * x.stride_h + place.row * x.stride_b
+        if masked or C.head_dim != C.depth:
+            rows = load_tile(base, key, num_keys, x.stride_s, x.stride_d, COLUMNS, C.head_dim, DEPTH)
+        else:
+            row = base + (key + column).to(tl.int64)[:, None] * x.stride_s
+            rows = tl.load(row + d.to(tl.int64)[None, :] * x.stride_d)
+    if vectors.scale is not None:
+        number = (place.row * tl.num_programs(1) + group) * seqlen_k + key
+        rows = dequantize(rows, load_scales(vectors.scale + number, column, column < num_keys), dtype, C.native)
+    return rows
+
+
+@triton.jit
+def fold_step(softmax, q, k, v, last, chosen, scale, masked: tl.constexpr, positive: tl.constexpr):
+    """The Softmax after one step's keys, for the rows that are `chosen`.
+
+    last [rows]: the newest column that each row sees; without `masked` every row sees all of them. A positive scale is
     multiplied in after the maximum, together with the subtraction of it.
     """
     column = tl.arange(0, k.shape[0])
     precision: tl.constexpr = "ieee" if k.dtype == tl.float32 else "tf32"
     scores = tl.dot(q, tl.trans(k), input_precision=precision)
-    if not POSITIVE:
+    if not positive:
         scores, scale = scores * scale, 1.0
-    if MASKED:
+    if masked:
         scores = tl.where(column[None, :] <= last[:, None], scores, float("-inf"))
     best = tl.max(scores, axis=1) * scale
-    new_max = tl.where(member, tl.maximum(row_max, best), row_max)
-    # exp2(finite - inf) = 0: a row that is no member needs no mask of its own for each score.
-    shift = tl.where(member & (new_max > float("-inf")), new_max, float("inf"))
+    row_max = tl.where(chosen, tl.maximum(softmax.row_max, best), softmax.row_max)
+    # exp2(finite - inf) = 0: a row that is not chosen needs no mask of its own for each score.
+    shift = tl.where(chosen & (row_max > float("-inf")), row_max, float("inf"))
     weights = tl.exp2(scores * scale - shift[:, None])
-    decay = tl.exp2(row_max - tl.where(new_max == float("-inf"), 0.0, new_max))
-    row_sum = row_sum * decay + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=precision)
-    return acc, new_max, row_sum
+    decay = tl.exp2(softmax.row_max - tl.where(row_max == float("-inf"), 0.0, row_max))
+    row_sum = softmax.row_sum * decay + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, softmax.acc * decay[:, None], input_precision=precision)
+    return Softmax(acc, row_max, row_sum)
 
 
-@triton.jit(do_not_specialize=["seqlen_k", "max_pages", "num_pages", "num_kv_heads"])
-def walk_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    k_tiles,
-    v_tiles,
-    k_scale_ptr,
-    v_scale_ptr,
-    page_table_ptr,
-    sequences_ptr,
-    tile_ends_ptr,
-    list_ptr,
-    members_ptr,
-    walks_ptr,
-    out_ptr,
-    lse_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_vd,
-    num_sequences,
-    seqlen_q,
-    seqlen_k,
-    max_pages,
-    num_pages,
-    limit,
-    num_kv_heads,
-    scale,
-    GROUP_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TABLE: tl.constexpr,
-    DENSE: tl.constexpr,
-    STAGES: tl.constexpr,
-    POSITIVE: tl.constexpr,
-    PARTS: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    PAGED: tl.constexpr,
-    SCALED: tl.constexpr,
-    NATIVE: tl.constexpr,
+@triton.jit
+def store_tile(softmax, number, group, sequences_ptr, tiles, results, C: tl.constexpr):
+    """Write out and lse of the tile of that number."""
+    row, d = tl.arange(0, C.rows), tl.arange(0, C.depth)
+    token, head = row // C.group_size, row % C.group_size
+    tile = find_tile(number, TileTable(tiles.ends, tiles.num_sequences, results.seqlen_q), C.tokens)
+    sequence = load_sequence(sequences_ptr, tile.sequence)
+    query = sequence.q_start + tile.number * C.tokens + token
+    live = (token < C.tokens) & (query < sequence.q_end)
+    place = result_row(results, sequence.batch, group, head, query, C.group_size)
+    out = softmax.acc * tl.where(softmax.row_sum > 0, 1.0 / softmax.row_sum, 0.0)[:, None]
+    mask = live[:, None] & (d < C.head_dim)[None, :]
+    tl.store(results.out + place[:, None] * C.head_dim + d[None, :], out.to(results.out.dtype.element_ty), mask=mask)
+    tl.store(results.lse + place, (softmax.row_max + tl.log2(softmax.row_sum)) * LN_2, mask=live)
+
+
+@triton.jit
+def query_major_kernel(
+    q, keys, values, k_boxes, v_boxes, pages, sequences_ptr, tiles, unions, results, seqlen_k, scale, C: tl.constexpr
 ):
-    """out and lse of one tile of TOKENS tokens and one group; DENSE walks every visible block, without a list.
-
-    A block is walked in PARTS steps of COLUMNS keys.
-    """
+    """out and lse of one tile and one group. Grid (tiles, groups)."""
+    ROWS: tl.constexpr = C.rows
+    DEPTH: tl.constexpr = C.depth
     number, num_tiles = tl.program_id(0), tl.num_programs(0)
     group = tl.program_id(1).to(tl.int64)
-    sequence, tile = find_tile(number, tile_ends_ptr, num_sequences, seqlen_q, TOKENS, TABLE)
-    if sequence >= num_sequences:
+    tile = find_tile(number, tiles, C.tokens)
+    if tile.sequence >= tiles.num_sequences:
         return
-    batch, q_start, q_end, k_start, k_end = load_sequence(sequences_ptr, sequence)
-    first = q_start + tile * TOKENS
-    if first >= q_end:
+    sequence = load_sequence(sequences_ptr, tile.sequence)
+    first = sequence.q_start + tile.number * C.tokens
+    if first >= sequence.q_end:
         return
     union = group * num_tiles + number
-    shift = k_end - q_end - k_start
-    if DENSE:
-        stop = tl.minimum(first + TOKENS, q_end)
-        length = tl.cdiv(tl.maximum(stop + shift, 0), BLOCK)
-        num_whole = tl.maximum(first + 1 + shift, 0) // BLOCK
+    shift = sequence.k_end - sequence.q_end - sequence.k_start
+    if unions.blocks is None:
+        stop = tl.minimum(first + C.tokens, sequence.q_end)
+        length = tl.cdiv(tl.maximum(stop + shift, 0), C.block_size)
+        num_whole = tl.maximum(first + 1 + shift, 0) // C.block_size
     else:
-        length, num_whole = tl.load(walks_ptr + union * 8), tl.load(walks_ptr + union * 8 + 1)
+        found = load_tile_union(unions.rows, union)
+        length, num_whole = found.length, found.num_whole
         if length == 0:
             return
     row, d = tl.arange(0, ROWS), tl.arange(0, DEPTH)
-    token, head = row // GROUP_SIZE, row % GROUP_SIZE
+    token, head = row // C.group_size, row % C.group_size
     query = first + token
-    live = (token < TOKENS) & (query < q_end)
-    inside = live[:, None] & (d < HEAD_DIM)[None, :]
-    q_row = batch * stride_qb + (group * GROUP_SIZE + head) * stride_qh + query.to(tl.int64) * stride_qs
-    q = tl.load(q_ptr + q_row[:, None] + d[None, :] * stride_qd, mask=inside, other=0.0)
-    keys = k_tiles, k_ptr + group * stride_kh, k_scale_ptr, stride_kb, stride_ks, stride_kd
-    values = v_tiles, v_ptr + group * stride_vh, v_scale_ptr, stride_vb, stride_vs, stride_vd
-    row_max, row_sum = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DEPTH], tl.float32)
-    # Blocks that pad their columns are never whole.
-    num_clear = num_whole * PARTS if COLUMNS * PARTS == BLOCK else 0
-    for step in tl.range(0, num_clear, num_stages=STAGES):
-        block, member = load_member(list_ptr, members_ptr, union * limit + step // PARTS, step // PARTS, token, DENSE)
-        place, key = locate_block(page_table_ptr, max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
-        at = place, group, key + step % PARTS * COLUMNS
-        k = load_keys(keys, at, COLUMNS, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE)
-        v = load_keys(values, at, COLUMNS, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, False, USE_TMA, SCALED, NATIVE)
-        acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, row, member, scale, False, POSITIVE)
+    inside = ((token < C.tokens) & (query < sequence.q_end))[:, None] & (d < C.head_dim)[None, :]
+    q_row = sequence.batch * q.stride_b + (group * C.group_size + head) * q.stride_h + query.to(tl.int64) * q.stride_s
+    q_rows = tl.load(q.ptr + q_row[:, None] + d[None, :] * q.stride_d, mask=inside, other=0.0)
+    dtype: tl.constexpr = q_rows.dtype
+    softmax = Softmax(
+        tl.zeros([ROWS, DEPTH], tl.float32), tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    )
+    places = union * unions.limit
+    # Blocks that do not fill their last columns are never whole.
+    num_clear = num_whole * C.parts if C.columns * C.parts == C.block_size else 0
+    for step in tl.range(0, num_clear, num_stages=C.stages):
+        member = load_member(unions, places + step // C.parts, step // C.parts, token)
+        place = locate_block(pages, sequence.batch, sequence.k_start, member.block, C.block_size)
+        key = place.key + step % C.parts * C.columns
+        k = load_vectors(keys, k_boxes, place, group, key, C.columns, seqlen_k, dtype, False, C)
+        v = load_vectors(values, v_boxes, place, group, key, C.columns, seqlen_k, dtype, False, C)
+        softmax = fold_step(softmax, q_rows, k, v, row, member.chosen, scale, False, C.positive)
     # The last block of a union is the newest, of which the first steps may be all that anyone sees.
-    newest = length - 1 if DENSE else tl.load(list_ptr + union * limit + length - 1)
-    seen = tl.minimum(first + TOKENS, q_end) + shift - newest * BLOCK
-    num_steps = (length - 1) * PARTS + tl.minimum(tl.cdiv(seen, COLUMNS), PARTS)
+    newest = length - 1 if unions.blocks is None else tl.load(unions.blocks + places + length - 1)
+    seen = tl.minimum(first + C.tokens, sequence.q_end) + shift - newest * C.block_size
+    num_steps = (length - 1) * C.parts + tl.minimum(tl.cdiv(seen, C.columns), C.parts)
     for step in tl.range(num_clear, num_steps, num_stages=1):
-        block, member = load_member(list_ptr, members_ptr, union * limit + step // PARTS, step // PARTS, token, DENSE)
-        first_column = block * BLOCK + step % PARTS * COLUMNS
-        num_keys = tl.minimum(BLOCK - step % PARTS * COLUMNS, k_end - k_start - first_column)
+        member = load_member(unions, places + step // C.parts, step // C.parts, token)
+        first_column = member.block * C.block_size + step % C.parts * C.columns
+        num_keys = tl.minimum(
+            C.block_size - step % C.parts * C.columns, sequence.k_end - sequence.k_start - first_column
+        )
         last = tl.minimum(query + shift - first_column, num_keys - 1)
-        place, key = locate_block(page_table_ptr, max_pages, batch, k_start, block, num_pages, BLOCK, PAGED)
-        at = place, group, key + step % PARTS * COLUMNS
-        k = load_keys(keys, at, num_keys, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, True, USE_TMA, SCALED, NATIVE)
-        v = load_keys(values, at, num_keys, seqlen_k, q.dtype, COLUMNS, HEAD_DIM, DEPTH, True, USE_TMA, SCALED, NATIVE)
-        if USE_TMA:
+        place = locate_block(pages, sequence.batch, sequence.k_start, member.block, C.block_size)
+        key = place.key + step % C.parts * C.columns
+        k = load_vectors(keys, k_boxes, place, group, key, num_keys, seqlen_k, dtype, True, C)
+        v = load_vectors(values, v_boxes, place, group, key, num_keys, seqlen_k, dtype, True, C)
+        if v_boxes is not None:
             # Beyond the last key there may be NaN, which a weight of 0 does not silence.
-            v = tl.where((tl.arange(0, COLUMNS) < num_keys)[:, None], v, 0.0)
-        acc, row_max, row_sum = walk_step(acc, row_max, row_sum, q, k, v, last, member, scale, True, POSITIVE)
-    # Found once more, by way of a 0 that the compiler does not know to be one: what is known from the start would be
-    # kept, and spilled, through both loops.
+            v = tl.where((tl.arange(0, C.columns) < num_keys)[:, None], v, 0.0)
+        softmax = fold_step(softmax, q_rows, k, v, last, member.chosen, scale, True, C.positive)
+    # The tile is found once more, through a 0 that the compiler does not know to be one: values known from the start
+    # would be kept, and spilled, through both loops.
     zero = tl.minimum(tl.load(sequences_ptr), 0)
-    seqlen_q += zero
-    sequence, tile = find_tile(number + zero, tile_ends_ptr, num_sequences, seqlen_q, TOKENS, TABLE)
-    batch, q_start, q_end, _, _ = load_sequence(sequences_ptr, sequence)
-    query = q_start + tile * TOKENS + token
-    live = (token < TOKENS) & (query < q_end)
-    inside = live[:, None] & (d < HEAD_DIM)[None, :]
-    out_row = ((batch * num_kv_heads + group) * GROUP_SIZE + head) * seqlen_q + query
-    acc = acc * tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
-    tl.store(out_ptr + out_row[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + out_row, (row_max + tl.log2(row_sum)) * LN_2, mask=live)
+    results = Results(results.out, results.lse, results.num_kv_heads, results.seqlen_q + zero)
+    store_tile(softmax, number + zero, group, sequences_ptr, tiles, results, C)
 
 
-def walk_constants(
-    config: ForwardConfig,
-    group_size: int,
-    head_dim: int,
-    block_size: int,
-    scale: float,
-    tokens: int,
-    table: bool,
-    dense: bool,
-    tma: bool,
-) -> dict[str, int | bool]:
-    """The compile-time arguments of `walk_kernel`, beside those of `storage_constants`."""
-    columns = min(padded(block_size), config.walk_columns)
-    return {
-        "GROUP_SIZE": group_size,
-        "HEAD_DIM": head_dim,
-        "BLOCK": block_size,
-        "COLUMNS": columns,
-        "PARTS": triton.cdiv(block_size, columns),
-        "DEPTH": padded(head_dim),
-        "ROWS": config.walk_rows,
-        "TOKENS": tokens,
-        "TABLE": table,
-        "DENSE": dense,
-        "STAGES": config.walk_stages,
-        "POSITIVE": scale > 0,
-        "USE_TMA": tma,
-    }
+@functools.lru_cache
+def query_major_constants(
+    problem: Problem, config: ForwardConfig, positive: bool, target: Target
+) -> QueryMajorConstants:
+    """Constants of `query_major_kernel`; positive: the scale is."""
+    columns = min(padded(problem.block_size), config.query_major_columns)
+    return QueryMajorConstants(
+        group_size=problem.group_size,
+        head_dim=problem.head_dim,
+        depth=padded(problem.head_dim),
+        block_size=problem.block_size,
+        columns=columns,
+        parts=triton.cdiv(problem.block_size, columns),
+        rows=config.query_major_rows,
+        tokens=config.tile_tokens(problem),
+        stages=config.query_major_stages,
+        positive=positive,
+        native=problem.scaled and target.has_e4m3,
+    )
 
 
-def key_tiles(x, columns: int):
-    """k or v [B, Hkv, Sk, D] as tiles [1, 1, columns, D] for the bulk copy engine."""
+def boxes_of(x: torch.Tensor, columns: int) -> TensorDescriptor:
+    """k or v [B, Hkv, Sk, D] as boxes [1, 1, columns, D] for the bulk copy engine."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, columns, x.shape[3]])
 
 
-def walk_tiles(
-    q, k, v, cache: Cache, tiles: Tiles, sequences, block_size: int, scale: float, config: ForwardConfig, out, lse
-) -> None:
-    """Fill out and lse of the tokens in walking tiles; layouts as in `attention`."""
-    group_size, head_dim = q.shape[1] // k.shape[1], q.shape[3]
-    dense = tiles.list is None
-    tma = config.walk_tma and head_dim == padded(head_dim) and tma_ready(k) and tma_ready(v)
-    constants = walk_constants(config, group_size, head_dim, block_size, scale, tiles.tokens, tiles.table, dense, tma)
-    pages, max_pages, num_pages = page_arguments(cache.page_table, sequences, k)
-    k, v = as_bits(k), as_bits(v)
-    walk_kernel[(tiles.num_tiles, k.shape[1])](
-        q,
-        k,
-        v,
-        key_tiles(k, constants["COLUMNS"]) if tma else k,
-        key_tiles(v, constants["COLUMNS"]) if tma else v,
-        lse if cache.k_scale is None else cache.k_scale,
-        lse if cache.v_scale is None else cache.v_scale,
-        pages,
-        sequences,
-        tiles.ends,
-        sequences if dense else tiles.list,
-        sequences if dense else tiles.members,
-        sequences if dense else tiles.walks,
-        out,
-        lse,
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        sequences.shape[0],
-        q.shape[2],
-        k.shape[2],
-        max_pages,
-        num_pages,
-        tiles.limit,
-        k.shape[1],
-        scale * LOG2_E.value,
-        **constants,
-        **cache.constants(target_of(q.device)),
-        **config.walk_options(),
+def supports(problem: Problem, target: Target, config: ForwardConfig) -> bool:
+    """Every problem."""
+    return True
+
+
+def launch(
+    inputs: Inputs, tiles: Tiles, results: Results, problem: Problem, config: ForwardConfig, target: Target
+) -> Launch:
+    """The launch that fills the results of the tokens in query-major tiles."""
+    constants = query_major_constants(problem, config, inputs.scale > 0, target)
+    k, v, cache = inputs.k, inputs.v, inputs.cache
+    bulk = config.query_major_bulk_copies and problem.bulk_copies and constants.head_dim == constants.depth
+    return Launch(
+        query_major_kernel,
+        (tiles.num_tiles, problem.num_kv_heads, 1),
+        {
+            "q": view(inputs.q),
+            "keys": Vectors(view(k), cache.k_scale),
+            "values": Vectors(view(v), cache.v_scale),
+            "k_boxes": boxes_of(as_bits(k), constants.columns) if bulk else None,
+            "v_boxes": boxes_of(as_bits(v), constants.columns) if bulk else None,
+            "pages": pages_of(cache.page_table, k),
+            "sequences_ptr": inputs.sequences,
+            "tiles": tiles.table,
+            "unions": tiles.unions,
+            "results": results,
+            "seqlen_k": k.shape[2],
+            "scale": inputs.scale * LOG2_E.value,
+        },
+        {"C": constants},
+        Options(config.query_major_warps, config.query_major_stages, config.query_major_registers),
     )

@@ -1,12 +1,12 @@
-"""`walk` for Hopper, in Gluon: one warp copies, and runs ahead of the warps that multiply.
+"""Query-major attention for Hopper, in Gluon: one warp copies, and runs ahead of the warps that multiply.
 
 Triton's own pipeline asks for a step's keys and values only when the products of the step before it are done, so that
-`walk` waits for each. Here a program keeps a multiprocessor to itself and takes tile after tile. Its copying warp
-fetches queries, keys and values, a block a step, as buffers become free. Two groups of four warps have half of the
-heads each, and take turns at the tensor cores: one multiplies while the other is at its softmax.
+`query_major` waits for each. Here a program keeps a multiprocessor to itself and takes tile after tile. Its copying
+warp fetches queries, keys and values, a block per step, as buffers become free. Two groups of four warps have half of
+the heads each, and take turns at the tensor cores: one multiplies while the other computes its softmax.
 
-Results are those of `walk` but for the order in which a row's weights are added up. Triton's interpreter knows no
-Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
+Results are those of `query_major` but for the order in which a row's weights are added up. Triton's interpreter cannot
+run Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ...problem import Problem
 from ..common.gluon_sm90 import clear_rows, hide_unseen, make_barriers, shared_box
 from ..common.launch import Launch, Options
-from ..common.primitives import LN_2, LOG2_E
-from ..common.target import target_of
-from .config import ForwardConfig
-from .tile_unions import Tiles, load_walk
+from ..common.softmax import LN_2, LOG2_E
+from ..common.target import Target
+from .config import ForwardConfig, fits_query_major_sm90
+from .records import Inputs, Results, result_row
+from .tile_unions import Tiles, load_tile_union
 
 ROWS = gl.constexpr(64)
 
@@ -41,8 +43,8 @@ class Boxes(NamedTuple):
 
 
 class Barriers(NamedTuple):
-    """q_full, q_empty: the queries of a tile; k_full, v_full, empty: the stages of keys and values; turns: of each
-    group of warps at the tensor cores."""
+    """q_full, q_empty: the queries of a tile; k_full, v_full, empty: the stages of keys and values; turns: the turns of
+    each group of warps at the tensor cores."""
 
     q_full: Any
     q_empty: Any
@@ -52,44 +54,32 @@ class Barriers(NamedTuple):
     turns: Any
 
 
-class Unions(NamedTuple):
-    """The tile unions and how many of them there are; see `tile_unions.Tiles`."""
+class Folded(NamedTuple):
+    """Weights of a block's keys, what earlier sums are to be multiplied by, and largest score and sum so far."""
 
-    walks: Any
-    list: Any
-    members: Any
-    num_tiles: Any
-    num_walks: Any
-    limit: Any
-
-
-class Rows(NamedTuple):
-    """Where results go, out and lse, and what of their layout the kernel needs."""
-
-    out: Any
-    lse: Any
-    num_kv_heads: Any
-    seqlen_q: Any
-    scale: Any
+    weights: Any
+    decay: Any
+    row_max: Any
+    row_sum: Any
 
 
 @gluon.jit
 def copy_tiles(tensors, buffers, barriers, unions, shape: gl.constexpr):
     """The copying warp's work: every tile's queries, then the blocks of its union."""
     step, turn = 0, 0
-    for walk in range(gl.program_id(0), unions.num_walks, gl.num_programs(0)):
-        tile = load_walk(unions.walks, walk)
+    for number in range(gl.program_id(0), unions.num_unions, gl.num_programs(0)):
+        tile = load_tile_union(unions.rows, number)
         if tile.length > 0:
-            group = walk // unions.num_tiles
+            group = number // unions.num_tiles
             mbarrier.wait(barriers.q_empty, (turn & 1) ^ 1)
             mbarrier.expect(barriers.q_full, 2 * tensors.q.block_type.nbytes)
             for half in gl.static_range(2):
                 at = [tile.batch, group * shape.group_size + half * (shape.group_size // 2), tile.first, 0]
                 tma.async_copy_global_to_shared(tensors.q, at, barriers.q_full, buffers.q.index(half))
-            places = unions.list + gl.cast(walk, gl.int64) * unions.limit
-            for number in range(tile.length):
+            blocks = unions.blocks + gl.cast(number, gl.int64) * unions.limit
+            for index in range(tile.length):
                 stage, phase = step % shape.stages, (step // shape.stages & 1) ^ 1
-                at = [tile.batch, group, tile.k_start + gl.load(places + number) * shape.block_size, 0]
+                at = [tile.batch, group, tile.k_start + gl.load(blocks + index) * shape.block_size, 0]
                 mbarrier.wait(barriers.empty.index(stage), phase)
                 ready = barriers.k_full.index(stage)
                 mbarrier.expect(ready, tensors.k.block_type.nbytes)
@@ -102,31 +92,31 @@ def copy_tiles(tensors, buffers, barriers, unions, shape: gl.constexpr):
 
 
 @gluon.jit
-def fold_scores(scores, row_max, row_sum, member, scale):
-    """(weights, decay, row_max, row_sum) after a block's scores: as `walk.walk_step` has it, for a positive scale."""
+def fold_scores(scores, row_max, row_sum, chosen, scale):
+    """The `Folded` after a block's scores, for the rows whose token chose the block, as in `query_major.fold_step`."""
     best = gl.max(scores, axis=1) * scale
-    new_max = gl.where(member, gl.maximum(row_max, best), row_max)
-    shift = gl.where(member & (new_max > float("-inf")), new_max, float("inf"))
+    new_max = gl.where(chosen, gl.maximum(row_max, best), row_max)
+    shift = gl.where(chosen & (new_max > float("-inf")), new_max, float("inf"))
     weights = gl.exp2(scores * scale - shift[:, None])
     decay = gl.exp2(row_max - gl.where(new_max == float("-inf"), 0.0, new_max))
-    return weights, decay, new_max, row_sum * decay + gl.sum(weights, axis=1)
+    return Folded(weights, decay, new_max, row_sum * decay + gl.sum(weights, axis=1))
 
 
 @gluon.jit
-def store_rows(out_ptr, lse_ptr, place, live, acc, row_max, row_sum):
-    """Write out, from sums acc [ROWS, D], and lse of the rows that are live to `place` [ROWS]."""
+def store_rows(results, place, live, acc, row_max, row_sum):
+    """Write out, from sums acc [ROWS, D], and lse of the live rows to rows `place` [ROWS] of the results."""
     layout: gl.constexpr = acc.type.layout
     per_sum: gl.constexpr = gl.SliceLayout(1, layout)
-    gl.store(lse_ptr + place, (row_max + gl.log2(row_sum)) * LN_2, mask=live)
+    gl.store(results.lse + place, (row_max + gl.log2(row_sum)) * LN_2, mask=live)
     normal = gl.convert_layout(gl.where(row_sum > 0, 1.0 / row_sum, 0.0), per_sum)
     place, live = gl.convert_layout(place, per_sum), gl.convert_layout(live, per_sum)
     depth = gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
-    out = (acc * normal[:, None]).to(out_ptr.dtype.element_ty)
-    gl.store(out_ptr + place[:, None] * acc.shape[1] + depth[None, :], out, mask=live[:, None])
+    out = (acc * normal[:, None]).to(results.out.dtype.element_ty)
+    gl.store(results.out + place[:, None] * acc.shape[1] + depth[None, :], out, mask=live[:, None])
 
 
 @gluon.jit
-def attend_tiles(half, buffers, barriers, unions, rows, shape: gl.constexpr):
+def attend_tiles(half, buffers, barriers, unions, results, scale, shape: gl.constexpr):
     """The work of four warps: out and lse of every tile, for one half of the heads of its group.
 
     Row r is head r // TOKENS of the half, token r % TOKENS of the tile.
@@ -137,25 +127,25 @@ def attend_tiles(half, buffers, barriers, unions, rows, shape: gl.constexpr):
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     per_row: gl.constexpr = gl.SliceLayout(1, scored)
     per_sum: gl.constexpr = gl.SliceLayout(1, summed)
-    dtype: gl.constexpr = rows.out.dtype.element_ty
+    dtype: gl.constexpr = results.out.dtype.element_ty
     TOKENS: gl.constexpr = 2 * ROWS // shape.group_size
     row = gl.arange(0, ROWS, per_row)
     q = buffers.q.index(half).reshape([ROWS, HEAD_DIM])
     step, turn, section = 0, 0, 0
-    for walk in range(gl.program_id(0), unions.num_walks, gl.num_programs(0)):
-        tile = load_walk(unions.walks, walk)
+    for number in range(gl.program_id(0), unions.num_unions, gl.num_programs(0)):
+        tile = load_tile_union(unions.rows, number)
         if tile.length > 0:
             query = tile.first + row % TOKENS
-            union = gl.cast(walk, gl.int64) * unions.limit
+            places = gl.cast(number, gl.int64) * unions.limit
             row_max = gl.full([ROWS], float("-inf"), gl.float32, per_row)
             row_sum = gl.zeros([ROWS], gl.float32, per_row)
             acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, summed)
             mbarrier.wait(barriers.q_full, turn & 1)
             # A turn is the values' product of one step and the keys' product of the next.
             mbarrier.wait(barriers.turns.index(half), section & 1)
-            for number in range(tile.length):
+            for index in range(tile.length):
                 stage, phase = step % shape.stages, step // shape.stages & 1
-                members = gl.load(unions.members + union + number)
+                members = gl.load(unions.members + places + index)
                 k = buffers.k.index(stage).reshape([BLOCK, HEAD_DIM])
                 v = buffers.v.index(stage).reshape([BLOCK, HEAD_DIM])
                 mbarrier.wait(barriers.k_full.index(stage), phase)
@@ -165,14 +155,15 @@ def attend_tiles(half, buffers, barriers, unions, rows, shape: gl.constexpr):
                 section += 1
                 scores = warpgroup_mma_wait(0, deps=[scores])
                 count = BLOCK
-                if number >= tile.num_whole:
-                    first_key = gl.load(unions.list + union + number) * BLOCK
+                if index >= tile.num_whole:
+                    first_key = gl.load(unions.blocks + places + index) * BLOCK
                     count = gl.minimum(tile.num_keys - first_key, BLOCK)
                     scores = hide_unseen(scores, gl.minimum(query + tile.shift - first_key, count - 1))
-                member = ((members >> gl.cast(row % TOKENS, gl.int64)) & 1) != 0
-                weights, decay, row_max, row_sum = fold_scores(scores, row_max, row_sum, member, rows.scale)
-                weights = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, summed, 2))
-                acc = acc * gl.convert_layout(decay, per_sum)[:, None]
+                chosen = ((members >> gl.cast(row % TOKENS, gl.int64)) & 1) != 0
+                folded = fold_scores(scores, row_max, row_sum, chosen, scale)
+                row_max, row_sum = folded.row_max, folded.row_sum
+                weights = gl.convert_layout(folded.weights.to(dtype), gl.DotOperandLayout(0, summed, 2))
+                acc = acc * gl.convert_layout(folded.decay, per_sum)[:, None]
                 mbarrier.wait(barriers.v_full.index(stage), phase)
                 if count < BLOCK:
                     # Both groups of warps do so, each before its own product: what they write is the same.
@@ -186,17 +177,16 @@ def attend_tiles(half, buffers, barriers, unions, rows, shape: gl.constexpr):
             section += 1
             mbarrier.arrive(barriers.q_empty, count=1)
             turn += 1
-            head = walk // unions.num_tiles * shape.group_size + half * (shape.group_size // 2) + row // TOKENS
-            place = (
-                gl.cast(tile.batch, gl.int64) * rows.num_kv_heads * shape.group_size + head
-            ) * rows.seqlen_q + query
-            store_rows(rows.out, rows.lse, place, query < tile.stop, acc, row_max, row_sum)
+            head = half * (shape.group_size // 2) + row // TOKENS
+            group = number // unions.num_tiles
+            place = result_row(results, tile.batch, group, head, query, shape.group_size)
+            store_rows(results, place, query < tile.stop, acc, row_max, row_sum)
 
 
 @gluon.jit
-def query_major_sm90_kernel(q_boxes, k_boxes, v_boxes, unions, rows, shape: gl.constexpr):
-    """out and lse of the tiles that walk, of 128 rows each."""
-    dtype: gl.constexpr = rows.out.dtype.element_ty
+def query_major_sm90_kernel(q_boxes, k_boxes, v_boxes, unions, results, scale, shape: gl.constexpr):
+    """out and lse of the query-major tiles, of 128 rows each."""
+    dtype: gl.constexpr = results.out.dtype.element_ty
     halves: gl.constexpr = [2, 1, shape.group_size // 2, 2 * ROWS // shape.group_size, shape.head_dim]
     stages: gl.constexpr = [shape.stages, 1, 1, shape.block_size, shape.head_dim]
     buffers = Boxes(
@@ -216,8 +206,8 @@ def query_major_sm90_kernel(q_boxes, k_boxes, v_boxes, unions, rows, shape: gl.c
     barriers = Barriers(q_full.index(0), q_empty.index(0), k_full, v_full, empty, turns)
     gl.warp_specialize(
         [
-            (attend_tiles, (0, buffers, barriers, unions, rows, shape)),
-            (attend_tiles, (1, buffers, barriers, unions, rows, shape)),
+            (attend_tiles, (0, buffers, barriers, unions, results, scale, shape)),
+            (attend_tiles, (1, buffers, barriers, unions, results, scale, shape)),
             (copy_tiles, (Boxes(q_boxes, k_boxes, v_boxes), buffers, barriers, unions, shape)),
         ],
         [4, 1],
@@ -235,23 +225,32 @@ class TileShape:
     stages: int
 
 
-def attend_tiles_sm90(q, k, v, tiles: Tiles, block_size: int, scale: float, config: ForwardConfig, out, lse) -> None:
-    """Fill out and lse of the tokens in walking tiles; layouts as in `attention`."""
-    num_kv_heads, head_dim = k.shape[1], k.shape[3]
-    group_size = q.shape[1] // num_kv_heads
-    keys = [1, 1, block_size, head_dim]
-    num_walks = num_kv_heads * tiles.num_tiles
-    Launch(
+def supports(problem: Problem, target: Target, config: ForwardConfig) -> bool:
+    """Whether the kernel takes this problem: tiles of 128 rows, and the bulk copy engine reads queries and keys."""
+    reads = problem.bulk_copies and not problem.paged and problem.positive_scale
+    full = problem.topk is not None and config.tile_tokens(problem) * problem.group_size == 2 * ROWS.value
+    return config.query_major_sm90 and reads and full and fits_query_major_sm90(problem, target)
+
+
+def launch(
+    inputs: Inputs, tiles: Tiles, results: Results, problem: Problem, config: ForwardConfig, target: Target
+) -> Launch:
+    """The launch that fills the results of the tokens in query-major tiles; the scale is positive."""
+    heads = problem.group_size // 2
+    keys = [1, 1, problem.block_size, problem.head_dim]
+    shape = TileShape(problem.group_size, problem.head_dim, problem.block_size, config.query_major_stages)
+    return Launch(
         query_major_sm90_kernel,
-        (min(num_walks, target_of(q.device).num_sms), 1, 1),
+        (min(tiles.unions.num_unions, target.num_sms), 1, 1),
         {
             # A box has half the heads of a tile's tokens.
-            "q_boxes": shared_box(q, [1, group_size // 2, 2 * ROWS.value // group_size, head_dim]),
-            "k_boxes": shared_box(k, keys),
-            "v_boxes": shared_box(v, keys),
-            "unions": Unions(tiles.walks, tiles.list, tiles.members, tiles.num_tiles, num_walks, tiles.limit),
-            "rows": Rows(out, lse, num_kv_heads, q.shape[2], scale * LOG2_E.value),
+            "q_boxes": shared_box(inputs.q, [1, heads, ROWS.value // heads, problem.head_dim]),
+            "k_boxes": shared_box(inputs.k, keys),
+            "v_boxes": shared_box(inputs.v, keys),
+            "unions": tiles.unions,
+            "results": results,
+            "scale": inputs.scale * LOG2_E.value,
         },
-        {"shape": TileShape(group_size, head_dim, block_size, config.walk_stages)},
+        {"shape": shape},
         Options(4),
-    ).run()
+    )

@@ -1,14 +1,15 @@
-"""Which tiles of neighbouring tokens walk the union of their tokens' blocks (see `walk`), and those unions.
+"""Tile unions: the blocks that the tokens of a tile chose between them, and which tiles work in query-major order.
 
-In trained models neighbours choose much the same blocks. `choose_tiles` finds the union of every tile, sorted, with a
-bit for each token that chose the block; a tile whose union is longer than `walk_limit` is left to the KV-outer order,
-and its list is never used. The choice is made on the device, tile by tile, and is a function of block_indices alone.
+In trained models, neighbours choose much the same blocks. `find_tile_unions` sorts the union of every tile, with a bit
+per token that chose the block. A tile whose union is longer than `ForwardConfig.longest_union` is left to the key-major
+order, and its union is never read. The device decides per tile, from block_indices alone.
 
-A block of the walk costs 4 T G Bk D FLOPs whether all tokens chose the block or one. So it pays while the union is less
-than about 2 topk: on an H200 a block more in every union costs 1 ms at 128K tokens of M3's shape, and topk blocks a
-token in KV-outer order 34 ms, whatever the union.
+A block of a tile union costs 4 T G Bk D FLOPs whether all T tokens chose the block or one. So query-major order pays
+while the union is shorter than about 2 topk: on an H200, one more block in every union costs 1 ms at 128K tokens of
+M3's shape, and topk blocks per token in key-major order cost 34 ms, whatever the union.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,14 +17,37 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.primitives import find_tile, load_sequence, tile_ends
+from ...problem import Problem
+from ..common.launch import Launch, Options, view
+from ..common.records import load_sequence
+from ..common.tiles import TileTable, find_tile, tile_table
 from .config import ForwardConfig
 
 NO_BLOCK = tl.constexpr(0x7FFFFFFF)
 
 
-class Walk(NamedTuple):
-    """One tile's row of walks; see `Tiles`."""
+class TileUnions(NamedTuple):
+    """The tile unions of G groups and T tiles, as an argument of a kernel. blocks is None: every visible block.
+
+    rows [G, T, 8] int32: a `TileUnion` each. blocks [G, T, limit] int32: the union's blocks, ascending; members
+    [G, T, limit] int64: a bit per token of the tile that chose the block. num_unions: G * T.
+    """
+
+    rows: Any
+    blocks: Any
+    members: Any
+    num_tiles: Any
+    num_unions: Any
+    limit: Any
+
+
+class TileUnion(NamedTuple):
+    """The tile union of one tile and group.
+
+    length: blocks, 0 where the tile is not query-major; num_whole: blocks that all tokens of the tile see whole; batch:
+    the tile's batch row; first, stop: its first query and last query + 1; k_start, num_keys: first key and number of
+    keys of its sequence; shift: query i sees the sequence's keys j <= i + shift.
+    """
 
     length: Any
     num_whole: Any
@@ -35,13 +59,38 @@ class Walk(NamedTuple):
     shift: Any
 
 
+@dataclass(frozen=True)
+class UnionConstants:
+    """Constants of `tile_union_kernel`; tokens: per tile; rows, slots: tokens and topk as powers of two."""
+
+    topk: int
+    block_size: int
+    tokens: int
+    rows: int
+    slots: int
+
+
 @triton.jit
-def load_walk(walks_ptr, number):
-    """The Walk of a tile and group."""
-    row = walks_ptr + number * 8
+def load_tile_union(rows_ptr, number):
+    """The TileUnion of that number, `group * num_tiles + tile`."""
+    row = rows_ptr + number * 8
     length, num_whole, batch, first = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     stop, k_start, num_keys, shift = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
-    return Walk(length, num_whole, batch, first, stop, k_start, num_keys, shift)
+    return TileUnion(length, num_whole, batch, first, stop, k_start, num_keys, shift)
+
+
+@triton.jit
+def store_tile_union(rows_ptr, number, union):
+    """Write the TileUnion of that number."""
+    row = rows_ptr + number * 8
+    tl.store(row, union.length)
+    tl.store(row + 1, union.num_whole)
+    tl.store(row + 2, union.batch)
+    tl.store(row + 3, union.first)
+    tl.store(row + 4, union.stop)
+    tl.store(row + 5, union.k_start)
+    tl.store(row + 6, union.num_keys)
+    tl.store(row + 7, union.shift)
 
 
 @triton.jit
@@ -51,151 +100,123 @@ def join_members(block_a, members_a, block_b, members_b):
 
 
 @triton.jit
-def union_kernel(
-    ids_ptr,
-    sequences_ptr,
-    tile_ends_ptr,
-    list_ptr,
-    members_ptr,
-    walks_ptr,
-    skip_ptr,
-    stride_ib,
-    stride_ih,
-    stride_is,
-    stride_ik,
-    num_sequences,
-    num_tiles,
-    seqlen_q,
-    num_tokens,
-    limit,
-    TOPK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TABLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """The union of one tile and group: list, members [limit], and its row of walks; see `Tiles`.
+def load_choices(ids, sequence, group, query, live, C: tl.constexpr):
+    """[rows * slots] int64: the blocks that the queries [rows * slots] chose and see, NO_BLOCK elsewhere."""
+    slot = tl.arange(0, C.rows * C.slots) % C.slots
+    row = ids.ptr + sequence.batch * ids.stride_b + group * ids.stride_h + query.to(tl.int64) * ids.stride_s
+    mask = live & (slot < C.topk)
+    block = tl.load(row + slot.to(tl.int64) * ids.stride_d, mask=mask, other=-1).to(tl.int64)
+    # Compared in 64 bits: an id of any size is out of range, never wrapped into it.
+    num_seen = sequence.k_end - sequence.q_end + query + 1 - sequence.k_start
+    return tl.where((block >= 0) & (block * C.block_size < num_seen), block, NO_BLOCK)
 
-    The length is 0, and skip of the tile's tokens too, if the union is longer than `limit`.
+
+@triton.jit
+def tile_union_kernel(ids, sequences_ptr, tiles, unions, skip_ptr, num_tokens, C: tl.constexpr):
+    """The union of one tile and group; see `TileUnions`. Grid (tiles, groups).
+
+    A union longer than `limit` has length 0, and the skip of the tile's tokens stays 0 too.
     """
     number = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
-    sequence, tile = find_tile(number, tile_ends_ptr, num_sequences, seqlen_q, TOKENS, TABLE)
-    if sequence >= num_sequences:
+    tile = find_tile(number, tiles, C.tokens)
+    if tile.sequence >= tiles.num_sequences:
         return
-    batch, q_start, q_end, k_start, k_end = load_sequence(sequences_ptr, sequence)
-    first = q_start + tile * TOKENS
-    if first >= q_end:
+    sequence = load_sequence(sequences_ptr, tile.sequence)
+    first = sequence.q_start + tile.number * C.tokens
+    if first >= sequence.q_end:
         return
-    place = tl.arange(0, ROWS * SLOTS)
-    row, slot = place // SLOTS, place % SLOTS
+    SIZE: tl.constexpr = C.rows * C.slots
+    ROWS: tl.constexpr = C.rows
+    place = tl.arange(0, SIZE)
+    row = place // C.slots
     query = first + row
-    live = (row < TOKENS) & (query < q_end)
-    ids_row = ids_ptr + batch * stride_ib + group * stride_ih + query.to(tl.int64) * stride_is
-    ids = tl.load(ids_row + slot.to(tl.int64) * stride_ik, mask=live & (slot < TOPK), other=-1).to(tl.int64)
-    seen = (ids >= 0) & (ids * BLOCK < k_end - q_end + query + 1 - k_start)
-    ordered = tl.sort(tl.where(seen, ids, NO_BLOCK) * 64 + row)
-    block, member = (ordered // 64).to(tl.int32), tl.full([ROWS * SLOTS], 1, tl.int64) << (ordered % 64)
+    chosen = load_choices(ids, sequence, group, query, (row < C.tokens) & (query < sequence.q_end), C)
+    ordered = tl.sort(chosen * 64 + row)
+    block, member = (ordered // 64).to(tl.int32), tl.full([SIZE], 1, tl.int64) << (ordered % 64)
     before = tl.gather(block, tl.maximum(place - 1, 0), axis=0)
     fresh = (block != NO_BLOCK) & ((block != before) | (place == 0))
     _, members = tl.associative_scan((block, member), axis=0, combine_fn=join_members, reverse=True)
     length = tl.sum(fresh.to(tl.int32), axis=0)
     rank = tl.cumsum(fresh.to(tl.int32), axis=0) - 1
-    length = tl.where(length <= limit, length, 0)
-    whole = fresh & ((block.to(tl.int64) + 1) * BLOCK <= k_end - q_end + first + 1 - k_start)
-    num_whole = tl.sum(whole.to(tl.int32), axis=0)
-    union = group * num_tiles + number
-    tl.store(list_ptr + union * limit + rank, block, mask=fresh & (rank < length))
-    tl.store(members_ptr + union * limit + rank, members, mask=fresh & (rank < length))
-    walk = walks_ptr + union * 8
-    tl.store(walk, length)
-    tl.store(walk + 1, tl.where(length > 0, num_whole, 0))
-    tl.store(walk + 2, batch.to(tl.int32))
-    tl.store(walk + 3, first)
-    tl.store(walk + 4, tl.minimum(first + TOKENS, q_end))
-    tl.store(walk + 5, k_start)
-    tl.store(walk + 6, k_end - k_start)
-    tl.store(walk + 7, k_end - q_end - k_start)
-    token = batch * seqlen_q + first + tl.arange(0, ROWS)
-    inside = (tl.arange(0, ROWS) < TOKENS) & (first + tl.arange(0, ROWS) < q_end)
-    skipped = tl.where(length > 0, 1, 0).to(tl.int8)
-    tl.store(skip_ptr + group * num_tokens + token, tl.broadcast_to(skipped, [ROWS]), mask=inside)
+    length = tl.where(length <= unions.limit, length, 0)
+    shift = sequence.k_end - sequence.q_end - sequence.k_start
+    num_whole = tl.sum((fresh & ((block.to(tl.int64) + 1) * C.block_size <= shift + first + 1)).to(tl.int32), axis=0)
+    num_whole = tl.where(length > 0, num_whole, 0)
+    union = group * unions.num_tiles + number
+    tl.store(unions.blocks + union * unions.limit + rank, block, mask=fresh & (rank < length))
+    tl.store(unions.members + union * unions.limit + rank, members, mask=fresh & (rank < length))
+    batch, stop = sequence.batch.to(tl.int32), tl.minimum(first + C.tokens, sequence.q_end)
+    num_keys = sequence.k_end - sequence.k_start
+    found = TileUnion(length, num_whole, batch, first, stop, sequence.k_start, num_keys, shift)
+    store_tile_union(unions.rows, union, found)
+    token = tl.arange(0, ROWS)
+    skipped = tl.broadcast_to(tl.where(length > 0, 1, 0).to(tl.int8), [ROWS])
+    skip = skip_ptr + group * num_tokens + sequence.batch * tiles.seqlen_q + first + token
+    tl.store(skip, skipped, mask=(token < C.tokens) & (first + token < sequence.q_end))
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Made by `choose_tiles`; for G groups and T tiles:
+    """All query-major tiles, and which tokens they leave to the key-major order; made by `find_tile_unions`.
 
-    list [G, T, limit] int32 and members [G, T, limit] int64: the union's blocks, ascending, and a bit for each of the
-    `tokens` tokens that chose it. walks [G, T, 8] int32: blocks in the list, 0 for a tile that does not walk, and how
-    many of them every token sees whole; the tile's batch row, first query and last query + 1; its sequence's first key,
-    number of keys and shift: query i sees the sequence's keys j <= i + shift. skip [G, B*Sq] int8: tokens that the
-    KV-outer order leaves out, because their tile walks. None when dense.
+    tokens: per tile; num_tiles: programs to launch per group. skip [Hkv, B*Sq] int8: 1 for the tokens of query-major
+    tiles; None where every visible block is attended to.
     """
 
-    ends: torch.Tensor
+    table: TileTable
     num_tiles: int
-    table: bool
     tokens: int
-    limit: int
-    list: torch.Tensor | None = None
-    members: torch.Tensor | None = None
-    walks: torch.Tensor | None = None
-    skip: torch.Tensor | None = None
+    unions: TileUnions
+    skip: torch.Tensor | None
 
 
-def union_constants(
-    config: ForwardConfig, group_size: int, topk: int, block_size: int, table: bool
-) -> dict[str, int | bool]:
-    """The compile-time arguments of `union_kernel`."""
-    tokens = config.walk_tokens(group_size, topk)
-    return {
-        "TOPK": topk,
-        "BLOCK": block_size,
-        "TOKENS": tokens,
-        "TABLE": table,
-        "ROWS": triton.next_power_of_2(tokens),
-        "SLOTS": triton.next_power_of_2(topk),
-    }
+@functools.lru_cache
+def union_constants(problem: Problem, config: ForwardConfig) -> UnionConstants:
+    """Constants of `tile_union_kernel`."""
+    assert problem.topk is not None
+    tokens, slots = config.tile_tokens(problem), triton.next_power_of_2(problem.topk)
+    return UnionConstants(problem.topk, problem.block_size, tokens, triton.next_power_of_2(tokens), slots)
 
 
-def union_warps(constants) -> int:
-    """Warps of `union_kernel`: four choices to sort a thread, as far as that goes."""
-    return max(1, min(8, constants["ROWS"] * constants["SLOTS"] // 128))
-
-
-def choose_tiles(block_indices, sequences, q, k, block_size: int, config: ForwardConfig) -> Tiles:
-    """Find which tiles walk, and their unions; block_indices None makes every tile walk every visible block."""
-    batch, num_heads, seqlen_q, _ = q.shape
-    num_kv_heads = k.shape[1]
-    topk = 1 if block_indices is None else block_indices.shape[3]
-    tokens = config.walk_tokens(num_heads // num_kv_heads, topk)
-    ends, num_tiles, table = tile_ends(sequences, batch, seqlen_q, tokens)
+def find_tile_unions(
+    block_indices: torch.Tensor | None,
+    sequences: torch.Tensor,
+    batch: int,
+    seqlen_q: int,
+    problem: Problem,
+    config: ForwardConfig,
+) -> Tiles:
+    """The Tiles of block_indices [B, Hkv, Sq, topk]; None: every tile takes every visible block."""
+    groups, tokens = problem.num_kv_heads, config.tile_tokens(problem)
+    table, num_tiles = tile_table(sequences, batch, seqlen_q, tokens)
     if block_indices is None:
-        return Tiles(ends, num_tiles, table, tokens, 0)
-    limit = min(config.walk_limit, tokens * topk)
-    skip = sequences.new_zeros(num_kv_heads, batch * seqlen_q, dtype=torch.int8)
-    walks = sequences.new_zeros(num_kv_heads, num_tiles, 8)
-    blocks = sequences.new_empty(num_kv_heads, num_tiles, limit)
-    members = sequences.new_empty(num_kv_heads, num_tiles, limit, dtype=torch.int64)
-    constants = union_constants(config, num_heads // num_kv_heads, topk, block_size, table)
+        return Tiles(table, num_tiles, tokens, TileUnions(None, None, None, num_tiles, groups * num_tiles, 0), None)
+    constants = union_constants(problem, config)
+    limit = min(config.longest_union, tokens * constants.topk)
+    unions = TileUnions(
+        rows=sequences.new_zeros(groups, num_tiles, 8),
+        blocks=sequences.new_empty(groups, num_tiles, limit),
+        members=sequences.new_empty(groups, num_tiles, limit, dtype=torch.int64),
+        num_tiles=num_tiles,
+        num_unions=groups * num_tiles,
+        limit=limit,
+    )
+    skip = sequences.new_zeros(groups, batch * seqlen_q, dtype=torch.int8)
     if limit > 0:
-        union_kernel[(num_tiles, num_kv_heads)](
-            block_indices,
-            sequences,
-            ends,
-            blocks,
-            members,
-            walks,
-            skip,
-            *block_indices.stride(),
-            sequences.shape[0],
-            num_tiles,
-            seqlen_q,
-            batch * seqlen_q,
-            limit,
-            **constants,
-            num_warps=union_warps(constants),
-        )
-    return Tiles(ends, num_tiles, table, tokens, limit, blocks, members, walks, skip)
+        Launch(
+            tile_union_kernel,
+            (num_tiles, groups, 1),
+            {
+                "ids": view(block_indices),
+                "sequences_ptr": sequences,
+                "tiles": table,
+                "unions": unions,
+                "skip_ptr": skip,
+                "num_tokens": batch * seqlen_q,
+            },
+            {"C": constants},
+            # Four choices to sort per thread, up to 8 warps.
+            Options(max(1, min(8, constants.rows * constants.slots // 128))),
+        ).run()
+    return Tiles(table, num_tiles, tokens, unions, skip)

@@ -3,14 +3,14 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 
 from ...problem import Problem
 from ...tuning import Changes
-from ..common.target import Target, padded
+from ..common.candidates import near, stages
+from ..common.target import GLUON, Target, padded
 
 # Longer lists of what a query keeps take minutes to compile, and more shared memory than there is.
 MOST_BLOCKS = 512
@@ -18,6 +18,9 @@ MOST_BLOCKS = 512
 SM90_SPLITS = 128
 # The most query rows that `kernel_sm90` takes as one tile.
 SM90_ROWS = 64
+# The fields of a Problem that a configuration depends on, and the fields of a configuration that tuning may change.
+DEPENDS_ON = ("num_kv_heads", "index_head_dim", "block_size", "topk", "dtype", "key_size")
+TUNABLE = ("rows", "num_warps", "num_stages", "period")
 
 
 @dataclass(frozen=True)
@@ -103,15 +106,25 @@ def kept_blocks(topk: int) -> int:
     return max(8, triton.next_power_of_2(topk))
 
 
+def fits_sm90(problem: Problem, target: Target) -> bool:
+    """Whether `kernel_sm90` takes such a problem, if a tile holds all query rows of a sequence."""
+    shape = problem.index_head_dim in (64, 128) and problem.block_size in (64, 128)
+    dtypes = problem.key_size == 2 == problem.element_size or (
+        problem.key_size == 1 and problem.dtype == torch.bfloat16
+    )
+    topk = problem.topk is not None and kept_blocks(problem.topk) <= 32
+    return GLUON and target.arch == 90 and shape and dtypes and topk and problem.bulk_copies
+
+
 @functools.lru_cache(maxsize=4096)
 def default_config(
-    problem: Problem, target: Target, num_sequences: int, seqlen_q: int, seqlen_k: int, sm90: bool
+    problem: Problem, target: Target, num_sequences: int, seqlen_q: int, seqlen_k: int
 ) -> SelectionConfig:
     """Tiles of the scorer: the largest row tile that registers and shared memory hold, no more than there are rows.
 
     problem.dtype is that of the queries. e4m3 keys are decoded in registers, but where few queries meet many keys:
     there the tensor cores take them as they are. They take queries and keys that both are e4m3 so, where they can; else
-    both are to be brought to fp16. sm90: `kernel_sm90` supports the problem, and takes it if rows are few.
+    both are to be brought to fp16. On Hopper `kernel_sm90` takes a few rows of a problem that it fits.
 
     The lengths decide two things: rows, of the few sizes of `row_tile`, with all that follows them; and num_splits,
     which kernels take at run time, except that they are compiled once for one split and once for more.
@@ -121,7 +134,7 @@ def default_config(
     num_rows = seqlen_q * problem.num_kv_heads
     num_blocks = triton.cdiv(seqlen_k, problem.block_size)
     few = row_tile(num_rows, problem.num_kv_heads, 4 if problem.key_size == 1 else 8, SM90_ROWS)
-    if sm90 and num_rows <= SM90_ROWS:
+    if num_rows <= SM90_ROWS and fits_sm90(problem, target):
         num_splits = split_count(num_sequences, num_blocks, target.num_sms, SM90_SPLITS)
         return sm90_config(few, padded(problem.block_size), kept, num_splits, fp8_product=problem.key_size == 1)
     return tile_config(problem, target, num_sequences, seqlen_q, num_blocks, kept)
@@ -224,33 +237,15 @@ def sm90_config(rows: int, columns: int, kept: int, num_splits: int, fp8_product
     )
 
 
-def tuned_shape(problem: Problem) -> dict[str, Any]:
-    """What a tuned configuration holds for, by the names that files of tuning have."""
-    return {
-        "num_kv_heads": problem.num_kv_heads,
-        "index_head_dim": problem.index_head_dim,
-        "block_size": problem.block_size,
-        "topk": problem.topk,
-        "dtype": problem.dtype,
-        "key_size": problem.key_size,
-    }
-
-
 def candidates(problem: Problem, target: Target, config: SelectionConfig) -> Iterator[Changes]:
     """Changes of a configuration that are worth timing. All leave results right, and some may not fit the GPU."""
-    most_stages = 2 if target.backend == "hip" else 6
-    stages: list[Changes] = [
-        {"num_stages": count} for count in (config.num_stages + 1, config.num_stages - 1) if 1 <= count <= most_stages
-    ]
     if config.sm90:
-        yield from stages
+        yield from stages(target, "num_stages", config.num_stages)
         return
-    yield from ({"num_warps": warps} for warps in (config.num_warps // 2, config.num_warps * 2) if 2 <= warps <= 16)
-    yield from stages
+    yield from near("num_warps", config.num_warps, 2, 16)
+    yield from stages(target, "num_stages", config.num_stages)
     if config.period > 1:
-        for period in (config.period // 2, config.period * 2):
-            if 2 <= period <= config.kept:
-                yield {"period": period}
+        yield from near("period", config.period, 2, config.kept)
     if config.swap:
         return
     for rows, warps in ((config.rows // 2, config.num_warps // 2), (config.rows * 2, config.num_warps * 2)):

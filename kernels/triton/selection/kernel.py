@@ -171,6 +171,11 @@ def key_tiles(index_k: torch.Tensor, config: SelectionConfig, block_size: int) -
     )
 
 
+def supports(config: SelectionConfig) -> bool:
+    """Every configuration."""
+    return True
+
+
 def launch(
     index_q: torch.Tensor,
     index_k: torch.Tensor,

@@ -22,16 +22,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ...problem import Problem
 from ...rules import SelectionRule
 from ..common.fp8 import decode_scales, join_pairs, split_e4m3
 from ..common.gluon_sm90 import lanes, make_barriers, meet, shared_box
 from ..common.launch import Launch, Options, view
 from ..common.overlap import announce_next, await_previous
 from ..common.records import load_sequence, locate_block, pages_of
-from ..common.target import GLUON, Target, target_of
+from ..common.target import target_of
 from ..common.tiles import find_tile, tile_table
-from .config import SelectionConfig, kept_blocks
+from .config import SelectionConfig
 from .rule import first_kept, forced_blocks, is_forced
 from .scoring import IndexKeys, QueryTile
 from .topk import FLT_MAX, Outputs, first_blocks, insert_block, list_row, store_topk
@@ -307,14 +306,9 @@ def selection_sm90_kernel(
     )
 
 
-def supports(problem: Problem, target: Target) -> bool:
-    """Whether the kernel takes such a problem, if a tile holds all query rows of a sequence."""
-    shape = problem.index_head_dim in (64, 128) and problem.block_size in (64, 128)
-    dtypes = problem.key_size == 2 == problem.element_size or (
-        problem.key_size == 1 and problem.dtype == torch.bfloat16
-    )
-    topk = problem.topk is not None and kept_blocks(problem.topk) <= 32
-    return GLUON and target.arch == 90 and shape and dtypes and topk and problem.bulk_copies
+def supports(config: SelectionConfig) -> bool:
+    """Whether the configuration was made for this kernel (see `config.fits_sm90`)."""
+    return config.sm90
 
 
 @functools.lru_cache

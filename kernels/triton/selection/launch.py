@@ -18,17 +18,26 @@ Cost: 2 Hkv Di FLOPs per (query, visible key): 8.8 TFLOP at 128K causal tokens w
 783 TFLOP/s. Decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25 TB/s, and half of it in e4m3.
 """
 
+from typing import Any
+
 import torch
 
 from ...problem import Problem
 from ...rules import SelectionRule
-from ...tuning import tuned
+from ...tuning import tuned_config
 from ..common.records import capacity_of
-from ..common.target import Target, target_of
+from ..common.target import GLUON, target_of
 from ..common.tiles import tma_ready
-from . import kernel, kernel_sm90
-from .config import SelectionConfig, default_config, most_splits, tuned_shape
+from . import kernel
+from .config import DEPENDS_ON, SelectionConfig, default_config, most_splits
 from .merge import Lists, merge_splits
+
+# The first that supports a configuration runs. Other versions of Triton may lack what the kernel in Gluon needs.
+IMPLEMENTATIONS: tuple[Any, ...] = (kernel,)
+if GLUON:
+    from . import kernel_sm90
+
+    IMPLEMENTATIONS = (kernel_sm90, *IMPLEMENTATIONS)
 
 
 def problem_of(
@@ -52,14 +61,6 @@ def problem_of(
     )
 
 
-def shipped_config(
-    problem: Problem, target: Target, num_sequences: int, seqlen_q: int, seqlen_k: int
-) -> SelectionConfig:
-    """`default_config`, of `kernel_sm90` where that supports the problem."""
-    sm90 = kernel_sm90.supports(problem, target)
-    return default_config(problem, target, num_sequences, seqlen_q, seqlen_k, sm90)
-
-
 def choose_config(
     index_q: torch.Tensor,
     index_k: torch.Tensor,
@@ -68,17 +69,14 @@ def choose_config(
     page_table: torch.Tensor | None = None,
     index_k_scale: torch.Tensor | None = None,
 ) -> SelectionConfig:
-    """`shipped_config` for these tensors, with what tuning changed."""
+    """The configuration for these tensors: the default, with the changes of tuning."""
     problem = problem_of(index_q, index_k, rule, page_table, index_k_scale)
     batch, seqlen_q = index_q.shape[0], index_q.shape[2]
     # Of the two sequences of a row whose queries are not all new, one has no keys to score.
     num_sequences = batch if sequences.shape[0] <= 2 * batch else sequences.shape[0]
-    lengths = num_sequences, seqlen_q, capacity_of(page_table, index_k)
-
-    def choose(target: Target, **shape: object) -> SelectionConfig:
-        return shipped_config(problem, target, *lengths)
-
-    return tuned("selection", choose, target_of(index_q.device), **tuned_shape(problem))
+    target = target_of(index_q.device)
+    shipped = default_config(problem, target, num_sequences, seqlen_q, capacity_of(page_table, index_k))
+    return tuned_config("selection", problem, target, shipped, DEPENDS_ON)
 
 
 def rank_blocks(
@@ -106,7 +104,7 @@ def rank_blocks(
         num_rows = sequences.shape[0] * seqlen_q * num_kv_heads
         keys = ids.new_empty(num_rows, config.num_splits, config.kept, dtype=torch.int64)
         lists = Lists(keys, most_splits(config, target_of(ids.device)))
-    implementation = kernel_sm90 if config.sm90 else kernel
+    implementation = next(x for x in IMPLEMENTATIONS if x.supports(config))
     implementation.launch(
         *(index_q, index_k, index_k_scale, page_table, sequences, rule, config),
         *(ids, None if lists is None else lists.keys),

@@ -1,6 +1,7 @@
 """The tasks that tuning times, each on random inputs of one size: one entry of `TASKS` per folder of kernels."""
 
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -9,18 +10,16 @@ from torch import Tensor
 
 from ...problem import Problem
 from ...rules import SelectionRule
-from ...tuning import Changes, Key, key_for
-from ..backward.config import backward_config
+from ...tuning import Changes, Key, key_of
+from ..backward import config as backward_config
 from ..backward.launch import block_sparse_attention_backward
 from ..common.target import Target, target_of
-from ..common.tiles import tma_ready
-from ..forward.config import forward_config
+from ..forward import config as forward_config
 from ..forward.launch import block_sparse_attention_forward
 from ..loss import config as loss_config
 from ..loss.launch import index_loss
-from ..selection.config import selection_config
+from ..selection import config as selection_config
 from ..selection.launch import select_blocks
-from .candidates import TUNABLE, backward_candidates, forward_candidates, selection_candidates
 
 # Neighbouring tokens whose choices overlap equally with each other's.
 SPAN = 64
@@ -54,22 +53,27 @@ class Inputs(NamedTuple):
 class Task(NamedTuple):
     """One task to tune.
 
-    depends_on: the fields of the problem that its configuration depends on; tunable: the fields of the configuration
-    that changes may name, which hold for every length; choose: the configuration that ships; candidates: changes to
-    try, of a problem, a target and a configuration; run: the results with a configuration, or with None as a user gets
-    them.
+    config: the folder's config module, with DEPENDS_ON, TUNABLE and candidates; choose: the default configuration; run:
+    the results with a configuration, or with None as a user gets them.
     """
 
     name: str
-    depends_on: tuple[str, ...]
-    tunable: tuple[str, ...]
+    config: ModuleType
     choose: Callable[[Inputs], Any]
-    candidates: Callable[[Problem, Target, Any], Iterable[Changes]]
     run: Callable[[Inputs, Any], tuple[Tensor, ...]]
 
+    @property
+    def tunable(self) -> tuple[str, ...]:
+        """The fields of the configuration that changes may name."""
+        return self.config.TUNABLE
+
+    def candidates(self, problem: Problem, target: Target, config: Any) -> Iterable[Changes]:
+        """Changes to try."""
+        return self.config.candidates(problem, target, config)
+
     def key(self, x: Inputs) -> Key:
-        """What the changes that are found hold for."""
-        return key_for(self.name, x.problem, x.target, self.choose(x), self.depends_on)
+        """The Key of the changes that are found."""
+        return key_of(self.name, x.problem, x.target, self.choose(x), self.config.DEPENDS_ON)
 
 
 def make_inputs(problem: Problem, seqlen: int, device: torch.device) -> Inputs:
@@ -140,74 +144,14 @@ def run_loss(x: Inputs, config: Any) -> tuple[Tensor, ...]:
     return index_loss(x.q, x.k, x.index_q, x.index_k, *chosen, True, config)
 
 
-def _choose_selection(x: Inputs) -> Any:
-    return selection_config(
-        x.target,
-        num_sequences=1,
-        num_kv_heads=x.problem.num_kv_heads,
-        seqlen_q=x.q.shape[2],
-        seqlen_k=x.k.shape[2],
-        index_head_dim=x.problem.index_head_dim,
-        block_size=x.problem.block_size,
-        topk=x.block_indices.shape[3],
-        dtype=x.problem.dtype,
-        key_size=x.problem.key_size,
-        tma_ready=tma_ready(x.index_k),
-    )
-
-
-def _choose_forward(x: Inputs) -> Any:
-    return forward_config(
-        x.target,
-        group_size=x.problem.group_size,
-        head_dim=x.problem.head_dim,
-        block_size=x.problem.block_size,
-        topk=x.block_indices.shape[3],
-        element_size=x.problem.element_size,
-    )
-
-
-def _choose_backward(x: Inputs) -> Any:
-    return backward_config(
-        x.target,
-        group_size=x.problem.group_size,
-        head_dim=x.problem.head_dim,
-        block_size=x.problem.block_size,
-        element_size=x.problem.element_size,
-    )
+def choose_selection(x: Inputs) -> Any:
+    """The default configuration of the selection, for the inputs' length."""
+    return selection_config.default_config(x.problem, x.target, 1, x.q.shape[2], x.k.shape[2])
 
 
 TASKS = (
-    Task(
-        "selection",
-        ("num_kv_heads", "index_head_dim", "block_size", "topk", "dtype", "key_size"),
-        TUNABLE["selection"],
-        _choose_selection,
-        lambda problem, target, config: selection_candidates(target, config, problem.num_kv_heads),
-        run_selection,
-    ),
-    Task(
-        "forward",
-        ("group_size", "head_dim", "block_size", "topk", "element_size", "scaled"),
-        TUNABLE["forward"],
-        _choose_forward,
-        lambda problem, target, config: forward_candidates(target, config, problem.group_size, problem.block_size),
-        run_forward,
-    ),
-    Task(
-        "backward",
-        ("group_size", "head_dim", "block_size", "element_size"),
-        TUNABLE["backward"],
-        _choose_backward,
-        lambda problem, target, config: backward_candidates(target, config, problem.block_size),
-        run_backward,
-    ),
-    Task(
-        "loss",
-        loss_config.DEPENDS_ON,
-        loss_config.TUNABLE,
-        lambda x: loss_config.default_config(x.problem, x.target),
-        loss_config.candidates,
-        run_loss,
-    ),
+    Task("selection", selection_config, choose_selection, run_selection),
+    Task("forward", forward_config, lambda x: forward_config.default_config(x.problem, x.target), run_forward),
+    Task("backward", backward_config, lambda x: backward_config.default_config(x.problem, x.target), run_backward),
+    Task("loss", loss_config, lambda x: loss_config.default_config(x.problem, x.target), run_loss),
 )

@@ -7,14 +7,16 @@ import torch
 
 from flexmsa.kernels import workspace
 from flexmsa.kernels.triton.common import target as targets
-from flexmsa.kernels.triton.forward import config as forward_config
-from flexmsa.kernels.triton.forward import launch as attention
+from flexmsa.kernels.triton.common.fp8 import Cache
+from flexmsa.kernels.triton.forward import launch
+from flexmsa.kernels.triton.forward.config import default_config
+from flexmsa.kernels.triton.forward.records import Inputs
 from flexmsa.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-# Every tile walks the union of its blocks, none does, or the tiles decide; then with the smallest workspace.
-ORDERS = {"walk": (64, 1 << 30), "by block": (0, 1 << 30), "both": (3, 1 << 30), "many chunks": (3, 1)}
+# Every tile is query-major, none is, or the tiles decide; then with the smallest workspace.
+ORDERS = {"query-major": (64, 1 << 30), "key-major": (0, 1 << 30), "both": (3, 1 << 30), "many ranges": (3, 1)}
 
 
 @pytest.fixture(params=ORDERS.values(), ids=ORDERS)
@@ -39,16 +41,11 @@ def poisoned(monkeypatch):
 
 
 def forward(q, k, v, ids, sequences, block_size, scale, limit, **overrides):
-    config = forward_config.forward_config(
-        targets.target_of(q.device),
-        group_size=q.shape[1] // k.shape[1],
-        head_dim=q.shape[3],
-        block_size=block_size,
-        topk=1 if ids is None else ids.shape[3],
-        element_size=q.element_size(),
-    )
-    config = replace(config, walk_limit=limit, walk_all=limit == 64, walk_rows=32, length=4, **overrides)
-    return attention.block_sparse_attention_forward(q, k, v, ids, sequences, block_size, scale, config)
+    problem = launch.problem_of(Inputs(q, k, v, Cache(), sequences, scale), ids, block_size)
+    config = default_config(problem, targets.target_of(q.device))
+    tiles = {"longest_union": limit, "query_major_only": limit == 64, "query_major_rows": 32, "length": 4}
+    config = replace(config, **tiles, **overrides)
+    return launch.block_sparse_attention_forward(q, k, v, ids, sequences, block_size, scale, config)
 
 
 def check(dense, q, k, v, ids, sequences, block_size, limit, scale=0.3):

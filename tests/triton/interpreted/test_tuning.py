@@ -26,14 +26,14 @@ SEQLEN = 40
 TASKS = {task.name: task for task in tasks.TASKS}
 CHANGES = {
     "selection": {"rows": 64, "period": 4},
-    "forward": {"rows": 32, "length": 32, "walk_rows": 32, "walk_limit": 2},
+    "forward": {"rows": 32, "length": 32, "query_major_rows": 32, "longest_union": 2},
     "backward": {"rows": 32, "length": 16, "swap": False},
     "loss": {"rows": 32, "length": 20},
 }
 # The function that turns a task's configuration, its first argument, into the constants of a launch.
 LAUNCHES = {
     "selection": ("selection.launch", "selection_constants"),
-    "forward": ("forward.key_major", "partial_constants"),
+    "forward": ("forward.key_major", "key_major_constants"),
     "backward": ("backward.gradient", "gradient_constants"),
     "loss": ("loss.launch", "loss_constants"),
 }
