@@ -8,7 +8,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from flexmsa.kernels.triton.common.launch import compile_key
 from flexmsa.testing.launches import TARGETS, CacheFormat, Layer, decode_launches
 
 CAPACITIES = [128 << step for step in range(14)]
@@ -26,7 +25,7 @@ def keys_by_kernel(layer, target, cache, capacities, batches):
     for capacity in capacities:
         for batch in batches:
             for launch in decode_launches(replace(layer, tokens=capacity), target, cache, batch=batch):
-                keys[launch.kernel.__name__].add(compile_key(launch))
+                keys[launch.kernel.__name__].add(launch.compile_key())
     return keys
 
 

@@ -94,15 +94,15 @@ def describe(arguments: Iterable[Any], kinds: list[Any], values: list[Any]) -> N
         elif kind is int or kind is float or x is None:
             kinds.append(kind)
             values.append(x)
-        elif isinstance(x, torch.Tensor):
-            address = x.data_ptr()
-            kinds += x.dtype, address & 15 == 0
-            values.append(address)
         elif isinstance(x, tuple):
             fields: list[Any] = []
             kinds.append(kind)
             describe(x, kinds, fields)
             values.append(tuple(fields))
+        elif isinstance(x, torch.Tensor):
+            address = x.data_ptr()
+            kinds += x.dtype, address & 15 == 0
+            values.append(address)
         else:
             kinds += x.base.dtype, tuple(x.block_shape), getattr(x, "layout", None)
             values.append(x)
@@ -152,13 +152,6 @@ class Compiled:
         self.run(*grid, stream, self.function, self.metadata, None, None, None, *values, *constants)
 
 
-def compile_key(launch: "Launch", values: list[Any] | None = None) -> tuple[Any, ...]:
-    """What the compiled kernel depends on; adds the values that it is launched with to `values`."""
-    kinds: list[Any] = [launch.kernel.fn, launch.options, *launch.constants.values()]
-    describe(launch.arguments.values(), kinds, [] if values is None else values)
-    return tuple(kinds)
-
-
 _compiled: dict[Any, Compiled] = {}
 _recording: list[list["Launch"]] = []
 
@@ -192,16 +185,19 @@ class Launch(NamedTuple):
             return
         device = torch.cuda.current_device()
         values: list[Any] = []
-        key = device, compile_key(self, values)
+        key = device, self.compile_key(values)
         compiled = _compiled.get(key)
         if compiled is None:
             compiled = _compiled[key] = Compiled(self.compile(target_of(torch.device("cuda", device))))
         compiled.launch(self.grid, values, self.constants.values())
 
-    def compile_key(self) -> tuple[Any, ...]:
-        """What the compiled kernel depends on, but for the device: launches with equal keys compile once."""
+    def compile_key(self, values: list[Any] | None = None) -> tuple[Any, ...]:
+        """What the compiled kernel depends on, but for the device: launches with equal keys compile once.
+
+        values: takes what the kernel is launched with.
+        """
         kinds: list[Any] = [self.kernel.fn, self.options, *self.constants.values()]
-        describe(self.arguments.values(), kinds, [])
+        describe(self.arguments.values(), kinds, [] if values is None else values)
         return tuple(kinds)
 
     def compile(self, target: Target) -> Any:

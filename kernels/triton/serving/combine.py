@@ -14,10 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ...problem import Problem
 from ..common.launch import Launch, Options
 from ..common.overlap import announce_next, await_previous
 from ..common.softmax import LN_2, LOG2_E
 from ..common.target import Target, padded
+from .config import AttendConfig, max_splits
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ def combine_kernel(partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, num_split
 
 
 @functools.lru_cache
-def combine_constants(head_dim: int, max_splits: int, target: Target) -> CombineConstants:
-    """Constants of `combine_kernel`; max_splits: no call of this problem has more."""
-    return CombineConstants(head_dim, padded(head_dim), triton.next_power_of_2(max_splits), target.overlaps)
+def combine_constants(problem: Problem, target: Target, config: AttendConfig) -> CombineConstants:
+    """Constants of `combine_kernel`: `splits` holds those of any number of rows, so that one kernel serves them all."""
+    splits = triton.next_power_of_2(max(config.num_splits, max_splits(problem, config.columns)))
+    return CombineConstants(problem.head_dim, padded(problem.head_dim), splits, target.overlaps)
 
 
 def combine_splits(
