@@ -21,10 +21,13 @@ from ..common.softmax import LN_2, LOG2_E
 from ..common.target import Target, padded
 from .config import AttendConfig, max_splits
 
+# Up to so many splits take the first variant of constants: it holds a quarter of what M3's most splits, 32, need.
+FEW_SPLITS = 8
+
 
 @dataclass(frozen=True)
 class CombineConstants:
-    """Constants of `combine_kernel`; splits: the largest number of splits, a power of two; depth: D, padded."""
+    """Constants of `combine_kernel`; splits: no fewer than the splits of a call, a power of two; depth: D, padded."""
 
     head_dim: int
     depth: int
@@ -55,8 +58,9 @@ def combine_kernel(partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, num_split
 
 @functools.lru_cache
 def combine_constants(problem: Problem, target: Target, config: AttendConfig) -> CombineConstants:
-    """Constants of `combine_kernel`: `splits` holds those of any number of rows, so that one kernel serves them all."""
-    splits = triton.next_power_of_2(max(config.num_splits, max_splits(problem, config.columns)))
+    """Constants of `combine_kernel`, of one of two variants: up to FEW_SPLITS splits, or up to the most of any call."""
+    most = max(config.num_splits, max_splits(problem, config.columns))
+    splits = triton.next_power_of_2(FEW_SPLITS if config.num_splits <= FEW_SPLITS else most)
     return CombineConstants(problem.head_dim, padded(problem.head_dim), splits, target.overlaps)
 
 
