@@ -52,7 +52,7 @@ def test_batches_compile_little(cache, name):
     keys = keys_by_kernel(Layer(), TARGETS[name], cache, CAPACITIES, BATCHES)
     assert len(keys["append_kernel"]) == 1
     assert len(keys["attend_kernel"]) <= 7
-    assert len(keys["combine_kernel"]) == 1
+    assert len(keys["combine_kernel"]) <= 2
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -95,15 +95,15 @@ def describe(arguments: Iterable[Any], kinds: list[Any], values: list[Any]) -> N
         elif kind is int or kind is float or x is None:
             kinds.append(kind)
             values.append(x)
-        elif isinstance(x, torch.Tensor):
-            address = x.data_ptr()
-            kinds += x.dtype, address & 15 == 0
-            values.append(address)
         elif isinstance(x, tuple):
             fields: list[Any] = []
             kinds.append(kind)
             describe(x, kinds, fields)
             values.append(tuple(fields))
+        elif isinstance(x, torch.Tensor):
+            address = x.data_ptr()
+            kinds += x.dtype, address & 15 == 0
+            values.append(address)
         else:
             kinds += x.base.dtype, tuple(x.block_shape), getattr(x, "layout", None)
             values.append(x)

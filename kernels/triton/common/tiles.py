@@ -79,7 +79,7 @@ def tile_table(sequences: torch.Tensor, batch: int, seqlen_q: int, tokens: int) 
     once, for less than a launch costs.
     """
     num_sequences = sequences.shape[0]
-    per_row = triton.cdiv(seqlen_q, tokens)
+    per_row = -(-seqlen_q // tokens)
     if num_sequences <= 2 * batch:
         return TileTable(None, num_sequences, seqlen_q), num_sequences * per_row
     ends = sequences.new_empty(num_sequences)

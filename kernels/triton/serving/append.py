@@ -229,7 +229,7 @@ def append(
     rows = Rows(kv_lens, kv_starts, lens, stride, batch, num_tokens, capacity_of(page_table, cache_k))
     Launch(
         append_kernel,
-        (batch, max(1, triton.cdiv(num_tokens, constants.tokens)), 1),
+        (batch, max(1, -(-num_tokens // constants.tokens)), 1),
         {
             "keys": Vectors(view(k), view(cache_k), cache_k_scale),
             "values": Vectors(view(v), view(cache_v), cache_v_scale),

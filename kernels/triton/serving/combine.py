@@ -14,15 +14,20 @@ import torch
 import triton
 import triton.language as tl
 
+from ...problem import Problem
 from ..common.launch import Launch, Options
 from ..common.overlap import announce_next, await_previous
 from ..common.softmax import LN_2, LOG2_E
 from ..common.target import Target, padded
+from .config import AttendConfig, max_splits
+
+# Up to so many splits take the first variant of constants: it holds a quarter of what M3's most splits, 32, need.
+FEW_SPLITS = 8
 
 
 @dataclass(frozen=True)
 class CombineConstants:
-    """Constants of `combine_kernel`; splits: the largest number of splits, a power of two; depth: D, padded."""
+    """Constants of `combine_kernel`; splits: no fewer than the splits of a call, a power of two; depth: D, padded."""
 
     head_dim: int
     depth: int
@@ -52,9 +57,11 @@ def combine_kernel(partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, num_split
 
 
 @functools.lru_cache
-def combine_constants(head_dim: int, max_splits: int, target: Target) -> CombineConstants:
-    """Constants of `combine_kernel`; max_splits: no call of this problem has more."""
-    return CombineConstants(head_dim, padded(head_dim), triton.next_power_of_2(max_splits), target.overlaps)
+def combine_constants(problem: Problem, target: Target, config: AttendConfig) -> CombineConstants:
+    """Constants of `combine_kernel`, of one of two variants: up to FEW_SPLITS splits, or up to the most of any call."""
+    most = max(config.num_splits, max_splits(problem, config.columns))
+    splits = triton.next_power_of_2(FEW_SPLITS if config.num_splits <= FEW_SPLITS else most)
+    return CombineConstants(problem.head_dim, padded(problem.head_dim), splits, target.overlaps)
 
 
 def combine_splits(

@@ -17,7 +17,7 @@ from ..selection.launch import rank_blocks
 from ..selection.merge import Lists, merge_splits
 from .attend import Choices, Results, attend_constants, attend_kernel
 from .combine import combine_constants, combine_splits
-from .config import AttendConfig, default_config, max_splits
+from .config import AttendConfig, default_config
 
 # With more queries per sequence, and more pairs of a query and a group in all, the tiles of `forward` gain more from
 # sharing the loads of neighbours than their many launches cost: measured on an H200 at M3's shape.
@@ -112,8 +112,7 @@ def attend(
         Options(config.num_warps, config.num_stages, overlap=constants.overlap),
     ).run()
     if splits > 1:
-        most = max(splits, max_splits(problem, config.columns))
-        combine_splits(results.out, results.lse, out, lse, combine_constants(head_dim, most, target))
+        combine_splits(results.out, results.lse, out, lse, combine_constants(problem, target, config))
     return out, lse
 
 

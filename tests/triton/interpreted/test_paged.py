@@ -1,15 +1,15 @@
 """Selection and attention from pages against the same from a contiguous cache, bit for bit, and the definition."""
 
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
 
 from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.rules import SelectionRule
+from flexmsa.kernels.triton.common.launch import Launch
 from flexmsa.kernels.triton.selection.launch import choose_config
-from flexmsa.kernels.triton.serving.config import attend_config
+from flexmsa.kernels.triton.serving.config import default_config
 from flexmsa.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -151,34 +151,16 @@ def test_few_blocks_are_not_scored(paged):
     assert ids[2].tolist() == [[[-1] * 4, [0, -1, -1, -1]]] * 2
 
 
-KERNELS = {
-    "append_kernel": "serving.append",
-    "selection_kernel": "selection.launch",
-    "merge_kernel": "selection.merge",
-    "attend_kernel": "serving.launch",
-    "combine_kernel": "serving.combine",
-    "tile_ends_kernel": "common.primitives",
-}
-
-
-class Counting:
-    """A kernel that notes its name in `launched` at each launch."""
-
-    def __init__(self, kernel, name, launched):
-        self.kernel, self.name, self.launched = kernel, name, launched
-
-    def __getitem__(self, grid):
-        self.launched.append(self.name)
-        return self.kernel[grid]
-
-
 @pytest.mark.parametrize("splits", [1, 2])
 def test_launches_of_a_step(monkeypatch, splits):
     """Append, select and attend are a launch each, and combine where the chosen blocks are split between programs."""
-    launched = []
-    for name, file in KERNELS.items():
-        module = import_module(f"flexmsa.kernels.triton.{file}")
-        monkeypatch.setattr(module, name, Counting(getattr(module, name), name, launched))
+    launched, run = [], Launch.run
+
+    def noting(launch):
+        launched.append(launch.kernel.__name__)
+        run(launch)
+
+    monkeypatch.setattr(Launch, "run", noting)
     _, pages, table = caches([40, 40], 8)
     q, index_q = queries(2, 2)
     new = [torch.randn(2, heads, 2, DEPTH) for heads in (GROUPS, GROUPS, 1)]
@@ -186,7 +168,7 @@ def test_launches_of_a_step(monkeypatch, splits):
     sequences = torch.empty(4, 5, dtype=torch.int32)
     lens, status = torch.tensor([2, 1], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     kernels.append(*new, lens, *pages, None, None, None, table, 0 * kv_lens, kv_lens, sequences, status)
-    choices = {"selection.launch.choose_config": choose_config, "serving.launch.attend_config": attend_config}
+    choices = {"selection.launch.choose_config": choose_config, "serving.launch.default_config": default_config}
     for place, choose in choices.items():
         monkeypatch.setattr(
             f"flexmsa.kernels.triton.{place}", lambda *a, c=choose, **k: replace(c(*a, **k), num_splits=splits)
