@@ -15,7 +15,7 @@ from typing import Any
 
 import triton
 
-from flexmsa.kernels.triton.common.launch import Launch
+from flexmsa.kernels.triton.common.launch import Launch, compile_key
 from flexmsa.kernels.triton.common.target import Target
 from flexmsa.testing import launches
 from flexmsa.testing.compiled import report
@@ -138,9 +138,10 @@ def labelled(task: str, found: list[Launch], suffix: str = "") -> Iterator[tuple
 
 def compile_all(name: str, layer: Layer) -> Iterator[dict[str, Any]]:
     """A row for each kernel with a cost formula, built for the target of that name."""
-    costs = flops_per_byte(layer)
-    for label, launch in launches_of(layer, TARGETS[name]):
-        if label in costs:
+    # Several token ranges launch the same kernel.
+    distinct = {compile_key(launch): (label, launch) for label, launch in launches_of(layer, TARGETS[name])}
+    for label, launch in distinct.values():
+        if label in flops_per_byte(layer):
             found = report(launch.compile(TARGETS[name]))
             numbers = {"registers": found.registers, "shared": found.shared, "spills": found.spilled}
             yield {"kernel": label, "target": name, **numbers, "wgmma": found.wgmma}
