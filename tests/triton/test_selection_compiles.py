@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from flexmsa.kernels.rules import SelectionRule  # noqa: E402
-from flexmsa.kernels.triton.common.launch import record  # noqa: E402
-from flexmsa.kernels.triton.selection.launch import rank_blocks  # noqa: E402
-from flexmsa.kernels.triton.selection.merge import merge_splits  # noqa: E402
-from flexmsa.testing.launches import TARGETS, meta  # noqa: E402
+from flexmsa.kernels.rules import SelectionRule
+from flexmsa.kernels.triton.common.launch import record
+from flexmsa.kernels.triton.selection.launch import rank_blocks
+from flexmsa.kernels.triton.selection.merge import merge_splits
+from flexmsa.testing.launches import TARGETS, meta
 
 BLOCK = 128
 # Every number of blocks up to 600, then larger and larger steps, up to 4M keys.

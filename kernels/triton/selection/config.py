@@ -245,7 +245,9 @@ def candidates(problem: Problem, target: Target, config: SelectionConfig) -> Ite
     if config.sm90:
         yield from stages
         return
-    yield from ({"num_warps": warps} for warps in (config.num_warps // 2, config.num_warps * 2) if 2 <= warps <= 16)
+    for warps in (config.num_warps // 2, config.num_warps * 2):
+        if 2 <= warps <= 16:
+            yield {"num_warps": warps}
     yield from stages
     if config.period > 1:
         for period in (config.period // 2, config.period * 2):

@@ -29,7 +29,7 @@ def forced_blocks(rule: SelectionRule) -> ForcedBlocks:
 
 @triton.jit
 def first_kept(forced, num_blocks, topk: tl.constexpr):
-    """How many of the oldest blocks are kept without being scored: all of num_blocks, if there are no more than topk."""
+    """How many of the oldest blocks are kept unscored: all num_blocks, if there are no more than topk."""
     return tl.where(num_blocks <= topk, num_blocks, forced.num_init)
 
 
