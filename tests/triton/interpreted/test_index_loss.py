@@ -118,7 +118,7 @@ def assert_loss(inputs, block_size, config, scales=None):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("config", [None, replace(SMALL, length=20)], ids=["chosen", "pieces"])
+@pytest.mark.parametrize("config", [None, replace(SMALL, length=20)], ids=["chosen", "work items"])
 def test_loss_and_gradient(dense, case, config):
     assert_loss(inputs_of(dense, case), case.block_size, config)
 
@@ -132,7 +132,7 @@ def tiny_workspace():
 
 
 @pytest.mark.parametrize("topk", [3, None])
-def test_chunks(dense, tiny_workspace, topk):
+def test_token_ranges(dense, tiny_workspace, topk):
     case = Case(seqlen_q=40, seqlen_k=40, batch=2, block_size=20, topk=topk)
     assert_loss(inputs_of(dense, case), 20, replace(SMALL, length=7))
 
