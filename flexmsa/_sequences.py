@@ -48,7 +48,7 @@ class Sequences:
 def check_sequences(
     q: Tensor, seqlen_k: int, cu_seqlens: Tensor | None, kv_starts: Tensor | None, kv_lens: Tensor | None
 ) -> Sequences:
-    """Return the sequences of queries q [B, H, Sq, ...] and `seqlen_k` keys, from what a user passed.
+    """Return the sequences of queries q [B, H, Sq, ...] and `seqlen_k` keys, from the arguments of a public function.
 
     Raises:
         ValueError, TypeError: a length has a wrong shape, dtype or device. Wrong values raise when the table is made.

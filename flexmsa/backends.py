@@ -1,4 +1,4 @@
-"""The backend of each step: those that exist, the default of a device, and errors for those that cannot run."""
+"""The backend of each step: the known names, the default of a device, and errors for the others."""
 
 import importlib.util
 import os

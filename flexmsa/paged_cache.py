@@ -14,7 +14,7 @@ __all__ = ["PagedMSACache"]
 
 class PagedMSACache(Cache):
     """Keys, values and index keys of one layer in pages: k, v [num_pages, Hkv, page_size, D], index_k
-    [num_pages, 1, page_size, Di]; block b of row r lies in page page_table[r, b].
+    [num_pages, 1, page_size, Di]; block b of row r is page page_table[r, b].
 
     An append gives rows the free pages that they need. It cannot in compiled code and CUDA graphs: `reserve` first.
 

@@ -156,15 +156,15 @@ def _attend_sparsely(
     is_plain = topk is None and table is None
     if is_plain:
         _check_plain(q, k, v, index_q, index_k)
+    if select is not None and table is not None:
+        raise ValueError("select: expected rows of one sequence each, got padding, packed documents or a static cache")
     rule = block_indices = None
     if topk is None:
         block_size = _DENSE_BLOCK_SIZE
-    elif select is None:
-        rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
-    elif table is None:
+    elif select is not None:
         block_indices = select(index_q.detach(), index_k.detach())
     else:
-        raise ValueError("select: expected rows of one sequence each, got padding, packed documents or a static cache")
+        rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
     settings = _settings(q, scale, is_plain, block_size, rule, index_q.shape[-1] ** -0.5)
     sequences, aux = Sequences(q, k.shape[2], table=table), AuxRequest(index_loss=with_loss)
     out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, block_indices)
