@@ -29,7 +29,7 @@ def plain(batch, seqlen_q, seqlen_k, device):
 
 
 def dense_ids(index_q, index_k, sequences, block_size, topk, local, init, queries=None):
-    """block_indices by the definition, in float64, for all queries or the given ones."""
+    """block_indices by the definition, in float64; only of the given queries, if any."""
     batch, groups, seqlen_q, _ = index_q.shape
     ids = torch.full((batch, groups, seqlen_q, topk), -1, dtype=torch.int32, device=index_q.device)
     for b, q_start, q_end, k_start, k_end in sequences.tolist():

@@ -148,7 +148,7 @@ def counter_errors() -> Iterator[str]:
         one, sequences = slice(row, row + 1), cache.newest(1)[row : row + 1].clone()
         sequences[:, 0] = 0
         if not torch.equal(select_blocks(index_q[one], cache.index_k[one], sequences, RULE), ids[one]):
-            yield f"row {row} of many: the selection differs from that of the row alone"
+            yield f"row {row} of many: another selection than alone"
     if any(tickets(number, ids.device).any() for number in (1, 300)):
         yield "counters are not left at zero"
 
