@@ -1,4 +1,4 @@
-"""The benchmarks, as far as they need no GPU."""
+"""The parts of the benchmarks that need no GPU."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def test_a_part_replaces_its_own_rows_only(tmp_path):
     assert found["parts"] == {"selection": {"gpu": "second"}, "decode": {"gpu": "first"}}
 
 
-def test_a_part_keeps_its_rows_until_there_is_a_new_one(tmp_path):
+def test_a_part_keeps_its_rows_until_the_first_new_one(tmp_path):
     path = tmp_path / "gpu.json"
     before = _run(path, ["selection"], "first", ["a"])
     Results(path).begin("selection", {"gpu": "second"})
@@ -64,7 +64,7 @@ def test_an_unknown_part_is_refused(capsys):
     assert all(part in said for part in gpu.PARTS)
 
 
-def test_only_what_a_part_times_is_checked_and_each_check_once(monkeypatch):
+def test_only_the_checks_of_the_parts_run_and_each_once(monkeypatch):
     ran = []
 
     def errors():
@@ -77,7 +77,7 @@ def test_only_what_a_part_times_is_checked_and_each_check_once(monkeypatch):
     assert ran == ["decode"]
 
 
-def test_nothing_is_timed_where_a_check_fails(monkeypatch, tmp_path):
+def test_nothing_is_timed_if_a_check_fails(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "PARTS", {"decode": (None, (lambda: iter(["off by one"]),))})
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path)])
@@ -97,13 +97,13 @@ def test_each_part_keeps_the_ceilings_of_its_run(monkeypatch, tmp_path):
     assert floors == [("flex", 0.5), ("decode", pytest.approx(1 / 3))]
 
 
-def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
+def test_a_peer_that_is_not_installed_is_skipped(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fla", None)
     assert gpu_peers.parallel_nsa() is None
     assert "pip install flash-linear-attention" in capsys.readouterr().out
 
 
-def test_one_wrong_head_of_a_token_shows_and_rounding_does_not():
+def test_relative_error_finds_one_wrong_head_but_ignores_rounding():
     exact = torch.randn(1, 64, 50, 128)
     exact[:, :, 0] *= 1e-6
     assert gpu_peers.relative_error(exact.bfloat16(), exact) < 2e-2
@@ -114,7 +114,7 @@ def test_one_wrong_head_of_a_token_shows_and_rounding_does_not():
     assert not gpu_peers.relative_error(wrong, exact) < 2e-2
 
 
-def test_a_peer_that_fails_says_so_and_the_others_go_on():
+def test_the_error_of_a_peer_replaces_its_times():
     def attend(q, k, v):
         raise ValueError("no such shape")
 
@@ -135,7 +135,7 @@ def test_the_table_of_peers(monkeypatch, tmp_path):
     assert row == "| dense flash | every block | 1.2 / - | 4.0 / - |"
 
 
-def test_where_two_lines_cross():
+def test_crossover():
     dense = {1000: 1.0, 2000: 4.0, 4000: 16.0, 8000: 64.0}
     tokens, milliseconds = gpu_plot.crossover({n: 3.0 * n / 1000 for n in dense}, dense)
     assert (tokens, milliseconds) == (pytest.approx(3000), pytest.approx(9))

@@ -1,4 +1,4 @@
-"""The demo from end to end on its quick settings, Ctrl-C included."""
+"""The demo from end to end with its quick settings, and after Ctrl-C."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def test_both_models_learn_and_end_near_each_other(quick_run):
     assert steps[-1]["index_loss"] < steps[0]["index_loss"] / 2
 
 
-def test_the_index_branch_alone_does_not_move_the_backbone(quick_run):
+def test_the_warm_up_does_not_change_the_main_branch(quick_run):
     _, metrics = quick_run
     warmup = [step for step in metrics["steps"] if not step["sparse"]]
     assert len(warmup) == metrics["settings"]["warmup"]
@@ -49,19 +49,19 @@ def test_the_recalls_rise(quick_run):
         assert all(after > before for before, after in zip(first[name], last[name], strict=True))
 
 
-def test_it_leaves_whole_files_only(quick_run):
+def test_it_writes_complete_files_only(quick_run):
     pytest.importorskip("matplotlib")
     out, _ = quick_run
     assert sorted(path.name for path in out.iterdir()) == ["curves.png", "metrics.json", "selection.png"]
 
 
-def test_the_cache_agrees(quick_run):
+def test_cached_logits_equal_the_uncached_ones(quick_run):
     generation = quick_run[1]["generation"]
     assert generation["largest_logit_difference"] < 1e-4 * generation["largest_logit"]
 
 
 @pytest.mark.parametrize("last_step", [1, 3])
-def test_ctrl_c_leaves_results(last_step, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_saves_the_results_so_far(last_step, tmp_path, monkeypatch, capsys):
     update = Progress.update
 
     def interrupt(self, step, text):
@@ -80,7 +80,7 @@ def test_ctrl_c_leaves_results(last_step, tmp_path, monkeypatch, capsys):
     assert ("not yet sparse" in said) == (last_step == 1)
 
 
-def test_without_matplotlib_it_goes_on(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_there_are_no_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     options = ["--quick", "--steps", "2", "--warmup", "1", "--device", "cpu", "--out", str(tmp_path)]
     assert demo.main(options) == 0
@@ -106,7 +106,7 @@ def test_the_twin_is_the_warm_up():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_cached_generation_equals_the_whole(compiled):
+def test_generation_with_a_cache_equals_one_forward_pass(compiled):
     torch.manual_seed(0)
     model = GPT(CONFIG, num_layers=2).eval()
     prompts = [b"d", b"def a_longer_prompt(than, a_few, tokens):", b"import"]
@@ -152,7 +152,7 @@ def test_the_text_is_split_by_file(tmp_path):
         read_standard_library(tmp_path / "test")
 
 
-def test_an_unfinished_file_does_not_replace_a_whole_one(tmp_path):
+def test_an_unfinished_file_does_not_replace_a_complete_one(tmp_path):
     path = tmp_path / "metrics.json"
     path.write_text("whole")
 

@@ -1,4 +1,4 @@
-"""Memory is a promise: it grows linearly with the length."""
+"""Peak memory grows linearly with the length."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import sys, torch, flexmsa
 torch.set_num_threads(1)
 seqlen, topk, train = int(sys.argv[1]), None if sys.argv[2] == "None" else int(sys.argv[2]), sys.argv[3] == "train"
 def high_water():
-    # Not getrusage's, which starts with the parent's.
+    # getrusage would start with the peak of the parent process.
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 def run(seqlen):
@@ -27,7 +27,7 @@ print(run(seqlen))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much memory a process held")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux, which reports peak memory")
 @pytest.mark.parametrize(("topk", "mode"), [("8", "forward"), ("8", "train"), ("None", "train")])
 def test_peak_memory_is_linear_in_the_length(topk, mode):
     def peak(seqlen):
@@ -39,5 +39,5 @@ def test_peak_memory_is_linear_in_the_length(topk, mode):
     output = seqlen * 2 * 16 * 4 / 2**20
     short, long = peak(seqlen), peak(2 * seqlen)
     assert output < short < square / 2
-    # A quadratic part would make it four times as much.
+    # A quadratic part would make the long one four times the short one.
     assert long < 2.5 * short + 16

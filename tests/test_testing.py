@@ -1,4 +1,4 @@
-"""The tools that users fuzz with must find what is wrong."""
+"""The testing tools for users find errors and report them."""
 
 import sys
 
@@ -9,7 +9,7 @@ from flexmsa import __main__
 from flexmsa.testing import Case, assert_close, check, check_case
 
 
-def test_assert_close_sees_an_error_and_says_where():
+def test_assert_close_reports_an_error_and_its_index():
     exact = torch.zeros(2, 3, dtype=torch.float64)
     wrong = torch.zeros(2, 3)
     wrong[1, 2] = 0.5
@@ -18,13 +18,13 @@ def test_assert_close_sees_an_error_and_says_where():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_assert_close_wants_finite_numbers(bad):
+def test_assert_close_requires_finite_numbers(bad):
     exact = torch.ones(3, dtype=torch.float64)
     with pytest.raises(AssertionError, match="1 such elements"):
         assert_close("x", torch.tensor([1.0, bad, 1.0]), exact, exact.float())
 
 
-def test_assert_close_wants_the_same_infinity():
+def test_assert_close_requires_the_same_infinity():
     exact = torch.tensor([-torch.inf, 1.0], dtype=torch.float64)
     assert_close("lse", exact.float(), exact, exact.float())
     with pytest.raises(AssertionError):
@@ -51,7 +51,7 @@ def test_check_finds_a_bug_and_prints_it_as_code(monkeypatch, capsys):
         eval(code, {"Case": Case, "check_case": check_case})
 
 
-def test_check_says_what_it_tried(capsys):
+def test_check_prints_the_cases_it_tried(capsys):
     assert check.main(["--device", "cpu", "--seconds", "2", "--dtype", "bfloat16"]) == 0
     printed = capsys.readouterr().out
     assert "every case agreed with the oracle" in printed and "bfloat16" in printed
@@ -67,7 +67,7 @@ def test_a_pointer_of_unknown_type_is_not_built():
         argument_type("new_ptr", {})
 
 
-def test_check_without_hypothesis_says_what_to_install(monkeypatch, capsys):
+def test_check_without_hypothesis_prints_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     for name in [name for name in sys.modules if name.startswith("flexmsa.testing")]:
         monkeypatch.delitem(sys.modules, name)

@@ -1,5 +1,6 @@
 """MSA in NumPy float64, one query at a time: written from the paper, without code of any other implementation."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -54,30 +55,22 @@ def attention(
     lse = np.full(q.shape[:3], -np.inf)
     indices = None if topk is None else np.full((batch, num_kv_heads, seqlen_q, topk), -1)
     losses = []
-    for b in range(batch):
-        for i in range(seqlen_q):
-            first, last = _visible(b, i, seqlen_q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
-            if last < first:
-                continue
-            for r in range(num_kv_heads):
-                keys = np.arange(first, last + 1)
-                if indices is not None:
-                    chosen = _choose(
-                        _product(index_k[b, 0, keys], index_q[b, r, i]),
-                        block_size,
-                        topk,
-                        num_local_blocks,
-                        num_init_blocks,
-                    )
-                    indices[b, r, i, : len(chosen)] = chosen
-                    keys = keys[np.isin((keys - first) // block_size, chosen)]
-                heads = slice(r * group, (r + 1) * group)
-                probabilities, lse[b, heads, i] = _softmax(q[b, heads, i] @ k[b, r, keys].T * scale)
-                out[b, heads, i] = probabilities @ v[b, r, keys]
-                teacher = probabilities.mean(0)
-                student, _ = _softmax(_product(index_k[b, 0, keys], index_q[b, r, i]) * index_scale)
-                seen = teacher > 0
-                losses.append(float(np.sum(teacher[seen] * np.log(teacher[seen] / student[seen]))))
+    for b, i in itertools.product(range(batch), range(seqlen_q)):
+        first, last = _visible(b, i, seqlen_q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
+        if last < first:
+            continue
+        for r in range(num_kv_heads):
+            keys = np.arange(first, last + 1)
+            index_scores = _product(index_k[b, 0, keys], index_q[b, r, i])
+            if indices is not None:
+                chosen = _choose(index_scores, block_size, topk, num_local_blocks, num_init_blocks)
+                indices[b, r, i, : len(chosen)] = chosen
+                kept = np.isin((keys - first) // block_size, chosen)
+                keys, index_scores = keys[kept], index_scores[kept]
+            heads = slice(r * group, (r + 1) * group)
+            probabilities, lse[b, heads, i] = _softmax(q[b, heads, i] @ k[b, r, keys].T * scale)
+            out[b, heads, i] = probabilities @ v[b, r, keys]
+            losses.append(_divergence(probabilities.mean(0), index_scores * index_scale))
     return Oracle(out, lse, indices, float(np.mean(losses)) if losses else 0.0)
 
 
@@ -113,6 +106,13 @@ def _choose(scores: Array, block_size: int, topk: int | None, num_local: int, nu
         return not forced, -max(numbers, default=-np.inf), block
 
     return sorted(sorted(range(len(blocks)), key=rank)[:topk])
+
+
+def _divergence(teacher: Array, scores: Array) -> float:
+    """The KL divergence of the softmax of scores [keys] from the teacher's probabilities [keys]."""
+    student, _ = _softmax(scores)
+    seen = teacher > 0
+    return float(np.sum(teacher[seen] * np.log(teacher[seen] / student[seen])))
 
 
 def _softmax(scores: Array) -> tuple[Array, Array]:

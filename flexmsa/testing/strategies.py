@@ -44,14 +44,12 @@ def cases(
     layout = draw(st.sampled_from(["plain", "packed", "padded", "cache"]))
     batch = 1 if layout == "packed" else draw(st.integers(1, 2))
     seqlen_q = seqlen_k if layout in ("packed", "padded") else draw(st.integers(1, seqlen_k))
-    cu_seqlens = kv_starts = kv_lens = None
-    if layout == "packed":
-        cu_seqlens = draw(packed_lengths(seqlen_k))
+    cu_seqlens = draw(packed_lengths(seqlen_k)) if layout == "packed" else None
+    kv_starts = kv_lens = None
     if layout == "cache":
         kv_lens = tuple(draw(st.integers(0, seqlen_k)) for _ in range(batch))
     if layout in ("padded", "cache"):
-        ends = kv_lens or (seqlen_k,) * batch
-        kv_starts = tuple(draw(st.integers(0, end)) for end in ends)
+        kv_starts = tuple(draw(st.integers(0, end)) for end in kv_lens or (seqlen_k,) * batch)
     num_local_blocks = draw(st.integers(1, 2))
     num_init_blocks = draw(st.integers(0, 2))
     topk = draw(st.integers(num_local_blocks + num_init_blocks, max_blocks + 2))
@@ -97,6 +95,25 @@ def schedules(
     """
     batch = draw(st.integers(1, 3))
     paged = draw(st.booleans())
+    return Schedule(
+        steps=_draw_steps(draw, batch, paged, max_steps, capacity),
+        batch=batch,
+        num_kv_heads=draw(st.integers(1, 3)),
+        group_size=draw(st.sampled_from(group_sizes)),
+        head_dim=draw(st.sampled_from(head_dims)),
+        index_head_dim=draw(st.sampled_from(head_dims)),
+        block_size=draw(st.sampled_from([8, 16, 32])),
+        topk=draw(st.sampled_from([1, 2, 4, None])),
+        capacity=capacity,
+        paged=paged,
+        fp8_keys=draw(st.booleans()),
+        fp8_index=draw(st.booleans()),
+        dtype=draw(st.sampled_from(dtypes)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def _draw_steps(draw: st.DrawFn, batch: int, paged: bool, max_steps: int, capacity: int) -> tuple[tuple, ...]:
     names = ["append", "append", "append", "trim", "reorder", "reset", *(["share"] if paged else [])]
     row = st.integers(0, batch - 1)
     arguments = {
@@ -122,19 +139,4 @@ def schedules(
             steps.append((name, draw(arguments[name])))
         if longest == capacity:
             break
-    return Schedule(
-        steps=tuple(steps),
-        batch=batch,
-        num_kv_heads=draw(st.integers(1, 3)),
-        group_size=draw(st.sampled_from(group_sizes)),
-        head_dim=draw(st.sampled_from(head_dims)),
-        index_head_dim=draw(st.sampled_from(head_dims)),
-        block_size=draw(st.sampled_from([8, 16, 32])),
-        topk=draw(st.sampled_from([1, 2, 4, None])),
-        capacity=capacity,
-        paged=paged,
-        fp8_keys=draw(st.booleans()),
-        fp8_index=draw(st.booleans()),
-        dtype=draw(st.sampled_from(dtypes)),
-        seed=draw(st.integers(0, 2**16)),
-    )
+    return tuple(steps)

@@ -40,7 +40,7 @@ def index_loss(
     or two empty tensors without ``with_grad``.
     """
     batch, num_heads, seqlen_q, head_dim = q.shape
-    num_kv_heads, index_dim = k.shape[1], index_q.shape[-1]
+    num_kv_heads = k.shape[1]
     group_size = num_heads // num_kv_heads
     index = InverseIndex(sequences, block_indices, block_size, batch, num_kv_heads, seqlen_q)
     count = max(1, index.num_visible)
@@ -66,9 +66,7 @@ def index_loss(
             loss += _divergence(teacher, log_student, scratch)
             if with_grad:
                 grad_scores = tile.hide_future(log_student.exp_(), 0.0).sub_(teacher)
-                tile.add_to_blocks(index_k_grads, grad_scores, index_tile)
-                partial = torch.bmm(grad_scores, tile.operand(index_blocks), out=index_tile)
-                index_q_grads.index_add_(0, tile.rows, partial.view(-1, index_dim))
+                _add_gradients(tile, grad_scores, index_tile, index_blocks, index_q_grads, index_k_grads)
         if with_grad:
             tokens.unpack(index_q_grads.div_(count), grad_index_q)
     loss = (loss / count).to(scratch.dtype)
@@ -105,3 +103,12 @@ def _divergence(teacher: Tensor, log_student: Tensor, scratch: Scratch) -> Tenso
     tiny = torch.finfo(scratch.dtype).tiny
     ratio = torch.clamp(teacher, min=tiny, out=scratch.take("ratio", *teacher.shape)).log_().sub_(log_student)
     return torch.dot(teacher.flatten(), ratio.flatten())
+
+
+def _add_gradients(
+    tile: Tile, grad_scores: Tensor, index_tile: Tensor, index_blocks: Tensor, q_grads: Tensor, k_grads: Tensor
+) -> None:
+    """Add a tile's gradients to those of the index queries and keys; index_tile is overwritten."""
+    tile.add_to_blocks(k_grads, grad_scores, index_tile)
+    partial = torch.bmm(grad_scores, tile.operand(index_blocks), out=index_tile)
+    q_grads.index_add_(0, tile.rows, partial.view(-1, q_grads.shape[1]))
