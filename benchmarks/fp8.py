@@ -36,9 +36,9 @@ def mass(index_q: Tensor, index_k: Tensor, ids: Tensor) -> Tensor:
     seqlen = index_k.shape[2]
     newest = torch.arange(seqlen - index_q.shape[2], seqlen)
     scores.masked_fill_(torch.arange(seqlen) > newest[:, None], -torch.inf)
-    by_block = scores.softmax(-1).unflatten(-1, (-1, BLOCK)).sum(-1)
+    block_mass = scores.softmax(-1).unflatten(-1, (-1, BLOCK)).sum(-1)
     chosen = ids[0].long()
-    return by_block.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0.0).sum(-1)
+    return block_mass.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0.0).sum(-1)
 
 
 def measure(seqlen: int) -> list[dict]:

@@ -57,11 +57,11 @@ def forward_costs(layer: Layer, tile_tokens: int = 8, union: int = 18) -> Costs:
     Key-major: queries read and partial results written, each with its lse, then read again and added up.
     """
     product = 4.0 * layer.block_size * layer.head_dim
-    walked = layer.tokens // tile_tokens * layer.num_kv_heads * union * tile_tokens * layer.group_size
+    scored = layer.tokens // tile_tokens * layer.num_kv_heads * union * tile_tokens * layer.group_size
     keys = 2 * layer.tokens * layer.num_kv_heads * layer.head_dim * ELEMENT
     row = layer.head_dim * ELEMENT
     return {
-        "forward: query_major": (walked * product, 2.0 * outputs(layer) + keys),
+        "forward: query_major": (scored * product, 2.0 * outputs(layer) + keys),
         "forward: key_major": (rows(layer) * product, rows(layer) * (2.0 * row + 4)),
         "forward: combine": (2.0 * rows(layer) * layer.head_dim, rows(layer) * (row + 4.0) + outputs(layer)),
     }

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+# The largest topk of the Triton kernels: longer lists take minutes to compile, and do not fit the shared memory.
+MOST_BLOCKS = 512
+
 
 @dataclass(frozen=True)
 class SelectionRule:

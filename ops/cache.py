@@ -12,6 +12,7 @@ from flexmsa.kernels.rules import SelectionRule
 
 from .attention import statistics_dtype
 from .autocast import register_autocast
+from .checks import check_append, check_page_table, check_topk
 from .dispatch import run_kernel
 
 
@@ -39,6 +40,9 @@ def append(*args: Any) -> None:
     The schema names the arguments.
     """
     *inputs, backend = args
+    if backend == "torch":
+        k, lens, cache, page_table, kv_lens = (args[i] for i in (0, 3, 4, 10, 12))
+        check_append(k.shape[2], lens, kv_lens, page_table, cache)
     run_kernel(backend, "append", *inputs)
 
 
@@ -67,6 +71,7 @@ def attend_blocks(
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None selects every visible block."""
+    check_page_table(page_table, sequences, block_size, k.shape[0], backend)
     main = q, k, v, block_indices, sequences, block_size, scale
     return run_kernel(backend, "attend_blocks", *main, page_table, k_scale, v_scale)
 
@@ -102,6 +107,8 @@ def select_and_attend(
     index_k_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out and lse of `attend_blocks`, and the block_indices of `select_blocks` that it attended to."""
+    check_topk(topk, backend)
+    check_page_table(page_table, sequences, block_size, k.shape[0], backend)
     rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
     main = q, index_q, k, v, index_k, sequences, rule, scale
     return run_kernel(backend, "select_and_attend", *main, page_table, k_scale, v_scale, index_k_scale)

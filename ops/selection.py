@@ -6,6 +6,7 @@ from torch import Tensor
 from flexmsa.kernels.rules import SelectionRule
 
 from .autocast import register_autocast
+from .checks import check_page_table, check_topk
 from .dispatch import run_kernel
 
 
@@ -28,6 +29,8 @@ def select_blocks(
     index_k_scale: Tensor | None = None,
 ) -> Tensor:
     """Return block_indices [B, Hkv, Sq, topk] int32 for index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di] or pages."""
+    check_topk(topk, backend)
+    check_page_table(page_table, sequences, block_size, index_k.shape[0], backend)
     rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
     return run_kernel(backend, "select_blocks", index_q, index_k, sequences, rule, page_table, index_k_scale)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import least_scale, lengths, ragged, randn
 
-from flexmsa.kernels import torch as torch_kernels
+from flexmsa import ops
 from flexmsa.kernels.torch import fp8
 
 HEADS, DEPTH, BLOCK = 2, 16, 8
@@ -33,7 +33,7 @@ class Buffers:
         return [x for x in (*self.caches, *self.scales, self.kv_lens, self.sequences, self.status) if x is not None]
 
     def append(self, new, lens):
-        torch_kernels.append(
+        ops.append(
             *new,
             lens,
             *self.caches,
@@ -43,6 +43,7 @@ class Buffers:
             self.kv_lens,
             self.sequences,
             self.status,
+            "torch",
         )
 
     def place(self, row, key):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import ragged, randn, visible
 
+from flexmsa import ops
 from flexmsa.kernels import torch as torch_kernels
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.torch import fp8
@@ -53,13 +54,11 @@ class Layer:
 
     def select(self, sequences, cache, local=1, init=0):
         _, _, index_k, table, _, _, scale = cache
-        return torch_kernels.select_blocks(
-            self.index_q, index_k, sequences, SelectionRule(BLOCK, TOPK, local, init), table, scale
-        )
+        return ops.select_blocks(self.index_q, index_k, sequences, BLOCK, TOPK, local, init, "torch", table, scale)
 
     def attend(self, ids, sequences, cache):
         k, v, _, table, k_scale, v_scale, _ = cache
-        return torch_kernels.attend_blocks(self.q, k, v, ids, sequences, BLOCK, SCALE, table, k_scale, v_scale)
+        return ops.attend_blocks(self.q, k, v, ids, sequences, BLOCK, SCALE, "torch", table, k_scale, v_scale)
 
 
 def dequantized(cache):
@@ -228,7 +227,7 @@ def test_a_visible_block_without_a_page_is_an_error(bad):
     sequences = ragged([1, 1], [97, 30], 1)
     ids = layer.select(sequences, layer.paged)
     layer.table[1, 2] = bad
-    message = f"page_table: expected a page from 0 to 51 for each of the 4 blocks of batch row 1, got {bad} for block 2"
+    message = f"page_table: expected a page from 0 to 51 for block 2 of row 1, got {bad}"
     with pytest.raises(ValueError, match=message):
         layer.select(sequences, layer.paged)
     with pytest.raises(ValueError, match=message):

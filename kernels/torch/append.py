@@ -44,17 +44,15 @@ def append(
     Caches are [B,H,S,D], or with page_table [B,max_pages] pages [num_pages,H,block_size,D]. Their scales have the same
     shape without D, and are None unless the cache is e4m3. kv_lens grows, and ``sequences`` becomes the table of the
     new tokens: one sequence per row, and with lens a second one, which sees no key, for the tokens from lens[b] on.
-    A row without room raises ValueError, and nothing changes. ``status`` is for kernels that cannot raise.
+    Every row has room, and pages where it needs them (see ``ops.checks``). ``status`` is for kernels that check both.
     """
     num_new = k.shape[2]
     counts = [num_new] * len(kv_lens) if lens is None else lens.clamp(0, num_new).tolist()
     spans = []
     for row, (length, count) in enumerate(zip(kv_lens.tolist(), counts, strict=True)):
         if page_table is None:
-            _check_room(row, length, count, cache_k.shape[2])
             spans.append(_Span(row, 0, count, row, length))
         else:
-            _check_room(row, length, count, page_table.shape[1] * cache_k.shape[2])
             spans += _paged_spans(row, length, count, page_table[row], cache_k)
     for new, cache, scale in (
         (k, cache_k, cache_k_scale),
@@ -67,25 +65,12 @@ def append(
     _write_table(sequences, counts, num_new, kv_starts, kv_lens, ragged=lens is not None)
 
 
-def _check_room(row: int, length: int, count: int, capacity: int) -> None:
-    if length + count > capacity:
-        raise ValueError(
-            f"cache: expected at most {capacity - length} more tokens in row {row}, got {count}: it holds {length} of "
-            f"{capacity}; make it with a larger capacity"
-        )
-
-
 def _paged_spans(row: int, length: int, count: int, page_table: Tensor, cache: Tensor) -> list[_Span]:
     """The new tokens of a row, one span per page."""
-    num_pages, _, block_size, _ = cache.shape
+    block_size = cache.shape[2]
     first, stop = length // block_size, -(-(length + count) // block_size) if count else 0
     spans = []
     for block, page in enumerate(page_table[first:stop].tolist(), first):
-        if not 0 <= page < num_pages:
-            raise ValueError(
-                f"page_table: expected a page from 0 to {num_pages - 1} for block {block} of row {row}, got {page}; "
-                "reserve pages before tokens are appended"
-            )
         start = max(length, block * block_size)
         end = min(length + count, (block + 1) * block_size)
         spans.append(_Span(row, start - length, end - start, page, start - block * block_size))

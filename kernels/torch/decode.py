@@ -15,7 +15,6 @@ from flexmsa.kernels.torch.packing import (
     Array,
     Scratch,
     array,
-    check_page_table,
     compute_dtype,
     locate_block,
     query_positions,
@@ -45,7 +44,6 @@ def attend_blocks(
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [B,Hq,Sq,D] and lse [B,Hq,Sq]; arguments and results are those of ``block_sparse_attention_forward``."""
-    check_page_table(page_table, sequences, block_size, k.shape[0])
     if block_indices is None or q.shape[2] > _FEW_QUERIES:
         return block_sparse_attention_forward(
             q, k, v, block_indices, sequences, block_size, scale, page_table, k_scale, v_scale

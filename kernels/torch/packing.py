@@ -131,22 +131,6 @@ def count_blocks(columns: Sequence, block_size: int) -> Array:
     return -(-num_keys.clip(min=0) // block_size)
 
 
-def check_page_table(page_table: Tensor | None, sequences: Tensor, block_size: int, num_pages: int) -> None:
-    """Raise ValueError unless every block of every sequence has a page."""
-    if page_table is None:
-        return
-    columns = sequence_columns(sequences)
-    num_blocks = count_blocks(columns, block_size)
-    pages = array(page_table)[columns.batch]
-    wrong = ((pages < 0) | (pages >= num_pages)) & (np.arange(pages.shape[1]) < num_blocks[:, None])
-    if wrong.any():
-        n, block = np.argwhere(wrong)[0]
-        raise ValueError(
-            f"page_table: expected a page from 0 to {num_pages - 1} for each of the {num_blocks[n]} blocks of "
-            f"batch row {columns.batch[n]}, got {pages[n, block]} for block {block}; reserve a page for it"
-        )
-
-
 class BlockTable:
     """The number and place of every sequence's blocks: block ``b`` of sequence ``n`` is ``first_block[n] + b``."""
 

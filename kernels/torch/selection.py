@@ -15,7 +15,7 @@ from flexmsa.kernels.sequences import list_sequences
 from flexmsa.kernels.torch import fp8
 from flexmsa.kernels.torch.index_keys import FEW_VECTORS, SCORES_PER_STEP, IndexKeys, Queries, forced_and_hidden
 from flexmsa.kernels.torch.inverse_index import batch_by_size
-from flexmsa.kernels.torch.packing import Array, Scratch, check_page_table, compute_dtype, query_positions
+from flexmsa.kernels.torch.packing import Array, Scratch, compute_dtype, query_positions
 from flexmsa.kernels.torch.prefilter import best_blocks, multiplies_bf16
 
 # The most query vectors per tile.
@@ -39,7 +39,6 @@ def select_blocks(
     ``num_local_blocks`` and the oldest ``num_init_blocks`` visible blocks rank above all others, equal scores rank
     by block id, NaN is the lowest score. Only visible blocks are selected, whatever the scores.
     """
-    check_page_table(page_table, sequences, rule.block_size, index_k.shape[0])
     if fp8.is_e4m3(index_q):
         index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
     batch, num_kv_heads, seqlen_q, _ = index_q.shape
@@ -157,8 +156,8 @@ def _products(keys: Tensor, queries: Tensor, block_size: int, scratch: Scratch) 
         torch.bmm(keys, queries.transpose(1, 2), out=scores.flatten(1, 2))
         return scores
     scores = scratch.take("scores", *blocks.shape[:2], num_vectors, block_size)
-    by_block = queries[:, None].expand(-1, blocks.shape[1], -1, -1).flatten(0, 1)
-    torch.bmm(by_block, blocks.flatten(0, 1).transpose(1, 2), out=scores.flatten(0, 1))
+    repeated = queries[:, None].expand(-1, blocks.shape[1], -1, -1).flatten(0, 1)
+    torch.bmm(repeated, blocks.flatten(0, 1).transpose(1, 2), out=scores.flatten(0, 1))
     return scores.transpose(2, 3)
 
 

@@ -31,7 +31,7 @@ class CombineConstants:
 
 
 @triton.jit
-def slots_lse(lse_ptr, numbers, first_row, none, C: tl.constexpr):
+def total_lse(lse_ptr, numbers, first_row, none, C: tl.constexpr):
     """[heads] fp32, base 2: the lse over all used slots of one token and group."""
     HEADS: tl.constexpr = C.heads
     head = tl.arange(0, HEADS)
@@ -58,7 +58,7 @@ def combine_token(partial, numbers, first_row, results, out_row, none, C: tl.con
     """
     HEADS: tl.constexpr = C.heads
     DEPTH: tl.constexpr = C.depth
-    lse = slots_lse(partial.lse, numbers, first_row, none, C)
+    lse = total_lse(partial.lse, numbers, first_row, none, C)
     offset = tl.where(lse == float("-inf"), 0.0, lse)
     head, d = tl.arange(0, HEADS), tl.arange(0, DEPTH)[None, :]
     acc = tl.zeros([HEADS, DEPTH], tl.float32)

@@ -12,8 +12,6 @@ from ...tuning import Changes
 from ..common.candidates import near, stages
 from ..common.target import GLUON, Target, padded
 
-# Longer lists of what a query keeps take minutes to compile, and more shared memory than there is.
-MOST_BLOCKS = 512
 # Programs of `kernel_sm90` fill a multiprocessor each: more than this would leave lists to merge, and gain little.
 SM90_SPLITS = 128
 # The most query rows that `kernel_sm90` takes as one tile.
@@ -93,16 +91,7 @@ def row_tile(num_rows: int, num_kv_heads: int, least: int, most: int) -> int:
 
 
 def kept_blocks(topk: int) -> int:
-    """Places of a query's list: topk, padded.
-
-    Raises:
-        NotImplementedError: topk is more than the Triton kernels take.
-    """
-    if topk > MOST_BLOCKS:
-        raise NotImplementedError(
-            f"topk: expected at most {MOST_BLOCKS} for the Triton kernels, got {topk}; take larger blocks, or "
-            "backend='cpu', which runs on any device"
-        )
+    """Places of a query's list: topk, padded."""
     return max(8, triton.next_power_of_2(topk))
 
 
