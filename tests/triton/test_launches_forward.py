@@ -6,13 +6,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-import torch  # noqa: E402
+import torch
 
-from flexmsa.kernels.problem import Problem  # noqa: E402
-from flexmsa.kernels.triton.common.launch import describe  # noqa: E402
-from flexmsa.kernels.triton.forward import key_major, launch, query_major  # noqa: E402
-from flexmsa.kernels.triton.forward.config import default_config  # noqa: E402
-from flexmsa.testing.launches import TARGETS, Layer, forward_launches  # noqa: E402
+from flexmsa.kernels.problem import Problem
+from flexmsa.kernels.triton.common.launch import describe
+from flexmsa.kernels.triton.forward import launch
+from flexmsa.kernels.triton.forward.config import default_config
+from flexmsa.testing.launches import TARGETS, Layer, forward_launches
 
 LENGTHS = (4096, 32768, 131072, 40000)
 
@@ -64,10 +64,8 @@ OTHERS = {
 
 def chosen(problem, target, scale=0.1, **changes):
     config = replace(default_config(problem, target), **changes)
-    return [
-        choose(problem, target, config, scale).__name__.rpartition(".")[2]
-        for choose in (launch.choose_query_major, launch.choose_key_major)
-    ]
+    modules = launch.choose_implementations(problem, target, config, scale > 0)
+    return [module.__name__.rpartition(".")[2] for module in modules]
 
 
 def test_hopper_runs_the_kernels_in_gluon():
@@ -86,7 +84,7 @@ def test_other_problems_run_the_kernels_in_triton(change):
 
 
 def test_a_scale_that_is_not_positive_and_tuning_choose_too():
-    triton_only = [query_major.__name__.rpartition(".")[2], key_major.__name__.rpartition(".")[2]]
+    triton_only = ["query_major", "key_major"]
     assert chosen(M3, TARGETS["sm_90"], scale=-0.1) == triton_only
     assert chosen(M3, TARGETS["sm_90"], query_major_sm90=False, key_major_sm90=False) == triton_only
     # Tiles of another size than the kernel's.

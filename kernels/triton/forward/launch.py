@@ -3,13 +3,13 @@
     out[i, h] = sum_j softmax_j(scale <q[i, h], k[j]>) v[j],   lse[i, h] = log sum_j exp(scale <q[i, h], k[j]>)
 
 Layouts: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D], any strides; out [B, Hq, Sq, D] and lse [B, Hq, Sq] fp32, contiguous.
-For inference, k and v may be kept in pages and in e4m3, as in `decode`.
+For inference, k and v may be kept in pages and in e4m3, as in decoding.
 
 Two orders of work, which the device chooses per tile (see `tile_unions`): neighbouring tokens that chose much the same
 blocks are attended to query-major, all other tokens key-major. For Hopper both orders have a kernel in Gluon.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,22 +48,26 @@ def problem_of(inputs: Inputs, block_indices: torch.Tensor | None, block_size: i
     )
 
 
-def choose_query_major(problem: Problem, target: Target, config: ForwardConfig, scale: float) -> Any:
-    """The implementation of the query-major order; the kernel in Gluon takes a positive scale and 128 rows."""
-    full = config.tile_tokens(problem) * problem.group_size == 128
-    if config.query_major_sm90 and full and scale > 0 and problem.topk and query_major_sm90.supports(problem, target):
-        return query_major_sm90
-    return query_major
+class Implementations(NamedTuple):
+    """The modules whose kernels run, one for each order of work."""
+
+    query_major: Any
+    key_major: Any
 
 
-def choose_key_major(problem: Problem, target: Target, config: ForwardConfig, scale: float) -> Any:
-    """The implementation of the key-major order; the kernel in Gluon takes a positive scale."""
-    if config.key_major_sm90 and scale > 0 and key_major_sm90.supports(problem, target):
-        return key_major_sm90
-    return key_major
+def choose_implementations(problem: Problem, target: Target, config: ForwardConfig, positive: bool) -> Implementations:
+    """The kernels in Gluon where they support the problem and config allows them; they need a positive scale."""
+    sm90_tiles = config.query_major_sm90 and config.tile_tokens(problem) * problem.group_size == 128
+    return Implementations(
+        query_major_sm90 if positive and sm90_tiles and query_major_sm90.supports(problem, target) else query_major,
+        key_major_sm90
+        if positive and config.key_major_sm90 and key_major_sm90.supports(problem, target)
+        else key_major,
+    )
 
 
 def attend_key_major(
+    implementation: Any,
     inputs: Inputs,
     block_indices: torch.Tensor,
     tiles: Tiles,
@@ -72,7 +76,10 @@ def attend_key_major(
     config: ForwardConfig,
     target: Target,
 ) -> None:
-    """Fill the results of the tokens whose skip is 0, in token ranges whose partial results fit the workspace."""
+    """Fill the results of the tokens whose skip is 0, one token range after the other.
+
+    A range's partial results fit the workspace; `implementation` computes them, `combine` joins them.
+    """
     assert problem.topk is not None and tiles.skip is not None
     q, batch = inputs.q, inputs.q.shape[0]
     rows = problem.topk * problem.group_size
@@ -93,7 +100,6 @@ def attend_key_major(
     items = cut_into_items(index, config.length)
     shape = index.range_tokens, problem.topk, problem.group_size
     partial = Partial(q.new_empty(*shape, problem.head_dim), results.lse.new_empty(shape))
-    implementation = choose_key_major(problem, target, config, inputs.scale)
     launches = implementation.launches(inputs, index, items, partial, problem, config, target)
     for number, attend in enumerate(launches):
         attend.run()
@@ -132,8 +138,8 @@ def block_sparse_attention_forward(
         out.zero_()
         lse.fill_(-torch.inf)
     results = Results(out, lse, problem.num_kv_heads, q.shape[2])
-    implementation = choose_query_major(problem, target, config, scale)
-    implementation.launch(inputs, tiles, results, problem, config, target).run()
+    chosen = choose_implementations(problem, target, config, scale > 0)
+    chosen.query_major.launch(inputs, tiles, results, problem, config, target).run()
     if block_indices is not None and not config.query_major_only:
-        attend_key_major(inputs, block_indices, tiles, results, problem, config, target)
+        attend_key_major(chosen.key_major, inputs, block_indices, tiles, results, problem, config, target)
     return out, lse

@@ -227,7 +227,8 @@ class TileShape:
 
 def supports(problem: Problem, target: Target) -> bool:
     """Whether the kernel takes this problem: tiles of 128 rows, and the bulk copy engine reads queries and keys."""
-    return fits_query_major_sm90(problem, target) and problem.bulk_copies and not problem.paged
+    stored = problem.bulk_copies and not problem.paged
+    return problem.topk is not None and stored and fits_query_major_sm90(problem, target)
 
 
 def launch(
