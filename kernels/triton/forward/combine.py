@@ -18,7 +18,10 @@ from .records import Partial, Results, result_row
 
 @dataclass(frozen=True)
 class CombineConstants:
-    """Constants of `combine_kernel`; heads, depth: G and D, padded; slots: read at once; tokens: per program."""
+    """Constants of `combine_kernel`; heads, depth: G and D, padded; slots: read at once; tokens: per program.
+
+    stages: of partial outputs, on their way in shared memory.
+    """
 
     topk: int
     group_size: int
@@ -27,6 +30,7 @@ class CombineConstants:
     depth: int
     slots: int
     tokens: int
+    stages: int
     overlap: bool
 
 
@@ -63,7 +67,7 @@ def combine_token(partial, numbers, first_row, results, out_row, none, C: tl.con
     head, d = tl.arange(0, HEADS), tl.arange(0, DEPTH)[None, :]
     acc = tl.zeros([HEADS, DEPTH], tl.float32)
     # Copied into shared memory ahead of their use: the loads of an unrolled loop wait for one another.
-    for slot in tl.range(0, C.topk, num_stages=4):
+    for slot in tl.range(0, C.topk, num_stages=C.stages):
         # An unused slot has no heads to load.
         used = head < tl.where(tl.load(numbers + slot) < none, C.group_size, 0)
         place = first_row + slot * C.group_size + head
@@ -106,15 +110,19 @@ def combine_kernel(partial, numbers, skip_ptr, results, index, range_number, C: 
 def combine_constants(problem: Problem, target: Target) -> CombineConstants:
     """Constants of `combine_kernel`."""
     assert problem.topk is not None
+    heads, depth = triton.next_power_of_2(problem.group_size), padded(problem.head_dim)
+    # Only NVIDIA GPUs copy ahead into shared memory: a slot of all heads per stage but one, beside a little else.
+    room = (target.shared_memory - 2048) // (heads * depth * problem.element_size)
     return CombineConstants(
         group_size=problem.group_size,
         topk=problem.topk,
-        heads=triton.next_power_of_2(problem.group_size),
+        heads=heads,
         head_dim=problem.head_dim,
-        depth=padded(problem.head_dim),
+        depth=depth,
         slots=min(64, triton.next_power_of_2(problem.topk)),
         # With more tokens per program, what is read at once lies further apart, and memory is slower.
         tokens=2,
+        stages=max(1, min(4, 1 + room)) if target.backend == "cuda" else 4,
         overlap=target.overlaps,
     )
 
