@@ -19,7 +19,7 @@ from flexmsa.kernels.triton.common.launch import (  # noqa: E402
     signature_of,
     view,
 )
-from flexmsa.testing.launches import TARGETS, CacheFormat, Layer, decode_launches, meta  # noqa: E402
+from flexmsa.testing.launches import TARGETS, meta  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
@@ -111,13 +111,3 @@ def test_recording_ends_with_an_error():
     with record(TARGETS["sm_80"]) as others:
         launch(vectors(1, 2, 8, 64)).run()
     assert (len(launches), len(others)) == (0, 1)
-
-
-@pytest.mark.parametrize("cache", [CacheFormat(), CacheFormat(True, True, True)], ids=["contiguous", "pages, e4m3"])
-def test_a_decoding_step_compiles_nothing_when_the_cache_grows(cache):
-    """The keys of every launch of a step, for caches of 128 to a million keys, are those of the first."""
-    keys = [
-        {compile_key(launch) for launch in decode_launches(Layer(tokens=tokens), TARGETS["sm_90"], cache)}
-        for tokens in (1 << 20, 131072, 40000 // 128 * 128, 4096, 128)
-    ]
-    assert set.union(*keys) == keys[0]

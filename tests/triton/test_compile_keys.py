@@ -1,0 +1,122 @@
+"""Nothing compiles for a length: after the first use of a problem, its launches have the keys that they had."""
+
+import os
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from flexmsa.kernels.problem import Problem
+from flexmsa.kernels.triton.common.launch import choose, compile_key
+from flexmsa.kernels.triton.forward import launch as forward
+from flexmsa.kernels.triton.forward.config import default_config
+from flexmsa.testing.launches import (
+    TARGETS,
+    TRAINING,
+    CacheFormat,
+    Layer,
+    decode_launches,
+    loss_launches,
+    selection_launches,
+)
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
+
+LAYERS = {
+    "M3": {},
+    "packed": {"packed": True},
+    "head dim 80": {"num_heads": 16, "head_dim": 80, "index_head_dim": 80},
+    "wide, fp32": {"num_heads": 8, "head_dim": 256, "index_head_dim": 256, "dtype": torch.float32},
+}
+FORMATS = {"bf16": CacheFormat(), "pages": CacheFormat(paged=True), "pages, e4m3": CacheFormat(True, True, True)}
+# Powers of two, the first few numbers of blocks, and numbers between.
+CAPACITIES = [*(128 << step for step in range(14)), *range(128, 128 * 40, 128), *(3 << step for step in range(13, 21))]
+
+
+def keys_by_kernel(launches):
+    """{kernel: what its launches are compiled for}."""
+    keys = defaultdict(set)
+    for launch in launches:
+        keys[launch.kernel.__name__].add(compile_key(launch))
+    return keys
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("task", TRAINING)
+@pytest.mark.parametrize("sizes", LAYERS.values(), ids=LAYERS)
+def test_training(sizes, task, name):
+    lengths = (4096, 32768, 131072, 40000)
+    keys = [keys_by_kernel(TRAINING[task](Layer(tokens, **sizes), TARGETS[name])) for tokens in lengths]
+    assert all(other == keys[0] for other in keys)
+
+
+def test_more_lists_than_16_bits_number():
+    """One more variant of each kernel that reads or writes the numbers of more than 65,534 lists."""
+    short, long = (keys_by_kernel(loss_launches(Layer(tokens), TARGETS["sm_90"])) for tokens in (32768, 1 << 20))
+    assert {name for name in long if long[name] != short[name]} == {
+        *("list_numbers_kernel", "index_lse_kernel", "sum_slots_kernel")
+    }
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("cache", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_a_cache_that_grows(batch, cache, name):
+    """Decoding compiles the selection with and without splits, and the attention for each kind of list."""
+    steps = (decode_launches(Layer(tokens=tokens), TARGETS[name], cache, batch=batch) for tokens in CAPACITIES)
+    keys = keys_by_kernel(launch for step in steps for launch in step)
+    limits = {"append_kernel": 1, "combine_kernel": 1, "attend_kernel": 3, "merge_kernel": 1}
+    assert {kernel: len(found) for kernel, found in keys.items() if len(found) > limits.get(kernel, 2)} == {}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_numbers_of_queries(name):
+    """Row tiles have few sizes, each with and without splits."""
+    lengths = [*range(1, 80), 100, 1000, 131072]
+    keys = keys_by_kernel(x for tokens in lengths for x in selection_launches(Layer(tokens), TARGETS[name]))
+    assert sum(len(found) for kernel, found in keys.items() if kernel.startswith("selection")) <= 8
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_step_is_four_launches(tokens, name):
+    launches = decode_launches(Layer(), TARGETS[name], CacheFormat(), tokens)
+    names = [launch.kernel.__name__.replace("_sm90", "") for launch in launches]
+    assert names == ["append_kernel", "selection_kernel", "attend_kernel", "combine_kernel"]
+
+
+M3 = Problem(num_kv_heads=4, dtype=torch.bfloat16, group_size=16, head_dim=128, topk=16)
+TRITON, GLUON = ["query_major", "key_major"], ["query_major_sm90", "key_major_sm90"]
+
+
+def chosen(problem, name, **changes):
+    target = TARGETS[name]
+    config = replace(default_config(problem, target), **changes)
+    orders = forward.QUERY_MAJOR, forward.KEY_MAJOR
+    return [choose(order, problem, target, config).__name__.rpartition(".")[2] for order in orders]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_hopper_runs_the_kernels_in_gluon(name):
+    assert chosen(M3, name) == (GLUON if name == "sm_90" else TRITON)
+    assert chosen(replace(M3, topk=None), name)[0] == "query_major"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"head_dim": 96}, {"group_size": 3}, {"dtype": torch.float32}, {"paged": True}),
+        *({"key_dtype": torch.float8_e4m3fn}, {"bulk_copies": False}, {"positive_scale": False}),
+    ],
+    ids=str,
+)
+def test_other_problems_run_the_kernels_in_triton(change):
+    assert chosen(replace(M3, **change), "sm_90") == TRITON
+
+
+def test_tuning_chooses_too():
+    assert chosen(M3, "sm_90", query_major_sm90=False, key_major_sm90=False) == TRITON
+    assert chosen(M3, "sm_90", query_major_rows=64) == ["query_major", "key_major_sm90"]
