@@ -1,6 +1,5 @@
 """How the selection is divided into tiles and splits: pure functions of problem, target and lengths."""
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,8 @@ from ..common.target import Target, padded
 MOST_BLOCKS = 512
 # Programs of `kernel_sm90` fill a multiprocessor each: more than this would leave lists to merge, and gain little.
 SM90_SPLITS = 128
+# NVIDIA GPUs whose programs hold large tiles and have a bulk copy engine.
+LARGE = (90, 100, 103)
 # The most query rows that `kernel_sm90` takes as one tile.
 SM90_ROWS = 64
 
@@ -103,7 +104,6 @@ def kept_blocks(topk: int) -> int:
     return max(8, triton.next_power_of_2(topk))
 
 
-@functools.lru_cache(maxsize=4096)
 def default_config(
     problem: Problem, target: Target, num_sequences: int, seqlen_q: int, seqlen_k: int, sm90: bool
 ) -> SelectionConfig:
@@ -137,7 +137,7 @@ def tile_config(
     if dtype == torch.float8_e4m3fn and not as_they_are:
         dtype, key_size = torch.float16, 2
     element_size = dtype.itemsize
-    hopper = target.backend == "cuda" and target.arch in (90, 100, 103)
+    large = target.backend == "cuda" and target.arch in LARGE
     decoded = key_size < element_size
     most = most_rows(target, element_size, decoded, columns, depth, kept)
     rows = row_tile(seqlen_q * num_kv_heads, num_kv_heads, 16, most)
@@ -171,7 +171,7 @@ def tile_config(
     tiles = num_sequences * triton.cdiv(seqlen_q, rows // num_kv_heads)
     num_splits = split_count(tiles, num_blocks, target.num_sms, split_limit(kept), per_sm)
     # Without the swap, ptxas spills a few bytes of a small tile with TMA.
-    copies = hopper and problem.bulk_copies and (swap or rows >= 64)
+    copies = large and problem.bulk_copies and (swap or rows >= 64)
     whole = (columns, depth) == (problem.block_size, problem.index_head_dim)
     halves = target.arch == 90 and rows >= 128 and not decoded
     return SelectionConfig(
@@ -194,9 +194,9 @@ def tile_config(
 
 def most_rows(target: Target, element_size: int, decoded: bool, columns: int, depth: int, kept: int) -> int:
     """The largest row tile whose scores and top-k registers and shared memory hold."""
-    hopper = target.backend == "cuda" and target.arch in (90, 100, 103)
-    rows = 256 if hopper else 128 if target.arch == 80 else 64
-    if hopper and decoded:
+    large = target.backend == "cuda" and target.arch in LARGE
+    rows = 256 if large else 128 if target.arch == 80 else 64
+    if large and decoded:
         rows = 128 if target.arch == 90 else 64
     if element_size > 2:
         rows = 32 if depth <= 128 else 16

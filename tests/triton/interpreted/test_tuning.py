@@ -36,7 +36,7 @@ CHANGES = {
 }
 # The function that turns a kernel's configuration, its first argument, into what the kernel is launched with.
 LAUNCHES = {
-    "selection": ("selection.launch", "selection_constants"),
+    "selection": ("selection.kernel", "selection_constants"),
     "forward": ("forward.key_major", "partial_constants"),
     "backward": ("backward.gradient", "gradient_constants"),
     "loss": ("loss.launch", "loss_constants"),
