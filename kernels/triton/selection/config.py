@@ -14,6 +14,8 @@ from ..common.target import GLUON, Target, padded
 
 # Programs of `kernel_sm90` fill a multiprocessor each: more than this would leave lists to merge, and gain little.
 SM90_SPLITS = 128
+# NVIDIA GPUs whose programs hold large tiles and have a bulk copy engine.
+LARGE = (90, 100, 103)
 # The most query rows that `kernel_sm90` takes as one tile.
 SM90_ROWS = 64
 # The fields of a Problem that a configuration depends on, and the fields of a configuration that tuning may change.
@@ -139,7 +141,7 @@ def tile_config(
     if dtype == torch.float8_e4m3fn and not as_they_are:
         dtype, key_size = torch.float16, 2
     element_size = dtype.itemsize
-    hopper = target.backend == "cuda" and target.arch in (90, 100, 103)
+    large = target.backend == "cuda" and target.arch in LARGE
     decoded = key_size < element_size
     most = most_rows(target, element_size, decoded, columns, depth, kept)
     rows = row_tile(seqlen_q * num_kv_heads, num_kv_heads, 16, most)
@@ -173,7 +175,7 @@ def tile_config(
     tiles = num_sequences * triton.cdiv(seqlen_q, rows // num_kv_heads)
     num_splits = split_count(tiles, num_blocks, target.num_sms, split_limit(kept), per_sm)
     # Without the swap, ptxas spills a few bytes of a small tile with TMA.
-    copies = hopper and problem.bulk_copies and (swap or rows >= 64)
+    copies = large and problem.bulk_copies and (swap or rows >= 64)
     whole = (columns, depth) == (problem.block_size, problem.index_head_dim)
     halves = target.arch == 90 and rows >= 128 and not decoded
     return SelectionConfig(
@@ -196,9 +198,9 @@ def tile_config(
 
 def most_rows(target: Target, element_size: int, decoded: bool, columns: int, depth: int, kept: int) -> int:
     """The largest row tile whose scores and top-k registers and shared memory hold."""
-    hopper = target.backend == "cuda" and target.arch in (90, 100, 103)
-    rows = 256 if hopper else 128 if target.arch == 80 else 64
-    if hopper and decoded:
+    large = target.backend == "cuda" and target.arch in LARGE
+    rows = 256 if large else 128 if target.arch == 80 else 64
+    if large and decoded:
         rows = 128 if target.arch == 90 else 64
     if element_size > 2:
         rows = 32 if depth <= 128 else 16

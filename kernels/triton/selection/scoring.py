@@ -138,7 +138,7 @@ def clear_maximum(scores):
 
 
 @triton.jit
-def ranked_maximum(best, block, visible, forced, C: tl.constexpr):
+def final_maximum(best, block, visible, forced, C: tl.constexpr):
     """m [rows] of any block: `best`, or -inf where a row sees none of it, +inf where it is forced; visible in keys."""
     best = tl.where(is_forced(forced, block, (visible - 1) // C.block_size), float("inf"), best)
     return tl.where(block * C.block_size < visible, best, float("-inf"))
@@ -150,7 +150,7 @@ def masked_maximum(scores, block, visible, forced, C: tl.constexpr):
     column = tl.minimum(tl.arange(0, scores.shape[1]), C.block_size - 1)
     seen = (block * C.block_size + column)[None, :] < visible[:, None]
     best = clear_maximum(tl.where(seen, scores, float("-inf")))
-    return ranked_maximum(best, block, visible, forced, C)
+    return final_maximum(best, block, visible, forced, C)
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def maximum_by_parts(q, keys, tile, place, block, visible, forced, C: tl.constex
             scores = score_keys(q, part, load_scales(start, column, column < count), True, C)
         seen = (column < count)[None, :] & ((block * C.block_size + first + column)[None, :] < visible[:, None])
         best = tl.maximum(best, clear_maximum(tl.where(seen, scores, float("-inf"))))
-    return ranked_maximum(best, block, visible, forced, C)
+    return final_maximum(best, block, visible, forced, C)
 
 
 @triton.jit
