@@ -58,7 +58,8 @@ def slots_lse(lse_ptr, numbers, first_row, none, C: tl.constexpr):
 def combine_token(partial, numbers, first_row, results, out_row, none, topk, C: tl.constexpr):
     """out and lse of one token and group: its slots' partial results, weighted by exp2(their lse - lse).
 
-    topk: C.topk, but at run time, so that the compiler does not unroll the loop. numbers: of its slots' lists; first_row: of its partial results; out_row: of its first head in the results.
+    topk: C.topk, but at run time, so that the compiler does not unroll the loop. numbers: of its slots' lists;
+    first_row: of its partial results; out_row: of its first head in the results.
     """
     HEADS: tl.constexpr = C.heads
     DEPTH: tl.constexpr = C.depth
