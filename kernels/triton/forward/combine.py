@@ -55,10 +55,11 @@ def total_lse(lse_ptr, numbers, first_row, none, C: tl.constexpr):
 
 
 @triton.jit
-def combine_token(partial, numbers, first_row, results, out_row, none, C: tl.constexpr):
+def combine_token(partial, numbers, first_row, results, out_row, none, topk, C: tl.constexpr):
     """out and lse of one token and group: its slots' partial results, weighted by exp2(their lse - lse).
 
-    numbers: of its slots' lists; first_row: of its partial results; out_row: of its first head in the results.
+    topk: C.topk, but at run time, so that the compiler does not unroll the loop. numbers: of its slots' lists;
+    first_row: of its partial results; out_row: of its first head in the results.
     """
     HEADS: tl.constexpr = C.heads
     DEPTH: tl.constexpr = C.depth
@@ -67,7 +68,7 @@ def combine_token(partial, numbers, first_row, results, out_row, none, C: tl.con
     head, d = tl.arange(0, HEADS), tl.arange(0, DEPTH)[None, :]
     acc = tl.zeros([HEADS, DEPTH], tl.float32)
     # Copied into shared memory ahead of their use: the loads of an unrolled loop wait for one another.
-    for slot in tl.range(0, C.topk, num_stages=C.stages):
+    for slot in tl.range(0, topk, num_stages=C.stages):
         # An unused slot has no heads to load.
         used = head < tl.where(tl.load(numbers + slot) < none, C.group_size, 0)
         place = first_row + slot * C.group_size + head
@@ -103,7 +104,7 @@ def combine_kernel(partial, numbers, skip_ptr, results, index, range_number, C: 
                 out_row = result_row(results, batch, token_range.group, 0, query, C.group_size)
                 slots = numbers.ptr + (token_range.group * index.num_tokens + token) * C.topk
                 first_row = (token - begin) * C.topk * C.group_size
-                combine_token(partial, slots, first_row, results, out_row, numbers.none, C)
+                combine_token(partial, slots, first_row, results, out_row, numbers.none, index.topk, C)
 
 
 @functools.lru_cache
