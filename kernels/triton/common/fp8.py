@@ -10,13 +10,12 @@ in what follows says that it has (`Target.has_e4m3`). PyTorch's type of e8m0 num
 compiles no operator that writes to it.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import view
 from .target import Target, storage_constants
 from .tiles import load_tile
 
@@ -177,18 +176,6 @@ class Cache(NamedTuple):
     def constants(self, target: Target) -> dict[str, int | bool]:
         """The constants of kernels that are not yet launched by `Launch`."""
         return storage_constants(target, self.page_table is not None, self.k_scale is not None)
-
-
-class Stored(NamedTuple):
-    """Vectors [rows, heads, keys, D] of a cache: their View, and their scales [rows, heads, keys], None without any."""
-
-    vectors: Any
-    scale: Any
-
-
-def stored(x: torch.Tensor, scale: torch.Tensor | None) -> Stored:
-    """The Stored of a tensor and its scales, which are contiguous."""
-    return Stored(view(x), scale)
 
 
 def as_bits(x: torch.Tensor) -> torch.Tensor:

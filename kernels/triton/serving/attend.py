@@ -62,15 +62,19 @@ class AttendConstants:
     overlap: bool
 
 
-class Choices(NamedTuple):
-    """The blocks that queries chose: a View of block_indices, and the lists to merge, which make the ids to be written.
+class KeptLists(NamedTuple):
+    """The lists to merge, see `selection.merge`, and how many each query and group has."""
 
-    lists: None where the ids are given.
-    """
-
-    ids: Any
-    lists: Any
+    keys: Any
     num_lists: Any
+
+
+class Scales(NamedTuple):
+    """The scales [.., Hkv, seqlen_k] of the keys and of the values, None without any."""
+
+    k: Any
+    v: Any
+    seqlen_k: Any
 
 
 class Results(NamedTuple):
@@ -82,9 +86,9 @@ class Results(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The keys of a step: their row in the cache, the first of them, how many; the codes of their scales or None.
+    """The keys of a step: their row in the cache, the first of them, how many; 0 if there is no block to attend to.
 
-    count is 0 if there is no block to attend to.
+    k_codes, v_codes: the codes of the scales of the keys and of the values.
     """
 
     row: Any
@@ -96,17 +100,18 @@ class Step(NamedTuple):
 
 @triton.jit
 def load_codes(scale_ptr, first, count, columns: tl.constexpr):
-    """The codes of the scales of `count` vectors, from number `first` on; None without scales."""
+    """The codes [columns] of the scales of `count` vectors, from number `first` on; zeros without scales."""
     if scale_ptr is None:
-        return None
+        # None cannot be returned: Triton 3.6 makes tensors of all that is.
+        return tl.zeros([columns], tl.uint8)
     else:
         column = tl.arange(0, columns)
         return tl.load(scale_ptr + first + column, mask=column < count, other=0)
 
 
 @triton.jit
-def find_step(ids, step, visible, sequence, pages, scales, seqlen_k, merged: tl.constexpr, C: tl.constexpr):
-    """The Step of that number; scales: of the keys and of the values.
+def find_step(ids, step, visible, sequence, pages, scales, merged: tl.constexpr, C: tl.constexpr):
+    """The Step of that number.
 
     `ids` [slots] are all choices of the query. Ids that were not `merged` may be anything, and a block that is chosen
     twice is attended to once.
@@ -125,15 +130,14 @@ def find_step(ids, step, visible, sequence, pages, scales, seqlen_k, merged: tl.
     count = tl.where(chosen, tl.minimum(visible - block * C.block_size, C.block_size) - first, 0)
     place = locate_block(pages, sequence.batch, sequence.k_start, block, C.block_size)
     key = (place.key + first).to(tl.int64)
-    number = (place.row * C.num_kv_heads + tl.program_id(1)) * seqlen_k + key
-    k_codes = load_codes(scales[0], number, count, C.columns)
-    return Step(place.row, key, count, k_codes, load_codes(scales[1], number, count, C.columns))
+    number = (place.row * C.num_kv_heads + tl.program_id(1)) * scales.seqlen_k + key
+    k_codes = load_codes(scales.k, number, count, C.columns)
+    return Step(place.row, key, count, k_codes, load_codes(scales.v, number, count, C.columns))
 
 
 @triton.jit
-def load_step(stored, step, group, dtype: tl.constexpr, C: tl.constexpr):
-    """The keys or values [columns, depth] of a Step, e4m3 numbers without their scales."""
-    x = stored.vectors
+def load_step(x, step, group, dtype: tl.constexpr, C: tl.constexpr):
+    """The keys or values [columns, depth] of a Step from their View, e4m3 numbers without their scales."""
     base = x.ptr + step.row * x.stride_b + group * x.stride_h + step.key * x.stride_s
     return load_stored(base, step.count, x.stride_s, x.stride_d, dtype, C.columns, C.head_dim, C.depth, C.native)
 
@@ -151,17 +155,22 @@ def attend_kernel(
     q,
     keys,
     values,
+    scales,
     pages,
-    choices,
+    ids_view,
+    lists,
     sequences_ptr,
     tiles,
     results,
-    seqlen_k,
     scale,
     C: tl.constexpr,
     merge: tl.constexpr,
 ):
-    """See the module's docstring. Grid (queries, num_kv_heads, num_splits); merge: MergeConstants of the lists."""
+    """See the module's docstring. Grid (queries, num_kv_heads, num_splits).
+
+    lists: None where the ids are given; merge: their MergeConstants. Views are arguments of their own: inside a record
+    that does not end with a constant, Triton 3.6 forgets their constant stride at a return.
+    """
     await_previous(C.overlap)
     tile = find_tile(tl.program_id(0), tiles, 1)
     if tile.sequence >= tiles.num_sequences:
@@ -169,11 +178,11 @@ def attend_kernel(
     sequence = load_sequence(sequences_ptr, tile.sequence)
     group = tl.program_id(1).to(tl.int64)
     num_splits = results.num_splits
-    merged: tl.constexpr = choices.lists is not None
+    merged: tl.constexpr = lists is not None
     if merged:
         # The sequence arrives during the merge, and is not needed for it.
-        lists = query_lists(choices.lists, choices.num_lists, tile, group, tiles.seqlen_q, C.num_kv_heads, merge.kept)
-        ids = merge_lists(lists, choices.num_lists, C.topk, merge)
+        lists_ptr = query_lists(lists.keys, lists.num_lists, tile, group, tiles.seqlen_q, C.num_kv_heads, merge.kept)
+        ids = merge_lists(lists_ptr, lists.num_lists, C.topk, merge)
         if not C.single and num_splits < C.topk:
             # Programs with several blocks take them in ascending order: blocks that neighbours share are then in L2.
             ids = sort_ids(ids)
@@ -193,8 +202,7 @@ def attend_kernel(
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     if not C.single:
         heads = tl.load(q_ptrs, mask=live, other=0.0)
-    chosen = choices.ids
-    ids_ptr = chosen.ptr + sequence.batch * chosen.stride_b + group * chosen.stride_h + token * chosen.stride_s
+    ids_ptr = ids_view.ptr + sequence.batch * ids_view.stride_b + group * ids_view.stride_h + token * ids_view.stride_s
 
     PARTS: tl.constexpr = (C.block_size + C.columns - 1) // C.columns
     share = tl.cdiv(C.topk * PARTS, num_splits)
@@ -206,11 +214,10 @@ def attend_kernel(
     end = tl.where(visible > 0, tl.minimum(begin + share, C.topk * PARTS), begin)
     if not merged:
         slot = tl.arange(0, C.slots)
-        ids = tl.load(ids_ptr + slot * chosen.stride_d, mask=slot < C.topk, other=-1)
+        ids = tl.load(ids_ptr + slot * ids_view.stride_d, mask=slot < C.topk, other=-1)
     # Steps are found one ahead: an address that waits for a load would keep loads of keys from running ahead. Codes are
     # loaded then as well, because bytes are not copied asynchronously.
-    scales = (keys.scale, values.scale)
-    at = find_step(ids, tl.minimum(begin, end - 1), visible, sequence, pages, scales, seqlen_k, merged, C)
+    at = find_step(ids, tl.minimum(begin, end - 1), visible, sequence, pages, scales, merged, C)
     for step in range(begin, end):
         now = at
         if C.single:
@@ -221,7 +228,7 @@ def attend_kernel(
         k = load_step(keys, now, group, dtype, C)
         v = load_step(values, now, group, dtype, C)
         k_scales, v_scales = 1.0, 1.0
-        if keys.scale is not None:
+        if scales.k is not None:
             k_scales, v_scales = decode_scales(now.k_codes)[None, :], decode_scales(now.v_codes)[None, :]
             if dtype == tl.float16:
                 # Weights times scales may exceed the range of fp16, values do not.
@@ -230,7 +237,7 @@ def attend_kernel(
         scores = tl.where((tl.arange(0, C.columns) < now.count)[None, :], scores, float("-inf"))
         acc, row_max, row_sum = softmax_update(acc, row_max, row_sum, scores, v, v_scales)
         if not C.single:
-            at = find_step(ids, tl.minimum(step + 1, end - 1), visible, sequence, pages, scales, seqlen_k, merged, C)
+            at = find_step(ids, tl.minimum(step + 1, end - 1), visible, sequence, pages, scales, merged, C)
 
     seen = row_sum > 0.0
     total = tl.where(seen, row_sum, 1.0)

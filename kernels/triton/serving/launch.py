@@ -7,7 +7,7 @@ import torch
 
 from ...problem import Problem
 from ...rules import SelectionRule
-from ..common.fp8 import Cache, stored
+from ..common.fp8 import Cache
 from ..common.launch import Launch, Options, view
 from ..common.records import pages_of
 from ..common.target import target_of
@@ -15,7 +15,7 @@ from ..common.tiles import tile_table
 from ..forward.launch import block_sparse_attention_forward
 from ..selection.launch import rank_blocks
 from ..selection.merge import Lists, merge_splits
-from .attend import Choices, Results, attend_constants, attend_kernel
+from .attend import KeptLists, Results, Scales, attend_constants, attend_kernel
 from .combine import combine_constants, combine_splits
 from .config import AttendConfig, default_config
 
@@ -91,21 +91,21 @@ def attend(
     if splits > 1:
         results = Results(lse.new_empty(lse.numel(), splits, head_dim), lse.new_empty(lse.numel(), splits), splits)
     tiles, num_queries = tile_table(sequences, batch, seqlen_q, 1)
-    ids = view(block_indices)
     constants = attend_constants(problem, target, config, None if lists is None else lists.kept)
     Launch(
         attend_kernel,
         (num_queries, num_kv_heads, splits),
         {
             "q": view(q),
-            "keys": stored(k, cache.k_scale),
-            "values": stored(v, cache.v_scale),
+            "keys": view(k),
+            "values": view(v),
+            "scales": Scales(cache.k_scale, cache.v_scale, k.shape[2]),
             "pages": pages_of(cache.page_table, k),
-            "choices": Choices(ids, None, 0) if lists is None else Choices(ids, lists.keys, lists.num_lists),
+            "ids_view": view(block_indices),
+            "lists": None if lists is None else KeptLists(lists.keys, lists.num_lists),
             "sequences_ptr": sequences,
             "tiles": tiles,
             "results": results,
-            "seqlen_k": k.shape[2],
             "scale": scale,
         },
         {"C": constants, "merge": None if lists is None else lists.constants},
