@@ -223,12 +223,13 @@ def merge_kernel(lists_ptr, num_lists, ids_ptr, sequences_ptr, tiles, seqlen_q, 
     if tile.sequence >= tiles.num_sequences:
         return
     sequence = load_sequence(sequences_ptr, tile.sequence)
-    sizes: tl.constexpr = C.lists
+    # Triton 3.6 passes a field that is not a number to a function only if it has a name of its own.
+    merging: tl.constexpr = C.lists
     kept: tl.constexpr = C.lists.kept
     group = tl.program_id(1)
     lists = query_lists(lists_ptr, num_lists, tile, group, seqlen_q, C.num_kv_heads, kept)
     if C.compared:
-        ids = sort_ids(merge_lists(lists, num_lists, C.topk, sizes))
+        ids = sort_ids(merge_lists(lists, num_lists, C.topk, merging))
         slot = tl.arange(0, kept)
     else:
         ids = ascending_ids(merge_long_lists(lists, num_lists, kept), C.topk)
