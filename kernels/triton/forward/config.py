@@ -86,6 +86,11 @@ def default_config(problem: Problem, target: Target) -> ForwardConfig:
     # E4m3 keys and values pass through registers.
     query_major_columns = max(16, min(columns, (32 if scaled and not large_tiles else 64) // large_step))
     query_major_rows = max(padded(problem.group_size), (128 if large_tiles else 64) // large_step)
+    # NVIDIA GPUs hold a tile's queries and one step's keys and values in shared memory. On sm_86, fp32 head dims above
+    # 128 leave room for half the keys only.
+    step_bytes = (query_major_rows + 2 * query_major_columns) * depth * size
+    if target.backend == "cuda" and size == 4 and step_bytes > target.shared_memory:
+        query_major_columns = max(16, query_major_columns // 2)
     tile_bytes = (query_major_rows + 4 * query_major_columns) * depth * size
     # Where a whole block of keys and values does not fit, every tile is query-major, in steps of part of a block.
     block_bytes = 2 * columns * depth * size
