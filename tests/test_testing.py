@@ -57,16 +57,6 @@ def test_check_prints_the_cases_it_tried(capsys):
     assert "every case agreed with the oracle" in printed and "bfloat16" in printed
 
 
-def test_a_pointer_of_unknown_type_is_not_built():
-    pytest.importorskip("triton")
-    from flexmsa.testing.compiled import argument_type
-
-    assert argument_type("ids_ptr", {}) == "*i32"
-    assert argument_type("new_ptr", {"new_ptr": "*i64"}) == "*i64"
-    with pytest.raises(ValueError, match="new_ptr: expected a pointer whose type is known"):
-        argument_type("new_ptr", {})
-
-
 def test_check_without_hypothesis_prints_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     for name in [name for name in sys.modules if name.startswith("flexmsa.testing")]:

@@ -32,6 +32,14 @@ class Place(NamedTuple):
     key: Any
 
 
+class Scales(NamedTuple):
+    """The scales [.., Hkv, seqlen_k] of a cache's e4m3 keys and values, None without any."""
+
+    k: Any
+    v: Any
+    seqlen_k: Any
+
+
 @triton.jit
 def load_sequence(sequences_ptr, number, mask=None):
     """The Sequence of that number, or of a tensor of numbers, with zeros where a mask is given and not set."""

@@ -22,7 +22,7 @@ from ...problem import Problem
 from ..common.fp8 import dequantize, load_scales
 from ..common.launch import Launch, Options, view
 from ..common.overlap import await_previous
-from ..common.records import Place, locate_block, pages_of
+from ..common.records import Place, Scales, locate_block, pages_of
 from ..common.softmax import LOG2_E, softmax_rows
 from ..common.target import Target, padded
 from ..common.tiles import load_tile
@@ -80,7 +80,7 @@ def load_queries(q, base, entry, first_query, first_row, C: tl.constexpr):
 
 
 @triton.jit
-def load_vectors(vectors, place, group, num_kv_heads, seqlen_k, num_keys, dtype: tl.constexpr, C: tl.constexpr):
+def load_vectors(vectors, place, group, num_kv_heads, num_keys, dtype: tl.constexpr, C: tl.constexpr):
     """The keys or values [columns, depth] of the block at `place`, in dtype, zero from num_keys on."""
     x = vectors.view
     key = place.key.to(tl.int64)
@@ -88,7 +88,7 @@ def load_vectors(vectors, place, group, num_kv_heads, seqlen_k, num_keys, dtype:
     rows = load_tile(base, 0, num_keys, x.stride_s, x.stride_d, C.columns, C.head_dim, C.depth)
     if vectors.scale is not None:
         column = tl.arange(0, C.columns)
-        scales = vectors.scale + (place.row * num_kv_heads + group) * seqlen_k + key
+        scales = vectors.scale + (place.row * num_kv_heads + group) * vectors.seqlen_k + key
         rows = dequantize(rows, load_scales(scales, column, column < num_keys), dtype, C.native)
     return rows
 
@@ -108,13 +108,13 @@ def key_major_kernel(
     q,
     keys,
     values,
+    scales,
     pages,
     index,
     items,
     partial,
     range_number,
     seqlen_q,
-    seqlen_k,
     num_kv_heads,
     scale,
     C: tl.constexpr,
@@ -127,6 +127,7 @@ def key_major_kernel(
     item = load_item(items, range_number)
     if item.begin >= item.stop:
         return
+    keys, values = Vectors(keys, scales.k, scales.seqlen_k), Vectors(values, scales.v, scales.seqlen_k)
     tokens = find_token_range(index, range_number, C.topk)
     origin = tokens.first_entry
     num_keys = item.stop_key - item.first_key
@@ -134,8 +135,8 @@ def key_major_kernel(
         place = Place(item.batch, item.first_key)
     else:
         place = locate_block(pages, item.batch, 0, item.first_key // C.block_size, C.block_size)
-    k = load_vectors(keys, place, tokens.group, num_kv_heads, seqlen_k, num_keys, dtype, C)
-    v = load_vectors(values, place, tokens.group, num_kv_heads, seqlen_k, num_keys, dtype, C)
+    k = load_vectors(keys, place, tokens.group, num_kv_heads, num_keys, dtype, C)
+    v = load_vectors(values, place, tokens.group, num_kv_heads, num_keys, dtype, C)
     base = q.ptr + item.batch * q.stride_b + tokens.group * C.group_size * q.stride_h
     entries_ptr = item_entries(index, range_number, item.begin)
     num_entries = item.stop - item.begin
@@ -222,8 +223,9 @@ def launches(
     constants = key_major_constants(config, problem, inputs.scale > 0, target)
     arguments = {
         "q": view(inputs.q),
-        "keys": Vectors(view(inputs.k), inputs.cache.k_scale),
-        "values": Vectors(view(inputs.v), inputs.cache.v_scale),
+        "keys": view(inputs.k),
+        "values": view(inputs.v),
+        "scales": Scales(inputs.cache.k_scale, inputs.cache.v_scale, inputs.k.shape[2]),
         "pages": pages_of(inputs.cache.page_table, inputs.k),
         "index": index.record(),
         "items": items.record(),
@@ -231,7 +233,6 @@ def launches(
     }
     sizes = {
         "seqlen_q": inputs.q.shape[2],
-        "seqlen_k": inputs.k.shape[2],
         "num_kv_heads": problem.num_kv_heads,
         "scale": inputs.scale * LOG2_E.value,
     }

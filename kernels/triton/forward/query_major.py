@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...problem import Problem
 from ..common.fp8 import as_bits, dequantize, load_scales
 from ..common.launch import Launch, Options, view
-from ..common.records import load_sequence, locate_block, pages_of
+from ..common.records import Scales, load_sequence, locate_block, pages_of
 from ..common.softmax import LN_2, LOG2_E
 from ..common.target import Target, padded
 from ..common.tiles import TileTable, find_tile, load_tile
@@ -79,7 +79,7 @@ def load_member(unions, place, step, token):
 
 @triton.jit
 def load_vectors(
-    vectors, boxes, place, group, key, num_keys, seqlen_k, dtype: tl.constexpr, masked: tl.constexpr, C: tl.constexpr
+    vectors, boxes, place, group, key, num_keys, dtype: tl.constexpr, masked: tl.constexpr, C: tl.constexpr
 ):
     """Keys or values [columns, depth] in dtype, from key `key` of row place.row of the cache on.
 
@@ -99,7 +99,7 @@ def load_vectors(
             row = base + (key + column).to(tl.int64)[:, None] * x.stride_s
             rows = tl.load(row + d.to(tl.int64)[None, :] * x.stride_d)
     if vectors.scale is not None:
-        number = (place.row * tl.num_programs(1) + group) * seqlen_k + key
+        number = (place.row * tl.num_programs(1) + group) * vectors.seqlen_k + key
         rows = dequantize(rows, load_scales(vectors.scale + number, column, column < num_keys), dtype, C.native)
     return rows
 
@@ -147,7 +147,7 @@ def store_tile(softmax, number, group, sequences_ptr, tiles, results, C: tl.cons
 
 @triton.jit
 def query_major_kernel(
-    q, keys, values, k_boxes, v_boxes, pages, sequences_ptr, tiles, unions, results, seqlen_k, scale, C: tl.constexpr
+    q, keys, values, scales, k_boxes, v_boxes, pages, sequences_ptr, tiles, unions, results, scale, C: tl.constexpr
 ):
     """out and lse of one tile and one group. Grid (tiles, groups)."""
     ROWS: tl.constexpr = C.rows
@@ -157,6 +157,7 @@ def query_major_kernel(
     tile = find_tile(number, tiles, C.tokens)
     if tile.sequence >= tiles.num_sequences:
         return
+    keys, values = Vectors(keys, scales.k, scales.seqlen_k), Vectors(values, scales.v, scales.seqlen_k)
     sequence = load_sequence(sequences_ptr, tile.sequence)
     first = sequence.q_start + tile.number * C.tokens
     if first >= sequence.q_end:
@@ -189,8 +190,8 @@ def query_major_kernel(
         member = load_member(unions, places + step // C.parts, step // C.parts, token)
         place = locate_block(pages, sequence.batch, sequence.k_start, member.block, C.block_size)
         key = place.key + step % C.parts * C.columns
-        k = load_vectors(keys, k_boxes, place, group, key, C.columns, seqlen_k, dtype, False, C)
-        v = load_vectors(values, v_boxes, place, group, key, C.columns, seqlen_k, dtype, False, C)
+        k = load_vectors(Vectors(keys, scales.k), k_boxes, place, group, key, C.columns, dtype, False, C)
+        v = load_vectors(Vectors(values, scales.v), v_boxes, place, group, key, C.columns, dtype, False, C)
         softmax = fold_step(softmax, q_rows, k, v, row, member.chosen, scale, False, C.positive)
     # The last block of a union is the newest, of which the first steps may be all that anyone sees.
     newest = length - 1 if unions.blocks is None else tl.load(unions.blocks + places + length - 1)
@@ -205,8 +206,8 @@ def query_major_kernel(
         last = tl.minimum(query + shift - first_column, num_keys - 1)
         place = locate_block(pages, sequence.batch, sequence.k_start, member.block, C.block_size)
         key = place.key + step % C.parts * C.columns
-        k = load_vectors(keys, k_boxes, place, group, key, num_keys, seqlen_k, dtype, True, C)
-        v = load_vectors(values, v_boxes, place, group, key, num_keys, seqlen_k, dtype, True, C)
+        k = load_vectors(keys, k_boxes, place, group, key, num_keys, dtype, True, C)
+        v = load_vectors(Vectors(values, scales.v), v_boxes, place, group, key, num_keys, dtype, True, C)
         if v_boxes is not None:
             # Beyond the last key there may be NaN, which a weight of 0 does not silence.
             v = tl.where((tl.arange(0, C.columns) < num_keys)[:, None], v, 0.0)
@@ -261,8 +262,9 @@ def launch(
         (tiles.num_tiles, problem.num_kv_heads, 1),
         {
             "q": view(inputs.q),
-            "keys": Vectors(view(k), cache.k_scale),
-            "values": Vectors(view(v), cache.v_scale),
+            "keys": view(k),
+            "values": view(v),
+            "scales": Scales(cache.k_scale, cache.v_scale, k.shape[2]),
             "k_boxes": boxes_of(as_bits(k), constants.columns) if bulk else None,
             "v_boxes": boxes_of(as_bits(v), constants.columns) if bulk else None,
             "pages": pages_of(cache.page_table, k),
@@ -270,7 +272,6 @@ def launch(
             "tiles": tiles.table,
             "unions": tiles.unions,
             "results": results,
-            "seqlen_k": k.shape[2],
             "scale": inputs.scale * LOG2_E.value,
         },
         {"C": constants},

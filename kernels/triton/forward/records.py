@@ -40,10 +40,11 @@ class Partial(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """Keys or values as they are stored: their View, and their scales (None: they are not e4m3)."""
+    """Keys or values as they are stored: their View, and their scales [.., Hkv, seqlen_k] (None: they are not e4m3)."""
 
     view: Any
     scale: Any
+    seqlen_k: Any
 
 
 @triton.jit

@@ -69,14 +69,6 @@ class KeptLists(NamedTuple):
     num_lists: Any
 
 
-class Scales(NamedTuple):
-    """The scales [.., Hkv, seqlen_k] of the keys and of the values, None without any."""
-
-    k: Any
-    v: Any
-    seqlen_k: Any
-
-
 class Results(NamedTuple):
     """Where out [B*Hq*Sq, num_splits, D] and lse [B*Hq*Sq, num_splits] go."""
 

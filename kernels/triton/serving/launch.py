@@ -9,13 +9,13 @@ from ...problem import Problem
 from ...rules import SelectionRule
 from ..common.fp8 import Cache
 from ..common.launch import Launch, Options, view
-from ..common.records import pages_of
+from ..common.records import Scales, pages_of
 from ..common.target import target_of
 from ..common.tiles import tile_table
 from ..forward.launch import block_sparse_attention_forward
 from ..selection.launch import rank_blocks
 from ..selection.merge import Lists, merge_splits
-from .attend import KeptLists, Results, Scales, attend_constants, attend_kernel
+from .attend import KeptLists, Results, attend_constants, attend_kernel
 from .combine import combine_constants, combine_splits
 from .config import AttendConfig, default_config
 
