@@ -190,8 +190,8 @@ def query_major_kernel(
         member = load_member(unions, places + step // C.parts, step // C.parts, token)
         place = locate_block(pages, sequence.batch, sequence.k_start, member.block, C.block_size)
         key = place.key + step % C.parts * C.columns
-        k = load_vectors(Vectors(keys, scales.k), k_boxes, place, group, key, C.columns, dtype, False, C)
-        v = load_vectors(Vectors(values, scales.v), v_boxes, place, group, key, C.columns, dtype, False, C)
+        k = load_vectors(keys, k_boxes, place, group, key, C.columns, dtype, False, C)
+        v = load_vectors(values, v_boxes, place, group, key, C.columns, dtype, False, C)
         softmax = fold_step(softmax, q_rows, k, v, row, member.chosen, scale, False, C.positive)
     # The last block of a union is the newest, of which the first steps may be all that anyone sees.
     newest = length - 1 if unions.blocks is None else tl.load(unions.blocks + places + length - 1)
@@ -207,7 +207,7 @@ def query_major_kernel(
         place = locate_block(pages, sequence.batch, sequence.k_start, member.block, C.block_size)
         key = place.key + step % C.parts * C.columns
         k = load_vectors(keys, k_boxes, place, group, key, num_keys, dtype, True, C)
-        v = load_vectors(Vectors(values, scales.v), v_boxes, place, group, key, num_keys, dtype, True, C)
+        v = load_vectors(values, v_boxes, place, group, key, num_keys, dtype, True, C)
         if v_boxes is not None:
             # Beyond the last key there may be NaN, which a weight of 0 does not silence.
             v = tl.where((tl.arange(0, C.columns) < num_keys)[:, None], v, 0.0)
