@@ -7,7 +7,8 @@ warm-up call the same functions as a user, on meta tensors.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -239,3 +240,28 @@ def record(target: Target) -> Iterator[list[Launch]]:
             yield launches
     finally:
         _recording.reset(token)
+
+
+def on_meta(x: Any, keys: int | None = None) -> Any:
+    """A contiguous meta tensor like x, with `keys` in place of its third dimension if given; None for None."""
+    if x is None:
+        return None
+    shape = x.shape if keys is None else (*x.shape[:2], keys, *x.shape[3:])
+    return torch.empty(shape, dtype=x.dtype, device="meta")
+
+
+def compile_ahead(calls: Iterable[Callable[[], object]]) -> None:
+    """Compile what these calls on meta tensors launch, side by side, for the current device; launches nothing."""
+    if knobs.runtime.interpret or _recording.get() is not None:
+        return
+    device = torch.cuda.current_device()
+    target = target_of(torch.device("cuda", device))
+    with record(target) as launches:
+        for call in calls:
+            call()
+    missing = {compile_key(launch): launch for launch in launches}
+    missing = {key: launch for key, launch in missing.items() if (device, key) not in _compiled}
+    with ThreadPoolExecutor() as pool:
+        kernels = pool.map(lambda launch: launch.compile(target), missing.values())
+        for key, kernel in zip(missing, kernels, strict=True):
+            _compiled[device, key] = Compiled(kernel)

@@ -18,6 +18,7 @@ Cost: 2 Hkv Di FLOPs per (query, visible key): 8.8 TFLOP at 128K causal tokens w
 783 TFLOP/s. Decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25 TB/s, and half of it in e4m3.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ import torch
 from ...problem import Problem
 from ...rules import SelectionRule
 from ...tuning import tuned_config
+from ..common.launch import compile_ahead, num_compiled, on_meta
 from ..common.records import capacity_of
 from ..common.target import GLUON, target_of
 from ..common.tiles import tma_ready
@@ -38,6 +40,9 @@ if GLUON:
     from . import kernel_sm90
 
     IMPLEMENTATIONS = (kernel_sm90, *IMPLEMENTATIONS)
+
+# Numbers of blocks that between them take every variant of the kernels: without splits, with few and with many.
+VARIANTS = (1, 40, 4096)
 
 
 def problem_of(
@@ -122,7 +127,14 @@ def select_blocks(
     config: SelectionConfig | None = None,
 ) -> torch.Tensor:
     """block_indices [B, Hkv, Sq, topk] int32, as the module's docstring defines them; `config` as for `rank_blocks`."""
+    before = num_compiled()
     ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, config)
     if lists is not None:
         merge_splits(lists, ids, sequences)
+    if num_compiled() > before and page_table is None:
+        table = on_meta(sequences)
+        compile_ahead(
+            partial(select_blocks, on_meta(index_q, length), on_meta(index_k, length), table, rule)
+            for length in (rule.block_size * number for number in VARIANTS)
+        )
     return ids

@@ -1,19 +1,20 @@
 """Decoding: the attention of new queries to chosen blocks of a cache, and the selection with it."""
 
 import functools
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from ...problem import Problem
 from ...rules import SelectionRule
 from ..common.fp8 import Cache
-from ..common.launch import Launch, Options, view
+from ..common.launch import Launch, Options, compile_ahead, num_compiled, on_meta, view
 from ..common.records import Scales, pages_of
 from ..common.target import target_of
 from ..common.tiles import tile_table
 from ..forward.launch import block_sparse_attention_forward
-from ..selection.launch import rank_blocks
+from ..selection.launch import VARIANTS, rank_blocks
 from ..selection.merge import Lists, merge_splits
 from .attend import KeptLists, Results, attend_constants, attend_kernel
 from .combine import combine_constants, combine_splits
@@ -149,7 +150,26 @@ def select_and_attend(
     index_k_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, lse, block_indices) of `select_blocks` and `attend_blocks`, in a launch less where the keys are split."""
+    before = num_compiled()
     ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale)
     cache = Cache(page_table, k_scale, v_scale)
     out, lse = attend(q, k, v, cache, Chosen(ids, lists), sequences, rule.block_size, scale)
+    if num_compiled() > before:
+        queries = on_meta(q), on_meta(index_q)
+        stored = k, v, index_k, k_scale, v_scale, index_k_scale
+        compile_ahead(
+            partial(attend_on_meta, queries, stored, page_table, on_meta(sequences), rule, scale, number)
+            for number in VARIANTS
+        )
     return out, lse, ids
+
+
+def attend_on_meta(
+    queries: Any, stored: Any, page_table: Any, sequences: Any, rule: SelectionRule, scale: float, num_blocks: int
+) -> None:
+    """`select_and_attend` on meta tensors, for caches whose rows have room for num_blocks blocks."""
+    keys = num_blocks * rule.block_size if page_table is None else None
+    k, v, index_k, k_scale, v_scale, index_scale = (on_meta(x, keys) for x in stored)
+    table = None if page_table is None else sequences.new_empty(page_table.shape[0], num_blocks)
+    q, index_q = queries
+    select_and_attend(q, index_q, k, v, index_k, sequences, rule, scale, table, k_scale, v_scale, index_scale)
