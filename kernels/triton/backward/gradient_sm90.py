@@ -331,10 +331,7 @@ def gradient_sm90_kernel(
     boxes = Boxes(q_boxes, grad_boxes, k_boxes, v_boxes, lse2_boxes, delta_boxes, grad_q_boxes)
     gl.warp_specialize(
         [
-            (
-                multiply_rows,
-                (boxes, buffers, barriers, items, rows, partial, sums, range_number, group, scale, shape),
-            ),
+            (multiply_rows, (boxes, buffers, barriers, items, rows, partial, sums, range_number, group, scale, shape)),
             (copy_rows, (boxes, buffers, barriers, items, rows, range_number, group, shape)),
         ],
         [1],

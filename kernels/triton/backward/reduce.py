@@ -128,13 +128,7 @@ def slot_constants(problem: Problem, heads_inside: bool) -> SlotConstants:
 
 
 def sum_slots(
-    workspace: Workspace,
-    grad_q: Tensor,
-    group: int,
-    first_token: int,
-    num_tokens: int,
-    topk: int,
-    problem: Problem,
+    workspace: Workspace, grad_q: Tensor, group: int, first_token: int, num_tokens: int, topk: int, problem: Problem
 ) -> None:
     """Fill grad_q [B, Hq, Sq, D] of the heads of `group`, for num_tokens tokens of the flattened batch."""
     constants = slot_constants(problem, workspace.heads_inside)

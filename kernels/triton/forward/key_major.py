@@ -105,19 +105,7 @@ def store_rows(out_ptr, slot, out, normal, live, head_dim: tl.constexpr):
 
 @triton.jit
 def key_major_kernel(
-    q,
-    keys,
-    values,
-    scales,
-    pages,
-    index,
-    items,
-    partial,
-    range_number,
-    seqlen_q,
-    num_kv_heads,
-    scale,
-    C: tl.constexpr,
+    q, keys, values, scales, pages, index, items, partial, range_number, seqlen_q, num_kv_heads, scale, C: tl.constexpr
 ):
     """Fill the partial results of one work item; see `Partial`. Grid (work items)."""
     await_previous(C.overlap)
@@ -231,11 +219,7 @@ def launches(
         "items": items.record(),
         "partial": partial,
     }
-    sizes = {
-        "seqlen_q": inputs.q.shape[2],
-        "num_kv_heads": problem.num_kv_heads,
-        "scale": inputs.scale * LOG2_E.value,
-    }
+    sizes = {"seqlen_q": inputs.q.shape[2], "num_kv_heads": problem.num_kv_heads, "scale": inputs.scale * LOG2_E.value}
     options = Options(config.num_warps, config.num_stages, config.max_registers, constants.overlap)
     for number in range(index.num_ranges):
         grid = items.num_items, 1, 1
