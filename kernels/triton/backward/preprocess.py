@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..common.launch import Launch, view
+from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LOG2_E
-from ..common.target import padded
 from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
 from .workspace import Workspace
 
@@ -27,13 +27,10 @@ class Statistics(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StatisticsConstants:
-    """Constants of `statistics_kernel`; rows: per program; depth: D, padded."""
+class StatisticsConstants(Sizes):
+    """Constants of `statistics_kernel`; rows: per program."""
 
-    group_size: int
-    head_dim: int
     rows: int
-    depth: int
 
 
 @triton.jit
@@ -67,8 +64,8 @@ def statistics_kernel(grad_out, grad_lse, out, lse, statistics, seqlen_q, num_kv
 @functools.lru_cache
 def statistics_constants(problem: Problem) -> StatisticsConstants:
     """Constants of `statistics_kernel`: a program reads 4096 numbers of each tensor, or 16 rows."""
-    depth = padded(problem.head_dim)
-    return StatisticsConstants(problem.group_size, problem.head_dim, max(16, 4096 // depth), depth)
+    sizes = sizes_of(problem)
+    return StatisticsConstants(**sizes, rows=max(16, 4096 // sizes["depth"]))
 
 
 def row_statistics(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, problem: Problem) -> Statistics:

@@ -23,6 +23,7 @@ from ...problem import Problem
 from ..common.fp8 import as_bits, dequantize, load_scales
 from ..common.launch import Launch, Options, view
 from ..common.records import Scales, load_sequence, locate_block, pages_of
+from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LN_2, LOG2_E
 from ..common.target import Target, padded
 from ..common.tiles import TileTable, find_tile, load_tile
@@ -47,17 +48,13 @@ class Softmax(NamedTuple):
 
 
 @dataclass(frozen=True)
-class QueryMajorConstants:
+class QueryMajorConstants(Sizes):
     """Constants of `query_major_kernel`.
 
     A block is taken in `parts` steps of `columns` keys; rows, tokens: of a tile; positive: the scale is; native: the
     GPU converts e4m3 numbers itself.
     """
 
-    group_size: int
-    head_dim: int
-    depth: int
-    block_size: int
     columns: int
     parts: int
     rows: int
@@ -220,22 +217,17 @@ def query_major_kernel(
 
 
 @functools.lru_cache
-def query_major_constants(
-    problem: Problem, config: ForwardConfig, positive: bool, target: Target
-) -> QueryMajorConstants:
-    """Constants of `query_major_kernel`; positive: the scale is."""
+def query_major_constants(problem: Problem, config: ForwardConfig, target: Target) -> QueryMajorConstants:
+    """Constants of `query_major_kernel`."""
     columns = min(padded(problem.block_size), config.query_major_columns)
     return QueryMajorConstants(
-        group_size=problem.group_size,
-        head_dim=problem.head_dim,
-        depth=padded(problem.head_dim),
-        block_size=problem.block_size,
+        **sizes_of(problem),
         columns=columns,
         parts=triton.cdiv(problem.block_size, columns),
         rows=config.query_major_rows,
         tokens=config.tile_tokens(problem),
         stages=config.query_major_stages,
-        positive=positive,
+        positive=problem.positive_scale,
         native=problem.scaled and target.has_e4m3,
     )
 
@@ -254,7 +246,7 @@ def launch(
     inputs: Inputs, tiles: Tiles, results: Results, problem: Problem, config: ForwardConfig, target: Target
 ) -> Launch:
     """The launch that fills the results of the tokens in query-major tiles."""
-    constants = query_major_constants(problem, config, inputs.scale > 0, target)
+    constants = query_major_constants(problem, config, target)
     k, v, cache = inputs.k, inputs.v, inputs.cache
     bulk = config.query_major_bulk_copies and problem.bulk_copies and constants.head_dim == constants.depth
     return Launch(
