@@ -155,9 +155,11 @@ def gradient_kernel(grad_out, q, k, v, work, scale, C: tl.constexpr):
 @functools.lru_cache
 def gradient_constants(config: BackwardConfig, problem: Problem, heads_inside: bool) -> list[GradientConstants]:
     """Constants of `gradient_kernel`, for each part of a block's keys."""
-    settings = {"rows": config.rows, "columns": config.columns, "swap": config.swap, "heads_inside": heads_inside}
-    offsets = range(0, problem.block_size, config.columns)
-    return [GradientConstants(**sizes_of(problem), **settings, offset=offset) for offset in offsets]
+    sizes = {**sizes_of(problem), "rows": config.rows, "columns": config.columns}
+    return [
+        GradientConstants(**sizes, swap=config.swap, heads_inside=heads_inside, offset=offset)
+        for offset in range(0, problem.block_size, config.columns)
+    ]
 
 
 def supports(problem: Problem, target: Target, config: BackwardConfig) -> bool:

@@ -4,8 +4,6 @@ It computes the same as `gradient`. There Triton's own pipeline waits for each p
 products of a step are in flight beside the arithmetic between them, and the last one beside the next step. The copying
 warp fetches q and dO one entry at a time with the bulk copy engine, in halves of the head dim, which lie side by side
 as the tensor cores take them. The same engine writes the rows' own dQ, [entries, G, D].
-
-The interpreter cannot run Gluon kernels: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
 """
 
 from dataclasses import dataclass

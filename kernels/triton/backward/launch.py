@@ -95,7 +95,7 @@ def block_sparse_attention_backward(
         for number in range(index.num_ranges):
             group, first_token = number // per_group, number % per_group * index.range_tokens
             num_tokens = min(index.range_tokens, index.num_tokens - first_token)
-            gather_rows(index, statistics, workspace, number, num_tokens * topk, q.shape[2], problem)
+            gather_rows(index, statistics, workspace, number, num_tokens * topk, problem)
             work = Work(items.record(), workspace.rows, workspace.partial, sums, number, group)
             for launch in launches:
                 arguments = launch.arguments | {"work": work, "scale": scale}

@@ -56,12 +56,8 @@ def sum_items(index: InverseIndex, work: Work, problem: Problem) -> None:
     if work.partial.k.shape[0] == 0:
         return
     constants = item_constants(problem)
-    Launch(
-        sum_items_kernel,
-        (index.num_blocks, triton.cdiv(problem.block_size, constants.keys), 1),
-        {"blocks_ptr": index.blocks, "work": work},
-        {"C": constants},
-    ).run()
+    grid = index.num_blocks, triton.cdiv(problem.block_size, constants.keys), 1
+    Launch(sum_items_kernel, grid, {"blocks_ptr": index.blocks, "work": work}, {"C": constants}).run()
 
 
 @dataclass(frozen=True)
@@ -111,19 +107,9 @@ def sum_slots(
 ) -> None:
     """Fill grad_q [B, Hq, Sq, D] of the heads of `group`, for num_tokens tokens of the flattened batch."""
     constants = slot_constants(problem, workspace.heads_inside)
-    Launch(
-        sum_slots_kernel,
-        (num_tokens, triton.cdiv(problem.group_size, constants.heads), 1),
-        {
-            "places_ptr": workspace.places,
-            "partial_q_ptr": workspace.partial.q,
-            "grad_q_ptr": grad_q,
-            "group": group,
-            "first_token": first_token,
-            "seqlen_q": grad_q.shape[2],
-            "num_kv_heads": problem.num_kv_heads,
-            "topk": topk,
-        },
-        {"C": constants},
-        Options(num_warps=max(1, min(8, constants.heads * constants.depth // 256))),
-    ).run()
+    tensors = {"places_ptr": workspace.places, "partial_q_ptr": workspace.partial.q, "grad_q_ptr": grad_q}
+    sizes = {"seqlen_q": grad_q.shape[2], "num_kv_heads": problem.num_kv_heads, "topk": topk}
+    arguments = {**tensors, "group": group, "first_token": first_token, **sizes}
+    options = Options(num_warps=max(1, min(8, constants.heads * constants.depth // 256)))
+    grid = num_tokens, triton.cdiv(problem.group_size, constants.heads), 1
+    Launch(sum_slots_kernel, grid, arguments, {"C": constants}, options).run()

@@ -124,17 +124,7 @@ def launch(
 ) -> Launch:
     """The launch that fills the results of the first token range's tokens whose skip [Hkv, B*Sq] is 0."""
     constants = combine_constants(problem, target)
-    return Launch(
-        combine_kernel,
-        (triton.cdiv(index.range_tokens, constants.tokens), 1, 1),
-        {
-            "partial": partial,
-            "numbers": index.list_numbers(),
-            "skip_ptr": skip,
-            "results": results,
-            "index": index.record(),
-            "range_number": 0,
-        },
-        {"C": constants},
-        Options(overlap=constants.overlap),
-    )
+    grid = triton.cdiv(index.range_tokens, constants.tokens), 1, 1
+    tensors = {"partial": partial, "numbers": index.list_numbers(), "skip_ptr": skip, "results": results}
+    arguments = {**tensors, "index": index.record(), "range_number": 0}
+    return Launch(combine_kernel, grid, arguments, {"C": constants}, Options(overlap=constants.overlap))

@@ -194,23 +194,11 @@ def launch(
     """The launch that fills the partial results of the first token range."""
     constants = key_major_constants(problem, config, target)
     cache, items = inputs.cache, cut_into_items(index, config.length)
-    return Launch(
-        key_major_kernel,
-        (items.num_items, 1, 1),
-        {
-            "q": view(inputs.q),
-            "keys": view(inputs.k),
-            "values": view(inputs.v),
-            "scales": Scales(cache.k_scale, cache.v_scale, inputs.k.shape[2]),
-            "pages": pages_of(cache.page_table, inputs.k),
-            "index": index.record(),
-            "items": items.record(),
-            "partial": partial,
-            "range_number": 0,
-            "seqlen_q": inputs.q.shape[2],
-            "num_kv_heads": problem.num_kv_heads,
-            "scale": inputs.scale * LOG2_E.value,
-        },
-        {"C": constants},
-        Options(config.num_warps, config.num_stages, config.max_registers, constants.overlap),
-    )
+    vectors = {"q": view(inputs.q), "keys": view(inputs.k), "values": view(inputs.v)}
+    scales = Scales(cache.k_scale, cache.v_scale, inputs.k.shape[2])
+    stored = {"scales": scales, "pages": pages_of(cache.page_table, inputs.k)}
+    work = {"index": index.record(), "items": items.record(), "partial": partial, "range_number": 0}
+    sizes = {"seqlen_q": inputs.q.shape[2], "num_kv_heads": problem.num_kv_heads, "scale": inputs.scale * LOG2_E.value}
+    arguments = {**vectors, **stored, **work, **sizes}
+    options = Options(config.num_warps, config.num_stages, config.max_registers, constants.overlap)
+    return Launch(key_major_kernel, (items.num_items, 1, 1), arguments, {"C": constants}, options)

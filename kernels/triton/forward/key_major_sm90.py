@@ -4,8 +4,6 @@ The kernel computes what `key_major.key_major_kernel` does. The copying warp fet
 at a time, with the bulk copy engine, in halves of the head dim, which lie side by side as the tensor cores take them;
 it runs ahead of the warps that multiply. The storing warp sends an entry's partial output to its place in the same way.
 Two programs share a multiprocessor: one multiplies while the other computes its softmax, or waits for its first keys.
-
-Triton's interpreter cannot run Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
 """
 
 from dataclasses import dataclass
@@ -247,22 +245,13 @@ def launch(
     keys = [1, 1, problem.block_size, head_dim]
     shape = ItemShape(**sizes_of(problem), entries=ROWS.value // group_size, halves=head_dim // HALF.value)
     items = cut_into_items(index, config.length)
-    return Launch(
-        key_major_sm90_kernel,
-        (items.num_items, 1, 1),
-        {
-            "q_boxes": shared_box(inputs.q, [1, group_size, 1, HALF.value]),
-            "k_boxes": shared_box(inputs.k, keys),
-            "v_boxes": shared_box(inputs.v, keys),
-            "out_boxes": shared_box(partial.out.view(-1, head_dim), [group_size, HALF.value]),
-            "index": index.record(),
-            "items": items.record(),
-            "lse_ptr": partial.lse,
-            "range_number": 0,
-            "seqlen_q": inputs.q.shape[2],
-            "num_rows": partial.lse.numel(),
-            "scale": inputs.scale * LOG2_E.value,
-        },
-        {"shape": shape},
-        Options(4, max_registers=REGISTERS),
-    )
+    boxes = {
+        "q_boxes": shared_box(inputs.q, [1, group_size, 1, HALF.value]),
+        "k_boxes": shared_box(inputs.k, keys),
+        "v_boxes": shared_box(inputs.v, keys),
+        "out_boxes": shared_box(partial.out.view(-1, head_dim), [group_size, HALF.value]),
+    }
+    work = {"index": index.record(), "items": items.record(), "lse_ptr": partial.lse, "range_number": 0}
+    sizes = {"seqlen_q": inputs.q.shape[2], "num_rows": partial.lse.numel(), "scale": inputs.scale * LOG2_E.value}
+    arguments, options = {**boxes, **work, **sizes}, Options(4, max_registers=REGISTERS)
+    return Launch(key_major_sm90_kernel, (items.num_items, 1, 1), arguments, {"shape": shape}, options)

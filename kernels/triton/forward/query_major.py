@@ -249,23 +249,12 @@ def launch(
     constants = query_major_constants(problem, config, target)
     k, v, cache = inputs.k, inputs.v, inputs.cache
     bulk = config.query_major_bulk_copies and problem.bulk_copies and constants.head_dim == constants.depth
-    return Launch(
-        query_major_kernel,
-        (tiles.num_tiles, problem.num_kv_heads, 1),
-        {
-            "q": view(inputs.q),
-            "keys": view(k),
-            "values": view(v),
-            "scales": Scales(cache.k_scale, cache.v_scale, k.shape[2]),
-            "k_boxes": boxes_of(as_bits(k), constants.columns) if bulk else None,
-            "v_boxes": boxes_of(as_bits(v), constants.columns) if bulk else None,
-            "pages": pages_of(cache.page_table, k),
-            "sequences_ptr": inputs.sequences,
-            "tiles": tiles.table,
-            "unions": tiles.unions,
-            "results": results,
-            "scale": inputs.scale * LOG2_E.value,
-        },
-        {"C": constants},
-        Options(config.query_major_warps, config.query_major_stages, config.query_major_registers),
-    )
+    scales = Scales(cache.k_scale, cache.v_scale, k.shape[2])
+    vectors = {"q": view(inputs.q), "keys": view(k), "values": view(v), "scales": scales}
+    k_boxes, v_boxes = (boxes_of(as_bits(x), constants.columns) if bulk else None for x in (k, v))
+    stored = {"k_boxes": k_boxes, "v_boxes": v_boxes, "pages": pages_of(cache.page_table, k)}
+    work = {"sequences_ptr": inputs.sequences, "tiles": tiles.table, "unions": tiles.unions, "results": results}
+    arguments = {**vectors, **stored, **work, "scale": inputs.scale * LOG2_E.value}
+    options = Options(config.query_major_warps, config.query_major_stages, config.query_major_registers)
+    grid = tiles.num_tiles, problem.num_kv_heads, 1
+    return Launch(query_major_kernel, grid, arguments, {"C": constants}, options)

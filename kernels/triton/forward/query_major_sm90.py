@@ -5,8 +5,7 @@ Triton's own pipeline asks for a step's keys and values only when the products o
 warp fetches queries, keys and values, a block per step, as buffers become free. Two groups of four warps have half of
 the heads each, and take turns at the tensor cores: one multiplies while the other computes its softmax.
 
-Results are those of `query_major` but for the order in which a row's weights are added up. Triton's interpreter cannot
-run Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
+Results are those of `query_major` but for the order in which a row's weights are added up.
 """
 
 from dataclasses import dataclass
@@ -233,18 +232,9 @@ def launch(
     heads = problem.group_size // 2
     keys = [1, 1, problem.block_size, problem.head_dim]
     shape = TileShape(**sizes_of(problem), stages=config.query_major_stages)
-    return Launch(
-        query_major_sm90_kernel,
-        (min(tiles.unions.num_unions, target.num_sms), 1, 1),
-        {
-            # A box has half the heads of a tile's tokens.
-            "q_boxes": shared_box(inputs.q, [1, heads, ROWS.value // heads, problem.head_dim]),
-            "k_boxes": shared_box(inputs.k, keys),
-            "v_boxes": shared_box(inputs.v, keys),
-            "unions": tiles.unions,
-            "results": results,
-            "scale": inputs.scale * LOG2_E.value,
-        },
-        {"shape": shape},
-        Options(4),
-    )
+    # A box has half the heads of a tile's tokens.
+    q_boxes = shared_box(inputs.q, [1, heads, ROWS.value // heads, problem.head_dim])
+    boxes = {"q_boxes": q_boxes, "k_boxes": shared_box(inputs.k, keys), "v_boxes": shared_box(inputs.v, keys)}
+    arguments = {**boxes, "unions": tiles.unions, "results": results, "scale": inputs.scale * LOG2_E.value}
+    grid = min(tiles.unions.num_unions, target.num_sms), 1, 1
+    return Launch(query_major_sm90_kernel, grid, arguments, {"shape": shape}, Options(4))
