@@ -35,8 +35,10 @@ ROWS = gl.constexpr(64)
 
 
 class Boxes(NamedTuple):
-    """Descriptors of the bulk copy engine, or buffers in shared memory: the stages of q, dO, lse2 and delta, K and V of
-    the block, dQ of a step. One copy takes q or dO of an entry, half of the head dim, or all of another one's."""
+    """Descriptors of the bulk copy engine, or buffers in shared memory, of which q, dO, lse2 and delta have one per stage.
+
+    One copy takes q or dO of an entry, half of the head dim; K or V of a block; lse2, delta or dQ of a step.
+    """
 
     q: Any
     grad: Any

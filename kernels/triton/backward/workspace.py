@@ -45,8 +45,7 @@ class KeyGradients(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What `gradient_kernel` and `sum_items_kernel` are given of a token range: its work items (a record), its number
-    and group, and what they read and write."""
+    """A token range for the kernels that compute dK and dV: its work items, number and group, what they read and write."""
 
     items: Any
     rows: Any
