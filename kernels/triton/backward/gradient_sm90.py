@@ -35,7 +35,7 @@ ROWS = gl.constexpr(64)
 
 
 class Boxes(NamedTuple):
-    """Descriptors of the bulk copy engine, or buffers in shared memory, of which q, dO, lse2 and delta have one per stage.
+    """Descriptors of the bulk copy engine, or buffers in shared memory: of q, dO, lse2 and delta, one per stage.
 
     One copy takes q or dO of an entry, half of the head dim; K or V of a block; lse2, delta or dQ of a step.
     """

@@ -45,7 +45,7 @@ class KeyGradients(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A token range for the kernels that compute dK and dV: its work items, number and group, what they read and write."""
+    """A token range for the kernels of dK and dV: its work items, number and group, and what they read and write."""
 
     items: Any
     rows: Any
