@@ -170,7 +170,7 @@ def key_major_kernel(
 
 
 @functools.lru_cache
-def key_major_constants(problem: Problem, config: ForwardConfig, target: Target) -> KeyMajorConstants:
+def key_major_constants(config: ForwardConfig, problem: Problem, target: Target) -> KeyMajorConstants:
     """Constants of `key_major_kernel`."""
     return KeyMajorConstants(
         **sizes_of(problem),
@@ -192,7 +192,7 @@ def launch(
     inputs: Inputs, index: InverseIndex, partial: Partial, problem: Problem, config: ForwardConfig, target: Target
 ) -> Launch:
     """The launch that fills the partial results of the first token range."""
-    constants = key_major_constants(problem, config, target)
+    constants = key_major_constants(config, problem, target)
     cache, items = inputs.cache, cut_into_items(index, config.length)
     vectors = {"q": view(inputs.q), "keys": view(inputs.k), "values": view(inputs.v)}
     scales = Scales(cache.k_scale, cache.v_scale, inputs.k.shape[2])
