@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...problem import Problem
 from ...tuning import Changes
 from ..common.candidates import near, stages
-from ..common.target import Target, gathers_on_hopper, padded
+from ..common.target import Target, fits_gather_sm90, padded
 
 # The fields of a Problem that a configuration depends on, and the fields of a configuration that tuning may change.
 DEPENDS_ON = ("group_size", "head_dim", "block_size", "element_size")
@@ -52,8 +52,7 @@ def default_config(problem: Problem, target: Target) -> BackwardConfig:
     few = problem.element_size <= 2 and columns * depth <= 64 * 64
     swap = target.backend == "cuda" and (problem.element_size > 2 or depth > 128 or not large)
     num_warps = 4 if target.backend == "hip" or few else 8
-    shape = problem.group_size, problem.head_dim, problem.block_size, problem.element_size
-    sm90 = gathers_on_hopper(target, *shape)
+    sm90 = fits_gather_sm90(problem, target)
     return BackwardConfig(rows, columns, num_warps, num_stages, max(16, 8192 // problem.group_size), swap, sm90)
 
 

@@ -16,27 +16,24 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..common.launch import Launch, Options, view
+from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LOG2_E
-from ..common.target import Target, padded
-from ..schedule.work_items import WorkItems, load_item
+from ..common.target import Target
+from ..schedule.work_items import load_item
 from .config import BackwardConfig
-from .workspace import KeyGradients, Launcher, Workspace, heads_fill_lines, partial_place
+from .workspace import Workspace, partial_place
 
 
 @dataclass(frozen=True)
-class GradientConstants:
+class GradientConstants(Sizes):
     """Constants of `gradient_kernel`.
 
-    rows: query rows per step; columns: keys that a program holds, from key `offset` of its block on; depth: D, padded;
+    rows: query rows per step; columns: keys that a program holds, from key `offset` of its block on;
     swap: see `gradient_tile`; heads_inside: see `Workspace`.
     """
 
-    group_size: int
-    head_dim: int
-    block_size: int
     rows: int
     columns: int
-    depth: int
     swap: bool
     heads_inside: bool
     offset: int
@@ -75,10 +72,11 @@ def load_keys(x, batch, group, first_key, stop_key, C: tl.constexpr):
 
 
 @triton.jit
-def store_key_gradients(items, partial, sums, range_number, group, grad_k, grad_v, C: tl.constexpr):
+def store_key_gradients(work, group, grad_k, grad_v, C: tl.constexpr):
     """Add a program's grad_k and grad_v `[N, D]` to the sums if its list has no other work item; else keep them."""
     # Loaded again: the loop before leaves no register to keep them in.
-    item = load_item(items, range_number)
+    item = load_item(work.items, work.range_number)
+    sums, partial = work.sums, work.partial
     column = C.offset + tl.arange(0, C.columns)
     d = tl.arange(0, C.depth)
     inside = (item.first_key + column < item.stop_key)[:, None] & (d < C.head_dim)[None, :]
@@ -95,7 +93,7 @@ def store_key_gradients(items, partial, sums, range_number, group, grad_k, grad_
 
 
 @triton.jit
-def gradient_kernel(grad_out, q, k, v, items, rows, partial, sums, range_number, group, scale, C: tl.constexpr):
+def gradient_kernel(grad_out, q, k, v, work, scale, C: tl.constexpr):
     """See the module's docstring. Program i owns work item i of a token range, and C.columns of its block's keys.
 
     If these are not the block's first keys, grad_q is added to the result of the launch for the keys before.
@@ -106,11 +104,11 @@ def gradient_kernel(grad_out, q, k, v, items, rows, partial, sums, range_number,
     COLUMNS: tl.constexpr = C.columns
     DEPTH: tl.constexpr = C.depth
     KNOWN_HEADS: tl.constexpr = ROWS % HEADS == 0 and ROWS >= 64
-    item = load_item(items, range_number)
+    item, rows, partial = load_item(work.items, work.range_number), work.rows, work.partial
     if item.begin >= item.stop:
         return
     first, last = item.begin * HEADS, item.stop * HEADS
-    group = tl.cast(group, tl.int64)
+    group = tl.cast(work.group, tl.int64)
 
     d = tl.arange(0, DEPTH)
     wide = d.to(tl.int64)[None, :]
@@ -151,24 +149,15 @@ def gradient_kernel(grad_out, q, k, v, items, rows, partial, sums, range_number,
             grad_q += tl.load(partial_q + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(partial_q + place, grad_q.to(partial.q.dtype.element_ty), mask=mask)
 
-    store_key_gradients(items, partial, sums, range_number, group, grad_k * scale, grad_v, C)
+    store_key_gradients(work, group, grad_k * scale, grad_v, C)
 
 
 @functools.lru_cache
 def gradient_constants(config: BackwardConfig, problem: Problem, heads_inside: bool) -> list[GradientConstants]:
     """Constants of `gradient_kernel`, for each part of a block's keys."""
+    sizes = {**sizes_of(problem), "rows": config.rows, "columns": config.columns}
     return [
-        GradientConstants(
-            problem.group_size,
-            problem.head_dim,
-            problem.block_size,
-            config.rows,
-            config.columns,
-            padded(problem.head_dim),
-            config.swap,
-            heads_inside,
-            offset,
-        )
+        GradientConstants(**sizes, swap=config.swap, heads_inside=heads_inside, offset=offset)
         for offset in range(0, problem.block_size, config.columns)
     ]
 
@@ -179,36 +168,15 @@ def supports(problem: Problem, target: Target, config: BackwardConfig) -> bool:
 
 
 def puts_heads_inside(problem: Problem) -> bool:
-    """Whether a row's share of dQ lies with the heads innermost: see `Workspace`."""
-    return heads_fill_lines(problem.group_size)
+    """Whether a row's share of dQ lies with the heads innermost: as the products leave it, where that fills sectors."""
+    return problem.group_size % 8 == 0
 
 
-def gradient_launcher(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    workspace: Workspace,
-    sums: KeyGradients,
-    scale: float,
-    problem: Problem,
-    config: BackwardConfig,
-) -> Launcher:
-    """The Launcher of `gradient_kernel`: it fills the partial results, and adds lists of one work item to the sums."""
-    views = {"grad_out": view(grad_out), "q": view(q), "k": view(k), "v": view(v)}
+def gradient_launches(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, workspace: Workspace, problem: Problem, config: BackwardConfig
+) -> list[Launch]:
+    """The launches of `gradient_kernel`, but for their grid, `work` and scale: one per part of a block's keys."""
+    arguments = {"grad_out": view(grad_out), "q": view(q), "k": view(k), "v": view(v)}
     options = Options(config.num_warps, config.num_stages)
-
-    def launch(items: WorkItems, range_number: int, group: int) -> None:
-        arguments = views | {
-            "items": items.record(),
-            "rows": workspace.rows,
-            "partial": workspace.partial,
-            "sums": sums,
-            "range_number": range_number,
-            "group": group,
-            "scale": scale,
-        }
-        for constants in gradient_constants(config, problem, workspace.heads_inside):
-            Launch(gradient_kernel, (items.num_items, 1, 1), arguments, {"C": constants}, options).run()
-
-    return launch
+    constants = gradient_constants(config, problem, workspace.heads_inside)
+    return [Launch(gradient_kernel, (0, 0, 0), arguments, {"C": part}, options) for part in constants]

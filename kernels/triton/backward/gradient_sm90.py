@@ -4,11 +4,8 @@ It computes the same as `gradient`. There Triton's own pipeline waits for each p
 products of a step are in flight beside the arithmetic between them, and the last one beside the next step. The copying
 warp fetches q and dO one entry at a time with the bulk copy engine, in halves of the head dim, which lie side by side
 as the tensor cores take them. The same engine writes the rows' own dQ, [entries, G, D].
-
-The interpreter cannot run Gluon kernels: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,18 +24,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ...problem import Problem
 from ..common.gluon_sm90 import HALF, SIDE_BY_SIDE, clear_rows, copy_block, gather_rows, make_barriers, meet, shared_box
 from ..common.launch import Launch, Options
+from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LOG2_E
-from ..common.target import Target, gathers_on_hopper
-from ..schedule.work_items import WorkItems, load_item
+from ..common.target import Target, fits_gather_sm90
+from ..schedule.work_items import load_item
 from .config import BackwardConfig
-from .workspace import KeyGradients, Launcher, Workspace
+from .workspace import Workspace
 
 ROWS = gl.constexpr(64)
 
 
 class Boxes(NamedTuple):
-    """Descriptors of the bulk copy engine. One copy takes q or dO of an entry, half of the head dim; K or V of a block;
-    lse2, delta or dQ of a step."""
+    """Descriptors of the bulk copy engine, or buffers in shared memory: of q, dO, lse2 and delta, one per stage.
+
+    One copy takes q or dO of an entry, half of the head dim; K or V of a block; lse2, delta or dQ of a step.
+    """
 
     q: Any
     grad: Any
@@ -46,19 +46,6 @@ class Boxes(NamedTuple):
     v: Any
     lse2: Any
     delta: Any
-    grad_q: Any
-
-
-class Buffers(NamedTuple):
-    """Shared memory: the stages of q, dO, lse2 and delta; K and V of the block; dS and dQ of a step."""
-
-    q: Any
-    grad: Any
-    k: Any
-    v: Any
-    lse2: Any
-    delta: Any
-    grad_scores: Any
     grad_q: Any
 
 
@@ -79,20 +66,10 @@ class StepRows(NamedTuple):
     delta: Any
 
 
-class Keys(NamedTuple):
-    """A block's keys and values in shared memory, [block_size, D]."""
-
-    k: Any
-    v: Any
-
-
 @dataclass(frozen=True)
-class GradientShape:
+class GradientShape(Sizes):
     """Constants of `gradient_sm90_kernel`; stages: buffers of q and dO."""
 
-    group_size: int
-    head_dim: int
-    block_size: int
     stages: int
 
 
@@ -103,8 +80,7 @@ def puts_heads_inside(problem: Problem) -> bool:
 
 def supports(problem: Problem, target: Target, config: BackwardConfig) -> bool:
     """Whether the kernel takes a problem: Hopper, its tile sizes, and tensors that the bulk copy engine reads."""
-    shape = problem.group_size, problem.head_dim, problem.block_size, problem.element_size
-    return config.sm90 and problem.bulk_copies and gathers_on_hopper(target, *shape)
+    return config.sm90 and problem.bulk_copies and fits_gather_sm90(problem, target)
 
 
 @gluon.jit
@@ -114,13 +90,13 @@ def first_step(first, last, entries: gl.constexpr):
 
 
 @gluon.jit
-def copy_rows(boxes, buffers, barriers, items, rows, range_number, group, shape: gl.constexpr):
+def copy_rows(boxes, buffers, barriers, work, shape: gl.constexpr):
     """The copying warp's work: the block's keys and values, then q, dO, lse2 and delta of every step's rows."""
     HEADS: gl.constexpr = shape.group_size
     STAGES: gl.constexpr = shape.stages
     ENTRIES: gl.constexpr = ROWS // HEADS
     HALVES: gl.constexpr = shape.head_dim // HALF
-    item = load_item(items, range_number)
+    item, group = load_item(work.items, work.range_number), work.group
     batch, first, last = gl.cast(item.batch, gl.int32), item.begin, item.stop
     if first < last:
         at = [batch, group, item.first_key, 0]
@@ -133,7 +109,7 @@ def copy_rows(boxes, buffers, barriers, items, rows, range_number, group, shape:
             # that loads stay finite.
             queries = ()
             for entry in gl.static_range(ENTRIES):
-                queries += (gl.load(rows.queries + gl.maximum(start + entry, first)),)  # type: ignore[assignment]
+                queries += (gl.load(work.rows.queries + gl.maximum(start + entry, first)),)  # type: ignore[assignment]
             mbarrier.wait(barriers.empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(ready, 2 * (ENTRIES * HALVES * boxes.q.block_type.nbytes + boxes.lse2.block_type.nbytes))
             tma.async_copy_global_to_shared(boxes.lse2, [start * HEADS], ready, buffers.lse2.index(stage))
@@ -144,7 +120,7 @@ def copy_rows(boxes, buffers, barriers, items, rows, range_number, group, shape:
 
 @gluon.jit
 def fold_rows(
-    rows, keys, grad_scores_buffer, grad_k, grad_v, limits_ptr, missing, scale,
+    rows, k, v, grad_scores_buffer, grad_k, grad_v, limits_ptr, missing, scale,
     group_size: gl.constexpr, masked: gl.constexpr,
 ):  # fmt: skip
     """Fold a step's rows into grad_k (without scale) and grad_v: (grad_k, grad_v, the rows' own grad_q).
@@ -152,9 +128,9 @@ def fold_rows(
     grad_k may be in flight, before and after. masked: some rows do not see the whole block, or the first `missing` rows
     are not there; then nothing is in flight after, because registers would not suffice.
     """
-    dtype: gl.constexpr = keys.k.dtype
-    BLOCK: gl.constexpr = keys.k.shape[0]
-    HEAD_DIM: gl.constexpr = keys.k.shape[1]
+    dtype: gl.constexpr = k.dtype
+    BLOCK: gl.constexpr = k.shape[0]
+    HEAD_DIM: gl.constexpr = k.shape[1]
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, ROWS, 16])
     own: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HEAD_DIM // 2, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, grad_v.type.layout, 2)
@@ -163,10 +139,10 @@ def fold_rows(
 
     # Scores are [keys, rows]: probabilities leave one product in the layout of the next one's operand.
     scores = gl.zeros([BLOCK, ROWS], gl.float32, scored)
-    scores = warpgroup_mma(keys.k, rows.q.permute((1, 0)), scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma(k, rows.q.permute((1, 0)), scores, use_acc=False, is_async=True)
     grad_probs = gl.zeros([BLOCK, ROWS], gl.float32, scored)
     if not masked:
-        grad_probs = warpgroup_mma(keys.v, rows.grad.permute((1, 0)), grad_probs, use_acc=False, is_async=True)
+        grad_probs = warpgroup_mma(v, rows.grad.permute((1, 0)), grad_probs, use_acc=False, is_async=True)
     scores, grad_k = warpgroup_mma_wait(PENDING, deps=[scores, grad_k])
     lse2 = rows.lse2.load(gl.SliceLayout(0, scored))
     probs = gl.exp2(scores * (scale * LOG2_E) - lse2[None, :])
@@ -174,7 +150,7 @@ def fold_rows(
         limit = gl.load(limits_ptr + row // group_size, mask=row >= missing, other=0)
         key = gl.arange(0, BLOCK, gl.SliceLayout(1, scored))
         probs = gl.where(key[:, None] < limit[None, :], probs, 0.0)
-        grad_probs = warpgroup_mma(keys.v, rows.grad.permute((1, 0)), grad_probs, use_acc=False, is_async=True)
+        grad_probs = warpgroup_mma(v, rows.grad.permute((1, 0)), grad_probs, use_acc=False, is_async=True)
     weights = gl.convert_layout(probs.to(dtype), operand)
     grad_v = warpgroup_mma(weights, rows.grad, grad_v, is_async=True)
     grad_probs = warpgroup_mma_wait(1, deps=[grad_probs])
@@ -187,7 +163,7 @@ def fold_rows(
     # Wait until the grad_q of the step before has left its buffer: here, because the warps meet here in any case.
     tma.store_wait(0)
     grad_q = gl.zeros([ROWS, HEAD_DIM], gl.float32, own)
-    grad_q = warpgroup_mma(grad_scores_buffer.permute((1, 0)), keys.k, grad_q, use_acc=False, is_async=True)
+    grad_q = warpgroup_mma(grad_scores_buffer.permute((1, 0)), k, grad_q, use_acc=False, is_async=True)
     grad_k = warpgroup_mma(gl.convert_layout(grad_scores, operand), rows.q, grad_k, is_async=True)
     grad_q, grad_v = warpgroup_mma_wait(PENDING, deps=[grad_q, grad_v])
     if masked:
@@ -220,10 +196,11 @@ def store_sum(sums_ptr, partial_ptr, grad, place, slot, count):
 
 
 @gluon.jit
-def multiply_rows(
-    boxes, buffers, barriers, items, rows, partial, sums, range_number, group, scale, shape: gl.constexpr
-):
-    """The work of the other eight warps: dK and dV of the work item, and dQ of each row in it."""
+def multiply_rows(boxes, buffers, grad_scores, barriers, work, scale, shape: gl.constexpr):
+    """The work of the other eight warps: dK and dV of the work item, and dQ of each row in it.
+
+    grad_scores [block_size, ROWS]: shared memory for dS of a step.
+    """
     HEADS: gl.constexpr = shape.group_size
     HEAD_DIM: gl.constexpr = shape.head_dim
     BLOCK: gl.constexpr = shape.block_size
@@ -233,15 +210,15 @@ def multiply_rows(
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEAD_DIM, 16])
     q_rows = buffers.q._reinterpret(dtype, [STAGES, ROWS, HEAD_DIM], SIDE_BY_SIDE)
     grad_rows = buffers.grad._reinterpret(dtype, [STAGES, ROWS, HEAD_DIM], SIDE_BY_SIDE)
-    keys = Keys(buffers.k.reshape([BLOCK, HEAD_DIM]), buffers.v.reshape([BLOCK, HEAD_DIM]))
-    item = load_item(items, range_number)
+    k, v = buffers.k.reshape([BLOCK, HEAD_DIM]), buffers.v.reshape([BLOCK, HEAD_DIM])
+    item, rows, partial = load_item(work.items, work.range_number), work.rows, work.partial
     first, last = item.begin, item.stop
     if first < last:
         mbarrier.wait(barriers.keys_full, 0)
         count = item.stop_key - item.first_key
         if count < BLOCK:
-            clear_rows(keys.k, count)
-            clear_rows(keys.v, count)
+            clear_rows(k, count)
+            clear_rows(v, count)
         meet()
         grad_k = warpgroup_mma_init(gl.zeros([BLOCK, HEAD_DIM], gl.float32, summed))
         grad_v = gl.zeros([BLOCK, HEAD_DIM], gl.float32, summed)
@@ -256,7 +233,7 @@ def multiply_rows(
             )
             mbarrier.wait(barriers.full.index(stage), step // STAGES & 1)
             grad_k, grad_v, grad_q = fold_rows(
-                step_rows, keys, buffers.grad_scores, grad_k, grad_v, rows.limits + start, missing, scale, HEADS, True
+                step_rows, k, v, grad_scores, grad_k, grad_v, rows.limits + start, missing, scale, HEADS, True
             )
             mbarrier.arrive(barriers.empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
             store_present(partial.q + gl.cast(start, gl.int64) * (HEADS * HEAD_DIM), grad_q, missing)
@@ -273,7 +250,7 @@ def multiply_rows(
             )
             mbarrier.wait(barriers.full.index(stage), step // STAGES & 1)
             grad_k, grad_v, grad_q = fold_rows(
-                step_rows, keys, buffers.grad_scores, grad_k, grad_v, rows.limits, 0, scale, HEADS, False
+                step_rows, k, v, grad_scores, grad_k, grad_v, rows.limits, 0, scale, HEADS, False
             )
             buffers.grad_q.store(grad_q)
             fence_async_shared()
@@ -284,82 +261,49 @@ def multiply_rows(
         grad_k = warpgroup_mma_wait(0, deps=[grad_k])
         tma.store_wait(0)
         # Loaded again: the loops leave no register to keep it in.
-        item = load_item(items, range_number)
-        place = (item.batch * sums.num_kv_heads + group) * sums.seqlen_k + item.first_key
+        item, sums = load_item(work.items, work.range_number), work.sums
+        place = (item.batch * sums.num_kv_heads + work.group) * sums.seqlen_k + item.first_key
         store_sum(sums.k, partial.k, grad_k * scale, place, item.slot, item.stop_key - item.first_key)
         store_sum(sums.v, partial.v, grad_v, place, item.slot, item.stop_key - item.first_key)
 
 
 @gluon.jit
 def gradient_sm90_kernel(
-    q_boxes,
-    grad_boxes,
-    k_boxes,
-    v_boxes,
-    lse2_boxes,
-    delta_boxes,
-    grad_q_boxes,
-    items,
-    rows,
-    partial,
-    sums,
-    range_number,
-    group,
-    scale,
-    shape: gl.constexpr,
+    q_boxes, grad_boxes, k_boxes, v_boxes, lse2_boxes, delta_boxes, grad_q_boxes, work, scale, shape: gl.constexpr
 ):
     """See the module's docstring. Program i owns work item i of a token range."""
-    dtype: gl.constexpr = partial.q.dtype.element_ty
-    STAGES: gl.constexpr = shape.stages
-    HEADS: gl.constexpr = shape.group_size
-    HEAD_DIM: gl.constexpr = shape.head_dim
-    BLOCK: gl.constexpr = shape.block_size
-    entries: gl.constexpr = [STAGES * (HEAD_DIM // HALF) * (ROWS // HEADS), 1, HEADS, 1, HALF]
-    buffers = Buffers(
+    dtype: gl.constexpr = work.partial.q.dtype.element_ty
+    HALVES: gl.constexpr = shape.head_dim // HALF
+    entries: gl.constexpr = [shape.stages * HALVES * (ROWS // shape.group_size), 1, shape.group_size, 1, HALF]
+    keys: gl.constexpr = [1, 1, shape.block_size, shape.head_dim]
+    buffers = Boxes(
         gl.allocate_shared_memory(dtype, entries, q_boxes.layout),
         gl.allocate_shared_memory(dtype, entries, grad_boxes.layout),
-        gl.allocate_shared_memory(dtype, [1, 1, BLOCK, HEAD_DIM], k_boxes.layout),
-        gl.allocate_shared_memory(dtype, [1, 1, BLOCK, HEAD_DIM], v_boxes.layout),
-        gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], lse2_boxes.layout),
-        gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], delta_boxes.layout),
-        gl.allocate_shared_memory(dtype, [BLOCK, ROWS], SIDE_BY_SIDE),
-        gl.allocate_shared_memory(dtype, [ROWS, HEAD_DIM], grad_q_boxes.layout),
+        gl.allocate_shared_memory(dtype, keys, k_boxes.layout),
+        gl.allocate_shared_memory(dtype, keys, v_boxes.layout),
+        gl.allocate_shared_memory(gl.float32, [shape.stages, ROWS], lse2_boxes.layout),
+        gl.allocate_shared_memory(gl.float32, [shape.stages, ROWS], delta_boxes.layout),
+        gl.allocate_shared_memory(dtype, [ROWS, shape.head_dim], grad_q_boxes.layout),
     )
-    keys_full, full, empty = make_barriers(1, 1), make_barriers(STAGES, 1), make_barriers(STAGES, 1)
+    grad_scores = gl.allocate_shared_memory(dtype, [shape.block_size, ROWS], SIDE_BY_SIDE)
+    keys_full, full, empty = make_barriers(1, 1), make_barriers(shape.stages, 1), make_barriers(shape.stages, 1)
     fence_async_shared()
     barriers = Barriers(keys_full.index(0), full, empty)
     boxes = Boxes(q_boxes, grad_boxes, k_boxes, v_boxes, lse2_boxes, delta_boxes, grad_q_boxes)
     gl.warp_specialize(
         [
-            (
-                multiply_rows,
-                (boxes, buffers, barriers, items, rows, partial, sums, range_number, group, scale, shape),
-            ),
-            (copy_rows, (boxes, buffers, barriers, items, rows, range_number, group, shape)),
+            (multiply_rows, (boxes, buffers, grad_scores, barriers, work, scale, shape)),
+            (copy_rows, (boxes, buffers, barriers, work, shape)),
         ],
         [1],
         [24],
     )
 
 
-@functools.lru_cache
-def gradient_shape(problem: Problem, config: BackwardConfig) -> GradientShape:
-    """Constants of `gradient_sm90_kernel`."""
-    return GradientShape(problem.group_size, problem.head_dim, problem.block_size, config.num_stages)
-
-
-def gradient_launcher(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    workspace: Workspace,
-    sums: KeyGradients,
-    scale: float,
-    problem: Problem,
-    config: BackwardConfig,
-) -> Launcher:
-    """As `gradient.gradient_launcher`, for a workspace without `heads_inside`."""
+def gradient_launches(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, workspace: Workspace, problem: Problem, config: BackwardConfig
+) -> list[Launch]:
+    """The one launch, as from `gradient.gradient_launches`, for a workspace without `heads_inside`."""
     head_dim = problem.head_dim
     entry, keys = [1, problem.group_size, 1, HALF.value], [1, 1, problem.block_size, head_dim]
     # Made once: a descriptor costs the host as much as a launch.
@@ -372,18 +316,5 @@ def gradient_launcher(
         "delta_boxes": shared_box(workspace.rows.delta.view(-1), [ROWS.value]),
         "grad_q_boxes": shared_box(workspace.partial.q.view(-1, head_dim), [ROWS.value, head_dim]),
     }
-    constants = {"shape": gradient_shape(problem, config)}
-
-    def launch(items: WorkItems, range_number: int, group: int) -> None:
-        arguments = boxes | {
-            "items": items.record(),
-            "rows": workspace.rows,
-            "partial": workspace.partial,
-            "sums": sums,
-            "range_number": range_number,
-            "group": group,
-            "scale": scale,
-        }
-        Launch(gradient_sm90_kernel, (items.num_items, 1, 1), arguments, constants, Options(8)).run()
-
-    return launch
+    shape = GradientShape(**sizes_of(problem), stages=config.num_stages)
+    return [Launch(gradient_sm90_kernel, (0, 0, 0), boxes, {"shape": shape}, Options(8))]

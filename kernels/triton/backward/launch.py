@@ -37,7 +37,7 @@ from . import gradient
 from .config import DEPENDS_ON, BackwardConfig, default_config
 from .preprocess import gather_rows, row_statistics
 from .reduce import sum_items, sum_slots
-from .workspace import KeyGradients, make_workspace
+from .workspace import KeyGradients, Work, make_workspace
 
 # The first that supports a problem runs. Other versions of Triton may lack what the kernel in Gluon needs.
 GRADIENTS: tuple[Any, ...] = (gradient,)
@@ -88,16 +88,19 @@ def block_sparse_attention_backward(
     heads_inside = implementation.puts_heads_inside(problem)
     workspace = make_workspace(q, lse, sequences, problem, num_entries, slots_of(num_entries, config), heads_inside)
     statistics = row_statistics(grad_out, grad_lse, out, lse, problem)
-    add_gradients = implementation.gradient_launcher(grad_out, q, k, v, workspace, sums, scale, problem, config)
+    launches = implementation.gradient_launches(grad_out, q, k, v, workspace, problem, config)
     for index in inverse_indexes(block_indices, sequences, q, k, block_size, range_tokens):
         items = cut_into_items(index, config.length)
         per_group = index.num_ranges // num_kv_heads
         for number in range(index.num_ranges):
             group, first_token = number // per_group, number % per_group * index.range_tokens
             num_tokens = min(index.range_tokens, index.num_tokens - first_token)
-            gather_rows(index, statistics, workspace, number, num_tokens * topk, q.shape[2], problem)
-            add_gradients(items, number, group)
-            sum_items(index, items, workspace, sums, number, group, problem)
+            gather_rows(index, statistics, workspace, number, num_tokens * topk, problem)
+            work = Work(items.record(), workspace.rows, workspace.partial, sums, number, group)
+            for launch in launches:
+                arguments = launch.arguments | {"work": work, "scale": scale}
+                launch._replace(grid=(items.num_items, 1, 1), arguments=arguments).run()
+            sum_items(index, work, problem)
             sum_slots(workspace, grad_q, group, index.first_token + first_token, num_tokens, topk, problem)
     return grad_q, sums.k.to(k.dtype), sums.v.to(v.dtype)
 

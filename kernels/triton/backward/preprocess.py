@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..common.launch import Launch, view
+from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LOG2_E
-from ..common.target import padded
 from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
 from .workspace import Workspace
 
@@ -27,13 +27,10 @@ class Statistics(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StatisticsConstants:
-    """Constants of `statistics_kernel`; rows: per program; depth: D, padded."""
+class StatisticsConstants(Sizes):
+    """Constants of `statistics_kernel`; rows: per program."""
 
-    group_size: int
-    head_dim: int
     rows: int
-    depth: int
 
 
 @triton.jit
@@ -67,8 +64,8 @@ def statistics_kernel(grad_out, grad_lse, out, lse, statistics, seqlen_q, num_kv
 @functools.lru_cache
 def statistics_constants(problem: Problem) -> StatisticsConstants:
     """Constants of `statistics_kernel`: a program reads 4096 numbers of each tensor, or 16 rows."""
-    depth = padded(problem.head_dim)
-    return StatisticsConstants(problem.group_size, problem.head_dim, max(16, 4096 // depth), depth)
+    sizes = sizes_of(problem)
+    return StatisticsConstants(**sizes, rows=max(16, 4096 // sizes["depth"]))
 
 
 def row_statistics(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, problem: Problem) -> Statistics:
@@ -77,20 +74,11 @@ def row_statistics(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: 
     num_kv_heads, group_size = problem.num_kv_heads, problem.group_size
     statistics = Statistics(*(lse.new_empty(batch, num_kv_heads, seqlen_q, group_size) for _ in range(2)))
     constants = statistics_constants(problem)
-    Launch(
-        statistics_kernel,
-        (triton.cdiv(seqlen_q * group_size, constants.rows), batch * num_kv_heads, 1),
-        {
-            "grad_out": view(grad_out),
-            "grad_lse": None if grad_lse is None else view(grad_lse[..., None]),
-            "out": view(out),
-            "lse": view(lse[..., None]),
-            "statistics": statistics,
-            "seqlen_q": seqlen_q,
-            "num_kv_heads": num_kv_heads,
-        },
-        {"C": constants},
-    ).run()
+    gradients = {"grad_out": view(grad_out), "grad_lse": None if grad_lse is None else view(grad_lse[..., None])}
+    results = {"out": view(out), "lse": view(lse[..., None]), "statistics": statistics}
+    arguments = {**gradients, **results, "seqlen_q": seqlen_q, "num_kv_heads": num_kv_heads}
+    grid = triton.cdiv(seqlen_q * group_size, constants.rows), batch * num_kv_heads, 1
+    Launch(statistics_kernel, grid, arguments, {"C": constants}).run()
     return statistics
 
 
@@ -141,29 +129,13 @@ def gather_constants(group_size: int) -> GatherConstants:
 
 
 def gather_rows(
-    index: InverseIndex,
-    statistics: Statistics,
-    workspace: Workspace,
-    range_number: int,
-    num_entries: int,
-    seqlen_q: int,
-    problem: Problem,
+    index: InverseIndex, statistics: Statistics, workspace: Workspace, number: int, num_entries: int, problem: Problem
 ) -> None:
-    """Fill the rows and places of the workspace for a token range of at most `num_entries` entries."""
+    """Fill the rows and places of the workspace for token range `number`, of at most `num_entries` entries."""
     workspace.places.fill_(-1)
     constants = gather_constants(problem.group_size)
-    Launch(
-        gather_kernel,
-        (triton.cdiv(num_entries, constants.entries), 1, 1),
-        {
-            "index": index.record(),
-            "numbers": index.list_numbers(),
-            "statistics": statistics,
-            "rows": workspace.rows,
-            "places_ptr": workspace.places,
-            "range_number": range_number,
-            "seqlen_q": seqlen_q,
-            "num_kv_heads": problem.num_kv_heads,
-        },
-        {"C": constants},
-    ).run()
+    read = {"index": index.record(), "numbers": index.list_numbers(), "statistics": statistics}
+    written = {"rows": workspace.rows, "places_ptr": workspace.places}
+    sizes = {"seqlen_q": statistics.delta.shape[2], "num_kv_heads": problem.num_kv_heads}
+    arguments = {**read, **written, "range_number": number, **sizes}
+    Launch(gather_kernel, (triton.cdiv(num_entries, constants.entries), 1, 1), arguments, {"C": constants}).run()

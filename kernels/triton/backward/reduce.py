@@ -9,27 +9,24 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..common.launch import Launch, Options
-from ..common.target import padded
+from ..common.sizes import Sizes, sizes_of
 from ..schedule.inverse_index import InverseIndex, load_block
-from ..schedule.work_items import WorkItems, load_share
-from .workspace import KeyGradients, Workspace, partial_place
+from ..schedule.work_items import load_share
+from .workspace import Work, Workspace, partial_place
 
 
 @dataclass(frozen=True)
-class ItemConstants:
-    """Constants of `sum_items_kernel`; keys: per program; depth: D, padded."""
+class ItemConstants(Sizes):
+    """Constants of `sum_items_kernel`; keys: per program."""
 
-    head_dim: int
-    block_size: int
     keys: int
-    depth: int
 
 
 @triton.jit
-def sum_items_kernel(blocks_ptr, items, partial, sums, range_number, group, C: tl.constexpr):
+def sum_items_kernel(blocks_ptr, work, C: tl.constexpr):
     """Add the work items of block program_id(0)'s list, if it has several, to C.keys of its keys' gradients."""
     number = tl.program_id(0)
-    share = load_share(items, range_number, number)
+    share, partial, sums = load_share(work.items, work.range_number, number), work.partial, work.sums
     if share.num_items == 0:
         return
     block = load_block(blocks_ptr, number)
@@ -37,7 +34,7 @@ def sum_items_kernel(blocks_ptr, items, partial, sums, range_number, group, C: t
     d = tl.arange(0, C.depth)[None, :]
     mask = (block.first_key + key < block.stop_key) & (key < C.block_size) & (d < C.head_dim)
     tile = key * C.head_dim + d
-    place = ((block.batch * sums.num_kv_heads + group) * sums.seqlen_k + block.first_key) * C.head_dim + tile
+    place = ((block.batch * sums.num_kv_heads + work.group) * sums.seqlen_k + block.first_key) * C.head_dim + tile
     grad_k = tl.load(sums.k + place, mask=mask, other=0.0)
     grad_v = tl.load(sums.v + place, mask=mask, other=0.0)
     for item in tl.range(0, share.num_items, num_stages=4):
@@ -51,46 +48,24 @@ def sum_items_kernel(blocks_ptr, items, partial, sums, range_number, group, C: t
 @functools.lru_cache
 def item_constants(problem: Problem) -> ItemConstants:
     """Constants of `sum_items_kernel`."""
-    return ItemConstants(problem.head_dim, problem.block_size, keys=16, depth=padded(problem.head_dim))
+    return ItemConstants(**sizes_of(problem), keys=16)
 
 
-def sum_items(
-    index: InverseIndex,
-    items: WorkItems,
-    workspace: Workspace,
-    sums: KeyGradients,
-    range_number: int,
-    group: int,
-    problem: Problem,
-) -> None:
+def sum_items(index: InverseIndex, work: Work, problem: Problem) -> None:
     """Add the partial dK and dV of a token range to the sums; nothing where no list can have several work items."""
-    if workspace.partial.k.shape[0] == 0:
+    if work.partial.k.shape[0] == 0:
         return
     constants = item_constants(problem)
-    Launch(
-        sum_items_kernel,
-        (index.num_blocks, triton.cdiv(problem.block_size, constants.keys), 1),
-        {
-            "blocks_ptr": index.blocks,
-            "items": items.record(),
-            "partial": workspace.partial,
-            "sums": sums,
-            "range_number": range_number,
-            "group": group,
-        },
-        {"C": constants},
-    ).run()
+    grid = index.num_blocks, triton.cdiv(problem.block_size, constants.keys), 1
+    Launch(sum_items_kernel, grid, {"blocks_ptr": index.blocks, "work": work}, {"C": constants}).run()
 
 
 @dataclass(frozen=True)
-class SlotConstants:
-    """Constants of `sum_slots_kernel`; heads: per program; depth: D, padded."""
+class SlotConstants(Sizes):
+    """Constants of `sum_slots_kernel`; heads: per program."""
 
-    group_size: int
-    head_dim: int
     heads_inside: bool
     heads: int
-    depth: int
 
 
 @triton.jit
@@ -122,35 +97,19 @@ def sum_slots_kernel(
 @functools.lru_cache
 def slot_constants(problem: Problem, heads_inside: bool) -> SlotConstants:
     """Constants of `sum_slots_kernel`: a program holds up to 2048 numbers, or the vector of one head."""
-    depth = padded(problem.head_dim)
-    heads = min(triton.next_power_of_2(problem.group_size), max(1, 2048 // depth))
-    return SlotConstants(problem.group_size, problem.head_dim, heads_inside, heads, depth)
+    sizes = sizes_of(problem)
+    heads = min(triton.next_power_of_2(problem.group_size), max(1, 2048 // sizes["depth"]))
+    return SlotConstants(**sizes, heads_inside=heads_inside, heads=heads)
 
 
 def sum_slots(
-    workspace: Workspace,
-    grad_q: Tensor,
-    group: int,
-    first_token: int,
-    num_tokens: int,
-    topk: int,
-    problem: Problem,
+    workspace: Workspace, grad_q: Tensor, group: int, first_token: int, num_tokens: int, topk: int, problem: Problem
 ) -> None:
     """Fill grad_q [B, Hq, Sq, D] of the heads of `group`, for num_tokens tokens of the flattened batch."""
     constants = slot_constants(problem, workspace.heads_inside)
-    Launch(
-        sum_slots_kernel,
-        (num_tokens, triton.cdiv(problem.group_size, constants.heads), 1),
-        {
-            "places_ptr": workspace.places,
-            "partial_q_ptr": workspace.partial.q,
-            "grad_q_ptr": grad_q,
-            "group": group,
-            "first_token": first_token,
-            "seqlen_q": grad_q.shape[2],
-            "num_kv_heads": problem.num_kv_heads,
-            "topk": topk,
-        },
-        {"C": constants},
-        Options(num_warps=max(1, min(8, constants.heads * constants.depth // 256))),
-    ).run()
+    tensors = {"places_ptr": workspace.places, "partial_q_ptr": workspace.partial.q, "grad_q_ptr": grad_q}
+    sizes = {"seqlen_q": grad_q.shape[2], "num_kv_heads": problem.num_kv_heads, "topk": topk}
+    arguments = {**tensors, "group": group, "first_token": first_token, **sizes}
+    options = Options(num_warps=max(1, min(8, constants.heads * constants.depth // 256)))
+    grid = num_tokens, triton.cdiv(problem.group_size, constants.heads), 1
+    Launch(sum_slots_kernel, grid, arguments, {"C": constants}, options).run()

@@ -1,6 +1,5 @@
 """What the backward's kernels hand to each other: rows in the order of the lists, partial results, and their layout."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,10 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import Problem
-from ..schedule.work_items import WorkItems
-
-# Adds the gradients of one token range, given its work items, its number, and its KV head.
-Launcher = Callable[[WorkItems, int, int], None]
 
 
 class GatheredRows(NamedTuple):
@@ -49,6 +44,17 @@ class KeyGradients(NamedTuple):
     seqlen_k: Any
 
 
+class Work(NamedTuple):
+    """A token range for the kernels of dK and dV: its work items, number and group, and what they read and write."""
+
+    items: Any
+    rows: Any
+    partial: Any
+    sums: Any
+    range_number: Any
+    group: Any
+
+
 @dataclass(frozen=True)
 class Workspace:
     """Memory that is used again by each token range.
@@ -83,11 +89,6 @@ def make_workspace(
         ),
         heads_inside=heads_inside,
     )
-
-
-def heads_fill_lines(group_size: int) -> bool:
-    """Whether `gradient` leaves a partial dQ with its heads innermost: as its products do, where that fills sectors."""
-    return group_size % 8 == 0
 
 
 @triton.jit

@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .target import Target, storage_constants
 from .tiles import load_tile
 
 # Bits of fp32 numbers: the fraction of 448 = 1.75 * 2^8; 480, the smallest number that e4m3 cannot round to 448; 2^-6,
@@ -111,34 +110,6 @@ def load_stored(
 
 
 @triton.jit
-def load_vectors(
-    base,
-    scales,
-    count,
-    stride_s,
-    stride_d,
-    dtype: tl.constexpr,
-    rows: tl.constexpr,
-    head_dim: tl.constexpr,
-    depth: tl.constexpr,
-    native: tl.constexpr,
-    old_native: tl.constexpr = None,
-):
-    """The first `count` vectors from `base` on as a tile [rows, depth], zero beyond; e4m3 numbers times their scales.
-
-    scales: a pointer to the scale of the first vector, None where the vectors have none. Callers that still pass
-    whether there are scales before `native` give 11 arguments.
-    """
-    scaled: tl.constexpr = scales is not None if old_native is None else native
-    decodes: tl.constexpr = native if old_native is None else old_native
-    x = load_tile(base, 0, count, stride_s, stride_d, rows, head_dim, depth)
-    if scaled:
-        row = tl.arange(0, rows)
-        x = dequantize(x, load_scales(scales, row, row < count), dtype, decodes)
-    return x
-
-
-@triton.jit
 def split_e4m3(x):
     """e4m3 numbers [2 N, D] of vectors x [N, D]: for each row, rows p and r with c x = p + r / 16, c a power of two.
 
@@ -172,10 +143,6 @@ class Cache(NamedTuple):
     page_table: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
-
-    def constants(self, target: Target) -> dict[str, int | bool]:
-        """The constants of kernels that are not yet launched by `Launch`."""
-        return storage_constants(target, self.page_table is not None, self.k_scale is not None)
 
 
 def as_bits(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What the Gluon kernels for Hopper share: barriers, boxes of the bulk copy engine, layouts.
 
-A box is the part of a tensor that one copy of the engine takes, and its place in shared memory.
+A box is the part of a tensor that one copy of the engine takes, and its place in shared memory. Triton's interpreter
+cannot run Gluon: the checks of `benchmarks/gpu.py` compare these kernels with the oracle.
 """
 
 import functools

@@ -89,10 +89,9 @@ def describe(arguments: Iterable[Any], kinds: list[Any], values: list[Any]) -> N
     for x in arguments:
         kind = type(x)
         if kind is View:
-            ptr, b, h, s, d = x
-            address = ptr.data_ptr()
-            kinds += ptr.dtype, (address | b | h | s) & 15 == 0, d == 1
-            values.append((address, b, h, s, d))
+            address = x.ptr.data_ptr()
+            kinds += x.ptr.dtype, (address | x.stride_b | x.stride_h | x.stride_s) & 15 == 0, x.stride_d == 1
+            values.append((address, *x[1:]))
         elif kind is int or kind is float or x is None:
             kinds.append(kind)
             values.append(x)

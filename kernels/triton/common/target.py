@@ -1,4 +1,4 @@
-"""GPUs as far as the kernels need to know them, and what a launch is told of them and of a cache."""
+"""GPUs as far as the kernels need to know them."""
 
 import contextlib
 import functools
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import triton
+
+from ...problem import Problem
 
 # Gluon is an experimental part of Triton: what is written in it is launched by versions that it has run with.
 GLUON = triton.__version__.startswith(("3.6.", "3.7."))
@@ -38,15 +40,6 @@ class Target:
     def overlaps(self) -> bool:
         """Whether a launch may begin while the kernel before it ends (see `overlap`)."""
         return self.backend == "cuda" and int(self.arch) >= 90
-
-    def overlap(self) -> dict[str, bool]:
-        """How the kernels of a decoding step are launched: each while the one before it ends, where the GPU can.
-
-        A constant for `primitives.await_previous`, and Triton's option.
-        """
-        if self.backend == "cuda" and int(self.arch) >= 90:
-            return {"OVERLAP": True, "launch_pdl": True}
-        return {"OVERLAP": False}
 
 
 _assumed: ContextVar[Target] = ContextVar("assumed")
@@ -83,18 +76,7 @@ def padded(size: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(size))
 
 
-def storage_constants(target: Target, paged: bool, scaled: bool) -> dict[str, int | bool]:
-    """The compile-time arguments that say how a kernel's keys are kept: in pages, in e4m3 with scales."""
-    return {"PAGED": paged, "SCALED": scaled, "NATIVE": scaled and target.has_e4m3}
-
-
-def launch_options(num_warps: int, num_stages: int, max_registers: int | None) -> dict[str, int]:
-    """What Triton takes at a launch; max_registers is a limit a thread, for NVIDIA GPUs only."""
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    return options if max_registers is None else {**options, "maxnreg": max_registers}
-
-
-def gathers_on_hopper(target: Target, group_size: int, head_dim: int, block_size: int, element_size: int) -> bool:
-    """Whether the Gluon kernels that gather queries, `by_block_hopper` and `backward_hopper`, take this shape."""
-    shape = element_size == 2 and head_dim in (64, 128) and block_size == 128 and group_size in (8, 16, 32, 64)
-    return GLUON and target.arch == 90 and shape
+def fits_gather_sm90(problem: Problem, target: Target) -> bool:
+    """Whether the Gluon kernels that gather queries, `key_major_sm90` and `gradient_sm90`, have tiles of this shape."""
+    sizes = problem.head_dim in (64, 128) and problem.block_size == 128 and problem.element_size == 2
+    return GLUON and target.arch == 90 and sizes and problem.group_size in (8, 16, 32, 64)

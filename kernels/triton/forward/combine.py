@@ -10,24 +10,21 @@ import triton.language as tl
 from ...problem import Problem
 from ..common.launch import Launch, Options
 from ..common.overlap import await_previous
+from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LN_2
-from ..common.target import Target, padded
+from ..common.target import Target
 from ..schedule.inverse_index import InverseIndex, find_token_range
 from .records import Partial, Results, result_row
 
 
 @dataclass(frozen=True)
-class CombineConstants:
-    """Constants of `combine_kernel`; heads, depth: G and D, padded; slots: read at once; tokens: per program.
+class CombineConstants(Sizes):
+    """Constants of `combine_kernel`; heads: G, padded; slots: read at once; tokens: per program.
 
     stages: of partial outputs, on their way in shared memory.
     """
 
-    topk: int
-    group_size: int
     heads: int
-    head_dim: int
-    depth: int
     slots: int
     tokens: int
     stages: int
@@ -97,10 +94,8 @@ def combine_kernel(partial, numbers, skip_ptr, results, index, range_number, C: 
     if tl.min(tl.load(skip_ptr + tokens, mask=tokens < end, other=1), axis=0) == 0:
         for token in range(first, tl.minimum(first + C.tokens, end)):
             if tl.load(skip_ptr + token) == 0:
-                batch, query = (
-                    (index.first_token + token) // results.seqlen_q,
-                    (index.first_token + token) % results.seqlen_q,
-                )
+                position = index.first_token + token
+                batch, query = position // results.seqlen_q, position % results.seqlen_q
                 out_row = result_row(results, batch, token_range.group, 0, query, C.group_size)
                 slots = numbers.ptr + (token_range.group * index.num_tokens + token) * C.topk
                 first_row = (token - begin) * C.topk * C.group_size
@@ -110,17 +105,13 @@ def combine_kernel(partial, numbers, skip_ptr, results, index, range_number, C: 
 @functools.lru_cache
 def combine_constants(problem: Problem, target: Target) -> CombineConstants:
     """Constants of `combine_kernel`."""
-    assert problem.topk is not None
-    heads, depth = triton.next_power_of_2(problem.group_size), padded(problem.head_dim)
+    sizes, heads = sizes_of(problem), triton.next_power_of_2(problem.group_size)
     # Only NVIDIA GPUs copy ahead into shared memory: a slot of all heads per stage but one, beside a little else.
-    room = (target.shared_memory - 2048) // (heads * depth * problem.element_size)
+    room = (target.shared_memory - 2048) // (heads * sizes["depth"] * problem.element_size)
     return CombineConstants(
-        group_size=problem.group_size,
-        topk=problem.topk,
+        **sizes,
         heads=heads,
-        head_dim=problem.head_dim,
-        depth=depth,
-        slots=min(64, triton.next_power_of_2(problem.topk)),
+        slots=min(64, triton.next_power_of_2(sizes["topk"])),
         # With more tokens per program, what is read at once lies further apart, and memory is slower.
         tokens=2,
         stages=max(1, min(4, 1 + room)) if target.backend == "cuda" else 4,
@@ -129,27 +120,11 @@ def combine_constants(problem: Problem, target: Target) -> CombineConstants:
 
 
 def launch(
-    partial: Partial,
-    index: InverseIndex,
-    skip: torch.Tensor,
-    results: Results,
-    range_number: int,
-    problem: Problem,
-    target: Target,
+    partial: Partial, index: InverseIndex, skip: torch.Tensor, results: Results, problem: Problem, target: Target
 ) -> Launch:
-    """The launch that fills the results of a token range's tokens whose skip [Hkv, B*Sq] is 0."""
+    """The launch that fills the results of the first token range's tokens whose skip [Hkv, B*Sq] is 0."""
     constants = combine_constants(problem, target)
-    return Launch(
-        combine_kernel,
-        (triton.cdiv(index.range_tokens, constants.tokens), 1, 1),
-        {
-            "partial": partial,
-            "numbers": index.list_numbers(),
-            "skip_ptr": skip,
-            "results": results,
-            "index": index.record(),
-            "range_number": range_number,
-        },
-        {"C": constants},
-        Options(overlap=constants.overlap),
-    )
+    grid = triton.cdiv(index.range_tokens, constants.tokens), 1, 1
+    tensors = {"partial": partial, "numbers": index.list_numbers(), "skip_ptr": skip, "results": results}
+    arguments = {**tensors, "index": index.record(), "range_number": 0}
+    return Launch(combine_kernel, grid, arguments, {"C": constants}, Options(overlap=constants.overlap))

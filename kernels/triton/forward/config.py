@@ -9,7 +9,7 @@ import triton
 from ...problem import Problem
 from ...tuning import Changes
 from ..common.candidates import near, registers, stages
-from ..common.target import GLUON, Target, gathers_on_hopper, padded
+from ..common.target import GLUON, Target, fits_gather_sm90, padded
 
 # The fields of a Problem that a configuration depends on, and the fields of a configuration that tuning may change.
 DEPENDS_ON = ("group_size", "head_dim", "block_size", "topk", "element_size", "scaled")
@@ -65,8 +65,7 @@ def fits_query_major_sm90(problem: Problem, target: Target) -> bool:
 
 def fits_key_major_sm90(problem: Problem, target: Target) -> bool:
     """Whether `key_major_sm90` has tiles of this shape."""
-    shape = problem.group_size, problem.head_dim, problem.block_size, problem.element_size
-    return gathers_on_hopper(target, *shape) and not problem.scaled
+    return fits_gather_sm90(problem, target) and not problem.scaled
 
 
 @functools.lru_cache

@@ -12,7 +12,6 @@ values are read once per work item.
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
@@ -23,24 +22,20 @@ from ..common.fp8 import dequantize, load_scales
 from ..common.launch import Launch, Options, view
 from ..common.overlap import await_previous
 from ..common.records import Place, Scales, locate_block, pages_of
+from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LOG2_E, softmax_rows
 from ..common.target import Target, padded
 from ..common.tiles import load_tile
 from ..schedule.inverse_index import InverseIndex, find_token_range
-from ..schedule.work_items import WorkItems, item_entries, load_item
+from ..schedule.work_items import cut_into_items, item_entries, load_item
 from .config import ForwardConfig
 from .records import Inputs, Partial, Vectors
 
 
 @dataclass(frozen=True)
-class KeyMajorConstants:
+class KeyMajorConstants(Sizes):
     """Constants of `key_major_kernel`; rows: per step; positive: the scale is; native: the GPU converts e4m3."""
 
-    topk: int
-    group_size: int
-    head_dim: int
-    depth: int
-    block_size: int
     columns: int
     rows: int
     stages: int
@@ -105,19 +100,7 @@ def store_rows(out_ptr, slot, out, normal, live, head_dim: tl.constexpr):
 
 @triton.jit
 def key_major_kernel(
-    q,
-    keys,
-    values,
-    scales,
-    pages,
-    index,
-    items,
-    partial,
-    range_number,
-    seqlen_q,
-    num_kv_heads,
-    scale,
-    C: tl.constexpr,
+    q, keys, values, scales, pages, index, items, partial, range_number, seqlen_q, num_kv_heads, scale, C: tl.constexpr
 ):
     """Fill the partial results of one work item; see `Partial`. Grid (work items)."""
     await_previous(C.overlap)
@@ -187,19 +170,14 @@ def key_major_kernel(
 
 
 @functools.lru_cache
-def key_major_constants(config: ForwardConfig, problem: Problem, positive: bool, target: Target) -> KeyMajorConstants:
-    """Constants of `key_major_kernel`; positive: the scale is."""
-    assert problem.topk is not None
+def key_major_constants(config: ForwardConfig, problem: Problem, target: Target) -> KeyMajorConstants:
+    """Constants of `key_major_kernel`."""
     return KeyMajorConstants(
-        topk=problem.topk,
-        group_size=problem.group_size,
-        head_dim=problem.head_dim,
-        depth=padded(problem.head_dim),
-        block_size=problem.block_size,
+        **sizes_of(problem),
         columns=padded(problem.block_size),
         rows=config.rows,
         stages=config.num_stages,
-        positive=positive,
+        positive=problem.positive_scale,
         native=problem.scaled and target.has_e4m3,
         overlap=target.overlaps,
     )
@@ -210,33 +188,17 @@ def supports(problem: Problem, target: Target, config: ForwardConfig) -> bool:
     return True
 
 
-def launches(
-    inputs: Inputs,
-    index: InverseIndex,
-    items: WorkItems,
-    partial: Partial,
-    problem: Problem,
-    config: ForwardConfig,
-    target: Target,
-) -> Iterator[Launch]:
-    """For each token range, the launch that fills its partial results."""
-    constants = key_major_constants(config, problem, inputs.scale > 0, target)
-    arguments = {
-        "q": view(inputs.q),
-        "keys": view(inputs.k),
-        "values": view(inputs.v),
-        "scales": Scales(inputs.cache.k_scale, inputs.cache.v_scale, inputs.k.shape[2]),
-        "pages": pages_of(inputs.cache.page_table, inputs.k),
-        "index": index.record(),
-        "items": items.record(),
-        "partial": partial,
-    }
-    sizes = {
-        "seqlen_q": inputs.q.shape[2],
-        "num_kv_heads": problem.num_kv_heads,
-        "scale": inputs.scale * LOG2_E.value,
-    }
+def launch(
+    inputs: Inputs, index: InverseIndex, partial: Partial, problem: Problem, config: ForwardConfig, target: Target
+) -> Launch:
+    """The launch that fills the partial results of the first token range."""
+    constants = key_major_constants(config, problem, target)
+    cache, items = inputs.cache, cut_into_items(index, config.length)
+    vectors = {"q": view(inputs.q), "keys": view(inputs.k), "values": view(inputs.v)}
+    scales = Scales(cache.k_scale, cache.v_scale, inputs.k.shape[2])
+    stored = {"scales": scales, "pages": pages_of(cache.page_table, inputs.k)}
+    work = {"index": index.record(), "items": items.record(), "partial": partial, "range_number": 0}
+    sizes = {"seqlen_q": inputs.q.shape[2], "num_kv_heads": problem.num_kv_heads, "scale": inputs.scale * LOG2_E.value}
+    arguments = {**vectors, **stored, **work, **sizes}
     options = Options(config.num_warps, config.num_stages, config.max_registers, constants.overlap)
-    for number in range(index.num_ranges):
-        grid = items.num_items, 1, 1
-        yield Launch(key_major_kernel, grid, {**arguments, "range_number": number, **sizes}, {"C": constants}, options)
+    return Launch(key_major_kernel, (items.num_items, 1, 1), arguments, {"C": constants}, options)

@@ -4,11 +4,8 @@ The kernel computes what `key_major.key_major_kernel` does. The copying warp fet
 at a time, with the bulk copy engine, in halves of the head dim, which lie side by side as the tensor cores take them;
 it runs ahead of the warps that multiply. The storing warp sends an entry's partial output to its place in the same way.
 Two programs share a multiprocessor: one multiplies while the other computes its softmax, or waits for its first keys.
-
-Triton's interpreter cannot run Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,10 +31,11 @@ from ..common.gluon_sm90 import (
     shared_box,
 )
 from ..common.launch import Launch, Options
+from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LOG2_E, softmax_rows
 from ..common.target import Target
 from ..schedule.inverse_index import InverseIndex, find_token_range
-from ..schedule.work_items import WorkItems, item_entries, load_item
+from ..schedule.work_items import cut_into_items, item_entries, load_item
 from .config import ForwardConfig, fits_key_major_sm90
 from .records import Inputs, Partial
 
@@ -77,13 +75,9 @@ class Work(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ItemShape:
+class ItemShape(Sizes):
     """Constants of `key_major_sm90_kernel`; entries: per step; halves: of the head dim."""
 
-    topk: int
-    group_size: int
-    head_dim: int
-    block_size: int
     entries: int
     halves: int
 
@@ -243,33 +237,21 @@ def supports(problem: Problem, target: Target, config: ForwardConfig) -> bool:
     return config.key_major_sm90 and reads and fits_key_major_sm90(problem, target)
 
 
-def launches(
-    inputs: Inputs,
-    index: InverseIndex,
-    items: WorkItems,
-    partial: Partial,
-    problem: Problem,
-    config: ForwardConfig,
-    target: Target,
-) -> Iterator[Launch]:
-    """For each token range, the launch that fills its partial results; the scale is positive."""
-    group_size, head_dim, block_size = problem.group_size, problem.head_dim, problem.block_size
-    keys = [1, 1, block_size, head_dim]
-    # Made once: a descriptor costs the host as much as a launch.
-    arguments = {
+def launch(
+    inputs: Inputs, index: InverseIndex, partial: Partial, problem: Problem, config: ForwardConfig, target: Target
+) -> Launch:
+    """The launch that fills the partial results of the first token range; the scale is positive."""
+    group_size, head_dim = problem.group_size, problem.head_dim
+    keys = [1, 1, problem.block_size, head_dim]
+    shape = ItemShape(**sizes_of(problem), entries=ROWS.value // group_size, halves=head_dim // HALF.value)
+    items = cut_into_items(index, config.length)
+    boxes = {
         "q_boxes": shared_box(inputs.q, [1, group_size, 1, HALF.value]),
         "k_boxes": shared_box(inputs.k, keys),
         "v_boxes": shared_box(inputs.v, keys),
         "out_boxes": shared_box(partial.out.view(-1, head_dim), [group_size, HALF.value]),
-        "index": index.record(),
-        "items": items.record(),
-        "lse_ptr": partial.lse,
     }
+    work = {"index": index.record(), "items": items.record(), "lse_ptr": partial.lse, "range_number": 0}
     sizes = {"seqlen_q": inputs.q.shape[2], "num_rows": partial.lse.numel(), "scale": inputs.scale * LOG2_E.value}
-    assert problem.topk is not None
-    entries, halves = ROWS.value // group_size, head_dim // HALF.value
-    shape = ItemShape(problem.topk, group_size, head_dim, block_size, entries, halves)
-    for number in range(index.num_ranges):
-        grid = items.num_items, 1, 1
-        given = {**arguments, "range_number": number, **sizes}
-        yield Launch(key_major_sm90_kernel, grid, given, {"shape": shape}, Options(4, max_registers=REGISTERS))
+    arguments, options = {**boxes, **work, **sizes}, Options(4, max_registers=REGISTERS)
+    return Launch(key_major_sm90_kernel, (items.num_items, 1, 1), arguments, {"shape": shape}, options)

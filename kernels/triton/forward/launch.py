@@ -22,7 +22,6 @@ from ..common.records import capacity_of
 from ..common.target import GLUON, Target, target_of
 from ..common.tiles import tma_ready
 from ..schedule.inverse_index import inverse_index
-from ..schedule.work_items import cut_into_items
 from . import combine, key_major, query_major
 from .config import DEPENDS_ON, ForwardConfig, default_config
 from .records import Inputs, Partial, Results
@@ -81,14 +80,15 @@ def attend_key_major(
         range_tokens=range_tokens,
         skip=tiles.skip,
     )
-    items = cut_into_items(index, config.length)
     shape = index.range_tokens, problem.topk, problem.group_size
     partial = Partial(q.new_empty(*shape, problem.head_dim), results.lse.new_empty(shape))
     implementation = choose(KEY_MAJOR, problem, target, config)
-    launches = implementation.launches(inputs, index, items, partial, problem, config, target)
-    for number, attend in enumerate(launches):
-        attend.run()
-        combine.launch(partial, index, tiles.skip, results, number, problem, target).run()
+    # Made once: a descriptor costs the host as much as a launch.
+    attend = implementation.launch(inputs, index, partial, problem, config, target)
+    join = combine.launch(partial, index, tiles.skip, results, problem, target)
+    for number in range(index.num_ranges):
+        for launch in (attend, join):
+            launch._replace(arguments=launch.arguments | {"range_number": number}).run()
 
 
 def block_sparse_attention_forward(

@@ -23,6 +23,7 @@ from ...problem import Problem
 from ..common.fp8 import as_bits, dequantize, load_scales
 from ..common.launch import Launch, Options, view
 from ..common.records import Scales, load_sequence, locate_block, pages_of
+from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LN_2, LOG2_E
 from ..common.target import Target, padded
 from ..common.tiles import TileTable, find_tile, load_tile
@@ -47,17 +48,13 @@ class Softmax(NamedTuple):
 
 
 @dataclass(frozen=True)
-class QueryMajorConstants:
+class QueryMajorConstants(Sizes):
     """Constants of `query_major_kernel`.
 
     A block is taken in `parts` steps of `columns` keys; rows, tokens: of a tile; positive: the scale is; native: the
     GPU converts e4m3 numbers itself.
     """
 
-    group_size: int
-    head_dim: int
-    depth: int
-    block_size: int
     columns: int
     parts: int
     rows: int
@@ -220,22 +217,17 @@ def query_major_kernel(
 
 
 @functools.lru_cache
-def query_major_constants(
-    problem: Problem, config: ForwardConfig, positive: bool, target: Target
-) -> QueryMajorConstants:
-    """Constants of `query_major_kernel`; positive: the scale is."""
+def query_major_constants(problem: Problem, config: ForwardConfig, target: Target) -> QueryMajorConstants:
+    """Constants of `query_major_kernel`."""
     columns = min(padded(problem.block_size), config.query_major_columns)
     return QueryMajorConstants(
-        group_size=problem.group_size,
-        head_dim=problem.head_dim,
-        depth=padded(problem.head_dim),
-        block_size=problem.block_size,
+        **sizes_of(problem),
         columns=columns,
         parts=triton.cdiv(problem.block_size, columns),
         rows=config.query_major_rows,
         tokens=config.tile_tokens(problem),
         stages=config.query_major_stages,
-        positive=positive,
+        positive=problem.positive_scale,
         native=problem.scaled and target.has_e4m3,
     )
 
@@ -254,26 +246,15 @@ def launch(
     inputs: Inputs, tiles: Tiles, results: Results, problem: Problem, config: ForwardConfig, target: Target
 ) -> Launch:
     """The launch that fills the results of the tokens in query-major tiles."""
-    constants = query_major_constants(problem, config, inputs.scale > 0, target)
+    constants = query_major_constants(problem, config, target)
     k, v, cache = inputs.k, inputs.v, inputs.cache
     bulk = config.query_major_bulk_copies and problem.bulk_copies and constants.head_dim == constants.depth
-    return Launch(
-        query_major_kernel,
-        (tiles.num_tiles, problem.num_kv_heads, 1),
-        {
-            "q": view(inputs.q),
-            "keys": view(k),
-            "values": view(v),
-            "scales": Scales(cache.k_scale, cache.v_scale, k.shape[2]),
-            "k_boxes": boxes_of(as_bits(k), constants.columns) if bulk else None,
-            "v_boxes": boxes_of(as_bits(v), constants.columns) if bulk else None,
-            "pages": pages_of(cache.page_table, k),
-            "sequences_ptr": inputs.sequences,
-            "tiles": tiles.table,
-            "unions": tiles.unions,
-            "results": results,
-            "scale": inputs.scale * LOG2_E.value,
-        },
-        {"C": constants},
-        Options(config.query_major_warps, config.query_major_stages, config.query_major_registers),
-    )
+    scales = Scales(cache.k_scale, cache.v_scale, k.shape[2])
+    vectors = {"q": view(inputs.q), "keys": view(k), "values": view(v), "scales": scales}
+    k_boxes, v_boxes = (boxes_of(as_bits(x), constants.columns) if bulk else None for x in (k, v))
+    stored = {"k_boxes": k_boxes, "v_boxes": v_boxes, "pages": pages_of(cache.page_table, k)}
+    work = {"sequences_ptr": inputs.sequences, "tiles": tiles.table, "unions": tiles.unions, "results": results}
+    arguments = {**vectors, **stored, **work, "scale": inputs.scale * LOG2_E.value}
+    options = Options(config.query_major_warps, config.query_major_stages, config.query_major_registers)
+    grid = tiles.num_tiles, problem.num_kv_heads, 1
+    return Launch(query_major_kernel, grid, arguments, {"C": constants}, options)

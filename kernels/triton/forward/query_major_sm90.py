@@ -5,8 +5,7 @@ Triton's own pipeline asks for a step's keys and values only when the products o
 warp fetches queries, keys and values, a block per step, as buffers become free. Two groups of four warps have half of
 the heads each, and take turns at the tensor cores: one multiplies while the other computes its softmax.
 
-Results are those of `query_major` but for the order in which a row's weights are added up. Triton's interpreter cannot
-run Gluon: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
+Results are those of `query_major` but for the order in which a row's weights are added up.
 """
 
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ...problem import Problem
 from ..common.gluon_sm90 import clear_rows, hide_unseen, make_barriers, shared_box
 from ..common.launch import Launch, Options
+from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LN_2, LOG2_E
 from ..common.target import Target
 from .config import ForwardConfig, fits_query_major_sm90
@@ -195,12 +195,8 @@ def query_major_sm90_kernel(q_boxes, k_boxes, v_boxes, unions, results, scale, s
         gl.allocate_shared_memory(dtype, stages, v_boxes.layout),
     )
     q_full, q_empty = make_barriers(1, 1), make_barriers(1, 2)
-    k_full, v_full, empty = (
-        make_barriers(shape.stages, 1),
-        make_barriers(shape.stages, 1),
-        make_barriers(shape.stages, 2),
-    )
-    turns = make_barriers(2, 1)
+    k_full, v_full = make_barriers(shape.stages, 1), make_barriers(shape.stages, 1)
+    empty, turns = make_barriers(shape.stages, 2), make_barriers(2, 1)
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
     barriers = Barriers(q_full.index(0), q_empty.index(0), k_full, v_full, empty, turns)
@@ -216,12 +212,9 @@ def query_major_sm90_kernel(q_boxes, k_boxes, v_boxes, unions, results, scale, s
 
 
 @dataclass(frozen=True)
-class TileShape:
+class TileShape(Sizes):
     """Constants of `query_major_sm90_kernel`; stages: buffers of keys and values."""
 
-    group_size: int
-    head_dim: int
-    block_size: int
     stages: int
 
 
@@ -238,19 +231,10 @@ def launch(
     """The launch that fills the results of the tokens in query-major tiles; the scale is positive."""
     heads = problem.group_size // 2
     keys = [1, 1, problem.block_size, problem.head_dim]
-    shape = TileShape(problem.group_size, problem.head_dim, problem.block_size, config.query_major_stages)
-    return Launch(
-        query_major_sm90_kernel,
-        (min(tiles.unions.num_unions, target.num_sms), 1, 1),
-        {
-            # A box has half the heads of a tile's tokens.
-            "q_boxes": shared_box(inputs.q, [1, heads, ROWS.value // heads, problem.head_dim]),
-            "k_boxes": shared_box(inputs.k, keys),
-            "v_boxes": shared_box(inputs.v, keys),
-            "unions": tiles.unions,
-            "results": results,
-            "scale": inputs.scale * LOG2_E.value,
-        },
-        {"shape": shape},
-        Options(4),
-    )
+    shape = TileShape(**sizes_of(problem), stages=config.query_major_stages)
+    # A box has half the heads of a tile's tokens.
+    q_boxes = shared_box(inputs.q, [1, heads, ROWS.value // heads, problem.head_dim])
+    boxes = {"q_boxes": q_boxes, "k_boxes": shared_box(inputs.k, keys), "v_boxes": shared_box(inputs.v, keys)}
+    arguments = {**boxes, "unions": tiles.unions, "results": results, "scale": inputs.scale * LOG2_E.value}
+    grid = min(tiles.unions.num_unions, target.num_sms), 1, 1
+    return Launch(query_major_sm90_kernel, grid, arguments, {"shape": shape}, Options(4))

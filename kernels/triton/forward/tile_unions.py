@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ...problem import Problem
 from ..common.launch import Launch, Options, view
@@ -168,7 +169,7 @@ class Tiles:
     num_tiles: int
     tokens: int
     unions: TileUnions
-    skip: torch.Tensor | None
+    skip: Tensor | None
 
 
 @functools.lru_cache
@@ -180,12 +181,7 @@ def union_constants(problem: Problem, config: ForwardConfig) -> UnionConstants:
 
 
 def find_tile_unions(
-    block_indices: torch.Tensor | None,
-    sequences: torch.Tensor,
-    batch: int,
-    seqlen_q: int,
-    problem: Problem,
-    config: ForwardConfig,
+    block_indices: Tensor | None, sequences: Tensor, batch: int, seqlen_q: int, problem: Problem, config: ForwardConfig
 ) -> Tiles:
     """The Tiles of block_indices [B, Hkv, Sq, topk]; None: every tile takes every visible block."""
     groups, tokens = problem.num_kv_heads, config.tile_tokens(problem)
@@ -204,19 +200,9 @@ def find_tile_unions(
     )
     skip = sequences.new_zeros(groups, batch * seqlen_q, dtype=torch.int8)
     if limit > 0:
-        Launch(
-            tile_union_kernel,
-            (num_tiles, groups, 1),
-            {
-                "ids": view(block_indices),
-                "sequences_ptr": sequences,
-                "tiles": table,
-                "unions": unions,
-                "skip_ptr": skip,
-                "num_tokens": batch * seqlen_q,
-            },
-            {"C": constants},
-            # Four choices to sort per thread, up to 8 warps.
-            Options(max(1, min(8, constants.rows * constants.slots // 128))),
-        ).run()
+        given = {"ids": view(block_indices), "sequences_ptr": sequences, "tiles": table}
+        arguments = {**given, "unions": unions, "skip_ptr": skip, "num_tokens": batch * seqlen_q}
+        # Four choices to sort per thread, up to 8 warps.
+        options = Options(max(1, min(8, constants.rows * constants.slots // 128)))
+        Launch(tile_union_kernel, (num_tiles, groups, 1), arguments, {"C": constants}, options).run()
     return Tiles(table, num_tiles, tokens, unions, skip)
