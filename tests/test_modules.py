@@ -134,16 +134,3 @@ def test_a_refused_append_leaves_the_cache_as_it_was(bad):
         cache.append(*bad(*_tokens(5)))
     after = (cache.k, cache.v, cache.index_k, cache.kv_lens)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and cache.kv_lens.tolist() == [7, 7]
-
-
-def test_the_cache_fills_in_place_to_the_last_slot():
-    cache = MSACache(2, 2, 16, 8, capacity=6)
-    address = cache.k.data_ptr()
-    first, second = _tokens(4), _tokens(2)
-    cache.append(*first)
-    cache.append(*second)
-    assert cache.k.data_ptr() == address and cache.kv_lens.tolist() == [cache.capacity] * 2 == [6, 6]
-    for buffer, parts in zip((cache.k, cache.v, cache.index_k), zip(first, second, strict=True), strict=True):
-        assert torch.equal(buffer, torch.cat(parts, dim=2))
-    cache.reset()
-    assert cache.kv_lens.tolist() == [0, 0]

@@ -79,8 +79,9 @@ def test_an_append_past_the_end_changes_nothing(make):
     with pytest.raises(ValueError, match="cache: expected at most 12 more tokens in row 1, got 13"):
         append(cache, 13, lengths(1, 13))
     assert same(cache, before)
+    address = cache.k.data_ptr()
     append(cache, 12, lengths(7, 12))
-    assert cache.kv_lens.tolist() == [32, 32]
+    assert cache.kv_lens.tolist() == [32, 32] and cache.k.data_ptr() == address
 
 
 def test_a_pool_without_pages_changes_nothing():
