@@ -4,6 +4,7 @@ import itertools
 from dataclasses import astuple
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -52,6 +53,20 @@ def randn(*shape, dtype=torch.float32, seed=0):
 
 def lengths(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def assert_refused(cache, call, message, error=ValueError):
+    """The call raises, and leaves the cache as it was."""
+
+    def state():
+        pages = getattr(cache, "_pages", None)
+        free = None if pages is None else torch.tensor(pages.num_free)
+        return [x for x in (*cache.buffers, cache.kv_lens, cache.page_table, free) if x is not None]
+
+    before = [x.clone() for x in state()]
+    with pytest.raises(error, match=message):
+        call()
+    assert all(torch.equal(x, y) for x, y in zip(state(), before, strict=True))
 
 
 def plain(batch, seqlen_q, seqlen_k):

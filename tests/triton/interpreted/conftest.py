@@ -4,7 +4,6 @@ import os
 
 import numpy as np
 import pytest
-import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from flexmsa.kernels import workspace
@@ -30,8 +29,3 @@ def workspace_limit():
     before = workspace.workspace_limit()
     yield
     workspace.set_workspace_limit(before)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
