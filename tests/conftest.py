@@ -28,6 +28,6 @@ def _poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler():
+def _fresh_compiler_and_seed():
     torch._dynamo.reset()
-    yield
+    torch.manual_seed(0)

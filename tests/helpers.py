@@ -1,10 +1,14 @@
 """Inputs that several tests share."""
 
 import itertools
+from dataclasses import astuple
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
+
+from flexmsa import reference
 
 
 class Inputs(NamedTuple):
@@ -51,6 +55,25 @@ def lengths(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def assert_refused(cache, call, message, error=ValueError):
+    """The call raises, and leaves the cache as it was."""
+
+    def state():
+        pages = getattr(cache, "_pages", None)
+        free = None if pages is None else torch.tensor(pages.num_free)
+        return [x for x in (*cache.buffers, cache.kv_lens, cache.page_table, free) if x is not None]
+
+    before = [x.clone() for x in state()]
+    with pytest.raises(error, match=message):
+        call()
+    assert all(torch.equal(x, y) for x, y in zip(state(), before, strict=True))
+
+
+def plain(batch, seqlen_q, seqlen_k):
+    """The table of sequences of an unpacked batch."""
+    return torch.tensor([[b, 0, seqlen_q, 0, seqlen_k] for b in range(batch)], dtype=torch.int32)
+
+
 def ragged(lens, kv_lens, seqlen_q, kv_starts=None):
     """The table of sequences when row b has lens[b] new tokens."""
     kv_starts = kv_starts or [0] * len(lens)
@@ -68,6 +91,27 @@ def visible(sequences, batch, seqlen_q):
         last = torch.arange(q_start, q_end, dtype=torch.int32) + (k_end - q_end + 1)
         end[row, q_start:q_end] = last.clamp(min=k_start)
     return start, end
+
+
+def hide_unowned(sequences, *keys):
+    """The keys [B, H, S, D] with NaN in those that no sequence owns."""
+    owned = torch.zeros(keys[0].shape[0], 1, keys[0].shape[2], 1, dtype=torch.bool)
+    for row, _, _, k_start, k_end in sequences.tolist():
+        owned[row, :, k_start:k_end] = True
+    return [x.masked_fill(~owned, torch.nan) for x in keys]
+
+
+def dense_selection(index_q, index_k, sequences, rule):
+    """The dense definition, for the kernels' table of sequences."""
+    start, end = visible(sequences, index_q.shape[0], index_q.shape[2])
+    return reference.select_blocks(index_q, index_k, start, end, *astuple(rule))
+
+
+def dense_attention(q, k, v, block_indices, sequences, block_size, scale, dtype=torch.float64):
+    """The dense definition in dtype, for the kernels' table of sequences."""
+    start, end = visible(sequences, q.shape[0], q.shape[2])
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    return reference.block_sparse_attention(q, k, v, block_indices, start, end, block_size, scale, dtype)
 
 
 def least_scale(x: Tensor) -> Tensor:

@@ -96,7 +96,6 @@ def test_bad_options_are_named(options, capsys):
 
 
 def test_the_twin_is_the_warm_up():
-    torch.manual_seed(0)
     model = GPT(CONFIG, num_layers=2)
     ids = torch.randint(256, (2, 30))
     model.set_topk(None)
@@ -107,7 +106,6 @@ def test_the_twin_is_the_warm_up():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_generation_with_a_cache_equals_one_forward_pass(compiled):
-    torch.manual_seed(0)
     model = GPT(CONFIG, num_layers=2).eval()
     prompts = [b"d", b"def a_longer_prompt(than, a_few, tokens):", b"import"]
     result = generate(model, prompts, 20, compiled=compiled)
@@ -132,7 +130,6 @@ def test_a_step_of_generation_is_compiled_once():
 
 
 def test_layers_reuse_a_selection_when_asked():
-    torch.manual_seed(0)
     model = GPT(CONFIG, num_layers=2).eval()
     ids = torch.randint(256, (1, 60))
     with torch.no_grad():

@@ -10,7 +10,6 @@ from flexmsa.plotting import plot_selection, selection_share
 
 
 def _selection(groups, queries, topk=3):
-    torch.manual_seed(0)
     index_q, index_k = torch.randn(2, groups, queries, 4), torch.randn(2, 1, queries, 4)
     return select_blocks(index_q, index_k, block_size=8, topk=topk)
 

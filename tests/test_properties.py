@@ -126,25 +126,6 @@ def test_a_padded_row_equals_the_row_alone(topk):
             assert (padded[1].block_indices[row, :, :start] == -1).all()
 
 
-@pytest.mark.parametrize("topk", [2, 50, None])
-@pytest.mark.parametrize("step", [1, 4, 30])
-def test_prefill_then_decode_equals_one_prefill(topk, step):
-    inputs = make_inputs(90, batch=2)
-    prefix = 60
-    aux = AuxRequest(block_indices=True)
-    whole, selected = flexmsa.attention(*inputs, block_size=16, topk=topk, return_aux=aux)
-    cache = flexmsa.MSACache(2, num_kv_heads=2, head_dim=16, index_head_dim=16, capacity=100)
-    cache.append(inputs.k[:, :, :prefix], inputs.v[:, :, :prefix], inputs.index_k[:, :, :prefix])
-    for first in range(prefix, 90, step):
-        new = slice(first, first + step)
-        q, k, v, index_q, index_k = inputs.rows(new, new)
-        cache.append(k, v, index_k)
-        out, found = flexmsa.decode(q, cache, index_q, block_size=16, topk=topk, return_aux=aux)
-        assert_close("out", out, whole[:, :, new].double(), whole[:, :, new])
-        if topk is not None:
-            assert torch.equal(found.block_indices, selected.block_indices[:, :, new])
-
-
 @settings(max_examples=40)
 @given(data=st.data(), bad=st.sampled_from([torch.nan, torch.inf, -torch.inf, _OVERFLOWS]))
 def test_numbers_that_are_not_finite_give_valid_ids(data, bad):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import ragged, randn, visible
+from helpers import dense_attention, dense_selection, ragged, randn
 
 from flexmsa import ops
 from flexmsa.kernels import torch as torch_kernels
@@ -61,6 +61,10 @@ class Layer:
         return ops.attend_blocks(self.q, k, v, ids, sequences, BLOCK, SCALE, "torch", table, k_scale, v_scale)
 
 
+def wanted_ids(layer, index_k, sequences, *forced):
+    return dense_selection(layer.index_q.double(), index_k, sequences, SelectionRule(BLOCK, TOPK, *forced))
+
+
 def dequantized(cache):
     k, v, index_k, _, *scales = cache
     return [
@@ -69,41 +73,12 @@ def dequantized(cache):
     ]
 
 
-def dense_selection(index_q, index_k, sequences, local=1, init=0):
-    """The definition, one query at a time, in float64."""
-    batch, heads, seqlen_q, _ = index_q.shape
-    ids = torch.full((batch, heads, seqlen_q, TOPK), -1, dtype=torch.int32)
-    start, end = visible(sequences, batch, seqlen_q)
-    for b, h, i in itertools.product(range(batch), range(heads), range(seqlen_q)):
-        first, stop = int(start[b, i]), int(end[b, i])
-        scores = index_k[b, 0, first:stop].double() @ index_q[b, h, i].double()
-        blocks = [x.nan_to_num(-torch.inf, torch.inf, -torch.inf).max().item() for x in scores.split(BLOCK) if len(x)]
-        blocks = [torch.inf if c < init or c >= len(blocks) - local else x for c, x in enumerate(blocks)]
-        best = sorted(sorted(range(len(blocks)), key=lambda c: (-blocks[c], c))[:TOPK])
-        ids[b, h, i, : len(best)] = torch.tensor(best, dtype=torch.int32)
-    return ids
-
-
-def dense_attention(q, k, v, ids, sequences, dtype):
-    """Attention to all keys under a mask, in dtype. Keys that no query sees may be NaN."""
-    batch, seqlen_q = q.shape[0], q.shape[2]
-    k, v = (x.nan_to_num(0.0).to(dtype).repeat_interleave(GROUP, 1) for x in (k, v))
-    start, end = (x[:, None, :, None] for x in visible(sequences, batch, seqlen_q))
-    key = torch.arange(k.shape[2])
-    seen = ((key >= start) & (key < end)).expand(-1, HEADS, -1, -1)
-    if ids is not None:
-        member = ((key - start).div(BLOCK, rounding_mode="floor")[..., None] == ids[..., None, :]).any(-1)
-        seen = seen & member
-    seen = seen.repeat_interleave(GROUP, 1)
-    scores = (q.to(dtype) @ k.transpose(-1, -2) * SCALE).masked_fill(~seen, -torch.inf)
-    return scores.softmax(-1).nan_to_num(0.0) @ v, scores.logsumexp(-1)
-
-
 def check_attention(layer, cache, ids, sequences):
-    k, v, _ = dequantized(cache)
+    k, v, _ = (x.nan_to_num() for x in dequantized(cache))
     actual = layer.attend(ids, sequences, cache)
-    exact = dense_attention(layer.q, k, v, ids, sequences, torch.float64)
-    baseline = dense_attention(layer.q, k, v, ids, sequences, layer.q.dtype)
+    exact, baseline = (
+        dense_attention(layer.q, k, v, ids, sequences, BLOCK, SCALE, dtype) for dtype in (torch.float64, layer.q.dtype)
+    )
     for name, *results in zip(("out", "lse"), actual, exact, baseline, strict=True):
         assert_close(name, *results)
     return actual
@@ -117,6 +92,7 @@ BATCHES = {
     "no tokens": ([0], [9], 0),
     "the most queries that gather": ([16, 9, 16], [90, 80, 16], 16),
     "a chunk of a prompt": ([40, 7, 0], [100, 97, 50], 40),
+    **{f"{n} tokens": ([n, n], [70, n], n) for n in (2, 4, 7, 8, 12, 15)},
 }
 
 
@@ -127,7 +103,7 @@ def test_results_equal_dense_attention(name, cache_dtype):
     layer = Layer(kv_lens, seqlen_q, torch.bfloat16 if cache_dtype == FP8 else cache_dtype, cache_dtype)
     sequences = ragged(lens, kv_lens, seqlen_q)
     ids = layer.select(sequences, layer.contiguous)
-    assert torch.equal(ids, dense_selection(layer.index_q, dequantized(layer.contiguous)[2], sequences))
+    assert torch.equal(ids, wanted_ids(layer, dequantized(layer.contiguous)[2], sequences))
     assert torch.equal(layer.select(sequences, layer.paged), ids)
     for chosen in (ids, None):
         out, lse = check_attention(layer, layer.contiguous, chosen, sequences)
@@ -139,30 +115,12 @@ def test_results_equal_dense_attention(name, cache_dtype):
             assert (lse[row, :, count:] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("seqlen_q", range(1, 17))
-def test_every_new_token_sees_the_keys_up_to_itself(seqlen_q):
-    layer = Layer([70, seqlen_q], seqlen_q, seed=seqlen_q)
-    sequences = ragged([seqlen_q] * 2, [70, seqlen_q], seqlen_q)
-    ids = layer.select(sequences, layer.paged)
-    check_attention(layer, layer.contiguous, ids, sequences)
-    both = layer.attend(ids, sequences, layer.paged)
-    for i in range(seqlen_q):
-        shorter = sequences.clone()
-        shorter[::2, 4] -= seqlen_q - 1 - i
-        one = Layer([70, seqlen_q], seqlen_q, seed=seqlen_q)
-        one.q, one.index_q = one.q[:, :, i : i + 1], one.index_q[:, :, i : i + 1]
-        shorter[:, 1:3] = torch.tensor([[0, 1], [1, 1]]).repeat(2, 1)
-        assert torch.equal(one.select(shorter, one.paged), ids[:, :, i : i + 1])
-        for alone, together in zip(one.attend(ids[:, :, i : i + 1], shorter, one.paged), both, strict=True):
-            torch.testing.assert_close(alone, together[:, :, i : i + 1])
-
-
 @pytest.mark.parametrize(("local", "init"), [(0, 0), (0, 1), (2, 1)])
 @pytest.mark.parametrize("cache_dtype", [torch.float32, FP8], ids=str)
 def test_forced_blocks(local, init, cache_dtype):
     layer = Layer([97, 30], 20, cache_dtype=cache_dtype)
     sequences = ragged([20, 6], [97, 30], 20)
-    wanted = dense_selection(layer.index_q, dequantized(layer.contiguous)[2], sequences, local, init)
+    wanted = wanted_ids(layer, dequantized(layer.contiguous)[2], sequences, local, init)
     for cache in (layer.contiguous, layer.paged):
         assert torch.equal(layer.select(sequences, cache, local, init), wanted)
 
@@ -173,7 +131,7 @@ def test_left_padding():
     for cache in layer.contiguous[:3]:
         cache[0, :, :13] = torch.nan
     ids = layer.select(sequences, layer.contiguous)
-    assert torch.equal(ids, dense_selection(layer.index_q, layer.contiguous[2], sequences))
+    assert torch.equal(ids, wanted_ids(layer, layer.contiguous[2], sequences))
     check_attention(layer, layer.contiguous, ids, sequences)
 
 
@@ -265,5 +223,5 @@ def test_an_e4m3_key_that_is_not_finite_has_the_lowest_score(bad):
     sequences = ragged([1], [97], 1)
     keys[0, 0, 40:48], keys[0, 0, 50] = torch.nan, torch.nan
     ids = layer.select(sequences, layer.contiguous)
-    assert torch.equal(ids, dense_selection(layer.index_q, keys, sequences))
+    assert torch.equal(ids, wanted_ids(layer, keys, sequences))
     assert not (ids == 5).any()

@@ -38,6 +38,12 @@ def selected(monkeypatch, used, *arguments):
         return torch_kernels.select_blocks(*arguments)
 
 
+def assert_same_selection(monkeypatch, used, index_q, index_k, scale=None, num_keys=400):
+    sequences = torch.tensor([[0, 0, 1, 0, num_keys]], dtype=torch.int32)
+    arguments = index_q, index_k, sequences, SelectionRule(BLOCK, TOPK), None, scale
+    assert torch.equal(selected(monkeypatch, used, *arguments), selected(monkeypatch, None, *arguments))
+
+
 def in_format(index_k, fp8_keys):
     """index_k and index_k_scale, as select_blocks takes them."""
     return fp8.quantize(index_k) if fp8_keys else (index_k, None)
@@ -54,7 +60,6 @@ def in_pages(x, table):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_prefilter_changes_no_selection(case, paged, fp8_keys, monkeypatch):
     groups, seqlen_q, num_keys, largest, local, init = case
-    torch.manual_seed(0)
     # Integers, whose scores are exact in any order of summation, and need more than the 8 bits of a bf16 number.
     index_q = torch.randint(-largest, largest + 1, (1, groups, seqlen_q, 64)).bfloat16()
     index_k = torch.randint(-largest, largest + 1, (1, 1, 1608, 64)).bfloat16()
@@ -76,7 +81,6 @@ def test_the_prefilter_changes_no_selection(case, paged, fp8_keys, monkeypatch):
 
 
 def test_subnormal_numbers_of_e4m3_keys(monkeypatch):
-    torch.manual_seed(0)
     index_q, index_k = torch.full((1, 2, 1, 16), 9.0).bfloat16(), torch.randint(-7, 8, (1, 1, 400, 16)).bfloat16()
     # Next to a key's first number, all but an 8 are subnormal. Without the subnormal ones, five blocks are best.
     index_k[..., 0], index_k[..., 1] = 2.0**17, 0
@@ -84,19 +88,14 @@ def test_subnormal_numbers_of_e4m3_keys(monkeypatch):
     index_q[..., 0], index_q[..., 1] = 0, 1
     index_k, scale = fp8.quantize(index_k)
     assert index_k[..., 2:].float().abs().max() == fp8.LARGEST_SUBNORMAL
-    sequences = torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32)
-    arguments = index_q, index_k, sequences, SelectionRule(BLOCK, TOPK), None, scale
-    assert torch.equal(selected(monkeypatch, [], *arguments), selected(monkeypatch, None, *arguments))
+    assert_same_selection(monkeypatch, [], index_q, index_k, scale)
 
 
 @pytest.mark.parametrize("exponent", [-120, -79, -78, -77, -76, -75, -74, 60, 80])
 def test_queries_of_any_magnitude(exponent, monkeypatch):
-    torch.manual_seed(0)
     index_q, index_k = torch.randint(-9, 10, (1, 2, 1, 16)).bfloat16(), torch.randint(-9, 10, (1, 1, 1600, 16))
     index_k, scale = fp8.quantize(index_k)
-    sequences = torch.tensor([[0, 0, 1, 0, 1600]], dtype=torch.int32)
-    arguments = index_q * 2.0**exponent, index_k, sequences, SelectionRule(BLOCK, TOPK), None, scale
-    assert torch.equal(selected(monkeypatch, [], *arguments), selected(monkeypatch, None, *arguments))
+    assert_same_selection(monkeypatch, [], index_q * 2.0**exponent, index_k, scale, 1600)
 
 
 @pytest.mark.parametrize("fp8_keys", [False, True], ids=["bf16", "e4m3"])
@@ -105,20 +104,15 @@ def test_keys_that_are_not_finite(bad, fp8_keys, monkeypatch):
     index_q, index_k = torch.ones(1, 2, 1, 16).bfloat16(), torch.randn(1, 1, 400, 16).bfloat16()
     index_k[0, 0, 77] = bad
     index_k, scale = in_format(index_k, fp8_keys)
-    sequences = torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32)
-    arguments = index_q, index_k, sequences, SelectionRule(BLOCK, TOPK), None, scale
     used = []
-    assert torch.equal(selected(monkeypatch, used, *arguments), selected(monkeypatch, None, *arguments))
+    assert_same_selection(monkeypatch, used, index_q, index_k, scale)
     # A key that scores -inf does not change the maximum of its block.
     assert (bad == -torch.inf and not fp8_keys) or used == [None]
 
 
 def test_float32_queries_skip_the_prefilter(monkeypatch):
     used = []
-    arguments = torch.randn(1, 2, 1, 16), torch.randn(1, 1, 400, 16).bfloat16()
-    selected(
-        monkeypatch, used, *arguments, torch.tensor([[0, 0, 1, 0, 400]], dtype=torch.int32), SelectionRule(BLOCK, TOPK)
-    )
+    assert_same_selection(monkeypatch, used, torch.randn(1, 2, 1, 16), torch.randn(1, 1, 400, 16).bfloat16())
     assert not used
 
 

@@ -94,13 +94,6 @@ def test_bad_block_indices_are_named(change, error, message):
         flexmsa.index_loss(q, k, index_q, index_k, bad, aux.lse, block_size=8)
 
 
-def test_int64_indices_are_taken():
-    q, k, v, index_q, index_k = make_inputs(40)
-    ids = flexmsa.select_blocks(index_q, index_k, block_size=8, topk=2)
-    narrow = flexmsa.block_sparse_attention(q, k, v, ids, block_size=8)
-    assert torch.equal(flexmsa.block_sparse_attention(q, k, v, ids.long(), block_size=8), narrow)
-
-
 def test_a_bad_lse_is_named():
     q, k, _, index_q, index_k = make_inputs(40)
     with pytest.raises(ValueError, match=r"lse: expected \[B, Hq, Sq\]"):

@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 from integrations.converted import assert_same, make_converted, make_dense, tokens
-from integrations.device import DEVICE
-from transformers import Trainer, TrainingArguments
+from integrations.device import training_arguments
+from transformers import Trainer
 
 from flexmsa.integrations.transformers import ConversionCallback
 from flexmsa.integrations.transformers.index_branch import is_index_weight
@@ -24,20 +24,8 @@ class Rows(torch.utils.data.Dataset):
 
 
 def make_trainer(folder, model=None, callback=None, steps=STEPS, **options):
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_steps=2,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=DEVICE.type == "cpu",
-        seed=0,
-        **options,
-    )
+    options = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, **options}
+    arguments = training_arguments(folder, steps, save_steps=2, seed=0, **options)
     callback = callback or ConversionCallback(WARM_UP, index_loss_weight=0.5)
     model = make_converted(warm_up=True) if model is None else model
     return Trainer(model, arguments, train_dataset=Rows(), callbacks=[callback])
@@ -131,14 +119,7 @@ def test_resuming_without_the_state_of_the_optimizer_is_refused(whole_run, tmp_p
 
 
 def test_resuming_from_a_dense_run_is_refused(tmp_path):
-    dense = Trainer(
-        make_dense(),
-        TrainingArguments(
-            str(tmp_path), max_steps=2, save_steps=2, report_to=[], disable_tqdm=True, use_cpu=DEVICE.type == "cpu"
-        ),
-        train_dataset=Rows(),
-    )
-    dense.train()
+    Trainer(make_dense(), training_arguments(tmp_path, 2, save_steps=2), train_dataset=Rows()).train()
     with pytest.raises(ValueError, match="parameter group"):
         make_trainer(tmp_path / "new").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -154,15 +135,9 @@ def test_resuming_from_a_run_without_the_callback_is_refused(tmp_path):
 def test_gradient_accumulation_in_the_trainer(tmp_path):
     runs = []
     for accumulate in (1, 2):
-        trainer = make_trainer(
-            tmp_path,
-            callback=ConversionCallback(0),
-            steps=1,
-            gradient_accumulation_steps=accumulate,
-            logging_strategy="no",
-        )
-        trainer.args.per_device_train_batch_size = trainer._train_batch_size = 4 // accumulate
-        trainer.args.learning_rate = 1e-3
+        options = {"per_device_train_batch_size": 4 // accumulate, "gradient_accumulation_steps": accumulate}
+        options |= {"learning_rate": 1e-3, "logging_strategy": "no"}
+        trainer = make_trainer(tmp_path, callback=ConversionCallback(0), steps=1, **options)
         trainer.train()
         runs.append(trainer.model.state_dict())
     assert_same(*runs)

@@ -15,21 +15,7 @@ from transformers import (
 
 from flexmsa.integrations.transformers import register
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def eager():
-    return make_m3("eager")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_m3("flexmsa")
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("length", [1, 7, 24, 25, 100])

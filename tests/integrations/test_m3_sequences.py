@@ -14,20 +14,7 @@ from flexmsa.integrations.transformers.sequences import row_table
 LENGTHS = [30, 1, 41, 28]
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def eager():
-    return make_m3("eager")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_m3("flexmsa")
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")

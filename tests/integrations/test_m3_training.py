@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from integrations.device import DEVICE
+from integrations.device import DEVICE, training_arguments
 from integrations.m3 import make_m3, tokens
-from transformers import TrainingArguments
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import apply_rotary_pos_emb
 
 import flexmsa
@@ -169,20 +168,9 @@ def test_the_trainer_of_the_documents_accumulates(tmp_path):
     rows = [{"input_ids": ids, "labels": ids} for ids in tokens(4, 40).cpu()]
     trained = []
     for steps in (1, 2):
-        arguments = TrainingArguments(
-            str(tmp_path),
-            max_steps=1,
-            per_device_train_batch_size=4 // steps,
-            gradient_accumulation_steps=steps,
-            optim="sgd",
-            learning_rate=1.0,
-            max_grad_norm=0.0,
-            lr_scheduler_type="constant",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=DEVICE.type == "cpu",
-        )
+        options = {"per_device_train_batch_size": 4 // steps, "gradient_accumulation_steps": steps}
+        options |= {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "save_strategy": "no"}
+        arguments = training_arguments(tmp_path, 1, **options)
         model = make_m3("flexmsa")
         names["MSATrainer"](model, arguments, train_dataset=rows).train()
         trained.append(model.state_dict())

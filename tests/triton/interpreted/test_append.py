@@ -4,117 +4,54 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import least_scale
+from append_loop import BATCH, E4M3, E8M0, PAGE, PAGES, append_loop, assert_same, make_cache, new_tokens
+from helpers import least_scale, lengths
 
 from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.triton.common.fp8 import decode_e4m3, encode_e4m3, quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
-BATCH, HEADS, HEAD_DIM, INDEX_DIM, PAGE, PAGES = 3, 3, 16, 24, 8, 6
-
-
-def make_cache(paged, scaled, dtype=torch.float32):
-    """The arguments of `append` from cache_k to status; pages are handed out in a shuffled order."""
-    rows, keys = (BATCH * PAGES + 2, PAGE) if paged else (BATCH, PAGE * PAGES)
-    shapes = [(rows, HEADS, keys, HEAD_DIM), (rows, HEADS, keys, HEAD_DIM), (rows, 1, keys, INDEX_DIM)]
-    caches = [torch.zeros(shape).to(E4M3 if scaled else dtype) for shape in shapes]
-    scales = [torch.zeros(shape[:3], dtype=torch.uint8) if scaled else None for shape in shapes]
-    table = torch.randperm(BATCH * PAGES + 2)[: BATCH * PAGES].view(BATCH, PAGES).int() if paged else None
-    kv_lens = torch.tensor([0, 7, 19], dtype=torch.int32)
-    kv_starts = torch.zeros_like(kv_lens) if paged else torch.tensor([0, 3, 5], dtype=torch.int32)
-    sequences = torch.full((2 * BATCH, 5), -7, dtype=torch.int32)
-    return [*caches, *scales, table, kv_starts, kv_lens, sequences, torch.zeros(2, dtype=torch.int32)]
-
-
-def append_loop(new, lens, cache):
-    """What `append` is to do, one token after the other."""
-    *caches, table, kv_starts, kv_lens, sequences, status = cache
-    tokens = new[0].shape[2]
-    counts = [tokens] * BATCH if lens is None else lens.clamp(0, tokens).tolist()
-    rows = []
-    for b, count in enumerate(counts):
-        filled = int(kv_lens[b])
-        places = [divmod(filled + i, PAGE) for i in range(count)]
-        fits = filled + count <= PAGE * PAGES
-        if table is not None and fits:
-            fits = all(0 <= table[b, block] < caches[0].shape[0] for block, _ in places)
-        status[1] += not fits
-        count = count if fits else 0
-        for i, (block, key) in enumerate(places[:count]):
-            row, key = (b, filled + i) if table is None else (int(table[b, block]), key)
-            for x, stored, scale in zip(new, caches[:3], caches[3:6], strict=True):
-                vectors = x[b, :, i].float()
-                if scale is not None:
-                    factor = least_scale(vectors)
-                    scale[row, :, key] = factor.to(E8M0).view(torch.uint8)
-                    vectors = vectors / factor[:, None]
-                stored[row, :, key] = vectors.to(stored.dtype)
-        kv_lens[b] = filled + count
-        start, end = int(kv_starts[b]), int(kv_lens[b])
-        if lens is not None:
-            rows += [[b, 0, count, start, end], [b, count, tokens, 0, 0]]
-        else:
-            rows += [[b, 0, tokens, start, end] if fits else [b, 0, tokens, 0, 0]]
-    sequences[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
-
-
-def copies(cache):
-    return [None if x is None else x.clone() for x in cache]
-
-
-def same(x, y):
-    return (x is None and y is None) or torch.equal(x.view(torch.uint8), y.view(torch.uint8))
-
 
 def check(cache, lens, *new):
     """Append and compare with the loop; returns the cache."""
-    expected = copies(cache)
+    expected = cache.copy()
     append_loop(new, lens, expected)
     kernels.append(*new, lens, *cache)
-    names = ["k", "v", "index_k", "k_scale", "v_scale", "index_k_scale", *("page_table", "kv_starts", "kv_lens")]
-    for name, x, y in zip([*names, "sequences", "status"], cache, expected, strict=True):
-        assert same(x, y), name
+    assert_same(cache, expected)
     return cache
 
 
-def tokens(count):
-    """New vectors, their strides in no order."""
-    shapes = [(HEADS, HEAD_DIM), (HEADS, HEAD_DIM), (1, INDEX_DIM)]
-    return [torch.randn(count, depth, BATCH, heads).permute(2, 3, 0, 1) for heads, depth in shapes]
-
-
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "e4m3"])
-def test_like_the_loop(paged, scaled):
-    cache = make_cache(paged, scaled)
+@pytest.mark.parametrize("dtype", [torch.float32, E4M3], ids=str)
+def test_like_the_loop(paged, dtype):
+    cache = make_cache(paged, dtype)
     for count in (1, 4, 20, 0):
-        cache = check(cache, None, *tokens(count))
-    cache = check(cache, torch.tensor([3, -1, 9], dtype=torch.int32), *tokens(4))
-    cache = check(cache, torch.tensor([0, 0, 0], dtype=torch.int32), *tokens(1))
+        cache = check(cache, None, *new_tokens(count))
+    cache = check(cache, lengths(3, -1, 9), *new_tokens(4))
+    cache = check(cache, lengths(0, 0, 0), *new_tokens(1))
 
 
 def test_other_types():
     """fp16 vectors into an e4m3 cache, fp32 vectors into an fp16 one."""
-    check(make_cache(True, True), None, *(x.half() for x in tokens(5)))
-    check(make_cache(False, False, torch.float16), None, *tokens(5))
+    check(make_cache(True, E4M3), None, *(x.half() for x in new_tokens(5)))
+    check(make_cache(False, torch.float16), None, *new_tokens(5))
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["plain", "ragged"])
 def test_rows_that_do_not_fit(ragged):
     """Row 2 is refused as too long; a row that needs a page it has not got, likewise; other rows are served."""
     for paged in (False, True):
-        cache = make_cache(paged, False)
-        lens = torch.tensor([PAGE * PAGES, 5, 30], dtype=torch.int32) if ragged else None
-        cache = check(cache, lens, *tokens(30))
-        assert cache[-1].tolist() == [0, 1]
-    cache = make_cache(True, False)
+        cache = make_cache(paged)
+        lens = lengths(PAGE * PAGES, 5, 30) if ragged else None
+        cache = check(cache, lens, *new_tokens(30))
+        assert cache.status.tolist() == [0, 1]
+    cache = make_cache(True)
     for entry, page in enumerate((-1, BATCH * PAGES + 2)):
-        cache[6][entry, 3] = page
-    lens = torch.tensor([25, 17, 3], dtype=torch.int32) if ragged else None
-    cache = check(cache, lens, *tokens(25))
-    assert cache[-1].tolist() == [0, 1 if ragged else 2]
+        cache.page_table[entry, 3] = page
+    lens = lengths(25, 17, 3) if ragged else None
+    cache = check(cache, lens, *new_tokens(25))
+    assert cache.status.tolist() == [0, 1 if ragged else 2]
 
 
 @triton.jit

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import visible
+from helpers import dense_attention, hide_unowned, plain, visible
 
-from flexmsa import reference
 from flexmsa.kernels import workspace
 from flexmsa.kernels.triton.backward.config import BackwardConfig
 from flexmsa.kernels.triton.backward.launch import block_sparse_attention_backward
@@ -36,8 +35,7 @@ class Problem:
     def __init__(self, case, use_grad_lse=True):
         groups, group_size, seqlen_q, seqlen_k, head_dim, self.block_size, topk, table, dtype = case
         batch = 2 if table is None else 1 + max(row[0] for row in table)
-        plain = [[b, 0, seqlen_q, 0, seqlen_k] for b in range(batch)]
-        self.sequences = torch.tensor(table or plain, dtype=torch.int32)
+        self.sequences = torch.tensor(table, dtype=torch.int32) if table else plain(batch, seqlen_q, seqlen_k)
         self.scale = head_dim**-0.5
         rows = (batch, groups * group_size, seqlen_q)
         self.q, self.grad_out = (torch.randn(*rows, head_dim).to(dtype) for _ in range(2))
@@ -51,23 +49,15 @@ class Problem:
         self.exact = self.solve(torch.float64)
         self.baseline = self.solve(dtype)
         self.out, self.lse = self.exact[0].to(dtype), self.exact[1].float()
-        used = torch.zeros(batch, seqlen_k, dtype=torch.bool)
-        for row, _, _, k_start, k_end in self.sequences.tolist():
-            used[row, k_start:k_end] = True
-        self.k, self.v = (x.masked_fill(~used[:, None, :, None], float("nan")) for x in (self.k, self.v))
+        self.k, self.v = hide_unowned(self.sequences, self.k, self.v)
 
     def solve(self, dtype):
         """(out, lse, grad_q, grad_k, grad_v) by autograd, computed in dtype."""
-        start, end = visible(self.sequences, *self.q.shape[::2])
-        work = torch.float64 if dtype == torch.float64 else self.q.dtype
-        inputs = [x.to(work).requires_grad_() for x in (self.q, self.k, self.v)]
-        out, lse = reference.block_sparse_attention(
-            *inputs, self.ids, start, end, self.block_size, self.scale, dtype=dtype
-        )
-        seen = end > start
+        inputs = [x.to(dtype).requires_grad_() for x in (self.q, self.k, self.v)]
+        out, lse = dense_attention(*inputs, self.ids, self.sequences, self.block_size, self.scale, dtype)
         loss = (out * self.grad_out.to(out.dtype)).sum()
         if self.grad_lse is not None:
-            loss = loss + (lse.masked_fill(~seen[:, None], 0.0) * self.grad_lse.to(lse.dtype)).sum()
+            loss = loss + (lse.masked_fill(lse == -torch.inf, 0.0) * self.grad_lse.to(lse.dtype)).sum()
         return out.detach(), lse.detach(), *torch.autograd.grad(loss, inputs)
 
     def run(self, config=None, change=lambda x: x):
@@ -91,15 +81,6 @@ class Problem:
             assert_close(f"grad_{name}", grad, exact, baseline)
 
 
-@pytest.fixture
-def small_workspace():
-    """A workspace of few tokens, so that there are many chunks."""
-    before = workspace.workspace_limit()
-    workspace.set_workspace_limit(1)
-    yield
-    workspace.set_workspace_limit(before)
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("use_grad_lse", [True, False], ids=["grad_lse", "no grad_lse"])
 def test_gradients(case, use_grad_lse):
@@ -108,7 +89,8 @@ def test_gradients(case, use_grad_lse):
 
 
 @pytest.mark.parametrize("name", ["packed", "half", "dense"])
-def test_chunks_and_pieces(name, small_workspace):
+def test_token_ranges_and_work_items(name):
+    workspace.set_workspace_limit(1)
     problem = Problem(CASES[name])
     chunked = problem.run(TILES)
     problem.check(chunked)

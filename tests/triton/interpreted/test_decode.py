@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import dense_attention, dense_selection, hide_unowned, plain
 
 from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.rules import SelectionRule
@@ -30,23 +31,17 @@ CASES = {
 }  # fmt: skip
 
 
-def poisoned_inputs(dense, case):
+def poisoned_inputs(case):
     """The tensors of a case, NaN in the cache slots that no sequence owns."""
     groups, group_size, seqlen_q, seqlen_k, head_dim, depth, block_size, topk, table, dtype = case
-    sequences = dense.plain(2, seqlen_q, seqlen_k) if table is None else torch.tensor(table, dtype=torch.int32)
-    shapes = [
-        (2, groups * group_size, seqlen_q, head_dim),
-        (2, groups, seqlen_k, head_dim),
-        (2, groups, seqlen_k, head_dim),
-        (2, groups, seqlen_q, depth),
-        (2, 1, seqlen_k, depth),
-    ]
-    q, k, v, index_q, index_k = (torch.randn(shape).to(dtype) for shape in shapes)
-    used = torch.zeros(2, seqlen_k, dtype=torch.bool)
-    for row, _, _, k_start, k_end in sequences.tolist():
-        used[row, k_start:k_end] = True
-    for cache in (k, v, index_k):
-        cache.masked_fill_(~used[:, None, :, None], float("nan"))
+    sequences = plain(2, seqlen_q, seqlen_k) if table is None else torch.tensor(table, dtype=torch.int32)
+
+    def vectors(heads, length, size):
+        return torch.randn(2, heads, length, size).to(dtype)
+
+    q, index_q = vectors(groups * group_size, seqlen_q, head_dim), vectors(groups, seqlen_q, depth)
+    keys = vectors(groups, seqlen_k, head_dim), vectors(groups, seqlen_k, head_dim), vectors(1, seqlen_k, depth)
+    k, v, index_k = hide_unowned(sequences, *keys)
     return q, k, v, index_q, index_k, sequences, block_size, topk
 
 
@@ -65,14 +60,14 @@ def assert_attention(found, wanted, dtype):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_decode(dense, case, monkeypatch):
+def test_decode(case, monkeypatch):
     monkeypatch.setattr(decode, "FEW_ROWS", 8192)
-    q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(dense, case)
+    q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(case)
     scale = q.shape[-1] ** -0.5
     ids = kernels.select_blocks(index_q, index_k, sequences, SelectionRule(block_size, topk))
     out, lse = kernels.attend_blocks(q, k, v, ids, sequences, block_size, scale)
-    assert torch.equal(ids, dense.select(index_q, index_k, sequences, SelectionRule(block_size, topk)))
-    wanted = dense.attend(q, k.nan_to_num(), v.nan_to_num(), ids, sequences, block_size, scale)
+    assert torch.equal(ids, dense_selection(index_q, index_k, sequences, SelectionRule(block_size, topk)))
+    wanted = dense_attention(q, k.nan_to_num(), v.nan_to_num(), ids, sequences, block_size, scale)
     assert_attention((out, lse), wanted, q.dtype)
     assert (out[lse == -float("inf")] == 0).all()
 
@@ -81,10 +76,10 @@ def test_decode(dense, case, monkeypatch):
     ("name", "num_lists", "splits"),
     [*((name, 2, 1) for name in CASES), ("several tokens", 150, 3), ("filled parts", 150, 3), ("M3 group", 150, 3)],
 )
-def test_attention_merges_lists(dense, name, num_lists, splits, monkeypatch):
+def test_attention_merges_lists(name, num_lists, splits, monkeypatch):
     """Where the keys of a query were split, the attention finds the chosen blocks by itself, and writes their ids."""
     monkeypatch.setattr(decode, "FEW_ROWS", 8192)
-    q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(dense, CASES[name])
+    q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(CASES[name])
     config = choose_config(index_q, index_k, sequences, SelectionRule(block_size, topk))
     config = replace(config, num_splits=num_lists)
     ids, lists = rank_blocks(index_q, index_k, sequences, SelectionRule(block_size, topk), config=config)
@@ -94,39 +89,39 @@ def test_attention_merges_lists(dense, name, num_lists, splits, monkeypatch):
         patch.setattr(decode, "merge_splits", None)
         chosen = decode.Chosen(ids, lists)
         found = decode.attend(q, k, v, Cache(), chosen, sequences, block_size, 0.3, config)
-    assert torch.equal(ids, dense.select(index_q, index_k, sequences, SelectionRule(block_size, topk)))
-    wanted = dense.attend(q, k.nan_to_num(), v.nan_to_num(), ids, sequences, block_size, 0.3)
+    assert torch.equal(ids, dense_selection(index_q, index_k, sequences, SelectionRule(block_size, topk)))
+    wanted = dense_attention(q, k.nan_to_num(), v.nan_to_num(), ids, sequences, block_size, 0.3)
     assert_attention(found, wanted, q.dtype)
 
 
-def test_long_lists_are_merged_once(dense, monkeypatch):
-    q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(dense, CASES["several tokens"])
+def test_long_lists_are_merged_once(monkeypatch):
+    q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(CASES["several tokens"])
     rule = SelectionRule(block_size, topk)
     found = kernels.select_and_attend(q, index_q, k, v, index_k, sequences, rule, 0.3)
     monkeypatch.setattr(decode, "LONGEST_MERGED", 0)
     merged_once = kernels.select_and_attend(q, index_q, k, v, index_k, sequences, rule, 0.3)
     assert torch.equal(found[2], merged_once[2])
-    wanted = dense.attend(q, k.nan_to_num(), v.nan_to_num(), found[2], sequences, block_size, 0.3)
+    wanted = dense_attention(q, k.nan_to_num(), v.nan_to_num(), found[2], sequences, block_size, 0.3)
     for each in (found, merged_once):
         assert_attention(each[:2], wanted, q.dtype)
 
 
 @pytest.mark.parametrize("splits", [1, 3, 8])
-def test_any_ids_and_splits(dense, splits):
-    q, k, v, _, _, sequences, block_size, _ = poisoned_inputs(dense, CASES["several tokens"])
+def test_any_ids_and_splits(splits):
+    q, k, v, _, _, sequences, block_size, _ = poisoned_inputs(CASES["several tokens"])
     ids = torch.tensor([-1, 3, 99, 2**31 - 1, 0, -(2**31), 18, -1], dtype=torch.int32).expand(2, 4, 2, 8)
     config = replace(config_of(q, k, block_size, 8), num_splits=splits)
     found = kernels.attend_blocks(q, k, v, ids, sequences, block_size, 0.3, config=config)
     seen = ids.where((ids >= 0) & (ids < 19), -1)
-    assert_attention(found, dense.attend(q, k, v, seen, sequences, block_size, 0.3), q.dtype)
+    assert_attention(found, dense_attention(q, k, v, seen, sequences, block_size, 0.3), q.dtype)
 
 
-def test_strides(dense):
-    q, k, v, _, _, sequences, block_size, _ = poisoned_inputs(dense, CASES["several tokens"])
+def test_strides():
+    q, k, v, _, _, sequences, block_size, _ = poisoned_inputs(CASES["several tokens"])
     ids = torch.tensor([0, 5, 18], dtype=torch.int32).expand(2, 4, 2, 3)
 
     def shuffled(x):
         return x.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
 
     found = kernels.attend_blocks(shuffled(q), shuffled(k), shuffled(v), ids, sequences, block_size, 0.3)
-    assert_attention(found, dense.attend(q, k, v, ids, sequences, block_size, 0.3), q.dtype)
+    assert_attention(found, dense_attention(q, k, v, ids, sequences, block_size, 0.3), q.dtype)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import least_scale
+from helpers import dense_attention, dense_selection, least_scale
 
 from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.rules import SelectionRule
@@ -49,13 +49,13 @@ def sequences_of(seqlen_q, kv_lens=(96, 71)):
 
 @pytest.mark.parametrize("seqlen_q", [1, 7, 40])
 @pytest.mark.parametrize("block_size", [16, 12])
-def test_selection(dense, seqlen_q, block_size):
+def test_selection(seqlen_q, block_size):
     stored, scale, _ = quantized(1)
     index_q = torch.randn(BATCH, GROUPS, seqlen_q, DEPTH)
     sequences = sequences_of(seqlen_q)
     rules = sequences, SelectionRule(block_size, 3)
     exact = stored.double() * scale.view(E8M0).float()[..., None]
-    wanted = dense.select(index_q.double(), exact, *rules)
+    wanted = dense_selection(index_q.double(), exact, *rules)
     config = choose_config(index_q, stored, sequences, SelectionRule(block_size, 3))
     for splits, clear in ((1, False), (3, True)):
         variant = replace(config, num_splits=splits, clear=clear)
@@ -65,11 +65,11 @@ def test_selection(dense, seqlen_q, block_size):
 
 
 @pytest.mark.parametrize("is_paged", [False, True])
-def test_selection_by_parts_of_blocks(dense, is_paged):
+def test_selection_by_parts_of_blocks(is_paged):
     stored, scale, _ = quantized(1)
     index_q = torch.randn(BATCH, GROUPS, 7, DEPTH)
     rules = sequences_of(7), SelectionRule(24, 2)
-    wanted = dense.select(index_q.double(), stored.double() * scale.view(E8M0).float()[..., None], *rules)
+    wanted = dense_selection(index_q.double(), stored.double() * scale.view(E8M0).float()[..., None], *rules)
     table = None
     if is_paged:
         table, (stored, scale) = paged(24, stored, scale)
@@ -79,42 +79,43 @@ def test_selection_by_parts_of_blocks(dense, is_paged):
 
 @pytest.mark.parametrize("as_they_are", [False, True])
 @pytest.mark.parametrize("halves", [False, True])
-def test_selection_by_e4m3_queries(dense, as_they_are, halves):
+def test_selection_by_e4m3_queries(as_they_are, halves):
     """Without scales, and with e4m3's own NaN among the keys, which an interpreted product takes for 480."""
     index_q, index_k = torch.randn(BATCH, GROUPS, 40, DEPTH).to(E4M3), torch.randn(BATCH, 1, SEQLEN, DEPTH).to(E4M3)
     if not as_they_are:
         index_k.view(torch.uint8)[:, :, 30] = 0x7F
     rules = sequences_of(40), SelectionRule(16, 3)
-    wanted = dense.select(index_q.double(), index_k.double(), *rules)
+    wanted = dense_selection(index_q.double(), index_k.double(), *rules)
     config = replace(
         choose_config(index_q, index_k, *rules), fp8_product=as_they_are, halves=halves, clear=True, period=1
     )
     assert torch.equal(kernels.select_blocks(index_q, index_k, *rules, config=config), wanted)
 
 
-def test_keys_that_are_not_finite_score_as_nothing(dense):
+def test_keys_that_are_not_finite_score_as_nothing():
     """A scale that is NaN makes its key NaN, whatever is stored: of no use to its block."""
     stored, scale, keys = quantized(1)
     for token in ((0, 0, 40), (0, 0, slice(64, 80)), (1, 0, 3)):
         scale[token], keys[token] = 255, torch.nan
     index_q = torch.randn(BATCH, GROUPS, 4, DEPTH)
     rules = sequences_of(4), SelectionRule(16, 3)
-    assert torch.equal(kernels.select_blocks(index_q, stored, *rules, None, scale), dense.select(index_q, keys, *rules))
+    assert torch.equal(
+        kernels.select_blocks(index_q, stored, *rules, None, scale), dense_selection(index_q, keys, *rules)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("seqlen_q", [1, 7, 40])
-def test_attention(dense, seqlen_q, dtype):
+def test_attention(seqlen_q, dtype):
     (k, k_scale, k_values), (v, v_scale, v_values) = quantized(GROUPS, dtype), quantized(GROUPS, dtype)
     q = torch.randn(BATCH, GROUPS * GROUP_SIZE, seqlen_q, DEPTH).to(dtype)
     sequences = sequences_of(seqlen_q)
     table, (k_pages, v_pages, *scales) = paged(16, k, v, k_scale, v_scale)
     for topk in (3, None):
         ids = torch.randint(-1, 6, (BATCH, GROUPS, seqlen_q, topk)).sort().values if topk else None
-        chosen = torch.arange(6).expand(BATCH, GROUPS, seqlen_q, 6) if ids is None else ids
         both = [x.double() * s.view(E8M0).float()[..., None] for x, s in ((k, k_scale), (v, v_scale))]
-        exact = dense.attend(q, *both, chosen, sequences, 16, 0.3)
-        rounded = dense.attend(q, k_values, v_values, chosen, sequences, 16, 0.3)
+        exact = dense_attention(q, *both, ids, sequences, 16, 0.3)
+        rounded = dense_attention(q, k_values, v_values, ids, sequences, 16, 0.3)
         arguments = ids, sequences, 16, 0.3
         out, lse = kernels.attend_blocks(q, k, v, *arguments, None, k_scale, v_scale)
         assert_close("out", out, exact[0], rounded[0].to(dtype))

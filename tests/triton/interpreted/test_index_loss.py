@@ -7,13 +7,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from helpers import hide_unowned, plain
 
 from flexmsa import reference
 from flexmsa.kernels.sequences import key_ranges
 from flexmsa.kernels.triton.loss.config import LossConfig
 from flexmsa.kernels.triton.loss.gradient import fast_log2
 from flexmsa.kernels.triton.loss.launch import index_loss
-from flexmsa.kernels.workspace import set_workspace_limit, workspace_limit
+from flexmsa.kernels.workspace import set_workspace_limit
 from flexmsa.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -64,20 +65,16 @@ CASES = {
 }
 
 
-def inputs_of(dense, case):
+def inputs_of(case):
     """(q, k, index_q, index_k, block_indices, sequences), NaN in the keys of no sequence."""
-    sequences = torch.tensor(case.table or dense.plain(case.batch, case.seqlen_q, case.seqlen_k).tolist()).int()
+    sequences = torch.tensor(case.table or plain(case.batch, case.seqlen_q, case.seqlen_k).tolist()).int()
     heads = (case.groups * case.group_size, case.groups, case.groups, 1)
     lengths = (case.seqlen_q, case.seqlen_k) * 2
     dims = (case.head_dim, case.head_dim, case.index_dim, case.index_dim)
     q, k, index_q, index_k = (
         torch.randn(case.batch, h, s, d).to(case.dtype) for h, s, d in zip(heads, lengths, dims, strict=True)
     )
-    used = torch.zeros(case.batch, case.seqlen_k, dtype=torch.bool)
-    for row, _, _, k_start, k_end in sequences.tolist():
-        used[row, k_start:k_end] = True
-    for keys in (k, index_k):
-        keys.masked_fill_(~used[:, None, :, None], float("nan"))
+    k, index_k = hide_unowned(sequences, k, index_k)
     blocks = -(-case.seqlen_k // case.block_size)
     ids = None
     if case.topk is not None:
@@ -119,38 +116,31 @@ def assert_loss(inputs, block_size, config, scales=None):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("config", [None, replace(SMALL, length=20)], ids=["chosen", "work items"])
-def test_loss_and_gradient(dense, case, config):
-    assert_loss(inputs_of(dense, case), case.block_size, config)
-
-
-@pytest.fixture
-def tiny_workspace():
-    limit = workspace_limit()
-    set_workspace_limit(1)
-    yield
-    set_workspace_limit(limit)
+def test_loss_and_gradient(case, config):
+    assert_loss(inputs_of(case), case.block_size, config)
 
 
 @pytest.mark.parametrize("topk", [3, None])
-def test_token_ranges(dense, tiny_workspace, topk):
+def test_token_ranges(topk):
+    set_workspace_limit(1)
     case = Case(seqlen_q=40, seqlen_k=40, batch=2, block_size=20, topk=topk)
-    assert_loss(inputs_of(dense, case), 20, replace(SMALL, length=7))
+    assert_loss(inputs_of(case), 20, replace(SMALL, length=7))
 
 
-def test_strides(dense):
-    inputs = inputs_of(dense, Case(batch=2))
+def test_strides():
+    inputs = inputs_of(Case(batch=2))
     *tensors, sequences = inputs
     shuffled = [x.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0) for x in tensors]
     assert_loss((*shuffled, sequences), 16, SMALL)
 
 
-def test_no_visible_key(dense):
-    loss, *grads = assert_loss(inputs_of(dense, CASES["no keys"]), 16, None)
+def test_no_visible_key():
+    loss, *grads = assert_loss(inputs_of(CASES["no keys"]), 16, None)
     assert loss == 0 and all((x == 0).all() for x in grads)
 
 
-def test_scales_and_repetition(dense):
-    inputs = inputs_of(dense, Case(batch=2))
+def test_scales_and_repetition():
+    inputs = inputs_of(Case(batch=2))
     first, second = (assert_loss(inputs, 16, SMALL, (0.03, 2.5)) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 

@@ -27,13 +27,6 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.fixture(autouse=True)
-def limit():
-    before = workspace.workspace_limit()
-    yield
-    workspace.set_workspace_limit(before)
-
-
 def train(seqlen, topk):
     q, k, v, index_q, index_k = Case(group_size=3, seqlen_q=seqlen, seqlen_k=seqlen).inputs("cpu")[0]
     ids = None if topk is None else flexmsa.select_blocks(index_q, index_k, block_size=8, topk=topk)

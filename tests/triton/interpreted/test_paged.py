@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import dense_attention, dense_selection, ragged
 
 from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.rules import SelectionRule
@@ -56,58 +57,43 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_like_contiguous_and_the_definition(dense, case):
+def test_like_contiguous_and_the_definition(case):
     seqlen_q, kv_lens, block_size, topk, dtype = case
     flat, pages, table = caches(kv_lens, block_size, dtype)
     q, index_q = queries(len(kv_lens), seqlen_q, dtype)
-    rows = [[b, 0, seqlen_q, 0, length] for b, length in enumerate(kv_lens)]
-    sequences = torch.tensor(rows, dtype=torch.int32)
+    sequences = ragged([seqlen_q] * len(kv_lens), kv_lens, seqlen_q)
     rules = sequences, SelectionRule(block_size, topk)
     config = choose_config(index_q, pages[2], sequences, SelectionRule(block_size, topk), table)
     expected = kernels.select_blocks(index_q, flat[2], *rules)
-    assert torch.equal(expected, dense.select(index_q, flat[2], *rules))
+    assert torch.equal(expected, dense_selection(index_q, flat[2], *rules))
     for splits in (1, 3):
         variant = replace(config, num_splits=splits)
         assert torch.equal(kernels.select_blocks(index_q, pages[2], *rules, table, config=variant), expected)
     for ids in (expected, None):
         out, lse = kernels.attend_blocks(q, *flat[:2], ids, sequences, block_size, 0.3)
         assert_same(kernels.attend_blocks(q, *pages[:2], ids, sequences, block_size, 0.3, table), (out, lse))
-        if ids is None:
-            ids = torch.arange(table.shape[1]).expand(*index_q.shape[:3], table.shape[1])
-        exact = dense.attend(q, *(x.nan_to_num() for x in flat[:2]), ids, sequences, block_size, 0.3)
+        exact = dense_attention(q, *(x.nan_to_num() for x in flat[:2]), ids, sequences, block_size, 0.3)
         assert_close("out", out, exact[0], exact[0].to(dtype))
         assert_close("lse", lse, exact[1], exact[1].float())
 
 
 @pytest.mark.parametrize("seqlen_q", [4, 20])
-def test_rows_with_different_numbers_of_queries(dense, seqlen_q):
+def test_rows_with_different_numbers_of_queries(seqlen_q):
     """Row b has its first lens[b] queries; the others, and those of empty rows, see nothing."""
     kv_lens, lens = [50, 21, 0, 9], [seqlen_q, 2, 0, 0]
     flat, pages, table = caches(kv_lens, 8)
     q, index_q = queries(4, seqlen_q)
-    rows = [
-        row
-        for b, (length, count) in enumerate(zip(kv_lens, lens, strict=True))
-        for row in ([b, 0, count, 0, length], [b, count, seqlen_q, 0, 0])
-    ]
-    sequences = torch.tensor(rows, dtype=torch.int32)
+    sequences = ragged(lens, kv_lens, seqlen_q)
     ids = kernels.select_blocks(index_q, pages[2], sequences, SelectionRule(8, 3), table)
-    assert torch.equal(ids, dense.select(index_q, flat[2], sequences, SelectionRule(8, 3)))
+    assert torch.equal(ids, dense_selection(index_q, flat[2], sequences, SelectionRule(8, 3)))
     for choice in (ids, None):
         out, lse = kernels.attend_blocks(q, *pages[:2], choice, sequences, 8, 0.3, table)
         for b, count in enumerate(lens):
             assert (ids[b, :, count:] == -1).all()
             assert (out[b, :, count:] == 0).all() and (lse[b, :, count:] == -torch.inf).all()
-            if count == 0:
-                continue
-            alone = torch.tensor([[0, 0, count, 0, kv_lens[b]]], dtype=torch.int32)
-            chosen = ids[b : b + 1, :, :count]
-            if choice is None:
-                chosen = torch.arange(table.shape[1]).expand(1, GROUPS, count, table.shape[1])
-            keys = (x[b : b + 1].nan_to_num() for x in flat[:2])
-            exact = dense.attend(q[b : b + 1, :, :count], *keys, chosen, alone, 8, 0.3)
-            assert_close("out", out[b : b + 1, :, :count], exact[0], exact[0].float())
-            assert_close("lse", lse[b : b + 1, :, :count], exact[1], exact[1].float())
+        exact = dense_attention(q, *(x.nan_to_num() for x in flat[:2]), choice, sequences, 8, 0.3)
+        assert_close("out", out, exact[0], exact[0].float())
+        assert_close("lse", lse, exact[1], exact[1].float())
 
 
 @pytest.mark.parametrize("seqlen_q", [3, 20])

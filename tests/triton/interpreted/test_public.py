@@ -86,9 +86,8 @@ def test_checkpointing_gives_the_same_gradients(selective):
 
 
 def test_operators_keep_their_contracts():
-    q, k, v, index_q, index_k = (
-        x.requires_grad_() for x in Case(group_size=3, seqlen_q=20, seqlen_k=20).inputs("cpu")[0]
-    )
+    inputs = Case(group_size=3, seqlen_q=20, seqlen_k=20).inputs("cpu")[0]
+    q, k, v, index_q, index_k = (x.requires_grad_() for x in inputs)
     sequences = flexmsa.ops.sequence_table(q, None, None, None, 20)
     ids = flexmsa.select_blocks(index_q, index_k, block_size=8, topk=2)
     settings = (sequences, 8, 0.3, "triton")

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers import dense_selection, plain
 
 import flexmsa
 from flexmsa.kernels.rules import SelectionRule
@@ -19,14 +18,14 @@ def integers(*shape, dtype=torch.float32):
     return torch.randint(-2, 3, shape).to(dtype)
 
 
-def check(dense, index_q, index_k, block_size, topk, local=1, init=0, sequences=None, **overrides):
+def check(index_q, index_k, block_size, topk, local=1, init=0, sequences=None, **overrides):
     if sequences is None:
-        sequences = dense.plain(index_q.shape[0], index_q.shape[2], index_k.shape[2])
+        sequences = plain(index_q.shape[0], index_q.shape[2], index_k.shape[2])
     config = choose_config(index_q, index_k, sequences, SelectionRule(block_size, topk))
     # Blocks whole, as 16 bits have them, which the interpreter does not multiply.
     config = replace(config, **{"columns": padded(block_size), **overrides})
     found = select_blocks(index_q, index_k, sequences, SelectionRule(block_size, topk, local, init), config=config)
-    wanted = dense.select(index_q, index_k, sequences, SelectionRule(block_size, topk, local, init))
+    wanted = dense_selection(index_q, index_k, sequences, SelectionRule(block_size, topk, local, init))
     assert found.dtype == torch.int32 and found.is_contiguous()
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
     return found
@@ -50,36 +49,36 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("draw", [integers, lambda *s, dtype: torch.randn(s).to(dtype)], ids=["ties", "normal"])
-def test_matches_definition(dense, shape, draw):
+def test_matches_definition(shape, draw):
     batch, groups, seqlen_q, seqlen_k, depth, block_size, topk, local, init, splits, dtype = shape
     index_q = draw(batch, groups, seqlen_q, depth, dtype=dtype)
     index_k = draw(batch, 1, seqlen_k, depth, dtype=dtype)
-    check(dense, index_q, index_k, block_size, topk, local, init, num_splits=splits)
+    check(index_q, index_k, block_size, topk, local, init, num_splits=splits)
 
 
 @pytest.mark.parametrize("block_size", [48, 40])
-def test_parts_of_blocks(dense, block_size):
+def test_parts_of_blocks(block_size):
     index_q, index_k = integers(2, 3, 30, 16), integers(2, 1, 333, 16)
     index_k[0, 0, 100] = torch.nan
     for splits, local in ((1, 1), (3, 2)):
-        check(dense, index_q, index_k, block_size, 3, local, num_splits=splits, columns=16)
+        check(index_q, index_k, block_size, 3, local, num_splits=splits, columns=16)
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 20])
 @pytest.mark.parametrize("clear", [False, True])
-def test_keys_as_the_rows_of_the_product(dense, seqlen_q, clear):
+def test_keys_as_the_rows_of_the_product(seqlen_q, clear):
     index_q, index_k = integers(2, 3, seqlen_q, 16), integers(2, 1, 333, 16)
     for splits, period in ((1, 4), (4, 1)):
-        check(dense, index_q, index_k, 48, 3, num_splits=splits, swap=True, clear=clear, period=period)
+        check(index_q, index_k, 48, 3, num_splits=splits, swap=True, clear=clear, period=period)
 
 
 @pytest.mark.parametrize(("splits", "local", "init"), [(1, 1, 0), (2, 3, 1)])
 @pytest.mark.parametrize("halves", [False, True])
-def test_blocks_one_by_one(dense, splits, local, init, halves):
+def test_blocks_one_by_one(splits, local, init, halves):
     """Two tiles, one with few blocks that are clear; many scores are equal."""
     index_q, index_k = integers(1, 3, 40, 16), integers(1, 1, 170, 16)
     changes = {"num_splits": splits, "rows": 64, "period": 1, "halves": halves}
-    check(dense, index_q, index_k, 16, 5, local, init, clear=True, **changes)
+    check(index_q, index_k, 16, 5, local, init, clear=True, **changes)
 
 
 @pytest.mark.parametrize(
@@ -89,13 +88,13 @@ def test_blocks_one_by_one(dense, splits, local, init, halves):
         *((torch.randn, 0, topk, splits) for topk, splits in [(5, 3), (5, 40), (40, 90)]),
     ],
 )
-def test_many_splits(dense, draw, init, topk, splits):
+def test_many_splits(draw, init, topk, splits):
     """More splits than a tile of the merge has columns, and more than can hold a chosen block.
 
     With ties and forced blocks, and without.
     """
     index_q, index_k = draw(1, 3, 1, 16), draw(1, 1, 200 * 4, 16)
-    check(dense, index_q, index_k, 4, topk, 1, min(init, topk - 1), num_splits=splits, rows=16)
+    check(index_q, index_k, 4, topk, 1, min(init, topk - 1), num_splits=splits, rows=16)
 
 
 def test_too_many_blocks():
@@ -103,65 +102,46 @@ def test_too_many_blocks():
         flexmsa.select_blocks(integers(1, 1, 1, 16), integers(1, 1, 600, 16), block_size=1, topk=513, backend="triton")
 
 
-def test_bulk_copies(dense):
+def test_bulk_copies():
     index_q, index_k = integers(2, 3, 20, 16), integers(2, 1, 333, 16)
-    check(dense, index_q, index_k, 16, 3, use_tma=True, num_splits=2)
+    check(index_q, index_k, 16, 3, use_tma=True, num_splits=2)
 
 
-def test_packed_documents(dense):
+@pytest.mark.parametrize("splits", [1, 3])
+def test_packed_documents(splits):
     documents = [[0, 0, 1, 0, 1], [0, 1, 40, 1, 40], [0, 40, 60, 40, 60], [1, 0, 3, 0, 0], [1, 3, 60, 3, 60]]
     sequences = torch.tensor(documents, dtype=torch.int32)
-    ids = check(dense, integers(2, 3, 60, 16), integers(2, 1, 60, 16), 16, 2, sequences=sequences, rows=16)
+    ids = check(integers(2, 3, 60, 16), integers(2, 1, 60, 16), 16, 2, sequences=sequences, rows=16, num_splits=splits)
     assert (ids[1, :, :3] == -1).all()
     assert (ids[0, :, 0] == torch.tensor([0, -1])).all()
 
 
-def test_cache_slots_outside_the_sequence_do_not_leak(dense):
+def test_cache_slots_outside_the_sequence_do_not_leak():
     index_q, index_k = integers(2, 4, 2, 16), integers(2, 1, 200, 16)
     index_k[0, :, 77:] = float("nan")
     index_k[1, :, :20] = float("inf")
     sequences = torch.tensor([[0, 0, 2, 0, 77], [1, 0, 2, 20, 200]], dtype=torch.int32)
     for splits in (1, 3):
-        check(dense, index_q, index_k, 16, 3, sequences=sequences, num_splits=splits)
+        check(index_q, index_k, 16, 3, sequences=sequences, num_splits=splits)
 
 
-def test_fewer_keys_than_queries(dense):
+def test_fewer_keys_than_queries():
     sequences = torch.tensor([[0, 0, 20, 0, 5]], dtype=torch.int32)
-    ids = check(dense, integers(1, 2, 20, 16), integers(1, 1, 5, 16), 16, 2, sequences=sequences)
+    ids = check(integers(1, 2, 20, 16), integers(1, 1, 5, 16), 16, 2, sequences=sequences)
     assert (ids[:, :, :15] == -1).all()
 
 
-def test_strides(dense):
+def test_strides():
     index_q = integers(1, 30, 16, 3).permute(0, 3, 1, 2)
     index_k = integers(1, 1, 16, 180).transpose(2, 3)[:, :, ::2]
-    check(dense, index_q, index_k, 16, 2)
+    check(index_q, index_k, 16, 2)
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-def test_extreme_numbers(dense, splits):
+def test_extreme_numbers(splits):
     index_q, index_k = integers(1, 3, 40, 16), integers(1, 1, 120, 16)
     index_k[0, 0, 17], index_k[0, 0, 40], index_k[0, 0, 70:90] = float("inf"), -float("inf"), float("nan")
     index_q[0, 1, 5:20] = float("nan")
     index_q[0, 2] *= 3e38
     index_q[0, 0, ::3] = -0.0
-    check(dense, index_q, index_k, 16, 3, num_splits=splits)
-
-
-@settings(derandomize=True, deadline=None, max_examples=12)
-@given(data=st.data())
-def test_any_table_of_sequences(data):
-    from flexmsa import reference
-
-    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
-    groups, topk = data.draw(st.sampled_from([1, 3])), data.draw(st.integers(1, 5))
-    local, splits = data.draw(st.integers(0, 1)), data.draw(st.integers(1, 3))
-    total = sum(lengths)
-    ends = torch.tensor(lengths).cumsum(0)
-    starts = ends - torch.tensor(lengths)
-    sequences = torch.stack([0 * ends, starts, ends, starts, ends], 1).int()
-    index_q, index_k = integers(1, groups, total, 16), integers(1, 1, total, 16)
-    config = replace(choose_config(index_q, index_k, sequences, SelectionRule(8, topk)), num_splits=splits)
-    found = select_blocks(index_q, index_k, sequences, SelectionRule(8, topk, local, 0), config=config)
-    start = starts.repeat_interleave(torch.tensor(lengths))[None]
-    wanted = reference.select_blocks(index_q, index_k, start, torch.arange(1, total + 1)[None], 8, topk, local)
-    assert torch.equal(found, wanted)
+    check(index_q, index_k, 16, 3, num_splits=splits)
