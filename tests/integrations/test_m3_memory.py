@@ -8,12 +8,12 @@ import pytest
 
 _PROBE = """
 import sys, torch
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, sys.argv[2])
 from integrations.device import DEVICE
 from integrations.m3 import make_m3, tokens
 torch.set_num_threads(1)
 model = make_m3(
-    "flexmsa", num_hidden_layers=2, layer_types=["full_attention", "minimax_m3_sparse"],
+    sys.argv[1], num_hidden_layers=2, layer_types=["full_attention", "minimax_m3_sparse"],
     mlp_layer_types=["dense", "dense"], num_attention_heads=2, num_key_value_heads=1,
     index_n_heads=1, index_block_size=128, index_topk_blocks=8,
 )
@@ -29,15 +29,26 @@ def peak(length):
         model(tokens(1, length), logits_to_keep=1, use_cache=False)
     return high_water() - before
 peak(512)
-print(*(peak(int(length)) for length in sys.argv[2:]))
+print(*(peak(int(length)) for length in sys.argv[3:]))
 """
+
+
+def peaks(implementation, *lengths):
+    """By how many MiB each length raises the most memory that the process ever held."""
+    arguments = [implementation, str(Path(__file__).parents[1]), *map(str, lengths)]
+    run = subprocess.run([sys.executable, "-c", _PROBE, *arguments], capture_output=True, text=True, check=True)
+    return [float(part) for part in run.stdout.split()]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much memory a process held")
 def test_peak_memory_is_linear_in_the_length():
-    """By how many MiB each length raises the most memory that the process ever held."""
-    arguments = [sys.executable, "-c", _PROBE, str(Path(__file__).parents[1]), "16384", "32768"]
-    first, second = map(float, subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.split())
+    first, second = peaks("flexmsa", 16384, 32768)
     # One bool for each query and key would be 1024 MiB.
     assert first + second < 400
     assert second < 1.5 * first + 16
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much memory a process held")
+def test_the_eager_path_is_not():
+    first, second = peaks("eager", 1024, 2048)
+    assert second > 2 * first
