@@ -94,11 +94,7 @@ def caches(
     made = []
     for _ in range(copies):
         cache = flexmsa.MSACache(batch, GROUPS, DEPTH, DEPTH, keys, dtype=dtype, index_dtype=index_dtype, device="cuda")
-        for stored, scale in (
-            (cache.k, cache.k_scale),
-            (cache.v, cache.v_scale),
-            (cache.index_k, cache.index_k_scale),
-        ):
+        for stored, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale), (cache.index_k, cache.index_k_scale)):
             if scale is None:
                 stored.normal_()
             else:

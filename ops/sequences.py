@@ -31,9 +31,7 @@ def _(q, cu_seqlens, kv_starts, kv_lens, seqlen_k):
 
 # An operator, because compiled code may run plain arithmetic after kv_lens has changed (seen with torch 2.13).
 @torch.library.custom_op(
-    "flexmsa::next_positions",
-    mutates_args=(),
-    schema="(Tensor kv_lens, Tensor kv_starts, SymInt count) -> Tensor",
+    "flexmsa::next_positions", mutates_args=(), schema="(Tensor kv_lens, Tensor kv_starts, SymInt count) -> Tensor"
 )
 def next_positions(kv_lens: Tensor, kv_starts: Tensor, count: int) -> Tensor:
     """Return [B, count] int64: the positions of each row's next `count` tokens, counted from its first key."""

@@ -15,12 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {"dense": ORANGE, "MSA": BLUE, "window": GREEN, "random": PURPLE}
-NAMES = {
-    "dense": "dense",
-    "MSA": "MSA",
-    "window": "sliding window and a sink block",
-    "random": "random blocks",
-}
+NAMES = {"dense": "dense", "MSA": "MSA", "window": "sliding window and a sink block", "random": "random blocks"}
 COLUMNS = (
     "loss, nats per byte",
     "keys that the last byte attends to",
