@@ -72,26 +72,13 @@ attend_blocks.register_fake(empty_out_and_lse)
     "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? index_k_scale=None) -> (Tensor, Tensor, Tensor)",
 )
 def select_and_attend(
-    q,
-    index_q,
-    k,
-    v,
-    index_k,
-    sequences,
-    block_size,
-    topk,
-    num_local,
-    num_init,
-    scale,
-    backend,
-    page_table=None,
-    *scales,
+    q, index_q, k, v, index_k, sequences, block_size, topk, num_local, num_init, scale, backend, pages=None, *scales
 ):
     """Return out and lse of `attend_blocks`, and the block_indices of `select_blocks` that it attended to."""
     check_topk(topk, backend)
-    check_page_table(page_table, sequences, block_size, k.shape[0], backend)
+    check_page_table(pages, sequences, block_size, k.shape[0], backend)
     main = q, index_q, k, v, index_k, sequences, SelectionRule(block_size, topk, num_local, num_init), scale
-    return run_kernel(backend, "select_and_attend", *main, page_table, *scales)
+    return run_kernel(backend, "select_and_attend", *main, pages, *scales)
 
 
 @select_and_attend.register_fake
