@@ -1,7 +1,6 @@
 """The measurements of convert-demo: a dense model, its conversion, and further training with four ways to attend."""
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from flexmsa.demo.model import VOCABULARY, language_loss
 from flexmsa.demo.progress import Progress
 from flexmsa.demo.text import Text, random_batch, spread_windows
+from flexmsa.demo.train import learning_rate
 from flexmsa.integrations.transformers.convert import convert, set_warm_up
 from flexmsa.integrations.transformers.demo.retrieval import answered, plant_early_keys, plant_keys
 from flexmsa.integrations.transformers.health import random_blocks, window_blocks
@@ -26,7 +27,6 @@ from flexmsa.integrations.transformers.training import (
     parameter_groups,
 )
 
-VOCABULARY = 256
 MOST_STATEMENTS = 23
 
 
@@ -222,18 +222,10 @@ class Demo:
         losses, answers = [], []
         for rows, keys in zip(ids.split(settings.batch_size), asked.split(settings.batch_size), strict=True):
             logits = model(rows[:, :-1].to(settings.device)).logits.cpu()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+            loss = language_loss(logits, rows[:, 1:], reduction="none")
             losses.append(loss.view(len(rows), -1).mean(1).double())
             answers.append(answered(model(keys[:, :-1].to(settings.device)).logits.cpu(), keys))
         return Score(torch.cat(losses), torch.cat(answers).double().mean().item())
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear up to the peak in the first twentieth of the steps, then a cosine down to a tenth of it."""
-    rise = max(1, steps // 20)
-    if step <= rise:
-        return peak * step / rise
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 def unigram_loss(text: Text) -> float:
