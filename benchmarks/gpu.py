@@ -25,21 +25,12 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu_peers, gpu_plot
+from benchmarks import gpu_peers, gpu_plot, gpu_training
 from benchmarks.gpu_launch_checks import host_times, launch_errors
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_selection import large_errors, packed_errors, selection_errors, selection_times, sweep_times
 from benchmarks.gpu_serving import chunk_calls, chunk_times, decode_times
 from benchmarks.gpu_serving_checks import serving_errors
-from benchmarks.gpu_training import (
-    PATTERNS,
-    flex_times,
-    floors,
-    prefill_times,
-    step_times,
-    training_errors,
-    training_times,
-)
 from flexmsa.kernels import tuning
 
 LAYERS = [8192, 16384, 32768, 131072, 524288]
@@ -116,25 +107,25 @@ def time_decoding(run: Run) -> None:
 
 def time_training(run: Run) -> None:
     for seqlen in LAYERS[:1] if run.quick else LAYERS:
-        for name, floor in floors(seqlen, run.flops, run.bandwidth).items():
+        for name, floor in gpu_training.floors(seqlen, run.flops, run.bandwidth).items():
             run.report(f"floor {seqlen}: {name}", floor)
         timer = partial(event_time, repeats=20 if seqlen < 100_000 else 5)
         dense_timer = partial(event_time, repeats=1, warm_up=False) if seqlen > 200_000 else timer
-        run.report_all(f"layer {seqlen}: ", training_times(seqlen, timer, dense_timer, launch_time, list(PATTERNS)))
+        run.report_all(f"layer {seqlen}: ", gpu_training.training_times(seqlen, timer, dense_timer, launch_time))
 
 
 def time_steps(run: Run) -> None:
     for seqlen in (4096, 8192, 16384):
-        run.report_all(f"step {seqlen}: ", step_times(seqlen))
+        run.report_all(f"step {seqlen}: ", gpu_training.step_times(seqlen))
 
 
 def time_prefill(run: Run) -> None:
     once = partial(event_time, repeats=1, warm_up=False)
-    run.report_all(f"prefill {1 << 20}: ", prefill_times(1 << 20, once, ["random", "neighbours share"]))
+    run.report_all(f"prefill {1 << 20}: ", gpu_training.prefill_times(1 << 20, once, ["random", "neighbours share"]))
 
 
 def time_flex(run: Run) -> None:
-    run.report_all("layer 32768: ", flex_times(32768, event_time, ["random", "neighbours share"]))
+    run.report_all("layer 32768: ", gpu_training.flex_times(32768, event_time, ["random", "neighbours share"]))
 
 
 def time_peers(run: Run) -> None:
@@ -151,11 +142,11 @@ PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]],
     "decode": (time_decoding, (serving_errors,)),
     "host": (lambda run: run.report_all("host ", host_times()), (launch_errors,)),
     "chunks": (lambda run: run.report_all("chunk ", chunk_times(event_time)), (serving_errors,)),
-    "training": (time_training, (training_errors,)),
-    "steps": (time_steps, (training_errors,)),
-    "prefill": (time_prefill, (*SELECTION_CHECKS, training_errors)),
-    "flex": (time_flex, (training_errors,)),
-    "peers": (time_peers, (training_errors,)),
+    "training": (time_training, (gpu_training.training_errors,)),
+    "steps": (time_steps, (gpu_training.training_errors,)),
+    "prefill": (time_prefill, (*SELECTION_CHECKS, gpu_training.training_errors)),
+    "flex": (time_flex, (gpu_training.training_errors,)),
+    "peers": (time_peers, (gpu_training.training_errors,)),
 }
 QUICK = ("selection", "decode", "host", "chunks", "training")
 

@@ -176,9 +176,7 @@ def backward_time(call: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad:
     return timer(lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True))
 
 
-def training_times(
-    seqlen: int, timer: Timer, dense_timer: Timer, launch_timer: Timer, patterns: list[str]
-) -> Iterator[tuple[str, float]]:
+def training_times(seqlen: int, timer: Timer, dense_timer: Timer, launch_timer: Timer) -> Iterator[tuple[str, float]]:
     """(name, milliseconds) of all steps of a training layer at one length, of its launches, and of dense attention."""
     q, k, v, index_q, index_k = training_inputs(seqlen)
     grad = torch.randn_like(q)
@@ -190,8 +188,8 @@ def training_times(
         leaves = index_q.detach().requires_grad_(), index_k.detach().requires_grad_()
         torch.autograd.grad(flexmsa.index_loss(q, k, *leaves, ids, lse, block_size=BLOCK), leaves)
 
-    for pattern in patterns:
-        ids = chosen(PATTERNS[pattern], seqlen)
+    for pattern, scores in PATTERNS.items():
+        ids = chosen(scores, seqlen)
         for direction, time in main_branch_times((q, k, v), ids, grad, None, timer):
             yield f"{pattern}, main branch, {direction}", time
         aux = AuxRequest(lse=True)
