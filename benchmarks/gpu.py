@@ -68,13 +68,8 @@ def ceilings():
 def environment():
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-    }
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver, **versions}
 
 
 @dataclass(frozen=True)

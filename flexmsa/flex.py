@@ -25,9 +25,7 @@ _BACKWARD_ROWS = 128
 # The fewest rows of a tensor-core product.
 _FORWARD_ROWS = 16
 # A BlockMask's lists of key blocks per row block, then of row blocks per key block: partial ones, and full ones.
-_LISTS = [
-    f"{full}{kind}_{part}" for kind in ("kv", "q") for full in ("", "full_") for part in ("num_blocks", "indices")
-]
+_LISTS = [f"{full}{kind}_{x}" for kind in ("kv", "q") for full in ("", "full_") for x in ("num_blocks", "indices")]
 
 
 def pack_gqa(q: Tensor, num_kv_heads: int) -> Tensor:
