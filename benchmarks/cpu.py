@@ -125,20 +125,11 @@ def compare(shape: Shape, seconds: dict[str, list[float]]) -> list[dict]:
         dense = DENSE_OF[name]
         ours, theirs = statistics.median(seconds[name]), statistics.median(seconds[dense])
         limit = flops[dense] / flops[name]
-        rows.append(
-            {
-                "seqlen": shape.seqlen,
-                "heads": f"{shape.num_heads}/{shape.num_kv_heads}, D={shape.head_dim}",
-                "variant": name,
-                "seconds": ours,
-                "dense_seconds": theirs,
-                "ratio": theirs / ours,
-                "limit": limit,
-                "share": theirs / ours / limit,
-                "bar": bar,
-                "rounds": {"ours": seconds[name], "dense": seconds[dense]},
-            }
-        )
+        heads = f"{shape.num_heads}/{shape.num_kv_heads}, D={shape.head_dim}"
+        times = {"seconds": ours, "dense_seconds": theirs, "ratio": theirs / ours, "limit": limit}
+        goal = {"share": theirs / ours / limit, "bar": bar}
+        rounds = {"ours": seconds[name], "dense": seconds[dense]}
+        rows.append({"seqlen": shape.seqlen, "heads": heads, "variant": name, **times, **goal, "rounds": rounds})
     return rows
 
 
@@ -174,12 +165,8 @@ def describe_machine() -> dict:
     if info.exists():
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         model = names[0] if names else model
-    return {
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "flexmsa": flexmsa.__version__,
-    }
+    versions = {"torch": torch.__version__, "flexmsa": flexmsa.__version__}
+    return {"cpu": model, "threads": torch.get_num_threads(), **versions}
 
 
 def print_table(rows: list[dict]) -> None:

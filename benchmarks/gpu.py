@@ -13,7 +13,7 @@ import argparse
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,25 +25,15 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu_peers, gpu_plot
+from benchmarks import gpu_peers, gpu_plot, gpu_training
 from benchmarks.gpu_launch_checks import host_times, launch_errors
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_selection import large_errors, packed_errors, selection_errors, selection_times, sweep_times
 from benchmarks.gpu_serving import chunk_calls, chunk_times, decode_times
 from benchmarks.gpu_serving_checks import serving_errors
-from benchmarks.gpu_training import (
-    PATTERNS,
-    flex_times,
-    floors,
-    prefill_times,
-    step_times,
-    training_errors,
-    training_times,
-)
 from flexmsa.kernels import tuning
 
 LAYERS = [8192, 16384, 32768, 131072, 524288]
-
 
 # 24 fills take longer than the host needs for the launches of a backward, some milliseconds.
 event_time = partial(tuning.event_time, repeats=20, fills=24)
@@ -78,13 +68,8 @@ def ceilings():
 def environment():
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-    }
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver, **versions}
 
 
 @dataclass(frozen=True)
@@ -97,11 +82,15 @@ class Run:
     quick: bool
     sweep: bool
 
+    def report_all(self, prefix: str, times: Iterable[tuple[str, float | str]]) -> None:
+        """Report each (name, milliseconds), with a prefix of the names."""
+        for name, time in times:
+            self.report(prefix + name, time)
+
 
 def time_selections(run: Run) -> None:
     if run.sweep:
-        for name, time in sweep_times(event_time):
-            run.report(f"sweep {name}", time)
+        run.report_all("sweep ", sweep_times(event_time))
     for name, time, floor, config in selection_times(event_time, run.flops, run.quick):
         run.report(f"selection {name}", time, floor, config=config)
 
@@ -111,49 +100,34 @@ def time_decoding(run: Run) -> None:
         run.report(f"decode {name}", time, floor)
 
 
-def time_chunks(run: Run) -> None:
-    for name, time in chunk_times(event_time):
-        run.report(f"chunk {name}", time)
-
-
-def time_host(run: Run) -> None:
-    for name, time in host_times():
-        run.report(f"host {name}", time)
-
-
 def time_training(run: Run) -> None:
     for seqlen in LAYERS[:1] if run.quick else LAYERS:
-        for name, floor in floors(seqlen, run.flops, run.bandwidth).items():
+        for name, floor in gpu_training.floors(seqlen, run.flops, run.bandwidth).items():
             run.report(f"floor {seqlen}: {name}", floor)
         timer = partial(event_time, repeats=20 if seqlen < 100_000 else 5)
         dense_timer = partial(event_time, repeats=1, warm_up=False) if seqlen > 200_000 else timer
-        for name, time in training_times(seqlen, timer, dense_timer, launch_time, list(PATTERNS)):
-            run.report(f"layer {seqlen}: {name}", time)
+        run.report_all(f"layer {seqlen}: ", gpu_training.training_times(seqlen, timer, dense_timer, launch_time))
 
 
 def time_steps(run: Run) -> None:
     for seqlen in (4096, 8192, 16384):
-        for how, time in step_times(seqlen):
-            run.report(f"step {seqlen}: {how}", time)
+        run.report_all(f"step {seqlen}: ", gpu_training.step_times(seqlen))
 
 
 def time_prefill(run: Run) -> None:
     once = partial(event_time, repeats=1, warm_up=False)
-    for name, time in prefill_times(1 << 20, once, ["random", "neighbours share"]):
-        run.report(f"prefill {1 << 20}: {name}", time)
+    run.report_all(f"prefill {1 << 20}: ", gpu_training.prefill_times(1 << 20, once, ["random", "neighbours share"]))
 
 
 def time_flex(run: Run) -> None:
-    for name, time in flex_times(32768, event_time, ["random", "neighbours share"]):
-        run.report(f"layer 32768: {name}", time)
+    run.report_all("layer 32768: ", gpu_training.flex_times(32768, event_time, ["random", "neighbours share"]))
 
 
 def time_peers(run: Run) -> None:
     nsa = gpu_peers.parallel_nsa()
     for seqlen in gpu_peers.LENGTHS[:1] if run.quick else gpu_peers.LENGTHS:
         timer = partial(event_time, repeats=20 if seqlen < 100_000 else 5)
-        for name, time in gpu_peers.peer_times(seqlen, timer, nsa):
-            run.report(f"peers {seqlen}: {name}", time)
+        run.report_all(f"peers {seqlen}: ", gpu_peers.peer_times(seqlen, timer, nsa))
 
 
 SELECTION_CHECKS = (selection_errors, packed_errors, large_errors)
@@ -161,13 +135,13 @@ SELECTION_CHECKS = (selection_errors, packed_errors, large_errors)
 PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]], ...]]] = {
     "selection": (time_selections, SELECTION_CHECKS),
     "decode": (time_decoding, (serving_errors,)),
-    "host": (time_host, (launch_errors,)),
-    "chunks": (time_chunks, (serving_errors,)),
-    "training": (time_training, (training_errors,)),
-    "steps": (time_steps, (training_errors,)),
-    "prefill": (time_prefill, (*SELECTION_CHECKS, training_errors)),
-    "flex": (time_flex, (training_errors,)),
-    "peers": (time_peers, (training_errors,)),
+    "host": (lambda run: run.report_all("host ", host_times()), (launch_errors,)),
+    "chunks": (lambda run: run.report_all("chunk ", chunk_times(event_time)), (serving_errors,)),
+    "training": (time_training, (gpu_training.training_errors,)),
+    "steps": (time_steps, (gpu_training.training_errors,)),
+    "prefill": (time_prefill, (*SELECTION_CHECKS, gpu_training.training_errors)),
+    "flex": (time_flex, (gpu_training.training_errors,)),
+    "peers": (time_peers, (gpu_training.training_errors,)),
 }
 QUICK = ("selection", "decode", "host", "chunks", "training")
 

@@ -6,6 +6,7 @@ timed at M3's shape; the floor is the time of the score products alone.
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 
 import torch
@@ -139,10 +140,8 @@ def selection_time(
     timer: Callable[..., float], index_q: Tensor, index_k: Tensor, sequences: Tensor, config=None
 ) -> float:
     """Milliseconds of one selection."""
-    repeats = 3 if index_q.shape[2] > 200_000 else 20
-    return timer(
-        lambda: select_blocks(index_q, index_k, sequences, SelectionRule(BLOCK, TOPK), config=config), repeats=repeats
-    )
+    call = partial(select_blocks, index_q, index_k, sequences, SelectionRule(BLOCK, TOPK), config=config)
+    return timer(call, repeats=3 if index_q.shape[2] > 200_000 else 20)
 
 
 def selection_times(

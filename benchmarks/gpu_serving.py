@@ -6,6 +6,7 @@ blocks of 128 keys, topk 16, bf16 queries.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 
 import torch
@@ -16,14 +17,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import flexmsa
+from benchmarks.gpu_training import BLOCK, DEPTH, GROUPS, HEADS, TOPK, Timer
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton import attend_blocks, select_and_attend, select_blocks
 
-HEADS, GROUPS, DEPTH, BLOCK, TOPK = 64, 4, 128, 128, 16
 RULE = SelectionRule(BLOCK, TOPK)
 SCALE = DEPTH**-0.5
 FP8 = torch.float8_e4m3fn
-Timer = Callable[[Callable[[], object]], float]
 # The shapes with a promised speed, then the grid of workloads.json; batch, keys, new tokens.
 STEPS = [(1, 131072, 1), (1, 1 << 20, 1), (4, 1 << 20, 1), (8, 131072, 1), (16, 131072, 1)]
 # Many short sequences, where a step reads mostly keys and values: batch, keys.
@@ -94,11 +94,7 @@ def caches(
     made = []
     for _ in range(copies):
         cache = flexmsa.MSACache(batch, GROUPS, DEPTH, DEPTH, keys, dtype=dtype, index_dtype=index_dtype, device="cuda")
-        for stored, scale in (
-            (cache.k, cache.k_scale),
-            (cache.v, cache.v_scale),
-            (cache.index_k, cache.index_k_scale),
-        ):
+        for stored, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale), (cache.index_k, cache.index_k_scale)):
             if scale is None:
                 stored.normal_()
             else:
@@ -210,24 +206,15 @@ def chunk_times(timer: Timer) -> Iterator[tuple[str, float]]:
     for tokens, keys, _ in CHUNKS:
         ((q, index_q), cache) = caches(1, keys, tokens, torch.bfloat16, copies=1)[0]
         sequences = cache.newest(tokens)
-        yield (
-            f"{tokens} x {keys}: selection and attention",
-            timer(
-                lambda q=q, index_q=index_q, cache=cache, sequences=sequences: attend_blocks(
-                    q, cache.k, cache.v, select((q, index_q), cache, sequences), sequences, BLOCK, SCALE
-                )
-            ),
-        )
-        mask = causal_lower_right(tokens, keys)
+        k, v, mask = cache.k, cache.v, causal_lower_right(tokens, keys)
+
+        def ours(new: Step = (q, index_q), cache: flexmsa.MSACache = cache, sequences: Tensor = sequences) -> None:
+            attend_blocks(new[0], cache.k, cache.v, select(new, cache, sequences), sequences, BLOCK, SCALE)
+
+        yield f"{tokens} x {keys}: selection and attention", timer(ours)
+        dense = partial(scaled_dot_product_attention, q, k, v, attn_mask=mask, enable_gqa=True)
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
-            yield (
-                f"{tokens} x {keys}: dense",
-                timer(
-                    lambda q=q, cache=cache, mask=mask: scaled_dot_product_attention(
-                        q, cache.k, cache.v, attn_mask=mask, enable_gqa=True
-                    )
-                ),
-            )
+            yield f"{tokens} x {keys}: dense", timer(dense)
 
 
 def chunk_calls() -> dict[str, dict[str, int]]:

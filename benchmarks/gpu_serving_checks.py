@@ -18,63 +18,29 @@ from flexmsa.kernels.triton.serving import launch as decode
 from flexmsa.testing import Schedule, check_schedule
 
 SCHEDULES = [
+    Schedule((("append", (100, 37)), ("append", (1, 1)), ("trim", (0, 3)), ("append", (4, 0)), ("append", (1, 1)))),
+    # batch, Hkv, G, D, Di, block_size, topk, initial blocks, capacity
     Schedule(
-        steps=(("append", (100, 37)), ("append", (1, 1)), ("trim", (0, 3)), ("append", (4, 0)), ("append", (1, 1)))
+        (("append", (300, 150)), ("reorder", (1, 1)), ("append", (16, 5)), ("append", (1, 1))),
+        *(2, 4, 16, 128, 128, 32, 5, 0, 512),
     ),
     Schedule(
-        steps=(("append", (300, 150)), ("reorder", (1, 1)), ("append", (16, 5)), ("append", (1, 1))),
-        num_kv_heads=4,
-        group_size=16,
-        head_dim=128,
-        index_head_dim=128,
-        block_size=32,
-        topk=5,
-        capacity=512,
+        (("append", (700, 0)), ("share", (0, 1)), ("append", (1, 1)), ("append", (8, 8))),
+        *(2, 2, 5, 80, 96, 48, 4, 0, 800),
     ),
     Schedule(
-        steps=(("append", (700, 0)), ("share", (0, 1)), ("append", (1, 1)), ("append", (8, 8))),
-        group_size=5,
-        head_dim=80,
-        index_head_dim=96,
-        block_size=48,
-        topk=4,
-        capacity=800,
-    ),
-    Schedule(
-        steps=(("append", (900, 880, 3)), ("append", (1, 1, 1)), ("append", (2, 0, 2))),
-        batch=3,
-        num_kv_heads=1,
-        group_size=1,
-        head_dim=64,
-        index_head_dim=64,
-        block_size=128,
-        topk=2,
-        capacity=1024,
+        (("append", (900, 880, 3)), ("append", (1, 1, 1)), ("append", (2, 0, 2))), 3, 1, 1, 64, 64, 128, 2, 0, 1024
     ),
     # Shapes of the Hopper kernel, with many splits.
     Schedule(
-        steps=(
+        (
             *(("append", (2400, 1300)), ("append", (1, 1)), ("append", (4, 2)), ("trim", (130, 0))),
             *(("append", (16, 16)), ("share", (0, 1)), ("append", (1, 1))),
         ),
-        num_kv_heads=4,
-        group_size=16,
-        head_dim=128,
-        index_head_dim=128,
-        block_size=128,
-        topk=5,
-        capacity=3072,
+        *(2, 4, 16, 128, 128, 128, 5, 0, 3072),
     ),
     Schedule(
-        steps=(("append", (2000, 0, 63)), ("append", (1, 1, 1)), ("append", (3, 0, 3))),
-        batch=3,
-        num_kv_heads=3,
-        group_size=8,
-        head_dim=128,
-        index_head_dim=128,
-        block_size=64,
-        topk=16,
-        capacity=2048,
+        (("append", (2000, 0, 63)), ("append", (1, 1, 1)), ("append", (3, 0, 3))), 3, 3, 8, 128, 128, 64, 16, 0, 2048
     ),
 ]
 

@@ -133,19 +133,8 @@ def gpu_training() -> str:
             launches = gpu_rows().get(f"layer {seqlen}: launches")
             host = "" if launches is None else f"{launches['ms']:.1f} ms"
             rows.append([f"{seqlen // 1024}K", pattern, *times, f"{dense / ours:.1f}x", host])
-    head = [
-        "tokens",
-        "selected blocks",
-        "selection",
-        "forward",
-        "backward",
-        "KL loss",
-        "total",
-        "dense cuDNN",
-        "speedup",
-    ]
-    head.append("host launches")
-    return markdown(head, rows)
+    steps = ["selection", "forward", "backward", "KL loss", "total"]
+    return markdown(["tokens", "selected blocks", *steps, "dense cuDNN", "speedup", "host launches"], rows)
 
 
 def gpu_floors() -> str:
@@ -215,3 +204,7 @@ def gpu_peers() -> str:
         rows.append([peer, blocks, *(f"{cell(forward)} / {cell(backward)}" for forward, backward in pairs)])
     head = ["forward / backward, ms", "attends to", *(f"{seqlen // 1024}K" for seqlen in lengths)]
     return markdown(head, rows)
+
+
+LAYER_TABLES = gpu_training, gpu_floors, gpu_prefill, gpu_steps, gpu_flex, gpu_peers
+GPU_TABLES = gpu_machine, gpu_selection, gpu_decode, gpu_grid, gpu_chunks, *LAYER_TABLES

@@ -76,57 +76,21 @@ PATTERNS = {
 }
 
 CASES = [
-    Case(num_kv_heads=2, group_size=16, head_dim=128, index_head_dim=128, seqlen_q=700, seqlen_k=700, block_size=128),
-    Case(
-        num_kv_heads=2, group_size=4, head_dim=128, index_head_dim=64, seqlen_q=600, seqlen_k=600, block_size=64, topk=4
-    ),
-    Case(batch=2, group_size=3, head_dim=80, index_head_dim=80, seqlen_q=333, seqlen_k=333, block_size=48, topk=5),
-    Case(num_kv_heads=3, group_size=5, head_dim=64, index_head_dim=32, seqlen_q=90, seqlen_k=500, topk=9),
-    Case(group_size=7, head_dim=96, index_head_dim=96, seqlen_q=300, seqlen_k=300, block_size=32, topk=None),
-    Case(
-        group_size=12, head_dim=32, index_head_dim=32, seqlen_q=400, seqlen_k=400, cu_seqlens=(0, 1, 130, 400), topk=3
-    ),
-    Case(
-        group_size=1, num_kv_heads=4, head_dim=64, index_head_dim=64, seqlen_q=257, seqlen_k=257, topk=16, strided=True
-    ),
-    Case(batch=2, group_size=6, seqlen_q=200, seqlen_k=260, kv_starts=(0, 31), kv_lens=(260, 231), block_size=32),
-    Case(group_size=64, head_dim=64, index_head_dim=64, seqlen_q=150, seqlen_k=150, block_size=16, ties=True),
+    # B, Hkv, G, D, Di, Sq, Sk, block_size, topk
+    Case(1, 2, 16, 128, 128, 700, 700, 128),
+    Case(1, 2, 4, 128, 64, 600, 600, 64, 4),
+    Case(2, 1, 3, 80, 80, 333, 333, 48, 5),
+    Case(1, 3, 5, 64, 32, 90, 500, 16, 9),
+    Case(1, 1, 7, 96, 96, 300, 300, 32, None),
+    Case(1, 1, 12, 32, 32, 400, 400, 16, 3, cu_seqlens=(0, 1, 130, 400)),
+    Case(1, 4, 1, 64, 64, 257, 257, 16, 16, strided=True),
+    Case(2, 1, 6, 16, 16, 200, 260, 32, kv_starts=(0, 31), kv_lens=(260, 231)),
+    Case(1, 1, 64, 64, 64, 150, 150, 16, ties=True),
     # Shapes of the Hopper kernels: documents, and keys that end within a block.
-    Case(
-        num_kv_heads=2,
-        group_size=8,
-        head_dim=64,
-        index_head_dim=64,
-        seqlen_q=700,
-        seqlen_k=700,
-        cu_seqlens=(0, 1, 300, 700),
-        block_size=64,
-        topk=16,
-    ),
-    Case(
-        num_kv_heads=2,
-        group_size=32,
-        head_dim=64,
-        index_head_dim=64,
-        seqlen_q=900,
-        seqlen_k=900,
-        cu_seqlens=(0, 2, 300, 900),
-        block_size=128,
-        topk=3,
-    ),
-    Case(
-        batch=2,
-        num_kv_heads=2,
-        group_size=16,
-        head_dim=128,
-        seqlen_q=300,
-        seqlen_k=475,
-        kv_starts=(0, 31),
-        kv_lens=(475, 446),
-        block_size=128,
-        topk=16,
-    ),
-    Case(group_size=2, head_dim=256, index_head_dim=256, seqlen_q=300, seqlen_k=300, block_size=256, topk=1),
+    Case(1, 2, 8, 64, 64, 700, 700, 64, 16, cu_seqlens=(0, 1, 300, 700)),
+    Case(1, 2, 32, 64, 64, 900, 900, 128, 3, cu_seqlens=(0, 2, 300, 900)),
+    Case(2, 2, 16, 128, 16, 300, 475, 128, 16, kv_starts=(0, 31), kv_lens=(475, 446)),
+    Case(1, 1, 2, 256, 256, 300, 300, 256, 1),
 ]
 
 
@@ -212,9 +176,7 @@ def backward_time(call: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad:
     return timer(lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True))
 
 
-def training_times(
-    seqlen: int, timer: Timer, dense_timer: Timer, launch_timer: Timer, patterns: list[str]
-) -> Iterator[tuple[str, float]]:
+def training_times(seqlen: int, timer: Timer, dense_timer: Timer, launch_timer: Timer) -> Iterator[tuple[str, float]]:
     """(name, milliseconds) of all steps of a training layer at one length, of its launches, and of dense attention."""
     q, k, v, index_q, index_k = training_inputs(seqlen)
     grad = torch.randn_like(q)
@@ -226,8 +188,8 @@ def training_times(
         leaves = index_q.detach().requires_grad_(), index_k.detach().requires_grad_()
         torch.autograd.grad(flexmsa.index_loss(q, k, *leaves, ids, lse, block_size=BLOCK), leaves)
 
-    for pattern in patterns:
-        ids = chosen(PATTERNS[pattern], seqlen)
+    for pattern, scores in PATTERNS.items():
+        ids = chosen(scores, seqlen)
         for direction, time in main_branch_times((q, k, v), ids, grad, None, timer):
             yield f"{pattern}, main branch, {direction}", time
         aux = AuxRequest(lse=True)

@@ -160,12 +160,8 @@ def main(argv: list[str] | None = None) -> int:
             table.append(row)
             numbers = f"{row['registers']:>9}  {row['shared']:>6}  {row['spills']:>6}"
             print(f"{row['kernel']:<27} {name:<7} {numbers}  {'yes' if row['wgmma'] else 'no'}", flush=True)
-    result = {
-        "triton": triton.__version__,
-        "ridge": round(FLOPS_PER_SECOND / BYTES_PER_SECOND, 1),
-        "flops_per_byte": flops_per_byte(layer),
-        "rows": table,
-    }
+    ridge = round(FLOPS_PER_SECOND / BYTES_PER_SECOND, 1)
+    result = {"triton": triton.__version__, "ridge": ridge, "flops_per_byte": flops_per_byte(layer), "rows": table}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {options.out}")
     return 0

@@ -5,26 +5,8 @@ makes from benchmarks/results/*.json, so that nobody types a figure. A test chec
 """
 
 import re
-from collections.abc import Callable
 
-from benchmarks.gpu_tables import (
-    ROOT,
-    gpu_chunks,
-    gpu_decode,
-    gpu_flex,
-    gpu_floors,
-    gpu_grid,
-    gpu_machine,
-    gpu_peers,
-    gpu_prefill,
-    gpu_rows,
-    gpu_selection,
-    gpu_steps,
-    gpu_training,
-    layer_times,
-    load_result,
-    markdown,
-)
+from benchmarks.gpu_tables import GPU_TABLES, ROOT, gpu_rows, layer_times, load_result, markdown
 
 PAGES = ("README.md", "docs/performance.md", "docs/serving.md", "docs/notes/kernels.md")
 
@@ -35,20 +17,12 @@ def cpu_machine() -> str:
 
 
 def cpu_table() -> str:
-    rows = [
-        [
-            f"{row['seqlen'] // 1024}K",
-            row["heads"],
-            row["variant"],
-            f"{row['seconds']:.2f} s",
-            f"{row['dense_seconds']:.2f} s",
-            f"{row['ratio']:.1f}x",
-            f"{row['limit']:.1f}x",
-            f"{row['share']:.2f}",
-            str(row["bar"]),
-        ]
-        for row in load_result("cpu.json")["rows"]
-    ]
+    rows = []
+    for row in load_result("cpu.json")["rows"]:
+        times = (f"{row[name]:.2f} s" for name in ("seconds", "dense_seconds"))
+        ratios = (f"{row[name]:.1f}x" for name in ("ratio", "limit"))
+        names = f"{row['seqlen'] // 1024}K", row["heads"], row["variant"]
+        rows.append([*names, *times, *ratios, f"{row['share']:.2f}", str(row["bar"])])
     head = ["tokens", "heads", "step", "flexmsa", "dense", "speedup", "FLOP limit", "share of limit", "goal"]
     return markdown(head, rows)
 
@@ -148,27 +122,9 @@ def summary() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "cpu machine": cpu_machine,
-    "cpu table": cpu_table,
-    "cpu memory": cpu_memory,
-    "cpu decode": cpu_decode,
-    "gpu machine": gpu_machine,
-    "gpu selection": gpu_selection,
-    "gpu decode": gpu_decode,
-    "gpu training": gpu_training,
-    "gpu floors": gpu_floors,
-    "gpu prefill": gpu_prefill,
-    "gpu steps": gpu_steps,
-    "gpu flex": gpu_flex,
-    "gpu peers": gpu_peers,
-    "gpu grid": gpu_grid,
-    "gpu chunks": gpu_chunks,
-    "fp8 selection": fp8_selection,
-    "kernels sm_90": kernels_sm_90,
-    "kernels targets": kernels_targets,
-    "summary": summary,
-}
+OWN_TABLES = cpu_machine, cpu_table, cpu_memory, cpu_decode, fp8_selection, kernels_sm_90, kernels_targets, summary
+# Name on the pages -> the function that makes the table: "gpu peers" -> gpu_peers.
+TABLES = {make.__name__.replace("_", " ", 1): make for make in (*OWN_TABLES, *GPU_TABLES)}
 
 
 def fill(text: str) -> str:

@@ -82,24 +82,10 @@ class Cache:
         for name, new, buffer in (("k", k, self.k), ("v", v, self.v), ("index_k", index_k, self.index_k)):
             validation.check_cache_input(name, new, buffer, (self.batch_size, count))
         self.check_room(count, lens)
-        ops.append(
-            k.detach(),
-            v.detach(),
-            index_k.detach(),
-            lens,
-            self.k,
-            self.v,
-            self.index_k,
-            self.k_scale,
-            self.v_scale,
-            self.index_k_scale,
-            self.page_table,
-            self.kv_starts,
-            self.kv_lens,
-            self._sequences,
-            self._status,
-            choose_backend("decode", backend, k),
-        )
+        stored = self.k, self.v, self.index_k, self.k_scale, self.v_scale, self.index_k_scale, self.page_table
+        state = self.kv_starts, self.kv_lens, self._sequences, self._status
+        new_tokens = k.detach(), v.detach(), index_k.detach(), lens
+        ops.append(*new_tokens, *stored, *state, choose_backend("decode", backend, k))
         self._newest = count, lens is not None
         if not is_recorded():
             counts = self._known_counts(count, lens)
@@ -200,11 +186,8 @@ class Cache:
 
         Tokens from kv_lens on have arbitrary values.
         """
-        return (
-            self._gather(self.k, self.k_scale),
-            self._gather(self.v, self.v_scale),
-            self._gather(self.index_k, self.index_k_scale),
-        )
+        k, v = self._gather(self.k, self.k_scale), self._gather(self.v, self.v_scale)
+        return k, v, self._gather(self.index_k, self.index_k_scale)
 
     def _gather(self, buffer: Tensor, scale: Tensor | None) -> Tensor:
         return buffer.clone() if scale is None else dequantised(buffer, scale)

@@ -24,6 +24,8 @@ __all__ = ["create_block_mask", "pack_gqa", "packed_flex_attention", "unpack_gqa
 _BACKWARD_ROWS = 128
 # The fewest rows of a tensor-core product.
 _FORWARD_ROWS = 16
+# A BlockMask's lists of key blocks per row block, then of row blocks per key block: partial ones, and full ones.
+_LISTS = [f"{full}{kind}_{x}" for kind in ("kv", "q") for full in ("", "full_") for x in ("num_blocks", "indices")]
 
 
 def pack_gqa(q: Tensor, num_kv_heads: int) -> Tensor:
@@ -172,21 +174,9 @@ def _block_mask(
     mask_mod: Callable[..., Tensor],
     with_backward: bool,
 ) -> BlockMask:
-    kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices = lists[:4]
-    transposed: list[Tensor] | list[None] = lists[4:] if with_backward else [None] * 4
-    return BlockMask(
-        seq_lengths=lengths,
-        kv_num_blocks=kv_num_blocks,
-        kv_indices=kv_indices,
-        full_kv_num_blocks=full_kv_num_blocks,
-        full_kv_indices=full_kv_indices,
-        q_num_blocks=transposed[0],
-        q_indices=transposed[1],
-        full_q_num_blocks=transposed[2],
-        full_q_indices=transposed[3],
-        BLOCK_SIZE=row_block,
-        mask_mod=mask_mod,
-    )
+    """Make a BlockMask from lists in the order of `_LISTS`; without a backward, it gets the first four."""
+    named: dict[str, Any] = dict.fromkeys(_LISTS) | dict(zip(_LISTS[: 8 if with_backward else 4], lists, strict=False))
+    return BlockMask(seq_lengths=lengths, **named, BLOCK_SIZE=row_block, mask_mod=mask_mod)
 
 
 @functools.cache

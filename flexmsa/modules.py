@@ -83,19 +83,10 @@ class MSAttention(nn.Module):
 
         Under autocast, pass the region's dtype.
         """
-        weight = self.k_proj.weight
-        config = self.config
-        return MSACache(
-            batch_size,
-            config.num_kv_heads,
-            config.head_dim,
-            config.index_head_dim,
-            capacity,
-            kv_starts=kv_starts,
-            dtype=weight.dtype if dtype is None else dtype,
-            index_dtype=index_dtype,
-            device=weight.device,
-        )
+        weight, config = self.k_proj.weight, self.config
+        sizes = batch_size, config.num_kv_heads, config.head_dim, config.index_head_dim, capacity
+        dtype = weight.dtype if dtype is None else dtype
+        return MSACache(*sizes, kv_starts=kv_starts, dtype=dtype, index_dtype=index_dtype, device=weight.device)
 
     def forward(
         self,
@@ -141,15 +132,9 @@ class MSAttention(nn.Module):
             return self.generate(x, cache, lens=lens, block_indices=block_indices, backend=backend)[0], None
         if lens is not None or block_indices is not None:
             raise ValueError("lens, block_indices: expected None without a cache")
-        aux = AuxRequest(index_loss=with_index_loss)
-        out, extra = functional.attention(
-            *self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts),
-            **self._selection(),
-            cu_seqlens=cu_seqlens,
-            kv_starts=kv_starts,
-            backend=backend,
-            return_aux=aux,
-        )
+        inputs = self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
+        settings = {**self._selection(), "cu_seqlens": cu_seqlens, "kv_starts": kv_starts, "backend": backend}
+        out, extra = functional.attention(*inputs, **settings, return_aux=AuxRequest(index_loss=with_index_loss))
         return self._merge(out), extra.index_loss
 
     def generate(
@@ -179,25 +164,14 @@ class MSAttention(nn.Module):
         if block_indices is not None:
             validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
         cache.append(k, v, index_k, lens=lens, backend=backend)
-        out, aux = decoding.decode(
-            q,
-            cache,
-            index_q,
-            **self._selection(),
-            block_indices=block_indices,
-            backend=backend,
-            return_aux=AuxRequest(block_indices=True),
-        )
+        settings = {**self._selection(), "backend": backend, "return_aux": AuxRequest(block_indices=True)}
+        out, aux = decoding.decode(q, cache, index_q, block_indices=block_indices, **settings)
         return self._merge(out), aux.block_indices
 
     def _selection(self) -> dict[str, Any]:
         config = self.config
-        return {
-            "block_size": config.block_size,
-            "topk": self.topk,
-            "num_local_blocks": config.num_local_blocks,
-            "num_init_blocks": config.num_init_blocks,
-        }
+        forced = {"num_local_blocks": config.num_local_blocks, "num_init_blocks": config.num_init_blocks}
+        return {"block_size": config.block_size, "topk": self.topk, **forced}
 
     def project(
         self,

@@ -51,15 +51,8 @@ class PagedMSACache(Cache):
             page_size: tokens per page; the attention's block_size.
             dtype, index_dtype: as for `MSACache`.
         """
-        validation.check_cache_sizes(
-            batch_size,
-            num_kv_heads,
-            head_dim,
-            index_head_dim,
-            num_pages=num_pages,
-            max_pages=max_pages,
-            page_size=page_size,
-        )
+        pages = {"num_pages": num_pages, "max_pages": max_pages, "page_size": page_size}
+        validation.check_cache_sizes(batch_size, num_kv_heads, head_dim, index_head_dim, **pages)
         index_dtype = dtype if index_dtype is None else index_dtype
         validation.check_cache_dtypes(dtype, index_dtype)
         k = torch.zeros(num_pages, num_kv_heads, page_size, head_dim, dtype=dtype, device=device)

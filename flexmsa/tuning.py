@@ -70,16 +70,10 @@ def autotune(
     >>> found["forward"]["changes"]  # doctest: +SKIP
     {'num_warps': 8}
     """
-    sizes = {
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "index_head_dim": head_dim if index_head_dim is None else index_head_dim,
-        "block_size": block_size,
-        "topk": topk,
-        "dtype": dtype,
-        "seqlen": seqlen,
-    }
+    index_head_dim = head_dim if index_head_dim is None else index_head_dim
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    others = {"index_head_dim": index_head_dim, "block_size": block_size, "topk": topk, "dtype": dtype}
+    sizes = {**heads, **others, "seqlen": seqlen}
     return {entry["kernel"]: entry for entry in _tune_tasks(sizes, device, path, report)}
 
 

@@ -5,7 +5,7 @@ offsets) are in flexmsa.ops.checks, where they also run under torch.compile. One
 values, once per cache.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,9 +55,18 @@ def _check_scale(name: str, scale: float | None) -> None:
         raise TypeError(f"{name}: expected a float or None, got {type(scale).__name__}")
 
 
-def _check_tensor(name: str, x: object, layout: str, e4m3: bool = False) -> None:
+def _check_is_tensor(name: str, x: object, layout: str = "") -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor {layout}, got {type(x).__name__}")
+        raise TypeError(f"{name}: expected a tensor{layout}, got {type(x).__name__}")
+
+
+def _check_device(name: str, x: Tensor, device: torch.device, owner: str = "") -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: expected the device {owner}{device}, got {x.device}")
+
+
+def _check_tensor(name: str, x: Any, layout: str, e4m3: bool = False) -> None:
+    _check_is_tensor(name, x, f" {layout}")
     if x.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions {layout}, got {x.dim()} of shape {list(x.shape)}")
     if not x.is_floating_point():
@@ -72,12 +81,9 @@ def _check_alike(tensors: dict[str, Tensor]) -> None:
     (first, reference), *others = tensors.items()
     autocast = torch.is_autocast_enabled(reference.device.type)
     for name, x in others:
-        if x.device != reference.device:
-            raise ValueError(f"{name}: expected the device of {first}, {reference.device}, got {x.device}")
-        if x.dtype != reference.dtype and not autocast:
-            raise TypeError(
-                f"{name}: expected the dtype of {first}, {reference.dtype}, got {x.dtype}; cast one of them"
-            )
+        _check_device(name, x, reference.device, f"of {first}, ")
+        if not autocast:
+            _check_same_dtype(name, x, first, reference)
 
 
 def _check_shape(name: str, x: Tensor, expected: tuple[int, ...], layout: str) -> None:
@@ -111,24 +117,16 @@ def check_index_inputs(index_q: Tensor, index_k: Tensor, index_scale: float | No
     seqlen_k = index_k.shape[2]
     if seqlen_q < 1 or seqlen_k < 1:
         raise ValueError(f"index_q, index_k: expected at least one query and one key, got {seqlen_q} and {seqlen_k}")
-    _check_shape(
-        "index_k",
-        index_k,
-        (batch, 1, seqlen_k, head_dim),
-        "[B, 1, Sk, Di], one head for all groups, index_q's B and Di",
-    )
+    layout = "[B, 1, Sk, Di], one head for all groups, index_q's B and Di"
+    _check_shape("index_k", index_k, (batch, 1, seqlen_k, head_dim), layout)
     _check_alike({"index_q": index_q, "index_k": index_k})
     _check_scale("index_scale", index_scale)
 
 
 def check_branches_match(q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor) -> None:
     batch, _, seqlen_q, _ = q.shape
-    _check_shape(
-        "index_q",
-        index_q,
-        (batch, k.shape[1], seqlen_q, index_q.shape[3]),
-        "[B, Hkv, Sq, Di], one head for each KV head of k",
-    )
+    expected = (batch, k.shape[1], seqlen_q, index_q.shape[3])
+    _check_shape("index_q", index_q, expected, "[B, Hkv, Sq, Di], one head for each KV head of k")
     _check_shape("index_k", index_k, (batch, 1, k.shape[2], index_q.shape[3]), "[B, 1, Sk, Di] with k's Sk")
     _check_alike({"q": q, "index_q": index_q, "index_k": index_k})
 
@@ -136,25 +134,21 @@ def check_branches_match(q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor)
 def check_block_indices(
     block_indices: Tensor, batch: int, num_kv_heads: int, seqlen_q: int, device: torch.device
 ) -> None:
-    if not isinstance(block_indices, Tensor):
-        raise TypeError(f"block_indices: expected a tensor, got {type(block_indices).__name__}")
+    _check_is_tensor("block_indices", block_indices)
     if block_indices.dtype not in _INDEX_DTYPES:
         raise TypeError(f"block_indices: expected int32 or int64, got {block_indices.dtype}")
     if block_indices.dim() != 4 or block_indices.shape[3] < 1:
         raise ValueError(f"block_indices: expected [B, Hkv, Sq, topk], got {list(block_indices.shape)}")
     expected = (batch, num_kv_heads, seqlen_q, block_indices.shape[3])
     _check_shape("block_indices", block_indices, expected, "[B, Hkv, Sq, topk]")
-    if block_indices.device != device:
-        raise ValueError(f"block_indices: expected the device {device}, got {block_indices.device}")
+    _check_device("block_indices", block_indices, device)
 
 
 def _check_lengths(name: str, lengths: Tensor, device: torch.device) -> None:
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(lengths).__name__}")
+    _check_is_tensor(name, lengths)
     if lengths.dtype not in _INDEX_DTYPES:
         raise TypeError(f"{name}: expected int32, got {lengths.dtype}")
-    if lengths.device != device:
-        raise ValueError(f"{name}: expected the device {device}, got {lengths.device}")
+    _check_device(name, lengths, device)
 
 
 def check_sequences(
@@ -190,8 +184,7 @@ def check_aux(return_aux: AuxRequest | None) -> AuxRequest:
 
 
 def check_lse(lse: Tensor, q: Tensor) -> None:
-    if not isinstance(lse, Tensor):
-        raise TypeError(f"lse: expected a tensor, got {type(lse).__name__}")
+    _check_is_tensor("lse", lse)
     _check_shape("lse", lse, tuple(q.shape[:3]), "[B, Hq, Sq]")
     if lse.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"lse: expected float32, as block_sparse_attention returns it, got {lse.dtype}")
@@ -219,14 +212,8 @@ def check_block_mask_inputs(
 
 
 def check_cache_sizes(batch_size: int, num_kv_heads: int, head_dim: int, index_head_dim: int, **more: int) -> None:
-    sizes = {
-        "batch_size": batch_size,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "index_head_dim": index_head_dim,
-        **more,
-    }
-    for name, size in sizes.items():
+    heads = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "index_head_dim": index_head_dim}
+    for name, size in {"batch_size": batch_size, **heads, **more}.items():
         check_int(name, size, 1)
 
 
@@ -255,8 +242,7 @@ def check_cache_input(name: str, new: Tensor, buffer: Tensor, tokens: tuple[int,
     batch, count = tokens
     heads, head_dim = buffer.shape[1], buffer.shape[3]
     _check_shape(name, new, (batch, heads, count, head_dim), "[B, H, tokens, D] of the cache")
-    if new.device != buffer.device:
-        raise ValueError(f"{name}: expected the device of the cache, {buffer.device}, got {new.device}")
+    _check_device(name, new, buffer.device, "of the cache, ")
     if new.dtype != buffer.dtype and buffer.element_size() > 1:
         raise TypeError(
             f"{name}: expected the dtype of the cache, {buffer.dtype}, got {new.dtype}; make the cache with this dtype "
@@ -284,8 +270,7 @@ def check_decode_inputs(
             _check_same_dtype("index_q", index_q, "the cache's index keys", cache.index_k)
         tensors["index_q"] = index_q
     for name, x in tensors.items():
-        if x.device != cache.k.device:
-            raise ValueError(f"{name}: expected the device of the cache, {cache.k.device}, got {x.device}")
+        _check_device(name, x, cache.k.device, "of the cache, ")
     if cache.k_scale is None:
         _check_same_dtype("q", q, "the cache's keys", cache.k)
     _check_scale("scale", scale)

@@ -1,16 +1,13 @@
 """flexmsa::block_sparse_attention: softmax attention over the selected blocks, and its backward."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from .autocast import register_autocast
 from .checks import check_block_indices
 from .dispatch import run_kernel
 
 
-def statistics_dtype(q: Tensor) -> torch.dtype:
+def statistics_dtype(q: torch.Tensor) -> torch.dtype:
     """The dtype of lse and of losses: float32, and float64 for float64 inputs."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
@@ -21,16 +18,7 @@ def statistics_dtype(q: Tensor) -> torch.dtype:
     schema="(Tensor q, Tensor k, Tensor v, Tensor? block_indices, Tensor sequences, int block_size, float scale, "
     "str backend) -> (Tensor, Tensor)",
 )
-def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor | None,
-    sequences: Tensor,
-    block_size: int,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def block_sparse_attention(q, k, v, block_indices, sequences, block_size, scale, backend):
     """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None selects every visible block."""
     if block_indices is not None:
         check_block_indices(block_indices, -(-k.shape[2] // block_size))
@@ -38,7 +26,8 @@ def block_sparse_attention(
 
 
 @block_sparse_attention.register_fake
-def _(q, *_):
+def empty_out_and_lse(q, *_):
+    """Tensors like out and lse."""
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
 
 
@@ -48,7 +37,7 @@ def _(q, *_):
     schema="(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor? block_indices, Tensor sequences, int block_size, float scale, str backend) -> (Tensor, Tensor, Tensor)",
 )
-def block_sparse_attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def block_sparse_attention_backward(*args):
     """Return the gradients of q, k and v; the schema names the arguments."""
     *inputs, backend = args
     return run_kernel(backend, "block_sparse_attention_backward", *inputs)

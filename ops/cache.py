@@ -3,14 +3,11 @@
 All are for inference and have no gradient. docs/serving.md describes the layouts of contiguous and paged caches.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from flexmsa.kernels.rules import SelectionRule
 
-from .attention import statistics_dtype
+from .attention import empty_out_and_lse
 from .autocast import register_autocast
 from .checks import check_append, check_page_table, check_topk
 from .dispatch import run_kernel
@@ -34,7 +31,7 @@ from .dispatch import run_kernel
     "Tensor(f!)? cache_index_k_scale, Tensor? page_table, Tensor kv_starts, Tensor(g!) kv_lens, "
     "Tensor(h!) sequences, Tensor(i!) status, str backend) -> ()",
 )
-def append(*args: Any) -> None:
+def append(*args):
     """Write n new tokens of each row after its kv_lens tokens; update kv_lens and the table `sequences`.
 
     The schema names the arguments.
@@ -57,28 +54,14 @@ def _(*args):
     schema="(Tensor q, Tensor k, Tensor v, Tensor? block_indices, Tensor sequences, int block_size, float scale, "
     "str backend, Tensor? page_table=None, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)",
 )
-def attend_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor | None,
-    sequences: Tensor,
-    block_size: int,
-    scale: float,
-    backend: str,
-    page_table: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attend_blocks(q, k, v, block_indices, sequences, block_size, scale, backend, page_table=None, *scales):
     """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None selects every visible block."""
     check_page_table(page_table, sequences, block_size, k.shape[0], backend)
     main = q, k, v, block_indices, sequences, block_size, scale
-    return run_kernel(backend, "attend_blocks", *main, page_table, k_scale, v_scale)
+    return run_kernel(backend, "attend_blocks", *main, page_table, *scales)
 
 
-@attend_blocks.register_fake
-def _(q, *_):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
+attend_blocks.register_fake(empty_out_and_lse)
 
 
 @torch.library.custom_op(
@@ -89,35 +72,18 @@ def _(q, *_):
     "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? index_k_scale=None) -> (Tensor, Tensor, Tensor)",
 )
 def select_and_attend(
-    q: Tensor,
-    index_q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index_k: Tensor,
-    sequences: Tensor,
-    block_size: int,
-    topk: int,
-    num_local_blocks: int,
-    num_init_blocks: int,
-    scale: float,
-    backend: str,
-    page_table: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    index_k_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q, index_q, k, v, index_k, sequences, block_size, topk, num_local, num_init, scale, backend, pages=None, *scales
+):
     """Return out and lse of `attend_blocks`, and the block_indices of `select_blocks` that it attended to."""
     check_topk(topk, backend)
-    check_page_table(page_table, sequences, block_size, k.shape[0], backend)
-    rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
-    main = q, index_q, k, v, index_k, sequences, rule, scale
-    return run_kernel(backend, "select_and_attend", *main, page_table, k_scale, v_scale, index_k_scale)
+    check_page_table(pages, sequences, block_size, k.shape[0], backend)
+    main = q, index_q, k, v, index_k, sequences, SelectionRule(block_size, topk, num_local, num_init), scale
+    return run_kernel(backend, "select_and_attend", *main, pages, *scales)
 
 
 @select_and_attend.register_fake
 def _(q, index_q, k, v, index_k, sequences, block_size, topk, *_):
-    block_indices = index_q.new_empty((*index_q.shape[:3], topk), dtype=torch.int32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=statistics_dtype(q)), block_indices
+    return *empty_out_and_lse(q), index_q.new_empty((*index_q.shape[:3], topk), dtype=torch.int32)
 
 
 # A cast here would copy the whole cache. New tokens and queries must have the cache's dtype; others raise.

@@ -5,7 +5,7 @@ import itertools
 from torch import Tensor
 
 from flexmsa.kernels.rules import MOST_BLOCKS
-from flexmsa.kernels.sequences import Sequence
+from flexmsa.kernels.sequences import list_sequences
 
 
 def check_block_indices(block_indices: Tensor, num_blocks: int) -> None:
@@ -76,7 +76,7 @@ def check_page_table(
 ) -> None:
     """Raise ValueError unless every block of every sequence has a page, for the plain PyTorch kernels."""
     if page_table is not None and backend == "torch":
-        for sequence in map(Sequence._make, sequences.tolist()):
+        for sequence in list_sequences(sequences):
             num_keys = sequence.k_end - sequence.k_start if sequence.q_end > sequence.q_start else 0
             _check_pages(page_table, sequence.batch, range(-(-max(num_keys, 0) // block_size)), num_pages)
 

@@ -5,7 +5,6 @@ mask_mod, the table's values are wrong; and packing with views fails in the comp
 """
 
 import torch
-from torch import Tensor
 
 from flexmsa.kernels import block_mask as kernel
 
@@ -18,17 +17,7 @@ from .checks import check_block_indices
     schema="(Tensor block_indices, Tensor sequences, SymInt seqlen_k, int block_size, int mask_block, int tokens, "
     "SymInt width, bool aligned, bool with_backward) -> Tensor[]",
 )
-def block_mask_lists(
-    block_indices: Tensor,
-    sequences: Tensor,
-    seqlen_k: int,
-    block_size: int,
-    mask_block: int,
-    tokens: int,
-    width: int,
-    aligned: bool,
-    with_backward: bool,
-) -> list[Tensor]:
+def block_mask_lists(block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward):
     """Return the lists described in flexmsa.kernels.block_mask."""
     check_block_indices(block_indices, -(-seqlen_k // block_size))
     return kernel.block_mask_lists(
@@ -57,9 +46,7 @@ def _(block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width,
     schema="(Tensor sequences, SymInt batch, SymInt seqlen_q, SymInt seqlen_k, int mask_block, int tokens, "
     "bool with_backward) -> Tensor[]",
 )
-def dense_mask_lists(
-    sequences: Tensor, batch: int, seqlen_q: int, seqlen_k: int, mask_block: int, tokens: int, with_backward: bool
-) -> list[Tensor]:
+def dense_mask_lists(sequences, batch, seqlen_q, seqlen_k, mask_block, tokens, with_backward):
     """Return the lists described in flexmsa.kernels.block_mask."""
     return kernel.dense_mask_lists(sequences, batch, seqlen_q, seqlen_k, mask_block, tokens, with_backward)
 
@@ -74,7 +61,7 @@ def _(sequences, batch, seqlen_q, seqlen_k, mask_block, tokens, with_backward):
 
 
 @torch.library.custom_op("flexmsa::pack_gqa", mutates_args=(), schema="(Tensor q, SymInt num_kv_heads) -> Tensor")
-def pack_gqa(q: Tensor, num_kv_heads: int) -> Tensor:
+def pack_gqa(q, num_kv_heads):
     """Return [B, Hkv, Sq*G, ...] contiguous, rows ordered (token, head in group), from [B, Hq, Sq, ...]."""
     grouped = q.unflatten(1, (num_kv_heads, -1)).transpose(2, 3).contiguous()
     return grouped.flatten(2, 3).clone() if grouped.data_ptr() == q.data_ptr() else grouped.flatten(2, 3)
@@ -87,7 +74,7 @@ def _(q, num_kv_heads):
 
 
 @torch.library.custom_op("flexmsa::unpack_gqa", mutates_args=(), schema="(Tensor packed, SymInt num_heads) -> Tensor")
-def unpack_gqa(packed: Tensor, num_heads: int) -> Tensor:
+def unpack_gqa(packed, num_heads):
     """Return [B, Hq, Sq, ...] contiguous from the rows of `pack_gqa`."""
     group_size = num_heads // packed.shape[1]
     grouped = packed.unflatten(2, (-1, group_size)).transpose(2, 3).contiguous()

@@ -6,7 +6,6 @@ backward operator multiplies it by the gradient of the loss.
 """
 
 import torch
-from torch import Tensor
 
 from .attention import statistics_dtype
 from .autocast import register_autocast
@@ -21,19 +20,8 @@ from .dispatch import run_kernel
     "int block_size, float scale, float index_scale, bool with_grad, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def index_loss(
-    q: Tensor,
-    k: Tensor,
-    index_q: Tensor,
-    index_k: Tensor,
-    block_indices: Tensor | None,
-    lse: Tensor,
-    sequences: Tensor,
-    block_size: int,
-    scale: float,
-    index_scale: float,
-    with_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, index_q, index_k, block_indices, lse, sequences, block_size, scale, index_scale, with_grad, backend
+):
     """Return the scalar loss and its gradients for index_q and index_k (empty unless `with_grad`)."""
     if block_indices is not None:
         check_block_indices(block_indices, -(-k.shape[2] // block_size))
@@ -53,7 +41,7 @@ def _(q, k, index_q, index_k, block_indices, lse, sequences, block_size, scale, 
     mutates_args=(),
     schema="(Tensor grad_loss, Tensor unit_grad, ScalarType dtype) -> Tensor",
 )
-def index_loss_backward(grad_loss: Tensor, unit_grad: Tensor, dtype: torch.dtype) -> Tensor:
+def index_loss_backward(grad_loss, unit_grad, dtype):
     """Return unit_grad, the gradient for grad_loss = 1, times the scalar `grad_loss`, in `dtype`."""
     return (unit_grad * grad_loss).to(dtype, copy=True)
 

@@ -1,7 +1,6 @@
 """flexmsa::select_blocks: the blocks that the index branch selects."""
 
 import torch
-from torch import Tensor
 
 from flexmsa.kernels.rules import SelectionRule
 
@@ -17,21 +16,12 @@ from .dispatch import run_kernel
     "int num_init_blocks, str backend, Tensor? page_table=None, Tensor? index_k_scale=None) -> Tensor",
 )
 def select_blocks(
-    index_q: Tensor,
-    index_k: Tensor,
-    sequences: Tensor,
-    block_size: int,
-    topk: int,
-    num_local_blocks: int,
-    num_init_blocks: int,
-    backend: str,
-    page_table: Tensor | None = None,
-    index_k_scale: Tensor | None = None,
-) -> Tensor:
+    index_q, index_k, sequences, block_size, topk, num_local, num_init, backend, page_table=None, index_k_scale=None
+):
     """Return block_indices [B, Hkv, Sq, topk] int32 for index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di] or pages."""
     check_topk(topk, backend)
     check_page_table(page_table, sequences, block_size, index_k.shape[0], backend)
-    rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
+    rule = SelectionRule(block_size, topk, num_local, num_init)
     return run_kernel(backend, "select_blocks", index_q, index_k, sequences, rule, page_table, index_k_scale)
 
 

@@ -1,7 +1,6 @@
 """flexmsa::sequence_table and flexmsa::next_positions: the sequences of a batch as one small tensor."""
 
 import torch
-from torch import Tensor
 
 from flexmsa.kernels import sequences as kernel
 
@@ -13,9 +12,7 @@ from .checks import check_cu_seqlens, check_kv_ranges
     mutates_args=(),
     schema="(Tensor q, Tensor? cu_seqlens, Tensor? kv_starts, Tensor? kv_lens, SymInt seqlen_k) -> Tensor",
 )
-def sequence_table(
-    q: Tensor, cu_seqlens: Tensor | None, kv_starts: Tensor | None, kv_lens: Tensor | None, seqlen_k: int
-) -> Tensor:
+def sequence_table(q, cu_seqlens, kv_starts, kv_lens, seqlen_k):
     """Return `sequences` [N, 5] int32 (see flexmsa.kernels) for q [B, H, Sq, ...] and `seqlen_k` keys."""
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q.shape[2])
@@ -31,11 +28,9 @@ def _(q, cu_seqlens, kv_starts, kv_lens, seqlen_k):
 
 # An operator, because compiled code may run plain arithmetic after kv_lens has changed (seen with torch 2.13).
 @torch.library.custom_op(
-    "flexmsa::next_positions",
-    mutates_args=(),
-    schema="(Tensor kv_lens, Tensor kv_starts, SymInt count) -> Tensor",
+    "flexmsa::next_positions", mutates_args=(), schema="(Tensor kv_lens, Tensor kv_starts, SymInt count) -> Tensor"
 )
-def next_positions(kv_lens: Tensor, kv_starts: Tensor, count: int) -> Tensor:
+def next_positions(kv_lens, kv_starts, count):
     """Return [B, count] int64: the positions of each row's next `count` tokens, counted from its first key."""
     return kernel.next_positions(kv_lens, kv_starts, count)
 

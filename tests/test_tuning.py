@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 from flexmsa.kernels.problem import Problem  # noqa: E402
 from flexmsa.kernels.triton.common import target as targets  # noqa: E402
 from flexmsa.kernels.triton.tuning.tasks import TASKS  # noqa: E402
-from flexmsa.testing.compiled import TARGETS  # noqa: E402
+from flexmsa.testing.launches import TARGETS  # noqa: E402
 
 TUNABLE = {task.name: task.tunable for task in TASKS}
 SHAPES = [(16, 4, 128, 128), (4, 8, 64, 64), (1, 2, 256, 48), (3, 1, 80, 512)]

@@ -2,13 +2,12 @@
 
 import argparse
 import dataclasses
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from flexmsa.demo.command import INTERRUPTED, exit_code, find_problem, read_options
 from flexmsa.demo.generate import generate
 from flexmsa.demo.progress import Progress, clock
 from flexmsa.demo.report import save
@@ -18,86 +17,46 @@ from flexmsa.demo.train import Settings, Training
 __all__ = ["main"]
 
 QUICK = {
-    "steps": 40,
-    "warmup": 15,
-    "context": 128,
-    "hidden_size": 64,
-    "num_layers": 2,
-    "head_dim": 16,
-    "block_size": 8,
-    "probe_every": 5,
-    "probe_windows": 2,
-    "validation_windows": 8,
-    "generated_bytes": 60,
+    **{"hidden_size": 64, "num_layers": 2, "head_dim": 16, "block_size": 8, "context": 128, "steps": 40, "warmup": 15},
+    **{"probe_every": 5, "probe_windows": 2, "validation_windows": 8, "generated_bytes": 60},
 }
 # Few windows, as the user waits for the prompt after Ctrl-C.
 WINDOWS_AFTER_INTERRUPT = 16
 # The held-out text should have many windows of this length.
 LONGEST_CONTEXT = 16384
-INTERRUPTED = 130
 
 
 def main(argv: list[str]) -> int:
     """Run the demo; returns the exit code, 130 after Ctrl-C."""
-    try:
-        return run(parse(argv))
-    except (FileNotFoundError, FileExistsError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped.")
-        return INTERRUPTED
+    return exit_code(lambda: run(parse(argv)))
 
 
 def parse(argv: list[str]) -> Settings:
     """Read the options; all others keep the defaults of `Settings`, or of the quick run."""
-    default = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m flexmsa demo",
         description="Train a small byte-level language model with MSA on the source code of the Python standard "
         "library, and the same model with dense attention, and compare the two. Takes about four minutes on two CPU "
         "cores.",
     )
-    parser.add_argument("--quick", action="store_true", help="a much smaller model and a few steps: takes seconds")
-    for name, text in (
-        ("steps", "training steps of each model"),
-        ("warmup", "steps of the dense warm-up at their beginning, without selection"),
-        ("batch-size", "windows of text per batch"),
-        ("context", "bytes per window"),
-        ("seed", "random seed of the weights, the batches and the generated text"),
-    ):
-        value = getattr(default, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} (default: {value})")
-    parser.add_argument(
-        "--temperature", type=float, metavar="T", help="temperature of the generated text; 0 takes the most likely byte"
-    )
-    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if available)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"folder of the results (default: {default.out}/)")
-    options = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    preset = QUICK if options.pop("quick") else {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = Settings(**{"device": device, **preset, **options})
-    problem = find_problem(settings)
+    ints = {
+        "steps": "training steps of each model",
+        "warmup": "steps of the dense warm-up at their beginning, without selection",
+        "batch-size": "windows of text per batch",
+        "context": "bytes per window",
+        "seed": "random seed of the weights, the batches and the generated text",
+    }
+    floats = {"temperature": "temperature of the generated text; 0 takes the most likely byte"}
+    settings = Settings(**read_options(parser, argv, Settings(), QUICK, ints, floats))
+    least = {"steps": 1, "warmup": 0, "batch_size": 1, "context": 2, "temperature": 0}
+    problem = find_problem(settings, least)
+    if problem is None and settings.context > LONGEST_CONTEXT:
+        problem = f"--context: expected at most {LONGEST_CONTEXT}, got {settings.context}"
+    if problem is None and settings.warmup > settings.steps:
+        problem = f"--warmup: expected at most the {settings.steps} steps, got {settings.warmup}"
     if problem:
         parser.error(problem)
     return settings
-
-
-def find_problem(settings: Settings) -> str | None:
-    """Return a message if a setting is invalid."""
-    for name, least in (("steps", 1), ("warmup", 0), ("batch_size", 1), ("context", 2), ("temperature", 0)):
-        value = getattr(settings, name)
-        if value < least:
-            return f"--{name.replace('_', '-')}: expected at least {least}, got {value}"
-    if settings.context > LONGEST_CONTEXT:
-        return f"--context: expected at most {LONGEST_CONTEXT}, got {settings.context}"
-    if settings.warmup > settings.steps:
-        return f"--warmup: expected at most the {settings.steps} steps, got {settings.warmup}"
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        return f"--device: {str(error).splitlines()[0]}"
-    return None
 
 
 def run(settings: Settings) -> int:

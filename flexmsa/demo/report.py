@@ -81,10 +81,8 @@ def draw_curves(training: Training) -> Figure:
         (divergence, "Index branch: KL from the main branch's attention, mean over the layers"),
         (recalls, f"Index branch: share of the best {training.settings.topk} blocks that it finds (each layer pale)"),
     ):
-        axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.axvline(training.settings.warmup + 0.5, color=GREY, linestyle="--", linewidth=1)
+        decorate(axes, title)
+        draw_phases(axes, training.settings.warmup)
     recalls.set(xlabel="step", xlim=(0, steps[-1] + 1))
     _name_phases(losses, training.settings)
     losses.legend(frameon=False)
@@ -92,11 +90,27 @@ def draw_curves(training: Training) -> Figure:
     return figure
 
 
-def _draw_smoothed(axes: Axes, steps: list[int], values: Sequence[float], colour: str, label: str = "") -> None:
-    reach = len(values) // 60
+def decorate(axes: Axes, title: str) -> None:
+    """Give a panel its title and grid."""
+    axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_phases(axes: Axes, warm_up_steps: int) -> None:
+    """Draw the line between the warm-up and the sparse steps."""
+    axes.axvline(warm_up_steps + 0.5, color=GREY, linestyle="--", linewidth=1)
+
+
+def smooth(values: Sequence[float], reach: int) -> list[float]:
+    """Return the mean of each value and its neighbours up to `reach` places away."""
     near = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(x) / len(x) for x in near]
+
+
+def _draw_smoothed(axes: Axes, steps: list[int], values: Sequence[float], colour: str, label: str = "") -> None:
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, [sum(x) / len(x) for x in near], color=colour, linewidth=1.8, label=label)
+    axes.plot(steps, smooth(values, len(values) // 60), color=colour, linewidth=1.8, label=label)
 
 
 def _draw_recalls(axes: Axes, training: Training) -> None:

@@ -130,7 +130,7 @@ class Training:
     def _learn(self, model: GPT, step: int, ids: Tensor) -> tuple[float, float]:
         optimizer = self.optimizers[model]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.settings)
+            group["lr"] = learning_rate(step, self.settings.steps, self.settings.learning_rate)
         model.train()
         logits, index_loss = model(ids[:, :-1])
         loss = language_loss(logits, ids[:, 1:])
@@ -180,13 +180,12 @@ def _branches(model: GPT) -> list[dict[str, list[nn.Parameter]]]:
     return [{"params": parameters} for parameters in groups.values()]
 
 
-def learning_rate(step: int, settings: Settings) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear up to the peak in the first twentieth of the steps, then a cosine down to a tenth of it."""
-    rise = max(1, settings.steps // 20)
+    rise = max(1, steps // 20)
     if step <= rise:
-        return settings.learning_rate * step / rise
-    done = (step - rise) / max(1, settings.steps - rise)
-    return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+        return peak * step / rise
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 def describe(step: Step, probe: Probe) -> str:

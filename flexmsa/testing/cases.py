@@ -72,18 +72,9 @@ class Case:
 
     def settings(self, device: str | torch.device) -> dict[str, Any]:
         """Return the keyword arguments of `flexmsa.attention`."""
-        lengths = {
-            name: None if given is None else torch.tensor(given, dtype=torch.int32, device=device)
-            for name, given in (
-                ("cu_seqlens", self.cu_seqlens),
-                ("kv_starts", self.kv_starts),
-                ("kv_lens", self.kv_lens),
-            )
-        }
+        names = ("block_size", "topk", "num_local_blocks", "num_init_blocks", "cu_seqlens", "kv_starts", "kv_lens")
+        settings = {name: getattr(self, name) for name in names}
         return {
-            "block_size": self.block_size,
-            "topk": self.topk,
-            "num_local_blocks": self.num_local_blocks,
-            "num_init_blocks": self.num_init_blocks,
-            **lengths,
+            name: torch.tensor(value, dtype=torch.int32, device=device) if isinstance(value, tuple) else value
+            for name, value in settings.items()
         }

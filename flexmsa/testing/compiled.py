@@ -12,8 +12,6 @@ from typing import Any
 
 import triton
 
-from flexmsa.testing.launches import TARGETS  # noqa: F401
-
 
 @dataclass(frozen=True)
 class Report:

@@ -157,13 +157,11 @@ def decode_launches(
     return launches
 
 
-TRAINING = {
-    "selection": selection_launches,
-    "forward": forward_launches,
-    "backward": backward_launches,
-    "loss": loss_launches,
+TASKS = {
+    make.__name__.removesuffix("_launches"): make
+    for make in (selection_launches, forward_launches, backward_launches, loss_launches, decode_launches)
 }
-TASKS = {**TRAINING, "decode": decode_launches}
+TRAINING = {task: make for task, make in TASKS.items() if task != "decode"}
 
 
 def grid() -> list[Layer]:

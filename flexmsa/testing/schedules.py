@@ -52,11 +52,8 @@ class Schedule:
     def new_cache(self, device: str | torch.device) -> Cache:
         """Return the empty cache at the beginning of the schedule."""
         dtype = getattr(torch, self.dtype)
-        settings: dict[str, Any] = {
-            "dtype": FP8 if self.fp8_keys else dtype,
-            "index_dtype": FP8 if self.fp8_index else dtype,
-            "device": device,
-        }
+        dtypes = {"dtype": FP8 if self.fp8_keys else dtype, "index_dtype": FP8 if self.fp8_index else dtype}
+        settings: dict[str, Any] = {**dtypes, "device": device}
         sizes = (self.batch, self.num_kv_heads, self.head_dim, self.index_head_dim)
         if not self.paged:
             return MSACache(*sizes, self.capacity, **settings)
@@ -124,16 +121,9 @@ def _append(run: _Run, lens: tuple[int, ...]) -> None:
     index_k = run.draw(1, count, schedule.index_head_dim, schedule.fp8_index, True)
     ragged = torch.tensor(lens, dtype=torch.int32, device=k.device) if len({*lens, count}) > 1 else None
     cache.append(k, v, index_k, lens=ragged, backend=run.backend)
-    result = decode(
-        q,
-        cache,
-        index_q,
-        block_size=schedule.block_size,
-        topk=schedule.topk,
-        num_init_blocks=schedule.num_init_blocks,
-        backend=run.backend,
-        return_aux=AuxRequest(lse=True, block_indices=True),
-    )
+    rule = {name: getattr(schedule, name) for name in ("block_size", "topk", "num_init_blocks")}
+    aux_request = AuxRequest(lse=True, block_indices=True)
+    result = decode(q, cache, index_q, **rule, backend=run.backend, return_aux=aux_request)
     assert isinstance(result, tuple)
     out, aux = result
     assert aux.lse is not None
@@ -203,11 +193,7 @@ def _reset(run: _Run) -> None:
 
 
 _STEPS: dict[str, Callable[..., None]] = {
-    "append": _append,
-    "trim": _trim,
-    "reorder": _reorder,
-    "share": _share,
-    "reset": _reset,
+    step.__name__[1:]: step for step in (_append, _trim, _reorder, _share, _reset)
 }
 
 

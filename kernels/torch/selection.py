@@ -117,12 +117,7 @@ def _best_of_all(queries: Tensor, position: Array, index_k: IndexKeys, rule: Sel
 
 
 def _block_scores(
-    queries: Tensor,
-    index_k: IndexKeys,
-    position: Tensor,
-    rule: SelectionRule,
-    scratch: Scratch,
-    clean: bool,
+    queries: Tensor, index_k: IndexKeys, position: Tensor, rule: SelectionRule, scratch: Scratch, clean: bool
 ) -> Tensor:
     """Block scores [C, num_blocks, R] of queries [C, R, Di] at position [C, 1, R].
 

@@ -140,13 +140,7 @@ def _attend_densely(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, scale
 
 
 def _attend_sparsely(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: Selection,
-    table: Tensor | None,
-    scale: float,
-    with_loss: bool,
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, table: Tensor | None, scale: float, with_loss: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output [B, Hq, Sq, D] and, if requested, the index loss."""
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, *(x.to(q.dtype) for x in selection.heads))

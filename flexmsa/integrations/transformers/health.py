@@ -77,14 +77,8 @@ def _longest(q: Tensor, k: Tensor, sequences: Tensor | None) -> tuple[slice, sli
 def select(index_q: Tensor, index_k: Tensor, config: MSAConfig) -> Tensor:
     """Return the selection of the index branch, block_indices [B, Hkv, Sq, topk]."""
     assert config.topk is not None
-    return functional.select_blocks(
-        index_q,
-        index_k,
-        block_size=config.block_size,
-        topk=config.topk,
-        num_local_blocks=config.num_local_blocks,
-        num_init_blocks=config.num_init_blocks,
-    )
+    forced: dict[str, Any] = {"num_local_blocks": config.num_local_blocks, "num_init_blocks": config.num_init_blocks}
+    return functional.select_blocks(index_q, index_k, block_size=config.block_size, topk=config.topk, **forced)
 
 
 def window_blocks(index_q: Tensor, index_k: Tensor, config: MSAConfig, num_init_blocks: int = 0) -> Tensor:

@@ -9,14 +9,7 @@ from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, S
 
 from flexmsa.config import MSAConfig
 
-__all__ = [
-    "IndexHeads",
-    "add_index_branch",
-    "cache_index_keys",
-    "has_index_branch",
-    "is_index_weight",
-    "project_index",
-]
+__all__ = ["IndexHeads", "add_index_branch", "cache_index_keys", "has_index_branch", "is_index_weight", "project_index"]
 
 _PARTS = frozenset({"index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"})
 

@@ -6,15 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-
-class Sequence(NamedTuple):
-    """One row of the table of sequences (see `flexmsa.kernels`); batch is int64, as offsets need it."""
-
-    batch: Any
-    q_start: Any
-    q_end: Any
-    k_start: Any
-    k_end: Any
+from ...sequences import Sequence
 
 
 class Pages(NamedTuple):
@@ -42,7 +34,10 @@ class Scales(NamedTuple):
 
 @triton.jit
 def load_sequence(sequences_ptr, number, mask=None):
-    """The Sequence of that number, or of a tensor of numbers, with zeros where a mask is given and not set."""
+    """The Sequence of that number, or of a tensor of numbers, with zeros where a mask is given and not set.
+
+    Its batch is int64, as offsets need it.
+    """
     row = sequences_ptr + number.to(tl.int64) * 5
     other: tl.constexpr = None if mask is None else 0
     return Sequence(

@@ -2,14 +2,13 @@
 
 import argparse
 import dataclasses
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from flexmsa.demo.command import INTERRUPTED, exit_code, find_problem, read_options
 from flexmsa.demo.progress import Progress, clock
 from flexmsa.demo.text import Text, read_standard_library
 from flexmsa.integrations.transformers.demo.report import draw_table, save
@@ -19,67 +18,37 @@ from flexmsa.integrations.transformers.demo.train import WAYS, Demo, Settings, u
 __all__ = ["main"]
 
 QUICK = {
-    "dense_steps": 150,
-    "warm_up_steps": 30,
-    "sparse_steps": 10,
-    "context": 96,
-    "hidden_size": 48,
-    "num_layers": 2,
-    "head_dim": 16,
-    "block_size": 4,
-    "topk": 6,
-    "measure_every": 5,
-    "test_windows": 32,
+    **{"hidden_size": 48, "num_layers": 2, "head_dim": 16, "block_size": 4, "topk": 6, "context": 96},
+    **{"dense_steps": 150, "warm_up_steps": 30, "sparse_steps": 10, "measure_every": 5, "test_windows": 32},
 }
-INTERRUPTED = 130
 # The largest loss of the converted model, relative to the dense one, that is expected.
 MOST_ABOVE_DENSE = 0.02
 
 
 def main(argv: list[str]) -> int:
     """Run the demo; returns the exit code, 130 after Ctrl-C."""
-    try:
-        return run(parse(argv))
-    except (FileNotFoundError, FileExistsError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped.")
-        return INTERRUPTED
+    return exit_code(lambda: run(parse(argv)))
 
 
 def parse(argv: list[str]) -> Settings:
     """Read the options; all others keep the defaults of `Settings`, or of the quick run."""
-    default = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m flexmsa convert-demo",
         description="Train a small dense Qwen3 of transformers on the source code of the Python standard library, "
         "convert it to MiniMax Sparse Attention, and compare it with other selections of the same number of keys. "
         "Takes about ten minutes on two CPU cores.",
     )
-    parser.add_argument("--quick", action="store_true", help="a much smaller model and a few steps: takes seconds")
-    for name, text in (
-        ("dense-steps", "training steps of the dense model"),
-        ("warm-up-steps", "steps of phase 1, which trains the index branch alone"),
-        ("sparse-steps", "steps of phase 2, and of training with each other selection"),
-        ("batch-size", "windows of text per batch"),
-        ("seed", "random seed of the weights and the batches"),
-    ):
-        value = getattr(default, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} (default: {value})")
-    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if available)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"folder of the results (default: {default.out}/)")
-    options = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    preset = QUICK if options.pop("quick") else {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = Settings(**{"device": device, **preset, **options})
-    for name in ("dense_steps", "warm_up_steps", "sparse_steps", "batch_size"):
-        if getattr(settings, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(settings, name)}")
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device: {str(error).splitlines()[0]}")
+    ints = {
+        "dense-steps": "training steps of the dense model",
+        "warm-up-steps": "steps of phase 1, which trains the index branch alone",
+        "sparse-steps": "steps of phase 2, and of training with each other selection",
+        "batch-size": "windows of text per batch",
+        "seed": "random seed of the weights and the batches",
+    }
+    settings = Settings(**read_options(parser, argv, Settings(), QUICK, ints))
+    problem = find_problem(settings, dict.fromkeys(("dense_steps", "warm_up_steps", "sparse_steps", "batch_size"), 1))
+    if problem:
+        parser.error(problem)
     return settings
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexmsa.demo.report import BLUE, GREEN, GREY, ORANGE, PURPLE, write_whole
+from flexmsa.demo.report import BLUE, GREEN, GREY, ORANGE, PURPLE, decorate, draw_phases, smooth, write_whole
 from flexmsa.integrations.transformers.demo.train import WAYS, Demo, Score
 
 if TYPE_CHECKING:
@@ -15,12 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {"dense": ORANGE, "MSA": BLUE, "window": GREEN, "random": PURPLE}
-NAMES = {
-    "dense": "dense",
-    "MSA": "MSA",
-    "window": "sliding window and a sink block",
-    "random": "random blocks",
-}
+NAMES = {"dense": "dense", "MSA": "MSA", "window": "sliding window and a sink block", "random": "random blocks"}
 COLUMNS = (
     "loss, nats per byte",
     "keys that the last byte attends to",
@@ -83,28 +78,16 @@ def draw_figure(demo: Demo, unigram_loss: float) -> Figure:
     _draw_answers(panels[0, 1], demo)
     _draw_divergence(panels[1, 0], demo)
     _draw_recalls(panels[1, 1], demo)
-    for axes in panels.flat:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize="medium", fontweight="bold")
-
-
-def _smooth(values: list[float], reach: int) -> list[float]:
-    near = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
-    return [sum(x) / len(x) for x in near]
 
 
 def _draw_losses(axes: Axes, demo: Demo, unigram_loss: float) -> None:
     training = demo.losses.get("dense training", [])
-    axes.plot(range(1, len(training) + 1), _smooth(training, 10), color=GREY, label="dense training")
+    axes.plot(range(1, len(training) + 1), smooth(training, 10), color=GREY, label="dense training")
     axes.axhline(unigram_loss, color=GREY, linestyle=":", linewidth=1, label="unigram baseline")
     axes.set(xlabel="step", ylabel="nats per byte", ylim=(min(training, default=0.0) - 0.1, 1.7 * unigram_loss))
     axes.legend(frameon=False, fontsize="small", loc="center right", bbox_to_anchor=(1.0, 0.37))
-    _title(axes, "Loss in training, smoothed")
+    decorate(axes, "Loss in training, smoothed")
     _draw_excess(axes.inset_axes((0.3, 0.71, 0.68, 0.19)), demo)
 
 
@@ -114,7 +97,7 @@ def _draw_excess(axes: Axes, demo: Demo) -> None:
     for way in WAYS:
         excess = [loss - other for loss, other in zip(demo.losses.get(way, []), dense, strict=False)]
         if excess:
-            axes.plot(range(1, len(excess) + 1), _smooth(excess, 10), color=COLOURS[way], label=way)
+            axes.plot(range(1, len(excess) + 1), smooth(excess, 10), color=COLOURS[way], label=way)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize="small")
     axes.set_title("further training: loss minus dense loss, by step", fontsize="small", loc="left")
@@ -131,18 +114,18 @@ def _draw_answers(axes: Axes, demo: Demo) -> None:
                 axes.annotate(f"{share:.0%}", (place + shift, share), ha="center", va="bottom", fontsize="small")
     axes.set_xticks(range(len(WAYS)), WAYS)
     axes.set(ylim=(0, 1.1), ylabel="share of keys answered")
-    _title(axes, "Retrieval: before (pale) and after further training")
+    decorate(axes, "Retrieval: before (pale) and after further training")
 
 
 def _draw_divergence(axes: Axes, demo: Demo) -> None:
     steps = [entry["step"] for entry in demo.entries]
     for layer in range(demo.settings.num_layers):
         axes.plot(steps, [entry[f"kl/layer_{layer}"] for entry in demo.entries], label=f"layer {layer}", alpha=0.8)
-    axes.axvline(demo.settings.warm_up_steps + 0.5, color=GREY, linestyle="--", linewidth=1)
+    draw_phases(axes, demo.settings.warm_up_steps)
     axes.set(xlabel="step after the conversion", ylabel="nats per query", ylim=(0, None))
     if steps:
         axes.legend(frameon=False, fontsize="small")
-    _title(axes, "KL of each index branch; dashed: phase 2 begins")
+    decorate(axes, "KL of each index branch; dashed: phase 2 begins")
 
 
 def _draw_recalls(axes: Axes, demo: Demo) -> None:
@@ -155,8 +138,8 @@ def _draw_recalls(axes: Axes, demo: Demo) -> None:
         for kind, style in (("score", "-"), ("block", ":")):
             recalls = [entry[f"{kind}_recall{suffix}"] for entry in demo.entries]
             axes.plot(steps, recalls, color=colour, linestyle=style, label=f"{name}, {kind} recall")
-    axes.axvline(demo.settings.warm_up_steps + 0.5, color=GREY, linestyle="--", linewidth=1)
+    draw_phases(axes, demo.settings.warm_up_steps)
     axes.set(xlabel="step after the conversion", ylabel="share", ylim=(0, 1.02))
     if steps:
         axes.legend(frameon=False, fontsize="small", loc="lower right")
-    _title(axes, f"Recall of the best {demo.settings.topk} blocks")
+    decorate(axes, f"Recall of the best {demo.settings.topk} blocks")

@@ -1,7 +1,6 @@
 """The measurements of convert-demo: a dense model, its conversion, and further training with four ways to attend."""
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,21 +11,15 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from flexmsa.demo.model import VOCABULARY, language_loss
 from flexmsa.demo.progress import Progress
 from flexmsa.demo.text import Text, random_batch, spread_windows
+from flexmsa.demo.train import learning_rate
+from flexmsa.integrations.transformers import training
 from flexmsa.integrations.transformers.convert import convert, set_warm_up
 from flexmsa.integrations.transformers.demo.retrieval import answered, plant_early_keys, plant_keys
 from flexmsa.integrations.transformers.health import random_blocks, window_blocks
-from flexmsa.integrations.transformers.training import (
-    begin_sparse,
-    begin_warm_up,
-    check_optimizer,
-    clip_gradients,
-    log_entries,
-    parameter_groups,
-)
 
-VOCABULARY = 256
 MOST_STATEMENTS = 23
 
 
@@ -132,7 +125,7 @@ class Demo:
         self.converted = copy.deepcopy(self.dense)
         convert(self.converted, {"block_size": settings.block_size, "topk": settings.topk})
         self.converted.flexmsa.index_loss_weight = settings.index_loss_weight
-        begin_warm_up(self.converted)
+        training.begin_warm_up(self.converted)
         self._train("phase 1", self.converted, settings.warm_up_steps, settings.learning_rate, progress)
 
     def try_ways(self) -> None:
@@ -145,7 +138,7 @@ class Demo:
         settings = self.settings
         model = self._attending(way)
         if way != "dense":
-            begin_sparse(model)
+            training.begin_sparse(model)
         self.batches.manual_seed(settings.seed + 1)
         torch.manual_seed(settings.seed + 1)
         try:
@@ -166,10 +159,10 @@ class Demo:
         return model
 
     def _train(self, name: str, model: Any, steps: int, peak: float, progress: Progress) -> None:
-        optimizer = torch.optim.AdamW(parameter_groups(model), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(training.parameter_groups(model), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
         learns_index = name in ("phase 1", "MSA")
         if learns_index:
-            check_optimizer(model, optimizer)
+            training.check_optimizer(model, optimizer)
         losses = self.losses[name] = []
         model.train()
         try:
@@ -180,9 +173,8 @@ class Demo:
                     model.flexmsa.with_health = step == 1 or step % self.settings.measure_every == 0
                 losses.append(self._step(model, optimizer))
                 if learns_index and model.flexmsa.with_health:
-                    self.entries.append(
-                        {"step": self._steps_before(name) + step, "warm_up": name == "phase 1", **log_entries(model)}
-                    )
+                    place = {"step": self._steps_before(name) + step, "warm_up": name == "phase 1"}
+                    self.entries.append(place | training.log_entries(model))
                 progress.update(step, self._describe(name))
         finally:
             progress.close()
@@ -196,7 +188,7 @@ class Demo:
         loss = model(ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
-        clip_gradients(model, 1.0)
+        training.clip_gradients(model, 1.0)
         optimizer.step()
         return (model.flexmsa.report.lm_loss if hasattr(model, "flexmsa") else loss).item()
 
@@ -222,18 +214,10 @@ class Demo:
         losses, answers = [], []
         for rows, keys in zip(ids.split(settings.batch_size), asked.split(settings.batch_size), strict=True):
             logits = model(rows[:, :-1].to(settings.device)).logits.cpu()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+            loss = language_loss(logits, rows[:, 1:], reduction="none")
             losses.append(loss.view(len(rows), -1).mean(1).double())
             answers.append(answered(model(keys[:, :-1].to(settings.device)).logits.cpu(), keys))
         return Score(torch.cat(losses), torch.cat(answers).double().mean().item())
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear up to the peak in the first twentieth of the steps, then a cosine down to a tenth of it."""
-    rise = max(1, steps // 20)
-    if step <= rise:
-        return peak * step / rise
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 def unigram_loss(text: Text) -> float:
