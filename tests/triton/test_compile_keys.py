@@ -19,7 +19,6 @@ from flexmsa.testing.launches import (
     CacheFormat,
     Layer,
     decode_launches,
-    loss_launches,
     selection_launches,
 )
 
@@ -51,14 +50,6 @@ def test_training(sizes, task, name):
     lengths = (4096, 32768, 131072, 40000)
     keys = [keys_by_kernel(TRAINING[task](Layer(tokens, **sizes), TARGETS[name])) for tokens in lengths]
     assert all(other == keys[0] for other in keys)
-
-
-def test_more_lists_than_16_bits_number():
-    """One more variant of each kernel that reads or writes the numbers of more than 65,534 lists."""
-    short, long = (keys_by_kernel(loss_launches(Layer(tokens), TARGETS["sm_90"])) for tokens in (32768, 1 << 20))
-    assert {name for name in long if long[name] != short[name]} == {
-        *("list_numbers_kernel", "index_lse_kernel", "sum_slots_kernel")
-    }
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -376,7 +376,7 @@ def gradient_launcher(
 
     def launch(items: WorkItems, range_number: int, group: int) -> None:
         arguments = boxes | {
-            "items": items.record(),
+            "items": items,
             "rows": workspace.rows,
             "partial": workspace.partial,
             "sums": sums,

@@ -72,7 +72,7 @@ def sum_items(
         (index.num_blocks, triton.cdiv(problem.block_size, constants.keys), 1),
         {
             "blocks_ptr": index.blocks,
-            "items": items.record(),
+            "items": items,
             "partial": workspace.partial,
             "sums": sums,
             "range_number": range_number,

@@ -84,7 +84,7 @@ def combine_token(partial, numbers, first_row, results, out_row, none, topk, C: 
 
 
 @triton.jit
-def combine_kernel(partial, numbers, skip_ptr, results, index, range_number, C: tl.constexpr):
+def combine_kernel(partial, skip_ptr, results, index, range_number, C: tl.constexpr):
     """`combine_token` for those of a token range's tokens whose skip is 0. Grid (tokens / C.tokens)."""
     await_previous(C.overlap)
     token_range = find_token_range(index, range_number, C.topk)
@@ -102,9 +102,9 @@ def combine_kernel(partial, numbers, skip_ptr, results, index, range_number, C: 
                     (index.first_token + token) % results.seqlen_q,
                 )
                 out_row = result_row(results, batch, token_range.group, 0, query, C.group_size)
-                slots = numbers.ptr + (token_range.group * index.num_tokens + token) * C.topk
+                slots = index.numbers + (token_range.group * index.num_tokens + token) * C.topk
                 first_row = (token - begin) * C.topk * C.group_size
-                combine_token(partial, slots, first_row, results, out_row, numbers.none, index.topk, C)
+                combine_token(partial, slots, first_row, results, out_row, index.none, index.topk, C)
 
 
 @functools.lru_cache
@@ -144,10 +144,9 @@ def launch(
         (triton.cdiv(index.range_tokens, constants.tokens), 1, 1),
         {
             "partial": partial,
-            "numbers": index.list_numbers(),
             "skip_ptr": skip,
             "results": results,
-            "index": index.record(),
+            "index": index,
             "range_number": range_number,
         },
         {"C": constants},

@@ -227,8 +227,8 @@ def launches(
         "values": view(inputs.v),
         "scales": Scales(inputs.cache.k_scale, inputs.cache.v_scale, inputs.k.shape[2]),
         "pages": pages_of(inputs.cache.page_table, inputs.k),
-        "index": index.record(),
-        "items": items.record(),
+        "index": index,
+        "items": items,
         "partial": partial,
     }
     sizes = {

@@ -261,8 +261,8 @@ def launches(
         "k_boxes": shared_box(inputs.k, keys),
         "v_boxes": shared_box(inputs.v, keys),
         "out_boxes": shared_box(partial.out.view(-1, head_dim), [group_size, HALF.value]),
-        "index": index.record(),
-        "items": items.record(),
+        "index": index,
+        "items": items,
         "lse_ptr": partial.lse,
     }
     sizes = {"seqlen_q": inputs.q.shape[2], "num_rows": partial.lse.numel(), "scale": inputs.scale * LOG2_E.value}
