@@ -25,12 +25,15 @@ import torch
 from ...problem import Problem
 from ...rules import SelectionRule
 from ...tuning import tuned_config
-from ..common.records import capacity_of
+from ..common.launch import Launch, Options, view
+from ..common.records import capacity_of, pages_of
 from ..common.target import GLUON, target_of
-from ..common.tiles import tma_ready
+from ..common.tiles import tile_table, tma_ready
 from . import kernel
-from .config import DEPENDS_ON, SelectionConfig, default_config, most_splits
+from .config import DEPENDS_ON, SelectionConfig, default_config, most_splits, selection_constants
 from .merge import Lists, merge_splits
+from .rule import forced_blocks
+from .topk import Outputs
 
 # The first that supports a configuration runs. Other versions of Triton may lack what the kernel in Gluon needs.
 IMPLEMENTATIONS: tuple[Any, ...] = (kernel,)
@@ -104,11 +107,23 @@ def rank_blocks(
         num_rows = sequences.shape[0] * seqlen_q * num_kv_heads
         keys = ids.new_empty(num_rows, config.num_splits, config.kept, dtype=torch.int64)
         lists = Lists(keys, most_splits(config, target_of(ids.device)))
+    target = target_of(ids.device)
+    tiles, num_tiles = tile_table(sequences, batch, seqlen_q, config.tokens(num_kv_heads))
     implementation = next(x for x in IMPLEMENTATIONS if x.supports(config))
-    implementation.launch(
-        *(index_q, index_k, index_k_scale, page_table, sequences, rule, config),
-        *(ids, None if lists is None else lists.keys),
-    ).run()
+    arguments = {
+        "index_q": view(index_q),
+        **implementation.key_arguments(index_k, index_k_scale, config, rule.block_size, num_tiles),
+        "pages": pages_of(page_table, index_k),
+        "seqlen_k": index_k.shape[2],
+        "sequences_ptr": sequences,
+        "tiles": tiles,
+        "forced": forced_blocks(rule),
+        "outputs": Outputs(ids, None if lists is None else lists.keys, config.num_splits),
+    }
+    constants = selection_constants(config, num_kv_heads, index_q.shape[3], rule, target)
+    options = Options(config.num_warps, config.num_stages, overlap=target.overlaps)
+    grid = num_tiles, config.num_splits, 1
+    Launch(implementation.KERNEL, grid, arguments, {"C": constants}, options).run()
     return ids, lists
 
 
