@@ -32,7 +32,7 @@ from ..common.tiles import tile_table, tma_ready
 from . import kernel
 from .config import DEPENDS_ON, SelectionConfig, default_config, most_splits, selection_constants
 from .merge import Lists, merge_splits
-from .rule import forced_blocks
+from .rule import ForcedBlocks
 from .topk import Outputs
 
 # The first that supports a configuration runs. Other versions of Triton may lack what the kernel in Gluon needs.
@@ -41,27 +41,6 @@ if GLUON:
     from . import kernel_sm90
 
     IMPLEMENTATIONS = (kernel_sm90, *IMPLEMENTATIONS)
-
-
-def problem_of(
-    index_q: torch.Tensor,
-    index_k: torch.Tensor,
-    rule: SelectionRule,
-    page_table: torch.Tensor | None = None,
-    index_k_scale: torch.Tensor | None = None,
-) -> Problem:
-    """The Problem of a selection."""
-    scales_ready = index_k_scale is None or (index_k_scale.is_contiguous() and index_k_scale.data_ptr() % 16 == 0)
-    return Problem(
-        num_kv_heads=index_q.shape[1],
-        dtype=index_q.dtype,
-        index_head_dim=index_q.shape[3],
-        block_size=rule.block_size,
-        topk=rule.topk,
-        key_dtype=index_k.dtype,
-        paged=page_table is not None,
-        bulk_copies=scales_ready and tma_ready(index_k),
-    )
 
 
 def choose_config(
@@ -73,8 +52,18 @@ def choose_config(
     index_k_scale: torch.Tensor | None = None,
 ) -> SelectionConfig:
     """The configuration for these tensors: the default, with the changes of tuning."""
-    problem = problem_of(index_q, index_k, rule, page_table, index_k_scale)
-    batch, seqlen_q = index_q.shape[0], index_q.shape[2]
+    batch, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
+    scales_ready = index_k_scale is None or (index_k_scale.is_contiguous() and index_k_scale.data_ptr() % 16 == 0)
+    problem = Problem(
+        num_kv_heads,
+        index_q.dtype,
+        index_head_dim=index_head_dim,
+        block_size=rule.block_size,
+        topk=rule.topk,
+        key_dtype=index_k.dtype,
+        paged=page_table is not None,
+        bulk_copies=scales_ready and tma_ready(index_k),
+    )
     # Of the two sequences of a row whose queries are not all new, one has no keys to score.
     num_sequences = batch if sequences.shape[0] <= 2 * batch else sequences.shape[0]
     target = target_of(index_q.device)
@@ -106,7 +95,7 @@ def rank_blocks(
     if config.num_splits > 1:
         num_rows = sequences.shape[0] * seqlen_q * num_kv_heads
         keys = ids.new_empty(num_rows, config.num_splits, config.kept, dtype=torch.int64)
-        lists = Lists(keys, most_splits(config, target_of(ids.device)))
+        lists = Lists(keys, config.num_splits, config.kept, most_splits(config, target_of(ids.device)))
     target = target_of(ids.device)
     tiles, num_tiles = tile_table(sequences, batch, seqlen_q, config.tokens(num_kv_heads))
     implementation = next(x for x in IMPLEMENTATIONS if x.supports(config))
@@ -117,7 +106,7 @@ def rank_blocks(
         "seqlen_k": index_k.shape[2],
         "sequences_ptr": sequences,
         "tiles": tiles,
-        "forced": forced_blocks(rule),
+        "forced": ForcedBlocks(rule.num_local_blocks, rule.num_init_blocks),
         "outputs": Outputs(ids, None if lists is None else lists.keys, config.num_splits),
     }
     constants = selection_constants(config, num_kv_heads, index_q.shape[3], rule, target)

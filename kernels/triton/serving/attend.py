@@ -64,13 +64,6 @@ class AttendConstants:
     overlap: bool
 
 
-class KeptLists(NamedTuple):
-    """The lists to merge, see `selection.merge`, and how many each query and group has."""
-
-    keys: Any
-    num_lists: Any
-
-
 class Results(NamedTuple):
     """Where out [B*Hq*Sq, num_splits, D] and lse [B*Hq*Sq, num_splits] go."""
 
@@ -168,8 +161,8 @@ def attend_kernel(
 ):
     """See the module's docstring. Grid (queries, num_kv_heads, num_splits).
 
-    lists: None where the ids are given. Views are arguments of their own: inside a record that does not end with a
-    constant, Triton 3.6 forgets their constant stride at a return.
+    lists: of `selection.merge`, None where the ids are given. Views are arguments of their own: inside a record that
+    does not end with a constant, Triton 3.6 forgets their constant stride at a return.
     """
     await_previous(C.overlap)
     tile = find_tile(tl.program_id(0), tiles, 1)

@@ -15,7 +15,7 @@ from ..common.tiles import tile_table
 from ..forward.launch import block_sparse_attention_forward
 from ..selection.launch import rank_blocks
 from ..selection.merge import Lists, merge_splits
-from .attend import KeptLists, Results, attend_constants, attend_kernel
+from .attend import Results, attend_constants, attend_kernel
 from .combine import combine_constants, combine_splits
 from .config import AttendConfig, default_config
 
@@ -90,7 +90,7 @@ def attend(
             "scales": Scales(cache.k_scale, cache.v_scale, k.shape[2]),
             "pages": pages_of(cache.page_table, k),
             "ids_view": view(block_indices),
-            "lists": None if lists is None else KeptLists(lists.keys, lists.num_lists),
+            "lists": lists,
             "sequences_ptr": sequences,
             "tiles": tiles,
             "results": results,
