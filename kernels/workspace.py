@@ -34,7 +34,7 @@ def workspace_limit() -> int:
     return _limit[0]
 
 
-def chunk_tokens(num_tokens: int, bytes_per_token: int) -> int:
+def tokens_per_range(num_tokens: int, bytes_per_token: int) -> int:
     """Tokens of one group per token range: a multiple of 16, whose partial results fit into the workspace.
 
     All ranges of `num_tokens` tokens have this size, except the last, which may be shorter.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from ...tuning import tuned_config
-from ...workspace import chunk_tokens
+from ...workspace import tokens_per_range
 from ..common.launch import choose
 from ..common.target import GLUON, target_of
 from ..common.tiles import tma_ready
@@ -83,7 +83,7 @@ def block_sparse_attention_backward(
     config = config or tuned_config("backward", problem, target, default_config(problem, target), DEPENDS_ON)
     implementation = choose(GRADIENTS, problem, target, config)
 
-    range_tokens = tokens_per_range(q, topk, problem, config)
+    range_tokens = backward_range(q, topk, problem, config)
     num_entries = min(range_tokens, q.shape[0] * q.shape[2]) * topk
     heads_inside = implementation.puts_heads_inside(problem)
     workspace = make_workspace(q, lse, sequences, problem, num_entries, slots_of(num_entries, config), heads_inside)
@@ -96,7 +96,7 @@ def block_sparse_attention_backward(
             group, first_token = number // per_group, number % per_group * index.range_tokens
             num_tokens = min(index.range_tokens, index.num_tokens - first_token)
             gather_rows(index, statistics, workspace, number, num_tokens * topk, problem)
-            work = Work(items.record(), workspace.rows, workspace.partial, sums, number, group)
+            work = Work(items, workspace.rows, workspace.partial, sums, number, group)
             for launch in launches:
                 arguments = launch.arguments | {"work": work, "scale": scale}
                 launch._replace(grid=(items.num_items, 1, 1), arguments=arguments).run()
@@ -105,10 +105,10 @@ def block_sparse_attention_backward(
     return grad_q, sums.k.to(k.dtype), sums.v.to(v.dtype)
 
 
-def tokens_per_range(q: Tensor, topk: int, problem: Problem, config: BackwardConfig) -> int:
+def backward_range(q: Tensor, topk: int, problem: Problem, config: BackwardConfig) -> int:
     """Tokens of a token range: as many as the workspace holds, with rows that are numbered in 32 bits."""
     rows = topk * problem.group_size
-    tokens = chunk_tokens(q.shape[0] * q.shape[2], rows * problem.head_dim * problem.element_size)
+    tokens = tokens_per_range(q.shape[0] * q.shape[2], rows * problem.head_dim * problem.element_size)
     return max(1, min(tokens, (2**31 - 1) // rows - 2 * config.rows))
 
 

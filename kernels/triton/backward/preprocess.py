@@ -92,7 +92,7 @@ class GatherConstants:
 
 
 @triton.jit
-def gather_kernel(index, numbers, statistics, rows, places_ptr, range_number, seqlen_q, num_kv_heads, C: tl.constexpr):
+def gather_kernel(index, statistics, rows, places_ptr, range_number, seqlen_q, num_kv_heads, C: tl.constexpr):
     """Fill the GatheredRows and `Workspace.places` of a token range; program i owns C.entries entries of its lists."""
     range_number = tl.cast(range_number, tl.int64)
     first_list = range_number * index.num_blocks
@@ -101,8 +101,8 @@ def gather_kernel(index, numbers, statistics, rows, places_ptr, range_number, se
     place = tl.program_id(0).to(tl.int64) * C.entries + tl.arange(0, C.entries)
     live = place < count
     entry = tl.load(index.entries + begin + place, mask=live, other=0)
-    number = tl.load(numbers.ptr + entry, mask=live, other=numbers.lowest).to(tl.int64)
-    block = load_block(index.blocks, number - numbers.lowest - first_list, live)
+    number = tl.load(index.numbers + entry, mask=live, other=0).to(tl.int64)
+    block = load_block(index.blocks, number - first_list, live)
     tokens = find_token_range(index, range_number, index.topk)
     # Tokens, and entries of a token range, fit into 32 bits, which are divided much faster.
     local = tl.where(live, entry - tokens.first_entry, 0).to(tl.int32)
@@ -134,7 +134,7 @@ def gather_rows(
     """Fill the rows and places of the workspace for token range `number`, of at most `num_entries` entries."""
     workspace.places.fill_(-1)
     constants = gather_constants(problem.group_size)
-    read = {"index": index.record(), "numbers": index.list_numbers(), "statistics": statistics}
+    read = {"index": index, "statistics": statistics}
     written = {"rows": workspace.rows, "places_ptr": workspace.places}
     sizes = {"seqlen_q": statistics.delta.shape[2], "num_kv_heads": problem.num_kv_heads}
     arguments = {**read, **written, "range_number": number, **sizes}

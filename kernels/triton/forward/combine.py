@@ -81,7 +81,7 @@ def combine_token(partial, numbers, first_row, results, out_row, none, topk, C: 
 
 
 @triton.jit
-def combine_kernel(partial, numbers, skip_ptr, results, index, range_number, C: tl.constexpr):
+def combine_kernel(partial, skip_ptr, results, index, range_number, C: tl.constexpr):
     """`combine_token` for those of a token range's tokens whose skip is 0. Grid (tokens / C.tokens)."""
     await_previous(C.overlap)
     token_range = find_token_range(index, range_number, C.topk)
@@ -97,9 +97,9 @@ def combine_kernel(partial, numbers, skip_ptr, results, index, range_number, C: 
                 position = index.first_token + token
                 batch, query = position // results.seqlen_q, position % results.seqlen_q
                 out_row = result_row(results, batch, token_range.group, 0, query, C.group_size)
-                slots = numbers.ptr + (token_range.group * index.num_tokens + token) * C.topk
+                slots = index.numbers + (token_range.group * index.num_tokens + token) * C.topk
                 first_row = (token - begin) * C.topk * C.group_size
-                combine_token(partial, slots, first_row, results, out_row, numbers.none, index.topk, C)
+                combine_token(partial, slots, first_row, results, out_row, index.none, index.topk, C)
 
 
 @functools.lru_cache
@@ -125,6 +125,6 @@ def launch(
     """The launch that fills the results of the first token range's tokens whose skip [Hkv, B*Sq] is 0."""
     constants = combine_constants(problem, target)
     grid = triton.cdiv(index.range_tokens, constants.tokens), 1, 1
-    tensors = {"partial": partial, "numbers": index.list_numbers(), "skip_ptr": skip, "results": results}
-    arguments = {**tensors, "index": index.record(), "range_number": 0}
+    tensors = {"partial": partial, "skip_ptr": skip, "results": results}
+    arguments = {**tensors, "index": index, "range_number": 0}
     return Launch(combine_kernel, grid, arguments, {"C": constants}, Options(overlap=constants.overlap))

@@ -197,7 +197,7 @@ def launch(
     vectors = {"q": view(inputs.q), "keys": view(inputs.k), "values": view(inputs.v)}
     scales = Scales(cache.k_scale, cache.v_scale, inputs.k.shape[2])
     stored = {"scales": scales, "pages": pages_of(cache.page_table, inputs.k)}
-    work = {"index": index.record(), "items": items.record(), "partial": partial, "range_number": 0}
+    work = {"index": index, "items": items, "partial": partial, "range_number": 0}
     sizes = {"seqlen_q": inputs.q.shape[2], "num_kv_heads": problem.num_kv_heads, "scale": inputs.scale * LOG2_E.value}
     arguments = {**vectors, **stored, **work, **sizes}
     options = Options(config.num_warps, config.num_stages, config.max_registers, constants.overlap)

@@ -251,7 +251,7 @@ def launch(
         "v_boxes": shared_box(inputs.v, keys),
         "out_boxes": shared_box(partial.out.view(-1, head_dim), [group_size, HALF.value]),
     }
-    work = {"index": index.record(), "items": items.record(), "lse_ptr": partial.lse, "range_number": 0}
+    work = {"index": index, "items": items, "lse_ptr": partial.lse, "range_number": 0}
     sizes = {"seqlen_q": inputs.q.shape[2], "num_rows": partial.lse.numel(), "scale": inputs.scale * LOG2_E.value}
     arguments, options = {**boxes, **work, **sizes}, Options(4, max_registers=REGISTERS)
     return Launch(key_major_sm90_kernel, (items.num_items, 1, 1), arguments, {"shape": shape}, options)

@@ -15,7 +15,7 @@ import torch
 
 from ...problem import Problem
 from ...tuning import tuned_config
-from ...workspace import chunk_tokens
+from ...workspace import tokens_per_range
 from ..common.fp8 import Cache
 from ..common.launch import choose
 from ..common.records import capacity_of
@@ -66,7 +66,7 @@ def attend_key_major(
     assert problem.topk is not None and tiles.skip is not None
     q, batch = inputs.q, inputs.q.shape[0]
     rows = problem.topk * problem.group_size
-    range_tokens = chunk_tokens(batch * results.seqlen_q, rows * (problem.head_dim * problem.element_size + 4))
+    range_tokens = tokens_per_range(batch * results.seqlen_q, rows * (problem.head_dim * problem.element_size + 4))
     # Elements of a range's partial results are numbered in 32 bits.
     range_tokens = max(1, min(range_tokens, (2**31 - 1) // (rows * problem.head_dim)))
     index = inverse_index(

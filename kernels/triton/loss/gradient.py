@@ -6,17 +6,15 @@ that no group size wastes rows. It writes its loss and each entry's share of gra
 `launch` for the formulas and the cost.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import Launch, Options, View
+from ..common.launch import Launch, Options
 from ..common.softmax import LN_2, LOG2_E
 from ..common.tiles import load_tile
-from ..schedule.inverse_index import InverseIndex, find_token_range
-from ..schedule.work_items import WorkItems, item_entries
-from .config import LossConfig, LossConstants
-from .loads import Gradients, Sizes, load_entries, load_part, load_rows
+from ..schedule.inverse_index import find_token_range
+from ..schedule.work_items import item_entries
+from .loads import LossCall, load_entries, load_part, load_rows
 
 TINY = tl.constexpr(1.1754943508222875e-38)
 
@@ -71,27 +69,8 @@ def store_key_gradients(grad_k, part, gradients, seqlen_k, index_head_dim: tl.co
 
 
 @triton.jit
-def index_loss_kernel(
-    q,
-    k,
-    index_q,
-    index_k,
-    lse_ptr,
-    index_lse_ptr,
-    index,
-    items,
-    loss_ptr,
-    gradients,
-    sizes,
-    range_number,
-    scale,
-    index_scale,
-    C: tl.constexpr,
-):
-    """loss [token range, item, part]; partial_q without its factor; partial_k, or an addition to grad_k.
-
-    lse [B*Sq, Hq] natural; index_lse [token of the range], scale and index_scale in base 2; gradients may be None.
-    """
+def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, sizes, range_number, C: tl.constexpr):
+    """losses; partial_q without its factor; partial_k, or an addition to grad_k. Gradients may be None."""
     COLUMNS: tl.constexpr = C.columns
     ROWS: tl.constexpr = C.rows
     INDEX_DEPTH: tl.constexpr = C.index_depth
@@ -112,7 +91,7 @@ def index_loss_kernel(
     query0 = (tokens.first_token - part.batch * sizes.seqlen_q).to(tl.int32)
     entries_ptr = item_entries(index, range_number, part.begin)
     num_entries = part.stop - part.begin
-    lse_base = lse_ptr + (part.batch * sizes.seqlen_q * sizes.num_kv_heads + tokens.group) * sizes.group_size
+    lse_base = buffers.lse + (part.batch * sizes.seqlen_q * sizes.num_kv_heads + tokens.group) * sizes.group_size
     lead = part.shift + 1 - part.first_key
     column = tl.arange(0, COLUMNS)
     depth = tl.arange(0, INDEX_DEPTH)
@@ -124,13 +103,13 @@ def index_loss_kernel(
         query = query0 + entry // index.topk
         x = load_rows(x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, INDEX_DEPTH)
         lse_rows = lse_base + query.to(tl.int64) * (sizes.num_kv_heads * sizes.group_size)
-        teacher = sum_teacher(q, q_base, lse_rows, keys, query, sizes.group_size, scale, C.head_dim, C.stages)
+        teacher = sum_teacher(q, q_base, lse_rows, keys, query, sizes.group_size, sizes.scale, C.head_dim, C.stages)
         log_student = tl.zeros([ROWS, COLUMNS], tl.float32)
         # Always true. Without the branch Triton sees that this product feeds another, and gives each warp whole rows:
         # with 64 rows for 8 warps, half of the warps would repeat the work of the others.
         if step < num_entries:
             log_student = tl.dot(x, tl.trans(y), input_precision=precision)
-        log_student = log_student * index_scale - tl.load(index_lse_ptr + entry // index.topk)[:, None]
+        log_student = log_student * sizes.index_scale - tl.load(buffers.index_lse + entry // index.topk)[:, None]
         num_seen = tl.where(number < num_entries, tl.minimum(query + lead, num_keys), 0)
         seen = column[None, :] < num_seen[:, None]
         teacher = tl.where(seen, teacher * (1.0 / sizes.group_size), 0.0)
@@ -146,44 +125,16 @@ def index_loss_kernel(
             place = gradients.partial_q + share[:, None] * C.index_head_dim + depth[None, :]
             tl.store(place, grad_q, mask=(number < num_entries)[:, None] & (depth < C.index_head_dim)[None, :])
     item = tl.cast(range_number, tl.int64) * items.num_items + tl.program_id(0)
-    tl.store(loss_ptr + item * tl.num_programs(1) + tl.program_id(1), tl.sum(loss, axis=0) * LN_2)
+    tl.store(buffers.losses + item * tl.num_programs(1) + tl.program_id(1), tl.sum(loss, axis=0) * LN_2)
     if gradients is not None:
         # Loaded again, so that no registers are held for it in the loop.
         part = load_part(items, range_number, COLUMNS)
         store_key_gradients(grad_k * tl.load(gradients.unit), part, gradients, sizes.seqlen_k, C.index_head_dim)
 
 
-def loss_and_gradients(
-    views: tuple[View, View, View, View],
-    lse: torch.Tensor,
-    index_lse: torch.Tensor,
-    index: InverseIndex,
-    items: WorkItems,
-    losses: torch.Tensor,
-    gradients: Gradients | None,
-    sizes: Sizes,
-    range_number: int,
-    scales: tuple[float, float],
-    config: LossConfig,
-    constants: LossConstants,
-) -> Launch:
-    """Fills the losses and partial gradients of one token range; views: of q, k, index_q, index_k; scales in base 2."""
-    return Launch(
-        index_loss_kernel,
-        (items.num_items, constants.parts, 1),
-        {
-            **dict(zip(("q", "k", "index_q", "index_k"), views, strict=True)),
-            "lse_ptr": lse,
-            "index_lse_ptr": index_lse,
-            "index": index.record(),
-            "items": items.record(),
-            "loss_ptr": losses,
-            "gradients": gradients,
-            "sizes": sizes,
-            "range_number": range_number,
-            "scale": scales[0],
-            "index_scale": scales[1],
-        },
-        {"C": constants},
-        Options(config.num_warps, config.num_stages),
-    )
+def loss_and_gradients(x: LossCall, range_number: int) -> Launch:
+    """Fills the losses and partial gradients of one token range."""
+    grid = x.items.num_items, x.constants.parts, 1
+    arguments = x.arguments(index_loss_kernel, range_number)
+    options = Options(x.config.num_warps, x.config.num_stages)
+    return Launch(index_loss_kernel, grid, arguments, {"C": x.constants}, options)

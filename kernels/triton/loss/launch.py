@@ -32,16 +32,17 @@ import torch
 import triton
 
 from ...problem import Problem
+from ...sequences import Sequence
 from ...tuning import tuned_config
-from ...workspace import chunk_tokens
-from ..common.launch import view
+from ...workspace import tokens_per_range
+from ..common.launch import View, view
 from ..common.softmax import LOG2_E
 from ..common.target import target_of
 from ..schedule.inverse_index import InverseIndex, inverse_indexes
 from ..schedule.work_items import cut_into_items
 from .config import DEPENDS_ON, LossConfig, LossConstants, default_config, loss_constants
 from .gradient import loss_and_gradients
-from .loads import Gradients, Sizes
+from .loads import Buffers, Gradients, LossCall, Sizes
 from .reduce import sum_items, sum_slots
 from .student import block_lse, index_lse
 
@@ -61,45 +62,39 @@ def slot_bytes(config: LossConfig, constants: LossConstants, with_grad: bool, in
 
 def add_losses(
     index: InverseIndex,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    index_q: torch.Tensor,
-    index_k: torch.Tensor,
+    views: tuple[View, View, View, View],
     lse_rows: torch.Tensor,
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    scales: tuple[float, float],
+    sizes: Sizes,
     config: LossConfig,
     constants: LossConstants,
 ) -> torch.Tensor:
     """The loss of each work item of an index; fills grad_q for the tokens of the index, and adds to grad_k.
 
-    outputs: unit, grad_q and grad_k, or None without gradients; scales: of the scores and index scores, in base 2.
+    views: of q, k, index_q and index_k; outputs: unit, grad_q and grad_k, or None without gradients.
     """
-    num_kv_heads, seqlen_q, index_head_dim = index_q.shape[1:]
     topk, range_tokens, parts = index.topk, index.range_tokens, constants.parts
-    sizes = Sizes(num_kv_heads, q.shape[1] // num_kv_heads, seqlen_q, k.shape[2])
     items = cut_into_items(index, config.length)
     losses = lse_rows.new_zeros(index.num_ranges, items.num_items, parts)
-    partial_lse = lse_rows.new_empty(range_tokens, topk, parts)
-    token_lse = lse_rows.new_empty(range_tokens)
+    partial_lse, index_lse_rows = lse_rows.new_empty(range_tokens, topk, parts), lse_rows.new_empty(range_tokens)
     gradients, num_slots = None, 0
     if outputs is not None:
         num_slots = min(items.num_items, 2 * (range_tokens * topk // config.length))
         gradients = Gradients(
             *outputs,
-            partial_q=lse_rows.new_empty(range_tokens, topk, parts, index_head_dim),
-            partial_k=lse_rows.new_empty(num_slots, parts, constants.columns, index_head_dim),
+            partial_q=lse_rows.new_empty(range_tokens, topk, parts, constants.index_head_dim),
+            partial_k=lse_rows.new_empty(num_slots, parts, constants.columns, constants.index_head_dim),
         )
-    views = view(q), view(k), view(index_q), view(index_k)
+    buffers = Buffers(lse_rows, partial_lse, index_lse_rows, losses)
+    x = LossCall(*views, buffers, index, items, gradients, sizes, config, constants)
     for number in range(index.num_ranges):
-        block_lse(*views[2:], index, items, partial_lse, seqlen_q, number, scales[1], config, constants).run()
-        index_lse(partial_lse, token_lse, index, number, constants).run()
-        results = losses, gradients, sizes, number
-        loss_and_gradients(views, lse_rows, token_lse, index, items, *results, scales, config, constants).run()
+        block_lse(x, number).run()
+        index_lse(x, number).run()
+        loss_and_gradients(x, number).run()
         if gradients is not None:
             if num_slots > 0:
-                sum_items(gradients, index, items, sizes.seqlen_k, number, constants).run()
-            sum_slots(gradients, index, sizes, number, constants).run()
+                sum_items(x, number).run()
+            sum_slots(x, number).run()
     return losses
 
 
@@ -143,15 +138,18 @@ def index_loss(
     target = target_of(q.device)
     config = config or tuned_config("loss", problem, target, default_config(problem, target), DEPENDS_ON)
     constants = loss_constants(config, problem)
-    _, q_start, q_end, k_start, k_end = sequences.unbind(1)
-    count = ((k_end - k_start).minimum(q_end - q_start).clamp(min=0).sum() * num_kv_heads).clamp(min=1)
+    table = Sequence(*sequences.unbind(1))
+    with_keys = (table.k_end - table.k_start).minimum(table.q_end - table.q_start).clamp(min=0)
+    count = (with_keys.sum() * num_kv_heads).clamp(min=1)
     unit = (index_scale / count).float()
     lse_rows = lse.transpose(1, 2).contiguous()
     index_groups = num_kv_heads if block_indices is None else 0
-    range_tokens = chunk_tokens(batch * seqlen_q, topk * slot_bytes(config, constants, with_grad, index_groups))
+    range_tokens = tokens_per_range(batch * seqlen_q, topk * slot_bytes(config, constants, with_grad, index_groups))
     outputs = (unit, grad_q, grad_k) if with_grad else None
     scales = scale * LOG2_E.value, index_scale * LOG2_E.value
+    sizes = Sizes(num_kv_heads, problem.group_size, seqlen_q, seqlen_k, *scales)
+    views = view(q), view(k), view(index_q), view(index_k)
     for index in inverse_indexes(block_indices, sequences, q, k, block_size, range_tokens):
-        losses = add_losses(index, q, k, index_q, index_k, lse_rows, outputs, scales, config, constants)
+        losses = add_losses(index, views, lse_rows, outputs, sizes, config, constants)
         loss += losses.sum(dtype=torch.float64)
     return (loss / count).float(), grad_q, grad_k

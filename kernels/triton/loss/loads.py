@@ -1,20 +1,40 @@
 """Records that the index loss's kernels share, and how they load a part of a block, entries and their queries."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
-from ..schedule.work_items import WorkItem, load_item
+from ..common.launch import View
+from ..schedule.inverse_index import InverseIndex
+from ..schedule.work_items import WorkItem, WorkItems, load_item
+from .config import LossConfig, LossConstants
 
 
 class Sizes(NamedTuple):
-    """Hkv, G, Sq and Sk: numbers that the kernels take at run time."""
+    """Hkv, G, Sq, Sk, and the scales in base 2: numbers that the kernels take at run time."""
 
-    num_kv_heads: Any
-    group_size: Any
-    seqlen_q: Any
-    seqlen_k: Any
+    num_kv_heads: int
+    group_size: int
+    seqlen_q: int
+    seqlen_k: int
+    scale: float
+    index_scale: float
+
+
+class Buffers(NamedTuple):
+    """fp32 and contiguous: what the kernels of a token range read and write beside the gradients.
+
+    lse [B*Sq, Hq]: the main branch's, natural; partial_lse [entry of the token range, part] and index_lse [token of the
+    range]: the student's, base 2; losses [token range, item, part].
+    """
+
+    lse: torch.Tensor
+    partial_lse: torch.Tensor
+    index_lse: torch.Tensor
+    losses: torch.Tensor
 
 
 class Gradients(NamedTuple):
@@ -24,11 +44,33 @@ class Gradients(NamedTuple):
     [entry of the token range, part, Di]; partial_k [slot of the work items, part, columns, Di].
     """
 
-    unit: Any
-    grad_q: Any
-    grad_k: Any
-    partial_q: Any
-    partial_k: Any
+    unit: torch.Tensor
+    grad_q: torch.Tensor
+    grad_k: torch.Tensor
+    partial_q: torch.Tensor
+    partial_k: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """The arguments of the kernels for one index, with config and constants; gradients: None for the loss alone."""
+
+    q: View
+    k: View
+    index_q: View
+    index_k: View
+    buffers: Buffers
+    index: InverseIndex
+    items: WorkItems
+    gradients: Gradients | None
+    sizes: Sizes
+    config: LossConfig
+    constants: LossConstants
+
+    def arguments(self, kernel: Any, range_number: int) -> dict[str, Any]:
+        """The arguments of a kernel for a token range, by the names of its parameters."""
+        fields = vars(self)
+        return {name: fields[name] for name in kernel.arg_names if name in fields} | {"range_number": range_number}
 
 
 @triton.jit

@@ -4,17 +4,16 @@ import triton
 import triton.language as tl
 
 from ..common.launch import Launch
-from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
-from ..schedule.work_items import WorkItems, load_share
-from .config import LossConstants
-from .loads import Gradients, Sizes
+from ..schedule.inverse_index import find_token_range, load_block
+from ..schedule.work_items import load_share
+from .loads import LossCall
 
 # Keys, or tokens, that one program sums for.
 ROWS = tl.constexpr(16)
 
 
 @triton.jit
-def sum_items_kernel(gradients, index, items, seqlen_k, range_number, C: tl.constexpr):
+def sum_items_kernel(gradients, index, items, sizes, range_number, C: tl.constexpr):
     """grad_k += the sum of partial_k over the work items of a block's list, if there are several.
 
     Program (block, i) owns ROWS of the block's keys.
@@ -33,12 +32,12 @@ def sum_items_kernel(gradients, index, items, seqlen_k, range_number, C: tl.cons
     for item in tl.range(0, share.num_items, num_stages=4):
         slot = gradients.partial_k + (share.first_slot + item) * (C.parts * C.columns) * C.index_head_dim
         total += tl.load(slot + offsets, mask=inside, other=0.0)
-    place = gradients.grad_k + (block.batch * seqlen_k + block.first_key) * C.index_head_dim + offsets
+    place = gradients.grad_k + (block.batch * sizes.seqlen_k + block.first_key) * C.index_head_dim + offsets
     tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)
 
 
 @triton.jit
-def sum_slots_kernel(gradients, index, numbers, num_kv_heads, seqlen_q, range_number, C: tl.constexpr):
+def sum_slots_kernel(gradients, index, sizes, range_number, C: tl.constexpr):
     """grad_q of ROWS tokens: the sums of partial_q over their used top-k slots, in order."""
     INDEX_DEPTH: tl.constexpr = C.index_depth
     PARTS: tl.constexpr = C.parts
@@ -50,53 +49,24 @@ def sum_slots_kernel(gradients, index, numbers, num_kv_heads, seqlen_q, range_nu
     grad_q = tl.zeros([ROWS, INDEX_DEPTH], tl.float32)
     for slot in range(0, index.topk):
         entry = row * index.topk + slot
-        used = tl.load(numbers.ptr + tokens.first_entry + entry, mask=live, other=numbers.none) < numbers.none
+        used = tl.load(index.numbers + tokens.first_entry + entry, mask=live, other=index.none) < index.none
         for part in tl.static_range(PARTS):
             place = gradients.partial_q + (entry * PARTS + part)[:, None] * C.index_head_dim + depth[None, :]
             grad_q += tl.load(place, mask=used[:, None] & deep, other=0.0)
     token = tokens.first_token + row
-    place = ((token // seqlen_q * num_kv_heads + tokens.group) * seqlen_q + token % seqlen_q) * C.index_head_dim
+    batch, query = token // sizes.seqlen_q, token % sizes.seqlen_q
+    place = ((batch * sizes.num_kv_heads + tokens.group) * sizes.seqlen_q + query) * C.index_head_dim
     place = gradients.grad_q + place[:, None] + depth[None, :]
     tl.store(place, grad_q * tl.load(gradients.unit), mask=live[:, None] & deep)
 
 
-def sum_items(
-    gradients: Gradients,
-    index: InverseIndex,
-    items: WorkItems,
-    seqlen_k: int,
-    range_number: int,
-    constants: LossConstants,
-) -> Launch:
+def sum_items(x: LossCall, range_number: int) -> Launch:
     """Adds partial_k of one token range to grad_k."""
-    return Launch(
-        sum_items_kernel,
-        (index.num_blocks, triton.cdiv(constants.parts * constants.columns, ROWS.value), 1),
-        {
-            "gradients": gradients,
-            "index": index.record(),
-            "items": items.record(),
-            "seqlen_k": seqlen_k,
-            "range_number": range_number,
-        },
-        {"C": constants},
-    )
+    grid = x.index.num_blocks, triton.cdiv(x.constants.parts * x.constants.columns, ROWS.value), 1
+    return Launch(sum_items_kernel, grid, x.arguments(sum_items_kernel, range_number), {"C": x.constants})
 
 
-def sum_slots(
-    gradients: Gradients, index: InverseIndex, sizes: Sizes, range_number: int, constants: LossConstants
-) -> Launch:
+def sum_slots(x: LossCall, range_number: int) -> Launch:
     """Fills grad_q of one token range from its partial_q."""
-    return Launch(
-        sum_slots_kernel,
-        (triton.cdiv(index.range_tokens, ROWS.value), 1, 1),
-        {
-            "gradients": gradients,
-            "index": index.record(),
-            "numbers": index.list_numbers(),
-            "num_kv_heads": sizes.num_kv_heads,
-            "seqlen_q": sizes.seqlen_q,
-            "range_number": range_number,
-        },
-        {"C": constants},
-    )
+    grid = triton.cdiv(x.index.range_tokens, ROWS.value), 1, 1
+    return Launch(sum_slots_kernel, grid, x.arguments(sum_slots_kernel, range_number), {"C": x.constants})

@@ -4,23 +4,19 @@ Program (i, part) of `block_lse_kernel` owns work item i and one part of its blo
 tokens of the token range. See `launch` for the formulas.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import Launch, Options, View
+from ..common.launch import Launch, Options
 from ..common.tiles import load_tile
-from ..schedule.inverse_index import InverseIndex, find_token_range
-from ..schedule.work_items import WorkItems, item_entries
-from .config import LossConfig, LossConstants
-from .loads import load_entries, load_part, load_rows
+from ..schedule.inverse_index import find_token_range
+from ..schedule.work_items import item_entries
+from .loads import LossCall, load_entries, load_part, load_rows
 
 
 @triton.jit
-def block_lse_kernel(
-    index_q, index_k, index, items, partial_lse_ptr, seqlen_q, range_number, index_scale, C: tl.constexpr
-):
-    """partial_lse [entry, part] of the student's scores, base 2; index_scale is in base 2 as well."""
+def block_lse_kernel(index_q, index_k, buffers, index, items, sizes, range_number, C: tl.constexpr):
+    """partial_lse [entry, part] of the student's scores, base 2."""
     part = load_part(items, range_number, C.columns)
     if part.begin >= part.stop:
         return
@@ -32,7 +28,7 @@ def block_lse_kernel(
         y_base, part.first_key, num_keys, index_k.stride_s, index_k.stride_d, C.columns, C.index_head_dim, C.index_depth
     )
     precision: tl.constexpr = "ieee" if y.dtype == tl.float32 else "tf32"
-    query0 = (tokens.first_token - part.batch * seqlen_q).to(tl.int32)
+    query0 = (tokens.first_token - part.batch * sizes.seqlen_q).to(tl.int32)
     entries_ptr = item_entries(index, range_number, part.begin)
     num_entries = part.stop - part.begin
     key = part.first_key + tl.arange(0, C.columns)
@@ -41,18 +37,18 @@ def block_lse_kernel(
         entry = load_entries(entries_ptr, number, num_entries, tokens.first_entry)
         query = query0 + entry // index.topk
         x = load_rows(x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, C.index_depth)
-        scores = tl.dot(x, tl.trans(y), input_precision=precision) * index_scale
+        scores = tl.dot(x, tl.trans(y), input_precision=precision) * sizes.index_scale
         seen = key[None, :] < tl.minimum(query + part.shift + 1, part.stop_key)[:, None]
         scores = tl.where(seen, scores, float("-inf"))
         largest = tl.max(scores, axis=1)
         offset = tl.where(largest == float("-inf"), 0.0, largest)
         lse = offset + tl.log2(tl.sum(tl.exp2(scores - offset[:, None]), axis=1))
         share = entry.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(partial_lse_ptr + share, lse, mask=number < num_entries)
+        tl.store(buffers.partial_lse + share, lse, mask=number < num_entries)
 
 
 @triton.jit
-def index_lse_kernel(partial_lse_ptr, index_lse_ptr, index, numbers, range_number, C: tl.constexpr, rows: tl.constexpr):
+def index_lse_kernel(buffers, index, range_number, C: tl.constexpr, rows: tl.constexpr):
     """index_lse [token of the range], base 2: the logsumexp of partial_lse [token of the range, slot, part].
 
     A program owns `rows` tokens.
@@ -66,64 +62,26 @@ def index_lse_kernel(partial_lse_ptr, index_lse_ptr, index, numbers, range_numbe
         share = first + tl.arange(0, C.shares)
         inside = live[:, None] & (share < index.topk * C.parts)[None, :]
         entry = row[:, None] * index.topk + (share // C.parts)[None, :]
-        used = tl.load(numbers.ptr + tokens.first_entry + entry, mask=inside, other=numbers.none) < numbers.none
-        lse = tl.load(partial_lse_ptr + entry * C.parts + (share % C.parts)[None, :], mask=used, other=float("-inf"))
+        used = tl.load(index.numbers + tokens.first_entry + entry, mask=inside, other=index.none) < index.none
+        place = buffers.partial_lse + entry * C.parts + (share % C.parts)[None, :]
+        lse = tl.load(place, mask=used, other=float("-inf"))
         new_largest = tl.maximum(largest, tl.max(lse, axis=1))
         offset = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         total = total * tl.exp2(largest - offset) + tl.sum(tl.exp2(lse - offset[:, None]), axis=1)
         largest = new_largest
-    tl.store(index_lse_ptr + row, largest + tl.log2(total), mask=live)
+    tl.store(buffers.index_lse + row, largest + tl.log2(total), mask=live)
 
 
-def block_lse(
-    index_q: View,
-    index_k: View,
-    index: InverseIndex,
-    items: WorkItems,
-    partial_lse: torch.Tensor,
-    seqlen_q: int,
-    range_number: int,
-    index_scale: float,
-    config: LossConfig,
-    constants: LossConstants,
-) -> Launch:
-    """Fills partial_lse for one token range; index_scale in base 2."""
-    return Launch(
-        block_lse_kernel,
-        (items.num_items, constants.parts, 1),
-        {
-            "index_q": index_q,
-            "index_k": index_k,
-            "index": index.record(),
-            "items": items.record(),
-            "partial_lse_ptr": partial_lse,
-            "seqlen_q": seqlen_q,
-            "range_number": range_number,
-            "index_scale": index_scale,
-        },
-        {"C": constants},
-        Options(4, config.num_stages),
-    )
+def block_lse(x: LossCall, range_number: int) -> Launch:
+    """Fills partial_lse for one token range."""
+    grid = x.items.num_items, x.constants.parts, 1
+    arguments = x.arguments(block_lse_kernel, range_number)
+    return Launch(block_lse_kernel, grid, arguments, {"C": x.constants}, Options(4, x.config.num_stages))
 
 
-def index_lse(
-    partial_lse: torch.Tensor,
-    index_lse: torch.Tensor,
-    index: InverseIndex,
-    range_number: int,
-    constants: LossConstants,
-) -> Launch:
+def index_lse(x: LossCall, range_number: int) -> Launch:
     """Fills index_lse for one token range from its partial_lse."""
-    rows = max(16, 1024 // constants.shares)
-    return Launch(
-        index_lse_kernel,
-        (triton.cdiv(index.range_tokens, rows), 1, 1),
-        {
-            "partial_lse_ptr": partial_lse,
-            "index_lse_ptr": index_lse,
-            "index": index.record(),
-            "numbers": index.list_numbers(),
-            "range_number": range_number,
-        },
-        {"C": constants, "rows": rows},
-    )
+    rows = max(16, 1024 // x.constants.shares)
+    grid = triton.cdiv(x.index.range_tokens, rows), 1, 1
+    arguments = x.arguments(index_lse_kernel, range_number)
+    return Launch(index_lse_kernel, grid, arguments, {"C": x.constants, "rows": rows})

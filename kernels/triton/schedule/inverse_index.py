@@ -4,19 +4,17 @@ An *entry* is one (group, token, top-k slot) of block_indices; a token is a quer
 The kernels work on one *token range* of one group at a time, which bounds what they keep per entry. A *list* is the
 entries of one (group, token range, block), and its number is
 
-    lowest + (group * ranges per group + token range) * num_blocks + block
+    (group * ranges per group + token range) * num_blocks + block
 
 where block counts through the blocks of all sequences. Entries are sorted by list, then token, with a stable sort, so
 the order is always the same. A slot belongs to no list if it holds no block, an id that its row held before, or a block
 that the query does not see. Nothing is read back to the host. `work_items` then cuts the lists for the programs.
 
-Bytes for E entries: 2 E written for the numbers of up to 65,534 lists, about 2 * 10 * 2 E by the radix sort (4 E and
-4 * 12 * 2 E for more lists), 8 E read back by each kernel. The two widths of numbers are the only thing that a length
-compiles a kernel again for: `list_numbers_kernel`, and kernels that take `ListNumbers`, have a variant for each.
+Bytes for E entries: 4 E written for the numbers; 14 E to narrow those of up to 65,534 lists to 16 bits, and about
+2 * 10 * 2 E by the radix sort (4 * 12 * 2 E for more lists); 8 E read back by each kernel.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +23,9 @@ import triton.language as tl
 
 from ..common.launch import Launch, view
 from ..common.records import load_sequence
+
+# Rows of the table of blocks that a program writes, and sequences that it reads at a time.
+ROWS = tl.constexpr(64)
 
 
 class Block(NamedTuple):
@@ -36,28 +37,32 @@ class Block(NamedTuple):
     shift: Any
 
 
-class IndexRecord(NamedTuple):
-    """An InverseIndex as an argument of a kernel; range_tokens: tokens per token range."""
+class InverseIndex(NamedTuple):
+    """Made by `inverse_index`, and taken by kernels as it is.
 
-    blocks: Any
-    entries: Any
-    offsets: Any
-    num_blocks: Any
-    first_token: Any
-    num_tokens: Any
-    range_tokens: Any
-    topk: Any
-
-
-class ListNumbers(NamedTuple):
-    """The number of each entry's list as an argument of a kernel; lowest, none: of the first list, and of no list.
-
-    Apart from IndexRecord because the pointer's type depends on how many lists there are.
+    blocks: [num_blocks, 4] int32, a `Block` each. There is room for as many blocks as the shapes allow; no list names
+    those left over.
+    numbers: [groups, num_tokens, topk] int32, the list of each entry, `none` for none.
+    entries: [groups * num_tokens * topk] int64, entries in the order of their lists.
+    offsets: [num_lists + 1] int64, where each list begins in `entries`.
+    range_tokens: tokens per token range.
     """
 
-    ptr: Any
-    lowest: Any
-    none: Any
+    blocks: torch.Tensor
+    numbers: torch.Tensor
+    entries: torch.Tensor
+    offsets: torch.Tensor
+    num_blocks: int
+    first_token: int
+    num_tokens: int
+    range_tokens: int
+    topk: int
+    none: int
+
+    @property
+    def num_ranges(self) -> int:
+        """Token ranges of all groups: kernels run once for each."""
+        return self.numbers.shape[0] * triton.cdiv(self.num_tokens, self.range_tokens)
 
 
 class TokenRange(NamedTuple):
@@ -106,27 +111,18 @@ def find_token_range(index, number, topk):
 
 
 @triton.jit
-def block_table_kernel(
-    sequences_ptr,
-    blocks_ptr,
-    before_ptr,
-    num_sequences,
-    num_blocks,
-    block_size: tl.constexpr,
-    rows: tl.constexpr,
-    chunk: tl.constexpr,
-):
-    """`rows` rows of `InverseIndex.blocks`, reading `chunk` sequences at a time; rows past the last have no keys.
+def block_table_kernel(sequences_ptr, blocks_ptr, before_ptr, num_sequences, num_blocks, block_size: tl.constexpr):
+    """ROWS rows of `InverseIndex.blocks`; rows past the last have no keys.
 
     Program 0 also writes before[n]: how many rows come before those of sequence n.
     """
-    number = tl.program_id(0) * rows + tl.arange(0, rows)
+    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = number[:, None]
-    batch = tl.zeros([rows], tl.int32)
+    batch = tl.zeros([ROWS], tl.int32)
     first_key, stop_key, shift = batch, batch, batch
     total = num_sequences * 0
-    for start in range(0, num_sequences, chunk):
-        n = start + tl.arange(0, chunk)
+    for start in range(0, num_sequences, ROWS):
+        n = start + tl.arange(0, ROWS)
         live = n < num_sequences
         sequence = load_sequence(sequences_ptr, n, live)
         counts = tl.cdiv(tl.maximum(sequence.k_end - sequence.k_start, 0), block_size)
@@ -161,32 +157,19 @@ def find_sequences(sequences_ptr, token, num_sequences, seqlen_q):
 
 @triton.jit
 def list_numbers_kernel(
-    ids,
-    sequences_ptr,
-    before_ptr,
-    skip_ptr,
-    numbers_ptr,
-    num_sequences,
-    seqlen_q,
-    first_token,
-    num_tokens,
-    range_tokens,
-    num_blocks,
-    lowest,
-    topk,
-    block_size: tl.constexpr,
-    rows: tl.constexpr,
-    slots: tl.constexpr,
-):
+    ids, index, sequences_ptr, before_ptr, skip_ptr, num_sequences, seqlen_q,
+    block_size: tl.constexpr, slots: tl.constexpr,
+):  # fmt: skip
     """numbers[group, token, slot] = the entry's list, or the number past the last list if it belongs to none.
 
-    Program (i, group) owns `rows` tokens, and takes `slots` top-k slots of each at a time. ids: block_indices, or None
-    for every visible block. skip[group, token], unless None, leaves the token out.
+    Program (i, group) owns 2048 / slots tokens, and takes `slots` top-k slots of each at a time. ids: block_indices, or
+    None for every visible block. skip[group, token], unless None, leaves the token out.
     """
-    group, num_groups = tl.program_id(1), tl.num_programs(1)
+    rows: tl.constexpr = 2048 // slots
+    group, num_tokens, topk = tl.program_id(1), index.num_tokens, index.topk
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     live = row < num_tokens
-    token = tl.where(live, first_token + row, 0)
+    token = tl.where(live, index.first_token + row, 0)
     owner = find_sequences(sequences_ptr, token, num_sequences, seqlen_q)
     sequence = load_sequence(sequences_ptr, owner)
     query = token % seqlen_q
@@ -194,10 +177,8 @@ def list_numbers_kernel(
     if skip_ptr is not None:
         skipped = tl.load(skip_ptr + group.to(tl.int64) * num_tokens + row, mask=live, other=1)
         sees = tl.where(skipped != 0, 0, sees)
-    per_group = tl.cdiv(num_tokens, range_tokens)
-    none = lowest + num_groups * per_group * num_blocks
-    first_list = lowest + (group * per_group + row // range_tokens) * num_blocks
-    first_list += tl.load(before_ptr + owner)
+    per_group = tl.cdiv(num_tokens, index.range_tokens)
+    first_list = (group * per_group + row // index.range_tokens) * index.num_blocks + tl.load(before_ptr + owner)
     for first_slot in range(0, topk, slots):
         slot = first_slot + tl.arange(0, slots)
         inside = live[:, None] & (slot < topk)[None, :]
@@ -215,59 +196,9 @@ def list_numbers_kernel(
                 repeated |= (chosen == other[:, None]) & (slot > earlier)[None, :]
         # Compared in 64 bits: an id of any size is out of range, never wrapped into it.
         seen = chosen.to(tl.int64) * block_size < sees[:, None]
-        number = tl.where(seen & ~repeated, first_list[:, None] + chosen.to(tl.int32), none)
+        number = tl.where(seen & ~repeated, first_list[:, None] + chosen.to(tl.int32), index.none)
         place = (group.to(tl.int64) * num_tokens + row)[:, None] * topk + slot[None, :]
-        tl.store(numbers_ptr + place, number.to(numbers_ptr.dtype.element_ty), mask=inside)
-
-
-@dataclass(frozen=True)
-class InverseIndex:
-    """Made by `inverse_index`.
-
-    blocks: [num_blocks, 4] int32, a `Block` each. There is room for as many blocks as the shapes allow; no list names
-    those left over.
-    numbers: [groups, num_tokens, topk] int16 or int32, the list of each entry, `none` for none.
-    entries: [groups * num_tokens * topk] int64, entries in the order of their lists.
-    offsets: [num_lists + 1] int64, where each list begins in `entries`.
-    """
-
-    blocks: torch.Tensor
-    numbers: torch.Tensor
-    entries: torch.Tensor
-    offsets: torch.Tensor
-    lowest: int
-    first_token: int
-    range_tokens: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.numbers.shape[1]
-
-    @property
-    def topk(self) -> int:
-        return self.numbers.shape[2]
-
-    @property
-    def num_blocks(self) -> int:
-        return self.blocks.shape[0]
-
-    @property
-    def num_ranges(self) -> int:
-        """Token ranges of all groups: kernels run once for each."""
-        return self.numbers.shape[0] * triton.cdiv(self.num_tokens, self.range_tokens)
-
-    @property
-    def none(self) -> int:
-        return self.lowest + self.num_ranges * self.num_blocks
-
-    def record(self) -> IndexRecord:
-        """What kernels take, but for the numbers of the lists."""
-        sizes = self.num_blocks, self.first_token, self.num_tokens, self.range_tokens, self.topk
-        return IndexRecord(self.blocks, self.entries, self.offsets, *sizes)
-
-    def list_numbers(self) -> ListNumbers:
-        """The numbers of the lists, for kernels that ask for an entry's list."""
-        return ListNumbers(self.numbers, self.lowest, self.none)
+        tl.store(index.numbers + place, number, mask=inside)
 
 
 def block_table(
@@ -277,18 +208,10 @@ def block_table(
     num_sequences = sequences.shape[0]
     limit = batch * triton.cdiv(seqlen_k, block_size) + (num_sequences if num_sequences != batch else 0)
     blocks, before = sequences.new_empty(limit, 4), sequences.new_empty(num_sequences)
-    Launch(
-        block_table_kernel,
-        (triton.cdiv(limit, 64), 1, 1),
-        {
-            "sequences_ptr": sequences,
-            "blocks_ptr": blocks,
-            "before_ptr": before,
-            "num_sequences": num_sequences,
-            "num_blocks": limit,
-        },
-        {"block_size": block_size, "rows": 64, "chunk": 64},
-    ).run()
+    pointers = {"sequences_ptr": sequences, "blocks_ptr": blocks, "before_ptr": before}
+    sizes = {"num_sequences": num_sequences, "num_blocks": limit}
+    grid = triton.cdiv(limit, ROWS.value), 1, 1
+    Launch(block_table_kernel, grid, pointers | sizes, {"block_size": block_size}).run()
     return blocks, before
 
 
@@ -313,44 +236,34 @@ def inverse_index(
     blocks, before = block_table(sequences, batch, seqlen_k, block_size)
     topk = triton.cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
     num_lists = num_kv_heads * triton.cdiv(len(tokens), range_tokens) * blocks.shape[0]
-    # Numbers of 16 bits are sorted in half the time, and have a sign.
-    dtype, lowest = (torch.int16, -(2**15)) if num_lists < 2**16 - 1 else (torch.int32, 0)
-    numbers = sequences.new_empty(num_kv_heads, len(tokens), topk, dtype=dtype)
+    numbers = sequences.new_empty(num_kv_heads, len(tokens), topk)
+    entries, offsets = (sequences.new_empty(n, dtype=torch.int64) for n in (numbers.numel(), num_lists + 1))
+    sizes = blocks.shape[0], tokens.start, len(tokens), min(range_tokens, max(1, len(tokens))), topk
+    index = InverseIndex(blocks, numbers, entries, offsets, *sizes, none=num_lists)
     # Every visible block is a number that grows with the length, and is not to be compiled for.
     slots = 64 if block_indices is None else min(64, triton.next_power_of_2(max(topk, 1)))
-    rows = max(16, 2048 // slots)
     if numbers.numel() > 0:
         Launch(
             list_numbers_kernel,
-            (triton.cdiv(len(tokens), rows), num_kv_heads, 1),
+            (triton.cdiv(len(tokens) * slots, 2048), num_kv_heads, 1),
             {
                 "ids": None if block_indices is None else view(block_indices),
+                "index": index,
                 "sequences_ptr": sequences,
                 "before_ptr": before,
                 "skip_ptr": skip,
-                "numbers_ptr": numbers,
                 "num_sequences": sequences.shape[0],
                 "seqlen_q": seqlen_q,
-                "first_token": tokens.start,
-                "num_tokens": len(tokens),
-                "range_tokens": range_tokens,
-                "num_blocks": blocks.shape[0],
-                "lowest": lowest,
-                "topk": topk,
             },
-            {"block_size": block_size, "rows": rows, "slots": slots},
+            {"block_size": block_size, "slots": slots},
         ).run()
-    ordered, entries = numbers.flatten().sort(stable=True)
-    number = torch.arange(lowest, lowest + num_lists + 1, dtype=dtype, device=sequences.device)
-    return InverseIndex(
-        blocks,
-        numbers,
-        entries,
-        torch.searchsorted(ordered, number),
-        lowest,
-        tokens.start,
-        min(range_tokens, max(1, len(tokens))),
-    )
+    keys, lists = numbers.flatten(), torch.arange(num_lists + 1, dtype=torch.int32, device=sequences.device)
+    if num_lists < 2**16 - 1:
+        # Numbers of 16 bits, which have a sign, are sorted in half the time.
+        keys, lists = ((x - 2**15).to(torch.int16) for x in (keys, lists))
+    ordered, _ = torch.sort(keys, stable=True, out=(torch.empty_like(keys), entries))
+    torch.searchsorted(ordered, lists, out=offsets)
+    return index
 
 
 def inverse_indexes(

@@ -4,7 +4,6 @@ Many programs so work on a block that every query chose. Launches are sized by u
 last work item return at once.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,9 @@ import triton.language as tl
 
 from ..common.launch import Launch
 from .inverse_index import InverseIndex, load_block
+
+# Lists that are cut at a time.
+CHUNK = tl.constexpr(1024)
 
 
 class WorkItem(NamedTuple):
@@ -40,13 +42,19 @@ class Share(NamedTuple):
     num_items: Any
 
 
-class ItemsRecord(NamedTuple):
-    """WorkItems as an argument of a kernel; num_items: per token range."""
+class WorkItems(NamedTuple):
+    """Made by `cut_into_items`, and taken by kernels as it is; num_items: per token range.
 
-    table: Any
-    shares: Any
-    num_items: Any
-    num_blocks: Any
+    table: [num_ranges, num_items, 8] int32, a `WorkItem` each. Items of a list are neighbours; a list's only item has
+    slot -1, and the slots of others count through the token range, so that they name places in a workspace. Rows past
+    the last item have no entries.
+    shares: [num_ranges, num_blocks, 2] int32, the `Share` of each list.
+    """
+
+    table: torch.Tensor
+    shares: torch.Tensor
+    num_items: int
+    num_blocks: int
 
 
 @triton.jit
@@ -99,14 +107,14 @@ def item_entries(index, range_number, begin):
 
 
 @triton.jit
-def work_items_kernel(index, items, length: tl.constexpr, chunk: tl.constexpr):
-    """`WorkItems.table` and `WorkItems.shares` of token range program_id(0), `chunk` lists at a time; see there."""
+def work_items_kernel(index, items, length: tl.constexpr):
+    """`WorkItems.table` and `WorkItems.shares` of token range program_id(0), CHUNK lists at a time; see there."""
     range_number = tl.program_id(0).to(tl.int64)
     offsets_ptr = index.offsets + range_number * index.num_blocks
     origin = tl.load(offsets_ptr)
     num_items, num_slots = index.num_blocks * 0, index.num_blocks * 0
-    for start in range(0, index.num_blocks, chunk):
-        number = start + tl.arange(0, chunk)
+    for start in range(0, index.num_blocks, CHUNK):
+        number = start + tl.arange(0, CHUNK)
         live = number < index.num_blocks
         begin = (tl.load(offsets_ptr + number, mask=live, other=0) - origin).to(tl.int32)
         stop = (tl.load(offsets_ptr + number + 1, mask=live, other=0) - origin).to(tl.int32)
@@ -130,39 +138,11 @@ def work_items_kernel(index, items, length: tl.constexpr, chunk: tl.constexpr):
         num_slots += tl.sum(several, axis=0)
 
 
-@dataclass(frozen=True)
-class WorkItems:
-    """Made by `cut_into_items`.
-
-    table: [num_ranges, num_items, 8] int32, a `WorkItem` each. Items of a list are neighbours; a list's only item has
-    slot -1, and the slots of others count through the token range, so that they name places in a workspace. Rows past
-    the last item have no entries.
-    shares: [num_ranges, num_blocks, 2] int32, the `Share` of each list.
-    """
-
-    table: torch.Tensor
-    shares: torch.Tensor
-
-    @property
-    def num_items(self) -> int:
-        return self.table.shape[1]
-
-    def record(self) -> ItemsRecord:
-        """What kernels take."""
-        return ItemsRecord(self.table, self.shares, self.num_items, self.shares.shape[1])
-
-
 def cut_into_items(index: InverseIndex, length: int) -> WorkItems:
     """Cut every list into work items of at most `length` entries."""
     num_items = index.num_blocks + index.range_tokens * index.topk // length
-    items = WorkItems(
-        index.blocks.new_zeros(index.num_ranges, num_items, 8),
-        index.blocks.new_empty(index.num_ranges, index.num_blocks, 2),
-    )
-    Launch(
-        work_items_kernel,
-        (index.num_ranges, 1, 1),
-        {"index": index.record(), "items": items.record()},
-        {"length": length, "chunk": 1024},
-    ).run()
+    table = index.blocks.new_zeros(index.num_ranges, num_items, 8)
+    shares = index.blocks.new_empty(index.num_ranges, index.num_blocks, 2)
+    items = WorkItems(table, shares, num_items, index.num_blocks)
+    Launch(work_items_kernel, (index.num_ranges, 1, 1), {"index": index, "items": items}, {"length": length}).run()
     return items

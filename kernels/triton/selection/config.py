@@ -8,6 +8,7 @@ import torch
 import triton
 
 from ...problem import Problem
+from ...rules import SelectionRule
 from ...tuning import Changes
 from ..common.candidates import near, stages
 from ..common.target import GLUON, Target, padded
@@ -26,8 +27,8 @@ TUNABLE = ("rows", "num_warps", "num_stages", "period")
 @dataclass(frozen=True)
 class SelectionConfig:
     """rows: query rows (tokens x groups) per tile; columns: keys per step, a whole block's, or, of fp32, a part's;
-    period: blocks collected before they are merged into the top-k; kept: padded topk; num_splits: programs that share
-    the keys of a tile.
+    kept: padded topk; num_splits: programs that share the keys of a tile; period: blocks collected before they are
+    merged into the top-k.
 
     clear: blocks that every row sees whole take a loop of their own, without masks; halves: there the products of one
     half of the rows run while the other half's maxima are taken, and the period is 1; swap: the keys are the rows of
@@ -37,15 +38,15 @@ class SelectionConfig:
 
     rows: int
     columns: int
-    num_warps: int
-    num_stages: int
-    period: int
     kept: int
     num_splits: int
-    use_tma: bool
-    clear: bool
-    halves: bool
-    swap: bool
+    num_warps: int = 4
+    num_stages: int = 4
+    period: int = 1
+    use_tma: bool = True
+    clear: bool = False
+    halves: bool = False
+    swap: bool = True
     fp8_product: bool = False
     sm90: bool = False
 
@@ -127,7 +128,9 @@ def default_config(
     few = row_tile(num_rows, problem.num_kv_heads, 4 if problem.key_size == 1 else 8, SM90_ROWS)
     if num_rows <= SM90_ROWS and fits_sm90(problem, target):
         num_splits = split_count(num_sequences, num_blocks, target.num_sms, SM90_SPLITS)
-        return sm90_config(few, padded(problem.block_size), kept, num_splits, fp8_product=problem.key_size == 1)
+        columns, fp8_product = padded(problem.block_size), problem.key_size == 1
+        # More copies in flight than the default's four would only be in each other's way.
+        return SelectionConfig(few, columns, kept, num_splits, fp8_product=fp8_product, sm90=True)
     return tile_config(problem, target, num_sequences, seqlen_q, num_blocks, kept)
 
 
@@ -209,22 +212,51 @@ def most_rows(target: Target, element_size: int, decoded: bool, columns: int, de
     return min(rows, max(16, 256 * 128 // columns), max(16, 4096 // kept))
 
 
-def sm90_config(rows: int, columns: int, kept: int, num_splits: int, fp8_product: bool) -> SelectionConfig:
-    """The configuration of `kernel_sm90`. More copies in flight than four would only be in each other's way."""
-    return SelectionConfig(
-        rows=rows,
-        columns=columns,
-        num_warps=4,
-        num_stages=4,
-        period=1,
-        kept=kept,
-        num_splits=num_splits,
-        use_tma=True,
-        clear=False,
-        halves=False,
-        swap=True,
-        fp8_product=fp8_product,
-        sm90=True,
+@dataclass(frozen=True)
+class SelectionConstants:
+    """Constants of the scorers.
+
+    tokens: per tile; depth: Di, padded; native: the GPU converts e4m3 numbers by itself; stages: blocks of keys in
+    flight in `kernel_sm90`; the other fields are the problem's and those of `SelectionConfig`.
+    """
+
+    num_kv_heads: int
+    topk: int
+    block_size: int
+    head_dim: int
+    depth: int
+    rows: int
+    tokens: int
+    columns: int
+    kept: int
+    period: int
+    stages: int
+    clear: bool
+    halves: bool
+    use_tma: bool
+    swap: bool
+    fp8_product: bool
+    native: bool
+    overlap: bool
+
+
+@functools.lru_cache
+def selection_constants(
+    config: SelectionConfig, num_kv_heads: int, index_head_dim: int, rule: SelectionRule, target: Target
+) -> SelectionConstants:
+    """The constants of a configuration; of the rule only block_size and topk are constants."""
+    as_chosen = "rows", "columns", "kept", "period", "clear", "halves", "use_tma", "swap", "fp8_product"
+    return SelectionConstants(
+        num_kv_heads=num_kv_heads,
+        topk=rule.topk,
+        block_size=rule.block_size,
+        head_dim=index_head_dim,
+        depth=padded(index_head_dim),
+        tokens=config.tokens(num_kv_heads),
+        stages=config.num_stages,
+        native=target.has_e4m3,
+        overlap=target.overlaps,
+        **{name: getattr(config, name) for name in as_chosen},
     )
 
 

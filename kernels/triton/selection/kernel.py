@@ -15,23 +15,20 @@ multiply-adds. Keys are read Sq * Hkv / rows times, from L2; memory sees index_k
 Few query rows leave the GPU idle, so the keys are then split; each split writes a list of its kept keys, int64.
 """
 
-import functools
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...rules import SelectionRule
 from ..common.fp8 import as_bits, split_e4m3
-from ..common.launch import Launch, Options, View, view
+from ..common.launch import View
 from ..common.overlap import await_previous
-from ..common.records import load_sequence, pages_of
-from ..common.target import Target, padded, target_of
-from ..common.tiles import find_tile, tile_table
+from ..common.records import load_sequence
+from ..common.tiles import find_tile
 from .config import SelectionConfig
-from .rule import first_kept, forced_blocks, forced_from
+from .rule import first_kept, forced_from
 from .scoring import (
     Bounds,
     IndexKeys,
@@ -44,34 +41,7 @@ from .scoring import (
     score_halves,
     score_keys,
 )
-from .topk import Outputs, collect, list_row, start_topk, store_topk
-
-
-@dataclass(frozen=True)
-class SelectionConstants:
-    """Constants of `selection_kernel`.
-
-    tokens: per tile; depth: Di, padded; native: the GPU converts e4m3 numbers by itself; the other fields are the
-    problem's and those of `SelectionConfig`.
-    """
-
-    num_kv_heads: int
-    topk: int
-    block_size: int
-    head_dim: int
-    depth: int
-    rows: int
-    tokens: int
-    columns: int
-    kept: int
-    period: int
-    clear: bool
-    halves: bool
-    use_tma: bool
-    swap: bool
-    fp8_product: bool
-    native: bool
-    overlap: bool
+from .topk import collect, list_row, start_topk, store_topk
 
 
 @triton.jit
@@ -131,80 +101,24 @@ def selection_kernel(
     store_topk(topk, outputs, ids_row, lists_row, live, C)
 
 
-@functools.lru_cache
-def selection_constants(
-    config: SelectionConfig, num_kv_heads: int, index_head_dim: int, rule: SelectionRule, target: Target
-) -> SelectionConstants:
-    """The constants of a configuration; of the rule only block_size and topk are constants."""
-    return SelectionConstants(
-        num_kv_heads=num_kv_heads,
-        topk=rule.topk,
-        block_size=rule.block_size,
-        head_dim=index_head_dim,
-        depth=padded(index_head_dim),
-        rows=config.rows,
-        tokens=config.tokens(num_kv_heads),
-        columns=config.columns,
-        kept=config.kept,
-        period=config.period,
-        clear=config.clear,
-        halves=config.halves,
-        use_tma=config.use_tma,
-        swap=config.swap,
-        fp8_product=config.fp8_product,
-        native=target.has_e4m3,
-        overlap=target.overlaps,
-    )
-
-
-def key_tiles(index_k: torch.Tensor, config: SelectionConfig, block_size: int) -> TensorDescriptor | View:
-    """index_k as the kernel takes it: a TMA descriptor of tiles [1, block_size, Di], or a View."""
+def key_arguments(
+    index_k: torch.Tensor, index_k_scale: torch.Tensor | None, config: SelectionConfig, block_size: int, num_tiles: int
+) -> dict[str, Any]:
+    """The kernel's arguments for the keys: a TMA descriptor of tiles [1, block_size, Di], or a View, and the scales."""
     # e4m3 keys that are multiplied as they are keep their type, which `view` would change.
     index_k = index_k if config.fp8_product else as_bits(index_k)
-    if not config.use_tma:
-        return View(index_k, *index_k.stride())
-    return TensorDescriptor(
-        index_k,
-        [index_k.shape[0], index_k.shape[2], index_k.shape[3]],
-        [index_k.stride(0), index_k.stride(2), index_k.stride(3)],
-        [1, block_size, index_k.shape[3]],
-    )
+    batch, _, seqlen_k, head_dim = index_k.shape
+    stride_b, _, stride_s, stride_d = index_k.stride()
+    tiles: TensorDescriptor | View = View(index_k, *index_k.stride())
+    if config.use_tma:
+        shape, strides = [batch, seqlen_k, head_dim], [stride_b, stride_s, stride_d]
+        tiles = TensorDescriptor(index_k, shape, strides, [1, block_size, head_dim])
+    return {"index_k": tiles, "index_k_scale": index_k_scale}
+
+
+KERNEL = selection_kernel
 
 
 def supports(config: SelectionConfig) -> bool:
     """Every configuration."""
     return True
-
-
-def launch(
-    index_q: torch.Tensor,
-    index_k: torch.Tensor,
-    index_k_scale: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    sequences: torch.Tensor,
-    rule: SelectionRule,
-    config: SelectionConfig,
-    block_indices: torch.Tensor,
-    lists: torch.Tensor | None,
-) -> Launch:
-    """The launch that writes block_indices, or, if not None, the lists [sequences * Sq * Hkv, num_splits, kept]."""
-    batch, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
-    target = target_of(index_q.device)
-    tiles, num_tiles = tile_table(sequences, batch, seqlen_q, config.tokens(num_kv_heads))
-    return Launch(
-        selection_kernel,
-        (num_tiles, config.num_splits, 1),
-        {
-            "index_q": view(index_q),
-            "index_k": key_tiles(index_k, config, rule.block_size),
-            "index_k_scale": index_k_scale,
-            "pages": pages_of(page_table, index_k),
-            "seqlen_k": index_k.shape[2],
-            "sequences_ptr": sequences,
-            "tiles": tiles,
-            "forced": forced_blocks(rule),
-            "outputs": Outputs(block_indices, lists, config.num_splits),
-        },
-        {"C": selection_constants(config, num_kv_heads, index_head_dim, rule, target)},
-        Options(config.num_warps, config.num_stages, overlap=target.overlaps),
-    )

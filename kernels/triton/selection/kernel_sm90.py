@@ -7,8 +7,6 @@ memory as fast as several do, and leaves fewer lists to merge.
 The interpreter cannot run Gluon kernels: the checks of `benchmarks/gpu.py` compare this kernel with the oracle.
 """
 
-import functools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,39 +20,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ...rules import SelectionRule
 from ..common.fp8 import decode_scales, join_pairs, split_e4m3
 from ..common.gluon_sm90 import lanes, make_barriers, meet, shared_box
-from ..common.launch import Launch, Options, view
 from ..common.overlap import announce_next, await_previous
-from ..common.records import load_sequence, locate_block, pages_of
-from ..common.target import target_of
-from ..common.tiles import find_tile, tile_table
+from ..common.records import load_sequence, locate_block
+from ..common.tiles import find_tile
 from .config import SelectionConfig
-from .rule import first_kept, forced_blocks, is_forced
+from .rule import first_kept, is_forced
 from .scoring import IndexKeys, QueryTile
-from .topk import FLT_MAX, Outputs, first_blocks, insert_block, list_row, store_topk
+from .topk import FLT_MAX, first_blocks, insert_block, list_row, store_topk
 from .work_counters import work_counters
 
 # One of so many steps takes its block from a counter: programs that memory serves slower take fewer.
 SHARED = gl.constexpr(8)
-
-
-@dataclass(frozen=True)
-class ScorerConstants:
-    """Constants of `selection_sm90_kernel`; rows: of a tile, of `tokens` tokens; depth: Di; stages: blocks of keys in
-    flight; kept and period: see `SelectionConfig`."""
-
-    num_kv_heads: int
-    topk: int
-    block_size: int
-    depth: int
-    rows: int
-    tokens: int
-    kept: int
-    period: int
-    stages: int
-    overlap: bool
 
 
 class Buffers(NamedTuple):
@@ -274,9 +252,18 @@ def rank_keys(index_q, buffers, barriers, work, outputs, scaled: gl.constexpr, C
 
 @gluon.jit
 def selection_sm90_kernel(
-    index_q, key_boxes, scale_boxes, pages, seqlen_k, sequences_ptr, tiles, forced, counters_ptr, outputs,
+    index_q,
+    key_boxes,
+    scale_boxes,
+    counters_ptr,
+    pages,
+    seqlen_k,
+    sequences_ptr,
+    tiles,
+    forced,
+    outputs,
     C: gl.constexpr,
-):  # fmt: skip
+):
     """See the module's docstring. Grid (tiles, splits); key_boxes and scale_boxes: boxes for the bulk copy engine."""
     dtype: gl.constexpr = key_boxes.dtype
     scaled: gl.constexpr = scale_boxes is not None
@@ -311,56 +298,15 @@ def supports(config: SelectionConfig) -> bool:
     return config.sm90
 
 
-@functools.lru_cache
-def scorer_constants(
-    config: SelectionConfig, num_kv_heads: int, index_head_dim: int, rule: SelectionRule, overlap: bool
-) -> ScorerConstants:
-    """The constants of a configuration; of the rule only block_size and topk are constants."""
-    return ScorerConstants(
-        num_kv_heads=num_kv_heads,
-        topk=rule.topk,
-        block_size=rule.block_size,
-        depth=index_head_dim,
-        rows=config.rows,
-        tokens=config.tokens(num_kv_heads),
-        kept=config.kept,
-        period=1,
-        stages=config.num_stages,
-        overlap=overlap,
-    )
+def key_arguments(
+    index_k: torch.Tensor, index_k_scale: torch.Tensor | None, config: SelectionConfig, block_size: int, num_tiles: int
+) -> dict[str, Any]:
+    """The kernel's arguments for the keys: boxes of keys and of scales, and counters where the keys are split."""
+    return {
+        "key_boxes": shared_box(index_k[:, 0], [1, block_size, index_k.shape[3]]),
+        "scale_boxes": None if index_k_scale is None else shared_box(index_k_scale.view(-1), [block_size]),
+        "counters_ptr": None if config.num_splits == 1 else work_counters(num_tiles, index_k.device),
+    }
 
 
-def launch(
-    index_q: torch.Tensor,
-    index_k: torch.Tensor,
-    index_k_scale: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    sequences: torch.Tensor,
-    rule: SelectionRule,
-    config: SelectionConfig,
-    block_indices: torch.Tensor,
-    lists: torch.Tensor | None,
-) -> Launch:
-    """The launch that writes block_indices, or, if not None, the lists [sequences * Sq * Hkv, num_splits, kept]."""
-    batch, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
-    overlap = target_of(index_q.device).overlaps
-    tiles, num_tiles = tile_table(sequences, batch, seqlen_q, config.tokens(num_kv_heads))
-    scale_boxes = None if index_k_scale is None else shared_box(index_k_scale.view(-1), [rule.block_size])
-    return Launch(
-        selection_sm90_kernel,
-        (num_tiles, config.num_splits, 1),
-        {
-            "index_q": view(index_q),
-            "key_boxes": shared_box(index_k[:, 0], [1, rule.block_size, index_head_dim]),
-            "scale_boxes": scale_boxes,
-            "pages": pages_of(page_table, index_k),
-            "seqlen_k": index_k.shape[2],
-            "sequences_ptr": sequences,
-            "tiles": tiles,
-            "forced": forced_blocks(rule),
-            "counters_ptr": None if lists is None else work_counters(num_tiles, index_k.device),
-            "outputs": Outputs(block_indices, lists, config.num_splits),
-        },
-        {"C": scorer_constants(config, num_kv_heads, index_head_dim, rule, overlap)},
-        Options(config.num_warps, config.num_stages, overlap=overlap),
-    )
+KERNEL = selection_sm90_kernel

@@ -26,13 +26,15 @@ import torch
 from ...problem import Problem
 from ...rules import SelectionRule
 from ...tuning import tuned_config
-from ..common.launch import compile_ahead, num_compiled, on_meta
-from ..common.records import capacity_of
+from ..common.launch import Launch, Options, compile_ahead, num_compiled, on_meta, view
+from ..common.records import capacity_of, pages_of
 from ..common.target import GLUON, target_of
-from ..common.tiles import tma_ready
+from ..common.tiles import tile_table, tma_ready
 from . import kernel
-from .config import DEPENDS_ON, SelectionConfig, default_config, most_splits
+from .config import DEPENDS_ON, SelectionConfig, default_config, most_splits, selection_constants
 from .merge import Lists, merge_splits
+from .rule import ForcedBlocks
+from .topk import Outputs
 
 # The first that supports a configuration runs. Other versions of Triton may lack what the kernel in Gluon needs.
 IMPLEMENTATIONS: tuple[Any, ...] = (kernel,)
@@ -45,27 +47,6 @@ if GLUON:
 VARIANTS = (1, 40, 4096)
 
 
-def problem_of(
-    index_q: torch.Tensor,
-    index_k: torch.Tensor,
-    rule: SelectionRule,
-    page_table: torch.Tensor | None = None,
-    index_k_scale: torch.Tensor | None = None,
-) -> Problem:
-    """The Problem of a selection."""
-    scales_ready = index_k_scale is None or (index_k_scale.is_contiguous() and index_k_scale.data_ptr() % 16 == 0)
-    return Problem(
-        num_kv_heads=index_q.shape[1],
-        dtype=index_q.dtype,
-        index_head_dim=index_q.shape[3],
-        block_size=rule.block_size,
-        topk=rule.topk,
-        key_dtype=index_k.dtype,
-        paged=page_table is not None,
-        bulk_copies=scales_ready and tma_ready(index_k),
-    )
-
-
 def choose_config(
     index_q: torch.Tensor,
     index_k: torch.Tensor,
@@ -75,8 +56,18 @@ def choose_config(
     index_k_scale: torch.Tensor | None = None,
 ) -> SelectionConfig:
     """The configuration for these tensors: the default, with the changes of tuning."""
-    problem = problem_of(index_q, index_k, rule, page_table, index_k_scale)
-    batch, seqlen_q = index_q.shape[0], index_q.shape[2]
+    batch, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
+    scales_ready = index_k_scale is None or (index_k_scale.is_contiguous() and index_k_scale.data_ptr() % 16 == 0)
+    problem = Problem(
+        num_kv_heads,
+        index_q.dtype,
+        index_head_dim=index_head_dim,
+        block_size=rule.block_size,
+        topk=rule.topk,
+        key_dtype=index_k.dtype,
+        paged=page_table is not None,
+        bulk_copies=scales_ready and tma_ready(index_k),
+    )
     # Of the two sequences of a row whose queries are not all new, one has no keys to score.
     num_sequences = batch if sequences.shape[0] <= 2 * batch else sequences.shape[0]
     target = target_of(index_q.device)
@@ -108,12 +99,24 @@ def rank_blocks(
     if config.num_splits > 1:
         num_rows = sequences.shape[0] * seqlen_q * num_kv_heads
         keys = ids.new_empty(num_rows, config.num_splits, config.kept, dtype=torch.int64)
-        lists = Lists(keys, most_splits(config, target_of(ids.device)))
+        lists = Lists(keys, config.num_splits, config.kept, most_splits(config, target_of(ids.device)))
+    target = target_of(ids.device)
+    tiles, num_tiles = tile_table(sequences, batch, seqlen_q, config.tokens(num_kv_heads))
     implementation = next(x for x in IMPLEMENTATIONS if x.supports(config))
-    implementation.launch(
-        *(index_q, index_k, index_k_scale, page_table, sequences, rule, config),
-        *(ids, None if lists is None else lists.keys),
-    ).run()
+    arguments = {
+        "index_q": view(index_q),
+        **implementation.key_arguments(index_k, index_k_scale, config, rule.block_size, num_tiles),
+        "pages": pages_of(page_table, index_k),
+        "seqlen_k": index_k.shape[2],
+        "sequences_ptr": sequences,
+        "tiles": tiles,
+        "forced": ForcedBlocks(rule.num_local_blocks, rule.num_init_blocks),
+        "outputs": Outputs(ids, None if lists is None else lists.keys, config.num_splits),
+    }
+    constants = selection_constants(config, num_kv_heads, index_q.shape[3], rule, target)
+    options = Options(config.num_warps, config.num_stages, overlap=target.overlaps)
+    grid = num_tiles, config.num_splits, 1
+    Launch(implementation.KERNEL, grid, arguments, {"C": constants}, options).run()
     return ids, lists
 
 

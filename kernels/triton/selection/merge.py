@@ -27,23 +27,16 @@ FEW_LISTS = 64
 
 
 class Lists(NamedTuple):
-    """The lists that the splits of a selection have kept: keys [sequences * Sq * Hkv, num_lists, kept] int64.
+    """The lists that the splits of a selection have kept, taken by kernels as they are.
 
-    max_lists: no call of this problem on this GPU has more lists per query.
+    keys: [sequences * Sq * Hkv, num_lists, kept] int64; max_lists: no call of this problem on this GPU has more lists
+    per query.
     """
 
     keys: torch.Tensor
+    num_lists: int
+    kept: int
     max_lists: int
-
-    @property
-    def num_lists(self) -> int:
-        """Lists of each query and group."""
-        return self.keys.shape[1]
-
-    @property
-    def kept(self) -> int:
-        """Keys of each list."""
-        return self.keys.shape[2]
 
     @property
     def constants(self) -> "MergeConstants":
@@ -206,17 +199,16 @@ def sort_ids(ids):
 
 @dataclass(frozen=True)
 class MergeKernelConstants:
-    """Constants of `merge_kernel`; compared: lists are short enough to compare all pairs of keys."""
+    """Constants of `merge_kernel`; lists: its `heads` are 0 where lists are too long to compare all pairs of keys."""
 
     num_kv_heads: int
     topk: int
-    compared: bool
     lists: MergeConstants
     overlap: bool
 
 
 @triton.jit
-def merge_kernel(lists_ptr, num_lists, ids_ptr, sequences_ptr, tiles, seqlen_q, C: tl.constexpr):
+def merge_kernel(lists, ids_ptr, sequences_ptr, tiles, C: tl.constexpr):
     """ids of one query and group, ascending, from its lists. Grid (queries, num_kv_heads)."""
     await_previous(C.overlap)
     tile = find_tile(tl.program_id(0), tiles, 1)
@@ -227,22 +219,16 @@ def merge_kernel(lists_ptr, num_lists, ids_ptr, sequences_ptr, tiles, seqlen_q, 
     merging: tl.constexpr = C.lists
     kept: tl.constexpr = C.lists.kept
     group = tl.program_id(1)
-    lists = query_lists(lists_ptr, num_lists, tile, group, seqlen_q, C.num_kv_heads, kept)
-    if C.compared:
-        ids = sort_ids(merge_lists(lists, num_lists, C.topk, merging))
+    lists_ptr = query_lists(lists.keys, lists.num_lists, tile, group, tiles.seqlen_q, C.num_kv_heads, kept)
+    if C.lists.heads > 0:
+        ids = sort_ids(merge_lists(lists_ptr, lists.num_lists, C.topk, merging))
         slot = tl.arange(0, kept)
     else:
-        ids = ascending_ids(merge_long_lists(lists, num_lists, kept), C.topk)
+        ids = ascending_ids(merge_long_lists(lists_ptr, lists.num_lists, kept), C.topk)
         slot = tl.arange(0, kept)[:, None]
     if sequence.q_start + tile.number < sequence.q_end:
-        row = (sequence.batch * C.num_kv_heads + group) * seqlen_q + sequence.q_start + tile.number
+        row = (sequence.batch * C.num_kv_heads + group) * tiles.seqlen_q + sequence.q_start + tile.number
         tl.store(ids_ptr + row * C.topk + slot, ids, mask=slot < C.topk)
-
-
-@functools.lru_cache
-def merge_kernel_constants(num_kv_heads: int, topk: int, lists: MergeConstants, overlap: bool) -> MergeKernelConstants:
-    """The constants of `merge_kernel`."""
-    return MergeKernelConstants(num_kv_heads, topk, lists.kept <= COMPARED, lists, overlap)
 
 
 def merge_splits(lists: Lists, block_indices: torch.Tensor, sequences: torch.Tensor) -> None:
@@ -250,17 +236,7 @@ def merge_splits(lists: Lists, block_indices: torch.Tensor, sequences: torch.Ten
     batch, num_kv_heads, seqlen_q, topk = block_indices.shape
     tiles, num_queries = tile_table(sequences, batch, seqlen_q, 1)
     overlap = target_of(block_indices.device).overlaps
-    Launch(
-        merge_kernel,
-        (num_queries, num_kv_heads, 1),
-        {
-            "lists_ptr": lists.keys,
-            "num_lists": lists.num_lists,
-            "ids_ptr": block_indices,
-            "sequences_ptr": sequences,
-            "tiles": tiles,
-            "seqlen_q": seqlen_q,
-        },
-        {"C": merge_kernel_constants(num_kv_heads, topk, lists.constants, overlap)},
-        Options(num_warps=4, overlap=overlap),
-    ).run()
+    arguments = {"lists": lists, "ids_ptr": block_indices, "sequences_ptr": sequences, "tiles": tiles}
+    constants = MergeKernelConstants(num_kv_heads, topk, lists.constants, overlap)
+    options = Options(num_warps=4, overlap=overlap)
+    Launch(merge_kernel, (num_queries, num_kv_heads, 1), arguments, {"C": constants}, options).run()

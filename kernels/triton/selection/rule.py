@@ -12,19 +12,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...rules import SelectionRule
-
 
 class ForcedBlocks(NamedTuple):
     """How many of the newest blocks that a query sees are forced, and how many of the oldest."""
 
     num_local: Any
     num_init: Any
-
-
-def forced_blocks(rule: SelectionRule) -> ForcedBlocks:
-    """The part of a rule that kernels take at run time."""
-    return ForcedBlocks(rule.num_local_blocks, rule.num_init_blocks)
 
 
 @triton.jit

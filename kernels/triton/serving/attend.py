@@ -36,7 +36,7 @@ from ..common.records import load_sequence, locate_block
 from ..common.softmax import LN_2, LOG2_E, softmax_update
 from ..common.target import Target, padded
 from ..common.tiles import find_tile
-from ..selection.merge import merge_lists, query_lists, sort_ids
+from ..selection.merge import MergeConstants, merge_lists, query_lists, sort_ids
 from .config import AttendConfig, num_steps
 
 
@@ -45,7 +45,8 @@ class AttendConstants:
     """Constants of `attend_kernel`.
 
     group_size, rows: G, and G padded; head_dim, depth: D, and D padded; slots: topk padded, as are merged lists;
-    columns: keys per step; single: each program has one step; native: see `fp8`.
+    columns: keys per step; single: each program has one step; merge: of the lists to merge, None where the ids are
+    given; native: see `fp8`.
     """
 
     num_kv_heads: int
@@ -58,15 +59,9 @@ class AttendConstants:
     slots: int
     columns: int
     single: bool
+    merge: MergeConstants | None
     native: bool
     overlap: bool
-
-
-class KeptLists(NamedTuple):
-    """The lists to merge, see `selection.merge`, and how many each query and group has."""
-
-    keys: Any
-    num_lists: Any
 
 
 class Results(NamedTuple):
@@ -143,25 +138,31 @@ def store_id(ids_ptr, ids, slot):
 
 
 @triton.jit
+def attend_step(acc, row_max, row_sum, heads, keys, values, step, group, scale, scaled: tl.constexpr, C: tl.constexpr):
+    """The state of `softmax_update` after a Step, for the query heads [rows, depth]."""
+    dtype: tl.constexpr = heads.dtype
+    precision: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
+    k = load_step(keys, step, group, dtype, C)
+    v = load_step(values, step, group, dtype, C)
+    k_scales, v_scales = 1.0, 1.0
+    if scaled:
+        k_scales, v_scales = decode_scales(step.k_codes)[None, :], decode_scales(step.v_codes)[None, :]
+        if dtype == tl.float16:
+            # Weights times scales may exceed the range of fp16, values do not.
+            v, v_scales = (v * tl.trans(v_scales)).to(dtype), 1.0
+    scores = tl.dot(heads, tl.trans(k), input_precision=precision) * (scale * LOG2_E) * k_scales
+    scores = tl.where((tl.arange(0, C.columns) < step.count)[None, :], scores, float("-inf"))
+    return softmax_update(acc, row_max, row_sum, scores, v, v_scales)
+
+
+@triton.jit
 def attend_kernel(
-    q,
-    keys,
-    values,
-    scales,
-    pages,
-    ids_view,
-    lists,
-    sequences_ptr,
-    tiles,
-    results,
-    scale,
-    C: tl.constexpr,
-    merge: tl.constexpr,
+    q, keys, values, scales, pages, ids_view, lists, sequences_ptr, tiles, results, scale, C: tl.constexpr
 ):
     """See the module's docstring. Grid (queries, num_kv_heads, num_splits).
 
-    lists: None where the ids are given; merge: their MergeConstants. Views are arguments of their own: inside a record
-    that does not end with a constant, Triton 3.6 forgets their constant stride at a return.
+    lists: of `selection.merge`, None where the ids are given. Views are arguments of their own: inside a record that
+    does not end with a constant, Triton 3.6 forgets their constant stride at a return.
     """
     await_previous(C.overlap)
     tile = find_tile(tl.program_id(0), tiles, 1)
@@ -171,9 +172,12 @@ def attend_kernel(
     group = tl.program_id(1).to(tl.int64)
     num_splits = results.num_splits
     merged: tl.constexpr = lists is not None
+    scaled: tl.constexpr = scales.k is not None
     if merged:
         # The sequence arrives during the merge, and is not needed for it.
-        lists_ptr = query_lists(lists.keys, lists.num_lists, tile, group, tiles.seqlen_q, C.num_kv_heads, merge.kept)
+        # Triton 3.6 passes a field that is not a number to a function only if it has a name of its own.
+        merge: tl.constexpr = C.merge
+        lists_ptr = query_lists(lists.keys, lists.num_lists, tile, group, tiles.seqlen_q, C.num_kv_heads, C.slots)
         ids = merge_lists(lists_ptr, lists.num_lists, C.topk, merge)
         if not C.single and num_splits < C.topk:
             # Programs with several blocks take them in ascending order: blocks that neighbours share are then in L2.
@@ -191,7 +195,6 @@ def attend_kernel(
     live = (head < C.group_size)[:, None] & (depth < C.head_dim)[None, :]
     q_heads = (group * C.group_size + head)[:, None] * q.stride_h + depth.to(tl.int64)[None, :] * q.stride_d
     q_ptrs = q.ptr + sequence.batch * q.stride_b + token * q.stride_s + q_heads
-    dtype: tl.constexpr = q.ptr.dtype.element_ty
     if not C.single:
         heads = tl.load(q_ptrs, mask=live, other=0.0)
     ids_ptr = ids_view.ptr + sequence.batch * ids_view.stride_b + group * ids_view.stride_h + token * ids_view.stride_s
@@ -199,7 +202,6 @@ def attend_kernel(
     PARTS: tl.constexpr = (C.block_size + C.columns - 1) // C.columns
     share = tl.cdiv(C.topk * PARTS, num_splits)
     begin = tl.program_id(2) * share
-    precision: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
     acc = tl.zeros([ROWS, DEPTH], tl.float32)
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
@@ -217,17 +219,7 @@ def attend_kernel(
             # waited for one by one; these three are issued together.
             heads = tl.load(q_ptrs + (step - begin) * q.stride_s, mask=live, other=0.0)
             now = Step(at.row, at.key + (step - begin) * C.columns, at.count, at.k_codes, at.v_codes)
-        k = load_step(keys, now, group, dtype, C)
-        v = load_step(values, now, group, dtype, C)
-        k_scales, v_scales = 1.0, 1.0
-        if scales.k is not None:
-            k_scales, v_scales = decode_scales(now.k_codes)[None, :], decode_scales(now.v_codes)[None, :]
-            if dtype == tl.float16:
-                # Weights times scales may exceed the range of fp16, values do not.
-                v, v_scales = (v * tl.trans(v_scales)).to(dtype), 1.0
-        scores = tl.dot(heads, tl.trans(k), input_precision=precision) * (scale * LOG2_E) * k_scales
-        scores = tl.where((tl.arange(0, C.columns) < now.count)[None, :], scores, float("-inf"))
-        acc, row_max, row_sum = softmax_update(acc, row_max, row_sum, scores, v, v_scales)
+        acc, row_max, row_sum = attend_step(acc, row_max, row_sum, heads, keys, values, now, group, scale, scaled, C)
         if not C.single:
             at = find_step(ids, tl.minimum(step + 1, end - 1), visible, sequence, pages, scales, merged, C)
 
@@ -246,8 +238,10 @@ def attend_kernel(
 
 
 @functools.lru_cache
-def attend_constants(problem: Problem, target: Target, config: AttendConfig, kept: int | None) -> AttendConstants:
-    """Constants of `attend_kernel`; kept: length of the lists to merge, None where the ids are given."""
+def attend_constants(
+    problem: Problem, target: Target, config: AttendConfig, merge: MergeConstants | None
+) -> AttendConstants:
+    """Constants of `attend_kernel`; merge: None where the ids are given."""
     topk = problem.topk or 1
     return AttendConstants(
         num_kv_heads=problem.num_kv_heads,
@@ -257,9 +251,10 @@ def attend_constants(problem: Problem, target: Target, config: AttendConfig, kep
         depth=padded(problem.head_dim),
         block_size=problem.block_size,
         topk=topk,
-        slots=kept or triton.next_power_of_2(topk),
+        slots=triton.next_power_of_2(topk) if merge is None else merge.kept,
         columns=config.columns,
         single=config.num_splits == num_steps(problem, config.columns),
+        merge=merge,
         native=problem.scaled and target.has_e4m3,
         overlap=target.overlaps,
     )

@@ -73,17 +73,7 @@ def combine_splits(
 ) -> None:
     """Write out and lse from the partial results, as the module's docstring says."""
     num_rows, num_splits = partial_lse.shape
-    Launch(
-        combine_kernel,
-        (num_rows, 1, 1),
-        {
-            "partial_out_ptr": partial_out,
-            "partial_lse_ptr": partial_lse,
-            "out_ptr": out,
-            "lse_ptr": lse,
-            "num_splits": num_splits,
-        },
-        {"C": constants},
-        # As few warps as hold the partial results, because one warp does not wait for others.
-        Options(max(1, constants.splits * constants.depth // 4096), overlap=constants.overlap),
-    ).run()
+    arguments = {"partial_out_ptr": partial_out, "partial_lse_ptr": partial_lse, "out_ptr": out, "lse_ptr": lse}
+    # As few warps as hold the partial results, because one warp does not wait for others.
+    options = Options(max(1, constants.splits * constants.depth // 4096), overlap=constants.overlap)
+    Launch(combine_kernel, (num_rows, 1, 1), arguments | {"num_splits": num_splits}, {"C": constants}, options).run()

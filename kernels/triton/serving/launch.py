@@ -16,7 +16,7 @@ from ..common.tiles import tile_table
 from ..forward.launch import block_sparse_attention_forward
 from ..selection.launch import VARIANTS, rank_blocks
 from ..selection.merge import Lists, merge_splits
-from .attend import KeptLists, Results, attend_constants, attend_kernel
+from .attend import Results, attend_constants, attend_kernel
 from .combine import combine_constants, combine_splits
 from .config import AttendConfig, default_config
 
@@ -37,20 +37,8 @@ class Chosen(NamedTuple):
     lists: Lists | None = None
 
 
-@functools.lru_cache
-def attend_problem(
-    num_kv_heads: int, group_size: int, head_dim: int, block_size: int, topk: int, dtype: torch.dtype, scaled: bool
-) -> Problem:
-    """The Problem of `attend`."""
-    return Problem(
-        num_kv_heads=num_kv_heads,
-        group_size=group_size,
-        head_dim=head_dim,
-        block_size=block_size,
-        topk=topk,
-        dtype=dtype,
-        key_dtype=torch.float8_e4m3fn if scaled else None,
-    )
+# Made once, because the host's time counts in a decoding step.
+attend_problem = functools.lru_cache(Problem)
 
 
 def attend(
@@ -84,15 +72,15 @@ def attend(
     if out.numel() == 0:
         return out, lse
     target = target_of(q.device)
-    sizes = num_kv_heads, num_heads // num_kv_heads, head_dim, block_size, topk
-    problem = attend_problem(*sizes, q.dtype, cache.k_scale is not None)
+    sizes = num_heads // num_kv_heads, head_dim
+    problem = attend_problem(num_kv_heads, q.dtype, *sizes, block_size=block_size, topk=topk, key_dtype=k.dtype)
     config = config or default_config(problem, target, batch * seqlen_q * num_kv_heads)
     splits = config.num_splits
     results = Results(out, lse, splits)
     if splits > 1:
         results = Results(lse.new_empty(lse.numel(), splits, head_dim), lse.new_empty(lse.numel(), splits), splits)
     tiles, num_queries = tile_table(sequences, batch, seqlen_q, 1)
-    constants = attend_constants(problem, target, config, None if lists is None else lists.kept)
+    constants = attend_constants(problem, target, config, None if lists is None else lists.constants)
     Launch(
         attend_kernel,
         (num_queries, num_kv_heads, splits),
@@ -103,13 +91,13 @@ def attend(
             "scales": Scales(cache.k_scale, cache.v_scale, k.shape[2]),
             "pages": pages_of(cache.page_table, k),
             "ids_view": view(block_indices),
-            "lists": None if lists is None else KeptLists(lists.keys, lists.num_lists),
+            "lists": lists,
             "sequences_ptr": sequences,
             "tiles": tiles,
             "results": results,
             "scale": scale,
         },
-        {"C": constants, "merge": None if lists is None else lists.constants},
+        {"C": constants},
         Options(config.num_warps, config.num_stages, overlap=constants.overlap),
     ).run()
     if splits > 1:

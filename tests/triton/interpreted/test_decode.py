@@ -48,7 +48,8 @@ def poisoned_inputs(case):
 def config_of(q, k, block_size, topk):
     """The shipped configuration of the attention."""
     groups = k.shape[1]
-    problem = decode.attend_problem(groups, q.shape[1] // groups, q.shape[3], block_size, topk, q.dtype, False)
+    sizes = q.shape[1] // groups, q.shape[3]
+    problem = decode.attend_problem(groups, q.dtype, *sizes, block_size=block_size, topk=topk)
     return default_config(problem, target_of(q.device), num_rows=q.shape[0] * q.shape[2] * groups)
 
 

@@ -50,7 +50,7 @@ def test_no_tensor_grows_with_the_square_of_the_length(topk):
 def test_partial_results_are_those_of_one_chunk(size):
     workspace.set_workspace_limit(size)
     topk, group_size, head_dim = 2, 3, 16
-    tokens = workspace.chunk_tokens(64, topk * group_size * (head_dim * 4 + 4))
+    tokens = workspace.tokens_per_range(64, topk * group_size * (head_dim * 4 + 4))
     shapes = train(64, topk).shapes
     assert (tokens, topk, group_size, head_dim) in shapes
     assert all(shape[0] <= tokens for shape in shapes if shape[1:] == (topk, group_size, head_dim))
@@ -61,6 +61,6 @@ def test_partial_results_are_those_of_one_chunk(size):
 @pytest.mark.parametrize("size", [1, 10**6, 1 << 30])
 def test_chunks_fit_the_workspace(num_tokens, bytes_per_token, size):
     workspace.set_workspace_limit(size)
-    tokens = workspace.chunk_tokens(num_tokens, bytes_per_token)
+    tokens = workspace.tokens_per_range(num_tokens, bytes_per_token)
     assert tokens % 16 == 0 and tokens < num_tokens + 16
     assert tokens == 16 or tokens * bytes_per_token <= size + 16 * bytes_per_token
