@@ -157,7 +157,7 @@ def attend_on_meta(
 ) -> None:
     """`select_and_attend` on meta tensors, for caches whose rows have room for num_blocks blocks."""
     keys = num_blocks * rule.block_size if page_table is None else None
-    k, v, index_k, k_scale, v_scale, index_scale = (on_meta(x, keys) for x in stored)
+    vectors, scales = ([on_meta(x, keys) for x in part] for part in (stored[:3], stored[3:]))
     table = None if page_table is None else sequences.new_empty(page_table.shape[0], num_blocks)
-    q, index_q = queries
-    select_and_attend(q, index_q, k, v, index_k, sequences, rule, scale, table, k_scale, v_scale, index_scale)
+    arguments: Any = *queries, *vectors, sequences, rule, scale, table, *scales
+    select_and_attend(*arguments)
