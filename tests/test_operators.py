@@ -31,8 +31,7 @@ def test_opcheck_of_every_operator():
     for indices in (ids, None):
         opcheck(ops.block_sparse_attention._opoverload, (strided, k, v, indices, *main, "torch"))
         opcheck(
-            ops.block_sparse_attention_backward._opoverload,
-            (out, lse, *frozen[:3], out, lse, indices, *main, "torch"),
+            ops.block_sparse_attention_backward._opoverload, (out, lse, *frozen[:3], out, lse, indices, *main, "torch")
         )
         for with_grad in (True, False):
             branches = (index_q, index_k) if with_grad else frozen[3:]

@@ -29,11 +29,7 @@ BAD_TENSORS = [
     ({"index_q": lambda x: x[:, :, 1:]}, ValueError, r"index_q: expected"),
     ({"index_k": lambda x: x.expand(-1, 2, -1, -1)}, ValueError, r"index_k: expected .* one head for all groups"),
     ({"index_k": lambda x: x[..., 1:]}, ValueError, r"index_k: expected"),
-    (
-        {"index_q": lambda x: x.to(torch.float8_e4m3fn)},
-        TypeError,
-        r"index_q: expected .* 16 bits or more, got",
-    ),
+    ({"index_q": lambda x: x.to(torch.float8_e4m3fn)}, TypeError, r"index_q: expected .* 16 bits or more, got"),
 ]
 BAD_SETTINGS = [
     ({"topk": 0}, ValueError, r"topk: expected an int >= 1, got 0"),

@@ -18,14 +18,7 @@ from transformers import (
 )
 
 from flexmsa import MSAConfig
-from flexmsa.integrations.transformers import (
-    IndexLosses,
-    convert,
-    from_pretrained,
-    msa_config,
-    sequences,
-    set_warm_up,
-)
+from flexmsa.integrations.transformers import IndexLosses, convert, from_pretrained, msa_config, sequences, set_warm_up
 from flexmsa.integrations.transformers.health import random_blocks
 from flexmsa.integrations.transformers.index_branch import project_index
 from flexmsa.modules import rotate

@@ -13,14 +13,7 @@ from flexmsa.kernels.problem import Problem
 from flexmsa.kernels.triton.common.launch import choose, compile_key
 from flexmsa.kernels.triton.forward import launch as forward
 from flexmsa.kernels.triton.forward.config import default_config
-from flexmsa.testing.launches import (
-    TARGETS,
-    TRAINING,
-    CacheFormat,
-    Layer,
-    decode_launches,
-    selection_launches,
-)
+from flexmsa.testing.launches import TARGETS, TRAINING, CacheFormat, Layer, decode_launches, selection_launches
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 

@@ -10,15 +10,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from flexmsa.kernels.triton.common.launch import (  # noqa: E402
-    Launch,
-    Options,
-    View,
-    compile_key,
-    record,
-    signature_of,
-    view,
-)
+from flexmsa.kernels.triton.common.launch import Launch, Options, View, compile_key, record, signature_of, view  # noqa: E402
 from flexmsa.testing.launches import TARGETS, meta  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
