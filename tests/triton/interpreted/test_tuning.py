@@ -32,7 +32,7 @@ CHANGES = {
 }
 # The function that turns a task's configuration, its first argument, into the constants of a launch.
 LAUNCHES = {
-    "selection": ("selection.kernel", "selection_constants"),
+    "selection": ("selection.launch", "selection_constants"),
     "forward": ("forward.key_major", "key_major_constants"),
     "backward": ("backward.gradient", "gradient_constants"),
     "loss": ("loss.launch", "loss_constants"),
