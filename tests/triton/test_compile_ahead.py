@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from flexmsa.kernels.triton.common import launch
 from flexmsa.kernels.triton.common.launch import compile_key, record
-from flexmsa.kernels.triton.selection.launch import VARIANTS
+from flexmsa.kernels.triton.selection.launch import VARIANTS, select_blocks, select_on_meta
 from flexmsa.kernels.triton.serving.launch import attend_on_meta
 from flexmsa.testing.launches import TARGETS, CacheFormat, Layer, decode_launches, meta
 
@@ -35,6 +35,26 @@ def test_a_growing_cache(paged, name):
     for tokens in (128, 1024, 4096, 40000 // 128 * 128, 131072, 1 << 20):
         found = keys_of(decode_launches(Layer(tokens=tokens), TARGETS[name], CacheFormat(paged)))
         assert found <= ahead, tokens
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "e4m3 keys"])
+def test_a_selection_of_other_lengths(scaled, name):
+    """With the scales of its keys, without which e4m3 keys are another kernel's."""
+    layer = Layer()
+
+    def vectors(tokens):
+        keys = meta(1, 1, tokens, 128, dtype=torch.float8_e4m3fn if scaled else layer.dtype)
+        return layer.vectors(4, 128, tokens), keys, meta(1, 1, tokens, dtype=torch.uint8) if scaled else None
+
+    with record(TARGETS[name]) as ahead:
+        for number in VARIANTS:
+            select_on_meta(vectors(512), meta(1, 5), layer.rule, number)
+    for tokens in (8192, 131072):
+        index_q, index_k, scale = vectors(tokens)
+        with record(TARGETS[name]) as found:
+            select_blocks(index_q, index_k, meta(1, 5), layer.rule, None, scale)
+        assert keys_of(found) <= keys_of(ahead)
 
 
 def test_it_compiles_what_is_missing_and_launches_nothing(monkeypatch):

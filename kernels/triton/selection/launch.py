@@ -134,10 +134,13 @@ def select_blocks(
     ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, config)
     if lists is not None:
         merge_splits(lists, ids, sequences)
-    if num_compiled() > before and page_table is None:
-        table = on_meta(sequences)
-        compile_ahead(
-            partial(select_blocks, on_meta(index_q, length), on_meta(index_k, length), table, rule)
-            for length in (rule.block_size * number for number in VARIANTS)
-        )
+    if num_compiled() > before and page_table is None and config is None:
+        vectors, table = (index_q, index_k, index_k_scale), on_meta(sequences)
+        compile_ahead(partial(select_on_meta, vectors, table, rule, number) for number in VARIANTS)
     return ids
+
+
+def select_on_meta(vectors: Any, sequences: torch.Tensor, rule: SelectionRule, num_blocks: int) -> None:
+    """`select_blocks` on meta tensors like `vectors` (index_q, index_k, its scales), of num_blocks blocks."""
+    index_q, index_k, scale = (on_meta(x, num_blocks * rule.block_size) for x in vectors)
+    select_blocks(index_q, index_k, sequences, rule, index_k_scale=scale)
