@@ -91,7 +91,9 @@ def _setup_attention(ctx, inputs, output):
 
 
 def _attention_backward(ctx, grad_out, grad_lse, grad_loss):
-    q, k, v, index_q, index_k, out, lse, ids, sequences = ctx.saved_tensors
+    # Read once: checkpointing refuses a second time.
+    saved = ctx.saved_tensors
+    q, k, v, index_q, index_k, out, lse, ids, sequences = saved
     block_size, scale, _, backend = ctx.numbers
     needs = ctx.needs_input_grad
     with_loss = grad_loss is not None and any(needs[3:5])
@@ -100,9 +102,7 @@ def _attention_backward(ctx, grad_out, grad_lse, grad_loss):
     if with_main and grad_out is None:
         grad_out = torch.zeros_like(out)
     if with_main and with_loss:
-        *grads, loss = attention_and_index_loss_backward(
-            grad_out, grad_lse, grad_loss, *ctx.saved_tensors, *ctx.numbers
-        )
+        *grads, loss = attention_and_index_loss_backward(grad_out, grad_lse, grad_loss, *saved, *ctx.numbers)
         ctx.value.copy_(loss)
         main, index = grads[:3], grads[3:]
     elif with_main:
