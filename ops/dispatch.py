@@ -1,8 +1,9 @@
 """Which package of kernels runs an operator."""
 
-import contextlib
 import functools
+import importlib
 import warnings
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,16 +26,20 @@ def run_kernel(backend: str, kernel: str, *args: Any) -> Any:
         args: the function's arguments; the first is a tensor, on whose device the function runs.
     """
     device = args[0].device
-    if backend == "triton":
-        from flexmsa.kernels import triton
-
-        # Triton launches on the current device, and the tensors may be on another one.
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            return getattr(triton, kernel)(*args)
-    from flexmsa.kernels import torch as torch_kernels
-
+    function = getattr(_package(backend), kernel)
     if device.type == "cpu":
-        return getattr(torch_kernels, kernel)(*args)
+        return function(*args)
+    if backend == "triton":
+        # Triton launches on the current device, and the tensors may be on another one.
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*args)
+        with torch.cuda.device(device):
+            return function(*args)
     _warn_slow(kernel, device.type)
     with device:
-        return getattr(torch_kernels, kernel)(*args)
+        return function(*args)
+
+
+@functools.cache
+def _package(backend: str) -> ModuleType:
+    return importlib.import_module(f"flexmsa.kernels.{backend}")

@@ -70,10 +70,14 @@ def _pack_context(ctx, inputs, output):
     ctx.num_heads = inputs[0].shape[1]
 
 
+def _pack_backward(ctx, grad):
+    return unpack_gqa(grad, ctx.num_heads), None
+
+
 @operator(
     "pack_gqa(Tensor q, SymInt num_kv_heads) -> Tensor",
     fake=_empty_packed,
-    backward=lambda ctx, grad: (unpack_gqa(grad, ctx.num_heads), None),
+    backward=_pack_backward,
     setup_context=_pack_context,
 )
 def pack_gqa(q, num_kv_heads):
@@ -91,10 +95,14 @@ def _unpack_context(ctx, inputs, output):
     ctx.num_kv_heads = inputs[0].shape[1]
 
 
+def _unpack_backward(ctx, grad):
+    return pack_gqa(grad, ctx.num_kv_heads), None
+
+
 @operator(
     "unpack_gqa(Tensor packed, SymInt num_heads) -> Tensor",
     fake=_empty_unpacked,
-    backward=lambda ctx, grad: (pack_gqa(grad, ctx.num_kv_heads), None),
+    backward=_unpack_backward,
     setup_context=_unpack_context,
 )
 def unpack_gqa(packed, num_heads):
