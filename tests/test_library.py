@@ -1,4 +1,4 @@
-"""Operators are made below custom_op: they import no compiler, and tell autograd and Dynamo what custom_op told them."""
+"""Operators are made below custom_op: they import no compiler, and tell autograd and Dynamo what custom_op tells."""
 
 import subprocess
 import sys
@@ -72,11 +72,11 @@ def test_an_append_in_inference_mode():
 def test_operators_without_a_gradient_raise_in_the_backward():
     q, k, v, index_q, index_k = make_inputs(8, requires_grad=True)
     out, _ = ops.attend_blocks(q, k, v, None, SEQUENCES, 4, 0.25, "torch")
-    with pytest.raises(RuntimeError, match="attend_blocks.* has no gradient"):
+    with pytest.raises(RuntimeError, match=r"attend_blocks.* has no gradient"):
         out.sum().backward()
     out, _ = ops.block_sparse_attention(q, k, v, None, SEQUENCES, 4, 0.25, "torch")
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="block_sparse_attention_backward.* has no gradient"):
+    with pytest.raises(RuntimeError, match=r"block_sparse_attention_backward.* has no gradient"):
         grad.sum().backward()
     ids = ops.select_blocks(index_q, index_k, SEQUENCES, 4, 2, 1, 0, "torch")
     assert not ids.requires_grad
