@@ -34,9 +34,9 @@ def _empty_gradients_and_loss(grad_out, grad_lse, grad_loss, q, k, v, index_q, i
 
 
 @operator(
-    "attention_and_index_loss_backward(Tensor grad_out, Tensor? grad_lse, Tensor grad_loss, Tensor q, Tensor k, Tensor v, "
-    "Tensor index_q, Tensor index_k, Tensor out, Tensor lse, Tensor block_indices, Tensor sequences, int block_size, "
-    "float scale, float index_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "attention_and_index_loss_backward(Tensor grad_out, Tensor? grad_lse, Tensor grad_loss, Tensor q, Tensor k, "
+    "Tensor v, Tensor index_q, Tensor index_k, Tensor out, Tensor lse, Tensor block_indices, Tensor sequences, "
+    "int block_size, float scale, float index_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_empty_gradients_and_loss,
     cast=0,
 )

@@ -1,5 +1,6 @@
 """Which package of kernels runs an operator."""
 
+import contextlib
 import functools
 import importlib
 import warnings
@@ -31,13 +32,20 @@ def run_kernel(backend: str, kernel: str, *args: Any) -> Any:
         return function(*args)
     if backend == "triton":
         # Triton launches on the current device, and the tensors may be on another one.
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return function(*args)
-        with torch.cuda.device(device):
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return run_kernel(backend, kernel, *args)
+        with _package(backend).expected(functools.partial(function, *args)):
             return function(*args)
     _warn_slow(kernel, device.type)
     with device:
         return function(*args)
+
+
+def expected_training_step(*args: Any) -> contextlib.AbstractContextManager[None]:
+    """Inside, the first launch that has to be compiled compiles a whole training step of these arguments with it."""
+    package = _package("triton")
+    return package.expected(functools.partial(package.training_step, *args))
 
 
 @functools.cache

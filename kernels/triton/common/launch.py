@@ -2,14 +2,16 @@
 
 `Launch.run` compiles the kernel for the types of its arguments on first use, keeps it, and calls it directly. The types
 come from dtypes, alignment and constants alone, never from the value of a length, so nothing is compiled again when
-lengths change. Inside `record` launches are collected instead of run: the compile tests, the compiler's report and a
-warm-up call the same functions as a user, on meta tensors.
+lengths change. Inside `record` launches are collected instead of run: the compile tests and the compiler's report call
+the same functions as a user, on meta tensors. `compile_ahead` compiles side by side what it has recorded, for a warm-up
+and for the first launch of a step that is `expected`.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import ContextVar, Token
 from typing import Any, NamedTuple
 
 import torch
@@ -155,11 +157,48 @@ class Compiled:
 
 _compiled: dict[Any, Compiled] = {}
 _recording: ContextVar[list["Launch"] | None] = ContextVar("recording", default=None)
+_is_ahead: ContextVar[bool] = ContextVar("is_ahead", default=False)
+_step: ContextVar[Callable[[], object] | None] = ContextVar("step", default=None)
 
 
 def choose(implementations: tuple[Any, ...], problem: Any, target: Target, config: Any) -> Any:
     """The first of a folder's implementations that supports a problem; the last one supports all."""
     return next(x for x in implementations if x.supports(problem, target, config))
+
+
+class expected:
+    """Inside, the first launch of a kernel that is not compiled yet compiles all that `step()` launches, side by side.
+
+    `step` is called only then, with its launches recorded. The outermost step counts. A class, as every call of an
+    operator enters it.
+    """
+
+    __slots__ = ("step", "token")
+
+    def __init__(self, step: Callable[[], object]) -> None:
+        self.step = step
+
+    def __enter__(self) -> None:
+        self.token: Token | None = _step.set(self.step) if _step.get() is None else None
+
+    def __exit__(self, *error: object) -> None:
+        if self.token is not None:
+            _step.reset(self.token)
+
+
+def is_ahead() -> bool:
+    """Whether launches are recorded to be compiled ahead: then also record those that other lengths need."""
+    return _is_ahead.get()
+
+
+@contextlib.contextmanager
+def for_one_length() -> Iterator[None]:
+    """Inside, `is_ahead` is False: record what the length at hand needs."""
+    token = _is_ahead.set(False)
+    try:
+        yield
+    finally:
+        _is_ahead.reset(token)
 
 
 def num_compiled() -> int:
@@ -192,10 +231,17 @@ class Launch(NamedTuple):
             return
         device = torch.cuda.current_device()
         key, values = self.key_and_values()
-        compiled = _compiled.get((device, key))
-        if compiled is None:
-            compiled = _compiled[device, key] = Compiled(self.compile(target_of(torch.device("cuda", device))))
+        compiled = _compiled.get((device, key)) or self.compile_first(device, key)
         compiled.launch(self.grid, values, self.constants.values())
+
+    def compile_first(self, device: int, key: tuple[Any, ...]) -> Compiled:
+        """Compile this kernel, and with it those of the expected step."""
+        step = _step.get()
+        if step is not None and not torch.cuda.is_current_stream_capturing():
+            compile_ahead([step])
+        if (device, key) not in _compiled:
+            _compiled[device, key] = Compiled(self.compile(target_of(torch.device("cuda", device))))
+        return _compiled[device, key]
 
     def key_and_values(self) -> tuple[tuple[Any, ...], list[Any]]:
         """All that the compiled kernel depends on, and what it is launched with."""
@@ -249,18 +295,50 @@ def on_meta(x: Any, keys: int | None = None) -> Any:
     return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
-def compile_ahead(calls: Iterable[Callable[[], object]]) -> None:
-    """Compile what these calls on meta tensors launch, side by side, for the current device; launches nothing."""
+def compile_ahead(
+    calls: Iterable[Callable[[], object]], report: Callable[[int, int, str], object] = lambda done, total, name: None
+) -> int:
+    """Compile what these calls launch, and would launch for other lengths, side by side, for the current device.
+
+    Nothing is launched. The number of kernels is returned, and `report` called with how many are done, of how many, and
+    the newest one's name. A kernel that does not compile is left out: it raises if it is launched.
+
+    Threads do, because Triton compiles outside of Python's lock, but for reading the kernel's source.
+    """
     if knobs.runtime.interpret or _recording.get() is not None:
-        return
+        return 0
     device = torch.cuda.current_device()
     target = target_of(torch.device("cuda", device))
-    with record(target) as launches:
-        for call in calls:
-            call()
+    token = _is_ahead.set(True)
+    try:
+        with torch.no_grad(), record(target) as launches:
+            for call in calls:
+                call()
+    finally:
+        _is_ahead.reset(token)
     missing = {compile_key(launch): launch for launch in launches}
     missing = {key: launch for key, launch in missing.items() if (device, key) not in _compiled}
-    with ThreadPoolExecutor() as pool:
-        kernels = pool.map(lambda launch: launch.compile(target), missing.values())
-        for key, kernel in zip(missing, kernels, strict=True):
-            _compiled[device, key] = Compiled(kernel)
+
+    def compile_one(launch: Launch) -> Compiled | None:
+        with contextlib.suppress(Exception):
+            # The launcher is compiled here too, by the C compiler.
+            return Compiled(launch.compile(target))
+        return None
+
+    pool = ThreadPoolExecutor(max_workers(), initializer=torch.cuda.set_device, initargs=(device,))
+    try:
+        futures = {pool.submit(compile_one, launch): key for key, launch in missing.items()}
+        for done, future in enumerate(as_completed(futures), 1):
+            kernel = future.result()
+            if kernel is not None:
+                _compiled[device, futures[future]] = kernel
+            report(done, len(missing), missing[futures[future]].kernel.__name__)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return len(missing)
+
+
+def max_workers() -> int:
+    """Threads that compile: this process's share of the cores, where torchrun starts several."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

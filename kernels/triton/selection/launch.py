@@ -18,7 +18,6 @@ Cost: 2 Hkv Di FLOPs per (query, visible key): 8.8 TFLOP at 128K causal tokens w
 783 TFLOP/s. Decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25 TB/s, and half of it in e4m3.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ import torch
 from ...problem import Problem
 from ...rules import SelectionRule
 from ...tuning import tuned_config
-from ..common.launch import Launch, Options, compile_ahead, num_compiled, on_meta, view
+from ..common.launch import Launch, Options, for_one_length, is_ahead, on_meta, view
 from ..common.records import capacity_of, pages_of
 from ..common.target import GLUON, target_of
 from ..common.tiles import tile_table, tma_ready
@@ -130,17 +129,17 @@ def select_blocks(
     config: SelectionConfig | None = None,
 ) -> torch.Tensor:
     """block_indices [B, Hkv, Sq, topk] int32, as the module's docstring defines them; `config` as for `rank_blocks`."""
-    before = num_compiled()
+    if is_ahead() and page_table is None and config is None:
+        for number in VARIANTS:
+            select_on_meta((index_q, index_k, index_k_scale), on_meta(sequences), rule, number)
     ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, config)
     if lists is not None:
         merge_splits(lists, ids, sequences)
-    if num_compiled() > before and page_table is None and config is None:
-        vectors, table = (index_q, index_k, index_k_scale), on_meta(sequences)
-        compile_ahead(partial(select_on_meta, vectors, table, rule, number) for number in VARIANTS)
     return ids
 
 
 def select_on_meta(vectors: Any, sequences: torch.Tensor, rule: SelectionRule, num_blocks: int) -> None:
     """`select_blocks` on meta tensors like `vectors` (index_q, index_k, its scales), of num_blocks blocks."""
     index_q, index_k, scale = (on_meta(x, num_blocks * rule.block_size) for x in vectors)
-    select_blocks(index_q, index_k, sequences, rule, index_k_scale=scale)
+    with for_one_length():
+        select_blocks(index_q, index_k, sequences, rule, index_k_scale=scale)
