@@ -23,6 +23,8 @@ __all__ = ["main", "warm_up"]
 TOKENS = 4096
 # Queries of a step that decodes a token, and of a chunk of a prompt.
 STEPS = 1, 1024
+# The exit code of a command that Ctrl-C stopped.
+INTERRUPTED = 130
 
 
 def warm_up(
@@ -114,11 +116,11 @@ def _check_device(device: str | torch.device) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Compile for one shape; returns 0, or 1 where there is no GPU to compile for, or after Ctrl-C."""
+    """Compile for one shape; returns 0, 1 where there is no GPU to compile for, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m flexmsa warm-up",
-        description="Compile the Triton kernels of one shape for this GPU, side by side on all cores. Triton keeps them "
-        "on disk (TRITON_CACHE_DIR, ~/.triton/cache), so that the first step of a later process need not compile.",
+        description="Compile the Triton kernels of one shape for this GPU, side by side on all cores. Triton keeps "
+        "them on disk (TRITON_CACHE_DIR, ~/.triton/cache), so that the first step of a later process need not compile.",
     )
     for name in ("num-heads", "num-kv-heads", "head-dim"):
         parser.add_argument(f"--{name}", type=int, required=True)
@@ -149,7 +151,7 @@ def main(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         print("\nstopped; the kernels that are done stay in Triton's cache", file=sys.stderr)
-        return 1
+        return INTERRUPTED
     finally:
         for progress in shown:
             progress.close()
