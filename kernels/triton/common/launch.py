@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
+from triton.runtime.cache import triton_key
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .target import Target, assume_target, target_of
@@ -243,6 +244,13 @@ class Launch(NamedTuple):
             _compiled[device, key] = Compiled(self.compile(target_of(torch.device("cuda", device))))
         return _compiled[device, key]
 
+    def try_to_compile(self, target: Target) -> Compiled | None:
+        """The kernel, ready for the current device, or None if it does not compile."""
+        with contextlib.suppress(Exception):
+            # The C compiler makes its launcher, which takes as long as many a kernel.
+            return Compiled(self.compile(target))
+        return None
+
     def key_and_values(self) -> tuple[tuple[Any, ...], list[Any]]:
         """All that the compiled kernel depends on, and what it is launched with."""
         kinds: list[Any] = [self.kernel.fn, self.options, *self.constants.values()]
@@ -319,15 +327,11 @@ def compile_ahead(
     missing = {compile_key(launch): launch for launch in launches}
     missing = {key: launch for key, launch in missing.items() if (device, key) not in _compiled}
 
-    def compile_one(launch: Launch) -> Compiled | None:
-        with contextlib.suppress(Exception):
-            # The launcher is compiled here too, by the C compiler.
-            return Compiled(launch.compile(target))
-        return None
-
+    # Else every thread hashes all of Triton's files.
+    triton_key()
     pool = ThreadPoolExecutor(max_workers(), initializer=torch.cuda.set_device, initargs=(device,))
     try:
-        futures = {pool.submit(compile_one, launch): key for key, launch in missing.items()}
+        futures = {pool.submit(launch.try_to_compile, target): key for key, launch in missing.items()}
         for done, future in enumerate(as_completed(futures), 1):
             kernel = future.result()
             if kernel is not None:
