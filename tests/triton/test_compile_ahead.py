@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +95,7 @@ def events(monkeypatch):
     monkeypatch.setattr(launch, "Compiled", lambda name: Compiled(name, found))
     monkeypatch.setattr(launch.Launch, "compile", lambda self, target: self.kernel.__name__)
     monkeypatch.setattr(launch, "target_of", lambda device: TARGETS["sm_90"])
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=None))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -194,3 +197,15 @@ def test_a_warm_up_has_what_steps_of_any_length_launch(events, monkeypatch):
             if not packed:
                 decode(layer, CacheFormat())
         assert names(events[made:], "compiled") == []
+
+
+def test_ctrl_c_starts_no_further_kernel(events, monkeypatch):
+    monkeypatch.setattr(launch, "max_workers", lambda: 1)
+    monkeypatch.setattr(launch.Launch, "compile", lambda self, target: time.sleep(0.02) or self.kernel.__name__)
+
+    def interrupt(done, total, name):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        launch.compile_ahead([partial(train, Layer(tokens=4096))], interrupt)
+    assert len(events) < 15

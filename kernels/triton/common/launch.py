@@ -327,8 +327,8 @@ def compile_ahead(
     missing = {compile_key(launch): launch for launch in launches}
     missing = {key: launch for key, launch in missing.items() if (device, key) not in _compiled}
 
-    # Else every thread hashes all of Triton's files.
-    triton_key()
+    # Made once, and by each thread otherwise: Triton's own launcher library, and a hash of all of its files.
+    _ = driver.active, triton_key()
     pool = ThreadPoolExecutor(max_workers(), initializer=torch.cuda.set_device, initargs=(device,))
     try:
         futures = {pool.submit(launch.try_to_compile, target): key for key, launch in missing.items()}
