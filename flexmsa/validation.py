@@ -79,11 +79,9 @@ def _check_tensor(name: str, x: Any, layout: str, e4m3: bool = False) -> None:
 def _check_alike(tensors: dict[str, Tensor]) -> None:
     """Check that all have one device and, unless autocast will cast them, one dtype."""
     (first, reference), *others = tensors.items()
-    device, dtype = reference.device, reference.dtype
     for name, x in others:
-        if x.device != device:
-            _check_device(name, x, device, f"of {first}, ")
-        if x.dtype != dtype and not torch.is_autocast_enabled(device.type):
+        _check_device(name, x, reference.device, f"of {first}, ")
+        if x.dtype != reference.dtype and not torch.is_autocast_enabled(reference.device.type):
             _check_same_dtype(name, x, first, reference)
 
 
@@ -125,12 +123,10 @@ def check_index_inputs(index_q: Tensor, index_k: Tensor, index_scale: float | No
 
 
 def check_branches_match(q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor) -> None:
-    """Check what the checks of the two branches leave open."""
     batch, _, seqlen_q, _ = q.shape
-    head_dim = index_q.shape[3]
-    expected = (batch, k.shape[1], seqlen_q, head_dim)
+    expected = (batch, k.shape[1], seqlen_q, index_q.shape[3])
     _check_shape("index_q", index_q, expected, "[B, Hkv, Sq, Di], one head for each KV head of k")
-    _check_shape("index_k", index_k, (batch, 1, k.shape[2], head_dim), "[B, 1, Sk, Di] with k's Sk")
+    _check_shape("index_k", index_k, (batch, 1, k.shape[2], index_q.shape[3]), "[B, 1, Sk, Di] with k's Sk")
     _check_alike({"q": q, "index_q": index_q})
 
 
