@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -16,11 +17,12 @@ from triton import knobs
 
 import flexmsa
 from flexmsa import compiling
-from flexmsa.kernels.triton.common import launch
+from flexmsa.kernels.triton.common import compiled, launch
 from flexmsa.kernels.triton.common.launch import compile_key, record
 from flexmsa.kernels.triton.common.target import assume_target
 from flexmsa.kernels.triton.layer import decode, train
 from flexmsa.kernels.triton.selection.launch import TRAINING_VARIANTS, VARIANTS, select_blocks, select_on_meta
+from flexmsa.kernels.triton.selection.merge import merge_kernel
 from flexmsa.kernels.triton.serving.launch import attend_on_meta
 from flexmsa.testing.launches import (
     TARGETS,
@@ -92,10 +94,11 @@ def events(monkeypatch):
     """What a GPU's process compiles and launches, in order, on meta tensors."""
     found = []
     monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(launch, "Compiled", lambda name: Compiled(name, found))
-    monkeypatch.setattr(launch.Launch, "compile", lambda self, target: self.kernel.__name__)
+    for module in (launch, compiled):
+        monkeypatch.setattr(module, "Compiled", lambda name: Compiled(name, found))
+    monkeypatch.setattr(compiled.Source, "compile", lambda self, target: self.name)
     monkeypatch.setattr(launch, "target_of", lambda device: TARGETS["sm_90"])
-    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=None))
+    monkeypatch.setattr(compiled, "driver", SimpleNamespace(active=None))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -146,11 +149,11 @@ def test_a_step_that_is_captured_is_not_recorded_in_it(events, monkeypatch):
 
 def test_a_kernel_that_does_not_compile_raises_where_it_is_launched(events, monkeypatch):
     def compile_most(self, target):
-        if self.kernel.__name__ == "index_loss_kernel":
+        if self.name == "index_loss_kernel":
             raise RuntimeError("ptxas")
-        return self.kernel.__name__
+        return self.name
 
-    monkeypatch.setattr(launch.Launch, "compile", compile_most)
+    monkeypatch.setattr(compiled.Source, "compile", compile_most)
     step = partial(train, Layer(tokens=4096))
     with launch.expected(step), pytest.raises(RuntimeError, match="ptxas"):
         step()
@@ -176,9 +179,9 @@ def test_threads_compile_the_same_kernels(monkeypatch):
 @pytest.mark.parametrize("cores", [1, 4])
 def test_ranks_share_the_cores(monkeypatch, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
-    assert launch.max_workers() == 16
+    assert compiled.max_workers() == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(16 // cores))
-    assert launch.max_workers() == cores
+    assert compiled.max_workers() == cores
 
 
 def test_a_warm_up_has_what_steps_of_any_length_launch(events, monkeypatch):
@@ -200,8 +203,8 @@ def test_a_warm_up_has_what_steps_of_any_length_launch(events, monkeypatch):
 
 
 def test_ctrl_c_starts_no_further_kernel(events, monkeypatch):
-    monkeypatch.setattr(launch, "max_workers", lambda: 1)
-    monkeypatch.setattr(launch.Launch, "compile", lambda self, target: time.sleep(0.02) or self.kernel.__name__)
+    monkeypatch.setattr(compiled, "max_workers", lambda: 1)
+    monkeypatch.setattr(compiled.Source, "compile", lambda self, target: time.sleep(0.02) or self.name)
 
     def interrupt(done, total, name):
         raise KeyboardInterrupt
@@ -209,3 +212,16 @@ def test_ctrl_c_starts_no_further_kernel(events, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         launch.compile_ahead([partial(train, Layer(tokens=4096))], interrupt)
     assert len(events) < 15
+
+
+def test_recording_a_step_keeps_none_of_its_memory(events):
+    """At 128K tokens, the partial results of a step's parts would add up to gigabytes."""
+    kept = []
+
+    def step():
+        x = torch.empty(16, 16)
+        kept.append(weakref.ref(x))
+        launch.Launch(merge_kernel, (1, 1, 1), dict.fromkeys(merge_kernel.arg_names[:-1], x), {"C": 0}).run()
+
+    assert launch.compile_ahead([step]) == 1
+    assert kept[0]() is None

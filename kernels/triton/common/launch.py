@@ -8,23 +8,18 @@ and for the first launch of a step that is `expected`.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import ContextVar, Token
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-from triton.runtime import driver
-from triton.runtime.cache import triton_key
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .compiled import Compiled, Source, compile_sources
 from .target import Target, assume_target, target_of
 
 TYPES = {
@@ -138,26 +133,8 @@ def signature_of(x: Any, place: tuple[int, ...], constants: dict[tuple[int, ...]
     return type(x)(*fields)
 
 
-class Compiled:
-    """A compiled kernel, ready to be launched on the device that was current when it was made."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.run, self.function, self.metadata = kernel.run, kernel.function, kernel.packed_metadata
-
-    def launch(self, grid: tuple[int, int, int], values: list[Any], constants: Iterable[Any]) -> None:
-        """Launch on the current stream."""
-        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if enter.calls or leave.calls:
-            # A profiler listens.
-            self.kernel[grid](*values, *constants)
-            return
-        stream = driver.active.get_current_stream(driver.active.get_current_device())
-        self.run(*grid, stream, self.function, self.metadata, None, None, None, *values, *constants)
-
-
 _compiled: dict[Any, Compiled] = {}
-_recording: ContextVar[list["Launch"] | None] = ContextVar("recording", default=None)
+_recording: ContextVar[Any] = ContextVar("recording", default=None)
 _is_ahead: ContextVar[bool] = ContextVar("is_ahead", default=False)
 _step: ContextVar[Callable[[], object] | None] = ContextVar("step", default=None)
 
@@ -244,13 +221,6 @@ class Launch(NamedTuple):
             _compiled[device, key] = Compiled(self.compile(target_of(torch.device("cuda", device))))
         return _compiled[device, key]
 
-    def try_to_compile(self, target: Target) -> Compiled | None:
-        """The kernel, ready for the current device, or None if it does not compile."""
-        with contextlib.suppress(Exception):
-            # The C compiler makes its launcher, which takes as long as many a kernel.
-            return Compiled(self.compile(target))
-        return None
-
     def key_and_values(self) -> tuple[tuple[Any, ...], list[Any]]:
         """All that the compiled kernel depends on, and what it is launched with."""
         kinds: list[Any] = [self.kernel.fn, self.options, *self.constants.values()]
@@ -260,6 +230,10 @@ class Launch(NamedTuple):
 
     def compile(self, target: Target) -> Any:
         """The kernel compiled for a target, which need not be present."""
+        return self.source().compile(target)
+
+    def source(self) -> "Source":
+        """What to compile."""
         names = [*self.arguments, *self.constants]
         assert names == self.kernel.arg_names, f"{self.kernel.__name__}: {names} for {self.kernel.arg_names}"
         constants: dict[tuple[int, ...], Any] = {
@@ -272,10 +246,26 @@ class Launch(NamedTuple):
         }
         signature |= dict.fromkeys(self.constants, "constexpr")
         source_of = GluonASTSource if self.kernel.is_gluon() else ASTSource
-        source = source_of(self.kernel, signature, constants, attributes)
-        lanes = 64 if target.backend == "hip" else 32
-        gpu = GPUTarget(target.backend, target.arch, lanes)
-        return triton.compile(source, target=gpu, options=self.options.as_dict())
+        return Source(
+            self.kernel.__name__, source_of(self.kernel, signature, constants, attributes), self.options.as_dict()
+        )
+
+
+class Missing:
+    """In place of a list of recorded launches: what to compile of those that are not compiled for a device.
+
+    Without their arguments, whose memory would add up over a step.
+    """
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self.sources: dict[Any, Source] = {}
+
+    def append(self, launch: Launch) -> None:
+        """Note what is new of a launch."""
+        key = self.device, compile_key(launch)
+        if key not in _compiled and key not in self.sources:
+            self.sources[key] = launch.source()
 
 
 def compile_key(launch: Launch) -> tuple[Any, ...]:
@@ -284,9 +274,12 @@ def compile_key(launch: Launch) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def record(target: Target) -> Iterator[list[Launch]]:
-    """Collect the launches of what this thread calls inside, on meta tensors, as they would be made on `target`."""
-    launches: list[Launch] = []
+def record(target: Target, into: Any = None) -> Iterator[Any]:
+    """Collect the launches of what this thread calls inside, on meta tensors, as they would be made on `target`.
+
+    They are appended to a list, or to `into`.
+    """
+    launches: Any = [] if into is None else into
     token = _recording.set(launches)
     try:
         with assume_target(target):
@@ -310,8 +303,6 @@ def compile_ahead(
 
     Nothing is launched. The number of kernels is returned, and `report` called with how many are done, of how many, and
     the newest one's name. A kernel that does not compile is left out: it raises if it is launched.
-
-    Threads do, because Triton compiles outside of Python's lock, but for reading the kernel's source.
     """
     if knobs.runtime.interpret or _recording.get() is not None:
         return 0
@@ -319,30 +310,11 @@ def compile_ahead(
     target = target_of(torch.device("cuda", device))
     token = _is_ahead.set(True)
     try:
-        with torch.no_grad(), record(target) as launches:
+        with torch.no_grad(), record(target, Missing(device)) as missing:
             for call in calls:
                 call()
     finally:
         _is_ahead.reset(token)
-    missing = {compile_key(launch): launch for launch in launches}
-    missing = {key: launch for key, launch in missing.items() if (device, key) not in _compiled}
-
-    # Made once, and by each thread otherwise: Triton's own launcher library, and a hash of all of its files.
-    _ = driver.active, triton_key()
-    pool = ThreadPoolExecutor(max_workers(), initializer=torch.cuda.set_device, initargs=(device,))
-    try:
-        futures = {pool.submit(launch.try_to_compile, target): key for key, launch in missing.items()}
-        for done, future in enumerate(as_completed(futures), 1):
-            kernel = future.result()
-            if kernel is not None:
-                _compiled[device, futures[future]] = kernel
-            report(done, len(missing), missing[futures[future]].kernel.__name__)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return len(missing)
-
-
-def max_workers() -> int:
-    """Threads that compile: this process's share of the cores, where torchrun starts several."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    for key, kernel in compile_sources(missing.sources, device, target, report):
+        _compiled[key] = kernel
+    return len(missing.sources)
