@@ -19,8 +19,6 @@ from flexmsa.config import MSAConfig
 
 __all__ = ["main", "warm_up"]
 
-# The kernels are the same for every length from here on.
-TOKENS = 4096
 # Queries of a step that decodes a token, and of a chunk of a prompt.
 STEPS = 1, 1024
 # The exit code of a command that Ctrl-C stopped.
@@ -79,10 +77,20 @@ def warm_up(
     _check_device(device)
     from flexmsa.kernels.triton.common.launch import compile_ahead
     from flexmsa.kernels.triton.layer import CacheFormat, Layer, decode, train
+    from flexmsa.kernels.triton.step import recorded_tokens
 
     def calls() -> Iterator[Callable[[], object]]:
-        tokens = max(TOKENS, 32 * block_size)
-        shape = tokens, num_heads, num_kv_heads, head_dim, index_head_dim, block_size, topk, dtype, packed
+        shape = (
+            recorded_tokens(block_size),
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            index_head_dim,
+            block_size,
+            topk,
+            dtype,
+            packed,
+        )
         layer = Layer(*shape, device=str(device))
         scaled = cache_dtype == torch.float8_e4m3fn
         if training:

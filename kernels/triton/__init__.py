@@ -7,7 +7,7 @@ from flexmsa.kernels.triton.loss.launch import index_loss
 from flexmsa.kernels.triton.selection.launch import select_blocks
 from flexmsa.kernels.triton.serving.append import append
 from flexmsa.kernels.triton.serving.launch import attend_blocks, select_and_attend
-from flexmsa.kernels.triton.step import training_step
+from flexmsa.kernels.triton.step import short_training_step
 
 __all__ = [
     "append",
@@ -19,5 +19,5 @@ __all__ = [
     "index_loss",
     "select_and_attend",
     "select_blocks",
-    "training_step",
+    "short_training_step",
 ]

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from triton import knobs
 
 import flexmsa
-from flexmsa import compiling
+from flexmsa import compiling, ops
 from flexmsa.kernels.triton.common import compiled, launch
 from flexmsa.kernels.triton.common.launch import compile_key, record
 from flexmsa.kernels.triton.common.target import assume_target
@@ -124,9 +124,15 @@ def test_it_compiles_what_is_missing_and_launches_nothing(events):
 
 
 @pytest.mark.parametrize("loss_in_backward", [False, True])
-def test_the_first_launch_compiles_the_whole_step(events, loss_in_backward):
-    step = partial(train, Layer(tokens=4096), loss_in_backward)
-    with launch.expected(step), launch.expected(partial(pytest.fail, "the outer step counts")):
+@pytest.mark.parametrize(
+    "sizes", [{}, {"packed": True}, {"num_heads": 6, "num_kv_heads": 2, "block_size": 64}], ids=str
+)
+def test_the_first_launch_compiles_the_whole_step(events, sizes, loss_in_backward):
+    """Recorded on its first tokens, the step has the kernels of its full length."""
+    layer = Layer(tokens=131072, **sizes)
+    inputs = *layer.main(), *layer.index(), layer.sequences(), layer.rule, 0.1, 0.1, True, loss_in_backward
+    step = partial(train, layer, loss_in_backward)
+    with ops.expected_training_step(*inputs), launch.expected(partial(pytest.fail, "the outer step counts")):
         step()
     kinds = [event for event, _ in events]
     count = kinds.index("launched")
