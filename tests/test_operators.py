@@ -25,26 +25,24 @@ def test_opcheck_of_every_operator():
     strided = q.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
     frozen = [x.detach() for x in (q, k, v, index_q, index_k)]
     main, loss = (SEQUENCES, 8, 0.25), (SEQUENCES, 8, 0.25, 0.25)
-    opcheck(ops.sequence_table._opoverload, (q, None, None, lengths(20), 33))
-    opcheck(ops.sequence_table._opoverload, (q, lengths(0, 1, 33), None, None, 33))
-    opcheck(ops.select_blocks._opoverload, (index_q, index_k, SEQUENCES, 8, 2, 1, 0, "torch"))
+    opcheck(ops.sequence_table, (q, None, None, lengths(20), 33))
+    opcheck(ops.sequence_table, (q, lengths(0, 1, 33), None, None, 33))
+    opcheck(ops.select_blocks, (index_q, index_k, SEQUENCES, 8, 2, 1, 0, "torch"))
     for indices in (ids, None):
-        opcheck(ops.block_sparse_attention._opoverload, (strided, k, v, indices, *main, "torch"))
-        opcheck(
-            ops.block_sparse_attention_backward._opoverload, (out, lse, *frozen[:3], out, lse, indices, *main, "torch")
-        )
+        opcheck(ops.block_sparse_attention, (strided, k, v, indices, *main, "torch"))
+        opcheck(ops.block_sparse_attention_backward, (out, lse, *frozen[:3], out, lse, indices, *main, "torch"))
         for with_grad in (True, False):
             branches = (index_q, index_k) if with_grad else frozen[3:]
             arguments = (*frozen[:2], *branches, indices, lse, *loss, with_grad, "torch")
-            opcheck(ops.index_loss._opoverload, arguments)
-    opcheck(ops.index_loss_backward._opoverload, (torch.ones(()), out, torch.float16))
+            opcheck(ops.index_loss, arguments)
+    opcheck(ops.index_loss_backward, (torch.ones(()), out, torch.float16))
     for indices in (ids, None):
-        opcheck(ops.attend_blocks._opoverload, (*frozen[:3], indices, SEQUENCES, 8, 0.25, "torch"))
-    opcheck(ops.pack_gqa._opoverload, (strided, 2))
-    opcheck(ops.unpack_gqa._opoverload, (ops.pack_gqa(frozen[0], 2).requires_grad_(), 6))
-    opcheck(ops.block_mask_lists._opoverload, (ids, SEQUENCES, 33, 8, 8, 2, 5, True, True))
-    opcheck(ops.block_mask_lists._opoverload, (ids, SEQUENCES, 33, 8, 16, 4, 3, False, False))
-    opcheck(ops.dense_mask_lists._opoverload, (SEQUENCES, 1, 33, 33, 16, 8, True))
+        opcheck(ops.attend_blocks, (*frozen[:3], indices, SEQUENCES, 8, 0.25, "torch"))
+    opcheck(ops.pack_gqa, (strided, 2))
+    opcheck(ops.unpack_gqa, (ops.pack_gqa(frozen[0], 2).requires_grad_(), 6))
+    opcheck(ops.block_mask_lists, (ids, SEQUENCES, 33, 8, 8, 2, 5, True, True))
+    opcheck(ops.block_mask_lists, (ids, SEQUENCES, 33, 8, 16, 4, 3, False, False))
+    opcheck(ops.dense_mask_lists, (SEQUENCES, 1, 33, 33, 16, 8, True))
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -67,16 +65,16 @@ def test_opcheck_of_the_cache_operators(paged, dtype):
     table = cache.newest(5)
     buffers = (cache.k, cache.v, cache.index_k, cache.k_scale, cache.v_scale, cache.index_k_scale, cache.page_table)
     state = (cache.kv_starts, cache.kv_lens, torch.zeros(4, 5, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
-    check(ops.next_positions._opoverload, (cache.kv_lens, cache.kv_starts, 3))
-    check(ops.append._opoverload, (new.k, new.v, new.index_k, lengths(3, 4), *buffers, *state, "torch"))
+    check(ops.next_positions, (cache.kv_lens, cache.kv_starts, 3))
+    check(ops.append, (new.k, new.v, new.index_k, lengths(3, 4), *buffers, *state, "torch"))
     ids = ops.select_blocks(
         new.index_q, cache.index_k, table, 8, 2, 1, 0, "torch", cache.page_table, cache.index_k_scale
     )
     scales = (cache.page_table, cache.k_scale, cache.v_scale)
-    check(ops.attend_blocks._opoverload, (new.q, cache.k, cache.v, ids, table, 8, 0.25, "torch", *scales))
+    check(ops.attend_blocks, (new.q, cache.k, cache.v, ids, table, 8, 0.25, "torch", *scales))
     branches = (new.q, new.index_q, cache.k, cache.v, cache.index_k, table)
     rest = (8, 2, 1, 0, 0.25, "torch", *scales, cache.index_k_scale)
-    check(ops.select_and_attend._opoverload, (*branches, *rest))
+    check(ops.select_and_attend, (*branches, *rest))
 
 
 def _graphs(counter: CompileCounterWithBackend) -> int:

@@ -1,7 +1,6 @@
 """Decoding: the attention of new queries to chosen blocks of a cache, and the selection with it."""
 
 import functools
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ import torch
 from ...problem import Problem
 from ...rules import SelectionRule
 from ..common.fp8 import Cache
-from ..common.launch import Launch, Options, compile_ahead, num_compiled, on_meta, view
+from ..common.launch import Launch, Options, for_one_length, is_ahead, on_meta, view
 from ..common.records import Scales, pages_of
 from ..common.target import target_of
 from ..common.tiles import tile_table
@@ -138,17 +137,13 @@ def select_and_attend(
     index_k_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, lse, block_indices) of `select_blocks` and `attend_blocks`, in a launch less where the keys are split."""
-    before = num_compiled()
+    if is_ahead():
+        queries, stored = (on_meta(q), on_meta(index_q)), (k, v, index_k, k_scale, v_scale, index_k_scale)
+        for number in VARIANTS:
+            attend_on_meta(queries, stored, page_table, on_meta(sequences), rule, scale, number)
     ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale)
     cache = Cache(page_table, k_scale, v_scale)
     out, lse = attend(q, k, v, cache, Chosen(ids, lists), sequences, rule.block_size, scale)
-    if num_compiled() > before:
-        queries = on_meta(q), on_meta(index_q)
-        stored = k, v, index_k, k_scale, v_scale, index_k_scale
-        compile_ahead(
-            partial(attend_on_meta, queries, stored, page_table, on_meta(sequences), rule, scale, number)
-            for number in VARIANTS
-        )
     return out, lse, ids
 
 
@@ -160,4 +155,5 @@ def attend_on_meta(
     vectors, scales = ([on_meta(x, keys) for x in part] for part in (stored[:3], stored[3:]))
     table = None if page_table is None else sequences.new_empty(page_table.shape[0], num_blocks)
     arguments: Any = *queries, *vectors, sequences, rule, scale, table, *scales
-    select_and_attend(*arguments)
+    with for_one_length():
+        select_and_attend(*arguments)
