@@ -2,7 +2,7 @@
 
 from flexmsa import metrics
 from flexmsa.cache import MSACache
-from flexmsa.checkpoint import save_selection_policy
+from flexmsa.checkpoint import save_attention_policy, save_selection_policy
 from flexmsa.config import MSAConfig
 from flexmsa.decoding import decode
 from flexmsa.flex import create_block_mask, pack_gqa, packed_flex_attention, unpack_gqa
@@ -33,6 +33,7 @@ __all__ = [
     "metrics",
     "pack_gqa",
     "packed_flex_attention",
+    "save_attention_policy",
     "save_selection_policy",
     "select_blocks",
     "set_workspace_limit",

@@ -9,7 +9,15 @@ from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, S
 
 from flexmsa.config import MSAConfig
 
-__all__ = ["IndexHeads", "add_index_branch", "cache_index_keys", "has_index_branch", "is_index_weight", "project_index"]
+__all__ = [
+    "IndexHeads",
+    "add_index_branch",
+    "cache_index_keys",
+    "has_index_branch",
+    "is_index_weight",
+    "project_index",
+    "trains_index_branch",
+]
 
 _PARTS = frozenset({"index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"})
 
@@ -41,6 +49,15 @@ def add_index_branch(
 def has_index_branch(module: nn.Module) -> bool:
     """Return whether an attention module has an index branch, from `add_index_branch` or MiniMax-M3's own."""
     return hasattr(module, "index_q_proj") or getattr(module, "indexer", None) is not None
+
+
+def trains_index_branch(module: nn.Module) -> bool:
+    """Return whether weights of the index branch of an attention module get gradients."""
+    return any(
+        parameter.requires_grad
+        for name, parameter in module.named_parameters()
+        if name.startswith("indexer.") or is_index_weight(name)
+    )
 
 
 def is_index_weight(name: str) -> bool:
