@@ -97,6 +97,10 @@ def _rotate(attention: nn.Module, index_q: Tensor, index_k: Tensor, cos: Tensor,
     if rotary > size:
         raise ValueError(f"index_head_dim: expected at least the {rotary} dimensions that RoPE rotates, got {size}")
     apply_rope = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    if rotary == size:
+        # Slices and a cat of everything would copy both, in the backward too.
+        rotated = apply_rope(index_q, index_k, cos, sin)
+        return rotated[0].to(index_q.dtype), rotated[1].to(index_k.dtype)
     rotated = apply_rope(index_q[..., :rotary], index_k[..., :rotary], cos, sin)
     return tuple(
         torch.cat([part, whole[..., rotary:]], dim=-1).to(whole.dtype)
