@@ -135,6 +135,19 @@ def test_the_table_of_peers(monkeypatch, tmp_path):
     assert row == "| dense flash | every block | 1.2 / - | 4.0 / - |"
 
 
+def test_the_table_of_a_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
+    results = Results(tmp_path / "gpu-h200.json")
+    results.begin("model", {"gpu": "a GPU"})
+    results.add("model", {"name": "model 32768: dense flash", "ms": "OutOfMemoryError", "gib": 8.0})
+    results.add("model", {"name": "model 32768: dense cuDNN", "ms": 300.0, "gib": 9.0})
+    assert gpu_tables.gpu_model() == ""
+    ours = {"ms": 150.0, "gib": 9.5, "ratio": 2.0, "ratio_bar": 1.6, "gib_bar": 12.0}
+    results.add("model", {"name": "model 32768: flexmsa", **ours})
+    row = gpu_tables.gpu_model().splitlines()[2]
+    assert row == "| 32K | - | 300 ms | 150 ms | 2.00x | 1.6 | 9.0 GiB | 9.5 GiB | 12 GiB |"
+
+
 def test_crossover():
     dense = {1000: 1.0, 2000: 4.0, 4000: 16.0, 8000: 64.0}
     tokens, milliseconds = gpu_plot.crossover({n: 3.0 * n / 1000 for n in dense}, dense)

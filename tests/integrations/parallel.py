@@ -21,10 +21,9 @@ from flexmsa.integrations.transformers import begin_sparse, begin_warm_up
 PHASES = {"warm-up": begin_warm_up, "sparse": begin_sparse}
 
 
-def make_model(phase: str):
+def make_model():
     """On a CPU, like the processes."""
     model = make_converted().cpu().train()
-    PHASES[phase](model)
     model.gradient_checkpointing_enable()
     return model
 
@@ -36,26 +35,35 @@ def step(model, call, ids):
     return model.flexmsa.report.index_losses, gradients
 
 
-def ddp(model):
+def ddp(model, begin):
+    begin(model)
     return DistributedDataParallel(model)
 
 
-def fsdp(model):
+def ddp_once(model, begin):
+    """For both phases, as a Trainer does."""
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    begin(model)
+    return wrapped
+
+
+def fsdp(model, begin):
+    begin(model)
     mesh = dist.init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
-WAYS = {"ddp": ddp, "fsdp": fsdp}
+WAYS = {"ddp": ddp, "ddp-once": ddp_once, "fsdp": fsdp}
 
 
 def main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for way, wrap in WAYS.items():
-        for phase in PHASES:
-            model = make_model(phase)
-            losses, gradients = step(model, wrap(model), tokens(4, 40).cpu().chunk(2)[rank])
+        for phase, begin in PHASES.items():
+            model = make_model()
+            losses, gradients = step(model, wrap(model, begin), tokens(4, 40).cpu().chunk(2)[rank])
             whole = {name: x.full_tensor() if way == "fsdp" else x for name, x in gradients.items()}
             torch.save((losses, whole), folder / f"{way}-{phase}-{rank}.pt")
     dist.destroy_process_group()

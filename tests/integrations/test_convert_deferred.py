@@ -91,7 +91,9 @@ def test_nothing_twice(kind, calls):
 
 
 @ON_A_CPU
-@pytest.mark.parametrize("kwargs", [{}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}, {"every_n_layers": 2}]
+)
 @pytest.mark.parametrize("first", ["convert", "enable"])
 def test_the_selection_is_saved_without_asking(first, kwargs, calls):
     model = make_dense()

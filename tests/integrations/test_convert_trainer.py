@@ -5,11 +5,12 @@ import shutil
 import pytest
 import torch
 from integrations.converted import assert_same, make_converted, make_dense, tokens
-from integrations.device import training_arguments
+from integrations.device import DEVICE, training_arguments
 from transformers import Trainer
 
 from flexmsa.integrations.transformers import ConversionCallback
 from flexmsa.integrations.transformers.index_branch import is_index_weight
+from flexmsa.kernels import torch as torch_kernels
 
 WARM_UP, STEPS = 3, 6
 
@@ -130,6 +131,20 @@ def test_resuming_from_a_run_without_the_callback_is_refused(tmp_path):
     trainer.train()
     with pytest.raises(ValueError, match="expected a run with a ConversionCallback, got one without"):
         make_trainer(tmp_path / "new").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_checkpointing_in_the_trainer(tmp_path, monkeypatch):
+    selected = []
+    select = torch_kernels.select_blocks
+    monkeypatch.setattr(torch_kernels, "select_blocks", lambda *args: selected.append(args) or select(*args))
+    runs = []
+    for checkpointed in (False, True):
+        options = {"gradient_checkpointing": checkpointed, "logging_strategy": "no", "learning_rate": 1e-3}
+        trainer = make_trainer(tmp_path, callback=ConversionCallback(0), steps=1, **options)
+        trainer.train()
+        runs.append(trainer.model.state_dict())
+    assert_same(*runs)
+    assert DEVICE.type != "cpu" or len(selected) == 2 * 2
 
 
 def test_gradient_accumulation_in_the_trainer(tmp_path):

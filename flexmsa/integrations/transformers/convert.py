@@ -17,6 +17,7 @@ from flexmsa.integrations.transformers.attention import IMPLEMENTATION, register
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
 from flexmsa.integrations.transformers.index_branch import add_index_branch
 from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
+from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
 
 __all__ = ["conversion_of", "convert", "install", "model_sizes", "msa_config", "set_warm_up"]
 
@@ -190,6 +191,7 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
     model.flexmsa = conversion
     text_config._attn_implementation = IMPLEMENTATION
     _store_settings(model)
+    prepare_outputs(model)
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_after_forward, with_kwargs=True)
     return model
@@ -275,7 +277,7 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
     )
     index_loss = losses.sum()
     if named:
-        output["index_loss"] = index_loss
+        output = with_index_loss(output, index_loss)
     if lm_loss is None or not model.training:
         return output
     loss = lm_loss + conversion.index_loss_weight * _share_of_step(kwargs) * index_loss.to(lm_loss.device)
