@@ -10,6 +10,7 @@ in the forward. The profile of one layer is printed: kernels by their share of t
 take more time than in the dense layer.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -150,6 +151,8 @@ def time_step(model: Any, ids: Tensor, repeats: int) -> tuple[float | str, float
     """Median milliseconds of a step, or what is wrong with its results; and its peak memory in GiB."""
     on_gpu = ids.is_cuda
     times = []
+    # Of earlier models, whose hooks refer to them.
+    gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -137,14 +137,16 @@ def test_checkpointing_in_the_trainer(tmp_path, monkeypatch):
     selected = []
     select = torch_kernels.select_blocks
     monkeypatch.setattr(torch_kernels, "select_blocks", lambda *args: selected.append(args) or select(*args))
-    runs = []
+    runs, calls = [], []
     for checkpointed in (False, True):
         options = {"gradient_checkpointing": checkpointed, "logging_strategy": "no", "learning_rate": 1e-3}
         trainer = make_trainer(tmp_path, callback=ConversionCallback(0), steps=1, **options)
         trainer.train()
         runs.append(trainer.model.state_dict())
+        calls.append(len(selected))
     assert_same(*runs)
-    assert DEVICE.type != "cpu" or len(selected) == 2 * 2
+    assert calls[1] == 2 * calls[0]
+    assert DEVICE.type != "cpu" or calls[0] > 0
 
 
 def test_gradient_accumulation_in_the_trainer(tmp_path):

@@ -48,16 +48,14 @@ def add_index_branch(
 
 def has_index_branch(module: nn.Module) -> bool:
     """Return whether an attention module has an index branch, from `add_index_branch` or MiniMax-M3's own."""
-    return hasattr(module, "index_q_proj") or getattr(module, "indexer", None) is not None
+    # Not hasattr, which is slow for a name that a module does not have: every forward asks every module.
+    return "index_q_proj" in module._modules or module._modules.get("indexer") is not None
 
 
 def trains_index_branch(module: nn.Module) -> bool:
     """Return whether weights of the index branch of an attention module get gradients."""
-    return any(
-        parameter.requires_grad
-        for name, parameter in module.named_parameters()
-        if name.startswith("indexer.") or is_index_weight(name)
-    )
+    parts = (module._modules.get(name) for name in ("indexer", *sorted(_PARTS)))
+    return any(parameter.requires_grad for part in parts if part is not None for parameter in part.parameters())
 
 
 def is_index_weight(name: str) -> bool:

@@ -123,8 +123,10 @@ def prepare_checkpointing(model: nn.Module) -> None:
     for layer in layers:
         if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
             checkpoint: Any = layer._gradient_checkpointing_func
+            if isinstance(checkpoint, _Checkpoint):
+                continue
             numbers = _numbers_inside(layer)
-            if numbers and not isinstance(checkpoint, _Checkpoint):
+            if numbers:
                 layer._gradient_checkpointing_func = _Checkpoint(_saving_selection(checkpoint), numbers)  # type: ignore[assignment]
 
 
