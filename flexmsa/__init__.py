@@ -2,7 +2,7 @@
 
 from flexmsa import metrics
 from flexmsa.cache import MSACache
-from flexmsa.checkpoint import save_selection_policy
+from flexmsa.checkpoint import save_attention_policy, save_selection_policy
 from flexmsa.compiling import warm_up
 from flexmsa.config import MSAConfig
 from flexmsa.decoding import decode
@@ -34,6 +34,7 @@ __all__ = [
     "metrics",
     "pack_gqa",
     "packed_flex_attention",
+    "save_attention_policy",
     "save_selection_policy",
     "select_blocks",
     "set_workspace_limit",

@@ -137,24 +137,28 @@ def test_inductor_compiles_a_step_on_a_cache(dtype):
     assert all(torch.equal(x, y) for x, y in zip(*(cache.contiguous() for cache in caches), strict=True))
 
 
-@pytest.mark.parametrize("selective", [False, True])
-def test_checkpointing_gives_the_same_gradients(selective):
+@pytest.mark.parametrize("policy", [None, flexmsa.save_selection_policy, flexmsa.save_attention_policy])
+def test_checkpointing_gives_the_same_gradients(policy):
     layer = MSAttention(CONFIG)
     x = torch.randn(2, 50, 32, requires_grad=True)
     out, loss = layer(x)
     expected = torch.autograd.grad(out.sum() + loss, [x, *layer.parameters()])
     settings = {}
-    if selective:
-        settings["context_fn"] = partial(create_selective_checkpoint_contexts, flexmsa.save_selection_policy)
+    if policy is not None:
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     out, loss = checkpoint(layer, x, use_reentrant=False, **settings)
     found = torch.autograd.grad(out.sum() + loss, [x, *layer.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_selective_checkpointing_selects_once(monkeypatch):
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize(
+    ("policy", "repeats"), [(flexmsa.save_selection_policy, 2), (flexmsa.save_attention_policy, 1)]
+)
+def test_selective_checkpointing_selects_once(policy, repeats, in_backward, monkeypatch):
     from flexmsa.kernels import torch as torch_kernels
 
-    calls = {"select_blocks": 0, "block_sparse_attention_forward": 0}
+    calls = {"select_blocks": 0, "block_sparse_attention_forward": 0, "index_loss": 0}
     for name in calls:
         kernel = getattr(torch_kernels, name)
 
@@ -163,11 +167,12 @@ def test_selective_checkpointing_selects_once(monkeypatch):
             return kernel(*args)
 
         monkeypatch.setattr(torch_kernels, name, counted)
-    layer = MSAttention(CONFIG)
-    contexts = partial(create_selective_checkpoint_contexts, flexmsa.save_selection_policy)
+    layer = MSAttention(MSAConfig(**{**vars(CONFIG), "loss_in_backward": in_backward}))
+    contexts = partial(create_selective_checkpoint_contexts, policy)
     out, loss = checkpoint(layer, torch.randn(1, 30, 32), use_reentrant=False, context_fn=contexts)
     (out.sum() + loss).backward()
-    assert calls == {"select_blocks": 1, "block_sparse_attention_forward": 1}
+    expected = {"select_blocks": 1, "block_sparse_attention_forward": repeats}
+    assert calls == expected | {"index_loss": 0 if in_backward else repeats}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
