@@ -46,15 +46,29 @@ def attention(
     settings: Settings,
     aux: AuxRequest,
     block_indices: Tensor | None = None,
+    loss_value: Tensor | None = None,
 ) -> tuple[Tensor, AuxOutput]:
-    """Select, attend, and compute the index loss if `aux` requests it; given block_indices replace the selection."""
+    """Select, attend, and compute the index loss if `aux` requests it; given block_indices replace the selection.
+
+    loss_value: the backward computes the loss, and writes it there.
+    """
     if block_indices is None and settings.rule is not None:
         block_indices = select_blocks(index_q, index_k, sequences, settings.rule, settings.backend)
+    lse: Tensor | None
+    loss: Tensor | None = None
+    # Without gradients there is no backward. FlexAttention and the reference have backwards of their own.
+    deferred = aux.index_loss and loss_value is not None
+    together = deferred and block_indices is not None and _needs_grad(q, k, v) and _needs_grad(index_q, index_k)
+    backend = choose_backend("block_sparse_attention", settings.backend, q) if together else ""
+    if together and backend in ("torch", "triton"):
+        inputs = q, k, v, index_q, index_k, block_indices, sequences.table, loss_value
+        numbers = settings.block_size, settings.scale, settings.index_scale
+        out, lse, loss = ops.attention_and_index_loss(*inputs, *numbers, backend)
+        return out, requested(aux, lse, block_indices, loss)
     out, lse = main_branch(q, k, v, block_indices, sequences, settings, aux)
-    loss = None
     if aux.index_loss:
         assert lse is not None
-        loss = index_loss(q, k, index_q, index_k, block_indices, lse, sequences, settings)
+        loss = index_loss(q, k, index_q, index_k, block_indices, lse, sequences, settings, loss_value)
     return out, requested(aux, lse, block_indices, loss)
 
 
@@ -110,16 +124,24 @@ def index_loss(
     lse: Tensor,
     sequences: Sequences,
     settings: Settings,
+    value: Tensor | None = None,
 ) -> Tensor:
-    """Return the scalar loss, with gradients to index_q and index_k only."""
+    """Return the scalar loss, with gradients to index_q and index_k only; 0 if the backward writes it to `value`."""
     backend = step_backend("index_loss", settings.backend, q)
     q, k, lse = q.detach(), k.detach(), lse.detach()
     if backend == "reference":
         branches, ranges = (q, k, index_q, index_k), sequences.key_ranges()
         scales = settings.scale, settings.index_scale
-        return reference.index_loss(*branches, block_indices, *ranges, settings.block_size, *scales)
-    numbers = settings.block_size, settings.scale, settings.index_scale, _needs_grad(index_q, index_k)
-    loss, _, _ = ops.index_loss(q, k, index_q, index_k, block_indices, lse, sequences.table, *numbers, backend)
+        loss = reference.index_loss(*branches, block_indices, *ranges, settings.block_size, *scales)
+        if value is None:
+            return loss
+        value.copy_(loss.detach())
+        return loss - loss.detach()
+    inputs = q, k, index_q, index_k, block_indices, lse, sequences.table
+    numbers = settings.block_size, settings.scale, settings.index_scale
+    if value is not None:
+        return ops.deferred_index_loss(*inputs, value, *numbers, backend)
+    loss, _, _ = ops.index_loss(*inputs, *numbers, _needs_grad(index_q, index_k), backend)
     return loss
 
 

@@ -22,6 +22,7 @@ class MSAConfig:
             for min(head_dim, index_head_dim).
         rope_theta: the base of RoPE's frequencies.
         bias: give the projections a bias.
+        loss_in_backward: compute the index loss of a layer in training in the backward, see `MSAttention`.
 
     >>> MSAConfig(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, index_head_dim=16).group_size
     2
@@ -41,6 +42,7 @@ class MSAConfig:
     rotary_dim: int | None = None
     rope_theta: float = 10000.0
     bias: bool = False
+    loss_in_backward: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "index_head_dim"):

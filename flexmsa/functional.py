@@ -29,6 +29,7 @@ def attention(
     kv_lens: Tensor | None = None,
     backend: str | None = None,
     return_aux: AuxRequest | None = None,
+    index_loss_value: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """MiniMax Sparse Attention (arXiv 2606.13392): the index branch selects blocks of keys, the main branch attends to
     them exactly.
@@ -54,6 +55,8 @@ def attention(
         backend: None picks the fastest backend for the device; "torch" (plain PyTorch, any device), "triton", "flex"
             and "reference" (dense) name one. A step that the named backend does not have uses the default.
         return_aux: the additional results to return.
+        index_loss_value: a scalar tensor, for training. If given, the backward computes the index loss, which costs
+            little there, and writes its value to this tensor; `index_loss` is then 0, with the loss's gradient.
 
     Returns:
         out [B, Hq, Sq, D], contiguous, or (out, AuxOutput) if `return_aux` is given. `out` has gradients for q, k and
@@ -77,12 +80,13 @@ def attention(
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     choose_backend("block_sparse_attention", backend, q)
     aux = validation.check_aux(return_aux)
+    validation.check_loss_value(index_loss_value, aux, q)
     sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
     scale, index_scale = _scale(scale, q), _scale(index_scale, index_q)
     rule = None if topk is None else SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
     settings = _core.Settings(block_size, scale, index_scale, rule, backend)
-    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux)
+    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, loss_value=index_loss_value)
     return out if return_aux is None else (out, found)
 
 

@@ -1,6 +1,8 @@
 """MSAttention: the attention layer as an nn.Module."""
 
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,10 @@ class MSAttention(nn.Module):
     The index branch reads the layer's input detached, so its loss trains only the index projections. Set
     `layer.topk = None` for the dense warm-up, and an int to select blocks.
 
+    With `config.loss_in_backward`, the index loss of a layer in training costs little, and nothing twice under
+    activation checkpointing: the forward returns a 0 that has the loss's gradient, to be added to the model's loss, and
+    the backward writes the exact loss to the buffer `layer.index_loss_value`, a float32 scalar, NaN before.
+
     >>> config = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=8, index_head_dim=8, block_size=4, topk=2)
     >>> layer = MSAttention(config)
     >>> out, index_loss = layer(torch.randn(1, 20, 32))
@@ -70,6 +76,14 @@ class MSAttention(nn.Module):
 
         self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
         self.index_q_norm, self.index_k_norm = norm(config.index_head_dim), norm(config.index_head_dim)
+        self.index_loss_value: Tensor
+        self.register_buffer("index_loss_value", torch.full((), math.nan), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `layer.bfloat16()` and the like leave the loss's value in float32.
+        super()._apply(fn, recurse)
+        self.index_loss_value = self.index_loss_value.float()
+        return self
 
     def new_cache(
         self,
@@ -113,7 +127,8 @@ class MSAttention(nn.Module):
             backend: as for `flexmsa.attention`.
 
         Returns:
-            out [B, S, hidden_size], and the index loss, a scalar, or None if it was not requested.
+            out [B, S, hidden_size], and the index loss, a scalar, or None if it was not requested. In training mode
+            with `config.loss_in_backward` it is 0, with the loss's gradient.
 
         Raises:
             ValueError: x has a wrong shape, the cache is full, a cache was given with cu_seqlens, kv_starts or a loss,
@@ -134,6 +149,8 @@ class MSAttention(nn.Module):
             raise ValueError("lens, block_indices: expected None without a cache")
         inputs = self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
         settings = {**self._selection(), "cu_seqlens": cu_seqlens, "kv_starts": kv_starts, "backend": backend}
+        deferred = with_index_loss and self.training and self.config.loss_in_backward
+        settings["index_loss_value"] = self.index_loss_value if deferred else None
         out, extra = functional.attention(*inputs, **settings, return_aux=AuxRequest(index_loss=with_index_loss))
         return self._merge(out), extra.index_loss
 

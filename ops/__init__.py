@@ -3,6 +3,7 @@
 from .attention import block_sparse_attention, block_sparse_attention_backward
 from .autocast import cast_to_autocast
 from .cache import append, attend_blocks, select_and_attend
+from .deferred_loss import attention_and_index_loss, attention_and_index_loss_backward, deferred_index_loss
 from .flex import block_mask_lists, dense_mask_lists, pack_gqa, unpack_gqa
 from .index_loss import index_loss, index_loss_backward
 from .selection import select_blocks
@@ -11,10 +12,13 @@ from .sequences import next_positions, sequence_table
 __all__ = [
     "append",
     "attend_blocks",
+    "attention_and_index_loss",
+    "attention_and_index_loss_backward",
     "block_mask_lists",
     "block_sparse_attention",
     "block_sparse_attention_backward",
     "cast_to_autocast",
+    "deferred_index_loss",
     "dense_mask_lists",
     "index_loss",
     "index_loss_backward",

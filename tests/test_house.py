@@ -19,7 +19,7 @@ import flexmsa
 ROOT = Path(__file__).parents[1]
 TRITON = ROOT / "kernels" / "triton"
 # Each floor may import those before it.
-FLOORS = [{"common"}, {"schedule"}, {"selection", "forward", "backward", "loss"}, {"serving"}, {"tuning"}]
+FLOORS = [{"common"}, {"schedule"}, {"selection", "forward", "loss"}, {"backward", "serving"}, {"tuning"}]
 SOURCES = [path for room in ("kernels", "ops", "flexmsa", "benchmarks") for path in sorted((ROOT / room).rglob("*.py"))]
 SOURCES = [path for path in SOURCES if not any(part.is_symlink() for part in path.parents)]
 KERNELS = [path for path in SOURCES if path.is_relative_to(TRITON)]

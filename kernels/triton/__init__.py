@@ -1,6 +1,6 @@
 """The kernels in Triton, for CUDA and ROCm: selection in one pass over the index keys, training, and decoding."""
 
-from flexmsa.kernels.triton.backward.launch import block_sparse_attention_backward
+from flexmsa.kernels.triton.backward.launch import attention_and_index_loss_backward, block_sparse_attention_backward
 from flexmsa.kernels.triton.forward.launch import block_sparse_attention_forward
 from flexmsa.kernels.triton.loss.launch import index_loss
 from flexmsa.kernels.triton.selection.launch import select_blocks
@@ -10,6 +10,7 @@ from flexmsa.kernels.triton.serving.launch import attend_blocks, select_and_atte
 __all__ = [
     "append",
     "attend_blocks",
+    "attention_and_index_loss_backward",
     "block_sparse_attention_backward",
     "block_sparse_attention_forward",
     "index_loss",

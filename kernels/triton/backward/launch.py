@@ -31,6 +31,7 @@ from ...workspace import tokens_per_range
 from ..common.launch import choose
 from ..common.target import GLUON, target_of
 from ..common.tiles import tma_ready
+from ..loss.launch import index_loss
 from ..schedule.inverse_index import inverse_indexes
 from ..schedule.work_items import cut_into_items
 from . import gradient
@@ -115,3 +116,30 @@ def backward_range(q: Tensor, topk: int, problem: Problem, config: BackwardConfi
 def slots_of(num_entries: int, config: BackwardConfig) -> int:
     """Most slots of work items that the lists of a token range need: only lists of several work items have slots."""
     return 2 * num_entries // config.length if num_entries > config.length else 0
+
+
+def attention_and_index_loss_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_loss: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    sequences: Tensor,
+    block_size: int,
+    scale: float,
+    index_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, index_q and index_k, and the index loss, a scalar; grad_loss is a scalar tensor."""
+    main = block_sparse_attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, block_indices, sequences, block_size, scale
+    )
+    branches = q, k, index_q, index_k, block_indices, lse, sequences
+    loss, *unit_grads = index_loss(*branches, block_size, scale, index_scale, True)
+    index = [(grad * grad_loss).to(x.dtype) for grad, x in zip(unit_grads, (index_q, index_k), strict=True)]
+    return *main, index[0], index[1], loss

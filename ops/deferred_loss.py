@@ -1,0 +1,134 @@
+"""The index loss in the backward: the forward returns a 0 with the loss's gradient, the backward computes the rest.
+
+The backward of the main branch recomputes the probabilities that are the loss's teacher, so that the loss costs little
+there, and under activation checkpointing the forward that is thrown away computes none. The exact value of the loss is
+written to the tensor `value`.
+
+- flexmsa::attention_and_index_loss: `block_sparse_attention` and the loss of the same blocks;
+- flexmsa::deferred_index_loss: the loss alone, where another operator attends (the dense warm-up).
+"""
+
+import torch
+
+from .attention import block_sparse_attention_backward, empty_out_and_lse, statistics_dtype
+from .autocast import register_autocast
+from .checks import check_block_indices
+from .dispatch import run_kernel
+from .index_loss import index_loss, index_loss_backward
+
+
+@torch.library.custom_op(
+    "flexmsa::attention_and_index_loss",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor index_q, Tensor index_k, Tensor block_indices, Tensor sequences, "
+    "Tensor value, int block_size, float scale, float index_scale, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def attention_and_index_loss(
+    q, k, v, index_q, index_k, block_indices, sequences, value, block_size, scale, index_scale, backend
+):
+    """Return out [B, Hq, Sq, D], lse [B, Hq, Sq], and the scalar 0 whose gradient is that of the index loss."""
+    check_block_indices(block_indices, -(-k.shape[2] // block_size))
+    inputs = q, k, v, block_indices, sequences, block_size, scale
+    return *run_kernel(backend, "block_sparse_attention_forward", *inputs), q.new_zeros((), dtype=statistics_dtype(q))
+
+
+@attention_and_index_loss.register_fake
+def _(q, *_):
+    return *empty_out_and_lse(q), q.new_empty((), dtype=statistics_dtype(q))
+
+
+@torch.library.custom_op(
+    "flexmsa::attention_and_index_loss_backward",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor? grad_lse, Tensor grad_loss, Tensor q, Tensor k, Tensor v, Tensor index_q, "
+    "Tensor index_k, Tensor out, Tensor lse, Tensor block_indices, Tensor sequences, int block_size, float scale, "
+    "float index_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def attention_and_index_loss_backward(*args):
+    """Return the gradients of q, k, v, index_q and index_k, and the loss; the schema names the arguments."""
+    *inputs, backend = args
+    return run_kernel(backend, "attention_and_index_loss_backward", *inputs)
+
+
+@attention_and_index_loss_backward.register_fake
+def _(grad_out, grad_lse, grad_loss, q, k, v, index_q, index_k, *_):
+    gradients = [x.new_empty(x.shape) for x in (q, k, v, index_q, index_k)]
+    return *gradients, q.new_empty((), dtype=statistics_dtype(q))
+
+
+@torch.library.custom_op(
+    "flexmsa::deferred_index_loss",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor index_q, Tensor index_k, Tensor? block_indices, Tensor lse, Tensor sequences, "
+    "Tensor value, int block_size, float scale, float index_scale, str backend) -> Tensor",
+)
+def deferred_index_loss(q, k, index_q, index_k, block_indices, lse, *_):
+    """Return the scalar 0 whose gradient is that of `index_loss`."""
+    return q.new_zeros((), dtype=statistics_dtype(q))
+
+
+@deferred_index_loss.register_fake
+def _(q, *_):
+    return q.new_empty((), dtype=statistics_dtype(q))
+
+
+def _loss_gradients(value, grad_loss, needed, branches, numbers):
+    """Write the loss to `value`; return the gradients of index_q and index_k, each if `needed` says so."""
+    *scales, backend = numbers
+    loss, *unit_grads = index_loss(*branches, *scales, True, backend)
+    value.copy_(loss)
+    return [
+        index_loss_backward(grad_loss, unit_grad, x.dtype) if is_needed else None
+        for unit_grad, x, is_needed in zip(unit_grads, branches[2:4], needed, strict=True)
+    ]
+
+
+def _setup_attention(ctx, inputs, output):
+    *tensors, block_indices, sequences, ctx.value, block_size, scale, index_scale, backend = inputs
+    ctx.numbers = block_size, scale, index_scale, backend
+    ctx.save_for_backward(*tensors, *output[:2], block_indices, sequences)
+    ctx.set_materialize_grads(False)
+
+
+def _attention_backward(ctx, grad_out, grad_lse, grad_loss):
+    # Read once: checkpointing refuses a second time.
+    saved = ctx.saved_tensors
+    q, k, v, index_q, index_k, out, lse, ids, sequences = saved
+    block_size, scale, _, backend = ctx.numbers
+    needs = ctx.needs_input_grad
+    with_loss = grad_loss is not None and any(needs[3:5])
+    with_main = (grad_out is not None or grad_lse is not None) and any(needs[:3])
+    main, index = [None] * 3, [None] * 2
+    if with_main and grad_out is None:
+        grad_out = torch.zeros_like(out)
+    if with_main and with_loss:
+        *grads, loss = attention_and_index_loss_backward(grad_out, grad_lse, grad_loss, *saved, *ctx.numbers)
+        ctx.value.copy_(loss)
+        main, index = grads[:3], grads[3:]
+    elif with_main:
+        main = block_sparse_attention_backward(
+            grad_out, grad_lse, q, k, v, out, lse, ids, sequences, block_size, scale, backend
+        )
+    elif with_loss:
+        branches = q, k, index_q, index_k, ids, lse, sequences
+        index = _loss_gradients(ctx.value, grad_loss, needs[3:5], branches, ctx.numbers)
+    return *main, *index, *(None,) * 7
+
+
+def _setup_loss(ctx, inputs, output):
+    *tensors, ctx.value, block_size, scale, index_scale, backend = inputs
+    ctx.numbers = block_size, scale, index_scale, backend
+    ctx.save_for_backward(*tensors)
+
+
+def _loss_backward(ctx, grad_loss):
+    index = _loss_gradients(ctx.value, grad_loss, ctx.needs_input_grad[2:4], ctx.saved_tensors, ctx.numbers)
+    return None, None, *index, *(None,) * 8
+
+
+# The value is kept on ctx: it is written by the backward, and a saved tensor must not change after the forward.
+attention_and_index_loss.register_autograd(_attention_backward, setup_context=_setup_attention)
+deferred_index_loss.register_autograd(_loss_backward, setup_context=_setup_loss)
+register_autocast(attention_and_index_loss, cast=5)
+register_autocast(attention_and_index_loss_backward, cast=0)
+register_autocast(deferred_index_loss, cast=4)
