@@ -156,7 +156,7 @@ def test_checkpointing_gives_the_same_gradients(selective):
 def test_selective_checkpointing_selects_once(monkeypatch):
     from flexmsa.kernels import torch as torch_kernels
 
-    calls = {"select_blocks": 0, "block_sparse_attention_forward": 0}
+    calls = {"select_blocks": 0, "attend_blocks": 0}
     for name in calls:
         kernel = getattr(torch_kernels, name)
 
@@ -169,7 +169,7 @@ def test_selective_checkpointing_selects_once(monkeypatch):
     contexts = partial(create_selective_checkpoint_contexts, flexmsa.save_selection_policy)
     out, loss = checkpoint(layer, torch.randn(1, 30, 32), use_reentrant=False, context_fn=contexts)
     (out.sum() + loss).backward()
-    assert calls == {"select_blocks": 1, "block_sparse_attention_forward": 1}
+    assert calls == {"select_blocks": 1, "attend_blocks": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -28,8 +28,8 @@ from flexmsa.kernels.torch.tile import Tile
 # The least numbers in the packed rows of a token range, and the least query vectors in its average list.
 _RANGE_NUMEL = 2**21
 _VECTORS_PER_LIST = 2048
-# If the average block number has fewer rows than this part of a tile, its products take less time than the calls.
-_TILES_PER_ROUND = 16
+# If block numbers have fewer rows on average than this part of a tile, their products take less time than their calls.
+LEAST_FILLED = 1 / 16
 
 
 class _WorkItem(NamedTuple):
@@ -153,7 +153,7 @@ class InverseIndex:
         key = key.sort(-1).values
         key[..., 1:].masked_fill_(key[..., 1:] == key[..., :-1], nothing)
         is_entry = key < nothing
-        by_rank = int(is_entry.sum()) * _TILES_PER_ROUND < max_tokens * self._num_ids
+        by_rank = int(is_entry.sum()) < LEAST_FILLED * max_tokens * self._num_ids
         ids_end = max(self._table.num_blocks.tolist(), default=0)
         if by_rank:
             key += torch.where(is_entry, torch.arange(key.shape[-1]) * (ids_end * num_pairs * tokens.num_rows), 0)
