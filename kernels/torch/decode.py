@@ -43,7 +43,7 @@ def attend_blocks(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [B,Hq,Sq,D] and lse [B,Hq,Sq], for few queries or many; arguments and results are those of ``block_sparse_attention_forward``."""
+    """(out, lse) of few queries or many; arguments and results are those of ``block_sparse_attention_forward``."""
     if block_indices is None or q.shape[2] > FEW_QUERIES:
         return block_sparse_attention_forward(
             q, k, v, block_indices, sequences, block_size, scale, page_table, k_scale, v_scale

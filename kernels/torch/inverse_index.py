@@ -36,7 +36,8 @@ class _WorkItem(NamedTuple):
     """The entries ``start .. start + length - 1`` of the lists, or these rows themselves if no lists are stored.
 
     ``block_id`` is the block's number in its sequence, ``block`` its index in the packed blocks. ``is_local`` says that
-    the list's first row does not see the whole block. ``offset`` counts the list's rows in earlier work items.
+    the list's first row does not see the whole block. ``offset`` counts the list's rows in earlier work items. Tiles
+    join items of one ``round``.
     """
 
     round: int

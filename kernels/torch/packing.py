@@ -182,7 +182,8 @@ class PackedBlocks:
             _, first, target = np.unique(self._in_group, return_index=True, return_inverse=True)
             shared = blocks.new_zeros(len(first), *blocks.shape[1:])
             blocks = shared.index_add_(0, torch.as_tensor(target), blocks)
-            key, is_padding = (None if x is None else x[torch.as_tensor(first)] for x in (key, is_padding))
+            key = key[torch.as_tensor(first)]
+            is_padding = None if is_padding is None else is_padding[torch.as_tensor(first)]
         if is_padding is not None:
             key, blocks = key[~is_padding], blocks[~is_padding]
         out = torch.zeros(like.shape, dtype=dtype or like.dtype)

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from flexmsa.kernels import triton as kernels  # noqa: E402
-from flexmsa.kernels.triton.common.launch import record  # noqa: E402
-from flexmsa.testing.launches import TARGETS, meta  # noqa: E402
+from flexmsa.kernels import triton as kernels
+from flexmsa.kernels.triton.common.launch import record
+from flexmsa.testing.launches import TARGETS, meta
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
