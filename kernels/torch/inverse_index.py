@@ -148,17 +148,22 @@ class InverseIndex:
         ids, visible = self._chosen(block_indices, tokens)
         pair, row = self._pairs(tokens), torch.arange(tokens.num_rows).view(*tokens.shape, 1)
         num_pairs, nothing = len(self._sequences) * self.num_kv_heads, torch.iinfo(torch.int64).max
-        # Sorting by (round, block id, pair, row) puts the rows of each list together, in ascending order. A row names
-        # a block once.
+        # Sorting by (round, block id, pair, row) puts the rows of each list together, in ascending order, and repeated
+        # ids next to each other.
         key = ((ids * num_pairs + pair[..., None]) * tokens.num_rows + row).masked_fill_(~visible, nothing)
-        key = key.sort(-1).values
-        key[..., 1:].masked_fill_(key[..., 1:] == key[..., :-1], nothing)
-        is_entry = key < nothing
-        by_rank = int(is_entry.sum()) < LEAST_FILLED * max_tokens * self._num_ids
+        num_visible = int(visible.sum())
+        by_rank = num_visible < LEAST_FILLED * max_tokens * self._num_ids
         ids_end = max(self._table.num_blocks.tolist(), default=0)
         if by_rank:
-            key += torch.where(is_entry, torch.arange(key.shape[-1]) * (ids_end * num_pairs * tokens.num_rows), 0)
-        key = key[is_entry].sort().values
+            key = key.sort(-1).values
+            key[..., 1:].masked_fill_(key[..., 1:] == key[..., :-1], nothing)
+            rank = torch.arange(key.shape[-1]) * (ids_end * num_pairs * tokens.num_rows)
+            key = torch.where(key < nothing, key + rank, nothing)
+            num_visible = int((key < nothing).sum())
+        key = key.flatten().sort().values[:num_visible]
+        repeated = key[1:] == key[:-1]
+        if bool(repeated.any()):
+            key = torch.cat([key[:1], key[1:][~repeated]])
         list_id = key.div(tokens.num_rows, rounding_mode="floor")
         rows = key - list_id * tokens.num_rows
         list_id, length = torch.unique_consecutive(list_id, return_counts=True)
