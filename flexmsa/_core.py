@@ -27,7 +27,6 @@ class Settings:
         scale, index_scale: factors of the main scores, and of the index scores in the loss.
         rule: how to select; None is the dense warm-up.
         backend: as for `flexmsa.attention`.
-        for_inference: without gradients, attend with the kernels for caches, which are also fast for few queries.
     """
 
     block_size: int
@@ -35,7 +34,6 @@ class Settings:
     index_scale: float = 1.0
     rule: SelectionRule | None = None
     backend: str | None = None
-    for_inference: bool = False
 
 
 def attention(
@@ -143,8 +141,7 @@ def main_branch(
     if backend == "reference":
         ranges = sequences.key_ranges()
         return reference.block_sparse_attention(q, k, v, block_indices, *ranges, block_size, scale)
-    attend = ops.attend_blocks if settings.for_inference and not needs_grad else ops.block_sparse_attention
-    return attend(q, k, v, block_indices, sequences.table, block_size, scale, backend)
+    return ops.block_sparse_attention(q, k, v, block_indices, sequences.table, block_size, scale, backend)
 
 
 def index_loss(

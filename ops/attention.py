@@ -64,4 +64,4 @@ def block_sparse_attention(q, k, v, block_indices, sequences, block_size, scale,
     """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None selects every visible block."""
     if block_indices is not None:
         check_block_indices(block_indices, -(-k.shape[2] // block_size))
-    return run_kernel(backend, "block_sparse_attention_forward", q, k, v, block_indices, sequences, block_size, scale)
+    return run_kernel(backend, "attend_blocks", q, k, v, block_indices, sequences, block_size, scale)

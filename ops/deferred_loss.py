@@ -98,7 +98,7 @@ def attention_and_index_loss(
     """Return out [B, Hq, Sq, D], lse [B, Hq, Sq], and the scalar 0 whose gradient is that of the index loss."""
     check_block_indices(block_indices, -(-k.shape[2] // block_size))
     inputs = q, k, v, block_indices, sequences, block_size, scale
-    return *run_kernel(backend, "block_sparse_attention_forward", *inputs), q.new_zeros((), dtype=statistics_dtype(q))
+    return *run_kernel(backend, "attend_blocks", *inputs), q.new_zeros((), dtype=statistics_dtype(q))
 
 
 def _setup_loss(ctx, inputs, output):

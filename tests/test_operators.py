@@ -158,7 +158,7 @@ def test_checkpointing_gives_the_same_gradients(policy):
 def test_selective_checkpointing_selects_once(policy, repeats, in_backward, monkeypatch):
     from flexmsa.kernels import torch as torch_kernels
 
-    calls = {"select_blocks": 0, "block_sparse_attention_forward": 0, "index_loss": 0}
+    calls = {"select_blocks": 0, "attend_blocks": 0, "index_loss": 0}
     for name in calls:
         kernel = getattr(torch_kernels, name)
 
@@ -171,7 +171,7 @@ def test_selective_checkpointing_selects_once(policy, repeats, in_backward, monk
     contexts = partial(create_selective_checkpoint_contexts, policy)
     out, loss = checkpoint(layer, torch.randn(1, 30, 32), use_reentrant=False, context_fn=contexts)
     (out.sum() + loss).backward()
-    expected = {"select_blocks": 1, "block_sparse_attention_forward": repeats}
+    expected = {"select_blocks": 1, "attend_blocks": repeats}
     assert calls == expected | {"index_loss": 0 if in_backward else repeats}
 
 

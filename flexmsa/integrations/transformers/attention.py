@@ -189,8 +189,8 @@ def _settings(
     """Return the settings of a call.
 
     Dense attention to whole rows, `is_plain`, may use FlexAttention and cuDNN. All else uses the kernels that take a
-    table of sequences, and without gradients those for inference.
+    table of sequences.
     """
     backend = None if is_plain else choose_backend("block_sparse_attention", None, q)
     backend = "torch" if backend == "flex" else backend
-    return _core.Settings(block_size, scale, index_scale, rule, backend, for_inference=not is_plain)
+    return _core.Settings(block_size, scale, index_scale, rule, backend)

@@ -1,4 +1,4 @@
-"""Decoding: the attention of new queries to chosen blocks of a cache, and the selection with it."""
+"""The attention of queries to chosen blocks, of a few queries or of many, and decoding, the selection with it."""
 
 import functools
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...problem import Problem
-from ...rules import SelectionRule
+from ...rules import MOST_BLOCKS, SelectionRule
 from ..common.fp8 import Cache
 from ..common.launch import Launch, Options, for_one_length, is_ahead, on_meta, view
 from ..common.records import Scales, pages_of
@@ -40,6 +40,13 @@ class Chosen(NamedTuple):
 attend_problem = functools.lru_cache(Problem)
 
 
+def are_few(q: torch.Tensor, k: torch.Tensor, block_indices: torch.Tensor | None) -> bool:
+    """Whether each query of a call attends to its own blocks; a program of `attend_kernel` holds all of their ids."""
+    if block_indices is None or not 0 < block_indices.shape[3] <= MOST_BLOCKS:
+        return False
+    return q.shape[2] <= FEW_QUERIES or q.shape[0] * q.shape[2] * k.shape[1] <= FEW_ROWS
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -57,12 +64,12 @@ def attend(
     the former, for tests.
     """
     block_indices, lists = chosen
-    many = q.shape[2] > FEW_QUERIES and q.shape[0] * q.shape[2] * k.shape[1] > FEW_ROWS
-    if lists is not None and (many or lists.kept > LONGEST_MERGED):
+    few = are_few(q, k, block_indices)
+    if lists is not None and (not few or lists.kept > LONGEST_MERGED):
         assert block_indices is not None
         merge_splits(lists, block_indices, sequences)
         lists = None
-    if block_indices is None or many:
+    if block_indices is None or not few:
         return block_sparse_attention_forward(q, k, v, block_indices, sequences, block_size, scale, cache=cache)
     batch, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads, topk = k.shape[1], block_indices.shape[3]
