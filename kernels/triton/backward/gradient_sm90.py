@@ -29,7 +29,7 @@ from ..common.gluon_sm90 import HALF, SIDE_BY_SIDE, clear_rows, copy_block, gath
 from ..common.launch import Launch, Options, view
 from ..common.softmax import LOG2_E
 from ..common.target import Target, fits_gather_sm90
-from ..loss.teacher import store_teacher
+from ..loss.teacher import SCALE, store_teacher
 from ..schedule.work_items import load_item
 from .config import BackwardConfig
 from .workspace import TileSizes, Workspace, tile_sizes
@@ -51,6 +51,7 @@ class Boxes(NamedTuple):
     lse2: Any
     delta: Any
     grad_q: Any
+    teacher: Any
 
 
 class Buffers(NamedTuple):
@@ -69,6 +70,7 @@ class Buffers(NamedTuple):
     v: Any
     grad_scores: Any
     grad_q: Any
+    teacher: Any
     weights: Any
     owned: Any
 
@@ -213,7 +215,7 @@ def copy_rows(q, grad_out, boxes, buffers, barriers, work, shape: gl.constexpr):
                     query = buffers.queries.index(step % 2).slice(part * PART, PART).load(gl.SliceLayout(1, layout))
                     row = part * PART + gl.arange(0, PART, gl.SliceLayout(1, layout))
                     head = row % shape.group_size
-                    if shape.entries < shape.teacher_rows:
+                    if ROWS % shape.group_size != 0:
                         head = buffers.heads.slice(part * PART, PART).load(gl.SliceLayout(1, layout))
                     present = find_present(tiles, tile, row, shape)
                     q_part = buffers.q.index(stage).slice(part * PART, PART)
@@ -226,16 +228,19 @@ def copy_rows(q, grad_out, boxes, buffers, barriers, work, shape: gl.constexpr):
 
 
 @gluon.jit
-def keep_teacher(teacher_ptr, total, tiles, tile, shape: gl.constexpr, masked: gl.constexpr):
-    """Write the teacher, from its total over the heads, of a tile's entries; if masked, of those of the work item."""
-    number = gl.arange(0, total.shape[1], gl.SliceLayout(0, total.type.layout))
-    key = gl.arange(0, shape.block_size, gl.SliceLayout(1, total.type.layout))
-    entry = tile * shape.entries + number
-    present = number < shape.entries
+def keep_teacher(teacher_ptr, total, buffer, tiles, tile, shape: gl.constexpr, masked: gl.constexpr):
+    """Write the teacher, from its total over the heads, of a tile's entries: to the buffer that the bulk copy engine
+    stores, or if masked, of the work item's entries alone.
+    """
+    mean = total * (1.0 / shape.group_size)
     if masked:
-        present = present & (entry >= tiles.begin) & (entry < tiles.stop)
-    mask = present[None, :] & (key >= 0)[:, None]
-    store_teacher(teacher_ptr, tile, number, key, total * (1.0 / shape.group_size), mask, shape)
+        number = gl.arange(0, total.shape[1], gl.SliceLayout(0, total.type.layout))
+        key = gl.arange(0, shape.block_size, gl.SliceLayout(1, total.type.layout))
+        entry = tile * shape.entries + number
+        present = (number < shape.entries) & (entry >= tiles.begin) & (entry < tiles.stop)
+        store_teacher(teacher_ptr, tile, number, key, mean, present[None, :] & (key >= 0)[:, None], shape)
+    else:
+        buffer.permute((1, 0)).store((mean * SCALE).to(gl.float16))
 
 
 @gluon.jit
@@ -318,10 +323,10 @@ def fold_rows(
         total = weights.to(gl.float32)
         if HEADS > 1:
             total = gl.sum(total.reshape([BLOCK, ENTRIES, HEADS]), axis=2)
-        keep_teacher(teacher_ptr, total, tiles, tile, shape, masked)
+        keep_teacher(teacher_ptr, total, buffers.teacher, tiles, tile, shape, masked)
     if KEPT and shape.means > 0:
         grad_q, grad_v, total = warpgroup_mma_wait(PENDING, deps=[grad_q, grad_v, total])
-        keep_teacher(teacher_ptr, total, tiles, tile, shape, masked)
+        keep_teacher(teacher_ptr, total, buffers.teacher, tiles, tile, shape, masked)
     else:
         grad_q, grad_v = warpgroup_mma_wait(PENDING, deps=[grad_q, grad_v])
     if masked:
@@ -373,6 +378,7 @@ def multiply_rows(boxes, buffers, barriers, work, scale, shape: gl.constexpr):
     BLOCK: gl.constexpr = shape.block_size
     STAGES: gl.constexpr = shape.stages
     ENTRIES: gl.constexpr = shape.entries
+    KEPT: gl.constexpr = work.partial.teacher is not None
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEAD_DIM, 16])
     rows, partial = work.rows, work.partial
     item = load_item(work.items, work.first_range, gl.program_id(1))
@@ -421,6 +427,8 @@ def multiply_rows(boxes, buffers, barriers, work, scale, shape: gl.constexpr):
             # The step before this one had a product in flight until this one's first was done.
             mbarrier.arrive(barriers.empty.index((later + STAGES - 1) % STAGES), count=1)
             tma.async_copy_shared_to_global(boxes.grad_q, [tile * ROWS, 0], buffers.grad_q)
+            if KEPT:
+                tma.async_copy_shared_to_global(boxes.teacher, [tile * shape.teacher_rows, 0], buffers.teacher)
         grad_k = warpgroup_mma_wait(0, deps=[grad_k])
         tma.store_wait(0)
         # Loaded again: the loops leave no register to keep it in.
@@ -433,8 +441,8 @@ def multiply_rows(boxes, buffers, barriers, work, scale, shape: gl.constexpr):
 
 @gluon.jit
 def gradient_sm90_kernel(
-    q, grad_out, q_boxes, grad_boxes, queries_boxes, k_boxes, v_boxes, lse2_boxes, delta_boxes, grad_q_boxes, work,
-    scale, shape: gl.constexpr,
+    q, grad_out, q_boxes, grad_boxes, queries_boxes, k_boxes, v_boxes, lse2_boxes, delta_boxes, grad_q_boxes,
+    teacher_boxes, work, scale, shape: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring. Program (i, n) owns work item i of range n of a pass."""
     dtype: gl.constexpr = work.partial.q.dtype.element_ty
@@ -443,8 +451,11 @@ def gradient_sm90_kernel(
     tile: gl.constexpr = entries if shape.bulk else [shape.stages, ROWS, shape.head_dim]
     gathered: gl.constexpr = q_boxes.layout if shape.bulk else SIDE_BY_SIDE
     keys: gl.constexpr = [1, 1, shape.block_size, shape.head_dim]
+    teacher = None
     weights = None
     owned = None
+    if work.partial.teacher is not None:
+        teacher = gl.allocate_shared_memory(gl.float16, [shape.teacher_rows, shape.block_size], teacher_boxes.layout)
     if work.partial.teacher is not None and shape.means > 0:
         weights = gl.allocate_shared_memory(dtype, [shape.block_size, ROWS], SIDE_BY_SIDE)
         owned = gl.allocate_shared_memory(dtype, [shape.means, ROWS], SIDE_BY_SIDE)
@@ -459,6 +470,7 @@ def gradient_sm90_kernel(
         gl.allocate_shared_memory(dtype, keys, v_boxes.layout),
         gl.allocate_shared_memory(dtype, [shape.block_size, ROWS], SIDE_BY_SIDE),
         gl.allocate_shared_memory(dtype, [ROWS, shape.head_dim], grad_q_boxes.layout),
+        teacher,
         weights,
         owned,
     )
@@ -469,7 +481,9 @@ def gradient_sm90_kernel(
     full, empty = make_barriers(shape.stages, 1 if shape.bulk else 1 + 32 * COPYING), make_barriers(shape.stages, 1)
     fence_async_shared()
     barriers = Barriers(keys_full.index(0), known, full, empty)
-    boxes = Boxes(q_boxes, grad_boxes, queries_boxes, k_boxes, v_boxes, lse2_boxes, delta_boxes, grad_q_boxes)
+    boxes = Boxes(
+        q_boxes, grad_boxes, queries_boxes, k_boxes, v_boxes, lse2_boxes, delta_boxes, grad_q_boxes, teacher_boxes
+    )
     gl.warp_specialize(
         [
             (multiply_rows, (boxes, buffers, barriers, work, scale, shape)),
@@ -485,7 +499,7 @@ def gradient_launches(
 ) -> list[Launch]:
     """The one launch, as from `gradient.gradient_launches`."""
     head_dim, keys = problem.head_dim, [1, 1, problem.block_size, problem.head_dim]
-    sizes, rows = tiles(problem, config), workspace.rows
+    sizes, gathered = tiles(problem, config), workspace.rows
     bulk = problem.group_size in BULK
     entry = [1, problem.group_size if bulk else 1, 1, HALF.value]
     # Made once: a descriptor costs the host as much as a launch.
@@ -494,14 +508,19 @@ def gradient_launches(
         "grad_out": view(grad_out),
         "q_boxes": shared_box(q, entry),
         "grad_boxes": shared_box(grad_out, entry),
-        "queries_boxes": shared_box(rows.queries.view(-1), [ROWS.value]),
+        "queries_boxes": shared_box(gathered.queries.view(-1), [ROWS.value]),
         "k_boxes": shared_box(k, keys),
         "v_boxes": shared_box(v, keys),
-        "lse2_boxes": shared_box(rows.lse2.view(-1), [ROWS.value]),
-        "delta_boxes": shared_box(rows.delta.view(-1), [ROWS.value]),
+        "lse2_boxes": shared_box(gathered.lse2.view(-1), [ROWS.value]),
+        "delta_boxes": shared_box(gathered.delta.view(-1), [ROWS.value]),
         "grad_q_boxes": shared_box(workspace.partial.q.view(-1, head_dim), [ROWS.value, head_dim]),
+        "teacher_boxes": None,
     }
-    power = sizes.entries == sizes.teacher_rows
-    means = 0 if power else max(8, sizes.teacher_rows)
+    teacher = workspace.partial.teacher
+    if teacher is not None:
+        rows = sizes.teacher_rows
+        arguments["teacher_boxes"] = shared_box(teacher.view(-1, sizes.block_size), [rows, sizes.block_size])
+    # Where entries fill the tile and the teacher's rows, sums over the heads are simple.
+    means = 0 if sizes.entries * problem.group_size == ROWS.value and sizes.entries >= 8 else sizes.teacher_rows
     shape = GradientShape(**vars(sizes), stages=config.num_stages, means=means, bulk=bulk)
     return [Launch(gradient_sm90_kernel, (0, 0, 0), arguments, {"shape": shape}, Options(8))]

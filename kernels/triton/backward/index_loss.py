@@ -38,7 +38,9 @@ class IndexLoss(NamedTuple):
         gradients = self.call.gradients
         assert gradients is not None
         loss = self.call.buffers.losses.sum(dtype=torch.float64) / self.mean.number
-        return gradients.grad_q, gradients.grad_k.sum(0).to(self.index_k.dtype), loss.float()
+        sums = gradients.grad_k
+        grad_k = sums[0] if sums.shape[0] == 1 else sums.sum(0)
+        return gradients.grad_q, grad_k.to(self.index_k.dtype, copy=True), loss.float()
 
 
 def constants_of(problem: Problem, sizes: TileSizes, device: torch.device) -> tuple[LossConfig, LossConstants]:

@@ -101,7 +101,7 @@ def find_gradients(
     range_tokens = max(1, min(range_tokens, (2**31 - 1) // rows_per_token - 2 * sizes.tile_rows))
 
     grad_q = q.new_empty(q.shape)
-    sums = KeyGradients(x.lse.new_zeros(k.shape), x.lse.new_zeros(k.shape), num_kv_heads, seqlen_k)
+    sums = KeyGradients(*x.lse.new_zeros(2, *k.shape).unbind(), num_kv_heads, seqlen_k)
     statistics = row_statistics(x.grad_out, x.grad_lse, x.out, x.lse, problem)
     workspace = loss = None
     for index in inverse_indexes(x.block_indices, x.sequences, q, k, problem.block_size, range_tokens):
