@@ -1,4 +1,4 @@
-"""The index loss's main kernel where the backward of the main branch leaves the teacher: the same as `gradient`, lighter.
+"""The index loss's main kernel where the main branch's backward leaves the teacher: the same as `gradient`, lighter.
 
 Program (i, part, n) owns work item i of range n of a pass, and one part of its block. It keeps its part of index_k, and
 takes the entries `rows` at a time. Scores are [keys, entries], so that grad_index_k takes them from registers.
@@ -77,10 +77,10 @@ def given_teacher_kernel(index_q, index_k, buffers, index, items, gradients, siz
     store_key_gradients(grad_k * tl.load(gradients.unit), part, gradients, sizes, C.index_head_dim)
 
 
-def given_teacher(x: LossCall, first_range: int, num_ranges: int) -> Launch:
+def given_teacher(x: LossCall) -> Launch:
     """Fills the losses and partial gradients of a pass."""
-    grid = x.items.num_items, x.constants.parts, num_ranges
-    arguments = x.arguments(given_teacher_kernel, first_range)
+    grid = x.items.num_items, x.constants.parts, 1
+    arguments = x.arguments(given_teacher_kernel)
     # Copies ahead of the products take more than they save.
     options = Options(x.config.num_warps, num_stages=1)
     return Launch(given_teacher_kernel, grid, arguments, {"C": x.constants}, options)
