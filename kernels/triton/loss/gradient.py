@@ -1,8 +1,8 @@
 """The index loss's main kernel: the loss of one work item, and its gradients on the way.
 
 Program (i, part, n) owns work item i of range n of a pass, and one part of its block. It keeps its part of k and
-index_k, and takes the entries `rows` at a time. The teacher is summed over the heads in registers: one product [rows, D]
-x [D, keys] per head, so that no group size wastes rows. The program writes its loss and each entry's share of
+index_k, and takes the entries `rows` at a time. The teacher is summed over the heads in registers: one product
+[rows, D] x [D, keys] per head, so that no group size wastes rows. The program writes its loss and each entry's share of
 grad_index_q, and sums grad_index_k. See `launch` for the formulas and the cost, and `given_teacher` for the case that
 the backward leaves the teacher.
 """
