@@ -25,7 +25,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu_model, gpu_peers, gpu_plot, gpu_training
+from benchmarks import gpu_heads, gpu_model, gpu_peers, gpu_plot, gpu_training
 from benchmarks.gpu_launch_checks import host_times, launch_errors
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_selection import large_errors, packed_errors, selection_errors, selection_times, sweep_times
@@ -130,6 +130,11 @@ def time_peers(run: Run) -> None:
         run.report_all(f"peers {seqlen}: ", gpu_peers.peer_times(seqlen, timer, nsa))
 
 
+def time_heads(run: Run) -> None:
+    layouts = gpu_heads.LAYOUTS[2:3] if run.quick else gpu_heads.LAYOUTS
+    gpu_heads.heads_times(run.report, lambda tokens: partial(event_time, repeats=5), layouts)
+
+
 def time_model(run: Run) -> None:
     if not gpu_model.has_transformers():
         return
@@ -151,6 +156,7 @@ PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]],
     "prefill": (time_prefill, (*SELECTION_CHECKS, gpu_training.training_errors)),
     "flex": (time_flex, (gpu_training.training_errors,)),
     "peers": (time_peers, (gpu_training.training_errors,)),
+    "heads": (time_heads, (gpu_heads.heads_errors,)),
     "model": (time_model, (gpu_model.model_errors,)),
 }
 QUICK = ("selection", "decode", "host", "chunks", "training")
