@@ -78,7 +78,7 @@ def test_checkpointing_gives_the_same_gradients(selective):
 
     from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-    inputs = [x.requires_grad_() for x in Case(group_size=3, seqlen_q=40, seqlen_k=40, ties=True).inputs("cpu")[0]]
+    inputs = [x.requires_grad_() for x in Case(group_size=3, seqlen_q=40, seqlen_k=40, values="ties").inputs("cpu")[0]]
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, save_selection_policy)} if selective else {}
     found = torch.autograd.grad(checkpoint(loss_of, inputs, use_reentrant=False, **contexts), inputs)
     for x, y in zip(found, torch.autograd.grad(loss_of(inputs), inputs), strict=True):
