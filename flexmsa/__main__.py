@@ -11,7 +11,7 @@ COMMANDS = {
         "flexmsa.integrations.transformers.demo",
         "train a small dense transformers model, convert it, and compare it with other kinds of sparse attention",
     ),
-    "check": ("flexmsa.testing.check", "compare flexmsa on this machine with the definition, on random inputs"),
+    "check": ("flexmsa.testing.fuzz", "compare flexmsa on this machine with the definition, on random inputs"),
     "autotune": (
         "flexmsa.tuning",
         "time the Triton kernels with other tile sizes on this GPU, and save the faster ones",

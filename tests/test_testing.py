@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexmsa import __main__
-from flexmsa.testing import Case, assert_close, check, check_case
+from flexmsa.testing import Case, assert_close, check_case, fuzz
 
 
 def test_assert_close_reports_an_error_and_its_index():
@@ -43,7 +43,7 @@ def test_check_finds_a_bug_and_prints_it_as_code(monkeypatch, capsys):
         return out, lse
 
     monkeypatch.setattr(torch_kernels, "block_sparse_attention_forward", broken)
-    assert check.main(["--device", "cpu", "--seconds", "60"]) == 1
+    assert fuzz.main(["--device", "cpu", "--seconds", "60"]) == 1
     printed = capsys.readouterr().out
     assert "FAILED: AssertionError: out: got" in printed
     code = printed[printed.index("check_case(Case(") :].strip()
@@ -52,7 +52,7 @@ def test_check_finds_a_bug_and_prints_it_as_code(monkeypatch, capsys):
 
 
 def test_check_prints_the_cases_it_tried(capsys):
-    assert check.main(["--device", "cpu", "--seconds", "2", "--dtype", "bfloat16"]) == 0
+    assert fuzz.main(["--device", "cpu", "--seconds", "2", "--dtype", "bfloat16"]) == 0
     printed = capsys.readouterr().out
     assert "every case agreed with the oracle" in printed and "bfloat16" in printed
 

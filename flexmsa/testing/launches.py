@@ -13,6 +13,7 @@ from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton.common.launch import Launch, record
 from flexmsa.kernels.triton.common.target import Target
+from flexmsa.testing.cases import lay_out
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 108),
@@ -30,7 +31,11 @@ def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes and dtype of one attention layer, by default MiniMax-M3's; packed: documents along the sequence."""
+    """Sizes and dtype of one call of an attention layer, by default MiniMax-M3's.
+
+    queries: as many as tokens, the keys, if None; packed: documents along the sequence; strided, offset: as for
+    `lay_out`, of q, k, v, index_q and index_k.
+    """
 
     tokens: int = 131072
     num_heads: int = 64
@@ -41,11 +46,20 @@ class Layer:
     topk: int = 16
     dtype: torch.dtype = torch.bfloat16
     packed: bool = False
+    queries: int | None = None
+    strided: bool = False
+    offset: int = 0
+    scale: float = 0.1
 
     @property
     def group_size(self) -> int:
         """Query heads that share a KV head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def num_queries(self) -> int:
+        """Queries of one sequence."""
+        return self.tokens if self.queries is None else self.queries
 
     @property
     def rule(self) -> SelectionRule:
@@ -58,25 +72,30 @@ class Layer:
 
     def vectors(self, heads: int, head_dim: int, tokens: int | None = None) -> Tensor:
         """[1, heads, tokens, head_dim]."""
-        return meta(1, heads, self.tokens if tokens is None else tokens, head_dim, dtype=self.dtype)
+        shape = 1, heads, self.tokens if tokens is None else tokens, head_dim
+        return lay_out(shape, strided=self.strided, offset=self.offset, dtype=self.dtype, device="meta")
 
     def main(self, tokens: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q, of `tokens` queries, k and v."""
         keys = self.vectors(self.num_kv_heads, self.head_dim)
-        return self.vectors(self.num_heads, self.head_dim, tokens), keys, keys
+        return self.vectors(self.num_heads, self.head_dim, tokens or self.num_queries), keys, keys
 
     def index(self, tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """index_q, of `tokens` queries, and index_k."""
-        index_q = self.vectors(self.num_kv_heads, self.index_head_dim, tokens)
+        index_q = self.vectors(self.num_kv_heads, self.index_head_dim, tokens or self.num_queries)
         return index_q, self.vectors(1, self.index_head_dim)
 
     def block_indices(self) -> Tensor:
-        """[1, Hkv, S, topk]."""
-        return meta(1, self.num_kv_heads, self.tokens, self.topk)
+        """[1, Hkv, Sq, topk]."""
+        return meta(1, self.num_kv_heads, self.num_queries, self.topk)
+
+    def out(self) -> Tensor:
+        """[1, Hq, Sq, D], as is its gradient."""
+        return meta(1, self.num_heads, self.num_queries, self.head_dim, dtype=self.dtype)
 
     def lse(self) -> Tensor:
-        """[1, Hq, S]."""
-        return meta(1, self.num_heads, self.tokens, dtype=torch.float32)
+        """[1, Hq, Sq]."""
+        return meta(1, self.num_heads, self.num_queries, dtype=torch.float32)
 
 
 def selection_launches(layer: Layer, target: Target, dtype: torch.dtype | None = None) -> list[Launch]:
@@ -91,17 +110,31 @@ def forward_launches(layer: Layer, target: Target, dense: bool = False) -> list[
     """Of the main branch's forward."""
     ids = None if dense else layer.block_indices()
     with record(target) as launches:
-        kernels.block_sparse_attention_forward(*layer.main(), ids, layer.sequences(), layer.block_size, 0.1)
+        kernels.block_sparse_attention_forward(*layer.main(), ids, layer.sequences(), layer.block_size, layer.scale)
     return launches
 
 
-def backward_launches(layer: Layer, target: Target, dense: bool = False) -> list[Launch]:
-    """Of the main branch's backward."""
+def backward_launches(
+    layer: Layer, target: Target, dense: bool = False, lse_gradient: bool = False
+) -> list[Launch]:
+    """Of the main branch's backward, from the gradient of out, and of the lse."""
     ids = None if dense else layer.block_indices()
-    q, k, v = layer.main()
+    out, lse = layer.out(), layer.lse()
     with record(target) as launches:
         kernels.block_sparse_attention_backward(
-            q, None, q, k, v, q, layer.lse(), ids, layer.sequences(), layer.block_size, 0.1
+            *(out, lse if lse_gradient else None, *layer.main(), out, lse, ids, layer.sequences()),
+            *(layer.block_size, layer.scale),
+        )
+    return launches
+
+
+def joint_backward_launches(layer: Layer, target: Target, lse_gradient: bool = False) -> list[Launch]:
+    """Of the backward that computes the index loss too."""
+    out, lse = layer.out(), layer.lse()
+    with record(target) as launches:
+        kernels.attention_and_index_loss_backward(
+            *(out, lse if lse_gradient else None, meta(dtype=torch.float32), *layer.main(), *layer.index(), out, lse),
+            *(layer.block_indices(), layer.sequences(), layer.block_size, layer.scale, 0.1),
         )
     return launches
 
@@ -112,7 +145,7 @@ def loss_launches(layer: Layer, target: Target, with_grad: bool = True, dense: b
     q, k, _ = layer.main()
     with record(target) as launches:
         kernels.index_loss(
-            q, k, *layer.index(), ids, layer.lse(), layer.sequences(), layer.block_size, 0.1, 0.1, with_grad
+            q, k, *layer.index(), ids, layer.lse(), layer.sequences(), layer.block_size, layer.scale, 0.1, with_grad
         )
     return launches
 
@@ -127,9 +160,18 @@ class CacheFormat:
 
 
 def decode_launches(
-    layer: Layer, target: Target, cache: CacheFormat = CacheFormat(), tokens: int = 1, batch: int = 1
+    layer: Layer,
+    target: Target,
+    cache: CacheFormat = CacheFormat(),
+    tokens: int = 1,
+    batch: int = 1,
+    ragged: bool = False,
+    dense: bool = False,
 ) -> list[Launch]:
-    """Of appending `tokens` tokens per row to a cache of layer.tokens keys, and of selecting and attending for them."""
+    """Of appending `tokens` tokens per row to a cache of layer.tokens keys, and of selecting and attending for them.
+
+    ragged: rows get other numbers of tokens; dense: nothing is selected.
+    """
     max_pages = layer.tokens // layer.block_size
     rows, keys = (batch * max_pages, layer.block_size) if cache.paged else (batch, layer.tokens)
 
@@ -150,10 +192,13 @@ def decode_launches(
     sequences = meta(batch, 5)
     with record(target) as launches:
         buffers = k, v, index_k, k_scale, v_scale, index_scale, table
-        kernels.append(new_k, new_k, new_index_k, None, *buffers, meta(batch), meta(batch), sequences, meta(2))
-        kernels.select_and_attend(
-            *(q, index_q, k, v, index_k, sequences, layer.rule, 0.1, table, k_scale, v_scale, index_scale)
-        )
+        lens = meta(batch) if ragged else None
+        kernels.append(new_k, new_k, new_index_k, lens, *buffers, meta(batch), meta(batch), sequences, meta(2))
+        scales = table, k_scale, v_scale
+        if dense:
+            kernels.attend_blocks(q, k, v, None, sequences, layer.block_size, 0.1, *scales)
+        else:
+            kernels.select_and_attend(q, index_q, k, v, index_k, sequences, layer.rule, 0.1, *scales, index_scale)
     return launches
 
 
