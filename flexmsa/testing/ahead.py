@@ -74,7 +74,7 @@ def _cache_launches(schedule: Schedule, target: Target) -> Iterator[Launch]:
 
 
 def compile_launch(shape: Shape, target: Target, number: int) -> None:
-    """Compile the number-th launch of a shape; the case that launches it meets the compiler's error, if there is one."""
+    """Compile the number-th launch of a shape; the case that launches it meets the compiler's error, if any."""
     try:
         launches_of(shape, target)[number].compile(target)
     except Exception:

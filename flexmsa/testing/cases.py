@@ -98,7 +98,9 @@ class Case:
 
         def place(x: Tensor) -> Tensor:
             dtype = getattr(torch, self.dtype)
-            laid = lay_out(x.shape, strided=self.strided, offset=self.offset, dtype=dtype, device=device)
+            batch, heads, seqlen, size = x.shape
+            shape = batch, heads, seqlen, size
+            laid = lay_out(shape, strided=self.strided, offset=self.offset, dtype=dtype, device=device)
             return laid.copy_(torch.zeros_like(x) if self.values == "zeros" else x)
 
         def normal(heads: int, seqlen: int, size: int, factor: int = 1) -> Tensor:

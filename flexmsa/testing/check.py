@@ -75,11 +75,11 @@ def check_case(
         _assert_same_ids(ids, right_ids)
     errors = _score_errors(case, clean, results["lse"])
     # The loss is a difference of two entropies, at most log(keys) each. With one key, lse is its score.
-    terms = {"index_loss": math.log(1 + case.seqlen_k), "lse": product_size(*clean[:2], case.scale)}
+    terms = {"index_loss": math.log(1 + case.seqlen_k), "lse": _product_sizes(case, clean)[0]}
     if _is_sharp(case):
         terms["out"] = errors.main * float(clean[2].abs().max())
         # A probability has the error of its main score, and is multiplied by the index score.
-        terms["index_loss"] += (1 + terms["lse"]) * (1 + product_size(*clean[3:], case.index_scale))
+        terms["index_loss"] += (1 + terms["lse"]) * (1 + _product_sizes(case, clean)[1])
     for name, right in exact.items():
         assert_close(name, results[name].detach(), right, expected.baseline[name].detach(), terms.get(name, 0.0))
     if gradients:
@@ -95,36 +95,30 @@ def _run(
 ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
     """The results under test, the ids attended to, and the tensor that the backward writes the loss to."""
     with_loss = case.values != "odd scores"
-    if given is None:
-        deferred = case.deferred and with_loss and inputs[0].requires_grad
-        value = torch.full((), torch.nan, device=inputs[0].device) if deferred else None
-        aux = flexmsa.AuxRequest(lse=True, block_indices=True, index_loss=with_loss)
-        out, got = flexmsa.attention(
-            *inputs, **settings, backend=backend, return_aux=aux, **({"index_loss_value": value} if deferred else {})
-        )
-        results = {"out": out, "lse": got.lse, "index_loss": got.index_loss}
-        return {name: x for name, x in results.items() if x is not None}, got.block_indices, value
     q, k, v, index_q, index_k = inputs
-    table = {name: settings[name] for name in ("block_size", "scale", "cu_seqlens", "kv_starts", "kv_lens")}
-    aux = flexmsa.AuxRequest(lse=True)
-    out, got = flexmsa.block_sparse_attention(q, k, v, given, **table, backend=backend, return_aux=aux)
-    assert got.lse is not None
+    value = None
+    if given is None:
+        if case.deferred and with_loss and q.requires_grad:
+            value = torch.full((), torch.nan, device=q.device)
+        aux = flexmsa.AuxRequest(lse=True, block_indices=True, index_loss=with_loss)
+        how: dict[str, Any] = {**settings, "backend": backend, "return_aux": aux, "index_loss_value": value}
+        out, got = flexmsa.attention(q, k, v, index_q, index_k, **how)
+        loss = got.index_loss
+    else:
+        names = ("block_size", "scale", "cu_seqlens", "kv_starts", "kv_lens")
+        how = {name: settings[name] for name in names}
+        aux = flexmsa.AuxRequest(lse=True, block_indices=True)
+        out, got = flexmsa.block_sparse_attention(q, k, v, given, **how, backend=backend, return_aux=aux)
+        loss = None
+        if with_loss:
+            how |= {"index_scale": settings["index_scale"], "backend": None if backend == "flex" else backend}
+            loss = flexmsa.index_loss(q, k, index_q, index_k, given, got.lse, **how)
     results = {"out": out, "lse": got.lse}
-    if with_loss:
-        table["index_scale"] = settings["index_scale"]
-        results["index_loss"] = flexmsa.index_loss(
-            q, k, index_q, index_k, given, got.lse, **table, backend=_loss_backend(backend)
-        )
-    return results, given, None
-
-
-def _loss_backend(backend: str | None) -> str | None:
-    """The backend of a single step, which does not choose another one by itself."""
-    return None if backend == "flex" else backend
+    return results if loss is None else {**results, "index_loss": loss}, got.block_indices, value
 
 
 def _oracle(inputs: tuple[Tensor, ...], settings: dict[str, Any], given: Tensor | None) -> oracle.Oracle:
-    host = {name: x.cpu().numpy() if isinstance(x, Tensor) else x for name, x in settings.items()}
+    host: dict[str, Any] = {name: x.cpu().numpy() if isinstance(x, Tensor) else x for name, x in settings.items()}
     ids = None if given is None else given.cpu().numpy()
     # The loss of odd scores is NaN.
     with np.errstate(invalid="ignore"):
@@ -197,18 +191,25 @@ class _ScoreErrors(NamedTuple):
     """The rounding errors of main and index scores, relative to an error of the inputs' dtype."""
 
     main: float
-    index: float
+    index_branch: float
 
 
 def _score_errors(case: Case, inputs: tuple[Tensor, ...], lse: Tensor) -> _ScoreErrors:
     """The weights e^(S - lse) have the error of S and lse, which is that of a product, in the dtype of lse."""
     unit = torch.finfo(lse.dtype).eps / torch.finfo(inputs[0].dtype).eps
-    main = product_size(*inputs[:2], case.scale) * unit
+    sizes = _product_sizes(case, inputs)
+    main = sizes[0] * unit
     if not _is_sharp(case):
         return _ScoreErrors(main, 0.0)
     # The sizes of sums of D terms of either sign.
-    index = product_size(*inputs[3:], case.index_scale) * unit
+    index = sizes[1] * unit
     return _ScoreErrors(main * case.head_dim**0.5, index * case.index_head_dim**0.5)
+
+
+def _product_sizes(case: Case, inputs: tuple[Tensor, ...]) -> tuple[float, float]:
+    """The sizes of the terms of main scores and of index scores."""
+    q, k, _, index_q, index_k = inputs
+    return product_size(q, k, case.scale), product_size(index_q, index_k, case.index_scale)
 
 
 def _is_sharp(case: Case) -> bool:
@@ -216,9 +217,7 @@ def _is_sharp(case: Case) -> bool:
     return case.values == "huge" or case.scale is not None or case.index_scale is not None
 
 
-def _cancelling_terms(
-    case: Case, inputs: tuple[Tensor, ...], lse: Tensor, errors: _ScoreErrors
-) -> dict[str, float]:
+def _cancelling_terms(case: Case, inputs: tuple[Tensor, ...], lse: Tensor, errors: _ScoreErrors) -> dict[str, float]:
     """The size of the terms that cancel in each gradient.
 
     For q and k, the gradient of a score is <grad_out, v> - <grad_out, out>: sums of D terms of either sign, at most
@@ -229,8 +228,14 @@ def _cancelling_terms(
     scale, index_scale = _scales(case)
     rows = max(1, int(lse.isfinite().sum()) // case.group_size)
     factor = abs(scale) * case.head_dim**0.5
-    share = (1 + errors.main + errors.index) * abs(index_scale) / rows
+    share = (1 + errors.main + errors.index_branch) * abs(index_scale) / rows
     heads = errors.main * case.group_size
     if _is_sharp(case):
         v = (v + case.lse_gradient) * (1 + errors.main)
-    return {"q": factor * v * k, "k": factor * v * q, "v": heads, "index_q": share * index_k, "index_k": share * index_q}
+    return {
+        "q": factor * v * k,
+        "k": factor * v * q,
+        "v": heads,
+        "index_q": share * index_k,
+        "index_k": share * index_q,
+    }

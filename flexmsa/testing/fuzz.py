@@ -170,9 +170,13 @@ def _draw(strategy: SearchStrategy[Any], number: int) -> list[Any]:
 
 
 def _settings(examples: int, phases: tuple[Phase, ...]) -> settings:
-    checks = list(HealthCheck)
     return settings(
-        max_examples=examples, deadline=None, database=None, phases=phases, suppress_health_check=checks, print_blob=False
+        max_examples=examples,
+        phases=phases,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
     )
 
 
@@ -236,9 +240,7 @@ def _describe(options: argparse.Namespace, dtypes: tuple[str, ...]) -> bool:
     return backend == "triton" and device.type == "cuda"
 
 
-def _try_round(
-    strategy: SearchStrategy[Tested], options: argparse.Namespace, number: int, progress: _Progress
-) -> None:
+def _try_round(strategy: SearchStrategy[Tested], options: argparse.Namespace, number: int, progress: _Progress) -> None:
     """Draw and try a round of cases; after a failure, hypothesis shrinks the failing one."""
 
     @seed(number)

@@ -114,9 +114,7 @@ def forward_launches(layer: Layer, target: Target, dense: bool = False) -> list[
     return launches
 
 
-def backward_launches(
-    layer: Layer, target: Target, dense: bool = False, lse_gradient: bool = False
-) -> list[Launch]:
+def backward_launches(layer: Layer, target: Target, dense: bool = False, lse_gradient: bool = False) -> list[Launch]:
     """Of the main branch's backward, from the gradient of out, and of the lse."""
     ids = None if dense else layer.block_indices()
     out, lse = layer.out(), layer.lse()

@@ -5,21 +5,14 @@ A GPU's kernels are compiled for a shape: head counts, head dims, block size, to
 """
 
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import strategies as st
 
 from flexmsa.testing.cases import VALUES, Case
 from flexmsa.testing.schedules import Schedule
 
-__all__ = [
-    "cases",
-    "packed_lengths",
-    "schedule_shapes",
-    "schedule_variations",
-    "schedules",
-    "shapes",
-    "variations",
-]
+__all__ = ["cases", "packed_lengths", "schedule_shapes", "schedule_variations", "schedules", "shapes", "variations"]
 
 GROUP_SIZES = (1, 2, 3, 4, 5, 6, 8, 16)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
@@ -80,6 +73,7 @@ def variations(
     max_tokens: int = 320,
     long_keys: int = 0,
     garbage: bool = False,
+    values: tuple[str, ...] = VALUES,
 ) -> Case:
     """A `Case` of the same shape, of other lengths, masks, selections and values.
 
@@ -112,7 +106,7 @@ def variations(
         kv_lens=kv_lens,
         scale=draw(st.sampled_from([None, 0.3, 0.01] if shape.scale is None else [shape.scale, -0.3])),
         index_scale=draw(st.sampled_from([None, None, 0.3])),
-        values=draw(st.sampled_from(VALUES)),
+        values=draw(st.sampled_from(values)),
         ids=draw(st.sampled_from(["selected", "selected", "garbage" if garbage else "given"])),
         lse_gradient=draw(st.booleans()),
         deferred=draw(st.booleans()),
@@ -131,6 +125,7 @@ def cases(
     max_blocks: int = 5,
     max_tokens: int = 320,
     warmup: bool = True,
+    values: tuple[str, ...] = VALUES,
 ) -> Case:
     """A `Case`: one of the `variations` of one of the `shapes`.
 
@@ -140,9 +135,9 @@ def cases(
     ...     assert case.seqlen_k >= 1
     >>> test_lengths()
     """
-    sizes = {"group_sizes": group_sizes, "head_dims": head_dims, "block_sizes": block_sizes}
+    sizes: dict[str, Any] = {"group_sizes": group_sizes, "head_dims": head_dims, "block_sizes": block_sizes}
     shape = draw(shapes(dtypes=dtypes, topks=tuple(range(1, max_blocks + 3)), warmup=warmup, **sizes))
-    return draw(variations(shape, max_blocks=max_blocks, max_tokens=max_tokens))
+    return draw(variations(shape, max_blocks=max_blocks, max_tokens=max_tokens, values=values))
 
 
 @st.composite
@@ -178,9 +173,7 @@ def schedule_variations(draw: st.DrawFn, shape: Schedule, *, max_steps: int = 8)
     batch = draw(st.integers(1, 3))
     steps = _draw_steps(draw, batch, shape.paged, max_steps, shape.capacity)
     num_init_blocks = draw(st.integers(0, min(2, (shape.topk or 1) - 1)))
-    return replace(
-        shape, steps=steps, batch=batch, num_init_blocks=num_init_blocks, seed=draw(st.integers(0, 2**16))
-    )
+    return replace(shape, steps=steps, batch=batch, num_init_blocks=num_init_blocks, seed=draw(st.integers(0, 2**16)))
 
 
 @st.composite

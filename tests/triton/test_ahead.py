@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.rules import SelectionRule
@@ -28,7 +28,9 @@ SHAPES = {
     "warm-up": Case(group_size=2, head_dim=64, index_head_dim=24, block_size=32, topk=None, scale=-0.1, **SIZES),
 }
 CACHES = {
-    "contiguous": Schedule((), group_size=4, head_dim=64, index_head_dim=64, block_size=64, topk=4, capacity=384, **SIZES),
+    "contiguous": Schedule(
+        (), group_size=4, head_dim=64, index_head_dim=64, block_size=64, topk=4, capacity=384, **SIZES
+    ),
     "pages, e4m3": Schedule((), block_size=16, paged=True, fp8_keys=True, fp8_index=True, capacity=384, **SIZES),
     "dense": Schedule((), block_size=16, topk=None, paged=True, capacity=384, **SIZES),
 }
