@@ -103,18 +103,22 @@ def _run(
         aux = flexmsa.AuxRequest(lse=True, block_indices=True, index_loss=with_loss)
         how: dict[str, Any] = {**settings, "backend": backend, "return_aux": aux, "index_loss_value": value}
         out, got = flexmsa.attention(q, k, v, index_q, index_k, **how)
-        loss = got.index_loss
+        loss, lse = got.index_loss, got.lse
     else:
         names = ("block_size", "scale", "cu_seqlens", "kv_starts", "kv_lens")
         how = {name: settings[name] for name in names}
         aux = flexmsa.AuxRequest(lse=True, block_indices=True)
         out, got = flexmsa.block_sparse_attention(q, k, v, given, **how, backend=backend, return_aux=aux)
-        loss = None
+        loss, lse = None, got.lse
+        assert lse is not None
         if with_loss:
             how |= {"index_scale": settings["index_scale"], "backend": None if backend == "flex" else backend}
-            loss = flexmsa.index_loss(q, k, index_q, index_k, given, got.lse, **how)
-    results = {"out": out, "lse": got.lse}
-    return results if loss is None else {**results, "index_loss": loss}, got.block_indices, value
+            loss = flexmsa.index_loss(q, k, index_q, index_k, given, lse, **how)
+    assert lse is not None
+    results = {"out": out, "lse": lse}
+    if loss is not None:
+        results["index_loss"] = loss
+    return results, got.block_indices, value
 
 
 def _oracle(inputs: tuple[Tensor, ...], settings: dict[str, Any], given: Tensor | None) -> oracle.Oracle:

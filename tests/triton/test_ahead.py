@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 pytest.importorskip("triton")
 
+from benchmarks import gpu_sanitize
 from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton.common.launch import compile_key, record
@@ -115,6 +116,16 @@ def test_shapes_are_distinct_and_reach_the_kernels_of_hopper():
         "key_major_sm90_kernel",
         "gradient_sm90_kernel",
     }
+
+
+def test_the_small_cases_under_sanitizers_reach_every_kernel_of_a_layer():
+    shapes = islice(fuzz.draw_shapes(("bfloat16", "float16"), 0), 40)
+    small = [*gpu_sanitize.LAYERS.values(), gpu_sanitize.WARM_UP]
+    names = [
+        {launch.kernel.__name__ for shape in some for launch in launches_of(shape, SM_90)}
+        for some in ((shape for shape in shapes if isinstance(shape, Case)), small)
+    ]
+    assert names[0] <= names[1]
 
 
 def test_other_processes_compile_into_the_cache(monkeypatch, tmp_path):
