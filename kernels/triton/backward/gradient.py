@@ -1,7 +1,7 @@
 """The backward's main kernel: dK and dV of one work item, and the share of dQ of each row in it.
 
-One program holds K, V, dK and dV of the work item's block, and loops over the rows; row r is head r % G of entry
-r // G. It writes each row's own share of dQ, [entries, G, D] in q's dtype (heads innermost if `heads_inside`). If the
+One program holds K, V, dK and dV of the work item's block, and loops over the tiles that its entries' rows are in (see
+`workspace`). It writes each row's own share of dQ, and the teacher of the index loss if there is room for it. If the
 list has no other work item, the program adds dK and dV to the fp32 sums; else it writes them to its slot. If registers
 cannot hold dK and dV of a whole block, each part of the block's keys takes a launch of its own. See `launch` for the
 formulas, and `reduce` for the sums of the shares.
@@ -16,26 +16,25 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..common.launch import Launch, Options, view
-from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LOG2_E
 from ..common.target import Target
+from ..loss.teacher import store_teacher
 from ..schedule.work_items import load_item
 from .config import BackwardConfig
-from .workspace import Workspace, partial_place
+from .workspace import TileSizes, Workspace, partial_place, tile_sizes
 
 
 @dataclass(frozen=True)
-class GradientConstants(Sizes):
+class GradientConstants(TileSizes):
     """Constants of `gradient_kernel`.
 
-    rows: query rows per step; columns: keys that a program holds, from key `offset` of its block on;
-    swap: see `gradient_tile`; heads_inside: see `Workspace`.
+    rows: query rows per step; columns: keys that a program holds, from key `offset` of its block on; swap: see
+    `gradient_tile`.
     """
 
     rows: int
     columns: int
     swap: bool
-    heads_inside: bool
     offset: int
 
 
@@ -43,8 +42,9 @@ class GradientConstants(Sizes):
 def gradient_tile(q, grad, k, v, lse2, delta, limit, grad_k, grad_v, scale, offset: tl.constexpr, swap: tl.constexpr):
     """Fold rows q, grad `[M, D]` into grad_k (without scale), grad_v `[N, D]`; their own grad_q is `[D, M]`.
 
-    Scores are `[N, M]`: probabilities leave one product in the layout of the next one's operand. `swap` multiplies
-    grad_q as `[M, N] x [N, D]`: where that is not slower, it needs K in shared memory only once.
+    Also returns their probabilities `[N, M]`, in grad's dtype. Scores are `[N, M]`: probabilities leave one product in
+    the layout of the next one's operand. `swap` multiplies grad_q as `[M, N] x [N, D]`: where that is not slower,
+    it needs K in shared memory only once.
     """
     precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
     scores = tl.dot(k, tl.trans(q), input_precision=precision)
@@ -52,13 +52,14 @@ def gradient_tile(q, grad, k, v, lse2, delta, limit, grad_k, grad_v, scale, offs
     probs = tl.where(offset + tl.arange(0, k.shape[0])[:, None] < limit[None, :], probs, 0.0)
     grad_probs = tl.dot(v, tl.trans(grad), input_precision=precision)
     grad_scores = (probs * (grad_probs - delta[None, :])).to(q.dtype)
-    grad_v = tl.dot(probs.to(grad.dtype), grad, grad_v, input_precision=precision)
+    weights = probs.to(grad.dtype)
+    grad_v = tl.dot(weights, grad, grad_v, input_precision=precision)
     grad_k = tl.dot(grad_scores, q, grad_k, input_precision=precision)
     if swap:
         grad_q = tl.trans(tl.dot(tl.trans(grad_scores), k, input_precision=precision))
     else:
         grad_q = tl.dot(tl.trans(k), grad_scores, input_precision=precision)
-    return grad_q * scale, grad_k, grad_v
+    return grad_q * scale, grad_k, grad_v, weights
 
 
 @triton.jit
@@ -72,10 +73,25 @@ def load_keys(x, batch, group, first_key, stop_key, C: tl.constexpr):
 
 
 @triton.jit
-def store_key_gradients(work, group, grad_k, grad_v, C: tl.constexpr):
+def keep_teacher(teacher_ptr, weights, tile, begin, stop, C: tl.constexpr, entries: tl.constexpr):
+    """Write the mean of the weights `[N, M]` over each entry's heads; entries: of a tile, padded."""
+    precision: tl.constexpr = "ieee" if weights.dtype == tl.float32 else "tf32"
+    row, number = tl.arange(0, C.rows), tl.arange(0, entries)
+    owned = (row // C.group_size)[:, None] == number[None, :]
+    mean = tl.dot(weights, owned.to(weights.dtype), input_precision=precision) * (1.0 / C.group_size)
+    entry = tile * C.entries + number
+    column = C.offset + tl.arange(0, C.columns)
+    present = (number < C.entries) & (entry >= begin) & (entry < stop)
+    mask = present[None, :] & (column < C.block_size)[:, None]
+    store_teacher(teacher_ptr, entry, column, mean, mask, C)
+
+
+@triton.jit
+def store_key_gradients(work, grad_k, grad_v, C: tl.constexpr):
     """Add a program's grad_k and grad_v `[N, D]` to the sums if its list has no other work item; else keep them."""
     # Loaded again: the loop before leaves no register to keep them in.
-    item = load_item(work.items, work.range_number)
+    item = load_item(work.items, work.first_range, tl.program_id(1))
+    group = (work.first_range + tl.program_id(1)) // work.group_ranges
     sums, partial = work.sums, work.partial
     column = C.offset + tl.arange(0, C.columns)
     d = tl.arange(0, C.depth)
@@ -93,22 +109,33 @@ def store_key_gradients(work, group, grad_k, grad_v, C: tl.constexpr):
 
 
 @triton.jit
+def load_queries(queries_ptr, step, begin, stop, C: tl.constexpr):
+    """The queries of a step's rows; 0 for rows of no entry of the work item."""
+    row = step * C.rows + tl.arange(0, C.rows)
+    entry = row // C.tile_rows * C.entries + row % C.tile_rows // C.group_size
+    present = (row % C.tile_rows < C.entries * C.group_size) & (entry >= begin) & (entry < stop)
+    return tl.load(queries_ptr + entry, mask=present, other=0)
+
+
+@triton.jit
 def gradient_kernel(grad_out, q, k, v, work, scale, C: tl.constexpr):
-    """See the module's docstring. Program i owns work item i of a token range, and C.columns of its block's keys.
+    """See the module's docstring. Program (i, n) owns work item i of range n, and C.columns of its block's keys.
 
     If these are not the block's first keys, grad_q is added to the result of the launch for the keys before.
     """
     HEADS: tl.constexpr = C.group_size
     HEAD_DIM: tl.constexpr = C.head_dim
     ROWS: tl.constexpr = C.rows
-    COLUMNS: tl.constexpr = C.columns
     DEPTH: tl.constexpr = C.depth
-    KNOWN_HEADS: tl.constexpr = ROWS % HEADS == 0 and ROWS >= 64
-    item, rows, partial = load_item(work.items, work.range_number), work.rows, work.partial
-    if item.begin >= item.stop:
+    TILE_ROWS: tl.constexpr = C.tile_rows
+    ENTRIES: tl.constexpr = C.entries
+    STEPS: tl.constexpr = TILE_ROWS // ROWS
+    MEANS: tl.constexpr = C.teacher_rows if C.teacher_rows > 16 else 16
+    item, rows, partial = load_item(work.items, work.first_range, tl.program_id(1)), work.rows, work.partial
+    begin, stop = item.begin, item.stop
+    if begin >= stop:
         return
-    first, last = item.begin * HEADS, item.stop * HEADS
-    group = tl.cast(work.group, tl.int64)
+    group = tl.cast((work.first_range + tl.program_id(1)) // work.group_ranges, tl.int64)
 
     d = tl.arange(0, DEPTH)
     wide = d.to(tl.int64)[None, :]
@@ -118,46 +145,50 @@ def gradient_kernel(grad_out, q, k, v, work, scale, C: tl.constexpr):
     q_base = q.ptr + item.batch * q.stride_b + group * HEADS * q.stride_h
     grad_base = grad_out.ptr + item.batch * grad_out.stride_b + group * HEADS * grad_out.stride_h
     lane = tl.arange(0, ROWS)
+    first, last = begin // ENTRIES * STEPS, tl.cdiv(stop, ENTRIES) * STEPS
     # The addresses of the next rows are known one step ahead, so that the copies in flight need not wait for them.
-    upcoming = tl.load(rows.queries + (first + lane) // HEADS, mask=first + lane < last, other=0)
-    grad_k = tl.zeros([COLUMNS, DEPTH], tl.float32)
-    grad_v = tl.zeros([COLUMNS, DEPTH], tl.float32)
-    for start in range(first, last, ROWS):
-        row = start + lane
-        live = row < last
+    upcoming = load_queries(rows.queries, first, begin, stop, C)
+    grad_k = tl.zeros([C.columns, DEPTH], tl.float32)
+    grad_v = tl.zeros([C.columns, DEPTH], tl.float32)
+    for step in range(first, last):
         query = upcoming.to(tl.int64)
-        # From `lane`, heads are known to the compiler, which saves much work on addresses, except where registers are
-        # short.
-        head = (lane if KNOWN_HEADS else row).to(tl.int64) % HEADS
-        upcoming = tl.load(rows.queries + (row + ROWS) // HEADS, mask=row + ROWS < last, other=0)
+        upcoming = load_queries(rows.queries, step + 1, begin, stop, C)
+        row = step * ROWS + lane
+        # With one step a tile, heads are known to the compiler.
+        inside = lane if STEPS == 1 else row % TILE_ROWS
+        entry = row // TILE_ROWS * ENTRIES + inside // HEADS
+        live = (inside < ENTRIES * HEADS) & (entry >= begin) & (entry < stop)
+        head = (inside % HEADS).to(tl.int64)
         q_rows = q_base + query * q.stride_s + head * q.stride_h
         grad_rows = grad_base + query * grad_out.stride_s + head * grad_out.stride_h
         mask = live[:, None] if HEAD_DIM == DEPTH else live[:, None] & (d < HEAD_DIM)[None, :]
         q_tile = tl.load(q_rows[:, None] + wide * q.stride_d, mask=mask, other=0.0)
         grad = tl.load(grad_rows[:, None] + wide * grad_out.stride_d, mask=mask, other=0.0)
-        lse2 = tl.load(rows.lse2 + row, mask=live, other=0.0)
+        lse2 = tl.load(rows.lse2 + row, mask=live, other=float("inf"))
         delta = tl.load(rows.delta + row, mask=live, other=0.0)
-        limit = tl.load(rows.limits + row // HEADS, mask=live, other=0)
-        grad_q, grad_k, grad_v = gradient_tile(
+        limit = tl.load(rows.limits + entry, mask=live, other=0)
+        grad_q, grad_k, grad_v, weights = gradient_tile(
             q_tile, grad, k_tile, v_tile, lse2, delta, limit, grad_k, grad_v, scale, C.offset, C.swap
         )
-        entry = start // HEADS
-        partial_q = partial.q + entry.to(tl.int64) * (HEADS * HEAD_DIM)
-        place = partial_place((row - entry * HEADS)[None, :], d[:, None], HEADS, HEAD_DIM, C.heads_inside)
+        if partial.teacher is not None:
+            keep_teacher(partial.teacher, weights, step, begin, stop, C, MEANS)
+        tile = step // STEPS
+        partial_q = partial.q + tile.to(tl.int64) * (TILE_ROWS * HEAD_DIM)
+        place = partial_place((row - tile * TILE_ROWS)[None, :], d[:, None], C)
         mask = live[None, :] if HEAD_DIM == DEPTH else live[None, :] & (d < HEAD_DIM)[:, None]
         if C.offset > 0:
             grad_q += tl.load(partial_q + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(partial_q + place, grad_q.to(partial.q.dtype.element_ty), mask=mask)
 
-    store_key_gradients(work, group, grad_k * scale, grad_v, C)
+    store_key_gradients(work, grad_k * scale, grad_v, C)
 
 
 @functools.lru_cache
-def gradient_constants(config: BackwardConfig, problem: Problem, heads_inside: bool) -> list[GradientConstants]:
+def gradient_constants(config: BackwardConfig, problem: Problem) -> list[GradientConstants]:
     """Constants of `gradient_kernel`, for each part of a block's keys."""
-    sizes = {**sizes_of(problem), "rows": config.rows, "columns": config.columns}
+    sizes = vars(tiles(problem, config))
     return [
-        GradientConstants(**sizes, swap=config.swap, heads_inside=heads_inside, offset=offset)
+        GradientConstants(**sizes, rows=config.rows, columns=config.columns, swap=config.swap, offset=offset)
         for offset in range(0, problem.block_size, config.columns)
     ]
 
@@ -167,9 +198,15 @@ def supports(problem: Problem, target: Target, config: BackwardConfig) -> bool:
     return True
 
 
-def puts_heads_inside(problem: Problem) -> bool:
-    """Whether a row's share of dQ lies with the heads innermost: as the products leave it, where that fills sectors."""
-    return problem.group_size % 8 == 0
+@functools.lru_cache
+def tiles(problem: Problem, config: BackwardConfig) -> TileSizes:
+    """The layout of rows: innermost in dQ, as the products leave them, where `reduce` still reads whole sectors."""
+    return TileSizes(**tile_sizes(problem, config.rows, problem.group_size % 8 == 0))
+
+
+def leaves_teacher(problem: Problem, config: BackwardConfig) -> bool:
+    """Whether the kernel can keep the teacher: a step has all rows of its entries."""
+    return problem.group_size <= config.rows
 
 
 def gradient_launches(
@@ -178,5 +215,5 @@ def gradient_launches(
     """The launches of `gradient_kernel`, but for their grid, `work` and scale: one per part of a block's keys."""
     arguments = {"grad_out": view(grad_out), "q": view(q), "k": view(k), "v": view(v)}
     options = Options(config.num_warps, config.num_stages)
-    constants = gradient_constants(config, problem, workspace.heads_inside)
+    constants = gradient_constants(config, problem)
     return [Launch(gradient_kernel, (0, 0, 0), arguments, {"C": part}, options) for part in constants]

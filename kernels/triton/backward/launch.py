@@ -7,7 +7,7 @@ Layouts: q, out, grad_out [B, Hq, Sq, D], k, v [B, Hkv, Sk, D], lse, grad_lse [B
 block_indices [B, Hkv, Sq, topk], or None for every visible block; sequences as in `flexmsa.kernels`. The gradients are
 contiguous. Programs do not accumulate into one result, so the results are the same bits every time.
 
-`statistics_kernel` computes delta. Then each token range (see `inverse_index`) takes four launches:
+`statistics_kernel` computes delta. Then each pass (see `work_items`) takes four launches:
 
 - `gather_kernel` writes, in the order of the lists, what each entry and its G rows need (`preprocess`);
 - `gradient_kernel`: one program owns one work item of a block's list, and computes its dK, dV and dQ (`gradient`, and
@@ -15,30 +15,35 @@ contiguous. Programs do not accumulate into one result, so the results are the s
 - `sum_items_kernel`: one program owns some keys of a block whose list has several work items, and adds them in order;
 - `sum_slots_kernel`: one program owns some heads of one token, and sums dQ over its top-k slots in order (`reduce`).
 
+The main kernel computes every probability again, and their mean over a group's heads is the index loss's teacher. Where
+the loss is wanted too, it leaves that mean to the launches of `loss`, which follow in the same pass.
+
 For E = B Hkv Sq topk entries and R = E G rows: 10 R block_size D FLOPs; 2 R D elements of q and dO are gathered, R D of
 dQ written and read again. At M3's shape and 128K tokens, bf16: 22 TFLOP, 28 ms, beside 68 + 69 GB, 32 ms, of which
 reading dQ, 8 ms, does not overlap with the products.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
 from ...problem import Problem
 from ...tuning import tuned_config
-from ...workspace import tokens_per_range
+from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.launch import choose
 from ..common.target import GLUON, target_of
 from ..common.tiles import tma_ready
-from ..loss.launch import index_loss
+from ..loss.launch import index_loss, run_pass
 from ..schedule.inverse_index import inverse_indexes
 from ..schedule.work_items import cut_into_items
 from . import gradient
 from .config import DEPENDS_ON, BackwardConfig, default_config
+from .index_loss import IndexBranch, bytes_per_slot, constants_of, prepare
 from .preprocess import gather_rows, row_statistics
 from .reduce import sum_items, sum_slots
-from .workspace import KeyGradients, Work, make_workspace
+from .workspace import KeyGradients, Work, entry_bytes, make_workspace
 
 # The first that supports a problem runs. Other versions of Triton may lack what the kernel in Gluon needs.
 GRADIENTS: tuple[Any, ...] = (gradient,)
@@ -46,6 +51,91 @@ if GLUON:
     from . import gradient_sm90
 
     GRADIENTS = (gradient_sm90, *GRADIENTS)
+
+
+class Inputs(NamedTuple):
+    """The main branch's backward: see the module's docstring."""
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    block_indices: Tensor | None
+    sequences: Tensor
+    block_size: int
+    scale: float
+
+    def problem(self, index_head_dim: int = 0) -> Problem:
+        """The Problem of the call."""
+        num_kv_heads, ids = self.k.shape[1], self.block_indices
+        return Problem(
+            num_kv_heads=num_kv_heads,
+            dtype=self.q.dtype,
+            group_size=self.q.shape[1] // num_kv_heads,
+            head_dim=self.q.shape[3],
+            index_head_dim=index_head_dim,
+            block_size=self.block_size,
+            topk=None if ids is None else ids.shape[3],
+            bulk_copies=all(map(tma_ready, (self.grad_out, self.q, self.k, self.v))),
+        )
+
+
+def find_gradients(
+    x: Inputs, problem: Problem, config: BackwardConfig, branch: IndexBranch | None
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v, and given `branch` those of index_q and index_k, and the loss."""
+    q, k, num_kv_heads, seqlen_k = x.q, x.k, problem.num_kv_heads, x.k.shape[2]
+    topk = problem.topk or triton.cdiv(seqlen_k, problem.block_size)
+    implementation = choose(GRADIENTS, problem, target_of(q.device), config)
+    sizes = implementation.tiles(problem, config)
+    bytes_per_entry = entry_bytes(problem, sizes, branch is not None)
+    if branch is not None:
+        loss_settings = constants_of(problem, sizes, q.device)
+        bytes_per_entry += bytes_per_slot(branch, loss_settings[1], config.length)
+    rows_per_token = topk * triton.cdiv(sizes.tile_rows, sizes.entries)
+    range_tokens = tokens_per_range(q.shape[0] * q.shape[2], topk * bytes_per_entry)
+    # Rows are numbered in 32 bits, up to two tiles past the last.
+    range_tokens = max(1, min(range_tokens, (2**31 - 1) // rows_per_token - 2 * sizes.tile_rows))
+
+    grad_q = q.new_empty(q.shape)
+    sums = KeyGradients(x.lse.new_zeros(k.shape), x.lse.new_zeros(k.shape), num_kv_heads, seqlen_k)
+    statistics = row_statistics(x.grad_out, x.grad_lse, x.out, x.lse, problem)
+    workspace = loss = None
+    for index in inverse_indexes(x.block_indices, x.sequences, q, k, problem.block_size, range_tokens):
+        items = cut_into_items(index, config.length)
+        tokens = index.num_tokens, index.range_tokens
+        per_pass = ranges_per_pass(num_kv_heads, *tokens, topk * bytes_per_entry, rows_per_token)
+        if workspace is None:
+            entries, slots = per_pass * items.num_entries, per_pass * items.num_slots
+            workspace = make_workspace(q, x.lse, x.sequences, sizes, entries, slots, branch is not None)
+            launches = implementation.gradient_launches(x.grad_out, q, k, x.v, workspace, problem, config)
+        if branch is not None:
+            assert workspace.partial.teacher is not None
+            inputs = branch, workspace.partial.teacher, index, items, per_pass, x.sequences
+            loss = prepare(*inputs, problem, *loss_settings)
+        for first in range(0, index.num_ranges, per_pass):
+            count = min(per_pass, index.num_ranges - first)
+            gather_rows(index, statistics, workspace, first, count, num_kv_heads)
+            group_ranges = index.num_ranges // num_kv_heads
+            work = Work(items, workspace.rows, workspace.partial, sums, first, group_ranges)
+            for launch in launches:
+                arguments = launch.arguments | {"work": work, "scale": x.scale}
+                launch._replace(grid=(items.num_items, count, 1), arguments=arguments).run()
+            sum_items(index, work, count, problem)
+            sum_slots(index, workspace, grad_q, first, count, num_kv_heads)
+            if loss is not None:
+                run_pass(loss.call, first, count)
+    main = grad_q, sums.k.to(k.dtype), sums.v.to(x.v.dtype)
+    return main if loss is None else (*main, *loss.results())
+
+
+def backward_config(problem: Problem, device: torch.device) -> BackwardConfig:
+    """The configuration for a problem on a device: the default, or what tuning found."""
+    target = target_of(device)
+    return tuned_config("backward", problem, target, default_config(problem, target), DEPENDS_ON)
 
 
 def block_sparse_attention_backward(
@@ -66,56 +156,12 @@ def block_sparse_attention_backward(
 
     `config` overrides the choice of tiles, for tests and tuning.
     """
-    num_kv_heads, seqlen_k = k.shape[1:3]
-    topk = triton.cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
-    sums = KeyGradients(lse.new_zeros(k.shape), lse.new_zeros(k.shape), num_kv_heads, seqlen_k)
-    if q.numel() * topk * seqlen_k == 0:
-        return q.new_zeros(q.shape), sums.k.to(k.dtype), sums.v.to(v.dtype)
-    grad_q = q.new_empty(q.shape)
-    target = target_of(q.device)
-    problem = Problem(
-        num_kv_heads=num_kv_heads,
-        dtype=q.dtype,
-        group_size=q.shape[1] // num_kv_heads,
-        head_dim=q.shape[3],
-        block_size=block_size,
-        bulk_copies=all(map(tma_ready, (grad_out, q, k, v))),
-    )
-    config = config or tuned_config("backward", problem, target, default_config(problem, target), DEPENDS_ON)
-    implementation = choose(GRADIENTS, problem, target, config)
-
-    range_tokens = backward_range(q, topk, problem, config)
-    num_entries = min(range_tokens, q.shape[0] * q.shape[2]) * topk
-    heads_inside = implementation.puts_heads_inside(problem)
-    workspace = make_workspace(q, lse, sequences, problem, num_entries, slots_of(num_entries, config), heads_inside)
-    statistics = row_statistics(grad_out, grad_lse, out, lse, problem)
-    launches = implementation.gradient_launches(grad_out, q, k, v, workspace, problem, config)
-    for index in inverse_indexes(block_indices, sequences, q, k, block_size, range_tokens):
-        items = cut_into_items(index, config.length)
-        per_group = index.num_ranges // num_kv_heads
-        for number in range(index.num_ranges):
-            group, first_token = number // per_group, number % per_group * index.range_tokens
-            num_tokens = min(index.range_tokens, index.num_tokens - first_token)
-            gather_rows(index, statistics, workspace, number, num_tokens * topk, problem)
-            work = Work(items, workspace.rows, workspace.partial, sums, number, group)
-            for launch in launches:
-                arguments = launch.arguments | {"work": work, "scale": scale}
-                launch._replace(grid=(items.num_items, 1, 1), arguments=arguments).run()
-            sum_items(index, work, problem)
-            sum_slots(workspace, grad_q, group, index.first_token + first_token, num_tokens, topk, problem)
-    return grad_q, sums.k.to(k.dtype), sums.v.to(v.dtype)
-
-
-def backward_range(q: Tensor, topk: int, problem: Problem, config: BackwardConfig) -> int:
-    """Tokens of a token range: as many as the workspace holds, with rows that are numbered in 32 bits."""
-    rows = topk * problem.group_size
-    tokens = tokens_per_range(q.shape[0] * q.shape[2], rows * problem.head_dim * problem.element_size)
-    return max(1, min(tokens, (2**31 - 1) // rows - 2 * config.rows))
-
-
-def slots_of(num_entries: int, config: BackwardConfig) -> int:
-    """Most slots of work items that the lists of a token range need: only lists of several work items have slots."""
-    return 2 * num_entries // config.length if num_entries > config.length else 0
+    x = Inputs(grad_out, grad_lse, q, k, v, out, lse, block_indices, sequences, block_size, scale)
+    problem = x.problem()
+    if q.numel() * k.numel() * (1 if block_indices is None else block_indices.shape[3]) == 0:
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    grad_q, grad_k, grad_v = find_gradients(x, problem, config or backward_config(problem, q.device), None)
+    return grad_q, grad_k, grad_v
 
 
 def attention_and_index_loss_backward(
@@ -134,12 +180,16 @@ def attention_and_index_loss_backward(
     block_size: int,
     scale: float,
     index_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, index_q and index_k, and the index loss, a scalar; grad_loss is a scalar tensor."""
-    main = block_sparse_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, block_indices, sequences, block_size, scale
-    )
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, index_q and index_k, and the index loss, a fp32 scalar; grad_loss is a scalar tensor."""
+    main = grad_out, grad_lse, q, k, v, out, lse, block_indices, sequences, block_size, scale
+    x = Inputs(*main)
+    problem = x.problem(index_q.shape[3])
+    config = backward_config(problem, q.device)
+    implementation = choose(GRADIENTS, problem, target_of(q.device), config)
+    if q.numel() * k.numel() * block_indices.shape[3] > 0 and implementation.leaves_teacher(problem, config):
+        return find_gradients(x, problem, config, IndexBranch(index_q, index_k, grad_loss, index_scale))
     branches = q, k, index_q, index_k, block_indices, lse, sequences
     loss, *unit_grads = index_loss(*branches, block_size, scale, index_scale, True)
     index = [(grad * grad_loss).to(x.dtype) for grad, x in zip(unit_grads, (index_q, index_k), strict=True)]
-    return *main, index[0], index[1], loss
+    return *block_sparse_attention_backward(*main), *index, loss

@@ -16,7 +16,7 @@ from ..common.launch import Launch, view
 from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LOG2_E
 from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
-from .workspace import Workspace
+from .workspace import TileSizes, Workspace, first_row
 
 
 class Statistics(NamedTuple):
@@ -83,22 +83,21 @@ def row_statistics(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: 
 
 
 @dataclass(frozen=True)
-class GatherConstants:
-    """Constants of `gather_kernel`; entries: per program; heads: G, padded."""
+class GatherConstants(TileSizes):
+    """Constants of `gather_kernel`; count: entries per program; heads: G, padded."""
 
-    group_size: int
-    entries: int
+    count: int
     heads: int
 
 
 @triton.jit
-def gather_kernel(index, statistics, rows, places_ptr, range_number, seqlen_q, num_kv_heads, C: tl.constexpr):
-    """Fill the GatheredRows and `Workspace.places` of a token range; program i owns C.entries entries of its lists."""
-    range_number = tl.cast(range_number, tl.int64)
+def gather_kernel(index, statistics, rows, places_ptr, first_range, seqlen_q, num_kv_heads, C: tl.constexpr):
+    """Fill the GatheredRows and `Workspace.places` of a pass; program (i, n) owns entries of range n."""
+    range_number = tl.cast(first_range + tl.program_id(1), tl.int64)
     first_list = range_number * index.num_blocks
     begin = tl.load(index.offsets + first_list)
     count = tl.load(index.offsets + first_list + index.num_blocks) - begin
-    place = tl.program_id(0).to(tl.int64) * C.entries + tl.arange(0, C.entries)
+    place = tl.program_id(0) * C.count + tl.arange(0, C.count)
     live = place < count
     entry = tl.load(index.entries + begin + place, mask=live, other=0)
     number = tl.load(index.numbers + entry, mask=live, other=0).to(tl.int64)
@@ -109,33 +108,36 @@ def gather_kernel(index, statistics, rows, places_ptr, range_number, seqlen_q, n
     token = tokens.first_token.to(tl.int32) + local // index.topk
     batch, query = (token // seqlen_q).to(tl.int64), token % seqlen_q
     limit = tl.minimum(block.stop_key, query + block.shift + 1) - block.first_key
+    origin = tl.program_id(1) * index.range_tokens * index.topk
+    place += origin
+    row = first_row(place, C)
     tl.store(rows.queries + place, query, mask=live)
     tl.store(rows.limits + place, limit, mask=live)
-    tl.store(places_ptr + local, place.to(tl.int32), mask=live)
+    tl.store(places_ptr + origin + local, row, mask=live)
 
     head = tl.arange(0, C.heads)[None, :]
     mask = live[:, None] & (head < C.group_size)
     source = (((batch * num_kv_heads + tokens.group) * seqlen_q + query) * C.group_size)[:, None] + head
-    row = place[:, None] * C.group_size + head
+    row = row[:, None] + head
     tl.store(rows.delta + row, tl.load(statistics.delta + source, mask=mask), mask=mask)
     tl.store(rows.lse2 + row, tl.load(statistics.lse2 + source, mask=mask), mask=mask)
 
 
 @functools.lru_cache
-def gather_constants(group_size: int) -> GatherConstants:
+def gather_constants(sizes: TileSizes) -> GatherConstants:
     """Constants of `gather_kernel`: a program gathers 1024 rows."""
-    heads = triton.next_power_of_2(group_size)
-    return GatherConstants(group_size, max(1, 1024 // heads), heads)
+    heads = triton.next_power_of_2(sizes.group_size)
+    return GatherConstants(**vars(sizes), count=max(1, 1024 // heads), heads=heads)
 
 
 def gather_rows(
-    index: InverseIndex, statistics: Statistics, workspace: Workspace, number: int, num_entries: int, problem: Problem
+    index: InverseIndex, statistics: Statistics, workspace: Workspace, first_range: int, count: int, num_kv_heads: int
 ) -> None:
-    """Fill the rows and places of the workspace for token range `number`, of at most `num_entries` entries."""
-    workspace.places.fill_(-1)
-    constants = gather_constants(problem.group_size)
+    """Fill the rows and places of the workspace for a pass of `count` token ranges."""
+    constants = gather_constants(workspace.sizes)
     read = {"index": index, "statistics": statistics}
     written = {"rows": workspace.rows, "places_ptr": workspace.places}
-    sizes = {"seqlen_q": statistics.delta.shape[2], "num_kv_heads": problem.num_kv_heads}
-    arguments = {**read, **written, "range_number": number, **sizes}
-    Launch(gather_kernel, (triton.cdiv(num_entries, constants.entries), 1, 1), arguments, {"C": constants}).run()
+    sizes = {"seqlen_q": statistics.delta.shape[2], "num_kv_heads": num_kv_heads}
+    arguments = {**read, **written, "first_range": first_range, **sizes}
+    grid = triton.cdiv(index.range_tokens * index.topk, constants.count), count, 1
+    Launch(gather_kernel, grid, arguments, {"C": constants}).run()

@@ -10,9 +10,9 @@ from torch import Tensor
 from ...problem import Problem
 from ..common.launch import Launch, Options
 from ..common.sizes import Sizes, sizes_of
-from ..schedule.inverse_index import InverseIndex, load_block
+from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
 from ..schedule.work_items import load_share
-from .workspace import Work, Workspace, partial_place
+from .workspace import TileSizes, Work, Workspace, partial_place
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,14 @@ class ItemConstants(Sizes):
 
 @triton.jit
 def sum_items_kernel(blocks_ptr, work, C: tl.constexpr):
-    """Add the work items of block program_id(0)'s list, if it has several, to C.keys of its keys' gradients."""
+    """Add the work items of a block's list, if it has several, to C.keys of its keys' gradients.
+
+    Program (block, i, n) owns keys of the list in range n of a pass.
+    """
     number = tl.program_id(0)
-    share, partial, sums = load_share(work.items, work.range_number, number), work.partial, work.sums
+    share = load_share(work.items, work.first_range, tl.program_id(2), number)
+    group = (work.first_range + tl.program_id(2)) // work.group_ranges
+    partial, sums = work.partial, work.sums
     if share.num_items == 0:
         return
     block = load_block(blocks_ptr, number)
@@ -34,7 +39,7 @@ def sum_items_kernel(blocks_ptr, work, C: tl.constexpr):
     d = tl.arange(0, C.depth)[None, :]
     mask = (block.first_key + key < block.stop_key) & (key < C.block_size) & (d < C.head_dim)
     tile = key * C.head_dim + d
-    place = ((block.batch * sums.num_kv_heads + work.group) * sums.seqlen_k + block.first_key) * C.head_dim + tile
+    place = ((block.batch * sums.num_kv_heads + group) * sums.seqlen_k + block.first_key) * C.head_dim + tile
     grad_k = tl.load(sums.k + place, mask=mask, other=0.0)
     grad_v = tl.load(sums.v + place, mask=mask, other=0.0)
     for item in tl.range(0, share.num_items, num_stages=4):
@@ -51,65 +56,65 @@ def item_constants(problem: Problem) -> ItemConstants:
     return ItemConstants(**sizes_of(problem), keys=16)
 
 
-def sum_items(index: InverseIndex, work: Work, problem: Problem) -> None:
-    """Add the partial dK and dV of a token range to the sums; nothing where no list can have several work items."""
-    if work.partial.k.shape[0] == 0:
+def sum_items(index: InverseIndex, work: Work, num_ranges: int, problem: Problem) -> None:
+    """Add the partial dK and dV of a pass to the sums; nothing where no list can have several work items."""
+    if work.items.num_slots == 0:
         return
     constants = item_constants(problem)
-    grid = index.num_blocks, triton.cdiv(problem.block_size, constants.keys), 1
+    grid = index.num_blocks, triton.cdiv(problem.block_size, constants.keys), num_ranges
     Launch(sum_items_kernel, grid, {"blocks_ptr": index.blocks, "work": work}, {"C": constants}).run()
 
 
 @dataclass(frozen=True)
-class SlotConstants(Sizes):
+class SlotConstants(TileSizes):
     """Constants of `sum_slots_kernel`; heads: per program."""
 
-    heads_inside: bool
     heads: int
 
 
 @triton.jit
 def sum_slots_kernel(
-    places_ptr, partial_q_ptr, grad_q_ptr, group, first_token, seqlen_q, num_kv_heads, topk, C: tl.constexpr
+    index, places_ptr, partial_q_ptr, grad_q_ptr, first_range, seqlen_q, num_kv_heads, topk, C: tl.constexpr
 ):
-    """grad_q [B, Hq, Sq, D] of C.heads heads of token first_token + program_id(0).
-
-    A top-k slot whose place is -1 belongs to no list, and adds nothing.
-    """
+    """grad_q [B, Hq, Sq, D]: program (t, i, n) owns C.heads heads of token t of range n of a pass."""
     HEADS: tl.constexpr = C.heads
     DEPTH: tl.constexpr = C.depth
+    tokens = find_token_range(index, first_range + tl.program_id(2), topk)
     local = tl.program_id(0).to(tl.int64)
+    if local >= tokens.num_tokens:
+        return
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     d = tl.arange(0, DEPTH)[None, :]
     mask = (head < C.group_size) & (d < C.head_dim)
-    offset = partial_place(head, d, C.group_size, C.head_dim, C.heads_inside)
+    numbers = index.numbers + tokens.first_entry + local * topk
+    places = places_ptr + (tl.program_id(2) * index.range_tokens + local) * topk
     grad_q = tl.zeros([HEADS, DEPTH], tl.float32)
     for slot in tl.range(0, topk, loop_unroll_factor=4):
-        place = tl.load(places_ptr + local * topk + slot).to(tl.int64)
-        partial = partial_q_ptr + place * (C.group_size * C.head_dim) + offset
-        grad_q += tl.load(partial, mask=mask & (place >= 0), other=0.0).to(tl.float32)
-    token = tl.cast(first_token, tl.int64) + local
+        # A slot that belongs to no list adds nothing.
+        used = tl.load(numbers + slot) < index.none
+        row = tl.load(places + slot, mask=used, other=0).to(tl.int64)
+        grad_q += tl.load(partial_q_ptr + partial_place(row + head, d, C), mask=mask & used, other=0.0).to(tl.float32)
+    token = tokens.first_token + local
     batch, query = token // seqlen_q, token % seqlen_q
-    row = ((batch * num_kv_heads + group) * C.group_size + head) * seqlen_q + query
+    row = ((batch * num_kv_heads + tokens.group) * C.group_size + head) * seqlen_q + query
     tl.store(grad_q_ptr + row * C.head_dim + d, grad_q.to(grad_q_ptr.dtype.element_ty), mask=mask)
 
 
 @functools.lru_cache
-def slot_constants(problem: Problem, heads_inside: bool) -> SlotConstants:
+def slot_constants(sizes: TileSizes) -> SlotConstants:
     """Constants of `sum_slots_kernel`: a program holds up to 2048 numbers, or the vector of one head."""
-    sizes = sizes_of(problem)
-    heads = min(triton.next_power_of_2(problem.group_size), max(1, 2048 // sizes["depth"]))
-    return SlotConstants(**sizes, heads_inside=heads_inside, heads=heads)
+    heads = min(triton.next_power_of_2(sizes.group_size), max(1, 2048 // sizes.depth))
+    return SlotConstants(**vars(sizes), heads=heads)
 
 
 def sum_slots(
-    workspace: Workspace, grad_q: Tensor, group: int, first_token: int, num_tokens: int, topk: int, problem: Problem
+    index: InverseIndex, workspace: Workspace, grad_q: Tensor, first_range: int, num_ranges: int, num_kv_heads: int
 ) -> None:
-    """Fill grad_q [B, Hq, Sq, D] of the heads of `group`, for num_tokens tokens of the flattened batch."""
-    constants = slot_constants(problem, workspace.heads_inside)
+    """Fill grad_q [B, Hq, Sq, D] of the tokens of a pass, for the heads of their group."""
+    constants = slot_constants(workspace.sizes)
     tensors = {"places_ptr": workspace.places, "partial_q_ptr": workspace.partial.q, "grad_q_ptr": grad_q}
-    sizes = {"seqlen_q": grad_q.shape[2], "num_kv_heads": problem.num_kv_heads, "topk": topk}
-    arguments = {**tensors, "group": group, "first_token": first_token, **sizes}
+    sizes = {"seqlen_q": grad_q.shape[2], "num_kv_heads": num_kv_heads, "topk": index.topk}
+    arguments = {"index": index, **tensors, "first_range": first_range, **sizes}
     options = Options(num_warps=max(1, min(8, constants.heads * constants.depth // 256)))
-    grid = num_tokens, triton.cdiv(problem.group_size, constants.heads), 1
+    grid = index.range_tokens, triton.cdiv(constants.group_size, constants.heads), num_ranges
     Launch(sum_slots_kernel, grid, arguments, {"C": constants}, options).run()

@@ -1,20 +1,27 @@
-"""What the backward's kernels hand to each other: rows in the order of the lists, partial results, and their layout."""
+"""What the backward's kernels hand to each other: rows in the order of the lists, partial results, and their layout.
+
+An entry has G query rows. They lie in *tiles*: a tile has the rows of `entries` neighbouring entries, and further rows
+that belong to none, up to the number of rows that the main kernel takes at a time, or a multiple of it.
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...problem import Problem
+from ..common.sizes import Sizes, sizes_of
+from ..loss.teacher import new_teacher
 
 
 class GatheredRows(NamedTuple):
-    """What a token range keeps of each entry and of its G query rows, in the order of the lists.
+    """What a pass keeps of each entry and of its rows.
 
     queries, limits: [entries] int32, the query of an entry, and how many keys of its block that query sees; delta,
-    lse2: [entries, G] fp32.
+    lse2: [tiles, tile_rows] fp32; lse2 is +inf in the rows that belong to no entry.
     """
 
     queries: Any
@@ -24,15 +31,17 @@ class GatheredRows(NamedTuple):
 
 
 class PartialResults(NamedTuple):
-    """Gradients that are still to be summed.
+    """Gradients that are still to be summed, and what the index loss takes from the main kernel.
 
-    q: [entries, G, D] in q's dtype, each row's own share of dQ, with heads innermost in some layouts (see
-    `partial_place`); k, v: [slots, block_size, D] fp32, the shares of the work items that have a slot.
+    q: [tiles, tile_rows, D] in q's dtype, each row's own share of dQ, with rows innermost in some layouts (see
+    `partial_place`); k, v: [slots, block_size, D] fp32, the shares of the work items that have a slot; teacher:
+    see `loss.teacher`, None if no loss is computed.
     """
 
     q: Any
     k: Any
     v: Any
+    teacher: Any
 
 
 class KeyGradients(NamedTuple):
@@ -45,56 +54,100 @@ class KeyGradients(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A token range for the kernels of dK and dV: its work items, number and group, and what they read and write."""
+    """A pass for the kernels of dK and dV: its work items, its first token range, and what they read and write.
+
+    group_ranges: token ranges per group.
+    """
 
     items: Any
     rows: Any
     partial: Any
     sums: Any
-    range_number: Any
-    group: Any
+    first_range: Any
+    group_ranges: Any
+
+
+@dataclass(frozen=True)
+class TileSizes(Sizes):
+    """Constants of every kernel that knows the layout of tiles.
+
+    entries, tile_rows: of a tile; teacher_rows: see `loss.teacher`; rows_inside: see `partial_place`.
+    """
+
+    entries: int
+    tile_rows: int
+    teacher_rows: int
+    rows_inside: bool
+
+
+def tile_sizes(problem: Problem, step_rows: int, rows_inside: bool) -> dict[str, Any]:
+    """The fields of TileSizes for a main kernel that takes step_rows rows at a time."""
+    entries = max(1, step_rows // problem.group_size)
+    return {
+        **sizes_of(problem),
+        "entries": entries,
+        "tile_rows": step_rows * triton.cdiv(problem.group_size, step_rows),
+        "teacher_rows": triton.next_power_of_2(entries),
+        "rows_inside": rows_inside,
+    }
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Memory that is used again by each token range.
+    """Memory that is used again by each pass.
 
-    places: [tokens, topk] int32, where in the order of the lists the entry of a top-k slot went, -1 if it belongs to no
-    list; heads_inside: partial.q has its heads innermost.
+    places: [tokens, topk] int32, the first row of the entry of a top-k slot; undefined if it belongs to no list.
     """
 
     rows: GatheredRows
     places: Tensor
     partial: PartialResults
-    heads_inside: bool
+    sizes: TileSizes
+
+
+def entry_bytes(problem: Problem, sizes: TileSizes, with_loss: bool) -> int:
+    """Bytes of partial results for each entry: its rows' shares of dQ, and its teacher."""
+    shares = sizes.tile_rows * problem.head_dim * problem.element_size
+    teacher = sizes.teacher_rows * problem.block_size * problem.element_size if with_loss else 0
+    return triton.cdiv(shares + teacher, sizes.entries)
 
 
 def make_workspace(
-    q: Tensor, lse: Tensor, sequences: Tensor, problem: Problem, num_entries: int, num_slots: int, heads_inside: bool
+    q: Tensor, lse: Tensor, sequences: Tensor, sizes: TileSizes, num_entries: int, num_slots: int, with_loss: bool
 ) -> Workspace:
-    """An uninitialised workspace for token ranges of `num_entries` entries and `num_slots` slots of work items."""
-    group_size, head_dim = problem.group_size, problem.head_dim
+    """An uninitialised workspace for passes of `num_entries` entries and `num_slots` slots of work items."""
+    num_tiles = triton.cdiv(num_entries, sizes.entries)
+    keys = num_slots, sizes.block_size, sizes.head_dim
+    teacher = new_teacher(q, num_tiles, sizes.teacher_rows, sizes.block_size) if with_loss else None
     return Workspace(
         GatheredRows(
             queries=sequences.new_empty(num_entries),
             limits=sequences.new_empty(num_entries),
-            delta=lse.new_empty(num_entries, group_size),
-            lse2=lse.new_empty(num_entries, group_size),
+            delta=lse.new_zeros(num_tiles, sizes.tile_rows),
+            # +inf makes every probability of a row 0.
+            lse2=lse.new_full((num_tiles, sizes.tile_rows), torch.inf),
         ),
-        places=sequences.new_empty(num_entries),
-        partial=PartialResults(
-            q=q.new_empty(num_entries, group_size, head_dim),
-            k=lse.new_empty(num_slots, problem.block_size, head_dim),
-            v=lse.new_empty(num_slots, problem.block_size, head_dim),
+        sequences.new_empty(num_entries),
+        PartialResults(
+            q=q.new_empty(num_tiles, sizes.tile_rows, sizes.head_dim),
+            k=lse.new_empty(keys),
+            v=lse.new_empty(keys),
+            teacher=teacher,
         ),
-        heads_inside=heads_inside,
+        sizes,
     )
 
 
 @triton.jit
-def partial_place(row, d, group_size: tl.constexpr, head_dim: tl.constexpr, heads_inside: tl.constexpr):
-    """Where element `d` of row `row` is kept in PartialResults.q; heads_inside: see `Workspace`."""
-    if heads_inside:
-        return row // group_size * (group_size * head_dim) + row % group_size + d * group_size
+def first_row(entry, C: tl.constexpr):
+    """The row of an entry's first head."""
+    return entry // C.entries * C.tile_rows + entry % C.entries * C.group_size
+
+
+@triton.jit
+def partial_place(row, d, C: tl.constexpr):
+    """Where element `d` of row `row` is kept in PartialResults.q."""
+    if C.rows_inside:
+        return row // C.tile_rows * (C.tile_rows * C.head_dim) + row % C.tile_rows + d * C.tile_rows
     else:
-        return row * head_dim + d
+        return row * C.head_dim + d

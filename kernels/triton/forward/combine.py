@@ -81,10 +81,10 @@ def combine_token(partial, numbers, first_row, results, out_row, none, topk, C: 
 
 
 @triton.jit
-def combine_kernel(partial, skip_ptr, results, index, range_number, C: tl.constexpr):
-    """`combine_token` for those of a token range's tokens whose skip is 0. Grid (tokens / C.tokens)."""
+def combine_kernel(partial, skip_ptr, results, index, first_range, C: tl.constexpr):
+    """`combine_token` for those of a pass's tokens whose skip is 0. Program (i, n) owns C.tokens tokens of range n."""
     await_previous(C.overlap)
-    token_range = find_token_range(index, range_number, C.topk)
+    token_range = find_token_range(index, first_range + tl.program_id(1), C.topk)
     # Tokens are counted from the index's first one.
     begin = (token_range.first_token - index.first_token).to(tl.int32)
     first, end = begin + tl.program_id(0) * C.tokens, begin + token_range.num_tokens.to(tl.int32)
@@ -98,7 +98,7 @@ def combine_kernel(partial, skip_ptr, results, index, range_number, C: tl.conste
                 batch, query = position // results.seqlen_q, position % results.seqlen_q
                 out_row = result_row(results, batch, token_range.group, 0, query, C.group_size)
                 slots = index.numbers + (token_range.group * index.num_tokens + token) * C.topk
-                first_row = (token - begin) * C.topk * C.group_size
+                first_row = (tl.program_id(1) * index.range_tokens + token - begin) * C.topk * C.group_size
                 combine_token(partial, slots, first_row, results, out_row, index.none, index.topk, C)
 
 
@@ -122,9 +122,9 @@ def combine_constants(problem: Problem, target: Target) -> CombineConstants:
 def launch(
     partial: Partial, index: InverseIndex, skip: torch.Tensor, results: Results, problem: Problem, target: Target
 ) -> Launch:
-    """The launch that fills the results of the first token range's tokens whose skip [Hkv, B*Sq] is 0."""
+    """The launch that fills the results of a pass's tokens whose skip [Hkv, B*Sq] is 0, but for its ranges."""
     constants = combine_constants(problem, target)
     grid = triton.cdiv(index.range_tokens, constants.tokens), 1, 1
     tensors = {"partial": partial, "skip_ptr": skip, "results": results}
-    arguments = {**tensors, "index": index, "range_number": 0}
+    arguments = {**tensors, "index": index, "first_range": 0}
     return Launch(combine_kernel, grid, arguments, {"C": constants}, Options(overlap=constants.overlap))

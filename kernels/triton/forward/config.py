@@ -65,7 +65,7 @@ def fits_query_major_sm90(problem: Problem, target: Target) -> bool:
 
 def fits_key_major_sm90(problem: Problem, target: Target) -> bool:
     """Whether `key_major_sm90` has tiles of this shape."""
-    return fits_gather_sm90(problem, target) and not problem.scaled
+    return fits_gather_sm90(problem, target) and problem.group_size in (8, 16, 32, 64) and not problem.scaled
 
 
 @functools.lru_cache

@@ -100,19 +100,20 @@ def store_rows(out_ptr, slot, out, normal, live, head_dim: tl.constexpr):
 
 @triton.jit
 def key_major_kernel(
-    q, keys, values, scales, pages, index, items, partial, range_number, seqlen_q, num_kv_heads, scale, C: tl.constexpr
+    q, keys, values, scales, pages, index, items, partial, first_range, seqlen_q, num_kv_heads, scale, C: tl.constexpr
 ):
-    """Fill the partial results of one work item; see `Partial`. Grid (work items)."""
+    """Fill the partial results of one work item; see `Partial`. Grid (work items, ranges of a pass)."""
     await_previous(C.overlap)
     ROWS: tl.constexpr = C.rows
     DEPTH: tl.constexpr = C.depth
     dtype: tl.constexpr = q.ptr.dtype.element_ty
-    item = load_item(items, range_number)
+    range_number = tl.program_id(1)
+    item = load_item(items, first_range, range_number)
     if item.begin >= item.stop:
         return
     keys, values = Vectors(keys, scales.k, scales.seqlen_k), Vectors(values, scales.v, scales.seqlen_k)
-    tokens = find_token_range(index, range_number, C.topk)
-    origin = tokens.first_entry
+    tokens = find_token_range(index, first_range + range_number, C.topk)
+    origin = find_token_range(index, first_range, C.topk).first_entry
     num_keys = item.stop_key - item.first_key
     if pages.table is None:
         place = Place(item.batch, item.first_key)
@@ -121,10 +122,10 @@ def key_major_kernel(
     k = load_vectors(keys, place, tokens.group, num_kv_heads, num_keys, dtype, C)
     v = load_vectors(values, place, tokens.group, num_kv_heads, num_keys, dtype, C)
     base = q.ptr + item.batch * q.stride_b + tokens.group * C.group_size * q.stride_h
-    entries_ptr = item_entries(index, range_number, item.begin)
+    entries_ptr = item_entries(index, items, first_range, range_number, item.begin)
     num_entries = item.stop - item.begin
     num_rows = num_entries * C.group_size
-    first_query = (tokens.first_token - item.batch * seqlen_q).to(tl.int32)
+    first_query = (tokens.first_token - item.batch * seqlen_q).to(tl.int32) - range_number * index.range_tokens
     seen_from = item.shift - item.first_key + 1
     # A step loads the rows of the next, whose entries were loaded a step before that.
     row = tl.cast(0, tl.int32)
@@ -191,13 +192,13 @@ def supports(problem: Problem, target: Target, config: ForwardConfig) -> bool:
 def launch(
     inputs: Inputs, index: InverseIndex, partial: Partial, problem: Problem, config: ForwardConfig, target: Target
 ) -> Launch:
-    """The launch that fills the partial results of the first token range."""
+    """The launch that fills the partial results of a pass, but for its ranges."""
     constants = key_major_constants(config, problem, target)
     cache, items = inputs.cache, cut_into_items(index, config.length)
     vectors = {"q": view(inputs.q), "keys": view(inputs.k), "values": view(inputs.v)}
     scales = Scales(cache.k_scale, cache.v_scale, inputs.k.shape[2])
     stored = {"scales": scales, "pages": pages_of(cache.page_table, inputs.k)}
-    work = {"index": index, "items": items, "partial": partial, "range_number": 0}
+    work = {"index": index, "items": items, "partial": partial, "first_range": 0}
     sizes = {"seqlen_q": inputs.q.shape[2], "num_kv_heads": problem.num_kv_heads, "scale": inputs.scale * LOG2_E.value}
     arguments = {**vectors, **stored, **work, **sizes}
     options = Options(config.num_warps, config.num_stages, config.max_registers, constants.overlap)

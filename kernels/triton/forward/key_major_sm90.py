@@ -65,11 +65,11 @@ class Barriers(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a launch works on: the index and its work items, a token range, and rows of the partial results in all."""
+    """What a launch works on: the index, its work items, a pass's first range, and the rows of all partial results."""
 
     index: Any
     items: Any
-    range_number: Any
+    first_range: Any
     seqlen_q: Any
     num_rows: Any
 
@@ -84,7 +84,7 @@ class ItemShape(Sizes):
 
 @gluon.jit
 def load_entry(entries_ptr, number, origin, last):
-    """Entry `number` of a work item, counted from the token range's first; beyond the last one, the last one."""
+    """Entry `number` of a work item, counted from the pass's first; beyond the last one, the last one."""
     return gl.cast(gl.load(entries_ptr + gl.minimum(number, last)) - origin, gl.int32)
 
 
@@ -93,21 +93,24 @@ def copy_queries(tensors, buffers, barriers, work, shape: gl.constexpr):
     """The copying warp's work: the block's keys and values, then the queries of every step."""
     ENTRIES: gl.constexpr = shape.entries
     HALVES: gl.constexpr = shape.halves
-    item = load_item(work.items, work.range_number)
-    tokens = find_token_range(work.index, work.range_number, shape.topk)
+    item = load_item(work.items, work.first_range, gl.program_id(1))
+    tokens = find_token_range(work.index, work.first_range + gl.program_id(1), shape.topk)
     group, batch = gl.cast(tokens.group, gl.int32), gl.cast(item.batch, gl.int32)
-    first_query = gl.cast(tokens.first_token - item.batch * work.seqlen_q, gl.int32)
+    origin = find_token_range(work.index, work.first_range, shape.topk).first_entry
+    # Entries are counted through the pass.
+    before = gl.program_id(1) * work.index.range_tokens
+    first_query = gl.cast(tokens.first_token - item.batch * work.seqlen_q, gl.int32) - before
     if item.begin < item.stop:
         at = [batch, group, item.first_key, 0]
         copy_block(tensors.k, tensors.v, at, barriers.keys_full, buffers.k, buffers.v)
-        entries_ptr = item_entries(work.index, work.range_number, item.begin)
+        entries_ptr = item_entries(work.index, work.items, work.first_range, gl.program_id(1), item.begin)
         last = item.stop - item.begin - 1
         for step in range((item.stop - item.begin + ENTRIES - 1) // ENTRIES):
             stage = step % STAGES
             # All before any copy is asked for, so that they are under way together.
             queries = ()
             for number in gl.static_range(ENTRIES):
-                entry = load_entry(entries_ptr, step * ENTRIES + number, tokens.first_entry, last)
+                entry = load_entry(entries_ptr, step * ENTRIES + number, origin, last)
                 queries += (first_query + entry // shape.topk,)  # type: ignore[assignment]
             mbarrier.wait(barriers.empty.index(stage), (step // STAGES & 1) ^ 1)
             full = barriers.full.index(stage)
@@ -120,9 +123,9 @@ def store_outputs(tensors, buffers, barriers, work, shape: gl.constexpr):
     """The storing warp's work: the partial outputs of every step."""
     ENTRIES: gl.constexpr = shape.entries
     HALVES: gl.constexpr = shape.halves
-    item = load_item(work.items, work.range_number)
-    origin = find_token_range(work.index, work.range_number, shape.topk).first_entry
-    entries_ptr = item_entries(work.index, work.range_number, item.begin)
+    item = load_item(work.items, work.first_range, gl.program_id(1))
+    origin = find_token_range(work.index, work.first_range, shape.topk).first_entry
+    entries_ptr = item_entries(work.index, work.items, work.first_range, gl.program_id(1), item.begin)
     last = item.stop - item.begin - 1
     for step in range((item.stop - item.begin + ENTRIES - 1) // ENTRIES):
         rows = ()
@@ -161,15 +164,17 @@ def attend_rows(buffers, barriers, work, lse_ptr, scale, shape: gl.constexpr):
     out_rows = buffers.out._reinterpret(dtype, [ROWS, HEAD_DIM], SIDE_BY_SIDE)
     k, v = buffers.k.reshape([BLOCK, HEAD_DIM]), buffers.v.reshape([BLOCK, HEAD_DIM])
     row = gl.arange(0, ROWS, gl.SliceLayout(1, scored))
-    item = load_item(work.items, work.range_number)
+    item = load_item(work.items, work.first_range, gl.program_id(1))
     if item.begin < item.stop:
-        tokens = find_token_range(work.index, work.range_number, shape.topk)
-        origin = tokens.first_entry
+        tokens = find_token_range(work.index, work.first_range + gl.program_id(1), shape.topk)
+        origin = find_token_range(work.index, work.first_range, shape.topk).first_entry
         num_keys = item.stop_key - item.first_key
-        entries_ptr = item_entries(work.index, work.range_number, item.begin)
+        entries_ptr = item_entries(work.index, work.items, work.first_range, gl.program_id(1), item.begin)
         last = item.stop - item.begin - 1
         # A query sees as many keys of the block as its number and this.
-        seen = gl.cast(tokens.first_token - item.batch * work.seqlen_q, gl.int32) + item.shift - item.first_key + 1
+        before = gl.program_id(1) * work.index.range_tokens
+        first_query = gl.cast(tokens.first_token - item.batch * work.seqlen_q, gl.int32) - before
+        seen = first_query + item.shift - item.first_key + 1
         mbarrier.wait(barriers.keys_full, 0)
         if num_keys < BLOCK:
             clear_rows(k, num_keys)
@@ -200,10 +205,10 @@ def attend_rows(buffers, barriers, work, lse_ptr, scale, shape: gl.constexpr):
 
 @gluon.jit
 def key_major_sm90_kernel(
-    q_boxes, k_boxes, v_boxes, out_boxes, index, items, lse_ptr, range_number, seqlen_q, num_rows, scale,
+    q_boxes, k_boxes, v_boxes, out_boxes, index, items, lse_ptr, first_range, seqlen_q, num_rows, scale,
     shape: gl.constexpr,
 ):  # fmt: skip
-    """Fill the partial results of one work item; see the module's docstring. Grid (work items)."""
+    """Fill the partial results of one work item; see the module's docstring. Grid (work items, ranges of a pass)."""
     dtype: gl.constexpr = k_boxes.dtype
     queries: gl.constexpr = [STAGES * shape.halves * shape.entries, 1, shape.group_size, 1, HALF]
     keys: gl.constexpr = [1, 1, shape.block_size, shape.head_dim]
@@ -219,7 +224,7 @@ def key_major_sm90_kernel(
     fence_async_shared()
     barriers = Barriers(keys_full.index(0), full, empty, out_full.index(0), out_empty.index(0))
     tensors = Boxes(q_boxes, k_boxes, v_boxes, out_boxes)
-    work = Work(index, items, range_number, seqlen_q, num_rows)
+    work = Work(index, items, first_range, seqlen_q, num_rows)
     gl.warp_specialize(
         [
             (attend_rows, (buffers, barriers, work, lse_ptr, scale, shape)),
@@ -240,7 +245,7 @@ def supports(problem: Problem, target: Target, config: ForwardConfig) -> bool:
 def launch(
     inputs: Inputs, index: InverseIndex, partial: Partial, problem: Problem, config: ForwardConfig, target: Target
 ) -> Launch:
-    """The launch that fills the partial results of the first token range; the scale is positive."""
+    """The launch that fills the partial results of a pass, but for its ranges; the scale is positive."""
     group_size, head_dim = problem.group_size, problem.head_dim
     keys = [1, 1, problem.block_size, head_dim]
     shape = ItemShape(**sizes_of(problem), entries=ROWS.value // group_size, halves=head_dim // HALF.value)
@@ -251,7 +256,7 @@ def launch(
         "v_boxes": shared_box(inputs.v, keys),
         "out_boxes": shared_box(partial.out.view(-1, head_dim), [group_size, HALF.value]),
     }
-    work = {"index": index, "items": items, "lse_ptr": partial.lse, "range_number": 0}
+    work = {"index": index, "items": items, "lse_ptr": partial.lse, "first_range": 0}
     sizes = {"seqlen_q": inputs.q.shape[2], "num_rows": partial.lse.numel(), "scale": inputs.scale * LOG2_E.value}
     arguments, options = {**boxes, **work, **sizes}, Options(4, max_registers=REGISTERS)
     return Launch(key_major_sm90_kernel, (items.num_items, 1, 1), arguments, {"shape": shape}, options)

@@ -15,7 +15,7 @@ import torch
 
 from ...problem import Problem
 from ...tuning import tuned_config
-from ...workspace import tokens_per_range
+from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.fp8 import Cache
 from ..common.launch import choose
 from ..common.records import capacity_of
@@ -66,9 +66,9 @@ def attend_key_major(
     assert problem.topk is not None and tiles.skip is not None
     q, batch = inputs.q, inputs.q.shape[0]
     rows = problem.topk * problem.group_size
-    range_tokens = tokens_per_range(batch * results.seqlen_q, rows * (problem.head_dim * problem.element_size + 4))
-    # Elements of a range's partial results are numbered in 32 bits.
-    range_tokens = max(1, min(range_tokens, (2**31 - 1) // (rows * problem.head_dim)))
+    # Elements of a pass's partial results are numbered in 32 bits.
+    bytes_per_token, numbers = rows * (problem.head_dim * problem.element_size + 4), rows * problem.head_dim
+    range_tokens = max(1, min(tokens_per_range(batch * results.seqlen_q, bytes_per_token), (2**31 - 1) // numbers))
     index = inverse_index(
         block_indices,
         inputs.sequences,
@@ -80,15 +80,19 @@ def attend_key_major(
         range_tokens=range_tokens,
         skip=tiles.skip,
     )
-    shape = index.range_tokens, problem.topk, problem.group_size
+    tokens = index.num_tokens, index.range_tokens
+    per_pass = ranges_per_pass(problem.num_kv_heads, *tokens, bytes_per_token, numbers)
+    shape = per_pass * index.range_tokens, problem.topk, problem.group_size
     partial = Partial(q.new_empty(*shape, problem.head_dim), results.lse.new_empty(shape))
     implementation = choose(KEY_MAJOR, problem, target, config)
     # Made once: a descriptor costs the host as much as a launch.
     attend = implementation.launch(inputs, index, partial, problem, config, target)
     join = combine.launch(partial, index, tiles.skip, results, problem, target)
-    for number in range(index.num_ranges):
+    for first in range(0, index.num_ranges, per_pass):
+        ranges = min(per_pass, index.num_ranges - first)
         for launch in (attend, join):
-            launch._replace(arguments=launch.arguments | {"range_number": number}).run()
+            grid = launch.grid[0], ranges, 1
+            launch._replace(grid=grid, arguments=launch.arguments | {"first_range": first}).run()
 
 
 def block_sparse_attention_forward(

@@ -30,9 +30,9 @@ class Results(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """Partial results of a token range: attention to one block for each top-k slot of each token, per head.
+    """Partial results of a pass: attention to one block for each top-k slot of each token, per head.
 
-    out [range_tokens, topk, G, D]: normalised; lse [range_tokens, topk, G] fp32: base 2.
+    out [tokens, topk, G, D]: normalised; lse [tokens, topk, G] fp32: base 2.
     """
 
     out: Any

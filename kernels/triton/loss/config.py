@@ -33,7 +33,7 @@ class LossConstants:
 
     head_dim, index_head_dim: D and Di; depth, index_depth: the same, padded; rows, columns, stages: of the
     configuration; parts: parts of `columns` keys per block; shares: (top-k slot, part) pairs that `index_lse_kernel`
-    reads at once.
+    reads at once; block_size, entries, teacher_rows: of the `teacher` that is given, 0 where there is none.
     """
 
     head_dim: int
@@ -45,6 +45,9 @@ class LossConstants:
     stages: int
     parts: int
     shares: int
+    block_size: int
+    entries: int = 0
+    teacher_rows: int = 0
 
 
 @functools.lru_cache
@@ -77,7 +80,7 @@ def candidates(problem: Problem, target: Target, config: LossConfig) -> Iterator
 
 
 @functools.lru_cache
-def loss_constants(config: LossConfig, problem: Problem) -> LossConstants:
+def loss_constants(config: LossConfig, problem: Problem, entries: int = 0, teacher_rows: int = 0) -> LossConstants:
     """Constants of the index loss's kernels; where every visible block is taken, topk grows with the length."""
     parts = triton.cdiv(problem.block_size, config.columns)
     return LossConstants(
@@ -90,4 +93,7 @@ def loss_constants(config: LossConfig, problem: Problem) -> LossConstants:
         stages=config.num_stages,
         parts=parts,
         shares=64 if problem.topk is None else min(64, triton.next_power_of_2(problem.topk * parts)),
+        block_size=problem.block_size,
+        entries=entries,
+        teacher_rows=teacher_rows,
     )

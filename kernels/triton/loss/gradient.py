@@ -1,9 +1,9 @@
 """The index loss's main kernel: the loss of one work item, and its gradients on the way.
 
-Program (i, part) owns work item i and one part of its block. It keeps its part of k and index_k, and takes the entries
-`rows` at a time: the teacher is summed over the heads in registers, by one product [rows, D] x [D, keys] per head, so
-that no group size wastes rows. It writes its loss and each entry's share of grad_index_q, and sums grad_index_k. See
-`launch` for the formulas and the cost.
+Program (i, part, n) owns work item i of range n of a pass, and one part of its block. It keeps its part of index_k, and
+takes the entries `rows` at a time. The teacher is given, or summed over the heads in registers: one product [rows, D] x
+[D, keys] per head, so that no group size wastes rows. The program writes its loss and each entry's share of
+grad_index_q, and sums grad_index_k. See `launch` for the formulas and the cost.
 """
 
 import triton
@@ -15,6 +15,7 @@ from ..common.tiles import load_tile
 from ..schedule.inverse_index import find_token_range
 from ..schedule.work_items import item_entries
 from .loads import LossCall, load_entries, load_part, load_rows
+from .teacher import load_teacher
 
 TINY = tl.constexpr(1.1754943508222875e-38)
 
@@ -53,14 +54,15 @@ def sum_teacher(q, q_base, lse_rows, k, query, group_size, scale, head_dim: tl.c
 
 
 @triton.jit
-def store_key_gradients(grad_k, part, gradients, seqlen_k, index_head_dim: tl.constexpr):
+def store_key_gradients(grad_k, part, gradients, sizes, index_head_dim: tl.constexpr):
     """Add grad_k [COLUMNS, DEPTH] to the gradient if the part's list has no other work item; else keep it apart."""
     column = tl.arange(0, grad_k.shape[0])
     depth = tl.arange(0, grad_k.shape[1])
     offsets = column[:, None] * index_head_dim + depth[None, :]
     inside = (column < part.stop_key - part.first_key)[:, None] & (depth < index_head_dim)[None, :]
     if part.slot < 0:
-        rows = gradients.grad_k + (part.batch * seqlen_k + part.first_key) * index_head_dim
+        row = (tl.program_id(2) * sizes.batch + part.batch) * sizes.seqlen_k + part.first_key
+        rows = gradients.grad_k + row * index_head_dim
         grad_k += tl.load(rows + offsets, mask=inside, other=0.0)
         tl.store(rows + offsets, grad_k, mask=inside)
     else:
@@ -69,29 +71,32 @@ def store_key_gradients(grad_k, part, gradients, seqlen_k, index_head_dim: tl.co
 
 
 @triton.jit
-def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, sizes, range_number, C: tl.constexpr):
+def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, sizes, first_range, C: tl.constexpr):
     """losses; partial_q without its factor; partial_k, or an addition to grad_k. Gradients may be None."""
     COLUMNS: tl.constexpr = C.columns
     ROWS: tl.constexpr = C.rows
     INDEX_DEPTH: tl.constexpr = C.index_depth
-    part = load_part(items, range_number, COLUMNS)
+    range_number = tl.program_id(2)
+    part = load_part(items, first_range, COLUMNS)
     if part.begin >= part.stop:
         return
-    tokens = find_token_range(index, range_number, index.topk)
-    q_base = q.ptr + part.batch * q.stride_b + tokens.group * sizes.group_size * q.stride_h
-    k_base = k.ptr + part.batch * k.stride_b + tokens.group * k.stride_h
+    first_entry = find_token_range(index, first_range, index.topk).first_entry
+    tokens = find_token_range(index, first_range + range_number, index.topk)
     x_base = index_q.ptr + part.batch * index_q.stride_b + tokens.group * index_q.stride_h
     y_base = index_k.ptr + part.batch * index_k.stride_b
     num_keys = part.stop_key - part.first_key
-    keys = load_tile(k_base, part.first_key, num_keys, k.stride_s, k.stride_d, COLUMNS, C.head_dim, C.depth)
     y = load_tile(
         y_base, part.first_key, num_keys, index_k.stride_s, index_k.stride_d, COLUMNS, C.index_head_dim, INDEX_DEPTH
     )
     precision: tl.constexpr = "ieee" if y.dtype == tl.float32 else "tf32"
-    query0 = (tokens.first_token - part.batch * sizes.seqlen_q).to(tl.int32)
-    entries_ptr = item_entries(index, range_number, part.begin)
+    if buffers.teacher is None:
+        q_base = q.ptr + part.batch * q.stride_b + tokens.group * sizes.group_size * q.stride_h
+        k_base = k.ptr + part.batch * k.stride_b + tokens.group * k.stride_h
+        keys = load_tile(k_base, part.first_key, num_keys, k.stride_s, k.stride_d, COLUMNS, C.head_dim, C.depth)
+        lse_base = buffers.lse + (part.batch * sizes.seqlen_q * sizes.num_kv_heads + tokens.group) * sizes.group_size
+    query0 = (tokens.first_token - part.batch * sizes.seqlen_q).to(tl.int32) - range_number * index.range_tokens
+    entries_ptr = item_entries(index, items, first_range, range_number, part.begin)
     num_entries = part.stop - part.begin
-    lse_base = buffers.lse + (part.batch * sizes.seqlen_q * sizes.num_kv_heads + tokens.group) * sizes.group_size
     lead = part.shift + 1 - part.first_key
     column = tl.arange(0, COLUMNS)
     depth = tl.arange(0, INDEX_DEPTH)
@@ -99,20 +104,24 @@ def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, 
     loss = tl.zeros([ROWS], tl.float32)
     for step in range(0, num_entries, ROWS):
         number = step + tl.arange(0, ROWS)
-        entry = load_entries(entries_ptr, number, num_entries, tokens.first_entry)
+        entry = load_entries(entries_ptr, number, num_entries, first_entry)
         query = query0 + entry // index.topk
         x = load_rows(x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, INDEX_DEPTH)
-        lse_rows = lse_base + query.to(tl.int64) * (sizes.num_kv_heads * sizes.group_size)
-        teacher = sum_teacher(q, q_base, lse_rows, keys, query, sizes.group_size, sizes.scale, C.head_dim, C.stages)
+        num_seen = tl.where(number < num_entries, tl.minimum(query + lead, num_keys), 0)
+        seen = column[None, :] < num_seen[:, None]
+        if buffers.teacher is None:
+            lse_rows = lse_base + query.to(tl.int64) * (sizes.num_kv_heads * sizes.group_size)
+            teacher = sum_teacher(q, q_base, lse_rows, keys, query, sizes.group_size, sizes.scale, C.head_dim, C.stages)
+            teacher = tl.where(seen, teacher * (1.0 / sizes.group_size), 0.0)
+        else:
+            key = tl.program_id(1) * COLUMNS + column
+            teacher = load_teacher(buffers.teacher, part.begin + number, key, seen, C)
         log_student = tl.zeros([ROWS, COLUMNS], tl.float32)
         # Always true. Without the branch Triton sees that this product feeds another, and gives each warp whole rows:
         # with 64 rows for 8 warps, half of the warps would repeat the work of the others.
         if step < num_entries:
             log_student = tl.dot(x, tl.trans(y), input_precision=precision)
         log_student = log_student * sizes.index_scale - tl.load(buffers.index_lse + entry // index.topk)[:, None]
-        num_seen = tl.where(number < num_entries, tl.minimum(query + lead, num_keys), 0)
-        seen = column[None, :] < num_seen[:, None]
-        teacher = tl.where(seen, teacher * (1.0 / sizes.group_size), 0.0)
         ratio = fast_log2(tl.maximum(teacher, TINY)) - log_student
         loss += tl.sum(tl.where(teacher > 0.0, teacher * ratio, 0.0), axis=1)
         if gradients is not None:
@@ -120,21 +129,22 @@ def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, 
             grad_k = tl.dot(tl.trans(grad_scores), x, grad_k, input_precision=precision)
             grad_q = tl.dot(grad_scores, y, input_precision=precision)
             # Loaded again, so that no registers are held for it over the loop of the teacher.
-            entry = tl.load(entries_ptr + number, mask=number < num_entries, other=tokens.first_entry)
-            share = (entry - tokens.first_entry) * tl.num_programs(1) + tl.program_id(1)
+            entry = tl.load(entries_ptr + number, mask=number < num_entries, other=first_entry)
+            share = (entry - first_entry) * tl.num_programs(1) + tl.program_id(1)
             place = gradients.partial_q + share[:, None] * C.index_head_dim + depth[None, :]
+            grad_q = grad_q.to(gradients.partial_q.dtype.element_ty)
             tl.store(place, grad_q, mask=(number < num_entries)[:, None] & (depth < C.index_head_dim)[None, :])
-    item = tl.cast(range_number, tl.int64) * items.num_items + tl.program_id(0)
+    item = tl.cast(first_range + range_number, tl.int64) * items.num_items + tl.program_id(0)
     tl.store(buffers.losses + item * tl.num_programs(1) + tl.program_id(1), tl.sum(loss, axis=0) * LN_2)
     if gradients is not None:
         # Loaded again, so that no registers are held for it in the loop.
-        part = load_part(items, range_number, COLUMNS)
-        store_key_gradients(grad_k * tl.load(gradients.unit), part, gradients, sizes.seqlen_k, C.index_head_dim)
+        part = load_part(items, first_range, COLUMNS)
+        store_key_gradients(grad_k * tl.load(gradients.unit), part, gradients, sizes, C.index_head_dim)
 
 
-def loss_and_gradients(x: LossCall, range_number: int) -> Launch:
-    """Fills the losses and partial gradients of one token range."""
-    grid = x.items.num_items, x.constants.parts, 1
-    arguments = x.arguments(index_loss_kernel, range_number)
+def loss_and_gradients(x: LossCall, first_range: int, num_ranges: int) -> Launch:
+    """Fills the losses and partial gradients of a pass."""
+    grid = x.items.num_items, x.constants.parts, num_ranges
+    arguments = x.arguments(index_loss_kernel, first_range)
     options = Options(x.config.num_warps, x.config.num_stages)
     return Launch(index_loss_kernel, grid, arguments, {"C": x.constants}, options)

@@ -10,7 +10,7 @@ For each query i and group, over the visible tokens j of its selected blocks, wi
 count: the (batch, group, query) that see a key. Layouts: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], index_q [B, Hkv, Sq, Di],
 index_k [B, 1, Sk, Di], any strides; the gradients fp32, contiguous, of the shapes of index_q and index_k.
 
-The kernels work on one token range of one group at a time (see `inverse_index`), in up to five launches:
+The kernels work in passes (see `work_items`), each of up to five launches:
 
 1. block_lse: a program owns a work item, and writes each entry's logsumexp over the item's block;
 2. index_lse: the logsumexp of each token, over its top-k slots (both in `student`);
@@ -18,84 +18,96 @@ The kernels work on one token range of one group at a time (see `inverse_index`)
 4. sum_items: adds up grad_index_k of the blocks whose lists have several work items;
 5. sum_slots: adds up grad_index_q of each token (both in `reduce`).
 
+The backward of the main branch leaves the teacher (see `teacher`), and runs the same launches without computing it.
+
 A block too large for the registers is cut into `parts` of `columns` keys, each with programs and partial results of its
 own. Every sum has a fixed order, and no two programs write one address: results repeat bit by bit.
 
 Cost for E entries (topk per token and group), block size n: 2 G D n E FLOPs for the teacher and 8 Di n E for the
 student, 4.4 + 1.1 TFLOP at 128K tokens of M3's shape, 7 ms at 783 TFLOP/s; the G n E exponentials take 5 ms more.
 Bytes, in bf16: 2 G D E of q gathered, 34 GB, 8 ms if none of it stays in L2; 2 * 2 Di E of index_q gathered twice, and
-2 * 4 Di E of partial results written and read back, 13 GB, 3 ms. 15 to 20 ms are expected. Memory beside inputs and
-outputs: the workspace, the inverse index, and a copy of lse.
+2 * 4 Di E of partial results written and read back, 13 GB, 3 ms. 15 to 20 ms are expected. With the teacher given:
+1.1 TFLOP, 1.5 ms, and 2 * 2 n E bytes of it, 2 * 2 Di E of index_q and 2 * 2 Di E of partial results in 16 bits, 13 GB,
+3 ms, about 5 ms in all. Memory beside inputs and outputs: the workspace, the inverse index, and a copy of lse.
 """
 
 import torch
 import triton
 
 from ...problem import Problem
-from ...sequences import Sequence
 from ...tuning import tuned_config
-from ...workspace import tokens_per_range
+from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.launch import View, view
 from ..common.softmax import LOG2_E
 from ..common.target import target_of
 from ..schedule.inverse_index import InverseIndex, inverse_indexes
-from ..schedule.work_items import cut_into_items
+from ..schedule.work_items import WorkItems, cut_into_items
 from .config import DEPENDS_ON, LossConfig, LossConstants, default_config, loss_constants
 from .gradient import loss_and_gradients
 from .loads import Buffers, Gradients, LossCall, Sizes
-from .reduce import sum_items, sum_slots
+from .reduce import loss_scale, sum_items, sum_slots
 from .student import block_lse, index_lse
 
 
-def slot_bytes(config: LossConfig, constants: LossConstants, with_grad: bool, index_groups: int) -> int:
-    """Bytes per top-k slot of a token: partial results, and the inverse index of `index_groups` groups.
+def slot_bytes(constants: LossConstants, length: int, size: int) -> int:
+    """Bytes of partial results per top-k slot of a token, with grad_index_q in `size` bytes, 0 without gradients.
 
-    At most two work items for every `length` entries keep a grad_index_k; the index is counted with the memory that
-    sorting it takes.
+    At most two work items for every `length` entries keep a grad_index_k.
     """
-    partial = 4 * constants.parts
-    if with_grad:
-        per_entry = constants.parts * constants.index_head_dim
-        partial += 4 * per_entry * (config.length + 2 * config.columns) // config.length
-    return partial + 32 * index_groups
+    shares = 4 + size * constants.index_head_dim
+    keys = 8 * constants.columns * constants.index_head_dim // length if size else 0
+    return constants.parts * (shares + keys)
 
 
-def add_losses(
-    index: InverseIndex,
-    views: tuple[View, View, View, View],
-    lse_rows: torch.Tensor,
+def loss_config(problem: Problem, device: torch.device) -> LossConfig:
+    """The configuration for a problem on a device: the default, or what tuning found."""
+    target = target_of(device)
+    return tuned_config("loss", problem, target, default_config(problem, target), DEPENDS_ON)
+
+
+def make_call(
+    views: tuple[View | None, View | None, View, View],
+    teacher: torch.Tensor | None,
+    lse: torch.Tensor | None,
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    index: InverseIndex,
+    items: WorkItems,
+    num_ranges: int,
     sizes: Sizes,
     config: LossConfig,
     constants: LossConstants,
-) -> torch.Tensor:
-    """The loss of each work item of an index; fills grad_q for the tokens of the index, and adds to grad_k.
+) -> LossCall:
+    """The call for the passes of an index, of up to num_ranges token ranges each, with partial results of its own.
 
-    views: of q, k, index_q and index_k; outputs: unit, grad_q and grad_k, or None without gradients.
+    views: of q, k, index_q and index_k; teacher, lse: see `Buffers`; outputs: unit, grad_q and grad_k of `Gradients`,
+    or None without gradients.
     """
-    topk, range_tokens, parts = index.topk, index.range_tokens, constants.parts
-    items = cut_into_items(index, config.length)
-    losses = lse_rows.new_zeros(index.num_ranges, items.num_items, parts)
-    partial_lse, index_lse_rows = lse_rows.new_empty(range_tokens, topk, parts), lse_rows.new_empty(range_tokens)
-    gradients, num_slots = None, 0
+    tokens, parts, blocks = num_ranges * index.range_tokens, constants.parts, index.blocks
+    gradients = None
     if outputs is not None:
-        num_slots = min(items.num_items, 2 * (range_tokens * topk // config.length))
-        gradients = Gradients(
-            *outputs,
-            partial_q=lse_rows.new_empty(range_tokens, topk, parts, constants.index_head_dim),
-            partial_k=lse_rows.new_empty(num_slots, parts, constants.columns, constants.index_head_dim),
-        )
-    buffers = Buffers(lse_rows, partial_lse, index_lse_rows, losses)
-    x = LossCall(*views, buffers, index, items, gradients, sizes, config, constants)
-    for number in range(index.num_ranges):
-        block_lse(x, number).run()
-        index_lse(x, number).run()
-        loss_and_gradients(x, number).run()
-        if gradients is not None:
-            if num_slots > 0:
-                sum_items(x, number).run()
-            sum_slots(x, number).run()
-    return losses
+        keys = num_ranges * items.num_slots, parts, constants.columns, constants.index_head_dim
+        queries = tokens, index.topk, parts, constants.index_head_dim
+        partial_k = blocks.new_empty(keys, dtype=torch.float32)
+        gradients = Gradients(*outputs, outputs[1].new_empty(queries), partial_k)
+    buffers = Buffers(
+        lse,
+        teacher,
+        partial_lse=blocks.new_empty((tokens, index.topk, parts), dtype=torch.float32),
+        index_lse=blocks.new_empty(tokens, dtype=torch.float32),
+        losses=blocks.new_zeros((index.num_ranges, items.num_items, parts), dtype=torch.float32),
+    )
+    return LossCall(*views, buffers, index, items, gradients, sizes, config, constants)
+
+
+def run_pass(x: LossCall, first_range: int, num_ranges: int) -> None:
+    """Compute the losses of a pass; fill grad_q of its tokens, and add to grad_k."""
+    block_lse(x, first_range, num_ranges).run()
+    index_lse(x, first_range, num_ranges).run()
+    loss_and_gradients(x, first_range, num_ranges).run()
+    if x.gradients is not None:
+        if x.items.num_slots > 0:
+            sum_items(x, first_range, num_ranges).run()
+        sum_slots(x, first_range, num_ranges).run()
 
 
 def index_loss(
@@ -120,12 +132,11 @@ def index_loss(
     """
     loss = torch.zeros((), dtype=torch.float64, device=q.device)
     grad_q = torch.zeros(index_q.shape if with_grad else 0, dtype=torch.float32, device=q.device)
-    grad_k = torch.zeros(index_k.shape if with_grad else 0, dtype=torch.float32, device=q.device)
     batch, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads, seqlen_k = k.shape[1:3]
     topk = triton.cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
     if q.numel() == 0 or topk == 0 or seqlen_k == 0:
-        return loss.float(), grad_q, grad_k
+        return loss.float(), grad_q, torch.zeros_like(index_k if with_grad else grad_q, dtype=torch.float32)
     problem = Problem(
         num_kv_heads,
         q.dtype,
@@ -135,21 +146,26 @@ def index_loss(
         block_size=block_size,
         topk=None if block_indices is None else topk,
     )
-    target = target_of(q.device)
-    config = config or tuned_config("loss", problem, target, default_config(problem, target), DEPENDS_ON)
+    config = config or loss_config(problem, q.device)
     constants = loss_constants(config, problem)
-    table = Sequence(*sequences.unbind(1))
-    with_keys = (table.k_end - table.k_start).minimum(table.q_end - table.q_start).clamp(min=0)
-    count = (with_keys.sum() * num_kv_heads).clamp(min=1)
-    unit = (index_scale / count).float()
-    lse_rows = lse.transpose(1, 2).contiguous()
-    index_groups = num_kv_heads if block_indices is None else 0
-    range_tokens = tokens_per_range(batch * seqlen_q, topk * slot_bytes(config, constants, with_grad, index_groups))
-    outputs = (unit, grad_q, grad_k) if with_grad else None
+    mean = loss_scale(sequences, None, num_kv_heads, index_scale)
+    # The inverse index of all tokens, with the memory that sorting it takes, is there whatever the range.
+    index_bytes = 32 * num_kv_heads if block_indices is not None else 0
+    bytes_per_token = topk * (slot_bytes(constants, config.length, 4 if with_grad else 0) + index_bytes)
+    range_tokens = tokens_per_range(batch * seqlen_q, bytes_per_token)
     scales = scale * LOG2_E.value, index_scale * LOG2_E.value
-    sizes = Sizes(num_kv_heads, problem.group_size, seqlen_q, seqlen_k, *scales)
-    views = view(q), view(k), view(index_q), view(index_k)
+    sizes = Sizes(batch, num_kv_heads, problem.group_size, seqlen_q, seqlen_k, *scales)
+    views, lse_rows = (view(q), view(k), view(index_q), view(index_k)), lse.transpose(1, 2).contiguous()
+    key_grads = grad_q
     for index in inverse_indexes(block_indices, sequences, q, k, block_size, range_tokens):
-        losses = add_losses(index, views, lse_rows, outputs, sizes, config, constants)
-        loss += losses.sum(dtype=torch.float64)
-    return (loss / count).float(), grad_q, grad_k
+        items = cut_into_items(index, config.length)
+        tokens = index.num_tokens, index.range_tokens
+        per_pass = ranges_per_pass(num_kv_heads, *tokens, bytes_per_token, topk * constants.parts)
+        if with_grad and key_grads is grad_q:
+            key_grads = index_k.new_zeros((per_pass, *index_k.shape), dtype=torch.float32)
+        outputs = (mean.unit, grad_q, key_grads) if with_grad else None
+        x = make_call(views, None, lse_rows, outputs, index, items, per_pass, sizes, config, constants)
+        for first in range(0, index.num_ranges, per_pass):
+            run_pass(x, first, min(per_pass, index.num_ranges - first))
+        loss += x.buffers.losses.sum(dtype=torch.float64)
+    return (loss / mean.number).float(), grad_q, key_grads.sum(0) if with_grad else key_grads

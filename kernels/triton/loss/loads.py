@@ -14,8 +14,9 @@ from .config import LossConfig, LossConstants
 
 
 class Sizes(NamedTuple):
-    """Hkv, G, Sq, Sk, and the scales in base 2: numbers that the kernels take at run time."""
+    """B, Hkv, G, Sq, Sk, and the scales in base 2: numbers that the kernels take at run time."""
 
+    batch: int
     num_kv_heads: int
     group_size: int
     seqlen_q: int
@@ -25,23 +26,25 @@ class Sizes(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """fp32 and contiguous: what the kernels of a token range read and write beside the gradients.
+    """Contiguous: what the kernels of a pass read and write beside the gradients; fp32 but for the teacher.
 
-    lse [B*Sq, Hq]: the main branch's, natural; partial_lse [entry of the token range, part] and index_lse [token of the
-    range]: the student's, base 2; losses [token range, item, part].
+    lse [B*Sq, Hq]: the main branch's, natural, or else teacher, see there; partial_lse [entry of the pass, part] and
+    index_lse [token of the pass]: the student's, base 2; losses [token range, item, part].
     """
 
-    lse: torch.Tensor
+    lse: torch.Tensor | None
+    teacher: torch.Tensor | None
     partial_lse: torch.Tensor
     index_lse: torch.Tensor
     losses: torch.Tensor
 
 
 class Gradients(NamedTuple):
-    """Where gradients go, all fp32 and contiguous; None stands for a call without gradients.
+    """Where gradients go, all contiguous; None stands for a call without gradients.
 
-    unit: their factor, index_scale / count; grad_q [B, Hkv, Sq, Di], grad_k [B, 1, Sk, Di]; partial_q
-    [entry of the token range, part, Di]; partial_k [slot of the work items, part, columns, Di].
+    unit: their factor, fp32; grad_q [B, Hkv, Sq, Di] and partial_q [entry of the pass, part, Di], of one dtype; grad_k
+    [range of a pass, B, Sk, Di], since groups share index keys, and partial_k [slot of the work items, part, columns,
+    Di], fp32.
     """
 
     unit: torch.Tensor
@@ -53,10 +56,13 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class LossCall:
-    """The arguments of the kernels for one index, with config and constants; gradients: None for the loss alone."""
+    """The arguments of the kernels for one index, with config and constants.
 
-    q: View
-    k: View
+    q, k: None where the teacher is given; gradients: None for the loss alone.
+    """
+
+    q: View | None
+    k: View | None
     index_q: View
     index_k: View
     buffers: Buffers
@@ -67,16 +73,19 @@ class LossCall:
     config: LossConfig
     constants: LossConstants
 
-    def arguments(self, kernel: Any, range_number: int) -> dict[str, Any]:
-        """The arguments of a kernel for a token range, by the names of its parameters."""
+    def arguments(self, kernel: Any, first_range: int) -> dict[str, Any]:
+        """The arguments of a kernel for the pass that begins with first_range, by the names of its parameters."""
         fields = vars(self)
-        return {name: fields[name] for name in kernel.arg_names if name in fields} | {"range_number": range_number}
+        return {name: fields[name] for name in kernel.arg_names if name in fields} | {"first_range": first_range}
 
 
 @triton.jit
-def load_part(items, range_number, columns: tl.constexpr):
-    """WorkItem program_id(0), but with the keys of part program_id(1) of its block; a part past the end has none."""
-    item = load_item(items, range_number)
+def load_part(items, first_range, columns: tl.constexpr):
+    """WorkItem program_id(0) of range program_id(2) of a pass, but with the keys of part program_id(1) of its block.
+
+    A part past the end has none.
+    """
+    item = load_item(items, first_range, tl.program_id(2))
     first_key = item.first_key + tl.program_id(1) * columns
     stop_key = tl.minimum(item.stop_key, first_key + columns)
     return WorkItem(item.batch, first_key, stop_key, item.shift, item.begin, item.stop, item.slot, item.block)
@@ -95,7 +104,7 @@ def load_rows(base, query, stride_s, stride_d, head_dim: tl.constexpr, depth: tl
 
 @triton.jit
 def load_entries(entries_ptr, number, num_entries, first_entry):
-    """Entries `number` of a work item, counted from the token range's first, int32; past its end, the last again."""
+    """Entries `number` of a work item, counted from the pass's first, int32; past its end, the last again."""
     place = entries_ptr + tl.minimum(number, num_entries - 1)
     # The low halves suffice, because the difference fits.
     return tl.load(place).to(tl.int32) - first_entry.to(tl.int32)

@@ -1,7 +1,7 @@
 """The student's logsumexp, which `gradient` takes as given: of each entry's block, then of each token.
 
-Program (i, part) of `block_lse_kernel` owns work item i and one part of its block, program i of `index_lse_kernel` some
-tokens of the token range. See `launch` for the formulas.
+Program (i, part, n) of `block_lse_kernel` owns work item i of range n of a pass, and one part of its block; program
+(i, n) of `index_lse_kernel` owns some tokens of the range. See `launch` for the formulas.
 """
 
 import triton
@@ -15,12 +15,14 @@ from .loads import LossCall, load_entries, load_part, load_rows
 
 
 @triton.jit
-def block_lse_kernel(index_q, index_k, buffers, index, items, sizes, range_number, C: tl.constexpr):
+def block_lse_kernel(index_q, index_k, buffers, index, items, sizes, first_range, C: tl.constexpr):
     """partial_lse [entry, part] of the student's scores, base 2."""
-    part = load_part(items, range_number, C.columns)
+    number = tl.program_id(2)
+    part = load_part(items, first_range, C.columns)
     if part.begin >= part.stop:
         return
-    tokens = find_token_range(index, range_number, index.topk)
+    first_entry = find_token_range(index, first_range, index.topk).first_entry
+    tokens = find_token_range(index, first_range + number, index.topk)
     x_base = index_q.ptr + part.batch * index_q.stride_b + tokens.group * index_q.stride_h
     y_base = index_k.ptr + part.batch * index_k.stride_b
     num_keys = part.stop_key - part.first_key
@@ -28,13 +30,13 @@ def block_lse_kernel(index_q, index_k, buffers, index, items, sizes, range_numbe
         y_base, part.first_key, num_keys, index_k.stride_s, index_k.stride_d, C.columns, C.index_head_dim, C.index_depth
     )
     precision: tl.constexpr = "ieee" if y.dtype == tl.float32 else "tf32"
-    query0 = (tokens.first_token - part.batch * sizes.seqlen_q).to(tl.int32)
-    entries_ptr = item_entries(index, range_number, part.begin)
+    query0 = (tokens.first_token - part.batch * sizes.seqlen_q).to(tl.int32) - number * index.range_tokens
+    entries_ptr = item_entries(index, items, first_range, number, part.begin)
     num_entries = part.stop - part.begin
     key = part.first_key + tl.arange(0, C.columns)
     for step in range(0, num_entries, C.rows):
-        number = step + tl.arange(0, C.rows)
-        entry = load_entries(entries_ptr, number, num_entries, tokens.first_entry)
+        row = step + tl.arange(0, C.rows)
+        entry = load_entries(entries_ptr, row, num_entries, first_entry)
         query = query0 + entry // index.topk
         x = load_rows(x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, C.index_depth)
         scores = tl.dot(x, tl.trans(y), input_precision=precision) * sizes.index_scale
@@ -44,16 +46,17 @@ def block_lse_kernel(index_q, index_k, buffers, index, items, sizes, range_numbe
         offset = tl.where(largest == float("-inf"), 0.0, largest)
         lse = offset + tl.log2(tl.sum(tl.exp2(scores - offset[:, None]), axis=1))
         share = entry.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(buffers.partial_lse + share, lse, mask=number < num_entries)
+        tl.store(buffers.partial_lse + share, lse, mask=row < num_entries)
 
 
 @triton.jit
-def index_lse_kernel(buffers, index, range_number, C: tl.constexpr, rows: tl.constexpr):
-    """index_lse [token of the range], base 2: the logsumexp of partial_lse [token of the range, slot, part].
+def index_lse_kernel(buffers, index, first_range, C: tl.constexpr, rows: tl.constexpr):
+    """index_lse [token of the pass], base 2: the logsumexp of partial_lse [token of the pass, slot, part].
 
     A program owns `rows` tokens.
     """
-    tokens = find_token_range(index, range_number, index.topk)
+    tokens = find_token_range(index, first_range + tl.program_id(1), index.topk)
+    first_row = tl.program_id(1) * index.range_tokens
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     live = row < tokens.num_tokens
     largest = tl.full([rows], float("-inf"), tl.float32)
@@ -63,25 +66,25 @@ def index_lse_kernel(buffers, index, range_number, C: tl.constexpr, rows: tl.con
         inside = live[:, None] & (share < index.topk * C.parts)[None, :]
         entry = row[:, None] * index.topk + (share // C.parts)[None, :]
         used = tl.load(index.numbers + tokens.first_entry + entry, mask=inside, other=index.none) < index.none
-        place = buffers.partial_lse + entry * C.parts + (share % C.parts)[None, :]
+        place = buffers.partial_lse + (first_row * index.topk + entry) * C.parts + (share % C.parts)[None, :]
         lse = tl.load(place, mask=used, other=float("-inf"))
         new_largest = tl.maximum(largest, tl.max(lse, axis=1))
         offset = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         total = total * tl.exp2(largest - offset) + tl.sum(tl.exp2(lse - offset[:, None]), axis=1)
         largest = new_largest
-    tl.store(buffers.index_lse + row, largest + tl.log2(total), mask=live)
+    tl.store(buffers.index_lse + first_row + row, largest + tl.log2(total), mask=live)
 
 
-def block_lse(x: LossCall, range_number: int) -> Launch:
-    """Fills partial_lse for one token range."""
-    grid = x.items.num_items, x.constants.parts, 1
-    arguments = x.arguments(block_lse_kernel, range_number)
+def block_lse(x: LossCall, first_range: int, num_ranges: int) -> Launch:
+    """Fills partial_lse for a pass."""
+    grid = x.items.num_items, x.constants.parts, num_ranges
+    arguments = x.arguments(block_lse_kernel, first_range)
     return Launch(block_lse_kernel, grid, arguments, {"C": x.constants}, Options(4, x.config.num_stages))
 
 
-def index_lse(x: LossCall, range_number: int) -> Launch:
-    """Fills index_lse for one token range from its partial_lse."""
+def index_lse(x: LossCall, first_range: int, num_ranges: int) -> Launch:
+    """Fills index_lse for a pass from its partial_lse."""
     rows = max(16, 1024 // x.constants.shares)
-    grid = triton.cdiv(x.index.range_tokens, rows), 1, 1
-    arguments = x.arguments(index_lse_kernel, range_number)
+    grid = triton.cdiv(x.index.range_tokens, rows), num_ranges, 1
+    arguments = x.arguments(index_lse_kernel, first_range)
     return Launch(index_lse_kernel, grid, arguments, {"C": x.constants, "rows": rows})

@@ -2,6 +2,9 @@
 
 Many programs so work on a block that every query chose. Launches are sized by upper bounds, and programs beyond the
 last work item return at once.
+
+A *pass* is one round of launches: it works on several neighbouring token ranges at once, if each group is one range and
+the workspace has room for several. Entries, tokens and slots are counted from the first of the pass.
 """
 
 from typing import Any, NamedTuple
@@ -20,9 +23,8 @@ CHUNK = tl.constexpr(1024)
 class WorkItem(NamedTuple):
     """A part of a list: its block (fields of `inverse_index.Block` and its number), its entries, and its slot.
 
-    begin, stop: the first entry and the last entry + 1, counted from the first of the token range; an item that is not
-    there has none. slot: where the item keeps partial results, -1 if its list has no other item. batch and slot are
-    int64.
+    begin, stop: the first entry and the last entry + 1, in the order of the lists; an item that is not there has none.
+    slot: where the item keeps partial results, -1 if its list has no other item. batch and slot are int64.
     """
 
     batch: Any
@@ -43,11 +45,10 @@ class Share(NamedTuple):
 
 
 class WorkItems(NamedTuple):
-    """Made by `cut_into_items`, and taken by kernels as it is; num_items: per token range.
+    """Made by `cut_into_items`, and taken by kernels as it is; num_items, num_slots, num_entries: per token range.
 
-    table: [num_ranges, num_items, 8] int32, a `WorkItem` each. Items of a list are neighbours; a list's only item has
-    slot -1, and the slots of others count through the token range, so that they name places in a workspace. Rows past
-    the last item have no entries.
+    table: [num_ranges, num_items, 8] int32, a `WorkItem` each, counted from its token range's first entry and slot.
+    Items of a list are neighbours; a list's only item has slot -1. Rows past the last item have no entries.
     shares: [num_ranges, num_blocks, 2] int32, the `Share` of each list.
     """
 
@@ -55,20 +56,26 @@ class WorkItems(NamedTuple):
     shares: torch.Tensor
     num_items: int
     num_blocks: int
+    num_slots: int
+    num_entries: int
 
 
 @triton.jit
-def load_item(items, range_number):
-    """The WorkItem program_id(0) of a token range. To load it again is cheaper than to keep it over a loop."""
-    row = items.table + (tl.cast(range_number, tl.int64) * items.num_items + tl.program_id(0)) * 8
+def load_item(items, first_range, number):
+    """The WorkItem program_id(0) of token range `number` of a pass that begins with first_range.
+
+    To load it again is cheaper than to keep it over a loop.
+    """
+    row = items.table + (tl.cast(first_range + number, tl.int64) * items.num_items + tl.program_id(0)) * 8
+    slot = tl.load(row + 6).to(tl.int64)
     return WorkItem(
         tl.load(row).to(tl.int64),
         tl.load(row + 1),
         tl.load(row + 2),
         tl.load(row + 3),
-        tl.load(row + 4),
-        tl.load(row + 5),
-        tl.load(row + 6).to(tl.int64),
+        tl.load(row + 4) + number * items.num_entries,
+        tl.load(row + 5) + number * items.num_entries,
+        slot + tl.where(slot < 0, 0, number * items.num_slots),
         tl.load(row + 7),
     )
 
@@ -87,10 +94,10 @@ def store_item(row, item, mask):
 
 
 @triton.jit
-def load_share(items, range_number, block):
-    """The Share of a block's list."""
-    row = items.shares + (tl.cast(range_number, tl.int64) * items.num_blocks + block) * 2
-    return Share(tl.load(row).to(tl.int64), tl.load(row + 1))
+def load_share(items, first_range, number, block):
+    """The Share of a block's list in token range `number` of a pass that begins with first_range."""
+    row = items.shares + (tl.cast(first_range + number, tl.int64) * items.num_blocks + block) * 2
+    return Share(tl.load(row).to(tl.int64) + number * items.num_slots, tl.load(row + 1))
 
 
 @triton.jit
@@ -101,9 +108,10 @@ def store_share(row, share, mask):
 
 
 @triton.jit
-def item_entries(index, range_number, begin):
+def item_entries(index, items, first_range, number, begin):
     """Where the entries of a work item are, by its `begin`."""
-    return index.entries + tl.load(index.offsets + tl.cast(range_number, tl.int64) * index.num_blocks) + begin
+    first_list = tl.cast(first_range + number, tl.int64) * index.num_blocks
+    return index.entries + tl.load(index.offsets + first_list) + (begin - number * items.num_entries)
 
 
 @triton.jit
@@ -140,9 +148,12 @@ def work_items_kernel(index, items, length: tl.constexpr):
 
 def cut_into_items(index: InverseIndex, length: int) -> WorkItems:
     """Cut every list into work items of at most `length` entries."""
-    num_items = index.num_blocks + index.range_tokens * index.topk // length
+    num_entries = index.range_tokens * index.topk
+    num_items = index.num_blocks + num_entries // length
+    # Only lists of more than one item have slots: at most two for every `length` entries.
+    num_slots = min(num_items, 2 * num_entries // length) if num_entries > length else 0
     table = index.blocks.new_zeros(index.num_ranges, num_items, 8)
     shares = index.blocks.new_empty(index.num_ranges, index.num_blocks, 2)
-    items = WorkItems(table, shares, num_items, index.num_blocks)
+    items = WorkItems(table, shares, num_items, index.num_blocks, num_slots, num_entries)
     Launch(work_items_kernel, (index.num_ranges, 1, 1), {"index": index, "items": items}, {"length": length}).run()
     return items

@@ -1,0 +1,77 @@
+"""The index loss beside the main branch's backward, which leaves it the teacher: its calls, gradients and value."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...problem import Problem
+from ..common.launch import view
+from ..common.softmax import LOG2_E
+from ..loss.config import LossConfig, LossConstants, loss_constants
+from ..loss.launch import loss_config, make_call, slot_bytes
+from ..loss.loads import LossCall, Sizes
+from ..loss.reduce import Scale, loss_scale
+from ..schedule.inverse_index import InverseIndex
+from ..schedule.work_items import WorkItems
+from .workspace import TileSizes
+
+
+class IndexBranch(NamedTuple):
+    """index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di], the gradient of the loss, a scalar, and index_scale."""
+
+    index_q: Tensor
+    index_k: Tensor
+    grad_loss: Tensor
+    index_scale: float
+
+
+class IndexLoss(NamedTuple):
+    """The loss of one backward: call, for its passes; index_k, whose dtype its gradient gets; mean."""
+
+    call: LossCall
+    index_k: Tensor
+    mean: Scale
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of index_q and index_k, and the loss, a fp32 scalar; after the last pass."""
+        gradients = self.call.gradients
+        assert gradients is not None
+        loss = self.call.buffers.losses.sum(dtype=torch.float64) / self.mean.number
+        return gradients.grad_q, gradients.grad_k.sum(0).to(self.index_k.dtype), loss.float()
+
+
+def constants_of(problem: Problem, sizes: TileSizes, device: torch.device) -> tuple[LossConfig, LossConstants]:
+    """Configuration and constants of the loss's kernels, for a teacher in tiles of these sizes."""
+    config = loss_config(problem, device)
+    return config, loss_constants(config, problem, sizes.entries, sizes.teacher_rows)
+
+
+def bytes_per_slot(branch: IndexBranch, constants: LossConstants, length: int) -> int:
+    """Bytes that the loss keeps for each top-k slot of a token, for work items of `length` entries."""
+    return slot_bytes(constants, length, branch.index_q.element_size())
+
+
+def prepare(
+    branch: IndexBranch,
+    teacher: Tensor,
+    index: InverseIndex,
+    items: WorkItems,
+    num_ranges: int,
+    sequences: Tensor,
+    problem: Problem,
+    config: LossConfig,
+    constants: LossConstants,
+) -> IndexLoss:
+    """The loss for passes of up to num_ranges token ranges of an index."""
+    index_q, index_k, grad_loss, index_scale = branch
+    mean = loss_scale(sequences, grad_loss, problem.num_kv_heads, index_scale)
+    # Groups share the index keys: each range of a pass has a sum of its own.
+    key_gradients = index_k.new_zeros((num_ranges, *index_k.shape), dtype=torch.float32)
+    outputs = mean.unit, index_q.new_empty(index_q.shape), key_gradients
+    shape = index_q.shape[0], problem.num_kv_heads, problem.group_size, index_q.shape[2], index_k.shape[2]
+    # The main branch's scale is in the teacher.
+    sizes = Sizes(*shape, 1.0, index_scale * LOG2_E.value)
+    views = None, None, view(index_q), view(index_k)
+    call = make_call(views, teacher, None, outputs, index, items, num_ranges, sizes, config, constants)
+    return IndexLoss(call, index_k, mean)
