@@ -5,7 +5,7 @@ Needs Triton, so `flexmsa.testing` does not import it by itself.
 
 import functools
 import multiprocessing
-import signal
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import replace
@@ -81,8 +81,12 @@ def compile_launch(shape: Shape, target: Target, number: int) -> None:
         return
 
 
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _set_apart() -> None:
+    """Keep Ctrl-C from this process and from the assembler that it runs, and Triton's reports from the terminal."""
+    os.setpgrp()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
 
 
 class Ahead:
@@ -102,7 +106,7 @@ class Ahead:
         self._begun: list[tuple[Shape, list[Future]]] = []
         # A forked process would share the GPU's context.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(processes, context, _ignore_interrupts)
+        self._pool = ProcessPoolExecutor(processes, context, _set_apart)
         self.advance()
 
     def advance(self) -> None:
@@ -122,8 +126,10 @@ class Ahead:
         self.advance()
 
     def stop(self) -> None:
-        """Compile no more."""
+        """Compile no more: end the processes."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
 
     def _submit(self, shape: Shape) -> list[Future]:
         futures = []
