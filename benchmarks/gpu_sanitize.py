@@ -31,6 +31,8 @@ from flexmsa.testing import Case, Schedule
 TOOLS = ("memcheck", "racecheck", "initcheck")
 NONE = "no tool"
 DEVICE = "cuda"
+# Each process takes a core of the host most of the time.
+JOBS = min(12, os.cpu_count() or 1)
 # The last queries of a part-filled cache: many blocks of keys, and few queries, as racecheck is slow.
 FEW = {"seqlen_q": 48, "seqlen_k": 1400, "kv_lens": (1390,), "kv_starts": (5,), "dtype": "bfloat16"}
 LAYERS = {
@@ -182,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_sanitize", description=__doc__.splitlines()[0])
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=TOOLS)
     parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=list(PATHS), metavar="PATH")
-    parser.add_argument("--jobs", type=int, default=6, help="processes side by side (default 6)")
+    parser.add_argument("--jobs", type=int, default=JOBS, help=f"processes side by side (default {JOBS})")
     parser.add_argument("--seconds", type=float, default=400, help="the most that one process may take (default 400)")
     parser.add_argument("--run", choices=list(PATHS), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

@@ -174,7 +174,7 @@ def test_a_wrong_gradient_is_found_without_the_oracle(monkeypatch, values):
         return grad_q, grad_k, grad_v
 
     monkeypatch.setattr(torch_kernels, "block_sparse_attention_backward", broken)
-    case = Case(seqlen_q=60, seqlen_k=60, values=values)
+    case = Case(seqlen_q=60, seqlen_k=60, values=values, dtype="bfloat16")
     with pytest.raises(AssertionError, match="gradient of k: got 0 for"):
         check_case(case, numpy_oracle=False)
 
