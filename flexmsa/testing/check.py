@@ -78,8 +78,9 @@ def check_case(
     terms = {"index_loss": math.log(1 + case.seqlen_k), "lse": _product_sizes(case, clean)[0]}
     if _is_sharp(case):
         terms["out"] = errors.main * float(clean[2].abs().max())
-        # A probability has the error of its main score, and is multiplied by the index score.
-        terms["index_loss"] += (1 + terms["lse"]) * (1 + _product_sizes(case, clean)[1])
+        # A probability has the error of its main score, and is multiplied by the index score, a sum of Di terms.
+        index_score = _product_sizes(case, clean)[1] * case.index_head_dim**0.5
+        terms["index_loss"] += (1 + terms["lse"]) * (1 + index_score)
     for name, right in exact.items():
         assert_close(name, results[name].detach(), right, expected.baseline[name].detach(), terms.get(name, 0.0))
     if gradients:
