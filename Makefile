@@ -37,6 +37,7 @@ check: $(INSTALLED)  ## compare with the oracle on random inputs, on this machin
 bench: $(INSTALLED)  ## time the CPU kernels beside dense attention and the limit that the FLOPs set
 	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.cpu_decode
+	$(BIN)/python -m benchmarks.cpu_few
 
 bench-gpu: $(INSTALLED)  ## check, then time the GPU kernels beside dense attention and their floors
 	$(BIN)/python -m benchmarks.gpu

@@ -25,7 +25,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu_peer_steps, gpu_peers, gpu_plot, gpu_training
+from benchmarks import gpu_model, gpu_peer_steps, gpu_peers, gpu_plot, gpu_training
 from benchmarks.gpu_launch_checks import host_times, launch_errors
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_selection import large_errors, packed_errors, selection_errors, selection_times, sweep_times
@@ -137,6 +137,15 @@ def time_peers(run: Run) -> None:
         run.report(name, time, **more)
 
 
+def time_model(run: Run) -> None:
+    if not gpu_model.has_transformers():
+        return
+    lengths = list(gpu_model.BARS)[: 1 if run.quick else None]
+    gpu_model.model_times(run.report, lengths)
+    if not run.quick:
+        print("\n".join(gpu_model.profile_lines(lengths[-1])), flush=True)
+
+
 SELECTION_CHECKS = (selection_errors, packed_errors, large_errors)
 # Part -> the function that times it, and the checks that must pass first.
 PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]], ...]]] = {
@@ -149,6 +158,7 @@ PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]],
     "prefill": (time_prefill, (*SELECTION_CHECKS, gpu_training.training_errors)),
     "flex": (time_flex, (gpu_training.training_errors,)),
     "peers": (time_peers, (gpu_training.training_errors,)),
+    "model": (time_model, (gpu_model.model_errors,)),
 }
 QUICK = ("selection", "decode", "host", "chunks", "training")
 
@@ -166,7 +176,9 @@ def report(results: Results, part: str, name: str, milliseconds, floor=None, **m
     """Keep a row and print it; `milliseconds` is a string with the reason if there is no time."""
     results.add(part, {"name": name, "ms": milliseconds, "floor_ms": floor, **more})
     shown = milliseconds if isinstance(milliseconds, str) or milliseconds is None else f"{milliseconds:10.4f}"
-    print(f"{name:42} {shown} {'' if floor is None else f'floor {floor:10.4f}'}", flush=True)
+    numbers = {"floor": floor, **{key: value for key, value in more.items() if isinstance(value, float)}}
+    said = "  ".join(f"{key} {value:10.4f}" for key, value in numbers.items() if value is not None)
+    print(f"{name:42} {shown} {said}", flush=True)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -27,6 +28,7 @@ from torch import Tensor
 import flexmsa
 from flexmsa import AuxRequest
 from flexmsa.testing import Case, Schedule
+from flexmsa.testing.check import kernels_for_many_queries
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 NONE = "no tool"
@@ -72,12 +74,13 @@ def select(case: Case, e4m3: bool = False) -> None:
     flexmsa.select_blocks(*index, **settings, **rule(case), backend="triton")
 
 
-def train(case: Case, step: str) -> None:
-    """One step of training with given blocks: "forward", "backward" or "index loss"."""
+def train(case: Case, step: str, few: bool = False) -> None:
+    """One step of training with given blocks: "forward", "backward" or "index loss"; few: as for few queries."""
     (q, k, v, *index), settings = on_gpu(case)
     ids = None if case.topk is None else blocks(case)
     aux = AuxRequest(lse=True)
-    with torch.set_grad_enabled(step == "backward"):
+    kernels = nullcontext() if few else kernels_for_many_queries(q, "triton")
+    with torch.set_grad_enabled(step == "backward"), kernels:
         out, got = flexmsa.block_sparse_attention(q, k, v, ids, **settings, backend="triton", return_aux=aux)
     if step == "backward":
         torch.autograd.grad((out, got.lse), (q, k, v), (torch.ones_like(out), torch.ones_like(got.lse)))
@@ -127,6 +130,7 @@ PATHS: dict[str, Callable[[], None]] = {
     "selection, few queries": partial(every_layer, select, FEW_QUERIES, MANY_KEYS),
     "selection, e4m3": partial(select, LAYERS["Gluon, 128"], e4m3=True),
     "forward": partial(every_layer, partial(train, step="forward"), *PACKED_LAYERS, WARM_UP),
+    "forward, few queries": partial(every_layer, partial(train, step="forward", few=True), *PACKED_LAYERS),
     "backward": partial(every_layer, partial(train, step="backward"), WARM_UP),
     "backward, packed": lambda: [train(case, "backward") for case in PACKED_LAYERS],
     "index loss": partial(every_layer, partial(train, step="index loss"), *PACKED_LAYERS, WARM_UP),

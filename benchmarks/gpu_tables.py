@@ -226,5 +226,22 @@ def gpu_peer_steps() -> str:
     return markdown(["heads", "tokens", *(f"{peer}, ms" for peer in peers)], rows) if rows else ""
 
 
-LAYER_TABLES = gpu_training, gpu_floors, gpu_prefill, gpu_steps, gpu_flex, gpu_peers, gpu_peer_steps
+def gpu_model() -> str:
+    """Training steps of a whole model, dense and converted, with their peak memory; empty without measurements."""
+    found = gpu_rows()
+    rows = []
+    for name, ours in found.items():
+        if name.startswith("model ") and name.endswith(": flexmsa"):
+            of_length = name.removesuffix("flexmsa")
+            dense = {kind: found[f"{of_length}dense {kind}"] for kind in ("flash", "cuDNN")}
+            times = (f"{row['ms']:.0f} ms" if isinstance(row["ms"], float) else "-" for row in (*dense.values(), ours))
+            faster = f"{ours['ratio']:.2f}x", f"{ours['ratio_bar']:g}"
+            memory = f"{dense['cuDNN']['gib']:.1f} GiB", f"{ours['gib']:.1f} GiB", f"{ours['gib_bar']:g} GiB"
+            tokens = int(of_length.removeprefix("model ").removesuffix(": "))
+            rows.append([f"{tokens // 1024}K", *times, *faster, *memory])
+    head = ["tokens", "dense flash", "dense cuDNN", "flexmsa", "speedup", "goal", "memory, dense", "flexmsa", "goal"]
+    return markdown(head, rows) if rows else ""
+
+
+LAYER_TABLES = gpu_training, gpu_model, gpu_floors, gpu_prefill, gpu_steps, gpu_flex, gpu_peers, gpu_peer_steps
 GPU_TABLES = gpu_machine, gpu_selection, gpu_decode, gpu_grid, gpu_chunks, *LAYER_TABLES

@@ -48,6 +48,18 @@ def cpu_decode() -> str:
     )
 
 
+def cpu_few() -> str:
+    found = load_result("cpu_few.json")
+    kinds = {"float32": "fp32", "bfloat16": "bf16"}
+    rows = []
+    for row in found["rows"]:
+        times = [f"{1e3 * row[name]:.1f} ms" for name in ("decode", "attention", "step", "zeros")]
+        names = [str(row["queries"]), kinds[row["dtype"]]]
+        rows.append([*names, *times[:2], f"{row['ratio']:.2f}", f"{row['bar']:g}", *times[2:]])
+    machine = "{cpu}, {threads} cores, torch {torch}.\n\n".format(**found["machine"])
+    return machine + markdown(["queries", "inputs", "decode", "attention", "of decode", "goal", "step", "zeros"], rows)
+
+
 def kernels_sm_90() -> str:
     found = load_result("kernels.json")
     rows = []
@@ -122,7 +134,8 @@ def summary() -> str:
     return "\n".join(lines)
 
 
-OWN_TABLES = cpu_machine, cpu_table, cpu_memory, cpu_decode, fp8_selection, kernels_sm_90, kernels_targets, summary
+CPU_TABLES = cpu_machine, cpu_table, cpu_memory, cpu_decode, cpu_few
+OWN_TABLES = *CPU_TABLES, fp8_selection, kernels_sm_90, kernels_targets, summary
 # Name on the pages -> the function that makes the table: "gpu peers" -> gpu_peers.
 TABLES = {make.__name__.replace("_", " ", 1): make for make in (*OWN_TABLES, *GPU_TABLES)}
 

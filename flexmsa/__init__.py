@@ -2,7 +2,8 @@
 
 from flexmsa import metrics
 from flexmsa.cache import MSACache
-from flexmsa.checkpoint import save_selection_policy
+from flexmsa.checkpoint import save_attention_policy, save_selection_policy
+from flexmsa.compiling import warm_up
 from flexmsa.config import MSAConfig
 from flexmsa.decoding import decode
 from flexmsa.flex import create_block_mask, pack_gqa, packed_flex_attention, unpack_gqa
@@ -33,8 +34,10 @@ __all__ = [
     "metrics",
     "pack_gqa",
     "packed_flex_attention",
+    "save_attention_policy",
     "save_selection_policy",
     "select_blocks",
     "set_workspace_limit",
     "unpack_gqa",
+    "warm_up",
 ]

@@ -2,7 +2,9 @@
 share them.
 """
 
+import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,6 @@ class Settings:
         scale, index_scale: factors of the main scores, and of the index scores in the loss.
         rule: how to select; None is the dense warm-up.
         backend: as for `flexmsa.attention`.
-        for_inference: without gradients, attend with the kernels for caches, which are also fast for few queries.
     """
 
     block_size: int
@@ -33,7 +34,6 @@ class Settings:
     index_scale: float = 1.0
     rule: SelectionRule | None = None
     backend: str | None = None
-    for_inference: bool = False
 
 
 def attention(
@@ -52,6 +52,36 @@ def attention(
 
     loss_value: the backward computes the loss, and writes it there.
     """
+    branches = q, k, v, index_q, index_k
+    with _expected_step(branches, sequences, settings, aux.index_loss, loss_value is not None, block_indices):
+        return _attention(*branches, sequences, settings, aux, block_indices, loss_value)
+
+
+def _expected_step(
+    branches: tuple[Tensor, ...], sequences: Sequences, settings: Settings, with_loss: bool, deferred: bool, ids: Any
+) -> contextlib.AbstractContextManager[None]:
+    """In training by the Triton kernels, let the first launch compile those of the whole step, forward and backward."""
+    rule, q = settings.rule, branches[0]
+    if rule is None or ids is not None or torch.compiler.is_compiling() or not _needs_grad(*branches[:3]):
+        return contextlib.nullcontext()
+    if choose_backend("block_sparse_attention", settings.backend, q) != "triton":
+        return contextlib.nullcontext()
+    scales = settings.scale, settings.index_scale
+    return ops.expected_training_step(*branches, sequences.table, rule, *scales, with_loss, deferred)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    sequences: Sequences,
+    settings: Settings,
+    aux: AuxRequest,
+    block_indices: Tensor | None,
+    loss_value: Tensor | None,
+) -> tuple[Tensor, AuxOutput]:
     if block_indices is None and settings.rule is not None:
         block_indices = select_blocks(index_q, index_k, sequences, settings.rule, settings.backend)
     lse: Tensor | None
@@ -111,8 +141,7 @@ def main_branch(
     if backend == "reference":
         ranges = sequences.key_ranges()
         return reference.block_sparse_attention(q, k, v, block_indices, *ranges, block_size, scale)
-    attend = ops.attend_blocks if settings.for_inference and not needs_grad else ops.block_sparse_attention
-    return attend(q, k, v, block_indices, sequences.table, block_size, scale, backend)
+    return ops.block_sparse_attention(q, k, v, block_indices, sequences.table, block_size, scale, backend)
 
 
 def index_loss(

@@ -87,7 +87,7 @@ class Cache:
         new_tokens = k.detach(), v.detach(), index_k.detach(), lens
         ops.append(*new_tokens, *stored, *state, choose_backend("decode", backend, k))
         self._newest = count, lens is not None
-        if not is_recorded():
+        if not is_recorded(self.k):
             counts = self._known_counts(count, lens)
             self._bounds = [bound + more for bound, more in zip(self._bounds, counts, strict=True)]
 
@@ -97,7 +97,7 @@ class Cache:
         Also raises TypeError or ValueError if lens has a wrong shape, dtype or device.
         """
         validation.check_row_counts("lens", lens, self.kv_lens)
-        if is_recorded():
+        if is_recorded(self.k):
             # How often a graph will run is unknown here; the kernels check the room in each run.
             self._bounds = [self.capacity] * self.batch_size
             return
@@ -170,7 +170,7 @@ class Cache:
             counts = counts.clamp(min=0)
         else:
             validation.check_int("counts", counts, 0)
-            if not is_recorded():
+            if not is_recorded(self.k):
                 self._bounds = [max(0, bound - counts) for bound in self._bounds]
         self.kv_lens.sub_(counts).clamp_(min=0)
         self._newest = None
@@ -266,8 +266,8 @@ def dequantised(buffer: Tensor, scale: Tensor) -> Tensor:
     return buffer.float() * scale.view(torch.float8_e8m0fnu).float()[..., None]
 
 
-def is_recorded() -> bool:
-    """Return whether this code is being compiled or captured, so that no value can be read."""
+def is_recorded(x: Tensor) -> bool:
+    """Return whether code for the device of x is being compiled or captured, so that no value can be read."""
     if torch.compiler.is_compiling():
         return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -22,7 +22,8 @@ class MSAConfig:
             for min(head_dim, index_head_dim).
         rope_theta: the base of RoPE's frequencies.
         bias: give the projections a bias.
-        loss_in_backward: compute the index loss of a layer in training in the backward, see `MSAttention`.
+        loss_in_backward: compute the index loss of a layer in training in the backward, see `MSAttention`. Not for a
+            converted model of transformers, which has its own switch.
 
     >>> MSAConfig(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, index_head_dim=16).group_size
     2

@@ -193,7 +193,7 @@ class PagedMSACache(Cache):
         Raises:
             ValueError: too few pages are free for the copies. The cache is then unchanged.
         """
-        if self._pages is None or is_recorded() or not any(map(self._pages.is_shared, range(self.batch_size))):
+        if self._pages is None or is_recorded(self.k) or not any(map(self._pages.is_shared, range(self.batch_size))):
             super().trim(counts)
             return
         before = self.kv_lens.clone(), self._bounds, self._newest

@@ -79,15 +79,14 @@ def _check_tensor(name: str, x: Any, layout: str, e4m3: bool = False) -> None:
 def _check_alike(tensors: dict[str, Tensor]) -> None:
     """Check that all have one device and, unless autocast will cast them, one dtype."""
     (first, reference), *others = tensors.items()
-    autocast = torch.is_autocast_enabled(reference.device.type)
     for name, x in others:
         _check_device(name, x, reference.device, f"of {first}, ")
-        if not autocast:
+        if x.dtype != reference.dtype and not torch.is_autocast_enabled(reference.device.type):
             _check_same_dtype(name, x, first, reference)
 
 
 def _check_shape(name: str, x: Tensor, expected: tuple[int, ...], layout: str) -> None:
-    if tuple(x.shape) != tuple(expected):
+    if x.shape != expected:
         raise ValueError(f"{name}: expected {layout} = {list(expected)}, got {list(x.shape)}")
 
 
@@ -105,7 +104,7 @@ def check_main_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> N
             "the layout is [B, H, S, D]"
         )
     _check_shape("k", k, (batch, num_kv_heads, seqlen_k, head_dim), "[B, Hkv, Sk, D] with q's B and D")
-    _check_shape("v", v, tuple(k.shape), "the shape of k")
+    _check_shape("v", v, k.shape, "the shape of k")
     _check_alike({"q": q, "k": k, "v": v})
     _check_scale("scale", scale)
 
@@ -128,7 +127,7 @@ def check_branches_match(q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor)
     expected = (batch, k.shape[1], seqlen_q, index_q.shape[3])
     _check_shape("index_q", index_q, expected, "[B, Hkv, Sq, Di], one head for each KV head of k")
     _check_shape("index_k", index_k, (batch, 1, k.shape[2], index_q.shape[3]), "[B, 1, Sk, Di] with k's Sk")
-    _check_alike({"q": q, "index_q": index_q, "index_k": index_k})
+    _check_alike({"q": q, "index_q": index_q})
 
 
 def check_block_indices(

@@ -42,15 +42,18 @@ def sequence_table(
         starts = torch.cat([torch.zeros_like(starts[:1]), starts[1:]])
         ends = torch.cat([starts[1:], torch.full_like(starts[:1], seqlen_q)])
         return torch.stack([torch.zeros_like(starts), starts, ends, starts, ends], dim=1)
-    rows = torch.arange(batch, device=device, dtype=torch.int32)
-    zeros = torch.zeros_like(rows)
-    k_end = torch.full_like(rows, seqlen_k)
-    if kv_lens is not None:
-        k_end = kv_lens.to(device=device, dtype=torch.int32).clamp(0, seqlen_k)
-    k_start = zeros
+    table = torch.zeros(batch, 5, device=device, dtype=torch.int32)
+    column = Sequence(*table.unbind(1))
+    if batch > 1:
+        column.batch.copy_(torch.arange(batch, device=device, dtype=torch.int32))
+    column.q_end.fill_(seqlen_q)
+    if kv_lens is None:
+        column.k_end.fill_(seqlen_k)
+    else:
+        column.k_end.copy_(kv_lens).clamp_(0, seqlen_k)
     if kv_starts is not None:
-        k_start = kv_starts.to(device=device, dtype=torch.int32).clamp(min=0).minimum(k_end)
-    return torch.stack([rows, zeros, torch.full_like(rows, seqlen_q), k_start, k_end], dim=1)
+        torch.minimum(kv_starts.clamp(min=0), column.k_end, out=column.k_start)
+    return table
 
 
 def query_sequences(sequences: Tensor, batch: int, seqlen_q: int) -> Tensor:

@@ -4,6 +4,7 @@ from .attention import block_sparse_attention, block_sparse_attention_backward
 from .autocast import cast_to_autocast
 from .cache import append, attend_blocks, select_and_attend
 from .deferred_loss import attention_and_index_loss, attention_and_index_loss_backward, deferred_index_loss
+from .dispatch import expected_training_step
 from .flex import block_mask_lists, dense_mask_lists, pack_gqa, unpack_gqa
 from .index_loss import index_loss, index_loss_backward
 from .selection import select_blocks
@@ -20,6 +21,7 @@ __all__ = [
     "cast_to_autocast",
     "deferred_index_loss",
     "dense_mask_lists",
+    "expected_training_step",
     "index_loss",
     "index_loss_backward",
     "next_positions",

@@ -2,9 +2,9 @@
 
 import torch
 
-from .autocast import register_autocast
 from .checks import check_block_indices
 from .dispatch import run_kernel
+from .library import operator
 
 
 def statistics_dtype(q: torch.Tensor) -> torch.dtype:
@@ -12,40 +12,26 @@ def statistics_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op(
-    "flexmsa::block_sparse_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? block_indices, Tensor sequences, int block_size, float scale, "
-    "str backend) -> (Tensor, Tensor)",
-)
-def block_sparse_attention(q, k, v, block_indices, sequences, block_size, scale, backend):
-    """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None selects every visible block."""
-    if block_indices is not None:
-        check_block_indices(block_indices, -(-k.shape[2] // block_size))
-    return run_kernel(backend, "block_sparse_attention_forward", q, k, v, block_indices, sequences, block_size, scale)
-
-
-@block_sparse_attention.register_fake
 def empty_out_and_lse(q, *_):
     """Tensors like out and lse."""
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
 
 
-@torch.library.custom_op(
-    "flexmsa::block_sparse_attention_backward",
-    mutates_args=(),
-    schema="(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor? block_indices, Tensor sequences, int block_size, float scale, str backend) -> (Tensor, Tensor, Tensor)",
+def _empty_grads(grad_out, grad_lse, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@operator(
+    "block_sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor lse, Tensor? block_indices, Tensor sequences, int block_size, float scale, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_empty_grads,
+    cast=0,
 )
 def block_sparse_attention_backward(*args):
     """Return the gradients of q, k and v; the schema names the arguments."""
     *inputs, backend = args
     return run_kernel(backend, "block_sparse_attention_backward", *inputs)
-
-
-@block_sparse_attention_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -66,6 +52,16 @@ def _backward(ctx, grad_out, grad_lse):
     return (*grads, None, None, None, None, None)
 
 
-block_sparse_attention.register_autograd(_backward, setup_context=_setup_context)
-register_autocast(block_sparse_attention, cast=3)
-register_autocast(block_sparse_attention_backward, cast=0)
+@operator(
+    "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor? block_indices, Tensor sequences, int block_size, "
+    "float scale, str backend) -> (Tensor, Tensor)",
+    fake=empty_out_and_lse,
+    backward=_backward,
+    setup_context=_setup_context,
+    cast=3,
+)
+def block_sparse_attention(q, k, v, block_indices, sequences, block_size, scale, backend):
+    """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None selects every visible block."""
+    if block_indices is not None:
+        check_block_indices(block_indices, -(-k.shape[2] // block_size))
+    return run_kernel(backend, "attend_blocks", q, k, v, block_indices, sequences, block_size, scale)

@@ -3,12 +3,11 @@
 `torch.library.register_autocast` fixes one dtype at registration; this reads the user's dtype in each call.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-_library = torch.library.Library("flexmsa", "FRAGMENT")
 
 
 def cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -21,13 +20,16 @@ def cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype not in kept else x for x in tensors)
 
 
-def register_autocast(op: torch.library.CustomOpDef, *, cast: int) -> None:
-    """Give `op` an autocast rule: cast its first `cast` arguments, and disable autocast inside the kernel."""
-    for device in ("cpu", "cuda"):
+def autocast_rule(op: Any, device: str, cast: int) -> Callable[..., Any]:
+    """The rule of an operator in an autocast region: cast its first arguments, and disable autocast in the kernel."""
 
-        def rule(*args: Any, device: str = device) -> Any:
-            inputs = cast_to_autocast(*args[:cast]) if cast else ()
-            with torch.autocast(device, enabled=False):
-                return op._opoverload(*inputs, *args[cast:])
+    def rule(*args: Any) -> Any:
+        inputs = cast_to_autocast(*args[:cast]) if cast else ()
+        # As `torch.autocast(device, enabled=False)`, in a tenth of the time.
+        torch.set_autocast_enabled(device, False)
+        try:
+            return op(*inputs, *args[cast:])
+        finally:
+            torch.set_autocast_enabled(device, True)
 
-        _library.impl(op._name, rule, f"Autocast{device.upper()}")
+    return rule

@@ -1,6 +1,7 @@
 """Operators on a cache: append to it in place, attend to given blocks of it, or select the blocks and attend.
 
-All are for inference and have no gradient. docs/serving.md describes the layouts of contiguous and paged caches.
+All are for inference and have no gradient. Autocast does not cast for them, which would copy the whole cache: new
+tokens and queries must have the cache's dtype. docs/serving.md describes the layouts of contiguous and paged caches.
 """
 
 import torch
@@ -8,28 +9,19 @@ import torch
 from flexmsa.kernels.rules import SelectionRule
 
 from .attention import empty_out_and_lse
-from .autocast import register_autocast
 from .checks import check_append, check_page_table, check_topk
 from .dispatch import run_kernel
+from .library import operator
 
 
-@torch.library.custom_op(
-    "flexmsa::append",
-    mutates_args=(
-        "cache_k",
-        "cache_v",
-        "cache_index_k",
-        "cache_k_scale",
-        "cache_v_scale",
-        "cache_index_k_scale",
-        "kv_lens",
-        "sequences",
-        "status",
-    ),
-    schema="(Tensor k, Tensor v, Tensor index_k, Tensor? lens, Tensor(a!) cache_k, Tensor(b!) cache_v, "
+@operator(
+    "append(Tensor k, Tensor v, Tensor index_k, Tensor? lens, Tensor(a!) cache_k, Tensor(b!) cache_v, "
     "Tensor(c!) cache_index_k, Tensor(d!)? cache_k_scale, Tensor(e!)? cache_v_scale, "
     "Tensor(f!)? cache_index_k_scale, Tensor? page_table, Tensor kv_starts, Tensor(g!) kv_lens, "
     "Tensor(h!) sequences, Tensor(i!) status, str backend) -> ()",
+    fake=lambda *args: None,
+    has_gradient=False,
+    cast=0,
 )
 def append(*args):
     """Write n new tokens of each row after its kv_lens tokens; update kv_lens and the table `sequences`.
@@ -43,16 +35,11 @@ def append(*args):
     run_kernel(backend, "append", *inputs)
 
 
-@append.register_fake
-def _(*args):
-    return None
-
-
-@torch.library.custom_op(
-    "flexmsa::attend_blocks",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? block_indices, Tensor sequences, int block_size, float scale, "
+@operator(
+    "attend_blocks(Tensor q, Tensor k, Tensor v, Tensor? block_indices, Tensor sequences, int block_size, float scale, "
     "str backend, Tensor? page_table=None, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)",
+    fake=empty_out_and_lse,
+    cast=0,
 )
 def attend_blocks(q, k, v, block_indices, sequences, block_size, scale, backend, page_table=None, *scales):
     """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None selects every visible block."""
@@ -61,15 +48,16 @@ def attend_blocks(q, k, v, block_indices, sequences, block_size, scale, backend,
     return run_kernel(backend, "attend_blocks", *main, page_table, *scales)
 
 
-attend_blocks.register_fake(empty_out_and_lse)
+def _empty_out_lse_and_ids(q, index_q, k, v, index_k, sequences, block_size, topk, *_):
+    return *empty_out_and_lse(q), index_q.new_empty((*index_q.shape[:3], topk), dtype=torch.int32)
 
 
-@torch.library.custom_op(
-    "flexmsa::select_and_attend",
-    mutates_args=(),
-    schema="(Tensor q, Tensor index_q, Tensor k, Tensor v, Tensor index_k, Tensor sequences, int block_size, int topk, "
-    "int num_local_blocks, int num_init_blocks, float scale, str backend, Tensor? page_table=None, "
+@operator(
+    "select_and_attend(Tensor q, Tensor index_q, Tensor k, Tensor v, Tensor index_k, Tensor sequences, int block_size, "
+    "int topk, int num_local_blocks, int num_init_blocks, float scale, str backend, Tensor? page_table=None, "
     "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? index_k_scale=None) -> (Tensor, Tensor, Tensor)",
+    fake=_empty_out_lse_and_ids,
+    cast=0,
 )
 def select_and_attend(
     q, index_q, k, v, index_k, sequences, block_size, topk, num_local, num_init, scale, backend, pages=None, *scales
@@ -79,14 +67,3 @@ def select_and_attend(
     check_page_table(pages, sequences, block_size, k.shape[0], backend)
     main = q, index_q, k, v, index_k, sequences, SelectionRule(block_size, topk, num_local, num_init), scale
     return run_kernel(backend, "select_and_attend", *main, pages, *scales)
-
-
-@select_and_attend.register_fake
-def _(q, index_q, k, v, index_k, sequences, block_size, topk, *_):
-    return *empty_out_and_lse(q), index_q.new_empty((*index_q.shape[:3], topk), dtype=torch.int32)
-
-
-# A cast here would copy the whole cache. New tokens and queries must have the cache's dtype; others raise.
-register_autocast(append, cast=0)
-register_autocast(attend_blocks, cast=0)
-register_autocast(select_and_attend, cast=0)

@@ -11,65 +11,10 @@ written to the tensor `value`.
 import torch
 
 from .attention import block_sparse_attention_backward, empty_out_and_lse, statistics_dtype
-from .autocast import register_autocast
 from .checks import check_block_indices
 from .dispatch import run_kernel
 from .index_loss import index_loss, index_loss_backward
-
-
-@torch.library.custom_op(
-    "flexmsa::attention_and_index_loss",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor index_q, Tensor index_k, Tensor block_indices, Tensor sequences, "
-    "Tensor value, int block_size, float scale, float index_scale, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def attention_and_index_loss(
-    q, k, v, index_q, index_k, block_indices, sequences, value, block_size, scale, index_scale, backend
-):
-    """Return out [B, Hq, Sq, D], lse [B, Hq, Sq], and the scalar 0 whose gradient is that of the index loss."""
-    check_block_indices(block_indices, -(-k.shape[2] // block_size))
-    inputs = q, k, v, block_indices, sequences, block_size, scale
-    return *run_kernel(backend, "block_sparse_attention_forward", *inputs), q.new_zeros((), dtype=statistics_dtype(q))
-
-
-@attention_and_index_loss.register_fake
-def _(q, *_):
-    return *empty_out_and_lse(q), q.new_empty((), dtype=statistics_dtype(q))
-
-
-@torch.library.custom_op(
-    "flexmsa::attention_and_index_loss_backward",
-    mutates_args=(),
-    schema="(Tensor grad_out, Tensor? grad_lse, Tensor grad_loss, Tensor q, Tensor k, Tensor v, Tensor index_q, "
-    "Tensor index_k, Tensor out, Tensor lse, Tensor block_indices, Tensor sequences, int block_size, float scale, "
-    "float index_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def attention_and_index_loss_backward(*args):
-    """Return the gradients of q, k, v, index_q and index_k, and the loss; the schema names the arguments."""
-    *inputs, backend = args
-    return run_kernel(backend, "attention_and_index_loss_backward", *inputs)
-
-
-@attention_and_index_loss_backward.register_fake
-def _(grad_out, grad_lse, grad_loss, q, k, v, index_q, index_k, *_):
-    gradients = [x.new_empty(x.shape) for x in (q, k, v, index_q, index_k)]
-    return *gradients, q.new_empty((), dtype=statistics_dtype(q))
-
-
-@torch.library.custom_op(
-    "flexmsa::deferred_index_loss",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor index_q, Tensor index_k, Tensor? block_indices, Tensor lse, Tensor sequences, "
-    "Tensor value, int block_size, float scale, float index_scale, str backend) -> Tensor",
-)
-def deferred_index_loss(q, k, index_q, index_k, block_indices, lse, *_):
-    """Return the scalar 0 whose gradient is that of `index_loss`."""
-    return q.new_zeros((), dtype=statistics_dtype(q))
-
-
-@deferred_index_loss.register_fake
-def _(q, *_):
-    return q.new_empty((), dtype=statistics_dtype(q))
+from .library import operator
 
 
 def _loss_gradients(value, grad_loss, needed, branches, numbers):
@@ -83,6 +28,25 @@ def _loss_gradients(value, grad_loss, needed, branches, numbers):
     ]
 
 
+def _empty_gradients_and_loss(grad_out, grad_lse, grad_loss, q, k, v, index_q, index_k, *_):
+    gradients = [x.new_empty(x.shape) for x in (q, k, v, index_q, index_k)]
+    return *gradients, q.new_empty((), dtype=statistics_dtype(q))
+
+
+@operator(
+    "attention_and_index_loss_backward(Tensor grad_out, Tensor? grad_lse, Tensor grad_loss, Tensor q, Tensor k, "
+    "Tensor v, Tensor index_q, Tensor index_k, Tensor out, Tensor lse, Tensor block_indices, Tensor sequences, "
+    "int block_size, float scale, float index_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_empty_gradients_and_loss,
+    cast=0,
+)
+def attention_and_index_loss_backward(*args):
+    """Return the gradients of q, k, v, index_q and index_k, and the loss; the schema names the arguments."""
+    *inputs, backend = args
+    return run_kernel(backend, "attention_and_index_loss_backward", *inputs)
+
+
+# The value is kept on ctx: it is written by the backward, and a saved tensor must not change after the forward.
 def _setup_attention(ctx, inputs, output):
     *tensors, block_indices, sequences, ctx.value, block_size, scale, index_scale, backend = inputs
     ctx.numbers = block_size, scale, index_scale, backend
@@ -115,6 +79,28 @@ def _attention_backward(ctx, grad_out, grad_lse, grad_loss):
     return *main, *index, *(None,) * 7
 
 
+def _empty_out_lse_and_loss(q, *_):
+    return *empty_out_and_lse(q), q.new_empty((), dtype=statistics_dtype(q))
+
+
+@operator(
+    "attention_and_index_loss(Tensor q, Tensor k, Tensor v, Tensor index_q, Tensor index_k, Tensor block_indices, "
+    "Tensor sequences, Tensor value, int block_size, float scale, float index_scale, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_empty_out_lse_and_loss,
+    backward=_attention_backward,
+    setup_context=_setup_attention,
+    cast=5,
+)
+def attention_and_index_loss(
+    q, k, v, index_q, index_k, block_indices, sequences, value, block_size, scale, index_scale, backend
+):
+    """Return out [B, Hq, Sq, D], lse [B, Hq, Sq], and the scalar 0 whose gradient is that of the index loss."""
+    check_block_indices(block_indices, -(-k.shape[2] // block_size))
+    inputs = q, k, v, block_indices, sequences, block_size, scale
+    return *run_kernel(backend, "attend_blocks", *inputs), q.new_zeros((), dtype=statistics_dtype(q))
+
+
 def _setup_loss(ctx, inputs, output):
     *tensors, ctx.value, block_size, scale, index_scale, backend = inputs
     ctx.numbers = block_size, scale, index_scale, backend
@@ -126,9 +112,18 @@ def _loss_backward(ctx, grad_loss):
     return None, None, *index, *(None,) * 8
 
 
-# The value is kept on ctx: it is written by the backward, and a saved tensor must not change after the forward.
-attention_and_index_loss.register_autograd(_attention_backward, setup_context=_setup_attention)
-deferred_index_loss.register_autograd(_loss_backward, setup_context=_setup_loss)
-register_autocast(attention_and_index_loss, cast=5)
-register_autocast(attention_and_index_loss_backward, cast=0)
-register_autocast(deferred_index_loss, cast=4)
+def _empty_loss(q, *_):
+    return q.new_empty((), dtype=statistics_dtype(q))
+
+
+@operator(
+    "deferred_index_loss(Tensor q, Tensor k, Tensor index_q, Tensor index_k, Tensor? block_indices, Tensor lse, "
+    "Tensor sequences, Tensor value, int block_size, float scale, float index_scale, str backend) -> Tensor",
+    fake=_empty_loss,
+    backward=_loss_backward,
+    setup_context=_setup_loss,
+    cast=4,
+)
+def deferred_index_loss(q, k, index_q, index_k, block_indices, lse, *_):
+    """Return the scalar 0 whose gradient is that of `index_loss`."""
+    return q.new_zeros((), dtype=statistics_dtype(q))

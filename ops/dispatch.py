@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import importlib
 import warnings
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,20 +23,32 @@ def run_kernel(backend: str, kernel: str, *args: Any) -> Any:
     """Call the function named `kernel` of a package of kernels and return its result.
 
     Args:
-        backend: "torch" (plain PyTorch, any device) or "triton" (imported on first use).
+        backend: "triton" (imported on first use), or the plain PyTorch kernels, for any device.
         args: the function's arguments; the first is a tensor, on whose device the function runs.
     """
     device = args[0].device
-    if backend == "triton":
-        from flexmsa.kernels import triton
-
-        # Triton launches on the current device, and the tensors may be on another one.
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            return getattr(triton, kernel)(*args)
-    from flexmsa.kernels import torch as torch_kernels
-
+    function = getattr(_package(backend), kernel)
     if device.type == "cpu":
-        return getattr(torch_kernels, kernel)(*args)
+        return function(*args)
+    if backend == "triton":
+        # Triton launches on the current device, and the tensors may be on another one.
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return run_kernel(backend, kernel, *args)
+        with _package(backend).expected(functools.partial(function, *args)):
+            return function(*args)
     _warn_slow(kernel, device.type)
     with device:
-        return getattr(torch_kernels, kernel)(*args)
+        return function(*args)
+
+
+def expected_training_step(*args: Any) -> contextlib.AbstractContextManager[None]:
+    """Inside, the first launch that has to be compiled compiles a whole training step of these arguments with it."""
+    package = _package("triton")
+    return package.expected(functools.partial(package.short_training_step, *args))
+
+
+@functools.cache
+def _package(backend: str) -> ModuleType:
+    # The reference has no operators of its own.
+    return importlib.import_module("flexmsa.kernels.triton" if backend == "triton" else "flexmsa.kernels.torch")

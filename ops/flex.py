@@ -9,24 +9,12 @@ import torch
 from flexmsa.kernels import block_mask as kernel
 
 from .checks import check_block_indices
+from .library import operator
 
 
-@torch.library.custom_op(
-    "flexmsa::block_mask_lists",
-    mutates_args=(),
-    schema="(Tensor block_indices, Tensor sequences, SymInt seqlen_k, int block_size, int mask_block, int tokens, "
-    "SymInt width, bool aligned, bool with_backward) -> Tensor[]",
-)
-def block_mask_lists(block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward):
-    """Return the lists described in flexmsa.kernels.block_mask."""
-    check_block_indices(block_indices, -(-seqlen_k // block_size))
-    return kernel.block_mask_lists(
-        block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward
-    )
-
-
-@block_mask_lists.register_fake
-def _(block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward):
+def _empty_block_lists(
+    block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward
+):
     batch, heads, seqlen_q, _ = block_indices.shape
     rows = (seqlen_q + tokens - 1) // tokens
     num_blocks = (seqlen_k + mask_block - 1) // mask_block
@@ -40,19 +28,21 @@ def _(block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width,
     ]
 
 
-@torch.library.custom_op(
-    "flexmsa::dense_mask_lists",
-    mutates_args=(),
-    schema="(Tensor sequences, SymInt batch, SymInt seqlen_q, SymInt seqlen_k, int mask_block, int tokens, "
-    "bool with_backward) -> Tensor[]",
+@operator(
+    "block_mask_lists(Tensor block_indices, Tensor sequences, SymInt seqlen_k, int block_size, int mask_block, "
+    "int tokens, SymInt width, bool aligned, bool with_backward) -> Tensor[]",
+    fake=_empty_block_lists,
+    has_gradient=False,
 )
-def dense_mask_lists(sequences, batch, seqlen_q, seqlen_k, mask_block, tokens, with_backward):
+def block_mask_lists(block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward):
     """Return the lists described in flexmsa.kernels.block_mask."""
-    return kernel.dense_mask_lists(sequences, batch, seqlen_q, seqlen_k, mask_block, tokens, with_backward)
+    check_block_indices(block_indices, -(-seqlen_k // block_size))
+    return kernel.block_mask_lists(
+        block_indices, sequences, seqlen_k, block_size, mask_block, tokens, width, aligned, with_backward
+    )
 
 
-@dense_mask_lists.register_fake
-def _(sequences, batch, seqlen_q, seqlen_k, mask_block, tokens, with_backward):
+def _empty_dense_lists(sequences, batch, seqlen_q, seqlen_k, mask_block, tokens, with_backward):
     rows = (seqlen_q + tokens - 1) // tokens
     num_blocks = (seqlen_k + mask_block - 1) // mask_block
     forward = [(batch, 1, rows), (batch, 1, rows, num_blocks)] * 2
@@ -60,40 +50,63 @@ def _(sequences, batch, seqlen_q, seqlen_k, mask_block, tokens, with_backward):
     return [sequences.new_empty(shape) for shape in [*forward, *backward, (batch, seqlen_q), (batch, seqlen_q)]]
 
 
-@torch.library.custom_op("flexmsa::pack_gqa", mutates_args=(), schema="(Tensor q, SymInt num_kv_heads) -> Tensor")
-def pack_gqa(q, num_kv_heads):
-    """Return [B, Hkv, Sq*G, ...] contiguous, rows ordered (token, head in group), from [B, Hq, Sq, ...]."""
-    grouped = q.unflatten(1, (num_kv_heads, -1)).transpose(2, 3).contiguous()
-    return grouped.flatten(2, 3).clone() if grouped.data_ptr() == q.data_ptr() else grouped.flatten(2, 3)
+@operator(
+    "dense_mask_lists(Tensor sequences, SymInt batch, SymInt seqlen_q, SymInt seqlen_k, int mask_block, int tokens, "
+    "bool with_backward) -> Tensor[]",
+    fake=_empty_dense_lists,
+    has_gradient=False,
+)
+def dense_mask_lists(sequences, batch, seqlen_q, seqlen_k, mask_block, tokens, with_backward):
+    """Return the lists described in flexmsa.kernels.block_mask."""
+    return kernel.dense_mask_lists(sequences, batch, seqlen_q, seqlen_k, mask_block, tokens, with_backward)
 
 
-@pack_gqa.register_fake
-def _(q, num_kv_heads):
+def _empty_packed(q, num_kv_heads):
     group_size = q.shape[1] // num_kv_heads
     return q.new_empty((q.shape[0], num_kv_heads, q.shape[2] * group_size, *q.shape[3:]))
-
-
-@torch.library.custom_op("flexmsa::unpack_gqa", mutates_args=(), schema="(Tensor packed, SymInt num_heads) -> Tensor")
-def unpack_gqa(packed, num_heads):
-    """Return [B, Hq, Sq, ...] contiguous from the rows of `pack_gqa`."""
-    group_size = num_heads // packed.shape[1]
-    grouped = packed.unflatten(2, (-1, group_size)).transpose(2, 3).contiguous()
-    return grouped.flatten(1, 2).clone() if grouped.data_ptr() == packed.data_ptr() else grouped.flatten(1, 2)
-
-
-@unpack_gqa.register_fake
-def _(packed, num_heads):
-    group_size = num_heads // packed.shape[1]
-    return packed.new_empty((packed.shape[0], num_heads, packed.shape[2] // group_size, *packed.shape[3:]))
 
 
 def _pack_context(ctx, inputs, output):
     ctx.num_heads = inputs[0].shape[1]
 
 
+def _pack_backward(ctx, grad):
+    return unpack_gqa(grad, ctx.num_heads), None
+
+
+@operator(
+    "pack_gqa(Tensor q, SymInt num_kv_heads) -> Tensor",
+    fake=_empty_packed,
+    backward=_pack_backward,
+    setup_context=_pack_context,
+)
+def pack_gqa(q, num_kv_heads):
+    """Return [B, Hkv, Sq*G, ...] contiguous, rows ordered (token, head in group), from [B, Hq, Sq, ...]."""
+    grouped = q.unflatten(1, (num_kv_heads, -1)).transpose(2, 3).contiguous()
+    return grouped.flatten(2, 3).clone() if grouped.data_ptr() == q.data_ptr() else grouped.flatten(2, 3)
+
+
+def _empty_unpacked(packed, num_heads):
+    group_size = num_heads // packed.shape[1]
+    return packed.new_empty((packed.shape[0], num_heads, packed.shape[2] // group_size, *packed.shape[3:]))
+
+
 def _unpack_context(ctx, inputs, output):
     ctx.num_kv_heads = inputs[0].shape[1]
 
 
-pack_gqa.register_autograd(lambda ctx, grad: (unpack_gqa(grad, ctx.num_heads), None), setup_context=_pack_context)
-unpack_gqa.register_autograd(lambda ctx, grad: (pack_gqa(grad, ctx.num_kv_heads), None), setup_context=_unpack_context)
+def _unpack_backward(ctx, grad):
+    return pack_gqa(grad, ctx.num_kv_heads), None
+
+
+@operator(
+    "unpack_gqa(Tensor packed, SymInt num_heads) -> Tensor",
+    fake=_empty_unpacked,
+    backward=_unpack_backward,
+    setup_context=_unpack_context,
+)
+def unpack_gqa(packed, num_heads):
+    """Return [B, Hq, Sq, ...] contiguous from the rows of `pack_gqa`."""
+    group_size = num_heads // packed.shape[1]
+    grouped = packed.unflatten(2, (-1, group_size)).transpose(2, 3).contiguous()
+    return grouped.flatten(1, 2).clone() if grouped.data_ptr() == packed.data_ptr() else grouped.flatten(1, 2)

@@ -5,50 +5,28 @@ computes the gradient (if `with_grad`), in float32 so that it does not underflow
 backward operator multiplies it by the gradient of the loss.
 """
 
-import torch
-
 from .attention import statistics_dtype
-from .autocast import register_autocast
 from .checks import check_block_indices
 from .dispatch import run_kernel
+from .library import operator
 
 
-@torch.library.custom_op(
-    "flexmsa::index_loss",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor index_q, Tensor index_k, Tensor? block_indices, Tensor lse, Tensor sequences, "
-    "int block_size, float scale, float index_scale, bool with_grad, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def index_loss(
+def _empty_loss_and_grads(
     q, k, index_q, index_k, block_indices, lse, sequences, block_size, scale, index_scale, with_grad, backend
 ):
-    """Return the scalar loss and its gradients for index_q and index_k (empty unless `with_grad`)."""
-    if block_indices is not None:
-        check_block_indices(block_indices, -(-k.shape[2] // block_size))
-    branches = q, k, index_q, index_k, block_indices, lse, sequences
-    return run_kernel(backend, "index_loss", *branches, block_size, scale, index_scale, with_grad)
-
-
-@index_loss.register_fake
-def _(q, k, index_q, index_k, block_indices, lse, sequences, block_size, scale, index_scale, with_grad, backend):
     dtype = statistics_dtype(q)
     grads = [x.new_empty(x.shape if with_grad else (0,), dtype=dtype) for x in (index_q, index_k)]
     return q.new_empty((), dtype=dtype), *grads
 
 
-@torch.library.custom_op(
-    "flexmsa::index_loss_backward",
-    mutates_args=(),
-    schema="(Tensor grad_loss, Tensor unit_grad, ScalarType dtype) -> Tensor",
-)
+def _empty_grad(grad_loss, unit_grad, dtype):
+    return unit_grad.new_empty(unit_grad.shape, dtype=dtype)
+
+
+@operator("index_loss_backward(Tensor grad_loss, Tensor unit_grad, ScalarType dtype) -> Tensor", fake=_empty_grad)
 def index_loss_backward(grad_loss, unit_grad, dtype):
     """Return unit_grad, the gradient for grad_loss = 1, times the scalar `grad_loss`, in `dtype`."""
     return (unit_grad * grad_loss).to(dtype, copy=True)
-
-
-@index_loss_backward.register_fake
-def _(grad_loss, unit_grad, dtype):
-    return unit_grad.new_empty(unit_grad.shape, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):
@@ -72,5 +50,20 @@ def _backward(ctx, grad_loss, *_):
     return (None, None, *grads, *(None,) * 8)
 
 
-index_loss.register_autograd(_backward, setup_context=_setup_context)
-register_autocast(index_loss, cast=4)
+@operator(
+    "index_loss(Tensor q, Tensor k, Tensor index_q, Tensor index_k, Tensor? block_indices, Tensor lse, "
+    "Tensor sequences, int block_size, float scale, float index_scale, bool with_grad, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_empty_loss_and_grads,
+    backward=_backward,
+    setup_context=_setup_context,
+    cast=4,
+)
+def index_loss(
+    q, k, index_q, index_k, block_indices, lse, sequences, block_size, scale, index_scale, with_grad, backend
+):
+    """Return the scalar loss and its gradients for index_q and index_k (empty unless `with_grad`)."""
+    if block_indices is not None:
+        check_block_indices(block_indices, -(-k.shape[2] // block_size))
+    branches = q, k, index_q, index_k, block_indices, lse, sequences
+    return run_kernel(backend, "index_loss", *branches, block_size, scale, index_scale, with_grad)

@@ -4,16 +4,21 @@ import torch
 
 from flexmsa.kernels.rules import SelectionRule
 
-from .autocast import register_autocast
 from .checks import check_page_table, check_topk
 from .dispatch import run_kernel
+from .library import operator
 
 
-@torch.library.custom_op(
-    "flexmsa::select_blocks",
-    mutates_args=(),
-    schema="(Tensor index_q, Tensor index_k, Tensor sequences, int block_size, int topk, int num_local_blocks, "
+def _empty_ids(index_q, index_k, sequences, block_size, topk, *_):
+    return index_q.new_empty((*index_q.shape[:3], topk), dtype=torch.int32)
+
+
+@operator(
+    "select_blocks(Tensor index_q, Tensor index_k, Tensor sequences, int block_size, int topk, int num_local_blocks, "
     "int num_init_blocks, str backend, Tensor? page_table=None, Tensor? index_k_scale=None) -> Tensor",
+    fake=_empty_ids,
+    has_gradient=False,
+    cast=2,
 )
 def select_blocks(
     index_q, index_k, sequences, block_size, topk, num_local, num_init, backend, page_table=None, index_k_scale=None
@@ -23,11 +28,3 @@ def select_blocks(
     check_page_table(page_table, sequences, block_size, index_k.shape[0], backend)
     rule = SelectionRule(block_size, topk, num_local, num_init)
     return run_kernel(backend, "select_blocks", index_q, index_k, sequences, rule, page_table, index_k_scale)
-
-
-@select_blocks.register_fake
-def _(index_q, index_k, sequences, block_size, topk, *_):
-    return index_q.new_empty((*index_q.shape[:3], topk), dtype=torch.int32)
-
-
-register_autocast(select_blocks, cast=2)

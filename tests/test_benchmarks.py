@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import flexmsa
-from benchmarks import gpu, gpu_peer_steps, gpu_peers, gpu_plot, gpu_sanitize, gpu_tables
+from benchmarks import gpu, gpu_model, gpu_peer_steps, gpu_peers, gpu_plot, gpu_sanitize, gpu_tables
 from benchmarks.gpu_results import Results
 
 
@@ -279,6 +279,19 @@ def test_a_sanitizer_that_is_not_there_is_named(monkeypatch, capsys):
     assert "needs a GPU" in capsys.readouterr().err
 
 
+def test_the_table_of_a_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
+    results = Results(tmp_path / "gpu-h200.json")
+    results.begin("model", {"gpu": "a GPU"})
+    results.add("model", {"name": "model 32768: dense flash", "ms": "OutOfMemoryError", "gib": 8.0})
+    results.add("model", {"name": "model 32768: dense cuDNN", "ms": 300.0, "gib": 9.0})
+    assert gpu_tables.gpu_model() == ""
+    ours = {"ms": 150.0, "gib": 9.5, "ratio": 2.0, "ratio_bar": 1.6, "gib_bar": 12.0}
+    results.add("model", {"name": "model 32768: flexmsa", **ours})
+    row = gpu_tables.gpu_model().splitlines()[2]
+    assert row == "| 32K | - | 300 ms | 150 ms | 2.00x | 1.6 | 9.0 GiB | 9.5 GiB | 12 GiB |"
+
+
 def test_crossover():
     dense = {1000: 1.0, 2000: 4.0, 4000: 16.0, 8000: 64.0}
     tokens, milliseconds = gpu_plot.crossover({n: 3.0 * n / 1000 for n in dense}, dense)
@@ -286,6 +299,45 @@ def test_crossover():
     assert gpu_plot.crossover({n: 4.0 * n / 1000 for n in dense}, dense) == (pytest.approx(4000), pytest.approx(16))
     assert gpu_plot.crossover({n: 0.5 * n / 1000 for n in dense}, dense) is None
     assert gpu_plot.crossover({n: 20.0 * n / 1000 for n in dense}, dense) is None
+
+
+TINY = gpu_model.Shape(2, 32, 48, 4, 2, head_dim=8, block_size=8, topk=2, vocabulary=20, device="cpu")
+
+
+def test_a_model_is_checked_and_timed(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(gpu_model, "BARS", {40: (1.5, 2.0)})
+    rows = {}
+    dense = {"flash": torch.nn.attention.SDPBackend.FLASH_ATTENTION}
+    assert list(gpu_model.model_errors(TINY, layers=2, seqlen=60)) == []
+    gpu_model.model_times(lambda name, ms, **more: rows.update({name: (ms, more)}), [40], TINY, dense)
+    (dense_ms, _), (ms, more) = rows["model 40: dense flash"], rows["model 40: flexmsa"]
+    assert more == {"gib": 0.0, "ratio": pytest.approx(dense_ms / ms), "ratio_bar": 1.5, "gib_bar": 2.0}
+    lines = list(gpu_model.profile_lines(40, TINY, rows=1000))
+    assert lines[0].startswith("one layer, 40 tokens: ")
+    assert any("flexmsa::attention_and_index_loss_backward" in line for line in lines)
+
+
+def test_a_wrong_gradient_of_a_model_is_found():
+    pytest.importorskip("transformers")
+
+    def wrong(shape):
+        model = gpu_model.make_sparse(shape)
+        model.lm_head.weight.requires_grad_(False)
+        q_proj = model.model.layers[0].self_attn.q_proj.weight
+        q_proj.register_hook(lambda grad: grad * (1.0 if model.flexmsa.loss_in_backward else 1.05))
+        return model
+
+    errors = "\n".join(gpu_model.model_errors(TINY, layers=1, seqlen=40, make=wrong))
+    assert "lm_head.weight: no gradient" in errors
+    assert "model, model.layers.0.self_attn.q_proj.weight: is off by" in errors
+
+
+def test_a_model_is_skipped_without_transformers(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert list(gpu_model.model_errors(TINY)) == []
+    gpu.time_model(gpu.Run(lambda *args, **more: pytest.fail("a row"), 1.0, 1.0, False, False))
+    assert capsys.readouterr().out.count("pip install flexmsa[transformers]") == 2
 
 
 def test_the_lines_are_the_sums_of_the_table():

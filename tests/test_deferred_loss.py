@@ -89,17 +89,20 @@ def test_the_value_is_no_part_of_the_state(layers):
 
 
 @pytest.mark.parametrize("topk", [2, None])
-@pytest.mark.parametrize("mode", ["eager", "reentrant", "checkpointed", "selective"])
+@pytest.mark.parametrize("mode", ["eager", "reentrant", "checkpointed", "selection", "attention"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_layer_under_checkpointing_and_the_compiler(layers, topk, mode, compiled):
     layer, other = layers
     layer.topk = other.topk = topk
     x = torch.randn(2, 40, 32)
-    contexts = partial(create_selective_checkpoint_contexts, flexmsa.save_selection_policy)
+    policies = {"selection": flexmsa.save_selection_policy, "attention": flexmsa.save_attention_policy}
     settings = {
         "reentrant": {"use_reentrant": True},
         "checkpointed": {"use_reentrant": False},
-        "selective": {"use_reentrant": False, "context_fn": contexts},
+        **{
+            name: {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, policy)}
+            for name, policy in policies.items()
+        },
     }
 
     def run(x):

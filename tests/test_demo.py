@@ -8,9 +8,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from flexmsa import MSAConfig, __main__, demo
+from flexmsa._progress import Progress
 from flexmsa.demo.generate import generate
 from flexmsa.demo.model import GPT, dense_twin
-from flexmsa.demo.progress import Progress
 from flexmsa.demo.report import write_whole
 from flexmsa.demo.text import read_standard_library
 

@@ -25,26 +25,24 @@ def test_opcheck_of_every_operator():
     strided = q.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
     frozen = [x.detach() for x in (q, k, v, index_q, index_k)]
     main, loss = (SEQUENCES, 8, 0.25), (SEQUENCES, 8, 0.25, 0.25)
-    opcheck(ops.sequence_table._opoverload, (q, None, None, lengths(20), 33))
-    opcheck(ops.sequence_table._opoverload, (q, lengths(0, 1, 33), None, None, 33))
-    opcheck(ops.select_blocks._opoverload, (index_q, index_k, SEQUENCES, 8, 2, 1, 0, "torch"))
+    opcheck(ops.sequence_table, (q, None, None, lengths(20), 33))
+    opcheck(ops.sequence_table, (q, lengths(0, 1, 33), None, None, 33))
+    opcheck(ops.select_blocks, (index_q, index_k, SEQUENCES, 8, 2, 1, 0, "torch"))
     for indices in (ids, None):
-        opcheck(ops.block_sparse_attention._opoverload, (strided, k, v, indices, *main, "torch"))
-        opcheck(
-            ops.block_sparse_attention_backward._opoverload, (out, lse, *frozen[:3], out, lse, indices, *main, "torch")
-        )
+        opcheck(ops.block_sparse_attention, (strided, k, v, indices, *main, "torch"))
+        opcheck(ops.block_sparse_attention_backward, (out, lse, *frozen[:3], out, lse, indices, *main, "torch"))
         for with_grad in (True, False):
             branches = (index_q, index_k) if with_grad else frozen[3:]
             arguments = (*frozen[:2], *branches, indices, lse, *loss, with_grad, "torch")
-            opcheck(ops.index_loss._opoverload, arguments)
-    opcheck(ops.index_loss_backward._opoverload, (torch.ones(()), out, torch.float16))
+            opcheck(ops.index_loss, arguments)
+    opcheck(ops.index_loss_backward, (torch.ones(()), out, torch.float16))
     for indices in (ids, None):
-        opcheck(ops.attend_blocks._opoverload, (*frozen[:3], indices, SEQUENCES, 8, 0.25, "torch"))
-    opcheck(ops.pack_gqa._opoverload, (strided, 2))
-    opcheck(ops.unpack_gqa._opoverload, (ops.pack_gqa(frozen[0], 2).requires_grad_(), 6))
-    opcheck(ops.block_mask_lists._opoverload, (ids, SEQUENCES, 33, 8, 8, 2, 5, True, True))
-    opcheck(ops.block_mask_lists._opoverload, (ids, SEQUENCES, 33, 8, 16, 4, 3, False, False))
-    opcheck(ops.dense_mask_lists._opoverload, (SEQUENCES, 1, 33, 33, 16, 8, True))
+        opcheck(ops.attend_blocks, (*frozen[:3], indices, SEQUENCES, 8, 0.25, "torch"))
+    opcheck(ops.pack_gqa, (strided, 2))
+    opcheck(ops.unpack_gqa, (ops.pack_gqa(frozen[0], 2).requires_grad_(), 6))
+    opcheck(ops.block_mask_lists, (ids, SEQUENCES, 33, 8, 8, 2, 5, True, True))
+    opcheck(ops.block_mask_lists, (ids, SEQUENCES, 33, 8, 16, 4, 3, False, False))
+    opcheck(ops.dense_mask_lists, (SEQUENCES, 1, 33, 33, 16, 8, True))
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -67,16 +65,16 @@ def test_opcheck_of_the_cache_operators(paged, dtype):
     table = cache.newest(5)
     buffers = (cache.k, cache.v, cache.index_k, cache.k_scale, cache.v_scale, cache.index_k_scale, cache.page_table)
     state = (cache.kv_starts, cache.kv_lens, torch.zeros(4, 5, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
-    check(ops.next_positions._opoverload, (cache.kv_lens, cache.kv_starts, 3))
-    check(ops.append._opoverload, (new.k, new.v, new.index_k, lengths(3, 4), *buffers, *state, "torch"))
+    check(ops.next_positions, (cache.kv_lens, cache.kv_starts, 3))
+    check(ops.append, (new.k, new.v, new.index_k, lengths(3, 4), *buffers, *state, "torch"))
     ids = ops.select_blocks(
         new.index_q, cache.index_k, table, 8, 2, 1, 0, "torch", cache.page_table, cache.index_k_scale
     )
     scales = (cache.page_table, cache.k_scale, cache.v_scale)
-    check(ops.attend_blocks._opoverload, (new.q, cache.k, cache.v, ids, table, 8, 0.25, "torch", *scales))
+    check(ops.attend_blocks, (new.q, cache.k, cache.v, ids, table, 8, 0.25, "torch", *scales))
     branches = (new.q, new.index_q, cache.k, cache.v, cache.index_k, table)
     rest = (8, 2, 1, 0, 0.25, "torch", *scales, cache.index_k_scale)
-    check(ops.select_and_attend._opoverload, (*branches, *rest))
+    check(ops.select_and_attend, (*branches, *rest))
 
 
 def _graphs(counter: CompileCounterWithBackend) -> int:
@@ -139,24 +137,28 @@ def test_inductor_compiles_a_step_on_a_cache(dtype):
     assert all(torch.equal(x, y) for x, y in zip(*(cache.contiguous() for cache in caches), strict=True))
 
 
-@pytest.mark.parametrize("selective", [False, True])
-def test_checkpointing_gives_the_same_gradients(selective):
+@pytest.mark.parametrize("policy", [None, flexmsa.save_selection_policy, flexmsa.save_attention_policy])
+def test_checkpointing_gives_the_same_gradients(policy):
     layer = MSAttention(CONFIG)
     x = torch.randn(2, 50, 32, requires_grad=True)
     out, loss = layer(x)
     expected = torch.autograd.grad(out.sum() + loss, [x, *layer.parameters()])
     settings = {}
-    if selective:
-        settings["context_fn"] = partial(create_selective_checkpoint_contexts, flexmsa.save_selection_policy)
+    if policy is not None:
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     out, loss = checkpoint(layer, x, use_reentrant=False, **settings)
     found = torch.autograd.grad(out.sum() + loss, [x, *layer.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_selective_checkpointing_selects_once(monkeypatch):
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize(
+    ("policy", "repeats"), [(flexmsa.save_selection_policy, 2), (flexmsa.save_attention_policy, 1)]
+)
+def test_selective_checkpointing_selects_once(policy, repeats, in_backward, monkeypatch):
     from flexmsa.kernels import torch as torch_kernels
 
-    calls = {"select_blocks": 0, "block_sparse_attention_forward": 0}
+    calls = {"select_blocks": 0, "attend_blocks": 0, "index_loss": 0}
     for name in calls:
         kernel = getattr(torch_kernels, name)
 
@@ -165,11 +167,12 @@ def test_selective_checkpointing_selects_once(monkeypatch):
             return kernel(*args)
 
         monkeypatch.setattr(torch_kernels, name, counted)
-    layer = MSAttention(CONFIG)
-    contexts = partial(create_selective_checkpoint_contexts, flexmsa.save_selection_policy)
+    layer = MSAttention(MSAConfig(**{**vars(CONFIG), "loss_in_backward": in_backward}))
+    contexts = partial(create_selective_checkpoint_contexts, policy)
     out, loss = checkpoint(layer, torch.randn(1, 30, 32), use_reentrant=False, context_fn=contexts)
     (out.sum() + loss).backward()
-    assert calls == {"select_blocks": 1, "block_sparse_attention_forward": 1}
+    expected = {"select_blocks": 1, "attend_blocks": repeats}
+    assert calls == expected | {"index_loss": 0 if in_backward else repeats}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -36,15 +36,15 @@ def test_assert_close_requires_the_same_infinity():
 def test_check_finds_a_bug_and_prints_it_as_code(monkeypatch, capsys):
     from flexmsa.kernels import torch as torch_kernels
 
-    forward = torch_kernels.block_sparse_attention_forward
+    forward = torch_kernels.attend_blocks
 
-    def broken(q, k, v, block_indices, sequences, block_size, scale):
-        out, lse = forward(q, k, v, block_indices, sequences, block_size, scale)
-        if q.shape[1] // k.shape[1] == 3:
+    def broken(q, k, v, block_indices, sequences, block_size, scale, *cache):
+        out, lse = forward(q, k, v, block_indices, sequences, block_size, scale, *cache)
+        if q.shape[1] // k.shape[1] == 3 and not cache:
             out = out * 1.001
         return out, lse
 
-    monkeypatch.setattr(torch_kernels, "block_sparse_attention_forward", broken)
+    monkeypatch.setattr(torch_kernels, "attend_blocks", broken)
     assert fuzz.main(["--device", "cpu", "--seconds", "60"]) == 1
     printed = capsys.readouterr().out
     assert "FAILED: AssertionError: out: got" in printed

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from flexmsa import functional, metrics
+from flexmsa._progress import Progress
 from flexmsa.config import MSAConfig
 from flexmsa.demo.model import GPT, dense_twin, language_loss
-from flexmsa.demo.progress import Progress
 from flexmsa.demo.text import Text, random_batch, spread_windows
 
 

@@ -14,10 +14,11 @@ import torch
 
 from flexmsa.kernels.triton.common.launch import Launch, compile_key
 from flexmsa.kernels.triton.common.target import Target
+from flexmsa.kernels.triton.layer import CacheFormat, Layer
 from flexmsa.kernels.triton.selection.launch import VARIANTS
+from flexmsa.kernels.triton.serving.config import MOST_SPLITS
 from flexmsa.testing import launches as recorded
 from flexmsa.testing.cases import Case
-from flexmsa.testing.launches import CacheFormat, Layer
 from flexmsa.testing.schedules import Schedule
 
 Shape = Case | Schedule
@@ -54,12 +55,19 @@ def _layer_launches(case: Case, target: Target) -> Iterator[Launch]:
                 for blocks in VARIANTS:
                     tokens = blocks * case.block_size
                     yield from recorded.selection_launches(replace(layer, tokens=tokens, queries=queries), target)
+            for queries in _queries_by_splits(case, target):
+                yield from recorded.few_launches(replace(layer, queries=queries), target)
         yield from recorded.forward_launches(layer, target, dense)
         for lse_gradient in (False, True):
             yield from recorded.backward_launches(layer, target, dense, lse_gradient)
             if not dense:
                 yield from recorded.joint_backward_launches(layer, target, lse_gradient)
         yield from recorded.loss_launches(layer, target, True, dense)
+
+
+def _queries_by_splits(case: Case, target: Target) -> set[int]:
+    """Numbers of queries that between them take every number of splits of the attention of a few."""
+    return {max(1, 2 * target.num_sms // (case.num_kv_heads * splits)) for splits in range(1, MOST_SPLITS + 1)}
 
 
 def _cache_launches(schedule: Schedule, target: Target) -> Iterator[Launch]:

@@ -6,36 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Case", "lay_out"]
+from flexmsa.kernels.layout import lay_out
+
+__all__ = ["Case"]
 
 # What `Case.values` may be, and `Case.ids`.
 VALUES = ("normal", "ties", "huge", "zeros", "unseen NaN", "odd scores")
 IDS = ("selected", "given", "garbage")
 _GARBAGE = (-(2**31), -2, 2**30, 2**31 - 1)
-
-
-def lay_out(
-    shape: tuple[int, int, int, int],
-    *,
-    strided: bool = False,
-    offset: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-) -> Tensor:
-    """Return an uninitialised tensor [B, H, S, D].
-
-    Args:
-        strided: as a part of [B, S, H, D + 8], the strides of a fused projection; the rest of the memory is NaN.
-        offset: elements of memory before the first.
-
-    >>> lay_out((1, 2, 3, 4), strided=True).stride()
-    (72, 12, 24, 1)
-    """
-    batch, heads, seqlen, size = shape
-    if not strided:
-        return torch.empty(offset + batch * heads * seqlen * size, dtype=dtype, device=device)[offset:].view(shape)
-    wide = torch.empty(offset + batch * seqlen * heads * (size + 8), dtype=dtype, device=device).fill_(torch.nan)
-    return wide[offset:].view(batch, seqlen, heads, size + 8).transpose(1, 2)[..., :size]
 
 
 @dataclass(frozen=True)

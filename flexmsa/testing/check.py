@@ -5,7 +5,10 @@ queries, and does not share a line with the reference.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -13,7 +16,10 @@ from torch import Tensor
 
 import flexmsa
 from flexmsa import ops, reference
+from flexmsa.backends import default_backend
 from flexmsa.kernels.sequences import key_ranges
+from flexmsa.kernels.torch import decode as torch_decode
+from flexmsa.kernels.torch import inverse_index as torch_inverse_index
 from flexmsa.testing import oracle
 from flexmsa.testing.assertions import assert_close, product_size
 from flexmsa.testing.cases import Case
@@ -55,8 +61,10 @@ def check_case(
     inputs, settings = case.inputs(device)
     inputs = tuple(x.requires_grad_(gradients) for x in inputs)
     given = case.block_indices(device)
-    results, ids, value = _run(case, inputs, settings, given, backend)
-    grads = _gradients(case, results, inputs) if gradients else {}
+    # Cases are small, so without this the kernels for many queries would never run.
+    with kernels_for_many_queries(inputs[0], backend) if case.seed % 2 == 1 else nullcontext():
+        results, ids, value = _run(case, inputs, settings, given, backend)
+        grads = _gradients(case, results, inputs) if gradients else {}
     if value is not None:
         results["index_loss"] = value
     # A key that no query sees may be NaN; the references multiply it by 0.
@@ -89,6 +97,25 @@ def check_case(
         terms = _cancelling_terms(case, clean, results["lse"], errors)
         for name, grad in grads.items():
             assert_close(f"gradient of {name}", grad, right_grads[name], baseline[name], terms[name])
+
+
+@contextmanager
+def kernels_for_many_queries(q: Tensor, backend: str | None) -> Iterator[None]:
+    """Run the kernels for many queries, however few there are.
+
+    >>> with kernels_for_many_queries(torch.empty(1, 4, 1, 16), None):
+    ...     check_case(Case(seqlen_q=3, seqlen_k=50))
+    """
+    backend = backend or default_backend("block_sparse_attention", q)
+    with ExitStack() as stack:
+        if backend == "torch":
+            stack.enter_context(patch.object(torch_decode, "FEW_QUERIES", 0))
+            stack.enter_context(patch.object(torch_inverse_index, "LEAST_FILLED", 0))
+        if backend == "triton":
+            from flexmsa.kernels.triton.serving import launch
+
+            stack.enter_context(patch.multiple(launch, FEW_QUERIES=0, FEW_ROWS=0))
+        yield
 
 
 def _run(

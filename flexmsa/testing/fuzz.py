@@ -7,6 +7,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any, Protocol
@@ -192,12 +193,13 @@ def main(argv: list[str]) -> int:
     progress = _Progress(start + options.seconds)
     source: _Source = _CompiledShapes(options, dtypes, progress) if compiled else _AnyShape(options, dtypes)
     try:
-        for number in count():
-            if not progress.seconds_left or progress.failed:
-                break
-            strategy = source.round(number)
-            if strategy is not None:
-                _try_round(strategy, options, options.seed + number, progress)
+        with compiled_ahead(compiled):
+            for number in count():
+                if not progress.seconds_left or progress.failed:
+                    break
+                strategy = source.round(number)
+                if strategy is not None:
+                    _try_round(strategy, options, options.seed + number, progress)
     except KeyboardInterrupt:
         print("\nstopped", end="")
     finally:
@@ -238,6 +240,15 @@ def _describe(options: argparse.Namespace, dtypes: tuple[str, ...]) -> bool:
     print(f"flexmsa {flexmsa.__version__}, torch {torch.__version__}, on {where}")
     print(f"main branch: {backend}; dtypes: {', '.join(dtypes)}; for {options.seconds:g} s, seed {options.seed}")
     return backend == "triton" and device.type == "cuda"
+
+
+def compiled_ahead(compiled: bool) -> AbstractContextManager[None]:
+    """If shapes are compiled ahead, keep the first launch of a step from compiling for lengths that no case has."""
+    if not compiled:
+        return nullcontext()
+    from flexmsa.kernels.triton.common.launch import expected
+
+    return expected(lambda: None)
 
 
 def _try_round(strategy: SearchStrategy[Tested], options: argparse.Namespace, number: int, progress: _Progress) -> None:

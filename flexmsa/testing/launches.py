@@ -4,16 +4,14 @@ Needs Triton, so `flexmsa.testing` does not import it by itself.
 """
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flexmsa.kernels import triton as kernels
-from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton.common.launch import Launch, record
 from flexmsa.kernels.triton.common.target import Target
-from flexmsa.testing.cases import lay_out
+from flexmsa.kernels.triton.layer import CacheFormat, Layer, decode
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 108),
@@ -22,80 +20,12 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 148),
     "gfx942": Target("hip", "gfx942", 304),
 }
+CONTIGUOUS = CacheFormat()
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
     """An uninitialised tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Sizes and dtype of one call of an attention layer, by default MiniMax-M3's.
-
-    queries: as many as tokens, the keys, if None; packed: documents along the sequence; strided, offset: as for
-    `lay_out`, of q, k, v, index_q and index_k.
-    """
-
-    tokens: int = 131072
-    num_heads: int = 64
-    num_kv_heads: int = 4
-    head_dim: int = 128
-    index_head_dim: int = 128
-    block_size: int = 128
-    topk: int = 16
-    dtype: torch.dtype = torch.bfloat16
-    packed: bool = False
-    queries: int | None = None
-    strided: bool = False
-    offset: int = 0
-    scale: float = 0.1
-
-    @property
-    def group_size(self) -> int:
-        """Query heads that share a KV head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def num_queries(self) -> int:
-        """Queries of one sequence."""
-        return self.tokens if self.queries is None else self.queries
-
-    @property
-    def rule(self) -> SelectionRule:
-        """With the newest block forced."""
-        return SelectionRule(self.block_size, self.topk)
-
-    def sequences(self) -> Tensor:
-        """The table of sequences of one row, or of three packed documents."""
-        return meta(3 if self.packed else 1, 5)
-
-    def vectors(self, heads: int, head_dim: int, tokens: int | None = None) -> Tensor:
-        """[1, heads, tokens, head_dim]."""
-        shape = 1, heads, self.tokens if tokens is None else tokens, head_dim
-        return lay_out(shape, strided=self.strided, offset=self.offset, dtype=self.dtype, device="meta")
-
-    def main(self, tokens: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, of `tokens` queries, k and v."""
-        keys = self.vectors(self.num_kv_heads, self.head_dim)
-        return self.vectors(self.num_heads, self.head_dim, tokens or self.num_queries), keys, keys
-
-    def index(self, tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """index_q, of `tokens` queries, and index_k."""
-        index_q = self.vectors(self.num_kv_heads, self.index_head_dim, tokens or self.num_queries)
-        return index_q, self.vectors(1, self.index_head_dim)
-
-    def block_indices(self) -> Tensor:
-        """[1, Hkv, Sq, topk]."""
-        return meta(1, self.num_kv_heads, self.num_queries, self.topk)
-
-    def out(self) -> Tensor:
-        """[1, Hq, Sq, D], as is its gradient."""
-        return meta(1, self.num_heads, self.num_queries, self.head_dim, dtype=self.dtype)
-
-    def lse(self) -> Tensor:
-        """[1, Hq, Sq]."""
-        return meta(1, self.num_heads, self.num_queries, dtype=torch.float32)
 
 
 def selection_launches(layer: Layer, target: Target, dtype: torch.dtype | None = None) -> list[Launch]:
@@ -111,6 +41,13 @@ def forward_launches(layer: Layer, target: Target, dense: bool = False) -> list[
     ids = None if dense else layer.block_indices()
     with record(target) as launches:
         kernels.block_sparse_attention_forward(*layer.main(), ids, layer.sequences(), layer.block_size, layer.scale)
+    return launches
+
+
+def few_launches(layer: Layer, target: Target) -> list[Launch]:
+    """Of the main branch's forward where each of a few queries attends to its own blocks."""
+    with record(target) as launches:
+        kernels.attend_blocks(*layer.main(), layer.block_indices(), layer.sequences(), layer.block_size, layer.scale)
     return launches
 
 
@@ -148,19 +85,10 @@ def loss_launches(layer: Layer, target: Target, with_grad: bool = True, dense: b
     return launches
 
 
-@dataclass(frozen=True)
-class CacheFormat:
-    """How a cache keeps its vectors: in pages or contiguous, as e4m3 numbers with scales or in the layer's dtype."""
-
-    paged: bool = False
-    scaled: bool = False
-    index_scaled: bool = False
-
-
 def decode_launches(
     layer: Layer,
     target: Target,
-    cache: CacheFormat = CacheFormat(),
+    cache: CacheFormat = CONTIGUOUS,
     tokens: int = 1,
     batch: int = 1,
     ragged: bool = False,
@@ -170,33 +98,8 @@ def decode_launches(
 
     ragged: rows get other numbers of tokens; dense: nothing is selected.
     """
-    max_pages = layer.tokens // layer.block_size
-    rows, keys = (batch * max_pages, layer.block_size) if cache.paged else (batch, layer.tokens)
-
-    def stored(heads: int, head_dim: int, scaled: bool) -> tuple[Tensor, Tensor | None]:
-        dtype = torch.float8_e4m3fn if scaled else layer.dtype
-        scale = meta(rows, heads, keys, dtype=torch.uint8) if scaled else None
-        return meta(rows, heads, keys, head_dim, dtype=dtype), scale
-
-    def new(heads: int, head_dim: int) -> Tensor:
-        return meta(batch, heads, tokens, head_dim, dtype=layer.dtype)
-
-    k, k_scale = stored(layer.num_kv_heads, layer.head_dim, cache.scaled)
-    v, v_scale = stored(layer.num_kv_heads, layer.head_dim, cache.scaled)
-    index_k, index_scale = stored(1, layer.index_head_dim, cache.index_scaled)
-    table = meta(batch, max_pages) if cache.paged else None
-    new_k, new_index_k = new(layer.num_kv_heads, layer.head_dim), new(1, layer.index_head_dim)
-    q, index_q = new(layer.num_heads, layer.head_dim), new(layer.num_kv_heads, layer.index_head_dim)
-    sequences = meta(batch, 5)
     with record(target) as launches:
-        buffers = k, v, index_k, k_scale, v_scale, index_scale, table
-        lens = meta(batch) if ragged else None
-        kernels.append(new_k, new_k, new_index_k, lens, *buffers, meta(batch), meta(batch), sequences, meta(2))
-        scales = table, k_scale, v_scale
-        if dense:
-            kernels.attend_blocks(q, k, v, None, sequences, layer.block_size, 0.1, *scales)
-        else:
-            kernels.select_and_attend(q, index_q, k, v, index_k, sequences, layer.rule, 0.1, *scales, index_scale)
+        decode(layer, cache, tokens, batch, ragged, dense)
     return launches
 
 

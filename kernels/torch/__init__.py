@@ -1,7 +1,7 @@
 """Every kernel in plain PyTorch, for any device: one batched matrix product per key/value block and its queries."""
 
 from flexmsa.kernels.torch.append import append
-from flexmsa.kernels.torch.attention import block_sparse_attention_backward, block_sparse_attention_forward
+from flexmsa.kernels.torch.attention import block_sparse_attention_backward
 from flexmsa.kernels.torch.decode import attend_blocks, select_and_attend
 from flexmsa.kernels.torch.deferred_loss import attention_and_index_loss_backward
 from flexmsa.kernels.torch.index_loss import index_loss
@@ -12,7 +12,6 @@ __all__ = [
     "attend_blocks",
     "attention_and_index_loss_backward",
     "block_sparse_attention_backward",
-    "block_sparse_attention_forward",
     "index_loss",
     "select_and_attend",
     "select_blocks",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexmsa.kernels.torch.inverse_index import InverseIndex
-from flexmsa.kernels.torch.packing import BlockTable, Scratch, compute_dtype
+from flexmsa.kernels.torch.packing import Scratch, compute_dtype
 from flexmsa.kernels.torch.softmax import OnlineAttention, PlainAttention
 from flexmsa.kernels.torch.tile import max_tokens
 
@@ -43,19 +43,15 @@ def block_sparse_attention_forward(
     batch, num_heads, seqlen_q, _ = q.shape
     num_kv_heads = k.shape[1]
     group_size = num_heads // num_kv_heads
-    index = InverseIndex(sequences, block_indices, block_size, batch, num_kv_heads, seqlen_q)
-    table = index.table if page_table is None else BlockTable(sequences, block_size, page_table)
+    index = InverseIndex(sequences, block_indices, block_size, batch, num_kv_heads, seqlen_q, page_table)
     # The dtype of e4m3 keys does not determine the compute dtype.
     dtype = compute_dtype(q.dtype)
-    k_blocks = table.pack(k, scale * math.log2(math.e), k_scale, dtype)
-    v_blocks = table.pack(v, 1.0, v_scale, dtype)
+    k_blocks = index.blocks.pack(k, scale * math.log2(math.e), k_scale, dtype)
+    v_blocks = index.blocks.pack(v, 1.0, v_scale, dtype)
     out, lse = _attend(PlainAttention, index, q, k_blocks, v_blocks)
     exact = PlainAttention.is_exact(out, lse).unflatten(1, (num_kv_heads, group_size)).all(2) | ~index.sees_keys
     if not bool(exact.all()):
-        if block_indices is not None:
-            inexact_indices = block_indices.masked_fill(exact[..., None], -1)
-            index = InverseIndex(sequences, inexact_indices, block_size, batch, num_kv_heads, seqlen_q)
-        again = _attend(OnlineAttention, index, q, k_blocks.mul_(math.log(2)), v_blocks)
+        again = _attend(OnlineAttention, index.without(exact), q, k_blocks.mul_(math.log(2)), v_blocks)
         for x, replacement in zip((out, lse), again, strict=True):
             inexact = ~exact[:, :, None].expand(-1, -1, group_size, -1).flatten(1, 2)
             x[inexact] = replacement[inexact]
@@ -76,7 +72,7 @@ def _attend(
     for tokens in index.token_ranges(group_size, head_dim):
         q_rows = tokens.pack(q, scratch, "q_rows")
         result = attention(tokens.num_rows, group_size, head_dim, scratch)
-        for tile in index.tiles(tokens, max_tokens(group_size, head_dim, index.table.block_size)):
+        for tile in index.tiles(tokens, max_tokens(group_size, head_dim, index.block_size)):
             scores = tile.score(tile.gather(q_rows, scratch, "q", group_size), k_blocks, scratch, "scores")
             result.add(tile, tile.hide_future(scores, -torch.inf), v_blocks)
         out_rows, lse_rows = result.finish()
@@ -109,7 +105,7 @@ def block_sparse_attention_backward(
     num_kv_heads = k.shape[1]
     group_size = num_heads // num_kv_heads
     index = InverseIndex(sequences, block_indices, block_size, batch, num_kv_heads, seqlen_q)
-    k_blocks, v_blocks = index.table.pack(k, scale), index.table.pack(v)
+    k_blocks, v_blocks = index.blocks.pack(k, scale), index.blocks.pack(v)
     k_grads, v_grads = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
     grad_q = torch.empty(q.shape, dtype=q.dtype)
     scratch = Scratch(compute_dtype(q.dtype))
@@ -133,4 +129,4 @@ def block_sparse_attention_backward(
             partial = torch.bmm(grad_scores, tile.operand(k_blocks), out=grad_tile)
             q_grads.index_add_(0, tile.rows, partial.view(-1, q_grads.shape[1]))
         tokens.unpack(q_grads, grad_q)
-    return grad_q, index.table.unpack(k_grads, k, scale), index.table.unpack(v_grads, v)
+    return grad_q, index.blocks.unpack(k_grads.mul_(scale), k), index.blocks.unpack(v_grads, v)

@@ -1,4 +1,4 @@
-"""Attention of a few new queries, or of a chunk of a prompt, to the chosen blocks of a cache.
+"""Attention to the chosen blocks of a few queries or of many, with a cache or without.
 
 A few queries share hardly any blocks, so each (query, group) gathers its own: it reads topk * block_size keys. Many
 queries are computed in key-major order, as in training.
@@ -23,7 +23,7 @@ from flexmsa.kernels.torch.packing import (
 from flexmsa.kernels.torch.selection import select_blocks
 
 # The most queries per row that gather their blocks.
-_FEW_QUERIES = 16
+FEW_QUERIES = 16
 # Dtypes for the fused kernel: conversion to float32 would take longer than everything else. For float32 itself, plain
 # products are as fast.
 _FUSED = (torch.bfloat16, torch.float16)
@@ -43,8 +43,8 @@ def attend_blocks(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [B,Hq,Sq,D] and lse [B,Hq,Sq]; arguments and results are those of ``block_sparse_attention_forward``."""
-    if block_indices is None or q.shape[2] > _FEW_QUERIES:
+    """(out, lse) of few queries or many; arguments and results are those of ``block_sparse_attention_forward``."""
+    if block_indices is None or q.shape[2] > FEW_QUERIES:
         return block_sparse_attention_forward(
             q, k, v, block_indices, sequences, block_size, scale, page_table, k_scale, v_scale
         )

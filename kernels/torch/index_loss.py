@@ -44,9 +44,9 @@ def index_loss(
     group_size = num_heads // num_kv_heads
     index = InverseIndex(sequences, block_indices, block_size, batch, num_kv_heads, seqlen_q)
     count = max(1, index.num_visible)
-    k_blocks = index.table.pack(k, scale)
+    k_blocks = index.blocks.pack(k, scale)
     # All groups have the same index keys, but each tile names the blocks of its group.
-    index_blocks = index.table.pack(index_k, index_scale).repeat(num_kv_heads, 1, 1)
+    index_blocks = index.blocks.pack(index_k, index_scale)
     index_k_grads = torch.zeros_like(index_blocks)
     scratch = Scratch(compute_dtype(q.dtype))
     loss = torch.zeros((), dtype=torch.float64)
@@ -72,8 +72,8 @@ def index_loss(
     loss = (loss / count).to(scratch.dtype)
     if not with_grad:
         return loss, grad_index_q, torch.empty(0, dtype=scratch.dtype)
-    shared_grads = index_k_grads.unflatten(0, (num_kv_heads, -1)).sum(0)
-    return loss, grad_index_q, index.table.unpack(shared_grads, index_k.to(scratch.dtype), index_scale / count)
+    grad_index_k = index.blocks.unpack(index_k_grads.mul_(index_scale / count), index_k, scratch.dtype)
+    return loss, grad_index_q, grad_index_k
 
 
 def _index_lse(

@@ -132,55 +132,78 @@ def count_blocks(columns: Sequence, block_size: int) -> Array:
 
 
 class BlockTable:
-    """The number and place of every sequence's blocks: block ``b`` of sequence ``n`` is ``first_block[n] + b``."""
+    """Every group's blocks: block ``b`` of sequence ``n`` has the number ``head * total + first_block[n] + b``."""
 
-    def __init__(self, sequences: Tensor, block_size: int, page_table: Tensor | None = None) -> None:
-        columns = sequence_columns(sequences)
-        num_blocks = count_blocks(columns, block_size)
-        first_block = num_blocks.cumsum() - num_blocks
-        owner = np.repeat(np.arange(len(num_blocks)), num_blocks)
-        block = np.arange(len(owner)) - first_block[owner]
-        k_start = columns.k_start[owner]
-        row, first = locate_block(columns.batch[owner], k_start, block, block_size, page_table)
-        last = columns.k_end[owner] - k_start - 1 - block * block_size
-        offset = np.arange(block_size)
+    def __init__(self, sequences: Tensor, block_size: int) -> None:
+        self.columns = sequence_columns(sequences)
+        self.num_blocks = count_blocks(self.columns, block_size)
+        self.first_block = self.num_blocks.cumsum() - self.num_blocks
         self.block_size = block_size
-        self.total = len(owner)
-        self.num_blocks, self.first_block = torch.as_tensor(num_blocks), torch.as_tensor(first_block)
-        self._is_padding = torch.as_tensor(offset > last[:, None]).flatten()
-        self._has_padding = bool((last < block_size - 1).any())
-        self._token = torch.as_tensor(first[:, None] + np.minimum(offset, last[:, None])).flatten()
-        self._batch = torch.as_tensor(np.repeat(row, block_size))
+        self.total = int(self.num_blocks.sum())
+
+
+class PackedBlocks:
+    """The blocks of a table with the given ascending ``numbers``; the keys of other blocks are not read."""
+
+    def __init__(self, table: BlockTable, numbers: Array, page_table: Tensor | None = None) -> None:
+        columns, block_size = table.columns, table.block_size
+        head, self._in_group = np.divmod(numbers, max(1, table.total))
+        owner = np.searchsorted(table.first_block, self._in_group, side="right") - 1
+        self.block_id = block_id = self._in_group - table.first_block[owner]
+        k_start = columns.k_start[owner]
+        row, first = locate_block(columns.batch[owner], k_start, block_id, block_size, page_table)
+        last = (columns.k_end[owner] - k_start - 1 - block_id * block_size)[:, None]
+        offset = np.arange(block_size)
+        self._row, self._head = (torch.as_tensor(x)[:, None] for x in (row, head))
+        self._key = torch.as_tensor(first[:, None] + np.minimum(offset, last))
+        self._is_padding = torch.as_tensor(offset > last) if bool((last < block_size - 1).any()) else None
 
     def pack(
         self, x: Tensor, scale: float = 1.0, token_scale: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """[B,H,Sk,D] to blocks [H * total, block_size, D] in ``dtype``, or x's compute dtype, times ``scale``.
+        """[B,H,Sk,D] to blocks [n, block_size, D] in ``dtype``, or x's compute dtype, times ``scale``.
 
-        token_scale [B,H,Sk] holds the scales of e4m3 numbers.
+        H may be 1, one head for all groups. token_scale [B,H,Sk] holds the scales of e4m3 numbers.
         """
         blocks = self._take(x).to(compute_dtype(x.dtype) if dtype is None else dtype)
         if token_scale is not None:
             blocks.mul_(fp8.factors(self._take(fp8.as_scales(token_scale)))[..., None])
-        if self._has_padding:
-            blocks[:, self._is_padding] = 0
-        return blocks.mul_(scale).view(x.shape[1] * self.total, self.block_size, x.shape[-1])
+        if self._is_padding is not None:
+            blocks[self._is_padding] = 0
+        return blocks if scale == 1 else blocks.mul_(scale)
+
+    def unpack(self, blocks: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The transpose of :meth:`pack`: a contiguous tensor of ``like``'s shape, zero for other keys.
+
+        The result has ``dtype``, or ``like``'s. Sums the groups' blocks if ``like`` has one head for all of them.
+        """
+        key, is_padding = self._place(like.shape), self._is_padding
+        if like.shape[1] == 1:
+            _, first, target = np.unique(self._in_group, return_index=True, return_inverse=True)
+            shared = blocks.new_zeros(len(first), *blocks.shape[1:])
+            blocks = shared.index_add_(0, torch.as_tensor(target), blocks)
+            key = key[torch.as_tensor(first)]
+            is_padding = None if is_padding is None else is_padding[torch.as_tensor(first)]
+        if is_padding is not None:
+            key, blocks = key[~is_padding], blocks[~is_padding]
+        out = torch.zeros(like.shape, dtype=dtype or like.dtype)
+        out.view(-1, like.shape[-1]).index_copy_(0, key.flatten(), blocks.to(out.dtype).view(-1, like.shape[-1]))
+        return out
+
+    def _place(self, shape: torch.Size) -> Tensor:
+        """The numbers [n, block_size] of the keys in a contiguous tensor [B,H,Sk,...] of this shape."""
+        _, num_heads, seqlen_k = shape[:3]
+        head = self._head if num_heads > 1 else 0
+        return (self._row * num_heads + head) * seqlen_k + self._key
 
     def _take(self, x: Tensor) -> Tensor:
-        """[B,H,Sk,...] to [H, total * block_size, ...], e4m3 numbers divided by ``fp8.SHIFT``."""
+        """[B,H,Sk,...] to [n, block_size, ...], e4m3 numbers divided by ``fp8.SHIFT``."""
         if fp8.is_e4m3(x):
             return fp8.as_float16(self._take(x.view(torch.int8)))
-        return x.transpose(0, 1)[:, self._batch, self._token]
-
-    def unpack(self, blocks: Tensor, like: Tensor, scale: float = 1.0) -> Tensor:
-        """The transpose of :meth:`pack`: a contiguous tensor of ``like``'s shape and type, zero for other keys."""
-        batch, num_heads, seqlen_k, head_dim = like.shape
-        keys = blocks.new_zeros(num_heads * batch * seqlen_k + 1, head_dim)
-        key = (torch.arange(num_heads)[:, None] * batch + self._batch) * seqlen_k + self._token
-        key.masked_fill_(self._is_padding, keys.shape[0] - 1)
-        keys.index_add_(0, key.flatten(), blocks.view(-1, head_dim), alpha=scale)
-        out = torch.empty(like.shape, dtype=like.dtype)
-        return out.copy_(keys[:-1].view(num_heads, batch, seqlen_k, head_dim).transpose(0, 1))
+        if x.is_contiguous():
+            taken = x.flatten(0, 2).index_select(0, self._place(x.shape).flatten())
+            return taken.view(*self._key.shape, *x.shape[3:])
+        return x[self._row, self._head if x.shape[1] > 1 else 0, self._key]
 
 
 def query_positions(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Array, Array]:

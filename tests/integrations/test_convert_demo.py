@@ -10,7 +10,7 @@ import torch
 from integrations.device import DEVICE
 
 from flexmsa import __main__
-from flexmsa.demo.progress import Progress
+from flexmsa._progress import Progress
 from flexmsa.demo.text import Text
 from flexmsa.integrations.transformers import demo
 from flexmsa.integrations.transformers.demo.retrieval import (

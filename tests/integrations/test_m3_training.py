@@ -49,7 +49,7 @@ def test_a_loss_for_each_sparse_layer():
 
 
 def test_the_losses_are_summed_over_the_layers():
-    losses = IndexLosses()
+    losses = IndexLosses(in_backward=False)
     out = make_m3("flexmsa").train()(tokens(2, 60), labels=tokens(2, 60), index_losses=losses)
     total = losses.add_to(out.loss, weight=0.25)
     torch.testing.assert_close(total, out.loss + 0.25 * losses.values[1] + 0.25 * losses.values[2])

@@ -113,11 +113,12 @@ def _attend(
     if block_indices is None:
         out = _attend_densely(query, key, value, attention_mask, scale)
     else:
-        out, loss = _attend_sparsely(
-            query, key, value, block_indices, attention_mask, scale, with_loss=index_losses is not None
-        )
+        number: Any = module.layer_idx
+        loss_value = None if index_losses is None else index_losses.deferred.get(number)
+        aux = AuxRequest(index_loss=index_losses is not None)
+        out, loss = _attend_sparsely(query, key, value, block_indices, attention_mask, scale, aux, loss_value)
         if index_losses is not None and loss is not None:
-            index_losses.record(module.layer_idx, loss)  # type: ignore[arg-type]
+            index_losses.record(number, loss)
     if observe is not None:
         observe(query, key, attention_mask, scale)
     return out.transpose(1, 2).contiguous(), None
@@ -140,9 +141,16 @@ def _attend_densely(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, scale
 
 
 def _attend_sparsely(
-    q: Tensor, k: Tensor, v: Tensor, selection: Selection, table: Tensor | None, scale: float, with_loss: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    table: Tensor | None,
+    scale: float,
+    aux: AuxRequest,
+    loss_value: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the output [B, Hq, Sq, D] and, if requested, the index loss."""
+    """Return the output [B, Hq, Sq, D] and, if requested, the index loss: 0 if the backward writes it to loss_value."""
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, *(x.to(q.dtype) for x in selection.heads))
     validation.check_branches_match(q, k, index_q, index_k)
     _, block_size, topk, num_local_blocks, num_init_blocks, select = selection
@@ -160,8 +168,8 @@ def _attend_sparsely(
     else:
         rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
     settings = _settings(q, scale, is_plain, block_size, rule, index_q.shape[-1] ** -0.5)
-    sequences, aux = Sequences(q, k.shape[2], table=table), AuxRequest(index_loss=with_loss)
-    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, block_indices)
+    sequences = Sequences(q, k.shape[2], table=table)
+    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, block_indices, loss_value)
     return out, found.index_loss
 
 
@@ -181,8 +189,8 @@ def _settings(
     """Return the settings of a call.
 
     Dense attention to whole rows, `is_plain`, may use FlexAttention and cuDNN. All else uses the kernels that take a
-    table of sequences, and without gradients those for inference.
+    table of sequences.
     """
     backend = None if is_plain else choose_backend("block_sparse_attention", None, q)
     backend = "torch" if backend == "flex" else backend
-    return _core.Settings(block_size, scale, index_scale, rule, backend, for_inference=not is_plain)
+    return _core.Settings(block_size, scale, index_scale, rule, backend)

@@ -16,12 +16,13 @@ from flexmsa.config import MSAConfig
 from flexmsa.integrations.transformers.attention import IMPLEMENTATION, register_attention
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
 from flexmsa.integrations.transformers.index_branch import add_index_branch
-from flexmsa.integrations.transformers.losses import IndexLosses, keep_losses_when_checkpointing
+from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
+from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
 
 __all__ = ["conversion_of", "convert", "install", "model_sizes", "msa_config", "set_warm_up"]
 
-# Settings that the model's own configuration has; they are not saved again.
-_OF_THE_MODEL = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "rotary_dim", "rope_theta")
+# Settings that the model's own configuration has, and how to train: they are not saved.
+_NOT_SAVED = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "rotary_dim", "rope_theta", "loss_in_backward")
 
 
 def msa_config(model: PreTrainedModel, **settings: Any) -> MSAConfig:
@@ -58,9 +59,15 @@ def convert(
     """Add an index branch to attention layers of a dense causal model, in place; its own weights do not change.
 
     The model starts in the warm-up: its logits are those of the dense model. Train it with
-    `flexmsa.integrations.transformers.training`, or switch the selection on with `set_warm_up(model, False)`. In
-    training mode `outputs.index_loss` is the sum of the layers' index losses, and `outputs.loss` includes
-    `model.flexmsa.index_loss_weight` times that sum.
+    `flexmsa.integrations.transformers.training`, or switch the selection on with `set_warm_up(model, False)`.
+
+    In training mode the gradient of `outputs.loss` includes that of `model.flexmsa.index_loss_weight` times the sum of
+    the layers' index losses. The backward computes these losses, so the value of `outputs.loss` is the model's own
+    loss, and `model.flexmsa.report` has the index losses after the backward. With `model.flexmsa.loss_in_backward =
+    False` the forward computes them: `outputs.index_loss` is their sum, and `outputs.loss` includes it.
+
+    Activation checkpointing that is not reentrant saves the selected ids (`flexmsa.save_selection_policy`), unless a
+    context_fn of your own is among `gradient_checkpointing_kwargs`.
 
     Args:
         model: grouped-query or multi-head attention with RoPE, such as Llama, Qwen2, Qwen3, Mistral, Gemma 3, Phi.
@@ -96,6 +103,10 @@ def _check_settings(config: MSAConfig, sizes: dict[str, int]) -> None:
             raise ValueError(f"settings: expected {name}={size}, as the model has, got {getattr(config, name)}")
     if config.topk is None:
         raise ValueError("settings: expected an int for topk, got None; for the warm-up, call set_warm_up(model, True)")
+    if config.loss_in_backward:
+        raise ValueError(
+            "settings: expected no loss_in_backward; set model.flexmsa.loss_in_backward, which is True by default"
+        )
     if config.rotary_dim is not None or config.rope_theta != MSAConfig.rope_theta:
         raise ValueError("settings: expected no rotary_dim and rope_theta; the model's RoPE rotates the index heads")
 
@@ -175,10 +186,12 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
             weight = next(module.parameters())
             dtype = weight.dtype if weight.is_floating_point() else model.dtype
             add_index_branch(module, config, std, dtype, weight.device)
+            module.index_loss_value = IndexLossValue(weight.device)
         hook_attention(module, conversion, fallback=fallback if _is_local(module) else None)
     model.flexmsa = conversion
     text_config._attn_implementation = IMPLEMENTATION
     _store_settings(model)
+    prepare_outputs(model)
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_after_forward, with_kwargs=True)
     return model
@@ -212,9 +225,7 @@ def conversion_of(model: Any) -> Conversion:
 def _store_settings(model: Any) -> None:
     """Write the settings to the model's configuration, which save_pretrained saves."""
     conversion: Conversion = model.flexmsa
-    settings = {
-        name: value for name, value in dataclasses.asdict(conversion.config).items() if name not in _OF_THE_MODEL
-    }
+    settings = {name: value for name, value in dataclasses.asdict(conversion.config).items() if name not in _NOT_SAVED}
     model.config.get_text_config().flexmsa = {
         **settings,
         "layers": list(conversion.layers),
@@ -233,12 +244,14 @@ def _before_forward(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
         )
     conversion: Conversion = model.flexmsa
     trains = model.training and torch.is_grad_enabled()
-    if trains:
-        keep_losses_when_checkpointing(model)
+    losses = IndexLosses(conversion.loss_in_backward) if trains or conversion.with_health else None
+    if trains and losses is not None:
+        prepare_checkpointing(model)
+        if losses.in_backward:
+            defer_losses(losses, model)
     # A positional argument after the tokens may be position_ids.
     has_positions = len(args) > 1 or kwargs.get("position_ids") is not None
     forward_pass = ForwardPass(has_positions, with_health=conversion.with_health)
-    losses = IndexLosses() if trains or conversion.with_health else None
     return args, {**kwargs, "msa_pass": forward_pass, "index_losses": losses}
 
 
@@ -257,15 +270,14 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
     named = isinstance(output, Mapping)
     lm_loss = output.get("loss") if named else output[0] if kwargs.get("labels") is not None else None
     health = kwargs["msa_pass"].health
-    first = values[conversion.layers[0]].device
     conversion.report = Report(
         None if lm_loss is None else lm_loss.detach(),
-        torch.stack([values[number].to(first) for number in conversion.layers]),
+        tuple(values[number] for number in conversion.layers),
         tuple(health[number] for number in conversion.layers if number in health),
     )
     index_loss = losses.sum()
     if named:
-        output["index_loss"] = index_loss
+        output = with_index_loss(output, index_loss)
     if lm_loss is None or not model.training:
         return output
     loss = lm_loss + conversion.index_loss_weight * _share_of_step(kwargs) * index_loss.to(lm_loss.device)

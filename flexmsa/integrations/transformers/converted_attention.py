@@ -47,13 +47,18 @@ class Report(NamedTuple):
 
     Attributes:
         lm_loss: scalar, the model's own loss; None without labels.
-        index_losses: [converted layers]; None if they were not computed.
+        values: the index losses of the converted layers; empty if they were not requested.
         health: of the converted layers; empty unless it was requested.
     """
 
     lm_loss: Tensor | None = None
-    index_losses: Tensor | None = None
+    values: tuple[Tensor, ...] = ()
     health: tuple[LayerHealth, ...] = ()
+
+    @property
+    def index_losses(self) -> Tensor | None:
+        """[converted layers], NaN before a backward that computes them; None if they were not requested."""
+        return torch.stack([x.to(self.values[0].device) for x in self.values]) if self.values else None
 
 
 @dataclass
@@ -66,6 +71,8 @@ class Conversion:
         fallback: the attention implementation of layers with a sliding window.
         warm_up: whether the main branch is dense.
         index_loss_weight: of the summed index losses in the loss of a model in training mode.
+        loss_in_backward: whether the backward computes the index losses in training mode; `outputs.index_loss` is then
+            a 0 that has their gradient.
         with_health: measure each forward pass.
         select: replaces the index branch's selection: (index_q, index_k, config) -> block_indices
             [B, Hkv, Sq, topk], such as `random_blocks`; for rows of one sequence each.
@@ -78,6 +85,7 @@ class Conversion:
     fallback: str
     warm_up: bool = True
     index_loss_weight: float = 1.0
+    loss_in_backward: bool = True
     with_health: bool = False
     select: Callable[[Tensor, Tensor, MSAConfig], Tensor] | None = None
     report: Report = field(default_factory=Report)

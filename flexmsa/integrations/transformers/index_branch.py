@@ -9,7 +9,15 @@ from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, S
 
 from flexmsa.config import MSAConfig
 
-__all__ = ["IndexHeads", "add_index_branch", "cache_index_keys", "has_index_branch", "is_index_weight", "project_index"]
+__all__ = [
+    "IndexHeads",
+    "add_index_branch",
+    "cache_index_keys",
+    "has_index_branch",
+    "is_index_weight",
+    "project_index",
+    "trains_index_branch",
+]
 
 _PARTS = frozenset({"index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"})
 
@@ -40,7 +48,14 @@ def add_index_branch(
 
 def has_index_branch(module: nn.Module) -> bool:
     """Return whether an attention module has an index branch, from `add_index_branch` or MiniMax-M3's own."""
-    return hasattr(module, "index_q_proj") or getattr(module, "indexer", None) is not None
+    # Not hasattr, which is slow for a name that a module does not have: every forward asks every module.
+    return "index_q_proj" in module._modules or module._modules.get("indexer") is not None
+
+
+def trains_index_branch(module: nn.Module) -> bool:
+    """Return whether weights of the index branch of an attention module get gradients."""
+    parts = (module._modules.get(name) for name in ("indexer", *sorted(_PARTS)))
+    return any(parameter.requires_grad for part in parts if part is not None for parameter in part.parameters())
 
 
 def is_index_weight(name: str) -> bool:
@@ -80,6 +95,10 @@ def _rotate(attention: nn.Module, index_q: Tensor, index_k: Tensor, cos: Tensor,
     if rotary > size:
         raise ValueError(f"index_head_dim: expected at least the {rotary} dimensions that RoPE rotates, got {size}")
     apply_rope = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    if rotary == size:
+        # Slices and a cat of everything would copy both, in the backward too.
+        rotated = apply_rope(index_q, index_k, cos, sin)
+        return rotated[0].to(index_q.dtype), rotated[1].to(index_k.dtype)
     rotated = apply_rope(index_q[..., :rotary], index_k[..., :rotary], cos, sin)
     return tuple(
         torch.cat([part, whole[..., rotary:]], dim=-1).to(whole.dtype)

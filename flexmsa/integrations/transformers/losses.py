@@ -1,16 +1,43 @@
 """The index losses of one forward pass, with and without checkpointing of the layers."""
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from flexmsa.integrations.transformers.index_branch import has_index_branch
+from flexmsa.checkpoint import save_selection_policy
+from flexmsa.integrations.transformers.index_branch import has_index_branch, trains_index_branch
 
-__all__ = ["IndexLosses", "keep_losses_when_checkpointing"]
+__all__ = ["IndexLossValue", "IndexLosses", "defer_losses", "prepare_checkpointing"]
+
+
+class IndexLossValue(nn.Module):
+    """The scalar, float32, to which the backward writes the index loss of one attention module."""
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.value: Tensor
+        self.register_buffer("value", torch.full((), math.nan, dtype=torch.float32, device=device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `model.bfloat16()` and the like leave it in float32.
+        super()._apply(fn, recurse)
+        self.value = self.value.float()
+        return self
+
+    def renew(self) -> Tensor:
+        """Return the scalar for the next backward, NaN until then."""
+        if torch.compiler.is_compiling():
+            # A traced backward can only write to tensors that exist before its forward.
+            return self.value.fill_(math.nan)
+        # The scalars of earlier forwards, whose backwards may come later, are left alone.
+        self.value = torch.full_like(self.value, math.nan)
+        return self.value
 
 
 class IndexLosses:
@@ -18,8 +45,11 @@ class IndexLosses:
 
     A converted model makes its own and adds the losses to `outputs.loss`.
 
-    Attributes:
-        values: layer number -> the layer's loss, a detached scalar.
+    In training the backward computes the losses, which costs little there: the forward adds a 0 that has the loss's
+    gradient, and the values are there after the backward.
+
+    Args:
+        in_backward: whether the backward computes the losses of a model in training mode.
 
     >>> losses = IndexLosses()
     >>> losses.record(3, torch.tensor(0.5, requires_grad=True))
@@ -27,12 +57,15 @@ class IndexLosses:
     ({3: tensor(0.5000)}, tensor(2.0500, grad_fn=<AddBackward0>))
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_backward: bool = True) -> None:
+        self.in_backward = in_backward
+        self.deferred: dict[int, Tensor] = {}
         self._losses: dict[int, Tensor] = {}
 
     @property
     def values(self) -> dict[int, Tensor]:
-        return {layer: loss.detach() for layer, loss in self._losses.items()}
+        """Layer number -> the layer's loss, a detached scalar; NaN before a backward that computes it."""
+        return {layer: self.deferred.get(layer, loss).detach() for layer, loss in self._losses.items()}
 
     def record(self, layer: int, loss: Tensor) -> None:
         """Store the loss of `layer`, a scalar."""
@@ -70,14 +103,42 @@ class IndexLosses:
         return loss + weight * total.to(loss.device)
 
 
-def keep_losses_when_checkpointing(model: nn.Module) -> None:
-    """Make the index losses of a checkpointed layer outputs of it, so that they keep their gradient."""
+def defer_losses(losses: IndexLosses, model: nn.Module) -> None:
+    """Let the backward compute the losses of the layers whose index branches train."""
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if has_index_branch(module) and trains_index_branch(module):
+            if not hasattr(module, "index_loss_value"):
+                module.index_loss_value = IndexLossValue(next(module.parameters()).device)
+            losses.deferred[module.layer_idx] = module.index_loss_value.renew()
+
+
+def prepare_checkpointing(model: nn.Module) -> None:
+    """Prepare the checkpointed layers of `model` that have an index branch.
+
+    Their index losses become outputs of the checkpointed function, so that they keep their gradient. Non-reentrant
+    checkpointing saves the selection, unless the user passed a context_fn.
+    """
     layers: Iterable[Any] = model.modules()
     for layer in layers:
         if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
             checkpoint: Any = layer._gradient_checkpointing_func
-            if not isinstance(checkpoint, _Checkpoint):
-                layer._gradient_checkpointing_func = _Checkpoint(checkpoint, _numbers_inside(layer))  # type: ignore[assignment]
+            if isinstance(checkpoint, _Checkpoint):
+                continue
+            numbers = _numbers_inside(layer)
+            if numbers:
+                layer._gradient_checkpointing_func = _Checkpoint(_saving_selection(checkpoint), numbers)  # type: ignore[assignment]
+
+
+def _saving_selection(checkpoint: Any) -> Any:
+    """Return transformers' `checkpoint`, a partial function of torch's, with `save_selection_policy` if it takes one.
+
+    Reentrant checkpointing, which is torch's own default, does not.
+    """
+    given = getattr(checkpoint, "keywords", {})
+    if given.get("use_reentrant") is not False or "context_fn" in given:
+        return checkpoint
+    return partial(checkpoint, context_fn=partial(create_selective_checkpoint_contexts, save_selection_policy))
 
 
 def _numbers_inside(layer: nn.Module) -> list[int]:
@@ -97,11 +158,12 @@ class _Checkpoint:
 
     def __call__(self, layer: partial, *args: Any) -> Any:
         losses: IndexLosses | None = layer.keywords.get("index_losses")
-        if losses is None or not self.numbers:
+        if losses is None:
             return self.checkpoint(layer, *args)
 
         def run(*args: Any) -> tuple[Tensor, ...]:
             inside = IndexLosses()
+            inside.deferred = losses.deferred
             out = layer(*args, index_losses=inside)
             if not isinstance(out, Tensor):
                 raise TypeError(f"model: expected checkpointed layers that return a tensor, got {type(out).__name__}")

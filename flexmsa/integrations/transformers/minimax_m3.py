@@ -12,13 +12,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as modeling
 
 from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection, register_attention
-from flexmsa.integrations.transformers.index_branch import IndexHeads
-from flexmsa.integrations.transformers.losses import keep_losses_when_checkpointing
+from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch
+from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
 from flexmsa.integrations.transformers.sequences import find_sequences
 
 __all__ = ["register"]
@@ -40,11 +41,26 @@ def register() -> None:
     modeling.MiniMaxM3VLAttention.flexmsa_fallback = None  # type: ignore[attr-defined]
     # The vision tower is not causal.
     modeling.MiniMaxM3VLVisionAttention.flexmsa_fallback = "sdpa"  # type: ignore[attr-defined]
+    modeling.MiniMaxM3VLAttention.__init__ = _attention_init(  # type: ignore[method-assign]
+        modeling.MiniMaxM3VLAttention.__init__
+    )
     for changed, wrap in (
         (modeling.MiniMaxM3VLIndexer, _indexer_forward),
         (modeling.MiniMaxM3VLTextModel, _text_model_forward),
     ):
         changed.forward = wrap(changed.forward)  # type: ignore[method-assign]
+
+
+def _attention_init(init: Callable) -> Callable:
+    """Wrap the attention's `__init__`: beside an indexer, add where the backward writes its loss."""
+
+    @functools.wraps(init)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if has_index_branch(self):
+            self.index_loss_value = IndexLossValue()
+
+    return wrapped
 
 
 def _text_model_forward(forward: Callable) -> Callable:
@@ -67,8 +83,11 @@ def _text_model_forward(forward: Callable) -> Callable:
             attention_mask = {
                 "full_attention": find_sequences(tokens, padding, position_ids, documents, past_key_values)
             }
-            if kwargs.get("index_losses") is not None:
-                keep_losses_when_checkpointing(self)
+            if self.training and torch.is_grad_enabled():
+                prepare_checkpointing(self)
+                losses: IndexLosses | None = kwargs.get("index_losses")
+                if losses is not None and losses.in_backward:
+                    defer_losses(losses, self)
         return forward(
             self,
             input_ids=input_ids,

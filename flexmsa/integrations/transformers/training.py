@@ -5,7 +5,8 @@ over all visible keys. Phase 2: the selection is on, and all weights train on
 
     model's own loss + index_loss_weight * sum over layers of KL
 
-In training mode, this is `outputs.loss` of a converted model. In phase 1 only the KL has a gradient.
+In training mode, `outputs.loss` of a converted model has the gradient of this sum. In phase 1 only the KL has one. The
+backward computes the KL, so the value of `outputs.loss` is the model's own loss; `log_entries` returns both.
 """
 
 from collections.abc import Iterable
@@ -114,15 +115,16 @@ def _refuse(names: list[str], expected: str, advice: str) -> None:
 
 
 def log_entries(model: nn.Module) -> dict[str, float]:
-    """Return the results of the last forward pass in training mode, for a log.
+    """Return the results of the last forward pass in training mode and of its backward, for a log.
 
     Returns:
-        lm_loss; kl, the sum over the layers, and kl/layer_N. If `model.flexmsa.with_health` was set: block_recall and
-        score_recall, means over the layers, of the index branch, of an untrained branch, and of a window of as many
-        blocks; block_recall/layer_N and score_recall/layer_N.
+        lm_loss; kl, the sum over the layers, and kl/layer_N, NaN before the backward. If `model.flexmsa.with_health`
+            was set: block_recall and score_recall, means over the layers, of the index branch, of an untrained branch,
+            and of a window of as many blocks; block_recall/layer_N and score_recall/layer_N.
     """
     conversion = conversion_of(model)
-    lm_loss, index_losses, health = conversion.report
+    report = conversion.report
+    lm_loss, index_losses, health = report.lm_loss, report.index_losses, report.health
     entries: dict[str, float] = {}
     if lm_loss is not None:
         entries["lm_loss"] = lm_loss.item()

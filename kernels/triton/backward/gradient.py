@@ -83,7 +83,7 @@ def keep_teacher(teacher_ptr, weights, tile, begin, stop, C: tl.constexpr, entri
     column = C.offset + tl.arange(0, C.columns)
     present = (number < C.entries) & (entry >= begin) & (entry < stop)
     mask = present[None, :] & (column < C.block_size)[:, None]
-    store_teacher(teacher_ptr, entry, column, mean, mask, C)
+    store_teacher(teacher_ptr, tile, number, column, mean, mask, C)
 
 
 @triton.jit
@@ -109,15 +109,6 @@ def store_key_gradients(work, grad_k, grad_v, C: tl.constexpr):
 
 
 @triton.jit
-def load_queries(queries_ptr, step, begin, stop, C: tl.constexpr):
-    """The queries of a step's rows; 0 for rows of no entry of the work item."""
-    row = step * C.rows + tl.arange(0, C.rows)
-    entry = row // C.tile_rows * C.entries + row % C.tile_rows // C.group_size
-    present = (row % C.tile_rows < C.entries * C.group_size) & (entry >= begin) & (entry < stop)
-    return tl.load(queries_ptr + entry, mask=present, other=0)
-
-
-@triton.jit
 def gradient_kernel(grad_out, q, k, v, work, scale, C: tl.constexpr):
     """See the module's docstring. Program (i, n) owns work item i of range n, and C.columns of its block's keys.
 
@@ -126,6 +117,7 @@ def gradient_kernel(grad_out, q, k, v, work, scale, C: tl.constexpr):
     HEADS: tl.constexpr = C.group_size
     HEAD_DIM: tl.constexpr = C.head_dim
     ROWS: tl.constexpr = C.rows
+    COLUMNS: tl.constexpr = C.columns
     DEPTH: tl.constexpr = C.depth
     TILE_ROWS: tl.constexpr = C.tile_rows
     ENTRIES: tl.constexpr = C.entries
@@ -147,13 +139,13 @@ def gradient_kernel(grad_out, q, k, v, work, scale, C: tl.constexpr):
     lane = tl.arange(0, ROWS)
     first, last = begin // ENTRIES * STEPS, tl.cdiv(stop, ENTRIES) * STEPS
     # The addresses of the next rows are known one step ahead, so that the copies in flight need not wait for them.
-    upcoming = load_queries(rows.queries, first, begin, stop, C)
-    grad_k = tl.zeros([C.columns, DEPTH], tl.float32)
-    grad_v = tl.zeros([C.columns, DEPTH], tl.float32)
+    upcoming = tl.load(rows.queries + first * ROWS + lane)
+    grad_k = tl.zeros([COLUMNS, DEPTH], tl.float32)
+    grad_v = tl.zeros([COLUMNS, DEPTH], tl.float32)
     for step in range(first, last):
         query = upcoming.to(tl.int64)
-        upcoming = load_queries(rows.queries, step + 1, begin, stop, C)
         row = step * ROWS + lane
+        upcoming = tl.load(rows.queries + row + ROWS, mask=step + 1 < last, other=0)
         # With one step a tile, heads are known to the compiler.
         inside = lane if STEPS == 1 else row % TILE_ROWS
         entry = row // TILE_ROWS * ENTRIES + inside // HEADS

@@ -111,7 +111,6 @@ def gather_kernel(index, statistics, rows, places_ptr, first_range, seqlen_q, nu
     origin = tl.program_id(1) * index.range_tokens * index.topk
     place += origin
     row = first_row(place, C)
-    tl.store(rows.queries + place, query, mask=live)
     tl.store(rows.limits + place, limit, mask=live)
     tl.store(places_ptr + origin + local, row, mask=live)
 
@@ -119,6 +118,7 @@ def gather_kernel(index, statistics, rows, places_ptr, first_range, seqlen_q, nu
     mask = live[:, None] & (head < C.group_size)
     source = (((batch * num_kv_heads + tokens.group) * seqlen_q + query) * C.group_size)[:, None] + head
     row = row[:, None] + head
+    tl.store(rows.queries + row, tl.broadcast_to(query[:, None], mask.shape), mask=mask)
     tl.store(rows.delta + row, tl.load(statistics.delta + source, mask=mask), mask=mask)
     tl.store(rows.lse2 + row, tl.load(statistics.lse2 + source, mask=mask), mask=mask)
 

@@ -20,12 +20,12 @@ from ..loss.teacher import new_teacher
 class GatheredRows(NamedTuple):
     """What a pass keeps of each entry and of its rows.
 
-    queries, limits: [entries] int32, the query of an entry, and how many keys of its block that query sees; delta,
-    lse2: [tiles, tile_rows] fp32; lse2 is +inf in the rows that belong to no entry.
+    limits: [entries] int32, how many keys of its block an entry's query sees; queries, delta, lse2: [tiles, tile_rows],
+    int32 and fp32; lse2 is +inf in the rows that belong to no entry.
     """
 
-    queries: Any
     limits: Any
+    queries: Any
     delta: Any
     lse2: Any
 
@@ -121,8 +121,8 @@ def make_workspace(
     teacher = new_teacher(q, num_tiles, sizes.teacher_rows, sizes.block_size) if with_loss else None
     return Workspace(
         GatheredRows(
-            queries=sequences.new_empty(num_entries),
             limits=sequences.new_empty(num_entries),
+            queries=sequences.new_empty(num_tiles, sizes.tile_rows),
             delta=lse.new_zeros(num_tiles, sizes.tile_rows),
             # +inf makes every probability of a row 0.
             lse2=lse.new_full((num_tiles, sizes.tile_rows), torch.inf),

@@ -2,26 +2,24 @@
 
 `Launch.run` compiles the kernel for the types of its arguments on first use, keeps it, and calls it directly. The types
 come from dtypes, alignment and constants alone, never from the value of a length, so nothing is compiled again when
-lengths change. Inside `record` launches are collected instead of run: the compile tests, the compiler's report and a
-warm-up call the same functions as a user, on meta tensors.
+lengths change. Inside `record` launches are collected instead of run: the compile tests and the compiler's report call
+the same functions as a user, on meta tensors. `compile_ahead` compiles side by side what it has recorded, for a warm-up
+and for the first launch of a step that is `expected`.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .compiled import Compiled, Source, compile_sources
 from .target import Target, assume_target, target_of
 
 TYPES = {
@@ -135,31 +133,50 @@ def signature_of(x: Any, place: tuple[int, ...], constants: dict[tuple[int, ...]
     return type(x)(*fields)
 
 
-class Compiled:
-    """A compiled kernel, ready to be launched on the device that was current when it was made."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.run, self.function, self.metadata = kernel.run, kernel.function, kernel.packed_metadata
-
-    def launch(self, grid: tuple[int, int, int], values: list[Any], constants: Iterable[Any]) -> None:
-        """Launch on the current stream."""
-        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if enter.calls or leave.calls:
-            # A profiler listens.
-            self.kernel[grid](*values, *constants)
-            return
-        stream = driver.active.get_current_stream(driver.active.get_current_device())
-        self.run(*grid, stream, self.function, self.metadata, None, None, None, *values, *constants)
-
-
 _compiled: dict[Any, Compiled] = {}
-_recording: ContextVar[list["Launch"] | None] = ContextVar("recording", default=None)
+_recording: ContextVar[Any] = ContextVar("recording", default=None)
+_is_ahead: ContextVar[bool] = ContextVar("is_ahead", default=False)
+_step: ContextVar[Callable[[], object] | None] = ContextVar("step", default=None)
 
 
 def choose(implementations: tuple[Any, ...], problem: Any, target: Target, config: Any) -> Any:
     """The first of a folder's implementations that supports a problem; the last one supports all."""
     return next(x for x in implementations if x.supports(problem, target, config))
+
+
+class expected:
+    """Inside, the first launch of a kernel that is not compiled yet compiles all that `step()` launches, side by side.
+
+    `step` is called only then, with its launches recorded. The outermost step counts. A class, as every call of an
+    operator enters it.
+    """
+
+    __slots__ = ("step", "token")
+
+    def __init__(self, step: Callable[[], object]) -> None:
+        self.step = step
+
+    def __enter__(self) -> None:
+        self.token: Token | None = _step.set(self.step) if _step.get() is None else None
+
+    def __exit__(self, *error: object) -> None:
+        if self.token is not None:
+            _step.reset(self.token)
+
+
+def is_ahead() -> bool:
+    """Whether launches are recorded to be compiled ahead: then also record those that other lengths need."""
+    return _is_ahead.get()
+
+
+@contextlib.contextmanager
+def for_one_length() -> Iterator[None]:
+    """Inside, `is_ahead` is False: record what the length at hand needs."""
+    token = _is_ahead.set(False)
+    try:
+        yield
+    finally:
+        _is_ahead.reset(token)
 
 
 def num_compiled() -> int:
@@ -197,10 +214,17 @@ class Launch(NamedTuple):
             return
         device = torch.cuda.current_device()
         key, values = self.key_and_values()
-        compiled = _compiled.get((device, key))
-        if compiled is None:
-            compiled = _compiled[device, key] = Compiled(self.compile(target_of(torch.device("cuda", device))))
+        compiled = _compiled.get((device, key)) or self.compile_first(device, key)
         compiled.launch(self.grid, values, self.constants.values())
+
+    def compile_first(self, device: int, key: tuple[Any, ...]) -> Compiled:
+        """Compile this kernel, and with it those of the expected step."""
+        step = _step.get()
+        if step is not None and not torch.cuda.is_current_stream_capturing():
+            compile_ahead([step])
+        if (device, key) not in _compiled:
+            _compiled[device, key] = Compiled(self.compile(target_of(torch.device("cuda", device))))
+        return _compiled[device, key]
 
     def key_and_values(self) -> tuple[tuple[Any, ...], list[Any]]:
         """All that the compiled kernel depends on, and what it is launched with."""
@@ -211,6 +235,10 @@ class Launch(NamedTuple):
 
     def compile(self, target: Target) -> Any:
         """The kernel compiled for a target, which need not be present."""
+        return self.source().compile(target)
+
+    def source(self) -> "Source":
+        """What to compile."""
         names = [*self.arguments, *self.constants]
         assert names == self.kernel.arg_names, f"{self.kernel.__name__}: {names} for {self.kernel.arg_names}"
         constants: dict[tuple[int, ...], Any] = {
@@ -223,10 +251,26 @@ class Launch(NamedTuple):
         }
         signature |= dict.fromkeys(self.constants, "constexpr")
         source_of = GluonASTSource if self.kernel.is_gluon() else ASTSource
-        source = source_of(self.kernel, signature, constants, attributes)
-        lanes = 64 if target.backend == "hip" else 32
-        gpu = GPUTarget(target.backend, target.arch, lanes)
-        return triton.compile(source, target=gpu, options=self.options.as_dict())
+        return Source(
+            self.kernel.__name__, source_of(self.kernel, signature, constants, attributes), self.options.as_dict()
+        )
+
+
+class Missing:
+    """In place of a list of recorded launches: what to compile of those that are not compiled for a device.
+
+    Without their arguments, whose memory would add up over a step.
+    """
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self.sources: dict[Any, Source] = {}
+
+    def append(self, launch: Launch) -> None:
+        """Note what is new of a launch."""
+        key = self.device, compile_key(launch)
+        if key not in _compiled and key not in self.sources:
+            self.sources[key] = launch.source()
 
 
 def compile_key(launch: Launch) -> tuple[Any, ...]:
@@ -235,9 +279,12 @@ def compile_key(launch: Launch) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def record(target: Target) -> Iterator[list[Launch]]:
-    """Collect the launches of what this thread calls inside, on meta tensors, as they would be made on `target`."""
-    launches: list[Launch] = []
+def record(target: Target, into: Any = None) -> Iterator[Any]:
+    """Collect the launches of what this thread calls inside, on meta tensors, as they would be made on `target`.
+
+    They are appended to a list, or to `into`.
+    """
+    launches: Any = [] if into is None else into
     token = _recording.set(launches)
     try:
         with assume_target(target):
@@ -254,18 +301,25 @@ def on_meta(x: Any, keys: int | None = None) -> Any:
     return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
-def compile_ahead(calls: Iterable[Callable[[], object]]) -> None:
-    """Compile what these calls on meta tensors launch, side by side, for the current device; launches nothing."""
+def compile_ahead(
+    calls: Iterable[Callable[[], object]], report: Callable[[int, int, str], object] = lambda done, total, name: None
+) -> int:
+    """Compile what these calls launch, and would launch for other lengths, side by side, for the current device.
+
+    Nothing is launched. The number of kernels is returned, and `report` called with how many are done, of how many, and
+    the newest one's name. A kernel that does not compile is left out: it raises if it is launched.
+    """
     if knobs.runtime.interpret or _recording.get() is not None:
-        return
+        return 0
     device = torch.cuda.current_device()
     target = target_of(torch.device("cuda", device))
-    with record(target) as launches:
-        for call in calls:
-            call()
-    missing = {compile_key(launch): launch for launch in launches}
-    missing = {key: launch for key, launch in missing.items() if (device, key) not in _compiled}
-    with ThreadPoolExecutor() as pool:
-        kernels = pool.map(lambda launch: launch.compile(target), missing.values())
-        for key, kernel in zip(missing, kernels, strict=True):
-            _compiled[device, key] = Compiled(kernel)
+    token = _is_ahead.set(True)
+    try:
+        with torch.no_grad(), record(target, Missing(device)) as missing:
+            for call in calls:
+                call()
+    finally:
+        _is_ahead.reset(token)
+    for key, kernel in compile_sources(missing.sources, device, target, report):
+        _compiled[key] = kernel
+    return len(missing.sources)

@@ -1,9 +1,9 @@
 """The index loss's main kernel: the loss of one work item, and its gradients on the way.
 
-Program (i, part, n) owns work item i of range n of a pass, and one part of its block. It keeps its part of index_k, and
-takes the entries `rows` at a time. The teacher is given, or summed over the heads in registers: one product [rows, D] x
-[D, keys] per head, so that no group size wastes rows. The program writes its loss and each entry's share of
-grad_index_q, and sums grad_index_k. See `launch` for the formulas and the cost.
+Program (i, part, n) owns work item i of range n of a pass, and one part of its block. It keeps its part of k and
+index_k, and takes the entries `rows` at a time. The teacher is summed over the heads in registers: one product [rows, D] x [D, keys]
+per head, so that no group size wastes rows. The program writes its loss and each entry's share of grad_index_q, and sums
+grad_index_k. See `launch` for the formulas and the cost, and `given_teacher` where the backward leaves the teacher.
 """
 
 import triton
@@ -15,7 +15,6 @@ from ..common.tiles import load_tile
 from ..schedule.inverse_index import find_token_range
 from ..schedule.work_items import item_entries
 from .loads import LossCall, load_entries, load_part, load_rows
-from .teacher import load_teacher
 
 TINY = tl.constexpr(1.1754943508222875e-38)
 
@@ -89,11 +88,10 @@ def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, 
         y_base, part.first_key, num_keys, index_k.stride_s, index_k.stride_d, COLUMNS, C.index_head_dim, INDEX_DEPTH
     )
     precision: tl.constexpr = "ieee" if y.dtype == tl.float32 else "tf32"
-    if buffers.teacher is None:
-        q_base = q.ptr + part.batch * q.stride_b + tokens.group * sizes.group_size * q.stride_h
-        k_base = k.ptr + part.batch * k.stride_b + tokens.group * k.stride_h
-        keys = load_tile(k_base, part.first_key, num_keys, k.stride_s, k.stride_d, COLUMNS, C.head_dim, C.depth)
-        lse_base = buffers.lse + (part.batch * sizes.seqlen_q * sizes.num_kv_heads + tokens.group) * sizes.group_size
+    q_base = q.ptr + part.batch * q.stride_b + tokens.group * sizes.group_size * q.stride_h
+    k_base = k.ptr + part.batch * k.stride_b + tokens.group * k.stride_h
+    keys = load_tile(k_base, part.first_key, num_keys, k.stride_s, k.stride_d, COLUMNS, C.head_dim, C.depth)
+    lse_base = buffers.lse + (part.batch * sizes.seqlen_q * sizes.num_kv_heads + tokens.group) * sizes.group_size
     query0 = (tokens.first_token - part.batch * sizes.seqlen_q).to(tl.int32) - range_number * index.range_tokens
     entries_ptr = item_entries(index, items, first_range, range_number, part.begin)
     num_entries = part.stop - part.begin
@@ -107,21 +105,17 @@ def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, 
         entry = load_entries(entries_ptr, number, num_entries, first_entry)
         query = query0 + entry // index.topk
         x = load_rows(x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, INDEX_DEPTH)
-        num_seen = tl.where(number < num_entries, tl.minimum(query + lead, num_keys), 0)
-        seen = column[None, :] < num_seen[:, None]
-        if buffers.teacher is None:
-            lse_rows = lse_base + query.to(tl.int64) * (sizes.num_kv_heads * sizes.group_size)
-            teacher = sum_teacher(q, q_base, lse_rows, keys, query, sizes.group_size, sizes.scale, C.head_dim, C.stages)
-            teacher = tl.where(seen, teacher * (1.0 / sizes.group_size), 0.0)
-        else:
-            key = tl.program_id(1) * COLUMNS + column
-            teacher = load_teacher(buffers.teacher, part.begin + number, key, seen, C)
+        lse_rows = lse_base + query.to(tl.int64) * (sizes.num_kv_heads * sizes.group_size)
+        teacher = sum_teacher(q, q_base, lse_rows, keys, query, sizes.group_size, sizes.scale, C.head_dim, C.stages)
         log_student = tl.zeros([ROWS, COLUMNS], tl.float32)
         # Always true. Without the branch Triton sees that this product feeds another, and gives each warp whole rows:
         # with 64 rows for 8 warps, half of the warps would repeat the work of the others.
         if step < num_entries:
             log_student = tl.dot(x, tl.trans(y), input_precision=precision)
         log_student = log_student * sizes.index_scale - tl.load(buffers.index_lse + entry // index.topk)[:, None]
+        num_seen = tl.where(number < num_entries, tl.minimum(query + lead, num_keys), 0)
+        seen = column[None, :] < num_seen[:, None]
+        teacher = tl.where(seen, teacher * (1.0 / sizes.group_size), 0.0)
         ratio = fast_log2(tl.maximum(teacher, TINY)) - log_student
         loss += tl.sum(tl.where(teacher > 0.0, teacher * ratio, 0.0), axis=1)
         if gradients is not None:
@@ -132,7 +126,6 @@ def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, 
             entry = tl.load(entries_ptr + number, mask=number < num_entries, other=first_entry)
             share = (entry - first_entry) * tl.num_programs(1) + tl.program_id(1)
             place = gradients.partial_q + share[:, None] * C.index_head_dim + depth[None, :]
-            grad_q = grad_q.to(gradients.partial_q.dtype.element_ty)
             tl.store(place, grad_q, mask=(number < num_entries)[:, None] & (depth < C.index_head_dim)[None, :])
     item = tl.cast(first_range + range_number, tl.int64) * items.num_items + tl.program_id(0)
     tl.store(buffers.losses + item * tl.num_programs(1) + tl.program_id(1), tl.sum(loss, axis=0) * LN_2)

@@ -43,6 +43,7 @@ from ..common.target import target_of
 from ..schedule.inverse_index import InverseIndex, inverse_indexes
 from ..schedule.work_items import WorkItems, cut_into_items
 from .config import DEPENDS_ON, LossConfig, LossConstants, default_config, loss_constants
+from .given_teacher import given_teacher
 from .gradient import loss_and_gradients
 from .loads import Buffers, Gradients, LossCall, Sizes
 from .reduce import loss_scale, sum_items, sum_slots
@@ -103,7 +104,8 @@ def run_pass(x: LossCall, first_range: int, num_ranges: int) -> None:
     """Compute the losses of a pass; fill grad_q of its tokens, and add to grad_k."""
     block_lse(x, first_range, num_ranges).run()
     index_lse(x, first_range, num_ranges).run()
-    loss_and_gradients(x, first_range, num_ranges).run()
+    main = loss_and_gradients if x.buffers.teacher is None else given_teacher
+    main(x, first_range, num_ranges).run()
     if x.gradients is not None:
         if x.items.num_slots > 0:
             sum_items(x, first_range, num_ranges).run()

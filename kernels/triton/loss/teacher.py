@@ -20,16 +20,11 @@ def new_teacher(q: torch.Tensor, num_tiles: int, teacher_rows: int, block_size: 
 
 
 @triton.jit
-def teacher_row(entry, C: tl.constexpr):
-    """The row of an entry in the teacher, int64."""
-    return (entry // C.entries * C.teacher_rows + entry % C.entries).to(tl.int64)
-
-
-@triton.jit
-def load_teacher(teacher_ptr, entry, key, mask, C: tl.constexpr):
+def load_teacher(teacher_ptr, entry, key, C: tl.constexpr):
     """P of entries [N] for keys [M] of their block, [N, M] fp32."""
-    place = teacher_ptr + teacher_row(entry, C)[:, None] * C.block_size + key[None, :]
-    values = tl.load(place, mask=mask, other=0.0)
+    row = (entry // C.entries * C.teacher_rows + entry % C.entries).to(tl.int64)
+    place = teacher_ptr + row[:, None] * C.block_size + key[None, :]
+    values = tl.load(place, mask=(key < C.block_size)[None, :], other=0.0)
     if teacher_ptr.dtype.element_ty == tl.float32:
         return values
     else:
@@ -37,9 +32,11 @@ def load_teacher(teacher_ptr, entry, key, mask, C: tl.constexpr):
 
 
 @triton.jit
-def store_teacher(teacher_ptr, entry, key, values, mask, C: tl.constexpr):
-    """Write P [M, N] of entries [N] for keys [M] of their block."""
-    place = teacher_ptr + teacher_row(entry, C)[None, :] * C.block_size + key[:, None]
+def store_teacher(teacher_ptr, tile, number, key, values, mask, C: tl.constexpr):
+    """Write P [M, N] of entries `number` [N] of a tile, for keys [M] of their block."""
+    # The tile's place is one number, so that elements need no addresses of 64 bits.
+    base = teacher_ptr + tl.cast(tile, tl.int64) * (C.teacher_rows * C.block_size)
+    place = base + (number[None, :] * C.block_size + key[:, None])
     if teacher_ptr.dtype.element_ty == tl.float32:
         tl.store(place, values, mask=mask)
     else:

@@ -18,7 +18,6 @@ Cost: 2 Hkv Di FLOPs per (query, visible key): 8.8 TFLOP at 128K causal tokens w
 783 TFLOP/s. Decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25 TB/s, and half of it in e4m3.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ import torch
 from ...problem import Problem
 from ...rules import SelectionRule
 from ...tuning import tuned_config
-from ..common.launch import Launch, Options, compile_ahead, num_compiled, on_meta, view
+from ..common.launch import Launch, Options, for_one_length, is_ahead, on_meta, view
 from ..common.records import capacity_of, pages_of
 from ..common.target import GLUON, target_of
 from ..common.tiles import tile_table, tma_ready
@@ -45,6 +44,8 @@ if GLUON:
 
 # Numbers of blocks that between them take every variant of the kernels: without splits, with few and with many.
 VARIANTS = (1, 40, 4096)
+# The same where there are as many queries as keys: whether splits fill the GPU better changes several times.
+TRAINING_VARIANTS = (1, *range(8, 128, 8), 192, 256)
 
 
 def choose_config(
@@ -130,17 +131,26 @@ def select_blocks(
     config: SelectionConfig | None = None,
 ) -> torch.Tensor:
     """block_indices [B, Hkv, Sq, topk] int32, as the module's docstring defines them; `config` as for `rank_blocks`."""
-    before = num_compiled()
+    if is_ahead() and page_table is None and config is None:
+        vectors, table = (index_q, index_k, index_k_scale), on_meta(sequences)
+        for number in VARIANTS:
+            select_on_meta(vectors, table, rule, number)
+        for number in TRAINING_VARIANTS if index_q.shape[2] == index_k.shape[2] else ():
+            select_on_meta(vectors, table, rule, number, number)
     ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, config)
     if lists is not None:
         merge_splits(lists, ids, sequences)
-    if num_compiled() > before and page_table is None and config is None:
-        vectors, table = (index_q, index_k, index_k_scale), on_meta(sequences)
-        compile_ahead(partial(select_on_meta, vectors, table, rule, number) for number in VARIANTS)
     return ids
 
 
-def select_on_meta(vectors: Any, sequences: torch.Tensor, rule: SelectionRule, num_blocks: int) -> None:
-    """`select_blocks` on meta tensors like `vectors` (index_q, index_k, its scales), of num_blocks blocks."""
-    index_q, index_k, scale = (on_meta(x, num_blocks * rule.block_size) for x in vectors)
-    select_blocks(index_q, index_k, sequences, rule, index_k_scale=scale)
+def select_on_meta(
+    vectors: Any, sequences: torch.Tensor, rule: SelectionRule, num_blocks: int, query_blocks: int | None = None
+) -> None:
+    """`select_blocks` on meta tensors like `vectors` (index_q, index_k, its scales), of num_blocks blocks.
+
+    query_blocks: if given, the number of queries, in blocks.
+    """
+    index_q = on_meta(vectors[0], query_blocks and query_blocks * rule.block_size)
+    index_k, scale = (on_meta(x, num_blocks * rule.block_size) for x in vectors[1:])
+    with for_one_length():
+        select_blocks(index_q, index_k, sequences, rule, index_k_scale=scale)

@@ -1,15 +1,14 @@
-"""Decoding: the attention of new queries to chosen blocks of a cache, and the selection with it."""
+"""The attention of queries to chosen blocks, of a few queries or of many, and decoding, the selection with it."""
 
 import functools
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from ...problem import Problem
-from ...rules import SelectionRule
+from ...rules import MOST_BLOCKS, SelectionRule
 from ..common.fp8 import Cache
-from ..common.launch import Launch, Options, compile_ahead, num_compiled, on_meta, view
+from ..common.launch import Launch, Options, for_one_length, is_ahead, on_meta, view
 from ..common.records import Scales, pages_of
 from ..common.target import target_of
 from ..common.tiles import tile_table
@@ -41,6 +40,13 @@ class Chosen(NamedTuple):
 attend_problem = functools.lru_cache(Problem)
 
 
+def are_few(q: torch.Tensor, k: torch.Tensor, block_indices: torch.Tensor | None) -> bool:
+    """Whether each query of a call attends to its own blocks; a program of `attend_kernel` holds all of their ids."""
+    if block_indices is None or not 0 < block_indices.shape[3] <= MOST_BLOCKS:
+        return False
+    return q.shape[2] <= FEW_QUERIES or q.shape[0] * q.shape[2] * k.shape[1] <= FEW_ROWS
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -58,12 +64,12 @@ def attend(
     the former, for tests.
     """
     block_indices, lists = chosen
-    many = q.shape[2] > FEW_QUERIES and q.shape[0] * q.shape[2] * k.shape[1] > FEW_ROWS
-    if lists is not None and (many or lists.kept > LONGEST_MERGED):
+    few = are_few(q, k, block_indices)
+    if lists is not None and (not few or lists.kept > LONGEST_MERGED):
         assert block_indices is not None
         merge_splits(lists, block_indices, sequences)
         lists = None
-    if block_indices is None or many:
+    if block_indices is None or not few:
         return block_sparse_attention_forward(q, k, v, block_indices, sequences, block_size, scale, cache=cache)
     batch, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads, topk = k.shape[1], block_indices.shape[3]
@@ -138,17 +144,13 @@ def select_and_attend(
     index_k_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, lse, block_indices) of `select_blocks` and `attend_blocks`, in a launch less where the keys are split."""
-    before = num_compiled()
+    if is_ahead():
+        queries, stored = (on_meta(q), on_meta(index_q)), (k, v, index_k, k_scale, v_scale, index_k_scale)
+        for number in VARIANTS:
+            attend_on_meta(queries, stored, page_table, on_meta(sequences), rule, scale, number)
     ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale)
     cache = Cache(page_table, k_scale, v_scale)
     out, lse = attend(q, k, v, cache, Chosen(ids, lists), sequences, rule.block_size, scale)
-    if num_compiled() > before:
-        queries = on_meta(q), on_meta(index_q)
-        stored = k, v, index_k, k_scale, v_scale, index_k_scale
-        compile_ahead(
-            partial(attend_on_meta, queries, stored, page_table, on_meta(sequences), rule, scale, number)
-            for number in VARIANTS
-        )
     return out, lse, ids
 
 
@@ -160,4 +162,5 @@ def attend_on_meta(
     vectors, scales = ([on_meta(x, keys) for x in part] for part in (stored[:3], stored[3:]))
     table = None if page_table is None else sequences.new_empty(page_table.shape[0], num_blocks)
     arguments: Any = *queries, *vectors, sequences, rule, scale, table, *scales
-    select_and_attend(*arguments)
+    with for_one_length():
+        select_and_attend(*arguments)

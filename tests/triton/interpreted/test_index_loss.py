@@ -11,6 +11,11 @@ from helpers import hide_unowned, plain
 
 from flexmsa import reference
 from flexmsa.kernels.sequences import key_ranges
+from flexmsa.kernels.triton import (
+    attention_and_index_loss_backward,
+    block_sparse_attention_backward,
+    block_sparse_attention_forward,
+)
 from flexmsa.kernels.triton.loss.config import LossConfig
 from flexmsa.kernels.triton.loss.gradient import fast_log2
 from flexmsa.kernels.triton.loss.launch import index_loss
@@ -125,6 +130,43 @@ def test_token_ranges(topk):
     set_workspace_limit(1)
     case = Case(seqlen_q=40, seqlen_k=40, batch=2, block_size=20, topk=topk)
     assert_loss(inputs_of(case), 20, replace(SMALL, length=7))
+
+
+def assert_loss_beside_backward(case, wide_index_grad=2.0):
+    """The loss that takes its teacher from the backward is right, and leaves the backward's own gradients alone."""
+    inputs = inputs_of(case)
+    q, k, index_q, index_k, ids, sequences = inputs
+    v, scales = torch.randn_like(k.nan_to_num()), (q.shape[3] ** -0.5, index_q.shape[3] ** -0.5)
+    _, exact = wanted(inputs, case.block_size, scales, torch.float64)
+    _, eager = wanted(inputs, case.block_size, scales, q.dtype)
+    out, lse = block_sparse_attention_forward(q, k, v, ids, sequences, case.block_size, scales[0])
+    grad_out, grad_loss = torch.randn_like(out), torch.tensor(wide_index_grad)
+    main = q, k, v, index_q, index_k, out, lse, ids, sequences, case.block_size
+    *grads, loss = attention_and_index_loss_backward(grad_out, lse.cos(), grad_loss, *main, *scales)
+    alone = block_sparse_attention_backward(
+        grad_out, lse.cos(), q, k, v, out, lse, ids, sequences, case.block_size, scales[0]
+    )
+    assert all(torch.equal(x, y) for x, y in zip(grads[:3], alone, strict=True))
+    rows = max(1, int(lse.isfinite().sum()) * k.shape[1] // q.shape[1])
+    largest = [scales[1] / rows * float(x.nan_to_num().abs().max()) for x in (index_k, index_q)]
+    terms = {"loss": math.log(1 + k.shape[2]), "index_q": largest[0], "index_k": largest[1]}
+    found = loss, *(grad / grad_loss for grad in grads[3:])
+    for name, result, right, baseline in zip(terms, found, exact, eager, strict=True):
+        assert_close(name, result, right, baseline.to(result.dtype), terms[name])
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.topk is not None])
+def test_teacher_from_the_backward(name):
+    assert_loss_beside_backward(CASES[name])
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 16])
+@pytest.mark.parametrize("group_size", [1, 2, 7, 40])
+def test_teacher_in_passes(limit, group_size):
+    set_workspace_limit(limit)
+    assert_loss_beside_backward(
+        Case(groups=3, group_size=group_size, seqlen_q=80, seqlen_k=80, batch=2, block_size=8, topk=3), 0.25
+    )
 
 
 def test_strides():

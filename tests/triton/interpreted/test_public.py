@@ -6,6 +6,7 @@ from hypothesis import given, settings
 
 import flexmsa
 from flexmsa.checkpoint import save_selection_policy
+from flexmsa.kernels.triton.serving import launch as serving
 from flexmsa.testing import Case, check_case, oracle
 from flexmsa.testing.strategies import cases
 
@@ -51,6 +52,13 @@ def test_training_agrees_with_the_oracle(case):
 @given(case=cases(dtypes=("float16",), **SIZES))
 def test_half_precision_agrees_with_the_oracle(case):
     check_case(case, backend="triton")
+
+
+@pytest.mark.parametrize("queries", [1, 3, 16])
+def test_few_queries_train_without_the_tiles_of_the_forward(queries, monkeypatch):
+    monkeypatch.setattr(serving, "block_sparse_attention_forward", None)
+    ragged = {"batch": 2, "kv_starts": (0, 13), "kv_lens": (100, 77)}
+    check_case(Case(num_kv_heads=2, group_size=3, seqlen_q=queries, seqlen_k=100, **ragged), backend="triton")
 
 
 def loss_of(inputs, topk=2):

@@ -14,6 +14,7 @@ LOSS = {"block_lse_kernel", "index_lse_kernel", "index_loss_kernel"}
 PATHS = {
     "selection": (lambda: gpu_sanitize.select(SMALL), {"selection_kernel"}),
     "forward": (lambda: gpu_sanitize.train(SMALL, "forward"), {"query_major_kernel", "key_major_kernel"}),
+    "few queries": (lambda: gpu_sanitize.train(SMALL, "forward", few=True), {"attend_kernel"}),
     "backward": (lambda: gpu_sanitize.train(SMALL, "backward"), {"gradient_kernel", "sum_slots_kernel"}),
     "warm-up": (lambda: gpu_sanitize.train(replace(SMALL, topk=None), "backward"), {"gradient_kernel"}),
     "index loss": (lambda: gpu_sanitize.train(SMALL, "index loss"), LOSS),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from flexmsa._progress import Progress
 from flexmsa.demo.model import VOCABULARY, language_loss
-from flexmsa.demo.progress import Progress
 from flexmsa.demo.text import Text, random_batch, spread_windows
 from flexmsa.demo.train import learning_rate
 from flexmsa.integrations.transformers import training

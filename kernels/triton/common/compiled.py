@@ -1,0 +1,82 @@
+"""Kernels by the types of their arguments, and compiled: one, or many side by side."""
+
+import contextlib
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.cache import triton_key
+
+from .target import Target
+
+
+class Compiled:
+    """A compiled kernel, ready to be launched on the device that was current when it was made."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.run, self.function, self.metadata = kernel.run, kernel.function, kernel.packed_metadata
+
+    def launch(self, grid: tuple[int, int, int], values: list[Any], constants: Iterable[Any]) -> None:
+        """Launch on the current stream."""
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if enter.calls or leave.calls:
+            # A profiler listens.
+            self.kernel[grid](*values, *constants)
+            return
+        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        self.run(*grid, stream, self.function, self.metadata, None, None, None, *values, *constants)
+
+
+class Source(NamedTuple):
+    """A kernel with the types of its arguments, without the arguments."""
+
+    name: str
+    source: Any
+    options: dict[str, Any]
+
+    def compile(self, target: Target) -> Any:
+        """The kernel compiled for a target."""
+        lanes = 64 if target.backend == "hip" else 32
+        gpu = GPUTarget(target.backend, target.arch, lanes)
+        return triton.compile(self.source, target=gpu, options=self.options)
+
+    def try_to_compile(self, target: Target) -> Compiled | None:
+        """The kernel, ready for the current device, or None if it does not compile."""
+        with contextlib.suppress(Exception):
+            # The C compiler makes its launcher, which takes as long as many a kernel.
+            return Compiled(self.compile(target))
+        return None
+
+
+def compile_sources(
+    sources: dict[Hashable, Source], device: int, target: Target, report: Callable[[int, int, str], object]
+) -> Iterator[tuple[Hashable, Compiled]]:
+    """Compile side by side for a device, and yield each kernel that compiles, by its key.
+
+    Threads do, because Triton compiles outside of Python's lock, but for reading the kernel's source.
+    """
+    # Made once, and by each thread otherwise: Triton's own launcher library, and a hash of all of its files.
+    _ = driver.active, triton_key()
+    pool = ThreadPoolExecutor(max_workers(), initializer=torch.cuda.set_device, initargs=(device,))
+    try:
+        keys = {pool.submit(source.try_to_compile, target): key for key, source in sources.items()}
+        for done, future in enumerate(as_completed(keys), 1):
+            kernel = future.result()
+            if kernel is not None:
+                yield keys[future], kernel
+            report(done, len(sources), sources[keys[future]].name)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def max_workers() -> int:
+    """Threads that compile: this process's share of the cores, where torchrun starts several."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

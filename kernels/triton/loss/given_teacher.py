@@ -1,0 +1,81 @@
+"""The index loss's main kernel where the backward of the main branch leaves the teacher: the same as `gradient`, lighter.
+
+Program (i, part, n) owns work item i of range n of a pass, and one part of its block. It keeps its part of index_k, and
+takes the entries `rows` at a time. Scores are [keys, entries], so that grad_index_k takes them from registers.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common.launch import Launch, Options
+from ..common.softmax import LN_2
+from ..common.tiles import load_tile
+from ..schedule.inverse_index import find_token_range
+from ..schedule.work_items import item_entries
+from .gradient import TINY, fast_log2, store_key_gradients
+from .loads import LossCall, load_entries, load_part, load_rows
+from .teacher import load_teacher
+
+
+@triton.jit
+def given_teacher_kernel(index_q, index_k, buffers, index, items, gradients, sizes, first_range, C: tl.constexpr):
+    """losses; partial_q without its factor; partial_k, or an addition to grad_k."""
+    COLUMNS: tl.constexpr = C.columns
+    ROWS: tl.constexpr = C.rows
+    INDEX_DEPTH: tl.constexpr = C.index_depth
+    range_number = tl.program_id(2)
+    part = load_part(items, first_range, COLUMNS)
+    if part.begin >= part.stop:
+        return
+    first_entry = find_token_range(index, first_range, index.topk).first_entry
+    tokens = find_token_range(index, first_range + range_number, index.topk)
+    x_base = index_q.ptr + part.batch * index_q.stride_b + tokens.group * index_q.stride_h
+    y_base = index_k.ptr + part.batch * index_k.stride_b
+    num_keys = part.stop_key - part.first_key
+    y = load_tile(
+        y_base, part.first_key, num_keys, index_k.stride_s, index_k.stride_d, COLUMNS, C.index_head_dim, INDEX_DEPTH
+    )
+    precision: tl.constexpr = "ieee" if y.dtype == tl.float32 else "tf32"
+    query0 = (tokens.first_token - part.batch * sizes.seqlen_q).to(tl.int32) - range_number * index.range_tokens
+    entries_ptr = item_entries(index, items, first_range, range_number, part.begin)
+    num_entries = part.stop - part.begin
+    lead = part.shift + 1 - part.first_key
+    column, depth = tl.arange(0, COLUMNS), tl.arange(0, INDEX_DEPTH)
+    key = tl.program_id(1) * COLUMNS + column
+    grad_k = tl.zeros([COLUMNS, INDEX_DEPTH], tl.float32)
+    loss = tl.zeros([COLUMNS], tl.float32)
+    for step in range(0, num_entries, ROWS):
+        number = step + tl.arange(0, ROWS)
+        entry = load_entries(entries_ptr, number, num_entries, first_entry)
+        query = query0 + entry // index.topk
+        x = load_rows(x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, INDEX_DEPTH)
+        given = load_teacher(buffers.teacher, part.begin + tl.minimum(number, num_entries - 1), key, C)
+        index_lse = tl.load(buffers.index_lse + entry // index.topk)
+        scores = tl.dot(y, tl.trans(x), input_precision=precision)
+        log_student = scores * sizes.index_scale - index_lse[None, :]
+        num_seen = tl.where(number < num_entries, tl.minimum(query + lead, num_keys), 0)
+        seen = column[:, None] < num_seen[None, :]
+        teacher = tl.where(seen, tl.trans(given), 0.0)
+        ratio = fast_log2(tl.maximum(teacher, TINY)) - log_student
+        loss += tl.sum(tl.where(teacher > 0.0, teacher * ratio, 0.0), axis=1)
+        grad_scores = (tl.where(seen, tl.exp2(log_student), 0.0) - teacher).to(y.dtype)
+        grad_k = tl.dot(grad_scores, x, grad_k, input_precision=precision)
+        grad_q = tl.dot(tl.trans(grad_scores), y, input_precision=precision)
+        share = entry * tl.num_programs(1) + tl.program_id(1)
+        place = gradients.partial_q + share.to(tl.int64)[:, None] * C.index_head_dim + depth[None, :]
+        mask = (number < num_entries)[:, None] & (depth < C.index_head_dim)[None, :]
+        tl.store(place, grad_q.to(gradients.partial_q.dtype.element_ty), mask=mask)
+    item = tl.cast(first_range + range_number, tl.int64) * items.num_items + tl.program_id(0)
+    tl.store(buffers.losses + item * tl.num_programs(1) + tl.program_id(1), tl.sum(loss, axis=0) * LN_2)
+    # Loaded again, so that no registers are held for it in the loop.
+    part = load_part(items, first_range, COLUMNS)
+    store_key_gradients(grad_k * tl.load(gradients.unit), part, gradients, sizes, C.index_head_dim)
+
+
+def given_teacher(x: LossCall, first_range: int, num_ranges: int) -> Launch:
+    """Fills the losses and partial gradients of a pass."""
+    grid = x.items.num_items, x.constants.parts, num_ranges
+    arguments = x.arguments(given_teacher_kernel, first_range)
+    # Copies ahead of the products take more than they save.
+    options = Options(x.config.num_warps, num_stages=1)
+    return Launch(given_teacher_kernel, grid, arguments, {"C": x.constants}, options)
