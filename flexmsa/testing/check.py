@@ -89,6 +89,9 @@ def check_case(
         # A probability has the error of its main score, and is multiplied by the index score, a sum of Di terms.
         index_score = _product_sizes(case, clean)[1] * case.index_head_dim**0.5
         terms["index_loss"] += (1 + terms["lse"]) * (1 + index_score)
+    if inputs[0].element_size() == 2 and inputs[0].device.type == "cpu":
+        # PyTorch's fused kernel, which takes a few such queries, approximates exp. The loss has the error of its lse.
+        terms["index_loss"] += _largest_error(results["lse"], exact["lse"]) / torch.finfo(results["lse"].dtype).eps
     for name, right in exact.items():
         assert_close(name, results[name].detach(), right, expected.baseline[name].detach(), terms.get(name, 0.0))
     if gradients:
@@ -165,6 +168,11 @@ def _assert_same_ids(got: Tensor, expected: Tensor) -> None:
             f"block_indices: got {got[b, r, i].tolist()} for {expected[b, r, i].tolist()} at batch {b}, group {r}, "
             f"query {i} ({int(differ.sum())} such rows)"
         )
+
+
+def _largest_error(lse: Tensor, exact: Tensor) -> float:
+    """The largest error where both are finite."""
+    return float((lse.detach().double() - exact).masked_fill(~(lse.isfinite() & exact.isfinite()), 0.0).abs().max())
 
 
 def _ranges(inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
