@@ -47,12 +47,13 @@ def tokens_per_range(num_tokens: int, bytes_per_token: int) -> int:
 def ranges_per_pass(num_groups: int, num_tokens: int, range_tokens: int, bytes_per_token: int, numbers: int) -> int:
     """Token ranges that are worked on at once: as many groups as fit, if a group's tokens are one range.
 
-    Two ranges of one group would add to the same sums. The passes over the groups have equal sizes, except the last.
-    numbers: per token, what the kernels number in 32 bits.
+    Two ranges of one group would add to the same sums. The passes over the groups have equal sizes, except the last,
+    and may take a third more than the limit: so few bytes are not worth another pass. numbers: per token, what the
+    kernels number in 32 bits.
     """
     if range_tokens < num_tokens:
         return 1
     tokens = max(1, num_tokens)
-    fit = min(workspace_limit() // max(1, tokens * bytes_per_token), (2**31 - 1) // max(1, tokens * numbers))
+    fit = min(workspace_limit() * 4 // 3 // max(1, tokens * bytes_per_token), (2**31 - 1) // max(1, tokens * numbers))
     num_passes = -(-num_groups // max(1, fit))
     return -(-num_groups // num_passes)

@@ -9,6 +9,7 @@ formulas, and `reduce` for the sums of the shares.
 
 import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -38,11 +39,20 @@ class GradientConstants(TileSizes):
     offset: int
 
 
+class Folded(NamedTuple):
+    """What `gradient_tile` returns: the rows' own grad_q `[D, M]`, the sums, and the probabilities `[N, M]`."""
+
+    grad_q: Any
+    grad_k: Any
+    grad_v: Any
+    weights: Any
+
+
 @triton.jit
 def gradient_tile(q, grad, k, v, lse2, delta, limit, grad_k, grad_v, scale, offset: tl.constexpr, swap: tl.constexpr):
-    """Fold rows q, grad `[M, D]` into grad_k (without scale), grad_v `[N, D]`; their own grad_q is `[D, M]`.
+    """Fold rows q, grad `[M, D]` into grad_k (without scale), grad_v `[N, D]`.
 
-    Also returns their probabilities `[N, M]`, in grad's dtype. Scores are `[N, M]`: probabilities leave one product in
+    Scores are `[N, M]`: probabilities leave one product in
     the layout of the next one's operand. `swap` multiplies grad_q as `[M, N] x [N, D]`: where that is not slower,
     it needs K in shared memory only once.
     """
@@ -59,7 +69,7 @@ def gradient_tile(q, grad, k, v, lse2, delta, limit, grad_k, grad_v, scale, offs
         grad_q = tl.trans(tl.dot(tl.trans(grad_scores), k, input_precision=precision))
     else:
         grad_q = tl.dot(tl.trans(k), grad_scores, input_precision=precision)
-    return grad_q * scale, grad_k, grad_v, weights
+    return Folded(grad_q * scale, grad_k, grad_v, weights)
 
 
 @triton.jit
@@ -159,11 +169,12 @@ def gradient_kernel(grad_out, q, k, v, work, scale, C: tl.constexpr):
         lse2 = tl.load(rows.lse2 + row, mask=live, other=float("inf"))
         delta = tl.load(rows.delta + row, mask=live, other=0.0)
         limit = tl.load(rows.limits + entry, mask=live, other=0)
-        grad_q, grad_k, grad_v, weights = gradient_tile(
+        folded = gradient_tile(
             q_tile, grad, k_tile, v_tile, lse2, delta, limit, grad_k, grad_v, scale, C.offset, C.swap
         )
         if partial.teacher is not None:
-            keep_teacher(partial.teacher, weights, step, begin, stop, C, MEANS)
+            keep_teacher(partial.teacher, folded.weights, step, begin, stop, C, MEANS)
+        grad_q, grad_k, grad_v = folded.grad_q, folded.grad_k, folded.grad_v
         tile = step // STEPS
         partial_q = partial.q + tile.to(tl.int64) * (TILE_ROWS * HEAD_DIM)
         place = partial_place((row - tile * TILE_ROWS)[None, :], d[:, None], C)

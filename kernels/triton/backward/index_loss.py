@@ -38,7 +38,9 @@ class IndexLoss(NamedTuple):
         gradients = self.call.gradients
         assert gradients is not None
         loss = self.call.buffers.losses.sum(dtype=torch.float64) / self.mean.number
-        return gradients.grad_q, gradients.grad_k.sum(0).to(self.index_k.dtype), loss.float()
+        sums = gradients.grad_k
+        grad_k = sums[0] if sums.shape[0] == 1 else sums.sum(0)
+        return gradients.grad_q, grad_k.to(self.index_k.dtype, copy=True), loss.float()
 
 
 def constants_of(problem: Problem, sizes: TileSizes, device: torch.device) -> tuple[LossConfig, LossConstants]:
@@ -64,8 +66,8 @@ def prepare(
     constants: LossConstants,
 ) -> IndexLoss:
     """The loss for passes of up to num_ranges token ranges of an index."""
-    index_q, index_k, grad_loss, index_scale = branch
-    mean = loss_scale(sequences, grad_loss, problem.num_kv_heads, index_scale)
+    index_q, index_k, index_scale = branch.index_q, branch.index_k, branch.index_scale
+    mean = loss_scale(sequences, branch.grad_loss, problem.num_kv_heads, index_scale)
     # Groups share the index keys: each range of a pass has a sum of its own.
     key_gradients = index_k.new_zeros((num_ranges, *index_k.shape), dtype=torch.float32)
     outputs = mean.unit, index_q.new_empty(index_q.shape), key_gradients

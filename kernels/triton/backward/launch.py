@@ -35,7 +35,7 @@ from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.launch import choose
 from ..common.target import GLUON, target_of
 from ..common.tiles import tma_ready
-from ..loss.launch import index_loss, run_pass
+from ..loss.launch import index_loss, launches_of, run_pass
 from ..schedule.inverse_index import inverse_indexes
 from ..schedule.work_items import cut_into_items
 from . import gradient
@@ -101,7 +101,8 @@ def find_gradients(
     range_tokens = max(1, min(range_tokens, (2**31 - 1) // rows_per_token - 2 * sizes.tile_rows))
 
     grad_q = q.new_empty(q.shape)
-    sums = KeyGradients(x.lse.new_zeros(k.shape), x.lse.new_zeros(k.shape), num_kv_heads, seqlen_k)
+    grad_k, grad_v = x.lse.new_zeros(2, *k.shape).unbind()
+    sums = KeyGradients(grad_k, grad_v, num_kv_heads, seqlen_k)
     statistics = row_statistics(x.grad_out, x.grad_lse, x.out, x.lse, problem)
     workspace = loss = None
     for index in inverse_indexes(x.block_indices, x.sequences, q, k, problem.block_size, range_tokens):
@@ -116,6 +117,7 @@ def find_gradients(
             assert workspace.partial.teacher is not None
             inputs = branch, workspace.partial.teacher, index, items, per_pass, x.sequences
             loss = prepare(*inputs, problem, *loss_settings)
+            loss_launches = launches_of(loss.call)
         for first in range(0, index.num_ranges, per_pass):
             count = min(per_pass, index.num_ranges - first)
             gather_rows(index, statistics, workspace, first, count, num_kv_heads)
@@ -127,7 +129,7 @@ def find_gradients(
             sum_items(index, work, count, problem)
             sum_slots(index, workspace, grad_q, first, count, num_kv_heads)
             if loss is not None:
-                run_pass(loss.call, first, count)
+                run_pass(loss_launches, first, count)
     main = grad_q, sums.k.to(k.dtype), sums.v.to(x.v.dtype)
     return main if loss is None else (*main, *loss.results())
 

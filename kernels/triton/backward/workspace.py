@@ -87,7 +87,8 @@ def tile_sizes(problem: Problem, step_rows: int, rows_inside: bool) -> dict[str,
         **sizes_of(problem),
         "entries": entries,
         "tile_rows": step_rows * triton.cdiv(problem.group_size, step_rows),
-        "teacher_rows": triton.next_power_of_2(entries),
+        # Eight rows at least: so many the bulk copy engine stores.
+        "teacher_rows": max(8, triton.next_power_of_2(entries)),
         "rows_inside": rows_inside,
     }
 
@@ -118,14 +119,18 @@ def make_workspace(
     """An uninitialised workspace for passes of `num_entries` entries and `num_slots` slots of work items."""
     num_tiles = triton.cdiv(num_entries, sizes.entries)
     keys = num_slots, sizes.block_size, sizes.head_dim
+    delta, lse2 = (lse.new_empty(num_tiles, sizes.tile_rows) for _ in range(2))
+    if sizes.entries * sizes.group_size < sizes.tile_rows:
+        # +inf makes every probability of a row 0.
+        delta.zero_()
+        lse2.fill_(torch.inf)
     teacher = new_teacher(q, num_tiles, sizes.teacher_rows, sizes.block_size) if with_loss else None
     return Workspace(
         GatheredRows(
             limits=sequences.new_empty(num_entries),
             queries=sequences.new_empty(num_tiles, sizes.tile_rows),
-            delta=lse.new_zeros(num_tiles, sizes.tile_rows),
-            # +inf makes every probability of a row 0.
-            lse2=lse.new_full((num_tiles, sizes.tile_rows), torch.inf),
+            delta=delta,
+            lse2=lse2,
         ),
         sequences.new_empty(num_entries),
         PartialResults(

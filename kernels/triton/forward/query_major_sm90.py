@@ -44,7 +44,8 @@ class Boxes(NamedTuple):
 
 class Barriers(NamedTuple):
     """q_full, q_empty: the queries of a tile; k_full, v_full, empty: the stages of keys and values; turns: the turns of
-    each group of warps at the tensor cores."""
+    each group of warps at the tensor cores; cleared: the values past the last key, once a tile at most.
+    """
 
     q_full: Any
     q_empty: Any
@@ -52,6 +53,7 @@ class Barriers(NamedTuple):
     v_full: Any
     empty: Any
     turns: Any
+    cleared: Any
 
 
 class Folded(NamedTuple):
@@ -131,7 +133,7 @@ def attend_tiles(half, buffers, barriers, unions, results, scale, shape: gl.cons
     TOKENS: gl.constexpr = 2 * ROWS // shape.group_size
     row = gl.arange(0, ROWS, per_row)
     q = buffers.q.index(half).reshape([ROWS, HEAD_DIM])
-    step, turn, section = 0, 0, 0
+    step, turn, section, num_cleared = 0, 0, 0, 0
     for number in range(gl.program_id(0), unions.num_unions, gl.num_programs(0)):
         tile = load_tile_union(unions.rows, number)
         if tile.length > 0:
@@ -166,8 +168,13 @@ def attend_tiles(half, buffers, barriers, unions, results, scale, shape: gl.cons
                 acc = acc * gl.convert_layout(folded.decay, per_sum)[:, None]
                 mbarrier.wait(barriers.v_full.index(stage), phase)
                 if count < BLOCK:
-                    # Both groups of warps do so, each before its own product: what they write is the same.
-                    clear_rows(v, count)
+                    # One group of warps clears, for both.
+                    if half == 0:
+                        clear_rows(v, count)
+                        mbarrier.arrive(barriers.cleared, count=1)
+                    else:
+                        mbarrier.wait(barriers.cleared, num_cleared & 1)
+                    num_cleared += 1
                 mbarrier.wait(barriers.turns.index(half), section & 1)
                 acc = warpgroup_mma(weights, v, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
@@ -196,10 +203,10 @@ def query_major_sm90_kernel(q_boxes, k_boxes, v_boxes, unions, results, scale, s
     )
     q_full, q_empty = make_barriers(1, 1), make_barriers(1, 2)
     k_full, v_full = make_barriers(shape.stages, 1), make_barriers(shape.stages, 1)
-    empty, turns = make_barriers(shape.stages, 2), make_barriers(2, 1)
+    empty, turns, cleared = make_barriers(shape.stages, 2), make_barriers(2, 1), make_barriers(1, 1)
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
-    barriers = Barriers(q_full.index(0), q_empty.index(0), k_full, v_full, empty, turns)
+    barriers = Barriers(q_full.index(0), q_empty.index(0), k_full, v_full, empty, turns, cleared.index(0))
     gl.warp_specialize(
         [
             (attend_tiles, (0, buffers, barriers, unions, results, scale, shape)),

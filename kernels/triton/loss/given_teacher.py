@@ -1,4 +1,4 @@
-"""The index loss's main kernel where the backward of the main branch leaves the teacher: the same as `gradient`, lighter.
+"""The index loss's main kernel where the main branch's backward leaves the teacher: the same as `gradient`, lighter.
 
 Program (i, part, n) owns work item i of range n of a pass, and one part of its block. It keeps its part of index_k, and
 takes the entries `rows` at a time. Scores are [keys, entries], so that grad_index_k takes them from registers.
@@ -43,7 +43,7 @@ def given_teacher_kernel(index_q, index_k, buffers, index, items, gradients, siz
     column, depth = tl.arange(0, COLUMNS), tl.arange(0, INDEX_DEPTH)
     key = tl.program_id(1) * COLUMNS + column
     grad_k = tl.zeros([COLUMNS, INDEX_DEPTH], tl.float32)
-    loss = tl.zeros([COLUMNS], tl.float32)
+    loss, entropy = tl.zeros([COLUMNS], tl.float32), tl.zeros([ROWS], tl.float32)
     for step in range(0, num_entries, ROWS):
         number = step + tl.arange(0, ROWS)
         entry = load_entries(entries_ptr, number, num_entries, first_entry)
@@ -55,9 +55,11 @@ def given_teacher_kernel(index_q, index_k, buffers, index, items, gradients, siz
         log_student = scores * sizes.index_scale - index_lse[None, :]
         num_seen = tl.where(number < num_entries, tl.minimum(query + lead, num_keys), 0)
         seen = column[:, None] < num_seen[None, :]
-        teacher = tl.where(seen, tl.trans(given), 0.0)
-        ratio = fast_log2(tl.maximum(teacher, TINY)) - log_student
-        loss += tl.sum(tl.where(teacher > 0.0, teacher * ratio, 0.0), axis=1)
+        # P log P apart from P L, so that each is summed as it lies. Of a key that is not seen, P is 0.
+        given = tl.where((number < num_entries)[:, None], given, 0.0)
+        entropy += tl.sum(given * fast_log2(tl.maximum(given, TINY)), axis=1)
+        teacher = tl.trans(given)
+        loss -= tl.sum(teacher * log_student, axis=1)
         grad_scores = (tl.where(seen, tl.exp2(log_student), 0.0) - teacher).to(y.dtype)
         grad_k = tl.dot(grad_scores, x, grad_k, input_precision=precision)
         grad_q = tl.dot(tl.trans(grad_scores), y, input_precision=precision)
@@ -66,16 +68,19 @@ def given_teacher_kernel(index_q, index_k, buffers, index, items, gradients, siz
         mask = (number < num_entries)[:, None] & (depth < C.index_head_dim)[None, :]
         tl.store(place, grad_q.to(gradients.partial_q.dtype.element_ty), mask=mask)
     item = tl.cast(first_range + range_number, tl.int64) * items.num_items + tl.program_id(0)
-    tl.store(buffers.losses + item * tl.num_programs(1) + tl.program_id(1), tl.sum(loss, axis=0) * LN_2)
+    tl.store(
+        buffers.losses + item * tl.num_programs(1) + tl.program_id(1),
+        (tl.sum(loss, axis=0) + tl.sum(entropy, axis=0)) * LN_2,
+    )
     # Loaded again, so that no registers are held for it in the loop.
     part = load_part(items, first_range, COLUMNS)
     store_key_gradients(grad_k * tl.load(gradients.unit), part, gradients, sizes, C.index_head_dim)
 
 
-def given_teacher(x: LossCall, first_range: int, num_ranges: int) -> Launch:
+def given_teacher(x: LossCall) -> Launch:
     """Fills the losses and partial gradients of a pass."""
-    grid = x.items.num_items, x.constants.parts, num_ranges
-    arguments = x.arguments(given_teacher_kernel, first_range)
+    grid = x.items.num_items, x.constants.parts, 1
+    arguments = x.arguments(given_teacher_kernel)
     # Copies ahead of the products take more than they save.
     options = Options(x.config.num_warps, num_stages=1)
     return Launch(given_teacher_kernel, grid, arguments, {"C": x.constants}, options)

@@ -1,9 +1,10 @@
 """The index loss's main kernel: the loss of one work item, and its gradients on the way.
 
 Program (i, part, n) owns work item i of range n of a pass, and one part of its block. It keeps its part of k and
-index_k, and takes the entries `rows` at a time. The teacher is summed over the heads in registers: one product [rows, D] x [D, keys]
-per head, so that no group size wastes rows. The program writes its loss and each entry's share of grad_index_q, and sums
-grad_index_k. See `launch` for the formulas and the cost, and `given_teacher` where the backward leaves the teacher.
+index_k, and takes the entries `rows` at a time. The teacher is summed over the heads in registers: one product
+[rows, D] x [D, keys] per head, so that no group size wastes rows. The program writes its loss and each entry's share of
+grad_index_q, and sums grad_index_k. See `launch` for the formulas and the cost, and `given_teacher` for the case that
+the backward leaves the teacher.
 """
 
 import triton
@@ -135,9 +136,9 @@ def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, 
         store_key_gradients(grad_k * tl.load(gradients.unit), part, gradients, sizes, C.index_head_dim)
 
 
-def loss_and_gradients(x: LossCall, first_range: int, num_ranges: int) -> Launch:
+def loss_and_gradients(x: LossCall) -> Launch:
     """Fills the losses and partial gradients of a pass."""
-    grid = x.items.num_items, x.constants.parts, num_ranges
-    arguments = x.arguments(index_loss_kernel, first_range)
+    grid = x.items.num_items, x.constants.parts, 1
+    arguments = x.arguments(index_loss_kernel)
     options = Options(x.config.num_warps, x.config.num_stages)
     return Launch(index_loss_kernel, grid, arguments, {"C": x.constants}, options)

@@ -37,7 +37,7 @@ import triton
 from ...problem import Problem
 from ...tuning import tuned_config
 from ...workspace import ranges_per_pass, tokens_per_range
-from ..common.launch import View, view
+from ..common.launch import Launch, View, view
 from ..common.softmax import LOG2_E
 from ..common.target import target_of
 from ..schedule.inverse_index import InverseIndex, inverse_indexes
@@ -100,16 +100,20 @@ def make_call(
     return LossCall(*views, buffers, index, items, gradients, sizes, config, constants)
 
 
-def run_pass(x: LossCall, first_range: int, num_ranges: int) -> None:
-    """Compute the losses of a pass; fill grad_q of its tokens, and add to grad_k."""
-    block_lse(x, first_range, num_ranges).run()
-    index_lse(x, first_range, num_ranges).run()
+def launches_of(x: LossCall) -> list[Launch]:
+    """The launches of the first pass, for one token range. They compute its losses, fill grad_q and add to grad_k."""
     main = loss_and_gradients if x.buffers.teacher is None else given_teacher
-    main(x, first_range, num_ranges).run()
+    steps = [block_lse, index_lse, main]
     if x.gradients is not None:
-        if x.items.num_slots > 0:
-            sum_items(x, first_range, num_ranges).run()
-        sum_slots(x, first_range, num_ranges).run()
+        steps += [sum_items, sum_slots] if x.items.num_slots > 0 else [sum_slots]
+    return [step(x) for step in steps]
+
+
+def run_pass(launches: list[Launch], first_range: int, num_ranges: int) -> None:
+    """Run the launches for num_ranges token ranges from first_range on."""
+    for launch in launches:
+        grid = *launch.grid[:2], num_ranges
+        launch._replace(grid=grid, arguments=launch.arguments | {"first_range": first_range}).run()
 
 
 def index_loss(
@@ -167,7 +171,8 @@ def index_loss(
             key_grads = index_k.new_zeros((per_pass, *index_k.shape), dtype=torch.float32)
         outputs = (mean.unit, grad_q, key_grads) if with_grad else None
         x = make_call(views, None, lse_rows, outputs, index, items, per_pass, sizes, config, constants)
+        launches = launches_of(x)
         for first in range(0, index.num_ranges, per_pass):
-            run_pass(x, first, min(per_pass, index.num_ranges - first))
+            run_pass(launches, first, min(per_pass, index.num_ranges - first))
         loss += x.buffers.losses.sum(dtype=torch.float64)
     return (loss / mean.number).float(), grad_q, key_grads.sum(0) if with_grad else key_grads

@@ -73,10 +73,10 @@ class LossCall:
     config: LossConfig
     constants: LossConstants
 
-    def arguments(self, kernel: Any, first_range: int) -> dict[str, Any]:
-        """The arguments of a kernel for the pass that begins with first_range, by the names of its parameters."""
+    def arguments(self, kernel: Any) -> dict[str, Any]:
+        """The arguments of a kernel for the first pass, by the names of its parameters."""
         fields = vars(self)
-        return {name: fields[name] for name in kernel.arg_names if name in fields} | {"first_range": first_range}
+        return {name: fields[name] for name in kernel.arg_names if name in fields} | {"first_range": 0}
 
 
 @triton.jit

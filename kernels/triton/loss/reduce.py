@@ -79,13 +79,13 @@ def sum_items_kernel(gradients, index, items, sizes, first_range, C: tl.constexp
 
 @triton.jit
 def sum_slots_kernel(gradients, index, sizes, first_range, C: tl.constexpr):
-    """grad_q of ROWS tokens of range program_id(1) of a pass: the sums of partial_q over their used top-k slots."""
+    """grad_q of ROWS tokens of range program_id(2) of a pass: the sums of partial_q over their used top-k slots."""
     INDEX_DEPTH: tl.constexpr = C.index_depth
     PARTS: tl.constexpr = C.parts
-    tokens = find_token_range(index, first_range + tl.program_id(1), index.topk)
+    tokens = find_token_range(index, first_range + tl.program_id(2), index.topk)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < tokens.num_tokens
-    first_entry = tl.program_id(1).to(tl.int64) * index.range_tokens * index.topk
+    first_entry = tl.program_id(2).to(tl.int64) * index.range_tokens * index.topk
     depth = tl.arange(0, INDEX_DEPTH)
     deep = (depth < C.index_head_dim)[None, :]
     grad_q = tl.zeros([ROWS, INDEX_DEPTH], tl.float32)
@@ -103,13 +103,13 @@ def sum_slots_kernel(gradients, index, sizes, first_range, C: tl.constexpr):
     tl.store(place, grad_q, mask=live[:, None] & deep)
 
 
-def sum_items(x: LossCall, first_range: int, num_ranges: int) -> Launch:
+def sum_items(x: LossCall) -> Launch:
     """Adds partial_k of a pass to grad_k."""
-    grid = x.index.num_blocks, triton.cdiv(x.constants.parts * x.constants.columns, ROWS.value), num_ranges
-    return Launch(sum_items_kernel, grid, x.arguments(sum_items_kernel, first_range), {"C": x.constants})
+    grid = x.index.num_blocks, triton.cdiv(x.constants.parts * x.constants.columns, ROWS.value), 1
+    return Launch(sum_items_kernel, grid, x.arguments(sum_items_kernel), {"C": x.constants})
 
 
-def sum_slots(x: LossCall, first_range: int, num_ranges: int) -> Launch:
+def sum_slots(x: LossCall) -> Launch:
     """Fills grad_q of a pass from its partial_q."""
-    grid = triton.cdiv(x.index.range_tokens, ROWS.value), num_ranges, 1
-    return Launch(sum_slots_kernel, grid, x.arguments(sum_slots_kernel, first_range), {"C": x.constants})
+    grid = triton.cdiv(x.index.range_tokens, ROWS.value), 1, 1
+    return Launch(sum_slots_kernel, grid, x.arguments(sum_slots_kernel), {"C": x.constants})

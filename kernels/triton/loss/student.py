@@ -1,7 +1,7 @@
 """The student's logsumexp, which `gradient` takes as given: of each entry's block, then of each token.
 
 Program (i, part, n) of `block_lse_kernel` owns work item i of range n of a pass, and one part of its block; program
-(i, n) of `index_lse_kernel` owns some tokens of the range. See `launch` for the formulas.
+(i, 0, n) of `index_lse_kernel` owns some tokens of the range. See `launch` for the formulas.
 """
 
 import triton
@@ -55,8 +55,8 @@ def index_lse_kernel(buffers, index, first_range, C: tl.constexpr, rows: tl.cons
 
     A program owns `rows` tokens.
     """
-    tokens = find_token_range(index, first_range + tl.program_id(1), index.topk)
-    first_row = tl.program_id(1) * index.range_tokens
+    tokens = find_token_range(index, first_range + tl.program_id(2), index.topk)
+    first_row = tl.program_id(2) * index.range_tokens
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     live = row < tokens.num_tokens
     largest = tl.full([rows], float("-inf"), tl.float32)
@@ -75,16 +75,16 @@ def index_lse_kernel(buffers, index, first_range, C: tl.constexpr, rows: tl.cons
     tl.store(buffers.index_lse + first_row + row, largest + tl.log2(total), mask=live)
 
 
-def block_lse(x: LossCall, first_range: int, num_ranges: int) -> Launch:
+def block_lse(x: LossCall) -> Launch:
     """Fills partial_lse for a pass."""
-    grid = x.items.num_items, x.constants.parts, num_ranges
-    arguments = x.arguments(block_lse_kernel, first_range)
+    grid = x.items.num_items, x.constants.parts, 1
+    arguments = x.arguments(block_lse_kernel)
     return Launch(block_lse_kernel, grid, arguments, {"C": x.constants}, Options(4, x.config.num_stages))
 
 
-def index_lse(x: LossCall, first_range: int, num_ranges: int) -> Launch:
+def index_lse(x: LossCall) -> Launch:
     """Fills index_lse for a pass from its partial_lse."""
     rows = max(16, 1024 // x.constants.shares)
-    grid = triton.cdiv(x.index.range_tokens, rows), num_ranges, 1
-    arguments = x.arguments(index_lse_kernel, first_range)
+    grid = triton.cdiv(x.index.range_tokens, rows), 1, 1
+    arguments = x.arguments(index_lse_kernel)
     return Launch(index_lse_kernel, grid, arguments, {"C": x.constants, "rows": rows})

@@ -10,8 +10,8 @@ where block counts through the blocks of all sequences. Entries are sorted by li
 the order is always the same. A slot belongs to no list if it holds no block, an id that its row held before, or a block
 that the query does not see. Nothing is read back to the host. `work_items` then cuts the lists for the programs.
 
-Bytes for E entries: 4 E written for the numbers; 14 E to narrow those of up to 65,534 lists to 16 bits, and about
-2 * 10 * 2 E by the radix sort (4 * 12 * 2 E for more lists); 8 E read back by each kernel.
+Bytes for E entries: 4 E written for the numbers; 2 E in 16 bits, which suffice for up to 65,534 lists, and about 2 *
+10 * 2 E by the radix sort (4 * 12 * 2 E for more lists); 8 E read back by each kernel.
 """
 
 from collections.abc import Iterator
@@ -157,13 +157,14 @@ def find_sequences(sequences_ptr, token, num_sequences, seqlen_q):
 
 @triton.jit
 def list_numbers_kernel(
-    ids, index, sequences_ptr, before_ptr, skip_ptr, num_sequences, seqlen_q,
+    ids, index, sequences_ptr, before_ptr, skip_ptr, short_ptr, num_sequences, seqlen_q,
     block_size: tl.constexpr, slots: tl.constexpr,
 ):  # fmt: skip
     """numbers[group, token, slot] = the entry's list, or the number past the last list if it belongs to none.
 
     Program (i, group) owns 2048 / slots tokens, and takes `slots` top-k slots of each at a time. ids: block_indices, or
-    None for every visible block. skip[group, token], unless None, leaves the token out.
+    None for every visible block. skip[group, token], unless None, leaves the token out. short: numbers - 2^15, in 16
+    bits, which are too few where no one reads them.
     """
     rows: tl.constexpr = 2048 // slots
     group, num_tokens, topk = tl.program_id(1), index.num_tokens, index.topk
@@ -199,6 +200,7 @@ def list_numbers_kernel(
         number = tl.where(seen & ~repeated, first_list[:, None] + chosen.to(tl.int32), index.none)
         place = (group.to(tl.int64) * num_tokens + row)[:, None] * topk + slot[None, :]
         tl.store(index.numbers + place, number, mask=inside)
+        tl.store(short_ptr + place, (number - 2**15).to(tl.int16), mask=inside)
 
 
 def block_table(
@@ -238,6 +240,7 @@ def inverse_index(
     num_lists = num_kv_heads * triton.cdiv(len(tokens), range_tokens) * blocks.shape[0]
     numbers = sequences.new_empty(num_kv_heads, len(tokens), topk)
     entries, offsets = (sequences.new_empty(n, dtype=torch.int64) for n in (numbers.numel(), num_lists + 1))
+    short_numbers = numbers.new_empty(numbers.numel(), dtype=torch.int16)
     sizes = blocks.shape[0], tokens.start, len(tokens), min(range_tokens, max(1, len(tokens))), topk
     index = InverseIndex(blocks, numbers, entries, offsets, *sizes, none=num_lists)
     # Every visible block is a number that grows with the length, and is not to be compiled for.
@@ -252,15 +255,15 @@ def inverse_index(
                 "sequences_ptr": sequences,
                 "before_ptr": before,
                 "skip_ptr": skip,
+                "short_ptr": short_numbers,
                 "num_sequences": sequences.shape[0],
                 "seqlen_q": seqlen_q,
             },
             {"block_size": block_size, "slots": slots},
         ).run()
-    keys, lists = numbers.flatten(), torch.arange(num_lists + 1, dtype=torch.int32, device=sequences.device)
-    if num_lists < 2**16 - 1:
-        # Numbers of 16 bits, which have a sign, are sorted in half the time.
-        keys, lists = ((x - 2**15).to(torch.int16) for x in (keys, lists))
+    # Numbers of 16 bits, which have a sign, are sorted in half the time.
+    first, keys = (-(2**15), short_numbers) if num_lists < 2**16 - 1 else (0, numbers.flatten())
+    lists = torch.arange(first, first + num_lists + 1, dtype=keys.dtype, device=sequences.device)
     ordered, _ = torch.sort(keys, stable=True, out=(torch.empty_like(keys), entries))
     torch.searchsorted(ordered, lists, out=offsets)
     return index
