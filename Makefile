@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo convert-demo test lint types check bench bench-gpu compile-all clean
+.PHONY: help demo convert-demo test lint types check bench bench-gpu sanitize-gpu compile-all clean
 
 help:  ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -41,6 +41,9 @@ bench: $(INSTALLED)  ## time the CPU kernels beside dense attention and the limi
 
 bench-gpu: $(INSTALLED)  ## check, then time the GPU kernels beside dense attention and their floors
 	$(BIN)/python -m benchmarks.gpu
+
+sanitize-gpu: $(INSTALLED)  ## run small cases of every GPU path under compute-sanitizer (minutes)
+	$(BIN)/python -m benchmarks.gpu_sanitize
 
 compile-all: $(INSTALLED)  ## compile the kernels of every accepted shape for five GPUs (hours)
 	$(BIN)/python -m benchmarks.compile_all

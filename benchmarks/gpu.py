@@ -25,7 +25,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu_heads, gpu_model, gpu_peers, gpu_plot, gpu_training
+from benchmarks import gpu_heads, gpu_model, gpu_peer_steps, gpu_peers, gpu_plot, gpu_training
 from benchmarks.gpu_launch_checks import host_times, launch_errors
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_selection import large_errors, packed_errors, selection_errors, selection_times, sweep_times
@@ -128,6 +128,13 @@ def time_peers(run: Run) -> None:
     for seqlen in gpu_peers.LENGTHS[:1] if run.quick else gpu_peers.LENGTHS:
         timer = partial(event_time, repeats=20 if seqlen < 100_000 else 5)
         run.report_all(f"peers {seqlen}: ", gpu_peers.peer_times(seqlen, timer, nsa))
+    layers = {(64, 4): (8192,)} if run.quick else gpu_peer_steps.LAYERS
+
+    def timer_of(seqlen: int) -> gpu_training.Timer:
+        return partial(event_time, repeats=20 if seqlen < 100_000 else 5)
+
+    for name, time, more in gpu_peer_steps.step_times(timer_of, layers):
+        run.report(name, time, **more)
 
 
 def time_heads(run: Run) -> None:

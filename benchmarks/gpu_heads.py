@@ -23,7 +23,7 @@ INDEX_DEPTH = 128
 
 
 class Layout(NamedTuple):
-    """Heads of a layer and its tokens; goal: milliseconds of selection, forward and backward with a random selection."""
+    """Heads of a layer, and its tokens; goal: milliseconds of selection, forward and backward, selected at random."""
 
     heads: int
     groups: int
@@ -127,7 +127,6 @@ def heads_times(report: Callable[..., None], timer_of: Callable[[int], Timer], l
     for layout in layouts:
         inputs, timer = inputs_of(layout, layout.tokens), timer_of(layout.tokens)
         grad, value = torch.randn_like(inputs.q), torch.zeros((), device="cuda")
-        one = torch.ones((), device="cuda")
         settings = {"block_size": layout.block, "topk": layout.topk}
         select = partial(flexmsa.select_blocks, inputs.index_q, inputs.index_k, **settings)
         selection = timer(select)
@@ -140,13 +139,13 @@ def heads_times(report: Callable[..., None], timer_of: Callable[[int], Timer], l
             attend = partial(ops.block_sparse_attention, *inputs[:3], ids, table, layout.block, 0.1, "triton")
             forward = timer(attend)
             leaves = Inputs(*(x.detach().requires_grad_() for x in inputs))
-            results = step(layout, leaves, ids, value)
-            backward = timer(lambda r=results, x=leaves: torch.autograd.grad(r, x, (grad, one), retain_graph=True))
+            results, grads = step(layout, leaves, ids, value), (grad, torch.ones((), device="cuda"))
+            backward = timer(partial(torch.autograd.grad, results, leaves, grads, retain_graph=True))
             together = selection + forward + backward
             report(f"heads {layout.name}: {pattern}, forward", forward)
             report(f"heads {layout.name}: {pattern}, backward with loss", backward)
             more = {"faster": dense_time / together, "goal": layout.goal}
             report(f"heads {layout.name}: {pattern}, together", together, **more)
-            del results, leaves, ids
-        del inputs, grad, select
+            del results, leaves, grads
+        del inputs
         torch.cuda.empty_cache()

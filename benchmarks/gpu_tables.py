@@ -188,7 +188,7 @@ def gpu_peers() -> str:
     """The main branch and its peers."""
     times: dict[tuple[str, str], dict[tuple[int, str], float | str]] = {}
     for row in load_result("gpu-h200.json")["rows"]:
-        if row["part"] == "peers":
+        if row["part"] == "peers" and row["name"].startswith("peers "):
             seqlen, what = row["name"].removeprefix("peers ").split(": ")
             peer, blocks, direction = what.split(", ")
             times.setdefault((peer, blocks), {})[int(seqlen), direction] = row["ms"]
@@ -204,6 +204,26 @@ def gpu_peers() -> str:
         rows.append([peer, blocks, *(f"{cell(forward)} / {cell(backward)}" for forward, backward in pairs)])
     head = ["forward / backward, ms", "attends to", *(f"{seqlen // 1024}K" for seqlen in lengths)]
     return markdown(head, rows)
+
+
+def gpu_peer_steps() -> str:
+    """A training step of a layer beside other MSA that trains; nothing if it was not timed."""
+    times: dict[str, dict[str, float | str]] = {}
+    for name, row in gpu_rows().items():
+        if row["part"] == "peers" and name.startswith("step "):
+            layer, peer = name.removeprefix("step ").split(": ")
+            times.setdefault(layer, {})[peer] = row["ms"]
+    peers = list(dict.fromkeys(peer for by_peer in times.values() for peer in by_peer))
+    rows = []
+    for layer, by_peer in times.items():
+        heads, seqlen = layer.split(", ")
+        ours = by_peer["flexmsa"]
+        cells = []
+        for ms in (by_peer.get(peer) for peer in peers):
+            ratio = f" ({ms / ours:.1f}x)" if isinstance(ms, float) and isinstance(ours, float) and ms != ours else ""
+            cells.append(f"{ms:.1f}{ratio}" if isinstance(ms, float) else "-")
+        rows.append([heads, f"{int(seqlen) // 1024}K", *cells])
+    return markdown(["heads", "tokens", *(f"{peer}, ms" for peer in peers)], rows) if rows else ""
 
 
 def gpu_model() -> str:
@@ -223,5 +243,5 @@ def gpu_model() -> str:
     return markdown(head, rows) if rows else ""
 
 
-LAYER_TABLES = gpu_training, gpu_model, gpu_floors, gpu_prefill, gpu_steps, gpu_flex, gpu_peers
+LAYER_TABLES = gpu_training, gpu_model, gpu_floors, gpu_prefill, gpu_steps, gpu_flex, gpu_peers, gpu_peer_steps
 GPU_TABLES = gpu_machine, gpu_selection, gpu_decode, gpu_grid, gpu_chunks, *LAYER_TABLES

@@ -85,7 +85,7 @@ CASES = [
     Case(1, 1, 12, 32, 32, 400, 400, 16, 3, cu_seqlens=(0, 1, 130, 400)),
     Case(1, 4, 1, 64, 64, 257, 257, 16, 16, strided=True),
     Case(2, 1, 6, 16, 16, 200, 260, 32, kv_starts=(0, 31), kv_lens=(260, 231)),
-    Case(1, 1, 64, 64, 64, 150, 150, 16, ties=True),
+    Case(1, 1, 64, 64, 64, 150, 150, 16, values="ties"),
     # Shapes of the Hopper kernels: documents, and keys that end within a block.
     Case(1, 2, 8, 64, 64, 700, 700, 64, 16, cu_seqlens=(0, 1, 300, 700)),
     Case(1, 2, 32, 64, 64, 900, 900, 128, 3, cu_seqlens=(0, 2, 300, 900)),

@@ -11,7 +11,7 @@ COMMANDS = {
         "flexmsa.integrations.transformers.demo",
         "train a small dense transformers model, convert it, and compare it with other kinds of sparse attention",
     ),
-    "check": ("flexmsa.testing.check", "compare flexmsa on this machine with the definition, on random inputs"),
+    "check": ("flexmsa.testing.fuzz", "compare flexmsa on this machine with the definition, on random inputs"),
     "warm-up": ("flexmsa.compiling", "compile the Triton kernels of one shape for this GPU, ahead of the first step"),
     "autotune": (
         "flexmsa.tuning",

@@ -2,13 +2,15 @@
 
 import json
 import sys
+from types import ModuleType
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, gpu_model, gpu_peers, gpu_plot, gpu_tables
+import flexmsa
+from benchmarks import gpu, gpu_model, gpu_peer_steps, gpu_peers, gpu_plot, gpu_sanitize, gpu_tables
 from benchmarks.gpu_results import Results
 
 
@@ -133,6 +135,148 @@ def test_the_table_of_peers(monkeypatch, tmp_path):
     head, _, row = gpu_tables.gpu_peers().splitlines()
     assert head == "| forward / backward, ms | attends to | 8K | 32K |"
     assert row == "| dense flash | every block | 1.2 / - | 4.0 / - |"
+
+
+def small_layer():
+    """q, k, v, index_q, index_k of 2/1 heads and 384 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, heads, 384, 128, generator=generator) for heads in (2, 1, 1, 1, 1))
+
+
+@pytest.fixture
+def fake_flash_msa(monkeypatch):
+    """A package with the peer's functions, made of ours."""
+    package, selecting = ModuleType("flash_msa"), ModuleType("flash_msa.msa_select_cutedsl")
+
+    def flash_msa_func(index_q, index_k, q, k, v, topk, scale):
+        aux = flexmsa.AuxRequest(index_loss=True)
+        sizes = {"block_size": 128, "topk": topk // 128, "scale": scale}
+        out, found = flexmsa.attention(q, k, v, index_q, index_k, **sizes, return_aux=aux)
+        return out.transpose(1, 2).flatten(2), found.index_loss
+
+    def select_blocks(index_q, index_k, scale, num_blocks, top_k_blocks):
+        ids = flexmsa.select_blocks(index_q, index_k, block_size=128, topk=top_k_blocks)
+        return ids.where(ids >= 0, num_blocks).flip(-1)
+
+    package.flash_msa_func, selecting.select_blocks = flash_msa_func, select_blocks
+    monkeypatch.setitem(sys.modules, "flash_msa", package)
+    monkeypatch.setitem(sys.modules, "flash_msa.msa_select_cutedsl", selecting)
+    monkeypatch.setattr(gpu_peer_steps, "version", lambda name: "0.1.1")
+    return package
+
+
+def test_flash_msa_is_compared_before_it_is_timed(monkeypatch, fake_flash_msa, capsys):
+    monkeypatch.setattr(gpu_peer_steps, "layer_inputs", lambda *sizes: small_layer())
+    ticks = iter((2.0, 30.0))
+
+    def timer(step):
+        step()
+        return next(ticks)
+
+    rows = list(gpu_peer_steps.step_times(lambda seqlen: timer, {(2, 1): (384,)}))
+    assert rows == [("step 2/1, 384: flexmsa", 2.0, {}), ("step 2/1, 384: flash-msa 0.1.1", 30.0, {"ratio": 15.0})]
+    assert capsys.readouterr().out == ""
+
+
+def test_flash_msa_with_a_wrong_gradient_is_not_timed(monkeypatch, fake_flash_msa, capsys):
+    right = fake_flash_msa.flash_msa_func
+
+    def wrong(index_q, index_k, q, k, v, *numbers):
+        return right(index_q, index_k, q, k, 1.01 * v, *numbers)
+
+    monkeypatch.setattr(fake_flash_msa, "flash_msa_func", wrong)
+    monkeypatch.setattr(gpu_peer_steps, "layer_inputs", lambda *sizes: small_layer())
+    rows = list(gpu_peer_steps.step_times(lambda seqlen: lambda step: 2.0, {(2, 1): (384,)}))
+    assert [name for name, _, _ in rows] == ["step 2/1, 384: flexmsa"]
+    assert "does not agree with ours: out is off by 1.0e-02" in capsys.readouterr().out
+
+
+def test_flash_msa_with_another_selection_is_reported(fake_flash_msa):
+    peer = gpu_peer_steps.flash_msa()
+    wrong = peer._replace(select=lambda *index: peer.select(*index).clamp(max=1))
+    assert "of the blocks are the same" in next(gpu_peer_steps.disagreements(wrong, small_layer()))
+
+
+def test_without_flash_msa_its_row_is_skipped(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "flash_msa", None)
+    monkeypatch.setattr(gpu_peer_steps, "layer_inputs", lambda *sizes: small_layer())
+    rows = list(gpu_peer_steps.step_times(lambda seqlen: lambda step: 2.0, {(2, 1): (384,)}))
+    assert [name for name, _, _ in rows] == ["step 2/1, 384: flexmsa"]
+    assert "pip install flash-msa" in capsys.readouterr().out
+
+
+def test_the_table_of_steps(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
+    results = Results(tmp_path / "gpu-h200.json")
+    results.add("peers", {"name": "peers 8192: dense flash, every block, forward", "ms": 1.0})
+    assert gpu_tables.gpu_peer_steps() == ""
+    for name, ms in (("64/4, 8192: flexmsa", 2.0), ("64/4, 8192: flash-msa", 30.0), ("32/8, 32768: flexmsa", 4.0)):
+        results.add("peers", {"name": f"step {name}", "ms": ms})
+    assert gpu_tables.gpu_peer_steps().splitlines()[2:] == [
+        "| 64/4 | 8K | 2.0 | 30.0 (15.0x) |",
+        "| 32/8 | 32K | 4.0 | - |",
+    ]
+
+
+SUMMARIES = {
+    "memcheck": ("========= ERROR SUMMARY: 0 errors", "========= ERROR SUMMARY: 2 errors"),
+    "racecheck": (
+        "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+        "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)",
+    ),
+}
+
+
+@pytest.mark.parametrize("tool", SUMMARIES)
+def test_what_a_sanitizer_says(tool):
+    clean, dirty = SUMMARIES[tool]
+    assert gpu_sanitize.verdict(0, clean, tool) == ""
+    assert gpu_sanitize.verdict(0, dirty, tool) == dirty.partition("SUMMARY: ")[2]
+    assert gpu_sanitize.verdict(1, clean, tool) == "exit code 1"
+    assert gpu_sanitize.verdict(0, "no kernel ran", tool) == "the tool printed no summary"
+    assert gpu_sanitize.verdict(0, "", gpu_sanitize.NONE) == ""
+
+
+FAKE_TOOL = """#!/bin/sh
+while [ "$1" != "-m" ]; do test "$1" = --tool && tool=$2; shift; done
+test -n "$PYTORCH_NO_CUDA_MEMORY_CACHING" || exit 3
+test "$tool-$4" = "racecheck-forward" && echo "==== RACECHECK SUMMARY: 1 hazard displayed" && exit 9
+echo "==== ERROR SUMMARY: 0 errors"
+"""
+
+
+@pytest.mark.parametrize(("tool", "code"), [("memcheck", 0), ("racecheck", 1)])
+def test_a_report_of_a_sanitizer_fails_the_run(monkeypatch, tmp_path, capsys, tool, code):
+    (tmp_path / "compute-sanitizer").write_text(FAKE_TOOL)
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    assert gpu_sanitize.main(["--tools", tool, "--paths", "selection", "forward"]) == code
+    printed = capsys.readouterr().out
+    assert f"{tool:10} selection                clean" in printed
+    assert ("racecheck  forward                  1 hazard displayed" in printed) == bool(code)
+
+
+def test_a_path_that_fails_runs_under_no_tool(monkeypatch, tmp_path, capsys):
+    (tmp_path / "compute-sanitizer").write_text(FAKE_TOOL)
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert gpu_sanitize.main(["--paths", "forward"]) == 1
+    printed = capsys.readouterr().out
+    assert "exit code 1" in printed and "memcheck" not in printed
+
+
+def test_a_sanitizer_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("PATH", "")
+    assert gpu_sanitize.main([]) == 2
+    assert "compute-sanitizer of the CUDA toolkit" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_sanitize.main([]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
 
 
 def test_the_table_of_a_model(monkeypatch, tmp_path):

@@ -25,6 +25,13 @@ def test_results_and_gradients(queries, batch, seed):
     check_case(Case(seqlen_q=queries, seqlen_k=300, topk=TOPK, block_size=BLOCK, seed=seed, **heads, **batch))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("values", ["zeros", "ties", "huge"])
+def test_16_bits(values, dtype):
+    """Where scores are equal, eager PyTorch's loss is exact, and shows how exact the lse is that ours is made from."""
+    check_case(Case(group_size=2, seqlen_q=3, seqlen_k=100, topk=TOPK, dtype=dtype, values=values))
+
+
 @pytest.mark.parametrize("least_filled", [0, math.inf], ids=["by block number", "by rank"])
 @pytest.mark.parametrize("settings", [{}, {"batch": 3, "kv_starts": (0, 50, 99)}, {"cu_seqlens": (0, 1, 44, 100)}])
 def test_both_orders_of_rounds(least_filled, settings, monkeypatch):

@@ -46,13 +46,16 @@ def assert_close(name: str, actual: Tensor, exact: Tensor, baseline: Tensor, ter
         raise AssertionError(f"{name}: {_place(worst, values, exact)}, an error above the {allowed:.3g} allowed")
 
 
-def product_size(q: Tensor, k: Tensor) -> float:
+def product_size(q: Tensor, k: Tensor, scale: float | None = None) -> float:
     """The largest size of the terms of a score of q [..., D] and k [..., D], which may cancel in their sum.
+
+    scale: the factor of the score, by default 1 / sqrt(D).
 
     >>> product_size(torch.full((1, 4), 3.0), torch.full((1, 4), -2.0))
     3.0
     """
-    return float(q.detach().abs().max() * k.detach().abs().max()) * q.shape[-1] ** -0.5
+    factor = q.shape[-1] ** -0.5 if scale is None else abs(scale)
+    return float(q.detach().abs().max() * k.detach().abs().max()) * factor
 
 
 def _place(mask: Tensor, values: Tensor, exact: Tensor) -> str:

@@ -20,8 +20,6 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 148),
     "gfx942": Target("hip", "gfx942", 304),
 }
-
-
 CONTIGUOUS = CacheFormat()
 
 
@@ -42,17 +40,36 @@ def forward_launches(layer: Layer, target: Target, dense: bool = False) -> list[
     """Of the main branch's forward."""
     ids = None if dense else layer.block_indices()
     with record(target) as launches:
-        kernels.block_sparse_attention_forward(*layer.main(), ids, layer.sequences(), layer.block_size, 0.1)
+        kernels.block_sparse_attention_forward(*layer.main(), ids, layer.sequences(), layer.block_size, layer.scale)
     return launches
 
 
-def backward_launches(layer: Layer, target: Target, dense: bool = False) -> list[Launch]:
-    """Of the main branch's backward."""
+def few_launches(layer: Layer, target: Target) -> list[Launch]:
+    """Of the main branch's forward where each of a few queries attends to its own blocks."""
+    with record(target) as launches:
+        kernels.attend_blocks(*layer.main(), layer.block_indices(), layer.sequences(), layer.block_size, layer.scale)
+    return launches
+
+
+def backward_launches(layer: Layer, target: Target, dense: bool = False, lse_gradient: bool = False) -> list[Launch]:
+    """Of the main branch's backward, from the gradient of out, and of the lse."""
     ids = None if dense else layer.block_indices()
-    q, k, v = layer.main()
+    out, lse = layer.out(), layer.lse()
     with record(target) as launches:
         kernels.block_sparse_attention_backward(
-            q, None, q, k, v, q, layer.lse(), ids, layer.sequences(), layer.block_size, 0.1
+            *(out, lse if lse_gradient else None, *layer.main(), out, lse, ids, layer.sequences()),
+            *(layer.block_size, layer.scale),
+        )
+    return launches
+
+
+def joint_backward_launches(layer: Layer, target: Target, lse_gradient: bool = False) -> list[Launch]:
+    """Of the backward that computes the index loss too."""
+    out, lse = layer.out(), layer.lse()
+    with record(target) as launches:
+        kernels.attention_and_index_loss_backward(
+            *(out, lse if lse_gradient else None, meta(dtype=torch.float32), *layer.main(), *layer.index(), out, lse),
+            *(layer.block_indices(), layer.sequences(), layer.block_size, layer.scale, 0.1),
         )
     return launches
 
@@ -63,17 +80,26 @@ def loss_launches(layer: Layer, target: Target, with_grad: bool = True, dense: b
     q, k, _ = layer.main()
     with record(target) as launches:
         kernels.index_loss(
-            q, k, *layer.index(), ids, layer.lse(), layer.sequences(), layer.block_size, 0.1, 0.1, with_grad
+            q, k, *layer.index(), ids, layer.lse(), layer.sequences(), layer.block_size, layer.scale, 0.1, with_grad
         )
     return launches
 
 
 def decode_launches(
-    layer: Layer, target: Target, cache: CacheFormat = CONTIGUOUS, tokens: int = 1, batch: int = 1
+    layer: Layer,
+    target: Target,
+    cache: CacheFormat = CONTIGUOUS,
+    tokens: int = 1,
+    batch: int = 1,
+    ragged: bool = False,
+    dense: bool = False,
 ) -> list[Launch]:
-    """Of appending `tokens` tokens per row to a cache of layer.tokens keys, and of selecting and attending for them."""
+    """Of appending `tokens` tokens per row to a cache of layer.tokens keys, and of selecting and attending for them.
+
+    ragged: rows get other numbers of tokens; dense: nothing is selected.
+    """
     with record(target) as launches:
-        decode(layer, cache, tokens, batch)
+        decode(layer, cache, tokens, batch, ragged, dense)
     return launches
 
 

@@ -12,7 +12,10 @@ Array = NDArray[np.float64]
 
 
 class Oracle(NamedTuple):
-    """out [B, Hq, Sq, D], lse [B, Hq, Sq], block_indices [B, Hkv, Sq, topk] (None in warm-up), index_loss."""
+    """out [B, Hq, Sq, D], lse [B, Hq, Sq], block_indices [B, Hkv, Sq, topk] (None in warm-up), index_loss.
+
+    block_indices are those given, if any were.
+    """
 
     out: Array
     lse: Array
@@ -36,8 +39,11 @@ def attention(
     cu_seqlens: ArrayLike | None = None,
     kv_starts: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
+    block_indices: ArrayLike | None = None,
 ) -> Oracle:
     """Compute the right results of `flexmsa.attention`, from arrays of the same layout.
+
+    block_indices replace the selection, as in `flexmsa.block_sparse_attention`: ids of no visible block are ignored.
 
     >>> rng = np.random.default_rng(0)
     >>> q, k, v, iq, ik = (rng.normal(size=(1, 1, 6, 4)) for _ in range(5))
@@ -54,6 +60,7 @@ def attention(
     out = np.zeros(q.shape)
     lse = np.full(q.shape[:3], -np.inf)
     indices = None if topk is None else np.full((batch, num_kv_heads, seqlen_q, topk), -1)
+    indices = indices if block_indices is None else np.array(block_indices, dtype=np.int64)
     losses = []
     for b, i in itertools.product(range(batch), range(seqlen_q)):
         first, last = _visible(b, i, seqlen_q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
@@ -63,10 +70,14 @@ def attention(
             keys = np.arange(first, last + 1)
             index_scores = _product(index_k[b, 0, keys], index_q[b, r, i])
             if indices is not None:
-                chosen = _choose(index_scores, block_size, topk, num_local_blocks, num_init_blocks)
-                indices[b, r, i, : len(chosen)] = chosen
-                kept = np.isin((keys - first) // block_size, chosen)
+                if block_indices is None:
+                    chosen = _choose(index_scores, block_size, topk, num_local_blocks, num_init_blocks)
+                    indices[b, r, i, : len(chosen)] = chosen
+                kept = np.isin((keys - first) // block_size, indices[b, r, i])
                 keys, index_scores = keys[kept], index_scores[kept]
+            if len(keys) == 0:
+                losses.append(0.0)
+                continue
             heads = slice(r * group, (r + 1) * group)
             probabilities, lse[b, heads, i] = _softmax(q[b, heads, i] @ k[b, r, keys].T * scale)
             out[b, heads, i] = probabilities @ v[b, r, keys]
@@ -110,9 +121,10 @@ def _choose(scores: Array, block_size: int, topk: int | None, num_local: int, nu
 
 def _divergence(teacher: Array, scores: Array) -> float:
     """The KL divergence of the softmax of scores [keys] from the teacher's probabilities [keys]."""
-    student, _ = _softmax(scores)
+    # The probability of a score far below the largest may be too small for a number; its logarithm is not.
+    student = scores - _softmax(scores)[1]
     seen = teacher > 0
-    return float(np.sum(teacher[seen] * np.log(teacher[seen] / student[seen])))
+    return float(np.sum(teacher[seen] * (np.log(teacher[seen]) - student[seen])))
 
 
 def _softmax(scores: Array) -> tuple[Array, Array]:

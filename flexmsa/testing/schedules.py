@@ -49,6 +49,12 @@ class Schedule:
     dtype: str = "float32"
     seed: int = 0
 
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """All that the kernels of a GPU are compiled for; other steps and lengths share them."""
+        sizes = self.num_kv_heads, self.group_size, self.head_dim, self.index_head_dim, self.block_size, self.topk
+        return "cache", *sizes, self.dtype, self.capacity, self.paged, self.fp8_keys, self.fp8_index
+
     def new_cache(self, device: str | torch.device) -> Cache:
         """Return the empty cache at the beginning of the schedule."""
         dtype = getattr(torch, self.dtype)

@@ -24,6 +24,7 @@ from flexmsa.kernels.triton.layer import decode, train
 from flexmsa.kernels.triton.selection.launch import TRAINING_VARIANTS, VARIANTS, select_blocks, select_on_meta
 from flexmsa.kernels.triton.selection.merge import merge_kernel
 from flexmsa.kernels.triton.serving.launch import attend_on_meta
+from flexmsa.testing import fuzz
 from flexmsa.testing.launches import (
     TARGETS,
     CacheFormat,
@@ -146,6 +147,14 @@ def test_without_an_expected_step_a_launch_compiles_its_own_kernel(events):
     assert [event for event, _ in events[:4]] == ["compiled", "launched"] * 2
 
 
+def test_the_cases_of_the_fuzzer_compile_for_no_other_length(events):
+    layer = Layer(tokens=4096)
+    inputs = *layer.main(), *layer.index(), layer.sequences(), layer.rule, 0.1, 0.1, True, False
+    with fuzz.compiled_ahead(True), ops.expected_training_step(*inputs):
+        train(layer)
+    assert [event for event, _ in events[:4]] == ["compiled", "launched"] * 2
+
+
 def test_a_step_that_is_captured_is_not_recorded_in_it(events, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with launch.expected(partial(pytest.fail, "recorded in a capture")):
@@ -193,11 +202,10 @@ def test_ranks_share_the_cores(monkeypatch, cores):
 def test_a_warm_up_has_what_steps_of_any_length_launch(events, monkeypatch):
     monkeypatch.setattr(compiling, "_check_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(Layer, "empty", lambda self, *shape, dtype=torch.int32: meta(*shape, dtype=dtype))
     for packed in (False, True):
         sizes = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 64, "packed": packed}
-        assert flexmsa.warm_up(**sizes, decoding=not packed) > 0
-        assert flexmsa.warm_up(**sizes, decoding=not packed) == 0
+        assert flexmsa.warm_up(**sizes, decoding=not packed, device="meta") > 0
+        assert flexmsa.warm_up(**sizes, decoding=not packed, device="meta") == 0
         made = len(events)
         for tokens in (8192, 131072):
             layer = Layer(tokens, **sizes, index_head_dim=64)

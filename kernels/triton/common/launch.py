@@ -184,6 +184,11 @@ def num_compiled() -> int:
     return len(_compiled)
 
 
+def compiled_keys() -> set[tuple[Any, ...]]:
+    """The `compile_key` of each of these kernels."""
+    return {key for _, key in _compiled}
+
+
 class Launch(NamedTuple):
     """A kernel with all that it is launched with.
 

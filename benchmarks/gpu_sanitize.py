@@ -1,0 +1,224 @@
+"""Run small cases of every path under compute-sanitizer: memcheck, racecheck and initcheck.
+
+    python -m benchmarks.gpu_sanitize [--tools memcheck ...] [--paths forward ...] [--jobs N]
+
+Needs a GPU, and compute-sanitizer of the CUDA toolkit on PATH. Each path is a process of its own, first without a tool,
+which compiles its kernels, then with each tool; some processes run side by side. Exits with 1 if a path fails or a tool
+reports anything, and prints what the tool said of it. Inputs are made on the CPU, and allocations are not cached: a
+cache hides from memcheck where a tensor ends, and from initcheck what was never written.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import flexmsa
+from flexmsa import AuxRequest
+from flexmsa.testing import Case, Schedule
+from flexmsa.testing.check import kernels_for_many_queries
+
+TOOLS = ("memcheck", "racecheck", "initcheck")
+NONE = "no tool"
+DEVICE = "cuda"
+# Each process takes a core of the host most of the time.
+JOBS = min(12, os.cpu_count() or 1)
+# The last queries of a part-filled cache: many blocks of keys, and few queries, as racecheck is slow.
+FEW = {"seqlen_q": 48, "seqlen_k": 1400, "kv_lens": (1390,), "kv_starts": (5,), "dtype": "bfloat16"}
+LAYERS = {
+    "Gluon, 128": Case(1, 2, 16, 128, 128, block_size=128, topk=3, **FEW),
+    "Gluon, 64": Case(1, 1, 8, 64, 64, block_size=128, topk=2, **FEW),
+    "Triton": Case(1, 2, 3, 80, 32, block_size=48, topk=4, strided=True, **FEW),
+    "fp32": Case(1, 1, 4, 32, 16, block_size=64, topk=3, **{**FEW, "dtype": "float32"}),
+}
+PACKED = {"cu_seqlens": (0, 1, 70, 150, 260), "seqlen_q": 260, "seqlen_k": 260, "kv_lens": None, "kv_starts": None}
+STEPS = (("append", (140, 131)), ("append", (1, 1)), ("append", (3, 0)))
+CACHE = Schedule(STEPS, 2, 2, 16, 128, 128, 128, 2, capacity=384, dtype="bfloat16")
+
+
+def on_gpu(case: Case) -> tuple[list[Tensor], dict[str, Any]]:
+    """The inputs of a case, made on the CPU, and the settings of a single step."""
+    inputs, _ = case.inputs("cpu")
+    names = ("block_size", "cu_seqlens", "kv_starts", "kv_lens")
+    settings = {name: value for name, value in case.settings(DEVICE).items() if name in names}
+    return [x.to(DEVICE).requires_grad_() for x in inputs], settings
+
+
+def blocks(case: Case) -> Tensor:
+    """Half the tokens choose the same blocks, which is work for query-major kernels, the others random ones."""
+    ids = replace(case, ids="given").block_indices("cpu")
+    assert ids is not None and case.topk is not None
+    ids[:, :, : case.seqlen_q // 2] = torch.arange(case.topk, dtype=torch.int32)
+    return ids.to(DEVICE)
+
+
+def rule(case: Case) -> dict[str, Any]:
+    return {"topk": case.topk, "num_local_blocks": case.num_local_blocks, "num_init_blocks": case.num_init_blocks}
+
+
+def select(case: Case, e4m3: bool = False) -> None:
+    inputs, settings = on_gpu(case)
+    index = [x.detach().to(torch.float8_e4m3fn) if e4m3 else x.detach() for x in inputs[3:]]
+    flexmsa.select_blocks(*index, **settings, **rule(case), backend="triton")
+
+
+def train(case: Case, step: str, few: bool = False) -> None:
+    """One step of training with given blocks: "forward", "backward" or "index loss"; few: as for few queries."""
+    (q, k, v, *index), settings = on_gpu(case)
+    ids = None if case.topk is None else blocks(case)
+    aux = AuxRequest(lse=True)
+    kernels = nullcontext() if few else kernels_for_many_queries(q, "triton")
+    with torch.set_grad_enabled(step == "backward"), kernels:
+        out, got = flexmsa.block_sparse_attention(q, k, v, ids, **settings, backend="triton", return_aux=aux)
+    if step == "backward":
+        torch.autograd.grad((out, got.lse), (q, k, v), (torch.ones_like(out), torch.ones_like(got.lse)))
+    if step == "index loss":
+        loss = flexmsa.index_loss(q.detach(), k.detach(), *index, ids, got.lse, **settings, backend="triton")
+        torch.autograd.grad(loss, index)
+
+
+def train_together(case: Case) -> None:
+    """A whole step, whose backward computes the index loss."""
+    inputs, settings = on_gpu(case)
+    value = torch.zeros((), device=DEVICE)
+    aux = AuxRequest(index_loss=True)
+    settings |= rule(case) | {"backend": "triton"}
+    out, got = flexmsa.attention(*inputs, **settings, return_aux=aux, index_loss_value=value)
+    torch.autograd.grad((out, got.index_loss), inputs, (torch.ones_like(out), torch.ones_like(got.index_loss)))
+
+
+def serve(schedule: Schedule) -> None:
+    """The appends of a schedule, each followed by attention to the cache."""
+    cache = schedule.new_cache(DEVICE)
+    heads = schedule.num_kv_heads
+    for _, lens in schedule.steps:
+
+        def new(heads: int, size: int, count: int = max(lens)) -> Tensor:
+            return torch.randn(schedule.batch, heads, count, size).bfloat16().to(DEVICE)
+
+        ragged = torch.tensor(lens, dtype=torch.int32).to(DEVICE) if len(set(lens)) > 1 else None
+        k, index_k = new(heads, schedule.head_dim), new(1, schedule.index_head_dim)
+        cache.append(k, k, index_k, lens=ragged, backend="triton")
+        q, index_q = new(heads * schedule.group_size, schedule.head_dim), new(heads, schedule.index_head_dim)
+        sizes = {"block_size": schedule.block_size, "topk": schedule.topk}
+        flexmsa.decode(q, cache, index_q, **sizes, backend="triton")
+
+
+def every_layer(run: Callable[[Case], None], *more: Case) -> None:
+    for case in (*LAYERS.values(), *more):
+        run(case)
+
+
+WARM_UP = replace(LAYERS["Triton"], topk=None)
+PACKED_LAYERS = [replace(LAYERS[name], **PACKED) for name in ("Gluon, 128", "Triton")]
+FEW_QUERIES = replace(LAYERS["Gluon, 128"], seqlen_q=2)
+MANY_KEYS = replace(FEW_QUERIES, seqlen_k=6000, kv_lens=(5990,))
+PATHS: dict[str, Callable[[], None]] = {
+    "selection": partial(every_layer, select, *PACKED_LAYERS),
+    "selection, few queries": partial(every_layer, select, FEW_QUERIES, MANY_KEYS),
+    "selection, e4m3": partial(select, LAYERS["Gluon, 128"], e4m3=True),
+    "forward": partial(every_layer, partial(train, step="forward"), *PACKED_LAYERS, WARM_UP),
+    "forward, few queries": partial(every_layer, partial(train, step="forward", few=True), *PACKED_LAYERS),
+    "backward": partial(every_layer, partial(train, step="backward"), WARM_UP),
+    "backward, packed": lambda: [train(case, "backward") for case in PACKED_LAYERS],
+    "index loss": partial(every_layer, partial(train, step="index loss"), *PACKED_LAYERS, WARM_UP),
+    "loss in the backward": partial(every_layer, train_together),
+    "decode": lambda: [serve(CACHE), serve(replace(CACHE, topk=None))],
+    "decode, pages": partial(serve, replace(CACHE, paged=True)),
+    "decode, e4m3": partial(serve, replace(CACHE, fp8_keys=True, fp8_index=True)),
+    "decode, pages, e4m3": partial(serve, replace(CACHE, paged=True, fp8_keys=True, fp8_index=True)),
+}
+
+
+class Report(NamedTuple):
+    """How a path fared with a tool: what went wrong, or nothing."""
+
+    path: str
+    tool: str
+    wrong: str
+    output: str
+
+
+def verdict(code: int, output: str, tool: str) -> str:
+    """What is wrong by the exit code and the output of a run, or nothing.
+
+    >>> verdict(0, "========= ERROR SUMMARY: 0 errors", "memcheck")
+    ''
+    >>> verdict(0, "========= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)", "racecheck")
+    '2 hazards displayed (0 errors, 2 warnings)'
+    """
+    summaries = re.findall(r"SUMMARY: (\d+) (.*)", output)
+    reported = [f"{number} {what}" for number, what in summaries if int(number)]
+    if reported:
+        return "; ".join(reported)
+    if code:
+        return f"exit code {code}"
+    return "" if summaries or tool == NONE else "the tool printed no summary"
+
+
+def run(path: str, tool: str, seconds: float) -> Report:
+    """Run one path in a process of its own, under a tool or none."""
+    command = [sys.executable, "-m", "benchmarks.gpu_sanitize", "--run", path]
+    if tool != NONE:
+        options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
+        command = ["compute-sanitizer", *options, *command]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout or b""
+        return Report(path, tool, f"not finished after {seconds:g} s", said.decode(errors="replace"))
+    output = found.stdout + found.stderr
+    return Report(path, tool, verdict(found.returncode, output, tool), output)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_sanitize", description=__doc__.splitlines()[0])
+    parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=TOOLS)
+    parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=list(PATHS), metavar="PATH")
+    parser.add_argument("--jobs", type=int, default=JOBS, help=f"processes side by side (default {JOBS})")
+    parser.add_argument("--seconds", type=float, default=400, help="the most that one process may take (default 400)")
+    parser.add_argument("--run", choices=list(PATHS), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.run:
+        torch.manual_seed(0)
+        PATHS[options.run]()
+        torch.cuda.synchronize()
+        return 0
+    for missing, what in (
+        (not torch.cuda.is_available(), "a GPU: torch.cuda.is_available() is False"),
+        (shutil.which("compute-sanitizer") is None, "compute-sanitizer of the CUDA toolkit on PATH"),
+    ):
+        if missing:
+            print(f"gpu_sanitize needs {what}", file=sys.stderr)
+            return 2
+    reports = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for tools in ([NONE], options.tools):
+            pairs = list(product(options.paths, tools))
+            for report in pool.map(lambda pair: run(*pair, options.seconds), pairs):
+                reports.append(report)
+                print(f"{report.tool:10} {report.path:24} {report.wrong or 'clean'}", flush=True)
+            if any(report.wrong for report in reports):
+                break
+    wrong = [report for report in reports if report.wrong]
+    for report in wrong:
+        # The first report of a tool names the kernel; the last lines have an exception.
+        print(f"\n{report.tool}, {report.path}: {report.wrong}\n{report.output[:3000]}\n...\n{report.output[-1500:]}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
