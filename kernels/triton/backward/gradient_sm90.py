@@ -30,9 +30,6 @@ from .config import BackwardConfig
 from .copies import ROWS, Barriers, Boxes, Buffers, GradientShape, copy_rows, find_present, find_tiles, tile_of
 from .workspace import TileSizes, Workspace, tile_sizes
 
-# Group sizes whose entries the bulk copy engine fetches.
-BULK = (8, 16, 32, 64)
-
 
 @functools.lru_cache
 def tiles(problem: Problem, config: BackwardConfig) -> TileSizes:
@@ -61,15 +58,18 @@ def sum_heads(probs, shape: gl.constexpr):
 
 @gluon.jit
 def keep_teacher(teacher_ptr, total, buffer, tiles, tile, shape: gl.constexpr, masked: gl.constexpr):
-    """Write the teacher, from its total over the heads, of a tile's entries: to the buffer that the bulk copy engine
-    stores, or if masked, of the work item's entries alone.
+    """Write the teacher, from its total over the heads, of a tile's entries; if masked, of the work item's alone.
+
+    Where it can, the bulk copy engine stores it from the buffer.
     """
     mean = total * (1.0 / shape.group_size)
-    if masked:
+    if masked or shape.kept == "before":
         number = gl.arange(0, total.shape[1], gl.SliceLayout(0, total.type.layout))
         key = gl.arange(0, shape.block_size, gl.SliceLayout(1, total.type.layout))
         entry = tile * shape.entries + number
-        present = (number < shape.entries) & (entry >= tiles.begin) & (entry < tiles.stop)
+        present = number < shape.entries
+        if masked:
+            present = present & (entry >= tiles.begin) & (entry < tiles.stop)
         store_teacher(teacher_ptr, tile, number, key, mean, present[None, :] & (key >= 0)[:, None], shape)
     else:
         buffer.permute((1, 0)).store((mean * SCALE).to(gl.float16))
@@ -120,7 +120,7 @@ def fold_rows(
     weights = probs.to(dtype)
     grad_v = warpgroup_mma(gl.convert_layout(weights, operand), grad, grad_v, is_async=True)
     if shape.kept == "before":
-        keep_teacher(teacher_ptr, sum_heads(probs, shape), buffers.teacher, tiles, tile, shape, True)
+        keep_teacher(teacher_ptr, sum_heads(probs, shape), buffers.teacher, tiles, tile, shape, masked)
     grad_probs = warpgroup_mma_wait(1, deps=[grad_probs])
     delta = buffers.delta.index(stage).load(gl.SliceLayout(0, scored))
     if masked:
@@ -322,7 +322,7 @@ def gradient_launches(
     """The one launch, as from `gradient.gradient_launches`."""
     head_dim, keys = problem.head_dim, [1, 1, problem.block_size, problem.head_dim]
     sizes, gathered = tiles(problem, config), workspace.rows
-    bulk = problem.group_size in BULK
+    bulk = problem.group_size in (8, 16, 32, 64)
     entry = [1, problem.group_size if bulk else 1, 1, HALF.value]
     # Made once: a descriptor costs the host as much as a launch.
     arguments = {

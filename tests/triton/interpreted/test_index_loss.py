@@ -146,7 +146,8 @@ def assert_loss_beside_backward(case, wide_index_grad=2.0):
     alone = block_sparse_attention_backward(
         grad_out, lse.cos(), q, k, v, out, lse, ids, sequences, case.block_size, scales[0]
     )
-    assert all(torch.equal(x, y) for x, y in zip(grads[:3], alone, strict=True))
+    # The teacher takes room in the workspace, so that token ranges, and the order of sums, may differ.
+    torch.testing.assert_close(grads[:3], list(alone))
     rows = max(1, int(lse.isfinite().sum()) * k.shape[1] // q.shape[1])
     largest = [scales[1] / rows * float(x.nan_to_num().abs().max()) for x in (index_k, index_q)]
     terms = {"loss": math.log(1 + k.shape[2]), "index_q": largest[0], "index_k": largest[1]}
