@@ -226,6 +226,33 @@ def gpu_peer_steps() -> str:
     return markdown(["heads", "tokens", *(f"{peer}, ms" for peer in peers)], rows) if rows else ""
 
 
+def gpu_heads() -> str:
+    """A training step of a layer at several numbers of heads, its loss in the backward; empty without measurements."""
+    found = gpu_rows()
+    rows = []
+    for name, ours in found.items():
+        if name.startswith("heads ") and name.endswith("random, together"):
+            layout = name.removesuffix("random, together")
+            tokens = int(layout.removesuffix(": ").rpartition(", ")[2])
+            steps = [found[f"{layout}{step}"]["ms"] for step in ("selection", "random, forward")]
+            steps += [found[f"{layout}random, backward with loss"]["ms"], ours["ms"]]
+            times = (f"{ms:.1f}" for ms in (*steps, ours["goal"], found[f"{layout}shared, together"]["ms"]))
+            dense = f"{found[f'{layout}dense cuDNN']['ms']:.0f}"
+            heads = layout.removeprefix("heads ").split(",")[0]
+            rows.append([heads, f"{tokens // 1024}K", *times, dense, f"{ours['faster']:.1f}x"])
+    steps = [
+        "selection",
+        "forward",
+        "backward and loss",
+        "together",
+        "goal",
+        "neighbours share",
+        "dense cuDNN",
+        "speedup",
+    ]
+    return markdown(["heads", "tokens", *steps], rows) if rows else ""
+
+
 def gpu_model() -> str:
     """Training steps of a whole model, dense and converted, with their peak memory; empty without measurements."""
     found = gpu_rows()
@@ -243,5 +270,15 @@ def gpu_model() -> str:
     return markdown(head, rows) if rows else ""
 
 
-LAYER_TABLES = gpu_training, gpu_model, gpu_floors, gpu_prefill, gpu_steps, gpu_flex, gpu_peers, gpu_peer_steps
+LAYER_TABLES = (
+    gpu_training,
+    gpu_heads,
+    gpu_model,
+    gpu_floors,
+    gpu_prefill,
+    gpu_steps,
+    gpu_flex,
+    gpu_peers,
+    gpu_peer_steps,
+)
 GPU_TABLES = gpu_machine, gpu_selection, gpu_decode, gpu_grid, gpu_chunks, *LAYER_TABLES

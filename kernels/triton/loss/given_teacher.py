@@ -55,15 +55,14 @@ def given_teacher_kernel(index_q, index_k, buffers, index, items, gradients, siz
         log_student = scores * sizes.index_scale - index_lse[None, :]
         num_seen = tl.where(number < num_entries, tl.minimum(query + lead, num_keys), 0)
         seen = column[:, None] < num_seen[None, :]
-        # P log P apart from P L, so that each is summed as it lies. Of a key that is not seen, P is 0. P and the student
-        # have equal sums but for rounding: with their difference, the loss hardly depends on how P was rounded.
+        # P log P apart from P L: each is summed as it lies. Of a key that is not seen, P is 0. P and the student have
+        # equal sums but for rounding: with their difference, the loss hardly depends on how P is rounded.
         given = tl.where((number < num_entries)[:, None], given, 0.0)
         entropy += tl.sum(given * fast_log2(tl.maximum(given, TINY)), axis=1)
         teacher = tl.trans(given)
-        loss -= tl.sum(teacher * log_student, axis=1)
-        excess = tl.where(seen, tl.exp2(log_student), 0.0) - teacher
-        loss += tl.sum(excess, axis=1) * LOG2_E
-        grad_scores = excess.to(y.dtype)
+        student = tl.where(seen, tl.exp2(log_student), 0.0)
+        loss += tl.sum(student * LOG2_E - teacher * (log_student + LOG2_E), axis=1)
+        grad_scores = (student - teacher).to(y.dtype)
         grad_k = tl.dot(grad_scores, x, grad_k, input_precision=precision)
         grad_q = tl.dot(tl.trans(grad_scores), y, input_precision=precision)
         share = entry * tl.num_programs(1) + tl.program_id(1)
