@@ -105,7 +105,10 @@ def decode_launches(
 
 TASKS = {
     make.__name__.removesuffix("_launches"): make
-    for make in (selection_launches, forward_launches, backward_launches, loss_launches, decode_launches)
+    for make in (
+        *(selection_launches, forward_launches, backward_launches, loss_launches),
+        *(joint_backward_launches, decode_launches),
+    )
 }
 TRAINING = {task: make for task, make in TASKS.items() if task != "decode"}
 

@@ -20,8 +20,8 @@ class BackwardConfig:
 
     rows: query rows per step; columns: keys of a block that one program holds, where further keys take further
     launches; length: entries per work item, one program's share of a list; swap: how dQ is multiplied, see
-    `gradient.gradient_tile`; sm90: `gradient_sm90` computes the gradients, where it supports the problem, with its own
-    rows and warps.
+    `gradient.gradient_tile`; teacher: `gradient` can leave the index loss its teacher; sm90: `gradient_sm90` computes
+    the gradients, where it supports the problem, with its own rows and warps.
     """
 
     rows: int
@@ -30,6 +30,7 @@ class BackwardConfig:
     num_stages: int
     length: int
     swap: bool
+    teacher: bool = True
     sm90: bool = False
 
 
@@ -52,8 +53,11 @@ def default_config(problem: Problem, target: Target) -> BackwardConfig:
     few = problem.element_size <= 2 and columns * depth <= 64 * 64
     swap = target.backend == "cuda" and (problem.element_size > 2 or depth > 128 or not large)
     num_warps = 4 if target.backend == "hip" or few else 8
+    # The tensor memory of sm_100 has no room for another product.
+    teacher = target.arch not in (100, 103) or rows % problem.group_size == 0
     sm90 = fits_gather_sm90(problem, target)
-    return BackwardConfig(rows, columns, num_warps, num_stages, max(16, 8192 // problem.group_size), swap, sm90)
+    length = max(16, 8192 // problem.group_size)
+    return BackwardConfig(rows, columns, num_warps, num_stages, length, swap, teacher, sm90)
 
 
 def candidates(problem: Problem, target: Target, config: BackwardConfig) -> Iterator[Changes]:

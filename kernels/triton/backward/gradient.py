@@ -84,12 +84,19 @@ def load_keys(x, batch, group, first_key, stop_key, C: tl.constexpr):
 
 @triton.jit
 def keep_teacher(teacher_ptr, weights, tile, begin, stop, C: tl.constexpr, entries: tl.constexpr):
-    """Write the mean of the weights `[N, M]` over each entry's heads; entries: of a tile, padded."""
-    precision: tl.constexpr = "ieee" if weights.dtype == tl.float32 else "tf32"
-    row, number = tl.arange(0, C.rows), tl.arange(0, entries)
-    owned = (row // C.group_size)[:, None] == number[None, :]
-    mean = tl.dot(weights, owned.to(weights.dtype), input_precision=precision) * (1.0 / C.group_size)
-    entry = tile * C.entries + number
+    """Write the mean of the weights `[N, M]` over each entry's heads; entries: of a tile, or more, as products take."""
+    ENTRIES: tl.constexpr = C.entries
+    HEADS: tl.constexpr = C.group_size
+    COLUMNS: tl.constexpr = C.columns
+    number = tl.arange(0, entries)
+    if C.rows == ENTRIES * HEADS:
+        total = tl.sum(tl.reshape(weights.to(tl.float32), [COLUMNS, ENTRIES, HEADS]), axis=2)
+    else:
+        precision: tl.constexpr = "ieee" if weights.dtype == tl.float32 else "tf32"
+        owned = (tl.arange(0, C.rows) // HEADS)[:, None] == number[None, :]
+        total = tl.dot(weights, owned.to(weights.dtype), input_precision=precision)
+    mean = total * (1.0 / HEADS)
+    entry = tile * ENTRIES + number
     column = C.offset + tl.arange(0, C.columns)
     present = (number < C.entries) & (entry >= begin) & (entry < stop)
     mask = present[None, :] & (column < C.block_size)[:, None]
@@ -132,7 +139,8 @@ def gradient_kernel(grad_out, q, k, v, work, scale, C: tl.constexpr):
     TILE_ROWS: tl.constexpr = C.tile_rows
     ENTRIES: tl.constexpr = C.entries
     STEPS: tl.constexpr = TILE_ROWS // ROWS
-    MEANS: tl.constexpr = C.teacher_rows if C.teacher_rows > 16 else 16
+    FILLED: tl.constexpr = ENTRIES * HEADS == ROWS
+    MEANS: tl.constexpr = ENTRIES if FILLED else (C.teacher_rows if C.teacher_rows > 16 else 16)
     item, rows, partial = load_item(work.items, work.first_range, tl.program_id(1)), work.rows, work.partial
     begin, stop = item.begin, item.stop
     if begin >= stop:
@@ -158,8 +166,9 @@ def gradient_kernel(grad_out, q, k, v, work, scale, C: tl.constexpr):
         upcoming = tl.load(rows.queries + row + ROWS, mask=step + 1 < last, other=0)
         # With one step a tile, heads are known to the compiler.
         inside = lane if STEPS == 1 else row % TILE_ROWS
-        entry = row // TILE_ROWS * ENTRIES + inside // HEADS
-        live = (inside < ENTRIES * HEADS) & (entry >= begin) & (entry < stop)
+        first_entry = step // STEPS * ENTRIES
+        entry = first_entry + inside // HEADS
+        live = (inside >= (begin - first_entry) * HEADS) & (inside < tl.minimum(stop - first_entry, ENTRIES) * HEADS)
         head = (inside % HEADS).to(tl.int64)
         q_rows = q_base + query * q.stride_s + head * q.stride_h
         grad_rows = grad_base + query * grad_out.stride_s + head * grad_out.stride_h
@@ -209,7 +218,7 @@ def tiles(problem: Problem, config: BackwardConfig) -> TileSizes:
 
 def leaves_teacher(problem: Problem, config: BackwardConfig) -> bool:
     """Whether the kernel can keep the teacher: a step has all rows of its entries."""
-    return problem.group_size <= config.rows
+    return problem.group_size <= config.rows and config.teacher
 
 
 def gradient_launches(
