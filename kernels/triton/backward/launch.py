@@ -107,9 +107,10 @@ def find_gradients(
     workspace = loss = None
     for index in inverse_indexes(x.block_indices, x.sequences, q, k, problem.block_size, range_tokens):
         items = cut_into_items(index, config.length)
-        tokens = index.num_tokens, index.range_tokens
-        per_pass = ranges_per_pass(num_kv_heads, *tokens, topk * bytes_per_entry, rows_per_token)
         if workspace is None:
+            # No later index has more tokens.
+            tokens = index.num_tokens, index.range_tokens
+            per_pass = ranges_per_pass(num_kv_heads, *tokens, topk * bytes_per_entry, rows_per_token)
             entries, slots = per_pass * items.num_entries, per_pass * items.num_slots
             workspace = make_workspace(q, x.lse, x.sequences, sizes, entries, slots, branch is not None)
             launches = implementation.gradient_launches(x.grad_out, q, k, x.v, workspace, problem, config)

@@ -162,13 +162,15 @@ def index_loss(
     scales = scale * LOG2_E.value, index_scale * LOG2_E.value
     sizes = Sizes(batch, num_kv_heads, problem.group_size, seqlen_q, seqlen_k, *scales)
     views, lse_rows = (view(q), view(k), view(index_q), view(index_k)), lse.transpose(1, 2).contiguous()
-    key_grads = grad_q
+    key_grads, per_pass = grad_q, 0
     for index in inverse_indexes(block_indices, sequences, q, k, block_size, range_tokens):
         items = cut_into_items(index, config.length)
-        tokens = index.num_tokens, index.range_tokens
-        per_pass = ranges_per_pass(num_kv_heads, *tokens, bytes_per_token, topk * constants.parts)
-        if with_grad and key_grads is grad_q:
-            key_grads = index_k.new_zeros((per_pass, *index_k.shape), dtype=torch.float32)
+        if per_pass == 0:
+            # No later index has more tokens.
+            tokens = index.num_tokens, index.range_tokens
+            per_pass = ranges_per_pass(num_kv_heads, *tokens, bytes_per_token, topk * constants.parts)
+            if with_grad:
+                key_grads = index_k.new_zeros((per_pass, *index_k.shape), dtype=torch.float32)
         outputs = (mean.unit, grad_q, key_grads) if with_grad else None
         x = make_call(views, None, lse_rows, outputs, index, items, per_pass, sizes, config, constants)
         launches = launches_of(x)

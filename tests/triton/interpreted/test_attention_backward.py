@@ -102,6 +102,14 @@ def test_token_ranges_and_work_items(name):
     assert torch.equal(chunked[0], whole[0])
 
 
+def test_a_short_last_range_stays_within_the_workspace():
+    # Room for 18 tokens of one group: ranges of 16, 16 and 8 tokens, of which the last alone would leave room for three
+    # groups at a time.
+    workspace.set_workspace_limit(18 * 5 * 128 + 320)
+    problem = Problem((5, 2, 40, 40, 16, 8, None, [[0, 0, 40, 0, 40]], torch.float32))
+    problem.check(problem.run(TILES))
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [
