@@ -53,8 +53,25 @@ def attention(
     loss_value: the backward computes the loss, and writes it there.
     """
     branches = q, k, v, index_q, index_k
+    lse: Tensor | None
+    loss: Tensor | None = None
     with _expected_step(branches, sequences, settings, aux.index_loss, loss_value is not None, block_indices):
-        return _attention(*branches, sequences, settings, aux, block_indices, loss_value)
+        if block_indices is None and settings.rule is not None:
+            block_indices = select_blocks(index_q, index_k, sequences, settings.rule, settings.backend)
+        # Without gradients there is no backward. FlexAttention and the reference have backwards of their own.
+        deferred = aux.index_loss and loss_value is not None
+        together = deferred and block_indices is not None and _needs_grad(q, k, v) and _needs_grad(index_q, index_k)
+        backend = choose_backend("block_sparse_attention", settings.backend, q) if together else ""
+        if together and backend in ("torch", "triton"):
+            inputs = q, k, v, index_q, index_k, block_indices, sequences.table, loss_value
+            numbers = settings.block_size, settings.scale, settings.index_scale
+            out, lse, loss = ops.attention_and_index_loss(*inputs, *numbers, backend)
+            return out, requested(aux, lse, block_indices, loss)
+        out, lse = main_branch(q, k, v, block_indices, sequences, settings, aux)
+        if aux.index_loss:
+            assert lse is not None
+            loss = index_loss(q, k, index_q, index_k, block_indices, lse, sequences, settings, loss_value)
+        return out, requested(aux, lse, block_indices, loss)
 
 
 def _expected_step(
@@ -68,38 +85,6 @@ def _expected_step(
         return contextlib.nullcontext()
     scales = settings.scale, settings.index_scale
     return ops.expected_training_step(*branches, sequences.table, rule, *scales, with_loss, deferred)
-
-
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index_q: Tensor,
-    index_k: Tensor,
-    sequences: Sequences,
-    settings: Settings,
-    aux: AuxRequest,
-    block_indices: Tensor | None,
-    loss_value: Tensor | None,
-) -> tuple[Tensor, AuxOutput]:
-    if block_indices is None and settings.rule is not None:
-        block_indices = select_blocks(index_q, index_k, sequences, settings.rule, settings.backend)
-    lse: Tensor | None
-    loss: Tensor | None = None
-    # Without gradients there is no backward. FlexAttention and the reference have backwards of their own.
-    deferred = aux.index_loss and loss_value is not None
-    together = deferred and block_indices is not None and _needs_grad(q, k, v) and _needs_grad(index_q, index_k)
-    backend = choose_backend("block_sparse_attention", settings.backend, q) if together else ""
-    if together and backend in ("torch", "triton"):
-        inputs = q, k, v, index_q, index_k, block_indices, sequences.table, loss_value
-        numbers = settings.block_size, settings.scale, settings.index_scale
-        out, lse, loss = ops.attention_and_index_loss(*inputs, *numbers, backend)
-        return out, requested(aux, lse, block_indices, loss)
-    out, lse = main_branch(q, k, v, block_indices, sequences, settings, aux)
-    if aux.index_loss:
-        assert lse is not None
-        loss = index_loss(q, k, index_q, index_k, block_indices, lse, sequences, settings, loss_value)
-    return out, requested(aux, lse, block_indices, loss)
 
 
 def select_blocks(

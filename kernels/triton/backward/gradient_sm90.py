@@ -183,7 +183,7 @@ def store_sum(sums_ptr, partial_ptr, grad, place, slot, count):
 
 @gluon.jit
 def mark_owned(owned, shape: gl.constexpr):
-    """Fill owned [means, ROWS]: 1 where a row is an entry's."""
+    """Fill owned [teacher_rows, ROWS]: 1 where a row is an entry's."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     TEACHER_ROWS: gl.constexpr = shape.teacher_rows
     number = gl.arange(0, TEACHER_ROWS, gl.SliceLayout(1, layout))

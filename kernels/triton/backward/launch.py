@@ -84,12 +84,11 @@ class Inputs(NamedTuple):
 
 
 def find_gradients(
-    x: Inputs, problem: Problem, config: BackwardConfig, branch: IndexBranch | None
+    x: Inputs, problem: Problem, implementation: Any, config: BackwardConfig, branch: IndexBranch | None
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k and v, and given `branch` those of index_q and index_k, and the loss."""
     q, k, num_kv_heads, seqlen_k = x.q, x.k, problem.num_kv_heads, x.k.shape[2]
     topk = problem.topk or triton.cdiv(seqlen_k, problem.block_size)
-    implementation = choose(GRADIENTS, problem, target_of(q.device), config)
     sizes = implementation.tiles(problem, config)
     bytes_per_entry = entry_bytes(problem, sizes, branch is not None)
     if branch is not None:
@@ -119,10 +118,10 @@ def find_gradients(
             inputs = branch, workspace.partial.teacher, index, items, per_pass, x.sequences
             loss = prepare(*inputs, problem, *loss_settings)
             loss_launches = launches_of(loss.call)
+        group_ranges = index.num_ranges // num_kv_heads
         for first in range(0, index.num_ranges, per_pass):
             count = min(per_pass, index.num_ranges - first)
             gather_rows(index, statistics, workspace, first, count, num_kv_heads)
-            group_ranges = index.num_ranges // num_kv_heads
             work = Work(items, workspace.rows, workspace.partial, sums, first, group_ranges)
             for launch in launches:
                 arguments = launch.arguments | {"work": work, "scale": x.scale}
@@ -163,7 +162,9 @@ def block_sparse_attention_backward(
     problem = x.problem()
     if q.numel() * k.numel() * (1 if block_indices is None else block_indices.shape[3]) == 0:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    grad_q, grad_k, grad_v = find_gradients(x, problem, config or backward_config(problem, q.device), None)
+    config = config or backward_config(problem, q.device)
+    implementation = choose(GRADIENTS, problem, target_of(q.device), config)
+    grad_q, grad_k, grad_v = find_gradients(x, problem, implementation, config, None)
     return grad_q, grad_k, grad_v
 
 
@@ -191,7 +192,7 @@ def attention_and_index_loss_backward(
     config = backward_config(problem, q.device)
     implementation = choose(GRADIENTS, problem, target_of(q.device), config)
     if q.numel() * k.numel() * block_indices.shape[3] > 0 and implementation.leaves_teacher(problem, config):
-        return find_gradients(x, problem, config, IndexBranch(index_q, index_k, grad_loss, index_scale))
+        return find_gradients(x, problem, implementation, config, IndexBranch(index_q, index_k, grad_loss, index_scale))
     branches = q, k, index_q, index_k, block_indices, lse, sequences
     loss, *unit_grads = index_loss(*branches, block_size, scale, index_scale, True)
     index = [(grad * grad_loss).to(x.dtype) for grad, x in zip(unit_grads, (index_q, index_k), strict=True)]
