@@ -9,11 +9,8 @@ import triton.language as tl
 
 from ..common.launch import Launch, Options
 from ..common.softmax import LN_2, LOG2_E
-from ..common.tiles import load_tile
-from ..schedule.inverse_index import find_token_range
-from ..schedule.work_items import item_entries
 from .gradient import TINY, fast_log2, store_key_gradients
-from .loads import LossCall, load_entries, load_part, load_rows
+from .loads import LossCall, find_entries, load_entries, load_index_keys, load_part, load_rows
 from .teacher import load_teacher
 
 
@@ -23,22 +20,13 @@ def given_teacher_kernel(index_q, index_k, buffers, index, items, gradients, siz
     COLUMNS: tl.constexpr = C.columns
     ROWS: tl.constexpr = C.rows
     INDEX_DEPTH: tl.constexpr = C.index_depth
-    range_number = tl.program_id(2)
     part = load_part(items, first_range, COLUMNS)
     if part.begin >= part.stop:
         return
-    first_entry = find_token_range(index, first_range, index.topk).first_entry
-    tokens = find_token_range(index, first_range + range_number, index.topk)
-    x_base = index_q.ptr + part.batch * index_q.stride_b + tokens.group * index_q.stride_h
-    y_base = index_k.ptr + part.batch * index_k.stride_b
-    num_keys = part.stop_key - part.first_key
-    y = load_tile(
-        y_base, part.first_key, num_keys, index_k.stride_s, index_k.stride_d, COLUMNS, C.index_head_dim, INDEX_DEPTH
-    )
+    own = find_entries(part, index_q, index, items, sizes, first_range)
+    num_entries, num_keys = own.number, part.stop_key - part.first_key
+    y = load_index_keys(index_k, part, C)
     precision: tl.constexpr = "ieee" if y.dtype == tl.float32 else "tf32"
-    query0 = (tokens.first_token - part.batch * sizes.seqlen_q).to(tl.int32) - range_number * index.range_tokens
-    entries_ptr = item_entries(index, items, first_range, range_number, part.begin)
-    num_entries = part.stop - part.begin
     lead = part.shift + 1 - part.first_key
     column, depth = tl.arange(0, COLUMNS), tl.arange(0, INDEX_DEPTH)
     key = tl.program_id(1) * COLUMNS + column
@@ -46,9 +34,9 @@ def given_teacher_kernel(index_q, index_k, buffers, index, items, gradients, siz
     loss, entropy = tl.zeros([COLUMNS], tl.float32), tl.zeros([ROWS], tl.float32)
     for step in range(0, num_entries, ROWS):
         number = step + tl.arange(0, ROWS)
-        entry = load_entries(entries_ptr, number, num_entries, first_entry)
-        query = query0 + entry // index.topk
-        x = load_rows(x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, INDEX_DEPTH)
+        entry = load_entries(own.entries_ptr, number, num_entries, own.first_entry)
+        query = own.first_query + entry // index.topk
+        x = load_rows(own.x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, INDEX_DEPTH)
         given = load_teacher(buffers.teacher, part.begin + tl.minimum(number, num_entries - 1), key, C)
         index_lse = tl.load(buffers.index_lse + entry // index.topk)
         scores = tl.dot(y, tl.trans(x), input_precision=precision)
@@ -69,7 +57,7 @@ def given_teacher_kernel(index_q, index_k, buffers, index, items, gradients, siz
         place = gradients.partial_q + share.to(tl.int64)[:, None] * C.index_head_dim + depth[None, :]
         mask = (number < num_entries)[:, None] & (depth < C.index_head_dim)[None, :]
         tl.store(place, grad_q.to(gradients.partial_q.dtype.element_ty), mask=mask)
-    item = tl.cast(first_range + range_number, tl.int64) * items.num_items + tl.program_id(0)
+    item = tl.cast(first_range + tl.program_id(2), tl.int64) * items.num_items + tl.program_id(0)
     tl.store(
         buffers.losses + item * tl.num_programs(1) + tl.program_id(1),
         (tl.sum(loss, axis=0) + tl.sum(entropy, axis=0)) * LN_2,

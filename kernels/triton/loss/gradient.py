@@ -13,9 +13,7 @@ import triton.language as tl
 from ..common.launch import Launch, Options
 from ..common.softmax import LN_2, LOG2_E
 from ..common.tiles import load_tile
-from ..schedule.inverse_index import find_token_range
-from ..schedule.work_items import item_entries
-from .loads import LossCall, load_entries, load_part, load_rows
+from .loads import LossCall, find_entries, load_entries, load_index_keys, load_part, load_rows
 
 TINY = tl.constexpr(1.1754943508222875e-38)
 
@@ -76,26 +74,17 @@ def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, 
     COLUMNS: tl.constexpr = C.columns
     ROWS: tl.constexpr = C.rows
     INDEX_DEPTH: tl.constexpr = C.index_depth
-    range_number = tl.program_id(2)
     part = load_part(items, first_range, COLUMNS)
     if part.begin >= part.stop:
         return
-    first_entry = find_token_range(index, first_range, index.topk).first_entry
-    tokens = find_token_range(index, first_range + range_number, index.topk)
-    x_base = index_q.ptr + part.batch * index_q.stride_b + tokens.group * index_q.stride_h
-    y_base = index_k.ptr + part.batch * index_k.stride_b
-    num_keys = part.stop_key - part.first_key
-    y = load_tile(
-        y_base, part.first_key, num_keys, index_k.stride_s, index_k.stride_d, COLUMNS, C.index_head_dim, INDEX_DEPTH
-    )
+    own = find_entries(part, index_q, index, items, sizes, first_range)
+    num_entries, num_keys = own.number, part.stop_key - part.first_key
+    y = load_index_keys(index_k, part, C)
     precision: tl.constexpr = "ieee" if y.dtype == tl.float32 else "tf32"
-    q_base = q.ptr + part.batch * q.stride_b + tokens.group * sizes.group_size * q.stride_h
-    k_base = k.ptr + part.batch * k.stride_b + tokens.group * k.stride_h
+    q_base = q.ptr + part.batch * q.stride_b + own.group * sizes.group_size * q.stride_h
+    k_base = k.ptr + part.batch * k.stride_b + own.group * k.stride_h
     keys = load_tile(k_base, part.first_key, num_keys, k.stride_s, k.stride_d, COLUMNS, C.head_dim, C.depth)
-    lse_base = buffers.lse + (part.batch * sizes.seqlen_q * sizes.num_kv_heads + tokens.group) * sizes.group_size
-    query0 = (tokens.first_token - part.batch * sizes.seqlen_q).to(tl.int32) - range_number * index.range_tokens
-    entries_ptr = item_entries(index, items, first_range, range_number, part.begin)
-    num_entries = part.stop - part.begin
+    lse_base = buffers.lse + (part.batch * sizes.seqlen_q * sizes.num_kv_heads + own.group) * sizes.group_size
     lead = part.shift + 1 - part.first_key
     column = tl.arange(0, COLUMNS)
     depth = tl.arange(0, INDEX_DEPTH)
@@ -103,9 +92,9 @@ def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, 
     loss = tl.zeros([ROWS], tl.float32)
     for step in range(0, num_entries, ROWS):
         number = step + tl.arange(0, ROWS)
-        entry = load_entries(entries_ptr, number, num_entries, first_entry)
-        query = query0 + entry // index.topk
-        x = load_rows(x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, INDEX_DEPTH)
+        entry = load_entries(own.entries_ptr, number, num_entries, own.first_entry)
+        query = own.first_query + entry // index.topk
+        x = load_rows(own.x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, INDEX_DEPTH)
         lse_rows = lse_base + query.to(tl.int64) * (sizes.num_kv_heads * sizes.group_size)
         teacher = sum_teacher(q, q_base, lse_rows, keys, query, sizes.group_size, sizes.scale, C.head_dim, C.stages)
         log_student = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -124,11 +113,11 @@ def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, 
             grad_k = tl.dot(tl.trans(grad_scores), x, grad_k, input_precision=precision)
             grad_q = tl.dot(grad_scores, y, input_precision=precision)
             # Loaded again, so that no registers are held for it over the loop of the teacher.
-            entry = tl.load(entries_ptr + number, mask=number < num_entries, other=first_entry)
-            share = (entry - first_entry) * tl.num_programs(1) + tl.program_id(1)
+            entry = tl.load(own.entries_ptr + number, mask=number < num_entries, other=own.first_entry)
+            share = (entry - own.first_entry) * tl.num_programs(1) + tl.program_id(1)
             place = gradients.partial_q + share[:, None] * C.index_head_dim + depth[None, :]
             tl.store(place, grad_q, mask=(number < num_entries)[:, None] & (depth < C.index_head_dim)[None, :])
-    item = tl.cast(first_range + range_number, tl.int64) * items.num_items + tl.program_id(0)
+    item = tl.cast(first_range + tl.program_id(2), tl.int64) * items.num_items + tl.program_id(0)
     tl.store(buffers.losses + item * tl.num_programs(1) + tl.program_id(1), tl.sum(loss, axis=0) * LN_2)
     if gradients is not None:
         # Loaded again, so that no registers are held for it in the loop.

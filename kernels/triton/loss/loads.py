@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 
 from ..common.launch import View
-from ..schedule.inverse_index import InverseIndex
-from ..schedule.work_items import WorkItem, WorkItems, load_item
+from ..common.tiles import load_tile
+from ..schedule.inverse_index import InverseIndex, find_token_range
+from ..schedule.work_items import WorkItem, WorkItems, item_entries, load_item
 from .config import LossConfig, LossConstants
 
 
@@ -54,6 +55,20 @@ class Gradients(NamedTuple):
     partial_k: torch.Tensor
 
 
+class PartEntries(NamedTuple):
+    """The entries that a program works on: where they are, their number, and what they are counted from.
+
+    first_entry: of the pass; first_query: what entry // topk is added to; group: int64; x_base: the rows of index_q.
+    """
+
+    entries_ptr: Any
+    number: Any
+    first_entry: Any
+    first_query: Any
+    group: Any
+    x_base: Any
+
+
 @dataclass(frozen=True)
 class LossCall:
     """The arguments of the kernels for one index, with config and constants.
@@ -89,6 +104,26 @@ def load_part(items, first_range, columns: tl.constexpr):
     first_key = item.first_key + tl.program_id(1) * columns
     stop_key = tl.minimum(item.stop_key, first_key + columns)
     return WorkItem(item.batch, first_key, stop_key, item.shift, item.begin, item.stop, item.slot, item.block)
+
+
+@triton.jit
+def find_entries(part, index_q, index, items, sizes, first_range):
+    """The PartEntries of a part, in range program_id(2) of a pass."""
+    number = tl.program_id(2)
+    first_entry = find_token_range(index, first_range, index.topk).first_entry
+    tokens = find_token_range(index, first_range + number, index.topk)
+    x_base = index_q.ptr + part.batch * index_q.stride_b + tokens.group * index_q.stride_h
+    first_query = (tokens.first_token - part.batch * sizes.seqlen_q).to(tl.int32) - number * index.range_tokens
+    entries_ptr = item_entries(index, items, first_range, number, part.begin)
+    return PartEntries(entries_ptr, part.stop - part.begin, first_entry, first_query, tokens.group, x_base)
+
+
+@triton.jit
+def load_index_keys(index_k, part, C: tl.constexpr):
+    """The index keys of a part, [columns, index_depth], zero past its last key."""
+    base = index_k.ptr + part.batch * index_k.stride_b
+    num_keys, stride_s, stride_d = part.stop_key - part.first_key, index_k.stride_s, index_k.stride_d
+    return load_tile(base, part.first_key, num_keys, stride_s, stride_d, C.columns, C.index_head_dim, C.index_depth)
 
 
 @triton.jit

@@ -8,37 +8,25 @@ import triton
 import triton.language as tl
 
 from ..common.launch import Launch, Options
-from ..common.tiles import load_tile
 from ..schedule.inverse_index import find_token_range
-from ..schedule.work_items import item_entries
-from .loads import LossCall, load_entries, load_part, load_rows
+from .loads import LossCall, find_entries, load_entries, load_index_keys, load_part, load_rows
 
 
 @triton.jit
 def block_lse_kernel(index_q, index_k, buffers, index, items, sizes, first_range, C: tl.constexpr):
     """partial_lse [entry, part] of the student's scores, base 2."""
-    number = tl.program_id(2)
     part = load_part(items, first_range, C.columns)
     if part.begin >= part.stop:
         return
-    first_entry = find_token_range(index, first_range, index.topk).first_entry
-    tokens = find_token_range(index, first_range + number, index.topk)
-    x_base = index_q.ptr + part.batch * index_q.stride_b + tokens.group * index_q.stride_h
-    y_base = index_k.ptr + part.batch * index_k.stride_b
-    num_keys = part.stop_key - part.first_key
-    y = load_tile(
-        y_base, part.first_key, num_keys, index_k.stride_s, index_k.stride_d, C.columns, C.index_head_dim, C.index_depth
-    )
+    own = find_entries(part, index_q, index, items, sizes, first_range)
+    y = load_index_keys(index_k, part, C)
     precision: tl.constexpr = "ieee" if y.dtype == tl.float32 else "tf32"
-    query0 = (tokens.first_token - part.batch * sizes.seqlen_q).to(tl.int32) - number * index.range_tokens
-    entries_ptr = item_entries(index, items, first_range, number, part.begin)
-    num_entries = part.stop - part.begin
     key = part.first_key + tl.arange(0, C.columns)
-    for step in range(0, num_entries, C.rows):
+    for step in range(0, own.number, C.rows):
         row = step + tl.arange(0, C.rows)
-        entry = load_entries(entries_ptr, row, num_entries, first_entry)
-        query = query0 + entry // index.topk
-        x = load_rows(x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, C.index_depth)
+        entry = load_entries(own.entries_ptr, row, own.number, own.first_entry)
+        query = own.first_query + entry // index.topk
+        x = load_rows(own.x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, C.index_depth)
         scores = tl.dot(x, tl.trans(y), input_precision=precision) * sizes.index_scale
         seen = key[None, :] < tl.minimum(query + part.shift + 1, part.stop_key)[:, None]
         scores = tl.where(seen, scores, float("-inf"))
@@ -46,7 +34,7 @@ def block_lse_kernel(index_q, index_k, buffers, index, items, sizes, first_range
         offset = tl.where(largest == float("-inf"), 0.0, largest)
         lse = offset + tl.log2(tl.sum(tl.exp2(scores - offset[:, None]), axis=1))
         share = entry.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(buffers.partial_lse + share, lse, mask=row < num_entries)
+        tl.store(buffers.partial_lse + share, lse, mask=row < own.number)
 
 
 @triton.jit
