@@ -36,7 +36,7 @@ from ..common.launch import choose
 from ..common.target import GLUON, target_of
 from ..common.tiles import tma_ready
 from ..loss.launch import index_loss, launches_of, run_pass
-from ..schedule.inverse_index import inverse_indexes
+from ..schedule.make_index import inverse_indexes
 from ..schedule.work_items import cut_into_items
 from . import gradient
 from .config import DEPENDS_ON, BackwardConfig, default_config

@@ -94,14 +94,14 @@ class GatherConstants(TileSizes):
 def gather_kernel(index, statistics, rows, places_ptr, first_range, seqlen_q, num_kv_heads, C: tl.constexpr):
     """Fill the GatheredRows and `Workspace.places` of a pass; program (i, n) owns entries of range n."""
     range_number = tl.cast(first_range + tl.program_id(1), tl.int64)
-    first_list = range_number * index.num_blocks
-    begin = tl.load(index.offsets + first_list)
-    count = tl.load(index.offsets + first_list + index.num_blocks) - begin
+    offsets = index.offsets + range_number * (index.num_blocks + 1)
+    begin = tl.load(offsets)
+    count = tl.load(offsets + index.num_blocks) - begin
     place = tl.program_id(0) * C.count + tl.arange(0, C.count)
     live = place < count
     entry = tl.load(index.entries + begin + place, mask=live, other=0)
     number = tl.load(index.numbers + entry, mask=live, other=0).to(tl.int64)
-    block = load_block(index.blocks, number - first_list, live)
+    block = load_block(index.blocks, number - range_number * index.num_blocks, live)
     tokens = find_token_range(index, range_number, index.topk)
     # Tokens, and entries of a token range, fit into 32 bits, which are divided much faster.
     local = tl.where(live, entry - tokens.first_entry, 0).to(tl.int32)

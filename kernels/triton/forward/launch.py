@@ -21,7 +21,7 @@ from ..common.launch import choose
 from ..common.records import capacity_of
 from ..common.target import GLUON, Target, target_of
 from ..common.tiles import tma_ready
-from ..schedule.inverse_index import inverse_index
+from ..schedule.make_index import inverse_index
 from . import combine, key_major, query_major
 from .config import DEPENDS_ON, ForwardConfig, default_config
 from .records import Inputs, Partial, Results

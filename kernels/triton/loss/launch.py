@@ -40,7 +40,8 @@ from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.launch import Launch, View, view
 from ..common.softmax import LOG2_E
 from ..common.target import target_of
-from ..schedule.inverse_index import InverseIndex, inverse_indexes
+from ..schedule.inverse_index import InverseIndex
+from ..schedule.make_index import inverse_indexes
 from ..schedule.work_items import WorkItems, cut_into_items
 from .config import DEPENDS_ON, LossConfig, LossConstants, default_config, loss_constants
 from .given_teacher import given_teacher
