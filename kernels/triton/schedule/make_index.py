@@ -1,10 +1,10 @@
 """Makes an inverse index: numbers the entries by their lists, then sorts them, in one of two ways.
 
-Few blocks are sorted by counting, in four launches. A *chunk* is SIZE neighbouring entries of a token range. For each
-block, `sort_chunks_kernel` counts a chunk's entries, and numbers them; `offsets_kernel` adds up the counts of the
-chunks before; `place_entries_kernel` then knows each entry's place. The counts are one number per chunk and block: of
-many blocks they would take more memory than the entries. So these are sorted by torch's radix sort, whose ten launches
-then take less time than their kernels.
+Entries of few blocks are sorted by counting, in four launches. A *chunk* is SIZE neighbouring entries of a token range.
+`count_entries_kernel` counts a chunk's entries of each block, and numbers them by comparing all pairs; `offsets_kernel`
+adds up the counts of the chunks before; `place_entries_kernel` then knows each entry's place. The counts are a number
+per chunk and block: of many blocks they would take more memory than the entries. So these are sorted by torch's radix
+sort, in more than ten launches, which then take less time than their kernels.
 
 Bytes for E entries: 4 E written for the numbers, and 8 E read back by each kernel. By counting: at most 8 E of counts,
 written and read, 2 E of ranks; by radix: 2 E in 16 bits, which suffice for up to 65,534 lists, and about 2 * 10 * 2 E
@@ -17,44 +17,37 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import Launch, is_ahead, view
+from ..common.launch import Launch, Options, is_ahead, view
 from .inverse_index import InverseIndex, block_table, find_token_range, list_numbers_kernel
 
-# Entries of a chunk.
-SIZE = tl.constexpr(1024)
+# Entries of a chunk, and how many each of them is compared with at a time.
+SIZE, COMPARED = tl.constexpr(256), tl.constexpr(32)
 
 
 @triton.jit
-def sort_chunks_kernel(index, ranks_ptr, counts_ptr):
+def count_entries_kernel(index, ranks_ptr, counts_ptr):
     """Program (chunk, token range): ranks[entry], how many entries of the chunk precede it in its list, and counts.
 
-    counts [num_ranges, chunks, num_blocks] int32: the chunk's entries of each list; it is 0 before.
+    counts [num_ranges, chunks, num_blocks] int32: the chunk's entries of each list; they are 0 before.
     """
-    chunk, number = tl.program_id(0), tl.program_id(1)
+    chunk, number = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tokens = find_token_range(index, number, index.topk)
     place = tl.arange(0, SIZE)
-    local = chunk * SIZE + place
-    live = local < tokens.num_tokens * index.topk
-    entry = tokens.first_entry + local
-    first_list = number * index.num_blocks
-    listed = tl.load(index.numbers + entry, mask=live, other=index.none)
-    block = tl.where(listed < index.none, listed - first_list, index.num_blocks)
-    # Entries keep their order in a list: a key is the block, then the entry.
-    ordered = tl.sort(block * SIZE + place)
-    block, source = ordered // SIZE, ordered % SIZE
-    is_first = (place == 0) | (block != tl.gather(block, tl.maximum(place - 1, 0), axis=0))
-    is_last = (place == SIZE - 1) | (block != tl.gather(block, tl.minimum(place + 1, SIZE - 1), axis=0))
-    rank = place - tl.associative_scan(tl.where(is_first, place, 0), 0, larger)
-    used = block < index.num_blocks
-    tl.store(ranks_ptr + tokens.first_entry + chunk * SIZE + source, rank.to(tl.int16), mask=used)
-    row = counts_ptr + (tl.cast(number, tl.int64) * tl.num_programs(0) + chunk) * index.num_blocks
-    tl.store(row + block, rank + 1, mask=used & is_last)
-
-
-@triton.jit
-def larger(a, b):
-    """The larger of two numbers, for a scan."""
-    return tl.maximum(a, b)
+    live = chunk * SIZE + place < tokens.num_tokens * index.topk
+    first_entry = tokens.first_entry + chunk * SIZE
+    listed = tl.load(index.numbers + first_entry + place, mask=live, other=index.none)
+    used = listed < index.none
+    rank = tl.zeros([SIZE], tl.int32)
+    for start in range(0, SIZE, COMPARED):
+        earlier = start + tl.arange(0, COMPARED)
+        inside = chunk * SIZE + earlier < tokens.num_tokens * index.topk
+        other = tl.load(index.numbers + first_entry + earlier, mask=inside, other=index.none)
+        precedes = (listed[:, None] == other[None, :]) & (place[:, None] > earlier[None, :])
+        rank += tl.sum(precedes.to(tl.int32), axis=1)
+    tl.store(ranks_ptr + first_entry + place, rank.to(tl.int16), mask=used)
+    row = counts_ptr + (number * tl.num_programs(0) + chunk) * index.num_blocks
+    # A sum of integers is the same in any order.
+    tl.atomic_add(row + (listed - number * index.num_blocks), 1, mask=used, sem="relaxed")
 
 
 @triton.jit
@@ -82,7 +75,7 @@ def offsets_kernel(index, counts_ptr, num_chunks, chunks: tl.constexpr, blocks: 
 
 @triton.jit
 def place_entries_kernel(index, ranks_ptr, counts_ptr):
-    """`InverseIndex.entries` of one chunk: program (chunk, token range), as in `sort_chunks_kernel`."""
+    """`InverseIndex.entries` of one chunk: program (chunk, token range), as in `count_entries_kernel`."""
     chunk, number = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tokens = find_token_range(index, number, index.topk)
     local = chunk * SIZE + tl.arange(0, SIZE)
@@ -102,9 +95,9 @@ def sort_by_counting(index: InverseIndex, ranks: torch.Tensor) -> None:
     num_ranges, num_chunks = index.num_ranges, chunks_per_range(index)
     counts = index.blocks.new_zeros(num_ranges, num_chunks, index.num_blocks)
     chunks = {"index": index, "ranks_ptr": ranks, "counts_ptr": counts}
-    Launch(sort_chunks_kernel, (num_chunks, num_ranges, 1), chunks, {}).run()
+    Launch(count_entries_kernel, (num_chunks, num_ranges, 1), chunks, {}).run()
     arguments = {"index": index, "counts_ptr": counts, "num_chunks": num_chunks}
-    Launch(offsets_kernel, (num_ranges, 1, 1), arguments, {"chunks": 64, "blocks": 64}).run()
+    Launch(offsets_kernel, (num_ranges, 1, 1), arguments, {"chunks": 128, "blocks": 64}, Options(8)).run()
     Launch(place_entries_kernel, (num_chunks, num_ranges, 1), chunks, {}).run()
 
 
