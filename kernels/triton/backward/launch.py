@@ -15,6 +15,8 @@ contiguous. Programs do not accumulate into one result, so the results are the s
 - `sum_items_kernel`: one program owns some keys of a block whose list has several work items, and adds them in order;
 - `sum_slots_kernel`: one program owns some heads of one token, and sums dQ over its top-k slots in order (`reduce`).
 
+At the end `finish_kernel` writes dK and dV, which were summed in fp32, and the results of the loss.
+
 The main kernel computes every probability again, and their mean over a group's heads is the index loss's teacher. Where
 the loss is wanted too, it leaves that mean to the launches of `loss`, which follow in the same pass.
 
@@ -42,7 +44,7 @@ from . import gradient
 from .config import DEPENDS_ON, BackwardConfig, default_config
 from .index_loss import IndexBranch, bytes_per_slot, constants_of, prepare
 from .preprocess import gather_rows, row_statistics
-from .reduce import sum_items, sum_slots
+from .reduce import finish, sum_items, sum_slots
 from .workspace import KeyGradients, Work, entry_bytes, make_workspace
 
 # The first that supports a problem runs. Other versions of Triton may lack what the kernel in Gluon needs.
@@ -130,8 +132,11 @@ def find_gradients(
             sum_slots(index, workspace, grad_q, first, count, num_kv_heads)
             if loss is not None:
                 run_pass(loss_launches, first, count)
-    main = grad_q, sums.k.to(k.dtype), sums.v.to(x.v.dtype)
-    return main if loss is None else (*main, *loss.results())
+    if loss is None:
+        return grad_q, *finish(sums, k, x.v, None)
+    loss_sums = loss.sums()
+    main = grad_q, *finish(sums, k, x.v, loss_sums)
+    return *main, loss.grad_index_q(), loss_sums.grad_k, loss_sums.loss
 
 
 def backward_config(problem: Problem, device: torch.device) -> BackwardConfig:

@@ -1,7 +1,11 @@
-"""The backward's sums of partial results: dK and dV over work items, dQ over top-k slots, both in a fixed order."""
+"""The backward's sums of partial results, all in a fixed order: dK and dV over work items, dQ over top-k slots.
+
+After the last pass one launch brings what was summed in fp32 to the dtypes of the results.
+"""
 
 import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -118,3 +122,67 @@ def sum_slots(
     options = Options(num_warps=max(1, min(8, constants.heads * constants.depth // 256)))
     grid = index.range_tokens, triton.cdiv(constants.group_size, constants.heads), num_ranges
     Launch(sum_slots_kernel, grid, arguments, {"C": constants}, options).run()
+
+
+class KeySums(NamedTuple):
+    """Sums and results of dK and dV, `size` numbers each; all contiguous."""
+
+    k: Any
+    v: Any
+    grad_k: Any
+    grad_v: Any
+    size: Any
+
+
+class LossSums(NamedTuple):
+    """Sums and results of the index loss, all contiguous: grad_k has `size` numbers, and so has each of `ranges` sums.
+
+    losses: num_losses numbers, whose sum over `number`, a scalar, is the loss.
+    """
+
+    k: Any
+    grad_k: Any
+    ranges: Any
+    size: Any
+    losses: Any
+    num_losses: Any
+    number: Any
+    loss: Any
+
+
+@triton.jit
+def finish_kernel(keys, loss, size: tl.constexpr):
+    """Write the results of the sums: program (i, 0) of dK, (i, 1) of dV, (i, 2) of index_k's gradient, (0, 3) the loss.
+
+    A program owns `size` numbers; loss is None without one.
+    """
+    part = tl.arange(0, size)
+    place = tl.program_id(0).to(tl.int64) * size + part
+    if tl.program_id(1) == 0:
+        sums = tl.load(keys.k + place, mask=place < keys.size)
+        tl.store(keys.grad_k + place, sums.to(keys.grad_k.dtype.element_ty), mask=place < keys.size)
+    elif tl.program_id(1) == 1:
+        sums = tl.load(keys.v + place, mask=place < keys.size)
+        tl.store(keys.grad_v + place, sums.to(keys.grad_v.dtype.element_ty), mask=place < keys.size)
+    elif loss is not None:
+        if tl.program_id(1) == 2:
+            sums = tl.zeros([size], tl.float32)
+            for number in range(0, loss.ranges):
+                sums += tl.load(loss.k + tl.cast(number, tl.int64) * loss.size + place, mask=place < loss.size, other=0)
+            tl.store(loss.grad_k + place, sums.to(loss.grad_k.dtype.element_ty), mask=place < loss.size)
+        elif tl.program_id(0) == 0:
+            total = tl.zeros([size], tl.float64)
+            for start in range(0, loss.num_losses, size):
+                inside = start + part < loss.num_losses
+                total += tl.load(loss.losses + start + part, mask=inside, other=0).to(tl.float64)
+            mean = tl.sum(total, axis=0) / tl.load(loss.number).to(tl.float64)
+            tl.store(loss.loss, mean.to(tl.float32))
+
+
+def finish(sums: KeyGradients, k: Tensor, v: Tensor, loss: LossSums | None) -> tuple[Tensor, Tensor]:
+    """The gradients of k and v in their dtypes; also fills what `loss` names."""
+    keys = KeySums(sums.k, sums.v, k.new_empty(k.shape), v.new_empty(v.shape), k.numel())
+    size, numbers = 2048, max(keys.size, 0 if loss is None else loss.size)
+    grid = triton.cdiv(numbers, size), 2 if loss is None else 4, 1
+    Launch(finish_kernel, grid, {"keys": keys, "loss": loss}, {"size": size}).run()
+    return keys.grad_k, keys.grad_v
