@@ -16,7 +16,7 @@ from ..common.launch import Launch, Options
 from ..common.sizes import Sizes, sizes_of
 from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
 from ..schedule.work_items import load_share
-from .workspace import TileSizes, Work, Workspace, partial_place
+from .workspace import KeyGradients, TileSizes, Work, Workspace, partial_place
 
 
 @dataclass(frozen=True)

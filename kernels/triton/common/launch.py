@@ -19,7 +19,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .compiled import Compiled, Source, compile_sources
+from .compiled import Compiled, Source, begin_to_hash, begin_to_prepare, compile_sources
 from .target import Target, assume_target, target_of
 
 TYPES = {
@@ -34,6 +34,11 @@ TYPES = {
     torch.uint8: "u8",
 }
 DIVISIBLE = [["tt.divisibility", 16]]
+
+
+if not knobs.runtime.interpret:
+    # While the kernels are imported.
+    begin_to_hash()
 
 
 class View(NamedTuple):
@@ -313,6 +318,7 @@ def compile_ahead(
         return 0
     device = torch.cuda.current_device()
     target = target_of(torch.device("cuda", device))
+    begin_to_prepare(target)
     token = _is_ahead.set(True)
     try:
         with torch.no_grad(), record(target, Missing(device)) as missing:

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import Launch, view
+from ..common.launch import Launch
 from ..common.records import load_sequence
 
 # Rows of the table of blocks that a program writes, and sequences that it reads at a time.
@@ -41,7 +41,8 @@ class InverseIndex(NamedTuple):
     those left over.
     numbers: [groups, num_tokens, topk] int32, the list of each entry, `none` for none.
     entries: [groups * num_tokens * topk] int64, entries in the order of their lists.
-    offsets: [num_ranges, num_blocks + 1] int64, where in `entries` each list of a token range begins, and the last ends.
+    offsets: [num_ranges, num_blocks + 1] int64, where in `entries` each list of a token range begins, and the last
+        ends.
     range_tokens: tokens per token range.
     """
 
