@@ -35,9 +35,10 @@ from ...problem import Problem
 from ...tuning import tuned_config
 from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.launch import choose
+from ..common.passes import PassLaunch, run_pass
 from ..common.target import GLUON, target_of
 from ..common.tiles import tma_ready
-from ..loss.launch import index_loss, launches_of, run_pass
+from ..loss.launch import index_loss, launches_of
 from ..schedule.make_index import inverse_indexes
 from ..schedule.work_items import cut_into_items
 from . import gradient
@@ -119,19 +120,17 @@ def find_gradients(
             assert workspace.partial.teacher is not None
             inputs = branch, workspace.partial.teacher, index, items, per_pass, x.sequences
             loss = prepare(*inputs, problem, *loss_settings)
-            loss_launches = launches_of(loss.call)
-        group_ranges = index.num_ranges // num_kv_heads
+        work = Work(items, workspace.rows, workspace.partial, sums, 0, index.num_ranges // num_kv_heads)
+        grid, given = (items.num_items, 0, 1), {"work": work, "scale": x.scale}
+        steps = [
+            gather_rows(index, statistics, workspace, num_kv_heads),
+            *(PassLaunch(launch._replace(grid=grid, arguments=launch.arguments | given)) for launch in launches),
+            *sum_items(index, work, problem),
+            sum_slots(index, workspace, grad_q, num_kv_heads),
+            *([] if loss is None else launches_of(loss.call)),
+        ]
         for first in range(0, index.num_ranges, per_pass):
-            count = min(per_pass, index.num_ranges - first)
-            gather_rows(index, statistics, workspace, first, count, num_kv_heads)
-            work = Work(items, workspace.rows, workspace.partial, sums, first, group_ranges)
-            for launch in launches:
-                arguments = launch.arguments | {"work": work, "scale": x.scale}
-                launch._replace(grid=(items.num_items, count, 1), arguments=arguments).run()
-            sum_items(index, work, count, problem)
-            sum_slots(index, workspace, grad_q, first, count, num_kv_heads)
-            if loss is not None:
-                run_pass(loss_launches, first, count)
+            run_pass(steps, first, min(per_pass, index.num_ranges - first))
     if loss is None:
         return grad_q, *finish(sums, k, x.v, None)
     loss_sums = loss.sums()

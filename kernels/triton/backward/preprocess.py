@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..common.launch import Launch, view
+from ..common.passes import PassLaunch
 from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LOG2_E
 from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
@@ -130,14 +131,12 @@ def gather_constants(sizes: TileSizes) -> GatherConstants:
     return GatherConstants(**vars(sizes), count=max(1, 1024 // heads), heads=heads)
 
 
-def gather_rows(
-    index: InverseIndex, statistics: Statistics, workspace: Workspace, first_range: int, count: int, num_kv_heads: int
-) -> None:
-    """Fill the rows and places of the workspace for a pass of `count` token ranges."""
+def gather_rows(index: InverseIndex, statistics: Statistics, workspace: Workspace, num_kv_heads: int) -> PassLaunch:
+    """Fills the rows and places of the workspace for a pass."""
     constants = gather_constants(workspace.sizes)
     read = {"index": index, "statistics": statistics}
     written = {"rows": workspace.rows, "places_ptr": workspace.places}
     sizes = {"seqlen_q": statistics.delta.shape[2], "num_kv_heads": num_kv_heads}
-    arguments = {**read, **written, "first_range": first_range, **sizes}
-    grid = triton.cdiv(index.range_tokens * index.topk, constants.count), count, 1
-    Launch(gather_kernel, grid, arguments, {"C": constants}).run()
+    arguments = {**read, **written, "first_range": 0, **sizes}
+    grid = triton.cdiv(index.range_tokens * index.topk, constants.count), 0, 1
+    return PassLaunch(Launch(gather_kernel, grid, arguments, {"C": constants}))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..common.launch import Launch, Options
+from ..common.passes import PassLaunch
 from ..common.sizes import Sizes, sizes_of
 from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
 from ..schedule.work_items import load_share
@@ -60,13 +61,13 @@ def item_constants(problem: Problem) -> ItemConstants:
     return ItemConstants(**sizes_of(problem), keys=16)
 
 
-def sum_items(index: InverseIndex, work: Work, num_ranges: int, problem: Problem) -> None:
-    """Add the partial dK and dV of a pass to the sums; nothing where no list can have several work items."""
+def sum_items(index: InverseIndex, work: Work, problem: Problem) -> list[PassLaunch]:
+    """Adds the partial dK and dV of a pass to the sums; nothing where no list can have several work items."""
     if work.items.num_slots == 0:
-        return
+        return []
     constants = item_constants(problem)
-    grid = index.num_blocks, triton.cdiv(problem.block_size, constants.keys), num_ranges
-    Launch(sum_items_kernel, grid, {"blocks_ptr": index.blocks, "work": work}, {"C": constants}).run()
+    grid = index.num_blocks, triton.cdiv(problem.block_size, constants.keys), 0
+    return [PassLaunch(Launch(sum_items_kernel, grid, {"blocks_ptr": index.blocks, "work": work}, {"C": constants}))]
 
 
 @dataclass(frozen=True)
@@ -111,17 +112,15 @@ def slot_constants(sizes: TileSizes) -> SlotConstants:
     return SlotConstants(**vars(sizes), heads=heads)
 
 
-def sum_slots(
-    index: InverseIndex, workspace: Workspace, grad_q: Tensor, first_range: int, num_ranges: int, num_kv_heads: int
-) -> None:
-    """Fill grad_q [B, Hq, Sq, D] of the tokens of a pass, for the heads of their group."""
+def sum_slots(index: InverseIndex, workspace: Workspace, grad_q: Tensor, num_kv_heads: int) -> PassLaunch:
+    """Fills grad_q [B, Hq, Sq, D] of the tokens of a pass, for the heads of their group."""
     constants = slot_constants(workspace.sizes)
     tensors = {"places_ptr": workspace.places, "partial_q_ptr": workspace.partial.q, "grad_q_ptr": grad_q}
     sizes = {"seqlen_q": grad_q.shape[2], "num_kv_heads": num_kv_heads, "topk": index.topk}
-    arguments = {"index": index, **tensors, "first_range": first_range, **sizes}
+    arguments = {"index": index, **tensors, "first_range": 0, **sizes}
     options = Options(num_warps=max(1, min(8, constants.heads * constants.depth // 256)))
-    grid = index.range_tokens, triton.cdiv(constants.group_size, constants.heads), num_ranges
-    Launch(sum_slots_kernel, grid, arguments, {"C": constants}, options).run()
+    grid = index.range_tokens, triton.cdiv(constants.group_size, constants.heads), 0
+    return PassLaunch(Launch(sum_slots_kernel, grid, arguments, {"C": constants}, options))
 
 
 class KeySums(NamedTuple):

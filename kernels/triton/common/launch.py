@@ -208,19 +208,23 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     options: Options = Options()
 
-    def run(self) -> None:
-        """Launch on the current stream of the current device; inside `record`, note the launch instead."""
+    def run(self) -> tuple[Compiled, list[Any]] | None:
+        """Launch on the current stream of the current device; inside `record`, note the launch instead.
+
+        Returns what was launched: the compiled kernel, and the values of its arguments.
+        """
         launches = _recording.get()
         if launches is not None:
             launches.append(self)
-            return
+            return None
         if knobs.runtime.interpret:
             self.kernel[self.grid](**self.arguments, **self.constants)
-            return
+            return None
         device = torch.cuda.current_device()
         key, values = self.key_and_values()
         compiled = _compiled.get((device, key)) or self.compile_first(device, key)
         compiled.launch(self.grid, values, self.constants.values())
+        return compiled, values
 
     def compile_first(self, device: int, key: tuple[Any, ...]) -> Compiled:
         """Compile this kernel, and with it those of the expected step."""

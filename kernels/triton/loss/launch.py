@@ -37,7 +37,8 @@ import triton
 from ...problem import Problem
 from ...tuning import tuned_config
 from ...workspace import ranges_per_pass, tokens_per_range
-from ..common.launch import Launch, View, view
+from ..common.launch import View, view
+from ..common.passes import PassLaunch, of_passes, run_pass
 from ..common.softmax import LOG2_E
 from ..common.target import target_of
 from ..schedule.inverse_index import InverseIndex
@@ -101,20 +102,13 @@ def make_call(
     return LossCall(*views, buffers, index, items, gradients, sizes, config, constants)
 
 
-def launches_of(x: LossCall) -> list[Launch]:
-    """The launches of the first pass, for one token range. They compute its losses, fill grad_q and add to grad_k."""
+def launches_of(x: LossCall) -> list[PassLaunch]:
+    """The launches of a pass. They compute its losses, fill grad_q and add to grad_k."""
     main = loss_and_gradients if x.buffers.teacher is None else given_teacher
     steps = [block_lse, index_lse, main]
     if x.gradients is not None:
         steps += [sum_items, sum_slots] if x.items.num_slots > 0 else [sum_slots]
-    return [step(x) for step in steps]
-
-
-def run_pass(launches: list[Launch], first_range: int, num_ranges: int) -> None:
-    """Run the launches for num_ranges token ranges from first_range on."""
-    for launch in launches:
-        grid = *launch.grid[:2], num_ranges
-        launch._replace(grid=grid, arguments=launch.arguments | {"first_range": first_range}).run()
+    return of_passes([step(x) for step in steps], axis=2)
 
 
 def index_loss(
