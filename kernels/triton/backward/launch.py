@@ -28,7 +28,6 @@ reading dQ, 8 ms, does not overlap with the products.
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...problem import Problem
@@ -36,6 +35,7 @@ from ...tuning import tuned_config
 from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.launch import choose
 from ..common.passes import PassLaunch, run_pass
+from ..common.sizes import cdiv
 from ..common.target import GLUON, target_of
 from ..common.tiles import tma_ready
 from ..loss.launch import index_loss, launches_of
@@ -91,13 +91,13 @@ def find_gradients(
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k and v, and given `branch` those of index_q and index_k, and the loss."""
     q, k, num_kv_heads, seqlen_k = x.q, x.k, problem.num_kv_heads, x.k.shape[2]
-    topk = problem.topk or triton.cdiv(seqlen_k, problem.block_size)
+    topk = problem.topk or cdiv(seqlen_k, problem.block_size)
     sizes = implementation.tiles(problem, config)
     bytes_per_entry = entry_bytes(problem, sizes, branch is not None)
     if branch is not None:
         loss_settings = constants_of(problem, sizes, q.device)
         bytes_per_entry += bytes_per_slot(branch, loss_settings[1], config.length)
-    rows_per_token = topk * triton.cdiv(sizes.tile_rows, sizes.entries)
+    rows_per_token = topk * cdiv(sizes.tile_rows, sizes.entries)
     range_tokens = tokens_per_range(q.shape[0] * q.shape[2], topk * bytes_per_entry)
     # Rows are numbered in 32 bits, up to two tiles past the last.
     range_tokens = max(1, min(range_tokens, (2**31 - 1) // rows_per_token - 2 * sizes.tile_rows))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...problem import Problem
 from ..common.launch import Launch, view
 from ..common.passes import PassLaunch
-from ..common.sizes import Sizes, sizes_of
+from ..common.sizes import Sizes, cdiv, sizes_of
 from ..common.softmax import LOG2_E
 from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
 from .workspace import TileSizes, Workspace, first_row
@@ -78,7 +78,7 @@ def row_statistics(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: 
     gradients = {"grad_out": view(grad_out), "grad_lse": None if grad_lse is None else view(grad_lse[..., None])}
     results = {"out": view(out), "lse": view(lse[..., None]), "statistics": statistics}
     arguments = {**gradients, **results, "seqlen_q": seqlen_q, "num_kv_heads": num_kv_heads}
-    grid = triton.cdiv(seqlen_q * group_size, constants.rows), batch * num_kv_heads, 1
+    grid = cdiv(seqlen_q * group_size, constants.rows), batch * num_kv_heads, 1
     Launch(statistics_kernel, grid, arguments, {"C": constants}).run()
     return statistics
 
@@ -138,5 +138,5 @@ def gather_rows(index: InverseIndex, statistics: Statistics, workspace: Workspac
     written = {"rows": workspace.rows, "places_ptr": workspace.places}
     sizes = {"seqlen_q": statistics.delta.shape[2], "num_kv_heads": num_kv_heads}
     arguments = {**read, **written, "first_range": 0, **sizes}
-    grid = triton.cdiv(index.range_tokens * index.topk, constants.count), 0, 1
+    grid = cdiv(index.range_tokens * index.topk, constants.count), 0, 1
     return PassLaunch(Launch(gather_kernel, grid, arguments, {"C": constants}))

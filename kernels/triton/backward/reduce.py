@@ -14,7 +14,7 @@ from torch import Tensor
 from ...problem import Problem
 from ..common.launch import Launch, Options
 from ..common.passes import PassLaunch
-from ..common.sizes import Sizes, sizes_of
+from ..common.sizes import Sizes, cdiv, sizes_of
 from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
 from ..schedule.work_items import load_share
 from .workspace import KeyGradients, TileSizes, Work, Workspace, partial_place
@@ -66,7 +66,7 @@ def sum_items(index: InverseIndex, work: Work, problem: Problem) -> list[PassLau
     if work.items.num_slots == 0:
         return []
     constants = item_constants(problem)
-    grid = index.num_blocks, triton.cdiv(problem.block_size, constants.keys), 0
+    grid = index.num_blocks, cdiv(problem.block_size, constants.keys), 0
     return [PassLaunch(Launch(sum_items_kernel, grid, {"blocks_ptr": index.blocks, "work": work}, {"C": constants}))]
 
 
@@ -119,7 +119,7 @@ def sum_slots(index: InverseIndex, workspace: Workspace, grad_q: Tensor, num_kv_
     sizes = {"seqlen_q": grad_q.shape[2], "num_kv_heads": num_kv_heads, "topk": index.topk}
     arguments = {"index": index, **tensors, "first_range": 0, **sizes}
     options = Options(num_warps=max(1, min(8, constants.heads * constants.depth // 256)))
-    grid = index.range_tokens, triton.cdiv(constants.group_size, constants.heads), 0
+    grid = index.range_tokens, cdiv(constants.group_size, constants.heads), 0
     return PassLaunch(Launch(sum_slots_kernel, grid, arguments, {"C": constants}, options))
 
 
@@ -182,6 +182,6 @@ def finish(sums: KeyGradients, k: Tensor, v: Tensor, loss: LossSums | None) -> t
     """The gradients of k and v in their dtypes; also fills what `loss` names."""
     keys = KeySums(sums.k, sums.v, k.new_empty(k.shape), v.new_empty(v.shape), k.numel())
     size, numbers = 2048, max(keys.size, 0 if loss is None else loss.size)
-    grid = triton.cdiv(numbers, size), 2 if loss is None else 4, 1
+    grid = cdiv(numbers, size), 2 if loss is None else 4, 1
     Launch(finish_kernel, grid, {"keys": keys, "loss": loss}, {"size": size}).run()
     return keys.grad_k, keys.grad_v

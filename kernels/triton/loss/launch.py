@@ -32,13 +32,13 @@ Bytes, in bf16: 2 G D E of q gathered, 34 GB, 8 ms if none of it stays in L2; 2 
 """
 
 import torch
-import triton
 
 from ...problem import Problem
 from ...tuning import tuned_config
 from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.launch import View, view
 from ..common.passes import PassLaunch, of_passes, run_pass
+from ..common.sizes import cdiv
 from ..common.softmax import LOG2_E
 from ..common.target import target_of
 from ..schedule.inverse_index import InverseIndex
@@ -135,7 +135,7 @@ def index_loss(
     grad_q = torch.zeros(index_q.shape if with_grad else 0, dtype=torch.float32, device=q.device)
     batch, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads, seqlen_k = k.shape[1:3]
-    topk = triton.cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
+    topk = cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
     if q.numel() == 0 or topk == 0 or seqlen_k == 0:
         return loss.float(), grad_q, torch.zeros_like(index_k if with_grad else grad_q, dtype=torch.float32)
     problem = Problem(

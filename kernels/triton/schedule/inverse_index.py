@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ..common.launch import Launch
 from ..common.records import load_sequence
+from ..common.sizes import cdiv
 
 # Rows of the table of blocks that a program writes, and sequences that it reads at a time.
 ROWS = tl.constexpr(64)
@@ -60,7 +61,7 @@ class InverseIndex(NamedTuple):
     @property
     def num_ranges(self) -> int:
         """Token ranges of all groups: kernels run once for each."""
-        return self.numbers.shape[0] * triton.cdiv(self.num_tokens, self.range_tokens)
+        return self.numbers.shape[0] * cdiv(self.num_tokens, self.range_tokens)
 
 
 class TokenRange(NamedTuple):
@@ -206,10 +207,10 @@ def block_table(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`InverseIndex.blocks`, and [N] int32, how many of its rows come before each sequence's own."""
     num_sequences = sequences.shape[0]
-    limit = batch * triton.cdiv(seqlen_k, block_size) + (num_sequences if num_sequences != batch else 0)
+    limit = batch * cdiv(seqlen_k, block_size) + (num_sequences if num_sequences != batch else 0)
     blocks, before = sequences.new_empty(limit, 4), sequences.new_empty(num_sequences)
     pointers = {"sequences_ptr": sequences, "blocks_ptr": blocks, "before_ptr": before}
     sizes = {"num_sequences": num_sequences, "num_blocks": limit}
-    grid = triton.cdiv(limit, ROWS.value), 1, 1
+    grid = cdiv(limit, ROWS.value), 1, 1
     Launch(block_table_kernel, grid, pointers | sizes, {"block_size": block_size}).run()
     return blocks, before

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..common.launch import Launch, Options, is_ahead, view
+from ..common.sizes import cdiv
 from .inverse_index import InverseIndex, block_table, find_token_range, list_numbers_kernel
 
 # Entries of a chunk, and how many each of them is compared with at a time.
@@ -116,7 +117,7 @@ def sort_by_radix(index: InverseIndex, short_numbers: torch.Tensor) -> None:
 
 def chunks_per_range(index: InverseIndex) -> int:
     """Chunks of a token range."""
-    return triton.cdiv(index.range_tokens * index.topk, SIZE.value)
+    return cdiv(index.range_tokens * index.topk, SIZE.value)
 
 
 def inverse_index(
@@ -138,8 +139,8 @@ def inverse_index(
     """
     tokens = tokens or range(batch * seqlen_q)
     blocks, before = block_table(sequences, batch, seqlen_k, block_size)
-    topk = triton.cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
-    num_ranges = num_kv_heads * triton.cdiv(len(tokens), range_tokens)
+    topk = cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
+    num_ranges = num_kv_heads * cdiv(len(tokens), range_tokens)
     numbers = sequences.new_empty(num_kv_heads, len(tokens), topk)
     entries = sequences.new_empty(numbers.numel(), dtype=torch.int64)
     offsets = sequences.new_empty((num_ranges, blocks.shape[0] + 1), dtype=torch.int64)
@@ -153,7 +154,7 @@ def inverse_index(
     slots = 64 if block_indices is None else min(64, triton.next_power_of_2(topk))
     Launch(
         list_numbers_kernel,
-        (triton.cdiv(len(tokens) * slots, 2048), num_kv_heads, 1),
+        (cdiv(len(tokens) * slots, 2048), num_kv_heads, 1),
         {
             "ids": None if block_indices is None else view(block_indices),
             "index": index,
