@@ -117,23 +117,19 @@ def find_present(tiles, tile, row, shape: gl.constexpr):
 
 
 @gluon.jit
-def load_queries(queries_ptr, tiles, tile, shape: gl.constexpr):
-    """The queries of a tile's entries; entries of others are replaced by one of the work item's, which is finite."""
+def copy_entries(boxes, buffers, ready, tiles, tile, stage, batch, group, queries_ptr, shape: gl.constexpr):
+    """Begin to copy q and dO of a tile to a stage, an entry at a time."""
+    HEADS: gl.constexpr = shape.group_size
     ENTRIES: gl.constexpr = shape.entries
+    HALVES: gl.constexpr = shape.head_dim // HALF
+    # All are loaded before any copy begins, so that the loads overlap. Entries of others are replaced by one of the
+    # work item's, so that what is read is finite.
     queries = ()
     for number in gl.static_range(ENTRIES):
         entry = gl.minimum(gl.maximum(tile * ENTRIES + number, tiles.begin), tiles.stop - 1)
-        row = entry // ENTRIES * ROWS + entry % ENTRIES * shape.group_size
+        row = entry // ENTRIES * ROWS + entry % ENTRIES * HEADS
         queries += (gl.load(queries_ptr + row),)  # type: ignore[assignment]
-    return queries
-
-
-@gluon.jit
-def copy_entries(boxes, buffers, ready, queries, stage, batch, group, shape: gl.constexpr):
-    """Begin to copy q and dO of a tile to a stage, an entry at a time."""
-    HEADS: gl.constexpr = shape.group_size
-    HALVES: gl.constexpr = shape.head_dim // HALF
-    mbarrier.expect(ready, 2 * (shape.entries * HALVES * boxes.q.block_type.nbytes + boxes.lse2.block_type.nbytes))
+    mbarrier.expect(ready, 2 * (ENTRIES * HALVES * boxes.q.block_type.nbytes + boxes.lse2.block_type.nbytes))
     gather_rows(boxes.q, buffers.q, queries, batch, group * HEADS, stage, ready, HALVES)
     gather_rows(boxes.grad, buffers.grad, queries, batch, group * HEADS, stage, ready, HALVES)
 
@@ -172,13 +168,10 @@ def copy_rows(q, grad_out, boxes, buffers, barriers, work, shape: gl.constexpr):
         for step in range(tiles.number):
             tile, stage = tile_of(tiles, step), step % STAGES
             ready = barriers.full.index(stage)
-            queries = ()
-            if shape.bulk:
-                # Before the stage is free: the copies then need not wait for them.
-                queries = load_queries(work.rows.queries, tiles, tile, shape)
             mbarrier.wait(barriers.empty.index(stage), (step // STAGES & 1) ^ 1)
             if shape.bulk:
-                copy_entries(boxes, buffers, ready, queries, stage, batch, group, shape)
+                queries_ptr = work.rows.queries
+                copy_entries(boxes, buffers, ready, tiles, tile, stage, batch, group, queries_ptr, shape)
             else:
                 mbarrier.expect(ready, 2 * boxes.lse2.block_type.nbytes)
                 following = (step + 1) % 2

@@ -220,15 +220,17 @@ def fold_item(tensors, stages, barriers, entries_ptr, origin, item, y, done, C: 
     partial_q = tensors.gradients.partial_q
     grad_k = warpgroup_mma_init(gl.zeros([BLOCK, DEPTH], gl.float32, summed))
     loss = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(1, scored))
-    for first in range(item.begin, item.stop, ROWS):
+    place = item.begin + gl.arange(0, ROWS, gl.SliceLayout(1, stored))
+    upcoming = load_entries(entries_ptr, origin, place, item.stop)
+    for _ in range(item.begin, item.stop, ROWS):
         stage = done % STAGES
-        place = first + gl.arange(0, ROWS, gl.SliceLayout(1, stored))
-        entry = load_entries(entries_ptr, origin, place, item.stop)
         mbarrier.wait(barriers.full.index(stage), done // STAGES & 1)
         fence_async_shared()
         x = stages.x.index(stage)
         scores = gl.zeros([BLOCK, ROWS], gl.float32, scored)
         scores = warpgroup_mma(y, x.permute((1, 0)), scores, use_acc=False, is_async=True)
+        entry = upcoming
+        upcoming = load_entries(entries_ptr, origin, place + ROWS, item.stop)
         given = stages.teacher.index(stage).permute((1, 0)).load(scored)
         lse = stages.lse.index(stage).load(gl.SliceLayout(0, scored))
         limits = stages.limits.index(stage).load(gl.SliceLayout(0, scored))
