@@ -251,6 +251,7 @@ def fold_item(tensors, stages, barriers, entries_ptr, origin, item, y, done, C: 
         gl.store(
             partial_q + (entry.to(gl.int64)[:, None] * DEPTH + d[None, :]), rows, mask=(place < item.stop)[:, None]
         )
+        place += ROWS
         done += 1
     return loss, warpgroup_mma_wait(0, deps=[grad_k]), done
 
