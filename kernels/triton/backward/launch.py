@@ -38,7 +38,7 @@ from ..common.passes import PassLaunch, run_pass
 from ..common.sizes import cdiv
 from ..common.target import GLUON, target_of
 from ..common.tiles import tma_ready
-from ..loss.launch import index_loss, launches_of
+from ..loss.launch import index_loss
 from ..schedule.make_index import inverse_indexes
 from ..schedule.work_items import cut_into_items
 from . import gradient
@@ -117,9 +117,7 @@ def find_gradients(
             workspace = make_workspace(q, x.lse, x.sequences, sizes, entries, slots, branch is not None)
             launches = implementation.gradient_launches(x.grad_out, q, k, x.v, workspace, problem, config)
         if branch is not None:
-            assert workspace.partial.teacher is not None
-            inputs = branch, workspace.partial.teacher, index, items, per_pass, x.sequences
-            loss = prepare(*inputs, problem, *loss_settings)
+            loss = prepare(branch, workspace, index, items, per_pass, x.sequences, problem, *loss_settings)
         work = Work(items, workspace.rows, workspace.partial, sums, 0, index.num_ranges // num_kv_heads)
         grid, given = (items.num_items, 0, 1), {"work": work, "scale": x.scale}
         steps = [
@@ -127,7 +125,7 @@ def find_gradients(
             *(PassLaunch(launch._replace(grid=grid, arguments=launch.arguments | given)) for launch in launches),
             *sum_items(index, work, problem),
             sum_slots(index, workspace, grad_q, num_kv_heads),
-            *([] if loss is None else launches_of(loss.call)),
+            *([] if loss is None else loss.launches),
         ]
         for first in range(0, index.num_ranges, per_pass):
             run_pass(steps, first, min(per_pass, index.num_ranges - first))

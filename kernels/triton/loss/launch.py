@@ -36,7 +36,7 @@ import torch
 from ...problem import Problem
 from ...tuning import tuned_config
 from ...workspace import ranges_per_pass, tokens_per_range
-from ..common.launch import View, view
+from ..common.launch import Launch, View, view
 from ..common.passes import PassLaunch, of_passes, run_pass
 from ..common.sizes import cdiv
 from ..common.softmax import LOG2_E
@@ -45,7 +45,6 @@ from ..schedule.inverse_index import InverseIndex
 from ..schedule.make_index import inverse_indexes
 from ..schedule.work_items import WorkItems, cut_into_items
 from .config import DEPENDS_ON, LossConfig, LossConstants, default_config, loss_constants
-from .given_teacher import given_teacher
 from .gradient import loss_and_gradients
 from .loads import Buffers, Gradients, LossCall, Sizes
 from .reduce import loss_scale, sum_items, sum_slots
@@ -102,13 +101,10 @@ def make_call(
     return LossCall(*views, buffers, index, items, gradients, sizes, config, constants)
 
 
-def launches_of(x: LossCall) -> list[PassLaunch]:
-    """The launches of a pass. They compute its losses, fill grad_q and add to grad_k."""
-    main = loss_and_gradients if x.buffers.teacher is None else given_teacher
-    steps = [block_lse, index_lse, main]
-    if x.gradients is not None:
-        steps += [sum_items, sum_slots] if x.items.num_slots > 0 else [sum_slots]
-    return of_passes([step(x) for step in steps], axis=2)
+def launches_of(x: LossCall, main: Launch) -> list[PassLaunch]:
+    """The launches of a pass. They compute its losses, fill grad_q and add to grad_k; main: the third of them."""
+    sums = [] if x.gradients is None else [sum_items, sum_slots] if x.items.num_slots > 0 else [sum_slots]
+    return of_passes([block_lse(x), index_lse(x), main, *(step(x) for step in sums)], axis=2)
 
 
 def index_loss(
@@ -168,7 +164,7 @@ def index_loss(
                 key_grads = index_k.new_zeros((per_pass, *index_k.shape), dtype=torch.float32)
         outputs = (mean.unit, grad_q, key_grads) if with_grad else None
         x = make_call(views, None, lse_rows, outputs, index, items, per_pass, sizes, config, constants)
-        launches = launches_of(x)
+        launches = launches_of(x, loss_and_gradients(x))
         for first in range(0, index.num_ranges, per_pass):
             run_pass(launches, first, min(per_pass, index.num_ranges - first))
         loss += x.buffers.losses.sum(dtype=torch.float64)
