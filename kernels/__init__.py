@@ -8,5 +8,10 @@ documents one case:
 Sequence n consists of the queries q_start .. q_end-1 and the keys k_start .. k_end-1 of one batch row. Attention is
 causal and aligned at the end: query i sees the keys k_start .. k_end - q_end + i (no key if that is before k_start).
 Blocks are anchored at k_start: block b of a sequence begins at key k_start + b*block_size. Every query of the batch
-belongs to exactly one sequence.
+belongs to exactly one sequence, and sequences have no keys in common.
+
+A rank of context parallel has all keys of a document and some of its queries: *fragments* of the document, whose keys
+overlap. Their table is [documents, fragments, 5]. The rows of a document have one batch row and one k_start, so that
+they share its blocks; each sees as far as its own k_end. Queries ascend through the rows, and within a document so do
+the keys that they see. A row without queries fills up a document of fewer fragments.
 """

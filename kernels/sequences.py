@@ -16,13 +16,24 @@ class Sequence(NamedTuple):
     k_end: Any
 
 
+def table_rows(sequences: Tensor) -> Tensor:
+    """Return the rows [N, 5] of a table, also of one of fragments."""
+    return sequences.flatten(0, -2)
+
+
+def num_fragments(sequences: Tensor) -> int:
+    """Return how many neighbouring rows of a table share their keys, 1 unless it is one of fragments."""
+    return sequences.shape[1] if sequences.dim() == 3 else 1
+
+
 def list_sequences(sequences: Tensor) -> list[Sequence]:
     """Return the rows of the table as ints."""
-    return [Sequence(*row) for row in sequences.tolist()]
+    return [Sequence(*row) for row in table_rows(sequences).tolist()]
 
 
 def sequence_table(
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     kv_starts: Tensor | None,
     kv_lens: Tensor | None,
     batch: int,
@@ -30,18 +41,17 @@ def sequence_table(
     seqlen_k: int,
     device: torch.device,
 ) -> Tensor:
-    """Return `sequences` [N, 5] int32 on `device`.
+    """Return `sequences` [N, 5] int32 on `device`; without cu_seqlens_k, cu_seqlens are the keys' offsets too.
 
     Values out of range are clamped. On a GPU nobody reads the values back to check them, so bad values can give a
     wrong answer there, but never an address outside the tensors: offsets rise from 0 to the length of the buffer, and
     every query stays in exactly one sequence.
     """
     if cu_seqlens is not None:
-        offsets = cu_seqlens.to(device=device, dtype=torch.int32).clamp(0, seqlen_q)
-        starts = offsets[:-1].cummax(0).values
-        starts = torch.cat([torch.zeros_like(starts[:1]), starts[1:]])
-        ends = torch.cat([starts[1:], torch.full_like(starts[:1], seqlen_q)])
-        return torch.stack([torch.zeros_like(starts), starts, ends, starts, ends], dim=1)
+        queries = keys = _document_ranges(cu_seqlens, seqlen_q, device)
+        if cu_seqlens_k is not None:
+            keys = _document_ranges(cu_seqlens_k, seqlen_k, device)
+        return torch.stack([torch.zeros_like(queries[0]), *queries, *keys], dim=1)
     table = torch.zeros(batch, 5, device=device, dtype=torch.int32)
     column = Sequence(*table.unbind(1))
     if batch > 1:
@@ -60,8 +70,24 @@ def sequence_table(
     return table
 
 
+def _document_ranges(offsets: Tensor, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return first and last + 1 [documents] of what offsets [documents + 1] cut a buffer of `total` into."""
+    starts = offsets.to(device=device, dtype=torch.int32).clamp(0, total)[:-1].cummax(0).values
+    starts = torch.cat([torch.zeros_like(starts[:1]), starts[1:]])
+    return starts, torch.cat([starts[1:], torch.full_like(starts[:1], total)])
+
+
+def fragment_table(fragments: Tensor, batch: int, seqlen_q: int, seqlen_k: int) -> Tensor:
+    """Return a table of fragments [documents, fragments, 5], int32 and contiguous, with values pulled into range."""
+    column = Sequence(*fragments.to(torch.int32).unbind(-1))
+    queries = (x.clamp(0, seqlen_q) for x in (column.q_start, column.q_end))
+    keys = (x.clamp(0, seqlen_k) for x in (column.k_start, column.k_end))
+    return torch.stack([column.batch.clamp(0, batch - 1), *queries, *keys], dim=-1)
+
+
 def query_sequences(sequences: Tensor, batch: int, seqlen_q: int) -> Tensor:
-    """Return [B*Sq] int64: the row of `sequences` that each query belongs to."""
+    """Return [B*Sq] int64: the row of `table_rows` that each query belongs to."""
+    sequences = table_rows(sequences)
     first_query = sequences[:, 0].long() * seqlen_q + sequences[:, 1]
     # A sequence without queries has the same first query as the next one; the search finds the last of such a run.
     order = torch.arange(batch * seqlen_q, device=sequences.device)
@@ -73,7 +99,7 @@ def key_ranges(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Tensor, Te
 
     `start` is the anchor of the query's blocks. A query that sees nothing has end <= start.
     """
-    of_query = Sequence(*sequences[query_sequences(sequences, batch, seqlen_q)].unbind(1))
+    of_query = Sequence(*table_rows(sequences)[query_sequences(sequences, batch, seqlen_q)].unbind(1))
     token = torch.arange(seqlen_q, device=sequences.device, dtype=torch.int32).repeat(batch)
     start = of_query.k_start.reshape(batch, seqlen_q).contiguous()
     return start, (of_query.k_end - of_query.q_end + token + 1).view(batch, seqlen_q)

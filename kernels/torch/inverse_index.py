@@ -72,7 +72,7 @@ class InverseIndex:
         positions = query_positions(sequences, batch, seqlen_q)
         self._sequence, self._position = (torch.as_tensor(x) for x in positions)
         self._table = BlockTable(sequences, block_size)
-        self._first_block = torch.as_tensor(self._table.first_block)
+        self._first_block = torch.as_tensor(self._table.first_block.repeat(self._table.fragments))
         is_packed = self._mark_blocks()
         numbers = array(is_packed.nonzero().squeeze(1))
         self._index = is_packed.cumsum(0) - 1

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmsa.kernels.sequences import Sequence
+from flexmsa.kernels.sequences import Sequence, num_fragments, table_rows
 from flexmsa.kernels.torch import fp8
 
 Array = np.ndarray
@@ -121,22 +121,22 @@ def locate_block(
 
 
 def sequence_columns(sequences: Tensor) -> Sequence:
-    """The columns of the table of sequences as int64 arrays [N]."""
-    return Sequence(*array(sequences).astype(np.int64).T)
-
-
-def count_blocks(columns: Sequence, block_size: int) -> Array:
-    """The number of blocks [N] of each sequence, 0 for a sequence without queries."""
-    num_keys = np.where(columns.q_end > columns.q_start, columns.k_end - columns.k_start, 0)
-    return -(-num_keys.clip(min=0) // block_size)
+    """The columns of the rows of the table of sequences as int64 arrays [N]."""
+    return Sequence(*array(table_rows(sequences)).astype(np.int64).T)
 
 
 class BlockTable:
-    """Every group's blocks: block ``b`` of sequence ``n`` has the number ``head * total + first_block[n] + b``."""
+    """Every group's blocks: block ``b`` of document ``n`` has the number ``head * total + first_block[n] + b``.
+
+    A document is a sequence, or fragments of one: then k_end is that of the fragment with queries that sees most.
+    """
 
     def __init__(self, sequences: Tensor, block_size: int) -> None:
-        self.columns = sequence_columns(sequences)
-        self.num_blocks = count_blocks(self.columns, block_size)
+        self.fragments = num_fragments(sequences)
+        columns = Sequence(*(x.reshape(-1, self.fragments) for x in sequence_columns(sequences)))
+        k_end = np.where(columns.q_end > columns.q_start, columns.k_end, columns.k_start).max(1, initial=0)
+        self.batch, self.k_start, self.k_end = columns.batch[:, 0], columns.k_start[:, 0], k_end
+        self.num_blocks = -(-(k_end - self.k_start).clip(min=0) // block_size)
         self.first_block = self.num_blocks.cumsum() - self.num_blocks
         self.block_size = block_size
         self.total = int(self.num_blocks.sum())
@@ -146,13 +146,13 @@ class PackedBlocks:
     """The blocks of a table with the given ascending ``numbers``; the keys of other blocks are not read."""
 
     def __init__(self, table: BlockTable, numbers: Array, page_table: Tensor | None = None) -> None:
-        columns, block_size = table.columns, table.block_size
+        block_size = table.block_size
         head, self._in_group = np.divmod(numbers, max(1, table.total))
         owner = np.searchsorted(table.first_block, self._in_group, side="right") - 1
         self.block_id = block_id = self._in_group - table.first_block[owner]
-        k_start = columns.k_start[owner]
-        row, first = locate_block(columns.batch[owner], k_start, block_id, block_size, page_table)
-        last = (columns.k_end[owner] - k_start - 1 - block_id * block_size)[:, None]
+        k_start = table.k_start[owner]
+        row, first = locate_block(table.batch[owner], k_start, block_id, block_size, page_table)
+        last = (table.k_end[owner] - k_start - 1 - block_id * block_size)[:, None]
         offset = np.arange(block_size)
         self._row, self._head = (torch.as_tensor(x)[:, None] for x in (row, head))
         self._key = torch.as_tensor(first[:, None] + np.minimum(offset, last))

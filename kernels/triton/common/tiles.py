@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...sequences import table_rows
 from .launch import Launch
 
 
@@ -78,6 +79,7 @@ def tile_table(sequences: torch.Tensor, batch: int, seqlen_q: int, tokens: int) 
     Only packed documents need `ends`. Where a row has two sequences, new tokens and none, half the programs return at
     once, for less than a launch costs.
     """
+    sequences = table_rows(sequences)
     num_sequences = sequences.shape[0]
     per_row = -(-seqlen_q // tokens)
     if num_sequences <= 2 * batch:

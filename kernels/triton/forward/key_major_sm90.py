@@ -34,7 +34,7 @@ from ..common.launch import Launch, Options
 from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LOG2_E, softmax_rows
 from ..common.target import Target
-from ..schedule.inverse_index import InverseIndex, find_token_range
+from ..schedule.inverse_index import InverseIndex, find_token_range, load_shift
 from ..schedule.work_items import cut_into_items, item_entries, load_item
 from .config import ForwardConfig, fits_key_major_sm90
 from .records import Inputs, Partial
@@ -144,6 +144,13 @@ def store_outputs(tensors, buffers, barriers, work, shape: gl.constexpr):
 
 
 @gluon.jit
+def count_seen(work, item, query, num_keys):
+    """How many keys of a work item's block queries see."""
+    shift = load_shift(work.index, item, item.batch, query, work.seqlen_q)
+    return gl.minimum(query + (shift - item.first_key + 1), num_keys)
+
+
+@gluon.jit
 def hand_over(out, normal, out_rows, out_full):
     """Leave the rows of out, times normal, to the storing warp."""
     normal = gl.convert_layout(normal, gl.SliceLayout(1, out.type.layout))
@@ -171,10 +178,8 @@ def attend_rows(buffers, barriers, work, lse_ptr, scale, shape: gl.constexpr):
         num_keys = item.stop_key - item.first_key
         entries_ptr = item_entries(work.index, work.items, work.first_range, gl.program_id(1), item.begin)
         last = item.stop - item.begin - 1
-        # A query sees as many keys of the block as its number and this.
         before = gl.program_id(1) * work.index.range_tokens
         first_query = gl.cast(tokens.first_token - item.batch * work.seqlen_q, gl.int32) - before
-        seen = first_query + item.shift - item.first_key + 1
         mbarrier.wait(barriers.keys_full, 0)
         if num_keys < BLOCK:
             clear_rows(k, num_keys)
@@ -184,15 +189,16 @@ def attend_rows(buffers, barriers, work, lse_ptr, scale, shape: gl.constexpr):
             number = step * shape.entries + row // shape.group_size
             entry = load_entry(entries_ptr, number, origin, last)
             # Queries ascend: the first one sees fewest.
-            first_entry = load_entry(entries_ptr, step * shape.entries, origin, last)
-            fewest = gl.minimum(first_entry // shape.topk + seen, num_keys)
+            first = first_query + load_entry(entries_ptr, step * shape.entries, origin, last) // shape.topk
+            fewest = count_seen(work, item, first, num_keys)
             mbarrier.wait(barriers.full.index(stage), step // STAGES & 1)
             scores = gl.zeros([ROWS, BLOCK], gl.float32, scored)
             scores = warpgroup_mma(q_rows.index(stage), k.permute((1, 0)), scores, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(barriers.empty.index(stage), count=1)
             if fewest < BLOCK:
-                scores = hide_unseen(scores, gl.minimum(entry // shape.topk + seen, num_keys) - 1)
+                seen = count_seen(work, item, first_query + entry // shape.topk, num_keys)
+                scores = hide_unseen(scores, seen - 1)
             weights, normal, lse = softmax_rows(scores, None, scale, True, False)
             gl.store(lse_ptr + entry * shape.group_size + row % shape.group_size, lse, mask=number <= last)
             weights = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, summed, 2))

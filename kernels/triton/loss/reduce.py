@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...sequences import table_rows
 from ..common.launch import Launch
 from ..common.records import load_sequence
 from ..common.sizes import cdiv
@@ -48,7 +49,7 @@ def loss_scale(sequences: torch.Tensor, grad_loss: torch.Tensor | None, num_kv_h
     """The Scale of a call, for a gradient of the loss of grad_loss, a scalar, 1 if None."""
     result = Scale(sequences.new_empty((), dtype=torch.int64), sequences.new_empty((), dtype=torch.float32))
     tensors = {"sequences_ptr": sequences, "grad_loss_ptr": grad_loss, "result": result}
-    sizes = {"num_sequences": sequences.shape[0], "num_kv_heads": num_kv_heads, "index_scale": index_scale}
+    sizes = {"num_sequences": table_rows(sequences).shape[0], "num_kv_heads": num_kv_heads, "index_scale": index_scale}
     Launch(loss_scale_kernel, (1, 1, 1), tensors | sizes, {}).run()
     return result
 

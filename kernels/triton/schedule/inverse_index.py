@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...sequences import num_fragments
 from ..common.launch import Launch
 from ..common.records import load_sequence
 from ..common.sizes import cdiv
@@ -27,7 +28,10 @@ ROWS = tl.constexpr(64)
 
 
 class Block(NamedTuple):
-    """A row of `InverseIndex.blocks`: query i of the sequence sees the block's keys j <= i + shift; batch is int64."""
+    """A row of `InverseIndex.blocks`: query i of the sequence sees the block's keys j <= i + shift; batch is int64.
+
+    Fragments share blocks, and each query has a shift of its own (see `load_shift`).
+    """
 
     batch: Any
     first_key: Any
@@ -45,6 +49,7 @@ class InverseIndex(NamedTuple):
     offsets: [num_ranges, num_blocks + 1] int64, where in `entries` each list of a token range begins, and the last
         ends.
     range_tokens: tokens per token range.
+    shifts: [num_tokens] int32, of each token; None unless documents have fragments.
     """
 
     blocks: torch.Tensor
@@ -57,6 +62,7 @@ class InverseIndex(NamedTuple):
     range_tokens: int
     topk: int
     none: int
+    shifts: torch.Tensor | None
 
     @property
     def num_ranges(self) -> int:
@@ -90,6 +96,15 @@ def load_block(blocks_ptr, block, mask=None):
 
 
 @triton.jit
+def load_shift(index, block, batch, query, seqlen_q):
+    """The shift of queries of a batch row, which see a Block or WorkItem: the block's, but where it is shared."""
+    if index.shifts is None:
+        return block.shift
+    else:
+        return tl.load(index.shifts + (batch * seqlen_q + query - index.first_token))
+
+
+@triton.jit
 def store_block(blocks_ptr, number, block, mask):
     """Write the Blocks [N] of these numbers [N] where mask is set."""
     row = blocks_ptr + number.to(tl.int64) * 4
@@ -110,30 +125,37 @@ def find_token_range(index, number, topk):
 
 
 @triton.jit
-def block_table_kernel(sequences_ptr, blocks_ptr, before_ptr, num_sequences, num_blocks, block_size: tl.constexpr):
+def block_table_kernel(
+    sequences_ptr, blocks_ptr, before_ptr, num_documents, fragments, num_blocks, block_size: tl.constexpr
+):
     """ROWS rows of `InverseIndex.blocks`; rows past the last have no keys.
 
-    Program 0 also writes before[n]: how many rows come before those of sequence n.
+    Program 0 also writes before[n]: how many rows come before those of sequence n. The fragments of a document are
+    neighbouring sequences, and have rows in common.
     """
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = number[:, None]
     batch = tl.zeros([ROWS], tl.int32)
     first_key, stop_key, shift = batch, batch, batch
-    total = num_sequences * 0
-    for start in range(0, num_sequences, ROWS):
+    total = num_documents * 0
+    for start in range(0, num_documents, ROWS):
         n = start + tl.arange(0, ROWS)
-        live = n < num_sequences
-        sequence = load_sequence(sequences_ptr, n, live)
-        counts = tl.cdiv(tl.maximum(sequence.k_end - sequence.k_start, 0), block_size)
+        live = n < num_documents
+        sequence = load_sequence(sequences_ptr, n * fragments, live)
+        k_end = sequence.k_end
+        for fragment in range(1, fragments):
+            k_end = tl.maximum(k_end, load_sequence(sequences_ptr, n * fragments + fragment, live).k_end)
+        counts = tl.cdiv(tl.maximum(k_end - sequence.k_start, 0), block_size)
         before = total + tl.cumsum(counts, axis=0) - counts
         if tl.program_id(0) == 0:
-            tl.store(before_ptr + n, before, mask=live)
-        # At most one sequence owns a row.
+            for fragment in range(0, fragments):
+                tl.store(before_ptr + n * fragments + fragment, before, mask=live)
+        # At most one document owns a row.
         owned = (block >= before[None, :]) & (block < (before + counts)[None, :])
         key = sequence.k_start[None, :] + (block - before[None, :]) * block_size
         batch += tl.sum(tl.where(owned, sequence.batch.to(tl.int32)[None, :], 0), axis=1)
         first_key += tl.sum(tl.where(owned, key, 0), axis=1)
-        stop_key += tl.sum(tl.where(owned, tl.minimum(key + block_size, sequence.k_end[None, :]), 0), axis=1)
+        stop_key += tl.sum(tl.where(owned, tl.minimum(key + block_size, k_end[None, :]), 0), axis=1)
         shift += tl.sum(tl.where(owned, (sequence.k_end - sequence.q_end)[None, :], 0), axis=1)
         total += tl.sum(counts, axis=0)
     store_block(blocks_ptr, number, Block(batch, first_key, stop_key, shift), number < num_blocks)
@@ -174,6 +196,8 @@ def list_numbers_kernel(
     sequence = load_sequence(sequences_ptr, owner)
     query = token % seqlen_q
     sees = tl.where(live, sequence.k_end - sequence.q_end + query + 1 - sequence.k_start, 0)
+    if index.shifts is not None:
+        tl.store(index.shifts + row, sequence.k_end - sequence.q_end, mask=live & (group == 0))
     if skip_ptr is not None:
         skipped = tl.load(skip_ptr + group.to(tl.int64) * num_tokens + row, mask=live, other=1)
         sees = tl.where(skipped != 0, 0, sees)
@@ -205,12 +229,12 @@ def list_numbers_kernel(
 def block_table(
     sequences: torch.Tensor, batch: int, seqlen_k: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`InverseIndex.blocks`, and [N] int32, how many of its rows come before each sequence's own."""
-    num_sequences = sequences.shape[0]
-    limit = batch * cdiv(seqlen_k, block_size) + (num_sequences if num_sequences != batch else 0)
-    blocks, before = sequences.new_empty(limit, 4), sequences.new_empty(num_sequences)
+    """`InverseIndex.blocks`, and [N] int32, how many of its rows come before each sequence's own or its document's."""
+    num_documents, fragments = sequences.shape[0], num_fragments(sequences)
+    limit = batch * cdiv(seqlen_k, block_size) + (num_documents if num_documents != batch else 0)
+    blocks, before = sequences.new_empty(limit, 4), sequences.new_empty(num_documents * fragments)
     pointers = {"sequences_ptr": sequences, "blocks_ptr": blocks, "before_ptr": before}
-    sizes = {"num_sequences": num_sequences, "num_blocks": limit}
+    sizes = {"num_documents": num_documents, "fragments": fragments, "num_blocks": limit}
     grid = cdiv(limit, ROWS.value), 1, 1
     Launch(block_table_kernel, grid, pointers | sizes, {"block_size": block_size}).run()
     return blocks, before

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...sequences import num_fragments, table_rows
 from ..common.launch import Launch, Options, is_ahead, view
 from ..common.sizes import cdiv
 from .inverse_index import InverseIndex, block_table, find_token_range, list_numbers_kernel
@@ -146,7 +147,8 @@ def inverse_index(
     offsets = sequences.new_empty((num_ranges, blocks.shape[0] + 1), dtype=torch.int64)
     shorts = sequences.new_empty(numbers.numel(), dtype=torch.int16)
     sizes = blocks.shape[0], tokens.start, len(tokens), min(range_tokens, max(1, len(tokens))), topk
-    index = InverseIndex(blocks, numbers, entries, offsets, *sizes, none=num_ranges * blocks.shape[0])
+    shifts = sequences.new_empty(len(tokens)) if num_fragments(sequences) > 1 else None
+    index = InverseIndex(blocks, numbers, entries, offsets, *sizes, none=num_ranges * blocks.shape[0], shifts=shifts)
     if numbers.numel() == 0:
         offsets.zero_()
         return index
@@ -162,7 +164,7 @@ def inverse_index(
             "before_ptr": before,
             "skip_ptr": skip,
             "short_ptr": shorts,
-            "num_sequences": sequences.shape[0],
+            "num_sequences": table_rows(sequences).shape[0],
             "seqlen_q": seqlen_q,
         },
         {"block_size": block_size, "slots": slots},

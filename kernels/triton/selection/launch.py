@@ -24,6 +24,7 @@ import torch
 
 from ...problem import Problem
 from ...rules import SelectionRule
+from ...sequences import table_rows
 from ...tuning import tuned_config
 from ..common.launch import Launch, Options, for_one_length, is_ahead, on_meta, view
 from ..common.records import capacity_of, pages_of
@@ -70,7 +71,8 @@ def choose_config(
         bulk_copies=scales_ready and tma_ready(index_k),
     )
     # Of the two sequences of a row whose queries are not all new, one has no keys to score.
-    num_sequences = batch if sequences.shape[0] <= 2 * batch else sequences.shape[0]
+    num_sequences = table_rows(sequences).shape[0]
+    num_sequences = batch if num_sequences <= 2 * batch else num_sequences
     target = target_of(index_q.device)
     shipped = default_config(problem, target, num_sequences, seqlen_q, capacity_of(page_table, index_k))
     return tuned_config("selection", problem, target, shipped, DEPENDS_ON)
@@ -98,7 +100,7 @@ def rank_blocks(
         index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
     lists = None
     if config.num_splits > 1:
-        num_rows = sequences.shape[0] * seqlen_q * num_kv_heads
+        num_rows = table_rows(sequences).shape[0] * seqlen_q * num_kv_heads
         keys = ids.new_empty(num_rows, config.num_splits, config.kept, dtype=torch.int64)
         lists = Lists(keys, config.num_splits, config.kept, most_splits(config, target_of(ids.device)))
     target = target_of(ids.device)
