@@ -25,17 +25,41 @@ class Sequences:
         kv_starts: Tensor | None = None,
         kv_lens: Tensor | None = None,
         table: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
     ) -> None:
-        """Take q [B, H, Sq, ...], of which only shape and device are read, and either the lengths or the table."""
+        """Take q [B, H, Sq, ...], of which only shape and device are read, and either the lengths or the table.
+
+        cu_seqlens are the offsets of the queries, and of the keys too without cu_seqlens_k.
+        """
         self.batch, self.seqlen_q, self.seqlen_k = q.shape[0], q.shape[2], seqlen_k
         self.are_aligned = cu_seqlens is None and kv_starts is None and table is None
         self.are_whole = self.are_aligned and kv_lens is None
-        self._lengths = q, cu_seqlens, kv_starts, kv_lens, seqlen_k
+        self._lengths = q, cu_seqlens, kv_starts, kv_lens, seqlen_k, cu_seqlens_k
         self._table = table
+
+    @classmethod
+    def from_table(cls, q: Tensor, seqlen_k: int, fragments: Tensor) -> "Sequences":
+        """Return the sequences of queries q [B, H, Sq, ...] that are fragments of documents.
+
+        Args:
+            q: the queries of one rank, of which only shape and device are read.
+            seqlen_k: the keys that the rank has.
+            fragments: [documents, fragments, 5] int32 on q's device, a table as `flexmsa.kernels` describes it.
+
+        Raises:
+            ValueError: the table has another shape, or, on a CPU, wrong values.
+
+        >>> fragments = torch.tensor([[[0, 0, 2, 0, 2], [0, 2, 4, 0, 8]]])
+        >>> start, end = Sequences.from_table(torch.empty(1, 1, 4, 16), 8, fragments).key_ranges()
+        >>> end.tolist()
+        [[1, 2, 7, 8]]
+        """
+        validation.check_fragments(fragments, q.device)
+        return cls(q, seqlen_k, table=ops.fragment_table(fragments, q.shape[0], q.shape[2], seqlen_k))
 
     @property
     def table(self) -> Tensor:
-        """[N, 5] int32."""
+        """[N, 5] int32, or [documents, fragments, 5]."""
         if self._table is None:
             self._table = ops.sequence_table(*self._lengths)
         return self._table
@@ -46,12 +70,21 @@ class Sequences:
 
 
 def check_sequences(
-    q: Tensor, seqlen_k: int, cu_seqlens: Tensor | None, kv_starts: Tensor | None, kv_lens: Tensor | None
+    q: Tensor,
+    seqlen_k: int,
+    cu_seqlens: Tensor | None,
+    kv_starts: Tensor | None,
+    kv_lens: Tensor | None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Sequences:
     """Return the sequences of queries q [B, H, Sq, ...] and `seqlen_k` keys, from the arguments of a public function.
 
     Raises:
         ValueError, TypeError: a length has a wrong shape, dtype or device. Wrong values raise when the table is made.
     """
-    validation.check_sequences(q.shape[0], q.shape[2], seqlen_k, q.device, cu_seqlens, kv_starts, kv_lens)
-    return Sequences(q, seqlen_k, cu_seqlens, kv_starts, kv_lens)
+    lengths = kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k
+    validation.check_sequences(q.shape[0], q.shape[2], seqlen_k, q.device, cu_seqlens, *lengths)
+    if cu_seqlens is None:
+        cu_seqlens = cu_seqlens_q
+    return Sequences(q, seqlen_k, cu_seqlens, kv_starts, kv_lens, cu_seqlens_k=cu_seqlens_k)

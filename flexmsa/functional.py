@@ -25,6 +25,8 @@ def attention(
     scale: float | None = None,
     index_scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     kv_starts: Tensor | None = None,
     kv_lens: Tensor | None = None,
     backend: str | None = None,
@@ -48,7 +50,10 @@ def attention(
         num_init_blocks: how many of the oldest blocks are always selected.
         scale: factor of the main scores; default 1 / sqrt(D).
         index_scale: factor of the index scores in the loss; default 1 / sqrt(Di).
-        cu_seqlens: [documents + 1] int32, offsets of documents packed along S (B = 1, Sq = Sk).
+        cu_seqlens: [documents + 1] int32, offsets of documents packed along S (B = 1, Sq = Sk). A document without
+            tokens repeats an offset, so that offsets of a fixed number can be filled up.
+        cu_seqlens_q, cu_seqlens_k: in place of cu_seqlens, where documents have fewer queries than keys: offsets of
+            their queries along Sq and of their keys along Sk. The queries are the last tokens of their document.
         kv_starts, kv_lens: [B] int32; the keys of row b are kv_starts[b] .. kv_lens[b]-1 (left padding, a partly
             filled cache), and its queries are the last of these tokens. Blocks are counted from each sequence's first
             token, so a document or a padded row gives the same results as alone.
@@ -81,7 +86,7 @@ def attention(
     choose_backend("block_sparse_attention", backend, q)
     aux = validation.check_aux(return_aux)
     validation.check_loss_value(index_loss_value, aux, q)
-    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
+    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k)
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
     scale, index_scale = _scale(scale, q), _scale(index_scale, index_q)
     rule = None if topk is None else SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
@@ -99,6 +104,8 @@ def select_blocks(
     num_local_blocks: int = 1,
     num_init_blocks: int = 0,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     kv_starts: Tensor | None = None,
     kv_lens: Tensor | None = None,
     backend: str | None = None,
@@ -131,7 +138,8 @@ def select_blocks(
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     if topk is None:
         raise TypeError("topk: expected an int, got None; the dense warm-up selects nothing")
-    sequences = check_sequences(index_q, index_k.shape[2], cu_seqlens, kv_starts, kv_lens)
+    lengths = cu_seqlens, kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k
+    sequences = check_sequences(index_q, index_k.shape[2], *lengths)
     backend = choose_backend("select_blocks", backend, index_q)
     index_q, index_k = ops.cast_to_autocast(index_q, index_k)
     rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
@@ -147,6 +155,8 @@ def block_sparse_attention(
     block_size: int = 128,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     kv_starts: Tensor | None = None,
     kv_lens: Tensor | None = None,
     backend: str | None = None,
@@ -181,7 +191,7 @@ def block_sparse_attention(
     if aux.index_loss:
         raise ValueError("return_aux: expected lse or block_indices, got index_loss; call flexmsa.index_loss for it")
     validation.check_settings(block_size)
-    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
+    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k)
     if block_indices is not None:
         validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
     choose_backend("block_sparse_attention", backend, q)
@@ -203,6 +213,8 @@ def index_loss(
     scale: float | None = None,
     index_scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     kv_starts: Tensor | None = None,
     kv_lens: Tensor | None = None,
     backend: str | None = None,
@@ -233,7 +245,7 @@ def index_loss(
     validation.check_index_inputs(index_q, index_k, index_scale)
     validation.check_branches_match(q, k, index_q, index_k)
     validation.check_settings(block_size)
-    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
+    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k)
     validation.check_lse(lse, q)
     if block_indices is not None:
         validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)

@@ -158,21 +158,43 @@ def check_sequences(
     cu_seqlens: Tensor | None,
     kv_starts: Tensor | None,
     kv_lens: Tensor | None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> None:
-    if cu_seqlens is not None:
-        _check_lengths("cu_seqlens", cu_seqlens, device)
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-            raise ValueError(f"cu_seqlens: expected [documents + 1] offsets, got shape {list(cu_seqlens.shape)}")
+    offsets = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    given = {name: x for name, x in offsets.items() if x is not None}
+    for name, x in given.items():
+        _check_lengths(name, x, device)
+        if x.dim() != 1 or x.shape[0] < 2:
+            raise ValueError(f"{name}: expected [documents + 1] offsets, got shape {list(x.shape)}")
         if kv_starts is not None or kv_lens is not None:
-            raise ValueError("cu_seqlens: expected alone, got it with kv_starts or kv_lens; either pack or pad")
-        if batch != 1 or seqlen_q != seqlen_k:
-            raise ValueError(
-                f"cu_seqlens: expected one packed row, B = 1 and Sq = Sk, got B={batch}, Sq={seqlen_q}, Sk={seqlen_k}"
-            )
+            raise ValueError(f"{name}: expected alone, got it with kv_starts or kv_lens; either pack or pad")
+        if batch != 1:
+            raise ValueError(f"{name}: expected one packed row, B = 1, got B={batch}; flatten the batch")
+    if cu_seqlens is not None and seqlen_q != seqlen_k:
+        raise ValueError(
+            f"cu_seqlens: expected as many queries as keys, got Sq={seqlen_q}, Sk={seqlen_k}; pass cu_seqlens_q and "
+            "cu_seqlens_k instead"
+        )
+    if len(given) > 1 and cu_seqlens is not None:
+        raise ValueError("cu_seqlens: expected either cu_seqlens, or cu_seqlens_q and cu_seqlens_k, got both")
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError(f"cu_seqlens_q, cu_seqlens_k: expected both or neither, got {', '.join(given)} alone")
+    if cu_seqlens_q is not None and cu_seqlens_k is not None and cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            "cu_seqlens_q, cu_seqlens_k: expected one offset more than documents each, got "
+            f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
+        )
     for name, lengths in (("kv_starts", kv_starts), ("kv_lens", kv_lens)):
         if lengths is not None:
             _check_lengths(name, lengths, device)
             _check_shape(name, lengths, (batch,), "[B]")
+
+
+def check_fragments(fragments: Tensor, device: torch.device) -> None:
+    _check_lengths("fragments", fragments, device)
+    if fragments.dim() != 3 or fragments.shape[2] != 5 or fragments.numel() == 0:
+        raise ValueError(f"fragments: expected [documents, fragments, 5], got {list(fragments.shape)}")
 
 
 def check_aux(return_aux: AuxRequest | None) -> AuxRequest:

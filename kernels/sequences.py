@@ -81,8 +81,9 @@ def fragment_table(fragments: Tensor, batch: int, seqlen_q: int, seqlen_k: int) 
     """Return a table of fragments [documents, fragments, 5], int32 and contiguous, with values pulled into range."""
     column = Sequence(*fragments.to(torch.int32).unbind(-1))
     queries = (x.clamp(0, seqlen_q) for x in (column.q_start, column.q_end))
-    keys = (x.clamp(0, seqlen_k) for x in (column.k_start, column.k_end))
-    return torch.stack([column.batch.clamp(0, batch - 1), *queries, *keys], dim=-1)
+    k_start = column.k_start.clamp(0, seqlen_k)
+    k_end = torch.maximum(column.k_end.clamp(max=seqlen_k), k_start)
+    return torch.stack([column.batch.clamp(0, batch - 1), *queries, k_start, k_end], dim=-1)
 
 
 def query_sequences(sequences: Tensor, batch: int, seqlen_q: int) -> Tensor:

@@ -8,7 +8,7 @@ from .dispatch import expected_training_step
 from .flex import block_mask_lists, dense_mask_lists, pack_gqa, unpack_gqa
 from .index_loss import index_loss, index_loss_backward
 from .selection import select_blocks
-from .sequences import next_positions, sequence_table
+from .sequences import fragment_table, next_positions, sequence_table
 
 __all__ = [
     "append",
@@ -22,6 +22,7 @@ __all__ = [
     "deferred_index_loss",
     "dense_mask_lists",
     "expected_training_step",
+    "fragment_table",
     "index_loss",
     "index_loss_backward",
     "next_positions",

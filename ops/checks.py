@@ -20,22 +20,52 @@ def check_block_indices(block_indices: Tensor, num_blocks: int) -> None:
         )
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, seqlen: int) -> None:
-    """Raise ValueError unless the offsets increase from 0 to `seqlen`."""
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, seqlen: int) -> None:
+    """Raise ValueError unless the offsets rise from 0 to `seqlen`, or stay for a document without tokens."""
     if cu_seqlens.device.type != "cpu":
         return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != seqlen:
         raise ValueError(
-            f"cu_seqlens: expected offsets from 0 to the sequence length {seqlen}, "
+            f"{name}: expected offsets from 0 to the sequence length {seqlen}, "
             f"got {offsets[0]} to {offsets[-1]}; make padding the last document, or remove it"
         )
     for n, (here, after) in enumerate(itertools.pairwise(offsets)):
-        if after <= here:
+        if after < here:
             raise ValueError(
-                f"cu_seqlens: expected rising offsets, got {here} then {after} at {n} and {n + 1}; "
-                "a document has at least 1 token"
+                f"{name}: expected rising offsets, got {here} then {after} at {n} and {n + 1}; "
+                "a document without tokens repeats an offset"
             )
+
+
+def check_fragments(fragments: Tensor, batch: int, seqlen_q: int, seqlen_k: int) -> None:
+    """Raise ValueError unless a table of fragments [documents, fragments, 5] is as `flexmsa.kernels` describes it."""
+    if fragments.device.type != "cpu":
+        return
+    next_query, documents_end = 0, [0] * batch
+    for document, rows in enumerate(fragments.tolist()):
+        row, _, _, k_start, _ = rows[0]
+        if not (0 <= row < batch and documents_end[row] <= k_start):
+            raise ValueError(
+                f"fragments: expected documents that follow one another in the keys 0 to {seqlen_k} of {batch} batch "
+                f"rows, got batch row {row} and k_start {k_start} for document {document}"
+            )
+        seen = k_start
+        for other, q_start, q_end, first_key, k_end in rows:
+            right = (other, first_key) == (row, k_start) and k_start <= k_end <= seqlen_k
+            if q_start < q_end:
+                right &= row * seqlen_q + q_start == next_query and q_end <= seqlen_q
+                right &= max(k_start, k_end - q_end + q_start) >= seen
+                next_query, seen = next_query + q_end - q_start, k_end
+            if not right:
+                raise ValueError(
+                    "fragments: expected rows (batch, q_start, q_end, k_start, k_end) of one batch row and k_start per "
+                    "document, whose queries ascend without gaps, and whose queries see ever more keys; got "
+                    f"{[other, q_start, q_end, first_key, k_end]} in document {document}"
+                )
+        documents_end[row] = max(documents_end[row], seen)
+    if next_query != batch * seqlen_q:
+        raise ValueError(f"fragments: expected each of {batch} x {seqlen_q} queries in one row, got {next_query}")
 
 
 def check_kv_ranges(kv_starts: Tensor | None, kv_lens: Tensor | None, seqlen_k: int) -> None:

@@ -109,6 +109,8 @@ def test_a_packed_document_equals_the_document_alone(data, block_size, topk):
     packed = flexmsa.attention(*inputs, **settings, cu_seqlens=lengths(*offsets))
     weighted_loss = 0.0
     for first, last in itertools.pairwise(offsets):
+        if first == last:
+            continue
         document = slice(first, last)
         alone = flexmsa.attention(*inputs.rows(document, document), **settings)
         _assert_same_alone(packed, alone, document)

@@ -13,6 +13,8 @@ __all__ = ["Case"]
 # What `Case.values` may be, and `Case.ids`.
 VALUES = ("normal", "ties", "huge", "zeros", "unseen NaN", "odd scores")
 IDS = ("selected", "given", "garbage")
+# What says which keys a query sees, in a `Case` and in the functions.
+LENGTHS = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "kv_starts", "kv_lens")
 _GARBAGE = (-(2**31), -2, 2**30, 2**31 - 1)
 
 
@@ -50,6 +52,8 @@ class Case:
     num_local_blocks: int = 1
     num_init_blocks: int = 0
     cu_seqlens: tuple[int, ...] | None = None
+    cu_seqlens_q: tuple[int, ...] | None = None
+    cu_seqlens_k: tuple[int, ...] | None = None
     kv_starts: tuple[int, ...] | None = None
     kv_lens: tuple[int, ...] | None = None
     scale: float | None = None
@@ -106,8 +110,8 @@ class Case:
 
     def settings(self, device: str | torch.device) -> dict[str, Any]:
         """Return the keyword arguments of `flexmsa.attention`."""
-        names = ("block_size", "topk", "num_local_blocks", "num_init_blocks", "cu_seqlens", "kv_starts", "kv_lens")
-        settings = {name: getattr(self, name) for name in (*names, "scale", "index_scale")}
+        names = ("block_size", "topk", "num_local_blocks", "num_init_blocks", *LENGTHS, "scale", "index_scale")
+        settings = {name: getattr(self, name) for name in names}
         return {
             name: torch.tensor(value, dtype=torch.int32, device=device) if isinstance(value, tuple) else value
             for name, value in settings.items()

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 import flexmsa
-from flexmsa import ops, reference
+from flexmsa import reference
+from flexmsa._sequences import check_sequences
 from flexmsa.backends import default_backend
-from flexmsa.kernels.sequences import key_ranges
 from flexmsa.kernels.torch import decode as torch_decode
 from flexmsa.kernels.torch import inverse_index as torch_inverse_index
 from flexmsa.testing import oracle
 from flexmsa.testing.assertions import assert_close, product_size
-from flexmsa.testing.cases import Case
+from flexmsa.testing.cases import LENGTHS, Case
 
 __all__ = ["check_case"]
 
@@ -136,7 +136,7 @@ def _run(
         out, got = flexmsa.attention(q, k, v, index_q, index_k, **how)
         loss, lse = got.index_loss, got.lse
     else:
-        names = ("block_size", "scale", "cu_seqlens", "kv_starts", "kv_lens")
+        names = ("block_size", "scale", *LENGTHS)
         how = {name: settings[name] for name in names}
         aux = flexmsa.AuxRequest(lse=True, block_indices=True)
         out, got = flexmsa.block_sparse_attention(q, k, v, given, **how, backend=backend, return_aux=aux)
@@ -177,8 +177,7 @@ def _largest_error(lse: Tensor, exact: Tensor) -> float:
 
 def _ranges(inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     q, k = inputs[:2]
-    sequences = ops.sequence_table(q, settings["cu_seqlens"], settings["kv_starts"], settings["kv_lens"], k.shape[2])
-    return key_ranges(sequences, q.shape[0], q.shape[2])
+    return check_sequences(q, k.shape[2], **{name: settings[name] for name in LENGTHS}).key_ranges()
 
 
 def _selected(inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> Tensor:

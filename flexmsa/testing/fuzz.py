@@ -318,6 +318,8 @@ def _layout(case: Tested) -> str:
         return "warm-up"
     if case.cu_seqlens:
         return "packed documents"
+    if case.cu_seqlens_q:
+        return "packed documents, some queries"
     if case.kv_lens:
         return "part-filled cache"
     return "left padding" if case.kv_starts else "plain"

@@ -37,6 +37,8 @@ def attention(
     scale: float | None = None,
     index_scale: float | None = None,
     cu_seqlens: ArrayLike | None = None,
+    cu_seqlens_q: ArrayLike | None = None,
+    cu_seqlens_k: ArrayLike | None = None,
     kv_starts: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
     block_indices: ArrayLike | None = None,
@@ -63,7 +65,8 @@ def attention(
     indices = indices if block_indices is None else np.array(block_indices, dtype=np.int64)
     losses = []
     for b, i in itertools.product(range(batch), range(seqlen_q)):
-        first, last = _visible(b, i, seqlen_q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
+        offsets = (cu_seqlens, cu_seqlens) if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
+        first, last = _visible(b, i, seqlen_q, k.shape[2], offsets, kv_starts, kv_lens)
         if last < first:
             continue
         for r in range(num_kv_heads):
@@ -90,13 +93,18 @@ def _visible(
     i: int,
     seqlen_q: int,
     seqlen_k: int,
-    cu_seqlens: ArrayLike | None,
+    offsets: tuple[ArrayLike | None, ArrayLike | None],
     kv_starts: ArrayLike | None,
     kv_lens: ArrayLike | None,
 ) -> tuple[int, int]:
-    """The first and the last key that query i of row b sees; if it sees none, the last is before the first."""
-    if cu_seqlens is not None:
-        return max(int(x) for x in np.asarray(cu_seqlens) if x <= i), i
+    """The first and the last key that query i of row b sees; if it sees none, the last is before the first.
+
+    offsets: of the documents' queries and of their keys.
+    """
+    if offsets[0] is not None:
+        queries, keys = (np.asarray(x) for x in offsets)
+        document = max(n for n, offset in enumerate(queries) if offset <= i)
+        return int(keys[document]), int(keys[document + 1] - queries[document + 1]) + i
     first = 0 if kv_starts is None else int(np.asarray(kv_starts)[b])
     end = seqlen_k if kv_lens is None else int(np.asarray(kv_lens)[b])
     return first, end - seqlen_q + i

@@ -21,9 +21,13 @@ TOPKS = (1, 2, 3, 4, 5, 6, 7)
 
 
 @st.composite
-def packed_lengths(draw: st.DrawFn, total: int) -> tuple[int, ...]:
-    """Offsets of documents that fill `total` tokens; a document may have 1 token."""
-    cuts = draw(st.sets(st.integers(1, max(1, total - 1)), max_size=6)) if total > 1 else set()
+def packed_lengths(draw: st.DrawFn, total: int, *, documents: int | None = None) -> tuple[int, ...]:
+    """Offsets of documents that fill `total` tokens; a document may have 1 token, or none.
+
+    documents: their number, up to 7 by default.
+    """
+    least, most = (0, 6) if documents is None else (documents - 1, documents - 1)
+    cuts = draw(st.lists(st.integers(0, total), min_size=least, max_size=most))
     return (0, *sorted(cuts), total)
 
 
@@ -81,13 +85,16 @@ def variations(
     few queries. `garbage` lets given ids be out of range, which raises on a CPU.
     """
     seqlen_k = draw(st.integers(1, min(max_blocks * shape.block_size, max_tokens)))
-    layout = draw(st.sampled_from(["plain", "packed", "padded", "cache"]))
-    batch = 1 if layout == "packed" else draw(st.integers(1, 2))
+    layout = draw(st.sampled_from(["plain", "packed", "ragged", "padded", "cache"]))
+    batch = 1 if layout in ("packed", "ragged") else draw(st.integers(1, 2))
     seqlen_q = seqlen_k if layout in ("packed", "padded") else draw(st.integers(1, seqlen_k))
     if layout in ("plain", "cache") and long_keys and draw(st.integers(0, 5)) == 5:
         seqlen_k, seqlen_q = draw(st.integers(seqlen_k, long_keys)), min(seqlen_q, 24)
     cu_seqlens = draw(packed_lengths(seqlen_k)) if layout == "packed" else None
-    kv_starts = kv_lens = None
+    cu_seqlens_q = cu_seqlens_k = kv_starts = kv_lens = None
+    if layout == "ragged":
+        cu_seqlens_q = draw(packed_lengths(seqlen_q))
+        cu_seqlens_k = draw(packed_lengths(seqlen_k, documents=len(cu_seqlens_q) - 1))
     if layout == "cache":
         kv_lens = tuple(draw(st.integers(0, seqlen_k)) for _ in range(batch))
     if layout in ("padded", "cache"):
@@ -102,6 +109,8 @@ def variations(
         num_local_blocks=num_local_blocks,
         num_init_blocks=draw(st.integers(0, min(2, topk - num_local_blocks))),
         cu_seqlens=cu_seqlens,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         kv_starts=kv_starts,
         kv_lens=kv_lens,
         scale=draw(st.sampled_from([None, 0.3, 0.01] if shape.scale is None else [shape.scale, -0.3])),

@@ -220,6 +220,9 @@ def list_numbers_kernel(
                 repeated |= (chosen == other[:, None]) & (slot > earlier)[None, :]
         # Compared in 64 bits: an id of any size is out of range, never wrapped into it.
         seen = chosen.to(tl.int64) * block_size < sees[:, None]
+        if index.shifts is not None:
+            # Nothing keeps documents of a wrong table apart.
+            seen = seen & (tl.load(before_ptr + owner)[:, None] + chosen < index.num_blocks)
         number = tl.where(seen & ~repeated, first_list[:, None] + chosen.to(tl.int32), index.none)
         place = (group.to(tl.int64) * num_tokens + row)[:, None] * topk + slot[None, :]
         tl.store(index.numbers + place, number, mask=inside)

@@ -1,0 +1,176 @@
+"""Fragments of documents, whose keys overlap, as context parallel gives them to a rank: against the dense definition."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from flexmsa import AuxRequest, _core
+from flexmsa._sequences import Sequences
+from flexmsa.kernels.rules import SelectionRule
+from flexmsa.kernels.workspace import set_workspace_limit
+from flexmsa.testing import assert_close
+from flexmsa.testing.check import kernels_for_many_queries
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+EVERYTHING = AuxRequest(lse=True, block_indices=True, index_loss=True)
+NAMES = "q", "k", "v", "index_q", "index_k"
+
+
+def fragments_of(rank, ranks, documents, batch, count=2):
+    """(table, positions): documents [(batch row, start, stop, padding), ...] cut into `count` times `ranks` chunks.
+
+    A rank has the chunks that head-tail order gives it, two neighbouring rounds being mirrored. positions: the batch
+    row and key of each of its queries.
+    """
+    chunks = [r * ranks + (ranks - 1 - rank if r % 2 else rank) for r in range(count)]
+    table, positions, used = [], [], [0] * batch
+    for row, first, end, padding in documents:
+        size = -(-(end - first) // (count * ranks))
+        table.append([])
+        for chunk in chunks:
+            start, stop = min(first + chunk * size, end), min(first + (chunk + 1) * size, end)
+            queries = used[row], used[row] + stop - start
+            table[-1].append([row, *queries, first + padding, max(first + padding, stop)])
+            positions += [(row, x) for x in range(start, stop)]
+            used[row] = queries[1]
+    return torch.tensor(table, dtype=torch.int32), positions
+
+
+@dataclass(frozen=True)
+class Case:
+    """Documents [(batch row, start, stop, padding on the left), ...] of Sk keys per row, over `ranks` ranks."""
+
+    documents: tuple[tuple[int, int, int, int], ...]
+    ranks: int = 2
+    fragments: int = 2
+    seqlen: int = 60
+    groups: int = 2
+    group_size: int = 2
+    topk: int | None = 3
+    dtype: torch.dtype = torch.float32
+    block_size: int = 8
+
+
+ONE = ((0, 0, 60, 0),)
+# One of a single token, and one of none.
+PACKED = ((0, 0, 25, 0), (0, 25, 26, 0), (0, 26, 26, 0), (0, 26, 60, 0))
+TWO = ((0, 0, 25, 0), (0, 25, 60, 0))
+CASES = {
+    "one document": Case(ONE),
+    "packed": Case(PACKED),
+    "five heads": Case(PACKED, group_size=5, groups=1, block_size=16),
+    "many fragments": Case(TWO, fragments=5),
+    "left padding": Case(((0, 0, 60, 9), (1, 0, 60, 35))),
+    "half": Case(PACKED, group_size=8, dtype=torch.float16),
+    "dense": Case(PACKED, topk=None),
+}
+
+
+class Rank:
+    """The share of a rank: leaves, table and settings; the keys are all of the documents'."""
+
+    def __init__(self, case, rank):
+        self.case, batch = case, 1 + max(document[0] for document in case.documents)
+        generator = torch.Generator().manual_seed(0)
+        self.table, self.positions = fragments_of(rank, case.ranks, case.documents, batch, case.fragments)
+        heads = case.groups * case.group_size, case.groups, case.groups, case.groups, 1
+        all_tensors = [torch.randn(batch, h, case.seqlen, 16, generator=generator).to(case.dtype) for h in heads]
+        rows = [[x for at, x in self.positions if at == row] for row in range(batch)]
+        queries = [torch.stack([x[b, :, rows[b]] for b in range(batch)]) for x in (all_tensors[0], all_tensors[3])]
+        self.tensors = queries[0], all_tensors[1], all_tensors[2], queries[1], all_tensors[4]
+        self.rule = None if case.topk is None else SelectionRule(case.block_size, case.topk)
+
+    def run(self, backend, dtype=None, deferred=False, ids=None):
+        """(results, ids, gradients) of the core by a backend, in dtype."""
+        inputs = [x.to(dtype or x.dtype).detach().requires_grad_() for x in self.tensors]
+        sequences = Sequences.from_table(inputs[0], self.case.seqlen, self.table)
+        settings = _core.Settings(self.case.block_size, 0.25, 0.25, self.rule, backend)
+        value = torch.full((), torch.nan, dtype=torch.float32 if dtype is None else dtype) if deferred else None
+        out, aux = _core.attention(*inputs, sequences, settings, EVERYTHING, block_indices=ids, loss_value=value)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+        main = (out * weight).sum() + aux.lse.masked_fill(~aux.lse.isfinite(), 0.0).sum()
+        grads = torch.autograd.grad((main, aux.index_loss), inputs)
+        loss = value if deferred else aux.index_loss.detach()
+        return {"out": out.detach(), "lse": aux.lse.detach(), "index_loss": loss}, aux.block_indices, grads
+
+
+def check(case, rank, backend, deferred=False):
+    """Compare a rank's results with those of the reference, in float64."""
+    share = Rank(case, rank)
+    results, ids, grads = share.run(backend, deferred=deferred)
+    exact, right_ids, right = share.run("reference", torch.float64, ids=ids)
+    eager, _, baseline = share.run("reference", ids=ids)
+    if ids is not None:
+        narrow = share.run("reference")[1]
+        assert torch.equal(ids, narrow) and torch.equal(ids, right_ids)
+    for name, found in results.items():
+        assert_close(name, found, exact[name], eager[name], 5.0 if name == "index_loss" else 0.0)
+    for name, found, expected, other in zip(NAMES, grads, right, baseline, strict=True):
+        assert_close(f"gradient of {name}", found, expected, other, 0.1)
+    return results, ids, grads
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("deferred", [False, True])
+def test_torch(name, deferred):
+    for rank in range(CASES[name].ranks):
+        check(CASES[name], rank, "torch", deferred)
+
+
+@pytest.mark.parametrize(
+    ("name", "deferred"),
+    [*((name, True) for name in CASES if name not in ("half", "dense")), ("packed", False), ("half", False), ("dense", False)],
+)
+def test_triton(name, deferred):
+    case = CASES[name]
+    with kernels_for_many_queries(torch.empty(0), "triton"):
+        check(case, case.ranks - 1, "triton", deferred)
+
+
+def test_few_queries():
+    check(Case(PACKED, ranks=8), 3, "triton")
+
+
+@pytest.mark.parametrize("topk", [3, None])
+def test_token_ranges(topk):
+    set_workspace_limit(1)
+    with kernels_for_many_queries(torch.empty(0), "triton"):
+        check(Case(TWO, fragments=3, topk=topk), 0, "triton", deferred=topk is not None)
+
+
+def test_results_repeat_bit_for_bit():
+    with kernels_for_many_queries(torch.empty(0), "triton"):
+        first, second = (Rank(CASES["packed"], 1).run("triton", deferred=True) for _ in range(2))
+    for x, y in zip((*first[0].values(), *first[2]), (*second[0].values(), *second[2]), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_ranks_together_equal_one_process(backend):
+    """Ids bit for bit; out and lse alike; gradients of keys summed over the ranks, of queries each rank's own."""
+    case = CASES["packed"]
+    with kernels_for_many_queries(torch.empty(0), backend):
+        alone = Rank(Case(PACKED, ranks=1, fragments=1), 0)
+        weights = torch.randn(alone.tensors[0].shape, generator=torch.Generator().manual_seed(1))
+        out, ids, grads = _step(alone, backend, weights)
+        total = [torch.zeros_like(x) for x in grads[1:3]]
+        for rank in range(case.ranks):
+            share = Rank(case, rank)
+            place = [key for _, key in share.positions]
+            own_out, own_ids, own = _step(share, backend, weights[:, :, place])
+            assert torch.equal(own_ids, ids[:, :, place])
+            torch.testing.assert_close(own_out, out[:, :, place], rtol=0, atol=1e-6)
+            torch.testing.assert_close(own[0], grads[0][:, :, place], rtol=1e-5, atol=1e-5)
+            total = [x + y for x, y in zip(total, own[1:3], strict=True)]
+    for x, y in zip(total, grads[1:3], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def _step(share, backend, weights):
+    inputs = [x.detach().requires_grad_() for x in share.tensors]
+    sequences = Sequences.from_table(inputs[0], share.case.seqlen, share.table)
+    settings = _core.Settings(share.case.block_size, 0.25, 0.25, share.rule, backend)
+    out, aux = _core.attention(*inputs, sequences, settings, AuxRequest(block_indices=True))
+    return out.detach(), aux.block_indices, torch.autograd.grad((out * weights).sum(), inputs[:3])
