@@ -16,7 +16,7 @@ from .step import training_step
 class Layer:
     """Sizes and dtype of one call of an attention layer, by default MiniMax-M3's.
 
-    packed: documents along the sequence; queries: as many as tokens, the keys, if None; strided, offset: as for
+    packed: documents along the sequence; fragments: of each document, as for context parallel; queries: as many as tokens, the keys, if None; strided, offset: as for
     `lay_out`, of q, k, v, index_q and index_k. Its tensors are uninitialised; on "meta" they take no memory.
     """
 
@@ -29,6 +29,7 @@ class Layer:
     topk: int = 16
     dtype: torch.dtype = torch.bfloat16
     packed: bool = False
+    fragments: int = 1
     device: str = "meta"
     queries: int | None = None
     strided: bool = False
@@ -56,7 +57,8 @@ class Layer:
 
     def sequences(self) -> Tensor:
         """The table of sequences of one row, or of three packed documents."""
-        return self.empty(3 if self.packed else 1, 5)
+        documents = 3 if self.packed else 1
+        return self.empty(documents, 5) if self.fragments == 1 else self.empty(documents, self.fragments, 5)
 
     def vectors(self, heads: int, head_dim: int, tokens: int | None = None) -> Tensor:
         """[1, heads, tokens, head_dim]."""

@@ -51,7 +51,8 @@ def launched(case):
     k, v = (vectors(case.num_kv_heads, case.seqlen_k, case.head_dim) for _ in range(2))
     index_q = vectors(case.num_kv_heads, case.seqlen_q, case.index_head_dim)
     index_k = vectors(1, case.seqlen_k, case.index_head_dim)
-    table = meta(len(case.cu_seqlens) - 1 if case.cu_seqlens else case.batch, 5)
+    offsets = case.cu_seqlens or case.cu_seqlens_q
+    table = meta(len(offsets) - 1 if offsets else case.batch, 5)
     out, lse = meta(*q.shape, dtype=dtype), meta(*q.shape[:3], dtype=torch.float32)
     scale = case.scale or 0.1
     with record(SM_90) as launches:

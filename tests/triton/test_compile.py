@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,8 +134,15 @@ def test_loss_without_gradient(target):
 
 
 @pytest.mark.parametrize("task", TRAINING)
-def test_packed_documents(target, task):
-    build(TRAINING[task](Layer(packed=True), target), target)
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_packed_documents(target, fragments, task):
+    build(TRAINING[task](Layer(packed=True, fragments=fragments), target), target)
+
+
+@pytest.mark.parametrize("task", ["forward", "joint_backward", "loss"])
+def test_fragments_of_small_groups(task):
+    """Rows are gathered otherwise than those of large groups."""
+    build(TRAINING[task](replace(LLAMA, fragments=2), TARGETS["sm_90"]), TARGETS["sm_90"])
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_it_compiles_what_is_missing_and_launches_nothing(events):
 
 @pytest.mark.parametrize("loss_in_backward", [False, True])
 @pytest.mark.parametrize(
-    "sizes", [{}, {"packed": True}, {"num_heads": 6, "num_kv_heads": 2, "block_size": 64}], ids=str
+    "sizes", [{}, {"packed": True}, {"fragments": 2}, {"num_heads": 6, "num_kv_heads": 2, "block_size": 64}], ids=str
 )
 def test_the_first_launch_compiles_the_whole_step(events, sizes, loss_in_backward):
     """Recorded on its first tokens, the step has the kernels of its full length."""

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 LAYERS = {
     "M3": {},
     "packed": {"packed": True},
+    "fragments": {"packed": True, "fragments": 2},
     "head dim 80": {"num_heads": 16, "head_dim": 80, "index_head_dim": 80},
     "wide, fp32": {"num_heads": 8, "head_dim": 256, "index_head_dim": 256, "dtype": torch.float32},
 }

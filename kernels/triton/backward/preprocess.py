@@ -16,7 +16,7 @@ from ..common.launch import Launch, view
 from ..common.passes import PassLaunch
 from ..common.sizes import Sizes, cdiv, sizes_of
 from ..common.softmax import LOG2_E
-from ..schedule.inverse_index import InverseIndex, find_token_range, load_block, load_shift
+from ..schedule.inverse_index import InverseIndex, count_seen, find_token_range, load_block
 from .workspace import TileSizes, Workspace, first_row
 
 
@@ -108,8 +108,8 @@ def gather_kernel(index, statistics, rows, places_ptr, first_range, seqlen_q, nu
     local = tl.where(live, entry - tokens.first_entry, 0).to(tl.int32)
     token = tokens.first_token.to(tl.int32) + local // index.topk
     batch, query = (token // seqlen_q).to(tl.int64), token % seqlen_q
-    shift = load_shift(index, block, batch, query, seqlen_q)
-    limit = tl.minimum(block.stop_key, query + shift + 1) - block.first_key
+    end = count_seen(index, query + block.shift + 1, batch, query, 0, seqlen_q)
+    limit = tl.minimum(block.stop_key, end) - block.first_key
     origin = tl.program_id(1) * index.range_tokens * index.topk
     place += origin
     row = first_row(place, C)

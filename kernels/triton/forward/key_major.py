@@ -26,7 +26,7 @@ from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LOG2_E, softmax_rows
 from ..common.target import Target, padded
 from ..common.tiles import load_tile
-from ..schedule.inverse_index import InverseIndex, find_token_range, load_shift
+from ..schedule.inverse_index import InverseIndex, count_seen, find_token_range
 from ..schedule.work_items import cut_into_items, item_entries, load_item
 from .config import ForwardConfig
 from .records import Inputs, Partial, Vectors
@@ -126,6 +126,7 @@ def key_major_kernel(
     num_entries = item.stop - item.begin
     num_rows = num_entries * C.group_size
     first_query = (tokens.first_token - item.batch * seqlen_q).to(tl.int32) - range_number * index.range_tokens
+    seen_from = item.shift - item.first_key + 1
     # A step loads the rows of the next, whose entries were loaded a step before that.
     row = tl.cast(0, tl.int32)
     entry = load_entries(entries_ptr, origin, row, num_entries, C)
@@ -133,7 +134,7 @@ def key_major_kernel(
     q_rows = load_queries(q, base, entry, first_query, row, C)
     # Tokens ascend: those that do not see the whole block come first.
     query = first_query + ((tl.load(entries_ptr) - origin) // C.topk).to(tl.int32)
-    sees = query + (load_shift(index, item, item.batch, query, seqlen_q) - item.first_key + 1)
+    sees = count_seen(index, query + seen_from, item.batch, query, item.first_key, seqlen_q)
     precision: tl.constexpr = "ieee" if k.dtype == tl.float32 else "tf32"
     while (row < num_rows) & (tl.minimum(sees, num_keys) < C.columns):
         later = load_entries(entries_ptr, origin, row + 2 * ROWS, num_entries, C)
@@ -142,8 +143,8 @@ def key_major_kernel(
         slot = entry * C.group_size + head
         scores = tl.dot(q_rows, tl.trans(k), input_precision=precision)
         query = first_query + entry // C.topk
-        shift = load_shift(index, item, item.batch, query, seqlen_q)
-        count = tl.minimum(query + (shift - item.first_key + 1), num_keys)
+        count = count_seen(index, query + seen_from, item.batch, query, item.first_key, seqlen_q)
+        count = tl.minimum(count, num_keys)
         weights, normal, lse = softmax_rows(scores, count, scale, C.positive, True)
         out = tl.dot(weights.to(v.dtype), v, input_precision=precision)
         tl.store(partial.lse + slot, lse, mask=number < num_entries)
@@ -152,7 +153,7 @@ def key_major_kernel(
         row += ROWS
         first_entry = tl.load(entries_ptr + tl.minimum(row // C.group_size, num_entries - 1)) - origin
         query = first_query + (first_entry // C.topk).to(tl.int32)
-        sees = query + (load_shift(index, item, item.batch, query, seqlen_q) - item.first_key + 1)
+        sees = count_seen(index, query + seen_from, item.batch, query, item.first_key, seqlen_q)
     # A step's last product runs on into the next step, which stores it.
     out, normal, slot = tl.zeros([ROWS, DEPTH], tl.float32), tl.zeros([ROWS], tl.float32), entry
     for clear_row in tl.range(row, num_rows, ROWS, num_stages=C.stages):

@@ -34,7 +34,7 @@ from ..common.launch import Launch, Options
 from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LOG2_E, softmax_rows
 from ..common.target import Target
-from ..schedule.inverse_index import InverseIndex, find_token_range, load_shift
+from ..schedule.inverse_index import InverseIndex, count_seen, find_token_range
 from ..schedule.work_items import cut_into_items, item_entries, load_item
 from .config import ForwardConfig, fits_key_major_sm90
 from .records import Inputs, Partial
@@ -144,10 +144,9 @@ def store_outputs(tensors, buffers, barriers, work, shape: gl.constexpr):
 
 
 @gluon.jit
-def count_seen(work, item, query, num_keys):
-    """How many keys of a work item's block queries see."""
-    shift = load_shift(work.index, item, item.batch, query, work.seqlen_q)
-    return gl.minimum(query + (shift - item.first_key + 1), num_keys)
+def keys_seen(work, item, token, first_query, seen):
+    """How many keys queries `first_query + token` see from a work item's first key on: `seen + token` by its shift."""
+    return count_seen(work.index, token + seen, item.batch, first_query + token, item.first_key, work.seqlen_q)
 
 
 @gluon.jit
@@ -180,6 +179,7 @@ def attend_rows(buffers, barriers, work, lse_ptr, scale, shape: gl.constexpr):
         last = item.stop - item.begin - 1
         before = gl.program_id(1) * work.index.range_tokens
         first_query = gl.cast(tokens.first_token - item.batch * work.seqlen_q, gl.int32) - before
+        seen = first_query + item.shift - item.first_key + 1
         mbarrier.wait(barriers.keys_full, 0)
         if num_keys < BLOCK:
             clear_rows(k, num_keys)
@@ -189,16 +189,16 @@ def attend_rows(buffers, barriers, work, lse_ptr, scale, shape: gl.constexpr):
             number = step * shape.entries + row // shape.group_size
             entry = load_entry(entries_ptr, number, origin, last)
             # Queries ascend: the first one sees fewest.
-            first = first_query + load_entry(entries_ptr, step * shape.entries, origin, last) // shape.topk
-            fewest = count_seen(work, item, first, num_keys)
+            first = load_entry(entries_ptr, step * shape.entries, origin, last) // shape.topk
+            fewest = gl.minimum(keys_seen(work, item, first, first_query, seen), num_keys)
             mbarrier.wait(barriers.full.index(stage), step // STAGES & 1)
             scores = gl.zeros([ROWS, BLOCK], gl.float32, scored)
             scores = warpgroup_mma(q_rows.index(stage), k.permute((1, 0)), scores, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(barriers.empty.index(stage), count=1)
             if fewest < BLOCK:
-                seen = count_seen(work, item, first_query + entry // shape.topk, num_keys)
-                scores = hide_unseen(scores, seen - 1)
+                count = keys_seen(work, item, entry // shape.topk, first_query, seen)
+                scores = hide_unseen(scores, gl.minimum(count, num_keys) - 1)
             weights, normal, lse = softmax_rows(scores, None, scale, True, False)
             gl.store(lse_ptr + entry * shape.group_size + row % shape.group_size, lse, mask=number <= last)
             weights = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, summed, 2))

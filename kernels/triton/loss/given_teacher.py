@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..common.launch import Launch, Options
 from ..common.softmax import LN_2, LOG2_E
-from ..schedule.inverse_index import load_shift
+from ..schedule.inverse_index import count_seen
 from .gradient import TINY, fast_log2, store_key_gradients
 from .loads import LossCall, find_entries, load_entries, load_index_keys, load_part, load_rows
 from .teacher import load_teacher
@@ -28,6 +28,7 @@ def given_teacher_kernel(index_q, index_k, buffers, index, items, gradients, siz
     num_entries, num_keys = own.number, part.stop_key - part.first_key
     y = load_index_keys(index_k, part, C)
     precision: tl.constexpr = "ieee" if y.dtype == tl.float32 else "tf32"
+    lead = part.shift + 1 - part.first_key
     column, depth = tl.arange(0, COLUMNS), tl.arange(0, INDEX_DEPTH)
     key = tl.program_id(1) * COLUMNS + column
     grad_k = tl.zeros([COLUMNS, INDEX_DEPTH], tl.float32)
@@ -41,8 +42,8 @@ def given_teacher_kernel(index_q, index_k, buffers, index, items, gradients, siz
         index_lse = tl.load(buffers.index_lse + entry // index.topk)
         scores = tl.dot(y, tl.trans(x), input_precision=precision)
         log_student = scores * sizes.index_scale - index_lse[None, :]
-        lead = load_shift(index, part, part.batch, query, sizes.seqlen_q) + 1 - part.first_key
-        num_seen = tl.where(number < num_entries, tl.minimum(query + lead, num_keys), 0)
+        num_seen = count_seen(index, query + lead, part.batch, query, part.first_key, sizes.seqlen_q)
+        num_seen = tl.where(number < num_entries, tl.minimum(num_seen, num_keys), 0)
         seen = column[:, None] < num_seen[None, :]
         # P log P apart from P L: each is summed as it lies. Of a key that is not seen, P is 0. P and the student have
         # equal sums but for rounding: with their difference, the loss hardly depends on how P is rounded.

@@ -13,7 +13,7 @@ import triton.language as tl
 from ..common.launch import Launch, Options
 from ..common.softmax import LN_2, LOG2_E
 from ..common.tiles import load_tile
-from ..schedule.inverse_index import load_shift
+from ..schedule.inverse_index import count_seen
 from .loads import LossCall, find_entries, load_entries, load_index_keys, load_part, load_rows
 
 TINY = tl.constexpr(1.1754943508222875e-38)
@@ -86,6 +86,7 @@ def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, 
     k_base = k.ptr + part.batch * k.stride_b + own.group * k.stride_h
     keys = load_tile(k_base, part.first_key, num_keys, k.stride_s, k.stride_d, COLUMNS, C.head_dim, C.depth)
     lse_base = buffers.lse + (part.batch * sizes.seqlen_q * sizes.num_kv_heads + own.group) * sizes.group_size
+    lead = part.shift + 1 - part.first_key
     column = tl.arange(0, COLUMNS)
     depth = tl.arange(0, INDEX_DEPTH)
     grad_k = tl.zeros([COLUMNS, INDEX_DEPTH], tl.float32)
@@ -103,8 +104,8 @@ def index_loss_kernel(q, k, index_q, index_k, buffers, index, items, gradients, 
         if step < num_entries:
             log_student = tl.dot(x, tl.trans(y), input_precision=precision)
         log_student = log_student * sizes.index_scale - tl.load(buffers.index_lse + entry // index.topk)[:, None]
-        lead = load_shift(index, part, part.batch, query, sizes.seqlen_q) + 1 - part.first_key
-        num_seen = tl.where(number < num_entries, tl.minimum(query + lead, num_keys), 0)
+        num_seen = count_seen(index, query + lead, part.batch, query, part.first_key, sizes.seqlen_q)
+        num_seen = tl.where(number < num_entries, tl.minimum(num_seen, num_keys), 0)
         seen = column[None, :] < num_seen[:, None]
         teacher = tl.where(seen, teacher * (1.0 / sizes.group_size), 0.0)
         ratio = fast_log2(tl.maximum(teacher, TINY)) - log_student

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..common.launch import Launch, Options
 from ..common.sizes import cdiv
-from ..schedule.inverse_index import find_token_range, load_shift
+from ..schedule.inverse_index import count_seen, find_token_range
 from .loads import LossCall, find_entries, load_entries, load_index_keys, load_part, load_rows
 
 
@@ -29,8 +29,8 @@ def block_lse_kernel(index_q, index_k, buffers, index, items, sizes, first_range
         query = own.first_query + entry // index.topk
         x = load_rows(own.x_base, query, index_q.stride_s, index_q.stride_d, C.index_head_dim, C.index_depth)
         scores = tl.dot(x, tl.trans(y), input_precision=precision) * sizes.index_scale
-        shift = load_shift(index, part, part.batch, query, sizes.seqlen_q)
-        seen = key[None, :] < tl.minimum(query + shift + 1, part.stop_key)[:, None]
+        end = count_seen(index, query + part.shift + 1, part.batch, query, 0, sizes.seqlen_q)
+        seen = key[None, :] < tl.minimum(end, part.stop_key)[:, None]
         scores = tl.where(seen, scores, float("-inf"))
         largest = tl.max(scores, axis=1)
         offset = tl.where(largest == float("-inf"), 0.0, largest)

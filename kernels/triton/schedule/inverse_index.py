@@ -30,7 +30,7 @@ ROWS = tl.constexpr(64)
 class Block(NamedTuple):
     """A row of `InverseIndex.blocks`: query i of the sequence sees the block's keys j <= i + shift; batch is int64.
 
-    Fragments share blocks, and each query has a shift of its own (see `load_shift`).
+    Fragments share blocks, and each query has a shift of its own (see `count_seen`).
     """
 
     batch: Any
@@ -96,12 +96,16 @@ def load_block(blocks_ptr, block, mask=None):
 
 
 @triton.jit
-def load_shift(index, block, batch, query, seqlen_q):
-    """The shift of queries of a batch row, which see a Block or WorkItem: the block's, but where it is shared."""
+def count_seen(index, seen, batch, query, first_key, seqlen_q):
+    """How many keys from first_key on queries of a batch row see.
+
+    That is `seen`, from the shift of their block, unless fragments share blocks: then from the shift of each query.
+    """
     if index.shifts is None:
-        return block.shift
+        return seen
     else:
-        return tl.load(index.shifts + (batch * seqlen_q + query - index.first_token))
+        shift = tl.load(index.shifts + (batch * seqlen_q + query - index.first_token))
+        return query + (shift + 1 - first_key)
 
 
 @triton.jit
