@@ -27,6 +27,8 @@ def test_opcheck_of_every_operator():
     main, loss = (SEQUENCES, 8, 0.25), (SEQUENCES, 8, 0.25, 0.25)
     opcheck(ops.sequence_table, (q, None, None, lengths(20), 33))
     opcheck(ops.sequence_table, (q, lengths(0, 1, 33), None, None, 33))
+    opcheck(ops.sequence_table, (q, lengths(0, 1, 1, 33), None, None, 33, lengths(0, 5, 20, 33)))
+    opcheck(ops.fragment_table, (torch.tensor([[[0, 0, 3, 0, 3], [0, 3, 33, 0, 33]]]), 1, 33, 33))
     opcheck(ops.select_blocks, (index_q, index_k, SEQUENCES, 8, 2, 1, 0, "torch"))
     for indices in (ids, None):
         opcheck(ops.block_sparse_attention, (strided, k, v, indices, *main, "torch"))

@@ -6,6 +6,7 @@ from helpers import lengths, make_inputs
 
 import flexmsa
 from flexmsa import AuxRequest, MSAConfig
+from flexmsa._sequences import Sequences
 
 
 def _attend(change=None, **settings):
@@ -31,6 +32,7 @@ BAD_TENSORS = [
     ({"index_k": lambda x: x[..., 1:]}, ValueError, r"index_k: expected"),
     ({"index_q": lambda x: x.to(torch.float8_e4m3fn)}, TypeError, r"index_q: expected .* 16 bits or more, got"),
 ]
+RAGGED = {"cu_seqlens_q": lengths(0, 40), "cu_seqlens_k": lengths(0, 40)}
 BAD_SETTINGS = [
     ({"topk": 0}, ValueError, r"topk: expected an int >= 1, got 0"),
     ({"topk": 2.0}, TypeError, r"topk: expected an int, got float"),
@@ -45,7 +47,15 @@ BAD_SETTINGS = [
     ({"cu_seqlens": lengths(40)}, ValueError, r"cu_seqlens: expected \[documents \+ 1\]"),
     ({"cu_seqlens": lengths(0, 20)}, ValueError, r"cu_seqlens: expected offsets from 0 to .* 40, got 0 to 20"),
     ({"cu_seqlens": lengths(1, 40)}, ValueError, r"cu_seqlens: expected offsets from 0"),
-    ({"cu_seqlens": lengths(0, 20, 20, 40)}, ValueError, r"cu_seqlens: expected rising offsets, got 20 then 20"),
+    ({"cu_seqlens": lengths(0, 20, 10, 40)}, ValueError, r"cu_seqlens: expected rising offsets, got 20 then 10"),
+    ({"cu_seqlens_q": lengths(0, 40)}, ValueError, r"expected both or neither, got cu_seqlens_q alone"),
+    ({"cu_seqlens_k": lengths(0, 40)}, ValueError, r"expected both or neither, got cu_seqlens_k alone"),
+    ({**RAGGED, "cu_seqlens": lengths(0, 40)}, ValueError, r"either cu_seqlens, or cu_seqlens_q and cu_seqlens_k"),
+    ({**RAGGED, "cu_seqlens_k": lengths(0, 9, 40)}, ValueError, r"one offset more than documents each, got 2 and 3"),
+    ({**RAGGED, "cu_seqlens_q": lengths(0, 41)}, ValueError, r"cu_seqlens_q: expected offsets from 0 to .* 40, got"),
+    ({**RAGGED, "cu_seqlens_k": lengths(0, 39)}, ValueError, r"cu_seqlens_k: expected offsets from 0 to .* 40, got"),
+    ({**RAGGED, "cu_seqlens_q": lengths(0)}, ValueError, r"cu_seqlens_q: expected \[documents \+ 1\]"),
+    ({**RAGGED, "kv_lens": lengths(40)}, ValueError, r"cu_seqlens_q: expected alone"),
     ({"cu_seqlens": lengths(0, 40).float()}, TypeError, r"cu_seqlens: expected int32"),
     ({"cu_seqlens": [0, 40]}, TypeError, r"cu_seqlens: expected a tensor, got list"),
     ({"cu_seqlens": lengths(0, 40), "kv_lens": lengths(40)}, ValueError, r"cu_seqlens: expected alone"),
@@ -66,6 +76,34 @@ def test_a_bad_tensor_is_named(change, error, message):
 def test_a_bad_setting_is_named(settings, error, message):
     with pytest.raises(error, match=message):
         _attend(**settings)
+
+
+def test_documents_of_fewer_queries_than_keys_say_so():
+    inputs = make_inputs(40).rows(slice(20, 40), slice(None))
+    with pytest.raises(ValueError, match=r"as many queries as keys, got Sq=20, Sk=40; pass cu_seqlens_q and cu_seql"):
+        flexmsa.attention(*inputs, cu_seqlens=lengths(0, 40))
+
+
+BAD_FRAGMENTS = [
+    # Two fragments of one document of 8 keys, 2 and 2 queries; then each with one thing wrong.
+    (lambda x: x[:, 0], r"fragments: expected \[documents, fragments, 5\], got \[1, 5\]"),
+    (lambda x: x.flip(1), r"whose queries ascend without gaps"),
+    (lambda x: x + torch.tensor([0, 0, 0, 1, 1]) * torch.tensor([[0], [1]]), r"one batch row and k_start per document"),
+    (lambda x: x - torch.tensor([0, 0, 0, 0, 5]) * torch.tensor([[0], [1]]), r"see ever more keys; got .* in document 0"),
+    (lambda x: x + torch.tensor([0, 0, 0, 0, 1]), r"see ever more keys; got \[0, 2, 4, 0, 9\]"),
+    (lambda x: x + torch.tensor([1, 0, 0, 0, 0]), r"got batch row 1 and k_start 0 for document 0"),
+    (lambda x: x.repeat(2, 1, 1), r"got batch row 0 and k_start 0 for document 1"),
+    (lambda x: x[:, :1], r"expected each of 1 x 4 queries in one row, got 2"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_FRAGMENTS)
+def test_a_bad_table_of_fragments_is_named(change, message):
+    good = torch.tensor([[[0, 0, 2, 0, 3], [0, 2, 4, 0, 8]]], dtype=torch.int32)
+    q = torch.empty(1, 1, 4, 16)
+    Sequences.from_table(q, 8, good)
+    with pytest.raises(ValueError, match=message):
+        Sequences.from_table(q, 8, change(good))
 
 
 BAD_INDICES = [

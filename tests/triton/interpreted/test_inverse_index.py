@@ -16,30 +16,44 @@ SEQUENCES = {
     "plain": ([[0, 0, 40, 0, 40], [1, 0, 40, 0, 40]], 2, 40, 40),
     "packed": ([[0, 0, 1, 0, 1], [0, 1, 30, 1, 30], [0, 30, 40, 30, 40]], 1, 40, 40),
     "cache": ([[0, 0, 8, 5, 61], [1, 0, 8, 0, 3]], 2, 8, 70),
+    # Two documents with fragments, the second of which has its longest fragment without queries.
+    "fragments": (
+        [
+            [[0, 0, 7, 0, 9], [0, 7, 9, 0, 30], [0, 9, 9, 0, 30]],
+            [[0, 9, 10, 31, 32], [0, 10, 18, 31, 55], [0, 18, 18, 31, 60]],
+        ],
+        *(1, 18, 60),
+    ),
     # More than one step of the table of blocks takes, and of the bisection; the second has no queries.
     "many": ([[0, 0, 1, 0, 3], [0, 1, 1, 3, 3], *([0, i, i + 1, 3 * i, 3 * i + 3] for i in range(1, 90))], 1, 90, 270),
 }
 BLOCK = 8
 
 
-def chosen(ids, sequences, seqlen_q, range_tokens, skip):
-    """{(group, token_range, block): [(token, slot), ...]} and the first block of each sequence."""
-    lists = defaultdict(list)
+def queries_of(sequences):
+    """(batch row, query, its newest block, its document's first block) of each query of [documents][fragments]."""
     first_block = 0
-    for batch, q_start, q_end, k_start, k_end in sequences:
-        for query in range(q_start, q_end):
-            newest = (k_end - q_end + query - k_start) // BLOCK
-            token = batch * seqlen_q + query
-            for group in range(ids.shape[1]):
-                row = ids[batch, group, query].tolist()
-                for slot, block in enumerate(row):
-                    if (
-                        0 <= block <= newest
-                        and block not in row[:slot]
-                        and not (skip is not None and skip[group, token])
-                    ):
-                        lists[group, token // range_tokens, first_block + block].append((token, slot))
-        first_block += -(-max(0, k_end - k_start) // BLOCK)
+    for rows in sequences:
+        for batch, q_start, q_end, k_start, k_end in rows:
+            for query in range(q_start, q_end):
+                yield batch, query, (k_end - q_end + query - k_start) // BLOCK, first_block
+        first_block += -(-max(0, max(row[4] for row in rows) - rows[0][3]) // BLOCK)
+
+
+def chosen(ids, sequences, seqlen_q, range_tokens, skip):
+    """{(group, token_range, block): [(token, slot), ...]}."""
+    lists = defaultdict(list)
+    for batch, query, newest, first_block in queries_of(sequences):
+        token = batch * seqlen_q + query
+        for group in range(ids.shape[1]):
+            row = ids[batch, group, query].tolist()
+            for slot, block in enumerate(row):
+                if (
+                    0 <= block <= newest
+                    and block not in row[:slot]
+                    and not (skip is not None and skip[group, token])
+                ):
+                    lists[group, token // range_tokens, first_block + block].append((token, slot))
     return {name: sorted(entries) for name, entries in lists.items()}
 
 
@@ -73,7 +87,10 @@ def test_lists(layout, range_tokens, dtype, skipping):
             if entries:
                 found[group, token_range, block] = [(e // topk % index.num_tokens, e % topk) for e in entries]
                 assert {e // topk // index.num_tokens for e in entries} == {group}
-    assert found == chosen(ids, rows, seqlen_q, range_tokens, skip)
+    documents = [row if isinstance(row[0], list) else [row] for row in rows]
+    assert found == chosen(ids, documents, seqlen_q, range_tokens, skip)
+    shifts = [k_end - q_end for row in documents for _, q_start, q_end, _, k_end in row for _ in range(q_start, q_end)]
+    assert index.shifts is None if len(documents[0]) == 1 else index.shifts.tolist() == shifts
 
     items = cut_into_items(index, length)
     for number in range(index.num_ranges):
