@@ -40,25 +40,34 @@ def combine_rows(partial, numbers, first_place, live, none, topk, C: tl.constexp
     """
     ROWS: tl.constexpr = C.rows
     DEPTH: tl.constexpr = C.depth
-    d = tl.arange(0, DEPTH)[None, None, :]
+    SLOTS: tl.constexpr = C.slots
+    d = tl.arange(0, DEPTH)[None, :]
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DEPTH], tl.float32)
-    for start in range(0, topk, C.slots):
-        slot = start + tl.arange(0, C.slots)[:, None]
-        used = live[None, :] & (slot < topk)
-        used &= tl.load(numbers[None, :] + slot, mask=used, other=none) < none
-        place = first_place[None, :] + slot * C.group_size
-        lse = tl.load(partial.lse + place, mask=used, other=float("-inf"))
-        # One load of several slots, because the loads of an unrolled loop wait for one another.
-        part, mask = partial.out + (place * C.head_dim)[:, :, None] + d, used[:, :, None] & (d < C.head_dim)
-        out = tl.load(part, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        new_max = tl.maximum(row_max, tl.max(lse, axis=0))
+    for start in range(0, topk, SLOTS):
+        # All are loaded before any is added: loads between sums would wait for one another.
+        used = ()
+        for number in tl.static_range(SLOTS):
+            inside = live & (start + number < topk)
+            used += (inside & (tl.load(numbers + start + number, mask=inside, other=none) < none),)
+        parts = ()
+        lse = ()
+        for number in tl.static_range(SLOTS):
+            place = first_place + (start + number) * C.group_size
+            lse += (tl.load(partial.lse + place, mask=used[number], other=float("-inf")),)
+            part, mask = partial.out + (place * C.head_dim)[:, None] + d, used[number][:, None] & (d < C.head_dim)
+            parts += (tl.load(part, mask=mask, other=0.0, eviction_policy="evict_first"),)
+        new_max = row_max
+        for number in tl.static_range(SLOTS):
+            new_max = tl.maximum(new_max, lse[number])
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        decay, weights = tl.exp2(row_max - shift), tl.exp2(lse - shift[None, :])
-        total = total * decay + tl.sum(weights, axis=0)
-        acc = acc * decay[:, None] + tl.sum(out * weights[:, :, None], axis=0)
-        row_max = new_max
+        decay = tl.exp2(row_max - shift)
+        total, acc, row_max = total * decay, acc * decay[:, None], new_max
+        for number in tl.static_range(SLOTS):
+            weight = tl.exp2(lse[number] - shift)
+            total += weight
+            acc += weight[:, None] * parts[number].to(tl.float32)
     return acc * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None], row_max + tl.log2(total)
 
 
