@@ -21,7 +21,7 @@ from .records import Partial, Results, result_row
 class CombineConstants(Sizes):
     """Constants of `combine_kernel`.
 
-    rows: per program, of `tokens` neighbouring tokens, or of one of the `parts` of a token's heads; slots: read at once.
+    rows: per program, of `tokens` neighbouring tokens or of one of the `parts` of a token's heads; slots: read at once.
     """
 
     rows: int
@@ -50,14 +50,16 @@ def combine_rows(partial, numbers, first_place, live, none, topk, C: tl.constexp
         used = ()
         for number in tl.static_range(SLOTS):
             inside = live & (start + number < topk)
-            used += (inside & (tl.load(numbers + start + number, mask=inside, other=none) < none),)
+            used += (inside & (tl.load(numbers + start + number, mask=inside, other=none) < none),)  # type: ignore[assignment]
         parts = ()
         lse = ()
         for number in tl.static_range(SLOTS):
             place = first_place + (start + number) * C.group_size
-            lse += (tl.load(partial.lse + place, mask=used[number], other=float("-inf")),)
+            lse += (tl.load(partial.lse + place, mask=used[number], other=float("-inf")),)  # type: ignore[assignment]
             part, mask = partial.out + (place * C.head_dim)[:, None] + d, used[number][:, None] & (d < C.head_dim)
-            parts += (tl.load(part, mask=mask, other=0.0, eviction_policy="evict_first"),)
+            # Read once: the lse, and what others read, are to stay in the L2 cache.
+            vectors = tl.load(part, mask=mask, other=0.0, eviction_policy="evict_first")
+            parts += (vectors,)  # type: ignore[assignment]
         new_max = row_max
         for number in tl.static_range(SLOTS):
             new_max = tl.maximum(new_max, lse[number])

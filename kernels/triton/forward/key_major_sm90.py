@@ -15,14 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ...problem import Problem
-from ..common.gluon_sm90 import (
-    HALF,
-    SIDE_BY_SIDE,
-    clear_rows,
-    hide_unseen,
-    make_barriers,
-    shared_box,
-)
+from ..common.gluon_sm90 import HALF, SIDE_BY_SIDE, clear_rows, hide_unseen, make_barriers, shared_box
 from ..common.launch import Launch, Options, view
 from ..common.sizes import sizes_of
 from ..common.softmax import LOG2_E, softmax_rows
@@ -30,8 +23,18 @@ from ..common.target import Target
 from ..schedule.inverse_index import InverseIndex, find_token_range
 from ..schedule.work_items import cut_into_items, item_entries, load_item
 from .config import ForwardConfig, fits_key_major_sm90
-from .copies import ROWS, Barriers, Boxes, ItemShape, Work, copy_queries, exchange_rows, load_entry, locate_rows
-from .copies import store_outputs
+from .copies import (
+    ROWS,
+    Barriers,
+    Boxes,
+    ItemShape,
+    Work,
+    copy_queries,
+    exchange_rows,
+    load_entry,
+    locate_rows,
+    store_outputs,
+)
 from .records import Inputs, Partial
 
 # Per thread, at the launch: two programs share a multiprocessor.
