@@ -118,6 +118,7 @@ def test_shapes_are_distinct_and_reach_the_kernels_of_hopper():
         "query_major_sm90_kernel",
         "key_major_sm90_kernel",
         "gradient_sm90_kernel",
+        "given_teacher_sm90_kernel",
     }
 
 

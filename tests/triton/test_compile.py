@@ -28,9 +28,11 @@ SPILLS = {
     "gradient_kernel": 64,
     # With the teacher, and the addresses of rows that are copied one by one. On an H200, with groups of 4, fewer stages
     # and so fewer numbers take a third more time.
-    "gradient_sm90_kernel": 112,
+    "gradient_sm90_kernel": 120,
     # Where rows are copied one by one, once per program, before the copies.
     "key_major_sm90_kernel": 8,
+    # Numbers of a work item, while its steps run.
+    "given_teacher_sm90_kernel": 88,
 }
 # What this process has compiled: layers share many kernels.
 COMPILED = {}
@@ -98,6 +100,7 @@ def test_training(layer, name, task):
 PRODUCTS = {
     *("selection_kernel", "query_major_kernel", "query_major_sm90_kernel", "key_major_kernel", "key_major_sm90_kernel"),
     *("gradient_kernel", "gradient_sm90_kernel", "index_loss_kernel", "block_lse_kernel"),
+    *("given_teacher_kernel", "given_teacher_sm90_kernel"),
 }
 
 
@@ -105,16 +108,18 @@ PRODUCTS = {
 @pytest.mark.parametrize("heads", [(32, 4), (64, 1)], ids=["groups of 8", "groups of 64"])
 def test_gluon_kernels(heads, head_dim):
     """On Hopper, with their products in flight: each ends a group, as each is the only one of its warps."""
-    layer = Layer(num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim)
+    layer = Layer(num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim, index_head_dim=head_dim)
     target = TARGETS["sm_90"]
-    kernels = build([*recorded.forward_launches(layer, target), *recorded.backward_launches(layer, target)], target)
+    launches = recorded.forward_launches(layer, target) + recorded.joint_backward_launches(layer, target)
+    kernels = build(launches, target)
     block = layer.block_size
     # Scores and values: once per half of the warps query-major, once key-major. Backward: five products, in steps with
-    # masks and without.
+    # masks and without. Index loss: three.
     expected = {
         "query_major_sm90_kernel": (2 * (head_dim + block) // 16, 4),
         "key_major_sm90_kernel": ((head_dim + block) // 16, 2),
         "gradient_sm90_kernel": (2 * (2 * head_dim + 2 * 64 + block) // 16, 10),
+        "given_teacher_sm90_kernel": ((head_dim + 64 + block) // 16, 3),
     }
     assert {name: lone_products(kernels[name].asm["cubin"]) for name in expected} == expected
     # Two programs share a multiprocessor's 228 KiB, of which each takes 1 KiB for itself.

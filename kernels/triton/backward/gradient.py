@@ -126,6 +126,19 @@ def store_key_gradients(work, grad_k, grad_v, C: tl.constexpr):
 
 
 @triton.jit
+def find_rows(step, begin, stop, C: tl.constexpr):
+    """(entry, head as int64, whether it is the work item's) of each row of a step; no row of a step past the last."""
+    HEADS: tl.constexpr = C.group_size
+    STEPS: tl.constexpr = C.tile_rows // C.rows
+    lane = tl.arange(0, C.rows)
+    # With one step a tile, heads are known to the compiler.
+    inside = lane if STEPS == 1 else (step * C.rows + lane) % C.tile_rows
+    first = step // STEPS * C.entries
+    live = (inside >= (begin - first) * HEADS) & (inside < tl.minimum(stop - first, C.entries) * HEADS)
+    return first + inside // HEADS, (inside % HEADS).to(tl.int64), live
+
+
+@triton.jit
 def gradient_kernel(grad_out, q, k, v, work, scale, C: tl.constexpr):
     """See the module's docstring. Program (i, n) owns work item i of range n, and C.columns of its block's keys.
 
@@ -157,19 +170,14 @@ def gradient_kernel(grad_out, q, k, v, work, scale, C: tl.constexpr):
     lane = tl.arange(0, ROWS)
     first, last = begin // ENTRIES * STEPS, tl.cdiv(stop, ENTRIES) * STEPS
     # The addresses of the next rows are known one step ahead, so that the copies in flight need not wait for them.
-    upcoming = tl.load(rows.queries + first * ROWS + lane)
+    upcoming = tl.load(rows.queries + first * ROWS + lane, mask=find_rows(first, begin, stop, C)[2], other=0)
     grad_k = tl.zeros([COLUMNS, DEPTH], tl.float32)
     grad_v = tl.zeros([COLUMNS, DEPTH], tl.float32)
     for step in range(first, last):
         query = upcoming.to(tl.int64)
         row = step * ROWS + lane
-        upcoming = tl.load(rows.queries + row + ROWS, mask=step + 1 < last, other=0)
-        # With one step a tile, heads are known to the compiler.
-        inside = lane if STEPS == 1 else row % TILE_ROWS
-        first_entry = step // STEPS * ENTRIES
-        entry = first_entry + inside // HEADS
-        live = (inside >= (begin - first_entry) * HEADS) & (inside < tl.minimum(stop - first_entry, ENTRIES) * HEADS)
-        head = (inside % HEADS).to(tl.int64)
+        upcoming = tl.load(rows.queries + row + ROWS, mask=find_rows(step + 1, begin, stop, C)[2], other=0)
+        entry, head, live = find_rows(step, begin, stop, C)
         q_rows = q_base + query * q.stride_s + head * q.stride_h
         grad_rows = grad_base + query * grad_out.stride_s + head * grad_out.stride_h
         mask = live[:, None] if HEAD_DIM == DEPTH else live[:, None] & (d < HEAD_DIM)[None, :]

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ...problem import Problem
-from ..common.gluon_sm90 import HALF, SIDE_BY_SIDE, clear_rows, make_barriers, meet, shared_box
+from ..common.gluon_sm90 import HALF, SIDE_BY_SIDE, clear_rows, make_barriers, meet, shared_box, store_sum
 from ..common.launch import Launch, Options, view
 from ..common.softmax import LOG2_E
 from ..common.target import Target, fits_gather_sm90
@@ -163,22 +163,6 @@ def store_present(partial_q_ptr, grad_q, tiles, tile, shape: gl.constexpr):
     present = find_present(tiles, tile, row, shape)
     place = (gl.cast(tile, gl.int64) * ROWS + row)[:, None] * grad_q.shape[1] + d[None, :]
     gl.store(partial_q_ptr + place, grad_q, mask=present[:, None])
-
-
-@gluon.jit
-def store_sum(sums_ptr, partial_ptr, grad, place, slot, count):
-    """Add a block's gradient [BLOCK, D], of `count` keys, to the sums from key `place` on, or write it to a slot."""
-    BLOCK: gl.constexpr = grad.shape[0]
-    HEAD_DIM: gl.constexpr = grad.shape[1]
-    key = gl.arange(0, BLOCK, gl.SliceLayout(1, grad.type.layout))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, grad.type.layout))
-    tile = key[:, None] * HEAD_DIM + d[None, :]
-    mask = (key < count)[:, None]
-    if slot < 0:
-        at = sums_ptr + place * HEAD_DIM + tile
-        gl.store(at, grad + gl.load(at, mask=mask, other=0.0), mask=mask)
-    else:
-        gl.store(partial_ptr + slot * (BLOCK * HEAD_DIM) + tile, grad, mask=mask)
 
 
 @gluon.jit

@@ -6,15 +6,20 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from ..common.launch import view
+from ..common.launch import Launch, view
 from ..common.softmax import LOG2_E
+from ..common.target import GLUON, target_of
 from ..loss.config import LossConfig, LossConstants, loss_constants
-from ..loss.launch import loss_config, make_call, slot_bytes
+from ..loss.given_teacher import given_teacher
+from ..loss.launch import launches_of, loss_config, make_call, slot_bytes
 from ..loss.loads import LossCall, Sizes
 from ..loss.reduce import Scale, loss_scale
 from ..schedule.inverse_index import InverseIndex
 from ..schedule.work_items import WorkItems
-from .workspace import TileSizes
+from .workspace import TileSizes, Workspace
+
+if GLUON:
+    from ..loss import given_teacher_sm90
 
 
 class IndexBranch(NamedTuple):
@@ -27,9 +32,10 @@ class IndexBranch(NamedTuple):
 
 
 class IndexLoss(NamedTuple):
-    """The loss of one backward: call, for its passes; index_k, whose dtype its gradient gets; mean."""
+    """The loss of one backward: its call and launches; index_k, whose dtype its gradient gets; mean."""
 
     call: LossCall
+    launches: list[Launch]
     index_k: Tensor
     mean: Scale
 
@@ -54,9 +60,17 @@ def bytes_per_slot(branch: IndexBranch, constants: LossConstants, length: int) -
     return slot_bytes(constants, length, branch.index_q.element_size())
 
 
+def main_launch(call: LossCall, index_k: Tensor, workspace: Workspace) -> Launch:
+    """The launch that takes the teacher."""
+    target = target_of(index_k.device)
+    if GLUON and given_teacher_sm90.supports(call, index_k, target):
+        return given_teacher_sm90.given_teacher_sm90(call, index_k, workspace.rows.limits, target)
+    return given_teacher(call)
+
+
 def prepare(
     branch: IndexBranch,
-    teacher: Tensor,
+    workspace: Workspace,
     index: InverseIndex,
     items: WorkItems,
     num_ranges: int,
@@ -75,5 +89,7 @@ def prepare(
     # The main branch's scale is in the teacher.
     sizes = Sizes(*shape, 1.0, index_scale * LOG2_E.value)
     views = None, None, view(index_q), view(index_k)
-    call = make_call(views, teacher, None, outputs, index, items, num_ranges, sizes, config, constants)
-    return IndexLoss(call, index_k, mean)
+    call = make_call(
+        views, workspace.partial.teacher, None, outputs, index, items, num_ranges, sizes, config, constants
+    )
+    return IndexLoss(call, launches_of(call, main_launch(call, index_k, workspace)), index_k, mean)

@@ -35,7 +35,7 @@ from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.launch import choose
 from ..common.target import GLUON, target_of
 from ..common.tiles import tma_ready
-from ..loss.launch import index_loss, launches_of, run_pass
+from ..loss.launch import index_loss, run_pass
 from ..schedule.inverse_index import inverse_indexes
 from ..schedule.work_items import cut_into_items
 from . import gradient
@@ -114,10 +114,7 @@ def find_gradients(
             workspace = make_workspace(q, x.lse, x.sequences, sizes, entries, slots, branch is not None)
             launches = implementation.gradient_launches(x.grad_out, q, k, x.v, workspace, problem, config)
         if branch is not None:
-            assert workspace.partial.teacher is not None
-            inputs = branch, workspace.partial.teacher, index, items, per_pass, x.sequences
-            loss = prepare(*inputs, problem, *loss_settings)
-            loss_launches = launches_of(loss.call)
+            loss = prepare(branch, workspace, index, items, per_pass, x.sequences, problem, *loss_settings)
         group_ranges = index.num_ranges // num_kv_heads
         for first in range(0, index.num_ranges, per_pass):
             count = min(per_pass, index.num_ranges - first)
@@ -129,7 +126,7 @@ def find_gradients(
             sum_items(index, work, count, problem)
             sum_slots(index, workspace, grad_q, first, count, num_kv_heads)
             if loss is not None:
-                run_pass(loss_launches, first, count)
+                run_pass(loss.launches, first, count)
     main = grad_q, sums.k.to(k.dtype), sums.v.to(x.v.dtype)
     return main if loss is None else (*main, *loss.results())
 

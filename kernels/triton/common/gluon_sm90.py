@@ -73,6 +73,22 @@ def hide_unseen(scores, last):
     return gl.where(column[None, :] <= last[:, None], scores, float("-inf"))
 
 
+@gluon.jit
+def store_sum(sums_ptr, partial_ptr, grad, place, slot, count):
+    """Add a block's gradient [BLOCK, D], of `count` keys, to the sums from key `place` on, or write it to a slot."""
+    BLOCK: gl.constexpr = grad.shape[0]
+    HEAD_DIM: gl.constexpr = grad.shape[1]
+    key = gl.arange(0, BLOCK, gl.SliceLayout(1, grad.type.layout))
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, grad.type.layout))
+    tile = key[:, None] * HEAD_DIM + d[None, :]
+    mask = (key < count)[:, None]
+    if slot < 0:
+        at = sums_ptr + place * HEAD_DIM + tile
+        gl.store(at, grad + gl.load(at, mask=mask, other=0.0), mask=mask)
+    else:
+        gl.store(partial_ptr + slot * (BLOCK * HEAD_DIM) + tile, grad, mask=mask)
+
+
 @functools.lru_cache
 def box_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """The layout of a box in shared memory: what the tensor cores take; a box of one dimension lies contiguous."""

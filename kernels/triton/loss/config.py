@@ -18,13 +18,17 @@ TUNABLE = ("rows", "columns", "num_warps", "num_stages", "length")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """rows: entries per step; columns: keys per part of a block; length: entries per work item."""
+    """rows: entries per step; columns: keys per part of a block; length: entries per work item.
+
+    sm90: whether the kernels for Hopper may run; they have tile sizes of their own.
+    """
 
     rows: int
     columns: int
     num_warps: int
     num_stages: int
     length: int = 1024
+    sm90: bool = True
 
 
 @dataclass(frozen=True)

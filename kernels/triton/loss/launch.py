@@ -43,7 +43,6 @@ from ..common.target import target_of
 from ..schedule.inverse_index import InverseIndex, inverse_indexes
 from ..schedule.work_items import WorkItems, cut_into_items
 from .config import DEPENDS_ON, LossConfig, LossConstants, default_config, loss_constants
-from .given_teacher import given_teacher
 from .gradient import loss_and_gradients
 from .loads import Buffers, Gradients, LossCall, Sizes
 from .reduce import loss_scale, sum_items, sum_slots
@@ -100,13 +99,13 @@ def make_call(
     return LossCall(*views, buffers, index, items, gradients, sizes, config, constants)
 
 
-def launches_of(x: LossCall) -> list[Launch]:
-    """The launches of the first pass, for one token range. They compute its losses, fill grad_q and add to grad_k."""
-    main = loss_and_gradients if x.buffers.teacher is None else given_teacher
-    steps = [block_lse, index_lse, main]
-    if x.gradients is not None:
-        steps += [sum_items, sum_slots] if x.items.num_slots > 0 else [sum_slots]
-    return [step(x) for step in steps]
+def launches_of(x: LossCall, main: Launch) -> list[Launch]:
+    """The launches of the first pass, for one token range. They compute its losses, fill grad_q and add to grad_k.
+
+    main: the third of them.
+    """
+    sums = [] if x.gradients is None else [sum_items, sum_slots] if x.items.num_slots > 0 else [sum_slots]
+    return [block_lse(x), index_lse(x), main, *(step(x) for step in sums)]
 
 
 def run_pass(launches: list[Launch], first_range: int, num_ranges: int) -> None:
@@ -173,7 +172,7 @@ def index_loss(
                 key_grads = index_k.new_zeros((per_pass, *index_k.shape), dtype=torch.float32)
         outputs = (mean.unit, grad_q, key_grads) if with_grad else None
         x = make_call(views, None, lse_rows, outputs, index, items, per_pass, sizes, config, constants)
-        launches = launches_of(x)
+        launches = launches_of(x, loss_and_gradients(x))
         for first in range(0, index.num_ranges, per_pass):
             run_pass(launches, first, min(per_pass, index.num_ranges - first))
         loss += x.buffers.losses.sum(dtype=torch.float64)

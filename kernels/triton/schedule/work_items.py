@@ -61,12 +61,13 @@ class WorkItems(NamedTuple):
 
 
 @triton.jit
-def load_item(items, first_range, number):
-    """The WorkItem program_id(0) of token range `number` of a pass that begins with first_range.
+def load_item(items, first_range, number, item=None):
+    """A WorkItem, program_id(0) by default, of token range `number` of a pass that begins with first_range.
 
     To load it again is cheaper than to keep it over a loop.
     """
-    row = items.table + (tl.cast(first_range + number, tl.int64) * items.num_items + tl.program_id(0)) * 8
+    place = tl.program_id(0) if item is None else item
+    row = items.table + (tl.cast(first_range + number, tl.int64) * items.num_items + place) * 8
     slot = tl.load(row + 6).to(tl.int64)
     return WorkItem(
         tl.load(row).to(tl.int64),
