@@ -4,8 +4,10 @@
 
 Needs a GPU, and compute-sanitizer of the CUDA toolkit on PATH. Each path is a process of its own, first without a tool,
 which compiles its kernels, then with each tool; some processes run side by side. Exits with 1 if a path fails or a tool
-reports anything, and prints what the tool said of it. Inputs are made on the CPU, and allocations are not cached: a
-cache hides from memcheck where a tensor ends, and from initcheck what was never written.
+reports anything, and prints what the tool said of it; `sanitizer_reports` says what is set aside on Hopper, and why.
+Inputs are made on the CPU, and allocations are not cached: a cache hides from memcheck where a tensor ends, and from
+initcheck what was never written. Without a tool each path runs a second time, in memory that is filled with NaN and
+the largest integers before use, and must return the same bits.
 """
 
 import argparse
@@ -27,11 +29,15 @@ from torch import Tensor
 
 import flexmsa
 from flexmsa import AuxRequest
+from flexmsa.kernels.triton.common.launch import expected
 from flexmsa.testing import Case, Schedule
 from flexmsa.testing.check import kernels_for_many_queries
 
+from .sanitizer_reports import control, counted, reports_of
+
 TOOLS = ("memcheck", "racecheck", "initcheck")
 NONE = "no tool"
+CONTROL = "control"
 DEVICE = "cuda"
 # Each process takes a core of the host most of the time.
 JOBS = min(12, os.cpu_count() or 1)
@@ -68,13 +74,13 @@ def rule(case: Case) -> dict[str, Any]:
     return {"topk": case.topk, "num_local_blocks": case.num_local_blocks, "num_init_blocks": case.num_init_blocks}
 
 
-def select(case: Case, e4m3: bool = False) -> None:
+def select(case: Case, e4m3: bool = False) -> list[Tensor]:
     inputs, settings = on_gpu(case)
     index = [x.detach().to(torch.float8_e4m3fn) if e4m3 else x.detach() for x in inputs[3:]]
-    flexmsa.select_blocks(*index, **settings, **rule(case), backend="triton")
+    return [flexmsa.select_blocks(*index, **settings, **rule(case), backend="triton")]
 
 
-def train(case: Case, step: str, few: bool = False) -> None:
+def train(case: Case, step: str, few: bool = False) -> list[Tensor]:
     """One step of training with given blocks: "forward", "backward" or "index loss"; few: as for few queries."""
     (q, k, v, *index), settings = on_gpu(case)
     ids = None if case.topk is None else blocks(case)
@@ -83,24 +89,28 @@ def train(case: Case, step: str, few: bool = False) -> None:
     with torch.set_grad_enabled(step == "backward"), kernels:
         out, got = flexmsa.block_sparse_attention(q, k, v, ids, **settings, backend="triton", return_aux=aux)
     if step == "backward":
-        torch.autograd.grad((out, got.lse), (q, k, v), (torch.ones_like(out), torch.ones_like(got.lse)))
+        gradients = torch.autograd.grad((out, got.lse), (q, k, v), (torch.ones_like(out), torch.ones_like(got.lse)))
+        return [out, got.lse, *gradients]
     if step == "index loss":
         loss = flexmsa.index_loss(q.detach(), k.detach(), *index, ids, got.lse, **settings, backend="triton")
-        torch.autograd.grad(loss, index)
+        return [loss, *torch.autograd.grad(loss, index)]
+    return [out, got.lse]
 
 
-def train_together(case: Case) -> None:
+def train_together(case: Case) -> list[Tensor]:
     """A whole step, whose backward computes the index loss."""
     inputs, settings = on_gpu(case)
     value = torch.zeros((), device=DEVICE)
     aux = AuxRequest(index_loss=True)
     settings |= rule(case) | {"backend": "triton"}
     out, got = flexmsa.attention(*inputs, **settings, return_aux=aux, index_loss_value=value)
-    torch.autograd.grad((out, got.index_loss), inputs, (torch.ones_like(out), torch.ones_like(got.index_loss)))
+    ones = torch.ones_like(out), torch.ones_like(got.index_loss)
+    return [out, *torch.autograd.grad((out, got.index_loss), inputs, ones), value]
 
 
-def serve(schedule: Schedule) -> None:
+def serve(schedule: Schedule) -> list[Tensor]:
     """The appends of a schedule, each followed by attention to the cache."""
+    outputs = []
     cache = schedule.new_cache(DEVICE)
     heads = schedule.num_kv_heads
     for _, lens in schedule.steps:
@@ -113,33 +123,53 @@ def serve(schedule: Schedule) -> None:
         cache.append(k, k, index_k, lens=ragged, backend="triton")
         q, index_q = new(heads * schedule.group_size, schedule.head_dim), new(heads, schedule.index_head_dim)
         sizes = {"block_size": schedule.block_size, "topk": schedule.topk}
-        flexmsa.decode(q, cache, index_q, **sizes, backend="triton")
+        outputs.append(flexmsa.decode(q, cache, index_q, **sizes, backend="triton"))
+    return outputs
 
 
-def every_layer(run: Callable[[Case], None], *more: Case) -> None:
-    for case in (*LAYERS.values(), *more):
-        run(case)
+def every_layer(run: Callable[[Case], list[Tensor]], *more: Case) -> list[Tensor]:
+    return [x for case in (*LAYERS.values(), *more) for x in run(case)]
 
 
 WARM_UP = replace(LAYERS["Triton"], topk=None)
 PACKED_LAYERS = [replace(LAYERS[name], **PACKED) for name in ("Gluon, 128", "Triton")]
 FEW_QUERIES = replace(LAYERS["Gluon, 128"], seqlen_q=2)
 MANY_KEYS = replace(FEW_QUERIES, seqlen_k=6000, kv_lens=(5990,))
-PATHS: dict[str, Callable[[], None]] = {
+PATHS: dict[str, Callable[[], list[Tensor]]] = {
     "selection": partial(every_layer, select, *PACKED_LAYERS),
     "selection, few queries": partial(every_layer, select, FEW_QUERIES, MANY_KEYS),
     "selection, e4m3": partial(select, LAYERS["Gluon, 128"], e4m3=True),
     "forward": partial(every_layer, partial(train, step="forward"), *PACKED_LAYERS, WARM_UP),
     "forward, few queries": partial(every_layer, partial(train, step="forward", few=True), *PACKED_LAYERS),
     "backward": partial(every_layer, partial(train, step="backward"), WARM_UP),
-    "backward, packed": lambda: [train(case, "backward") for case in PACKED_LAYERS],
+    "backward, packed": lambda: [x for case in PACKED_LAYERS for x in train(case, "backward")],
     "index loss": partial(every_layer, partial(train, step="index loss"), *PACKED_LAYERS, WARM_UP),
     "loss in the backward": partial(every_layer, train_together),
-    "decode": lambda: [serve(CACHE), serve(replace(CACHE, topk=None))],
+    "decode": lambda: serve(CACHE) + serve(replace(CACHE, topk=None)),
     "decode, pages": partial(serve, replace(CACHE, paged=True)),
     "decode, e4m3": partial(serve, replace(CACHE, fp8_keys=True, fp8_index=True)),
     "decode, pages, e4m3": partial(serve, replace(CACHE, paged=True, fp8_keys=True, fp8_index=True)),
 }
+
+
+def results_of(path: Callable[[], list[Tensor]], filled: bool) -> list[Tensor]:
+    """What a path returns, on the CPU; filled: with memory that holds NaN and the largest integers before use."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(filled, warn_only=True)
+    try:
+        # One kernel after the other, in this thread: sanitizers do not follow what other threads load.
+        with expected(lambda: None):
+            return [x.detach().cpu() for x in path()]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_bits(path: Callable[[], list[Tensor]]) -> None:
+    """Run a path twice, and raise unless it returns the same bits whatever lay in its memory."""
+    for number, pair in enumerate(zip(results_of(path, False), results_of(path, True), strict=True)):
+        plain, filled = (x.flatten().view(torch.uint8) for x in pair)
+        if not torch.equal(plain, filled):
+            raise AssertionError(f"result {number} depends on memory that nothing was written to")
 
 
 class Report(NamedTuple):
@@ -151,8 +181,10 @@ class Report(NamedTuple):
     output: str
 
 
-def verdict(code: int, output: str, tool: str) -> str:
+def verdict(code: int, output: str, tool: str, blind: bool = False) -> str:
     """What is wrong by the exit code and the output of a run, or nothing.
+
+    blind: the tool reports the control, so that untracked accesses are set aside.
 
     >>> verdict(0, "========= ERROR SUMMARY: 0 errors", "memcheck")
     ''
@@ -161,6 +193,9 @@ def verdict(code: int, output: str, tool: str) -> str:
     """
     summaries = re.findall(r"SUMMARY: (\d+) (.*)", output)
     reported = [f"{number} {what}" for number, what in summaries if int(number)]
+    if reported and blind and reports_of(output):
+        counts = counted(output, tool)
+        return f"{len(counts)} reports: {counts[0].splitlines()[0]}" if counts else ""
     if reported:
         return "; ".join(reported)
     if code:
@@ -168,11 +203,12 @@ def verdict(code: int, output: str, tool: str) -> str:
     return "" if summaries or tool == NONE else "the tool printed no summary"
 
 
-def run(path: str, tool: str, seconds: float) -> Report:
-    """Run one path in a process of its own, under a tool or none."""
-    command = [sys.executable, "-m", "benchmarks.gpu_sanitize", "--run", path]
+def run(path: str, tool: str, seconds: float, blind: bool = False) -> Report:
+    """Run one path in a process of its own, under a tool or none; blind: see `verdict`."""
+    command = [sys.executable, "-m", "benchmarks.gpu_sanitize", "--run", path, *(["--twice"] if tool == NONE else [])]
     if tool != NONE:
         options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
+        options += ["--print-limit", "100000", "--show-backtrace", "no"]
         command = ["compute-sanitizer", *options, *command]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
@@ -181,7 +217,7 @@ def run(path: str, tool: str, seconds: float) -> Report:
         said = error.stdout or b""
         return Report(path, tool, f"not finished after {seconds:g} s", said.decode(errors="replace"))
     output = found.stdout + found.stderr
-    return Report(path, tool, verdict(found.returncode, output, tool), output)
+    return Report(path, tool, verdict(found.returncode, output, tool, blind), output)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -190,11 +226,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=list(PATHS), metavar="PATH")
     parser.add_argument("--jobs", type=int, default=JOBS, help=f"processes side by side (default {JOBS})")
     parser.add_argument("--seconds", type=float, default=400, help="the most that one process may take (default 400)")
-    parser.add_argument("--run", choices=list(PATHS), help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=[*PATHS, CONTROL], help=argparse.SUPPRESS)
+    parser.add_argument("--twice", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.run:
-        torch.manual_seed(0)
-        PATHS[options.run]()
+        if options.run == CONTROL:
+            control()
+        elif options.twice:
+            check_bits(PATHS[options.run])
+        else:
+            results_of(PATHS[options.run], False)
         torch.cuda.synchronize()
         return 0
     for missing, what in (
@@ -206,9 +247,11 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     reports = []
     with ThreadPoolExecutor(options.jobs) as pool:
+        seen = pool.map(lambda tool: run(CONTROL, tool, options.seconds), options.tools)
+        blind = {report.tool: bool(reports_of(report.output)) for report in seen}
         for tools in ([NONE], options.tools):
             pairs = list(product(options.paths, tools))
-            for report in pool.map(lambda pair: run(*pair, options.seconds), pairs):
+            for report in pool.map(lambda pair: run(*pair, options.seconds, blind.get(pair[1], False)), pairs):
                 reports.append(report)
                 print(f"{report.tool:10} {report.path:24} {report.wrong or 'clean'}", flush=True)
             if any(report.wrong for report in reports):

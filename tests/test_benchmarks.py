@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import flexmsa
-from benchmarks import gpu, gpu_model, gpu_peer_steps, gpu_peers, gpu_plot, gpu_sanitize, gpu_tables
+from benchmarks import gpu, gpu_model, gpu_peer_steps, gpu_peers, gpu_plot, gpu_sanitize, gpu_tables, sanitizer_reports
 from benchmarks.gpu_results import Results
 
 
@@ -235,6 +235,19 @@ def test_what_a_sanitizer_says(tool):
     assert gpu_sanitize.verdict(1, clean, tool) == "exit code 1"
     assert gpu_sanitize.verdict(0, "no kernel ran", tool) == "the tool printed no summary"
     assert gpu_sanitize.verdict(0, "", gpu_sanitize.NONE) == ""
+
+
+def test_reports_of_what_a_sanitizer_does_not_track_are_set_aside():
+    """Only where the tool reports the control, and only if all places of a report are such."""
+    place = min(sanitizer_reports.UNTRACKED["racecheck"])
+    race = "========= Error: Race reported between Read access at k+0x10 in {}:{}\n=========     and Write access at k"
+    end = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
+    known, other = (race.format(*at) + "\n========= \n" for at in (place, ("other.py", 7)))
+    assert gpu_sanitize.verdict(9, known + end, "racecheck", blind=True) == ""
+    assert gpu_sanitize.verdict(9, known + end, "racecheck").startswith("2 hazards")
+    assert "1 reports: Error: Race" in gpu_sanitize.verdict(9, known + other + end, "racecheck", blind=True)
+    both = known.replace("and Write access at k", "and Write access at k in other.py:7")
+    assert "1 reports" in gpu_sanitize.verdict(9, both + end, "racecheck", blind=True)
 
 
 FAKE_TOOL = """#!/bin/sh

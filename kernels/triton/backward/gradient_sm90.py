@@ -101,6 +101,9 @@ def fold_rows(
         grad_tiles = grad_tiles._reinterpret(dtype, [shape.stages, ROWS, HEAD_DIM], SIDE_BY_SIDE)
     q, grad = q_tiles.index(stage), grad_tiles.index(stage)
 
+    if not masked:
+        # Before the products, which read shared memory too and would delay it. With masks registers would not suffice.
+        lse2 = buffers.lse2.index(stage).load(gl.SliceLayout(0, scored))
     # Scores are [keys, rows]: probabilities leave one product in the layout of the next one's operand.
     scores = gl.zeros([BLOCK, ROWS], gl.float32, scored)
     scores = warpgroup_mma(k, q.permute((1, 0)), scores, use_acc=False, is_async=True)
@@ -108,7 +111,8 @@ def fold_rows(
     if not masked:
         grad_probs = warpgroup_mma(v, grad.permute((1, 0)), grad_probs, use_acc=False, is_async=True)
     scores, grad_k = warpgroup_mma_wait(PENDING, deps=[scores, grad_k])
-    lse2 = buffers.lse2.index(stage).load(gl.SliceLayout(0, scored))
+    if masked:
+        lse2 = buffers.lse2.index(stage).load(gl.SliceLayout(0, scored))
     probs = gl.exp2(scores * (scale * LOG2_E) - lse2[None, :])
     present = find_present(tiles, tile, row, shape)
     if masked:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks import gpu_sanitize
 from flexmsa.kernels.triton.common.launch import Launch
@@ -35,8 +36,14 @@ def test_a_path_reaches_its_kernels(name, monkeypatch):
     monkeypatch.setattr(Launch, "run", noted)
     monkeypatch.setattr(gpu_sanitize, "DEVICE", "cpu")
     call, expected = PATHS[name]
-    call()
+    # Twice, the second time in memory that is filled with NaN before use.
+    gpu_sanitize.check_bits(call)
     assert expected <= launched
+
+
+def test_what_depends_on_memory_that_nothing_was_written_to_is_found():
+    with pytest.raises(AssertionError, match="result 1 depends on memory"):
+        gpu_sanitize.check_bits(lambda: [torch.ones(2), torch.empty(1 << 20)])
 
 
 def test_one_half_of_the_tokens_choose_alike(monkeypatch):
