@@ -46,10 +46,14 @@ def sequence_table(
     column = Sequence(*table.unbind(1))
     if batch > 1:
         column.batch.copy_(torch.arange(batch, device=device, dtype=torch.int32))
-    column.q_end.fill_(seqlen_q)
-    if kv_lens is None:
+    if kv_lens is None and seqlen_q == seqlen_k:
+        # Both columns in one launch.
+        table[:, 2::2].fill_(seqlen_q)
+    elif kv_lens is None:
+        column.q_end.fill_(seqlen_q)
         column.k_end.fill_(seqlen_k)
     else:
+        column.q_end.fill_(seqlen_q)
         column.k_end.copy_(kv_lens).clamp_(0, seqlen_k)
     if kv_starts is not None:
         torch.minimum(kv_starts.clamp(min=0), column.k_end, out=column.k_start)

@@ -48,7 +48,11 @@ def test_training(sizes, task, name):
         limits = {"selection_kernel": 2, "selection_sm90_kernel": 2, "tile_ends_kernel": 2, "merge_kernel": 1}
         assert {kernel: len(found) for kernel, found in variants.items() if len(found) > limits[kernel]} == {}
     else:
-        assert all(other == keys[0] for other in keys)
+        # The index of many blocks is sorted by torch; whatever the length, both ways are compiled at first use.
+        for found in keys:
+            missing = set(keys[0]) - set(found)
+            assert missing in (set(), {"count_entries_kernel", "offsets_kernel", "place_entries_kernel"})
+            assert found == {kernel: keys[0][kernel] for kernel in keys[0] if kernel not in missing}
 
 
 @pytest.mark.parametrize("name", TARGETS)

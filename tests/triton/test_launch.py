@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from flexmsa.kernels.triton.common.launch import Launch, Options, View, compile_key, record, signature_of, view  # noqa: E402
+from flexmsa.kernels.triton.common.passes import of_passes, run_pass  # noqa: E402
 from flexmsa.testing.launches import TARGETS, meta  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
@@ -103,3 +104,36 @@ def test_recording_ends_with_an_error():
     with record(TARGETS["sm_80"]) as others:
         launch(vectors(1, 2, 8, 64)).run()
     assert (len(launches), len(others)) == (0, 1)
+
+
+class Work(NamedTuple):
+    x: Any
+    first_range: Any
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("inside", [False, True])
+def test_later_passes_launch_what_a_launch_of_their_own_would(monkeypatch, axis, inside):
+    launched = []
+
+    class Kernel:
+        def launch(self, grid, values, constants):
+            launched.append((grid, list(values), list(constants)))
+
+    def run(self):
+        values = self.key_and_values()[1]
+        Kernel().launch(self.grid, values, self.constants.values())
+        return Kernel(), values
+
+    def with_first_range(number):
+        out, work = meta(8), Work(view(vectors(1, 2, 8, 64)), number)
+        return {"out": out} | ({"work": work} if inside else {"x": work.x, "first_range": number}) | {"scale": 0.5}
+
+    monkeypatch.setattr(Launch, "run", run)
+    alone = Launch(add_kernel, (5, 6, 7), with_first_range(0), {"size": 64})
+    passes = of_passes([alone], axis)
+    for first, count in ((0, 3), (3, 3), (6, 1)):
+        run_pass(passes, first, count)
+        grid = (5, count, 1) if axis == 1 else (5, 6, count)
+        expected = alone._replace(grid=grid, arguments=with_first_range(first))
+        assert launched.pop() == (grid, expected.key_and_values()[1], [64])

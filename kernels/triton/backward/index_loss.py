@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..common.launch import Launch, view
+from ..common.passes import PassLaunch
 from ..common.softmax import LOG2_E
 from ..common.target import GLUON, target_of
 from ..loss.config import LossConfig, LossConstants, loss_constants
@@ -16,6 +17,7 @@ from ..loss.loads import LossCall, Sizes
 from ..loss.reduce import Scale, loss_scale
 from ..schedule.inverse_index import InverseIndex
 from ..schedule.work_items import WorkItems
+from .reduce import LossSums
 from .workspace import TileSizes, Workspace
 
 if GLUON:
@@ -35,18 +37,22 @@ class IndexLoss(NamedTuple):
     """The loss of one backward: its call and launches; index_k, whose dtype its gradient gets; mean."""
 
     call: LossCall
-    launches: list[Launch]
+    launches: list[PassLaunch]
     index_k: Tensor
     mean: Scale
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of index_q and index_k, and the loss, a fp32 scalar; after the last pass."""
-        gradients = self.call.gradients
+    def sums(self) -> LossSums:
+        """What `reduce.finish` makes the gradient of index_k and the loss of, after the last pass."""
+        gradients, losses, index_k = self.call.gradients, self.call.buffers.losses, self.index_k
         assert gradients is not None
-        loss = self.call.buffers.losses.sum(dtype=torch.float64) / self.mean.number
-        sums = gradients.grad_k
-        grad_k = sums[0] if sums.shape[0] == 1 else sums.sum(0)
-        return gradients.grad_q, grad_k.to(self.index_k.dtype, copy=True), loss.float()
+        results = index_k.new_empty(index_k.shape), losses.new_empty(())
+        numbers = gradients.grad_k.shape[0], index_k.numel(), losses, losses.numel(), self.mean.number
+        return LossSums(gradients.grad_k, results[0], *numbers, results[1])
+
+    def grad_index_q(self) -> Tensor:
+        """The gradient of index_q, after the last pass."""
+        assert self.call.gradients is not None
+        return self.call.gradients.grad_q
 
 
 def constants_of(problem: Problem, sizes: TileSizes, device: torch.device) -> tuple[LossConfig, LossConstants]:

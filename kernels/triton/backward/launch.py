@@ -15,6 +15,8 @@ contiguous. Programs do not accumulate into one result, so the results are the s
 - `sum_items_kernel`: one program owns some keys of a block whose list has several work items, and adds them in order;
 - `sum_slots_kernel`: one program owns some heads of one token, and sums dQ over its top-k slots in order (`reduce`).
 
+At the end `finish_kernel` writes dK and dV, which were summed in fp32, and the results of the loss.
+
 The main kernel computes every probability again, and their mean over a group's heads is the index loss's teacher. Where
 the loss is wanted too, it leaves that mean to the launches of `loss`, which follow in the same pass.
 
@@ -26,23 +28,24 @@ reading dQ, 8 ms, does not overlap with the products.
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...problem import Problem
 from ...tuning import tuned_config
 from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.launch import choose
+from ..common.passes import PassLaunch, run_pass
+from ..common.sizes import cdiv
 from ..common.target import GLUON, target_of
 from ..common.tiles import tma_ready
-from ..loss.launch import index_loss, run_pass
-from ..schedule.inverse_index import inverse_indexes
+from ..loss.launch import index_loss
+from ..schedule.make_index import inverse_indexes
 from ..schedule.work_items import cut_into_items
 from . import gradient
 from .config import DEPENDS_ON, BackwardConfig, default_config
 from .index_loss import IndexBranch, bytes_per_slot, constants_of, prepare
 from .preprocess import gather_rows, row_statistics
-from .reduce import sum_items, sum_slots
+from .reduce import finish, sum_items, sum_slots
 from .workspace import KeyGradients, Work, entry_bytes, make_workspace
 
 # The first that supports a problem runs. Other versions of Triton may lack what the kernel in Gluon needs.
@@ -88,13 +91,13 @@ def find_gradients(
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k and v, and given `branch` those of index_q and index_k, and the loss."""
     q, k, num_kv_heads, seqlen_k = x.q, x.k, problem.num_kv_heads, x.k.shape[2]
-    topk = problem.topk or triton.cdiv(seqlen_k, problem.block_size)
+    topk = problem.topk or cdiv(seqlen_k, problem.block_size)
     sizes = implementation.tiles(problem, config)
     bytes_per_entry = entry_bytes(problem, sizes, branch is not None)
     if branch is not None:
         loss_settings = constants_of(problem, sizes, q.device)
         bytes_per_entry += bytes_per_slot(branch, loss_settings[1], config.length)
-    rows_per_token = topk * triton.cdiv(sizes.tile_rows, sizes.entries)
+    rows_per_token = topk * cdiv(sizes.tile_rows, sizes.entries)
     range_tokens = tokens_per_range(q.shape[0] * q.shape[2], topk * bytes_per_entry)
     # Rows are numbered in 32 bits, up to two tiles past the last.
     range_tokens = max(1, min(range_tokens, (2**31 - 1) // rows_per_token - 2 * sizes.tile_rows))
@@ -115,20 +118,22 @@ def find_gradients(
             launches = implementation.gradient_launches(x.grad_out, q, k, x.v, workspace, problem, config)
         if branch is not None:
             loss = prepare(branch, workspace, index, items, per_pass, x.sequences, problem, *loss_settings)
-        group_ranges = index.num_ranges // num_kv_heads
+        work = Work(items, workspace.rows, workspace.partial, sums, 0, index.num_ranges // num_kv_heads)
+        grid, given = (items.num_items, 0, 1), {"work": work, "scale": x.scale}
+        steps = [
+            gather_rows(index, statistics, workspace, num_kv_heads),
+            *(PassLaunch(launch._replace(grid=grid, arguments=launch.arguments | given)) for launch in launches),
+            *sum_items(index, work, problem),
+            sum_slots(index, workspace, grad_q, num_kv_heads),
+            *([] if loss is None else loss.launches),
+        ]
         for first in range(0, index.num_ranges, per_pass):
-            count = min(per_pass, index.num_ranges - first)
-            gather_rows(index, statistics, workspace, first, count, num_kv_heads)
-            work = Work(items, workspace.rows, workspace.partial, sums, first, group_ranges)
-            for launch in launches:
-                arguments = launch.arguments | {"work": work, "scale": x.scale}
-                launch._replace(grid=(items.num_items, count, 1), arguments=arguments).run()
-            sum_items(index, work, count, problem)
-            sum_slots(index, workspace, grad_q, first, count, num_kv_heads)
-            if loss is not None:
-                run_pass(loss.launches, first, count)
-    main = grad_q, sums.k.to(k.dtype), sums.v.to(x.v.dtype)
-    return main if loss is None else (*main, *loss.results())
+            run_pass(steps, first, min(per_pass, index.num_ranges - first))
+    if loss is None:
+        return grad_q, *finish(sums, k, x.v, None)
+    loss_sums = loss.sums()
+    main = grad_q, *finish(sums, k, x.v, loss_sums)
+    return *main, loss.grad_index_q(), loss_sums.grad_k, loss_sums.loss
 
 
 def backward_config(problem: Problem, device: torch.device) -> BackwardConfig:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..common.launch import Launch, view
-from ..common.sizes import Sizes, sizes_of
+from ..common.passes import PassLaunch
+from ..common.sizes import Sizes, cdiv, sizes_of
 from ..common.softmax import LOG2_E
 from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
 from .workspace import TileSizes, Workspace, first_row
@@ -77,7 +78,7 @@ def row_statistics(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: 
     gradients = {"grad_out": view(grad_out), "grad_lse": None if grad_lse is None else view(grad_lse[..., None])}
     results = {"out": view(out), "lse": view(lse[..., None]), "statistics": statistics}
     arguments = {**gradients, **results, "seqlen_q": seqlen_q, "num_kv_heads": num_kv_heads}
-    grid = triton.cdiv(seqlen_q * group_size, constants.rows), batch * num_kv_heads, 1
+    grid = cdiv(seqlen_q * group_size, constants.rows), batch * num_kv_heads, 1
     Launch(statistics_kernel, grid, arguments, {"C": constants}).run()
     return statistics
 
@@ -94,14 +95,14 @@ class GatherConstants(TileSizes):
 def gather_kernel(index, statistics, rows, places_ptr, first_range, seqlen_q, num_kv_heads, C: tl.constexpr):
     """Fill the GatheredRows and `Workspace.places` of a pass; program (i, n) owns entries of range n."""
     range_number = tl.cast(first_range + tl.program_id(1), tl.int64)
-    first_list = range_number * index.num_blocks
-    begin = tl.load(index.offsets + first_list)
-    count = tl.load(index.offsets + first_list + index.num_blocks) - begin
+    offsets = index.offsets + range_number * (index.num_blocks + 1)
+    begin = tl.load(offsets)
+    count = tl.load(offsets + index.num_blocks) - begin
     place = tl.program_id(0) * C.count + tl.arange(0, C.count)
     live = place < count
     entry = tl.load(index.entries + begin + place, mask=live, other=0)
     number = tl.load(index.numbers + entry, mask=live, other=0).to(tl.int64)
-    block = load_block(index.blocks, number - first_list, live)
+    block = load_block(index.blocks, number - range_number * index.num_blocks, live)
     tokens = find_token_range(index, range_number, index.topk)
     # Tokens, and entries of a token range, fit into 32 bits, which are divided much faster.
     local = tl.where(live, entry - tokens.first_entry, 0).to(tl.int32)
@@ -130,14 +131,12 @@ def gather_constants(sizes: TileSizes) -> GatherConstants:
     return GatherConstants(**vars(sizes), count=max(1, 1024 // heads), heads=heads)
 
 
-def gather_rows(
-    index: InverseIndex, statistics: Statistics, workspace: Workspace, first_range: int, count: int, num_kv_heads: int
-) -> None:
-    """Fill the rows and places of the workspace for a pass of `count` token ranges."""
+def gather_rows(index: InverseIndex, statistics: Statistics, workspace: Workspace, num_kv_heads: int) -> PassLaunch:
+    """Fills the rows and places of the workspace for a pass."""
     constants = gather_constants(workspace.sizes)
     read = {"index": index, "statistics": statistics}
     written = {"rows": workspace.rows, "places_ptr": workspace.places}
     sizes = {"seqlen_q": statistics.delta.shape[2], "num_kv_heads": num_kv_heads}
-    arguments = {**read, **written, "first_range": first_range, **sizes}
-    grid = triton.cdiv(index.range_tokens * index.topk, constants.count), count, 1
-    Launch(gather_kernel, grid, arguments, {"C": constants}).run()
+    arguments = {**read, **written, "first_range": 0, **sizes}
+    grid = cdiv(index.range_tokens * index.topk, constants.count), 0, 1
+    return PassLaunch(Launch(gather_kernel, grid, arguments, {"C": constants}))

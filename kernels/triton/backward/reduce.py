@@ -1,7 +1,11 @@
-"""The backward's sums of partial results: dK and dV over work items, dQ over top-k slots, both in a fixed order."""
+"""The backward's sums of partial results, all in a fixed order: dK and dV over work items, dQ over top-k slots.
+
+After the last pass one launch brings what was summed in fp32 to the dtypes of the results.
+"""
 
 import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -9,10 +13,11 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..common.launch import Launch, Options
-from ..common.sizes import Sizes, sizes_of
+from ..common.passes import PassLaunch
+from ..common.sizes import Sizes, cdiv, sizes_of
 from ..schedule.inverse_index import InverseIndex, find_token_range, load_block
 from ..schedule.work_items import load_share
-from .workspace import TileSizes, Work, Workspace, partial_place
+from .workspace import KeyGradients, TileSizes, Work, Workspace, partial_place
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,13 @@ def item_constants(problem: Problem) -> ItemConstants:
     return ItemConstants(**sizes_of(problem), keys=16)
 
 
-def sum_items(index: InverseIndex, work: Work, num_ranges: int, problem: Problem) -> None:
-    """Add the partial dK and dV of a pass to the sums; nothing where no list can have several work items."""
+def sum_items(index: InverseIndex, work: Work, problem: Problem) -> list[PassLaunch]:
+    """Adds the partial dK and dV of a pass to the sums; nothing where no list can have several work items."""
     if work.items.num_slots == 0:
-        return
+        return []
     constants = item_constants(problem)
-    grid = index.num_blocks, triton.cdiv(problem.block_size, constants.keys), num_ranges
-    Launch(sum_items_kernel, grid, {"blocks_ptr": index.blocks, "work": work}, {"C": constants}).run()
+    grid = index.num_blocks, cdiv(problem.block_size, constants.keys), 0
+    return [PassLaunch(Launch(sum_items_kernel, grid, {"blocks_ptr": index.blocks, "work": work}, {"C": constants}))]
 
 
 @dataclass(frozen=True)
@@ -107,14 +112,76 @@ def slot_constants(sizes: TileSizes) -> SlotConstants:
     return SlotConstants(**vars(sizes), heads=heads)
 
 
-def sum_slots(
-    index: InverseIndex, workspace: Workspace, grad_q: Tensor, first_range: int, num_ranges: int, num_kv_heads: int
-) -> None:
-    """Fill grad_q [B, Hq, Sq, D] of the tokens of a pass, for the heads of their group."""
+def sum_slots(index: InverseIndex, workspace: Workspace, grad_q: Tensor, num_kv_heads: int) -> PassLaunch:
+    """Fills grad_q [B, Hq, Sq, D] of the tokens of a pass, for the heads of their group."""
     constants = slot_constants(workspace.sizes)
     tensors = {"places_ptr": workspace.places, "partial_q_ptr": workspace.partial.q, "grad_q_ptr": grad_q}
     sizes = {"seqlen_q": grad_q.shape[2], "num_kv_heads": num_kv_heads, "topk": index.topk}
-    arguments = {"index": index, **tensors, "first_range": first_range, **sizes}
+    arguments = {"index": index, **tensors, "first_range": 0, **sizes}
     options = Options(num_warps=max(1, min(8, constants.heads * constants.depth // 256)))
-    grid = index.range_tokens, triton.cdiv(constants.group_size, constants.heads), num_ranges
-    Launch(sum_slots_kernel, grid, arguments, {"C": constants}, options).run()
+    grid = index.range_tokens, cdiv(constants.group_size, constants.heads), 0
+    return PassLaunch(Launch(sum_slots_kernel, grid, arguments, {"C": constants}, options))
+
+
+class KeySums(NamedTuple):
+    """Sums and results of dK and dV, `size` numbers each; all contiguous."""
+
+    k: Any
+    v: Any
+    grad_k: Any
+    grad_v: Any
+    size: Any
+
+
+class LossSums(NamedTuple):
+    """Sums and results of the index loss, all contiguous: grad_k has `size` numbers, and so has each of `ranges` sums.
+
+    losses: num_losses numbers, whose sum over `number`, a scalar, is the loss.
+    """
+
+    k: Any
+    grad_k: Any
+    ranges: Any
+    size: Any
+    losses: Any
+    num_losses: Any
+    number: Any
+    loss: Any
+
+
+@triton.jit
+def finish_kernel(keys, loss, size: tl.constexpr):
+    """Write the results of the sums: program (i, 0) of dK, (i, 1) of dV, (i, 2) of index_k's gradient, (0, 3) the loss.
+
+    A program owns `size` numbers; loss is None without one.
+    """
+    part = tl.arange(0, size)
+    place = tl.program_id(0).to(tl.int64) * size + part
+    if tl.program_id(1) == 0:
+        sums = tl.load(keys.k + place, mask=place < keys.size)
+        tl.store(keys.grad_k + place, sums.to(keys.grad_k.dtype.element_ty), mask=place < keys.size)
+    elif tl.program_id(1) == 1:
+        sums = tl.load(keys.v + place, mask=place < keys.size)
+        tl.store(keys.grad_v + place, sums.to(keys.grad_v.dtype.element_ty), mask=place < keys.size)
+    elif loss is not None:
+        if tl.program_id(1) == 2:
+            sums = tl.zeros([size], tl.float32)
+            for number in range(0, loss.ranges):
+                sums += tl.load(loss.k + tl.cast(number, tl.int64) * loss.size + place, mask=place < loss.size, other=0)
+            tl.store(loss.grad_k + place, sums.to(loss.grad_k.dtype.element_ty), mask=place < loss.size)
+        elif tl.program_id(0) == 0:
+            total = tl.zeros([size], tl.float64)
+            for start in range(0, loss.num_losses, size):
+                inside = start + part < loss.num_losses
+                total += tl.load(loss.losses + start + part, mask=inside, other=0).to(tl.float64)
+            mean = tl.sum(total, axis=0) / tl.load(loss.number).to(tl.float64)
+            tl.store(loss.loss, mean.to(tl.float32))
+
+
+def finish(sums: KeyGradients, k: Tensor, v: Tensor, loss: LossSums | None) -> tuple[Tensor, Tensor]:
+    """The gradients of k and v in their dtypes; also fills what `loss` names."""
+    keys = KeySums(sums.k, sums.v, k.new_empty(k.shape), v.new_empty(v.shape), k.numel())
+    size, numbers = 2048, max(keys.size, 0 if loss is None else loss.size)
+    grid = cdiv(numbers, size), 2 if loss is None else 4, 1
+    Launch(finish_kernel, grid, {"keys": keys, "loss": loss}, {"size": size}).run()
+    return keys.grad_k, keys.grad_v

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import Problem
-from ..common.sizes import Sizes, sizes_of
+from ..common.sizes import Sizes, cdiv, sizes_of
 from ..loss.teacher import new_teacher
 
 
@@ -86,7 +86,7 @@ def tile_sizes(problem: Problem, step_rows: int, rows_inside: bool) -> dict[str,
     return {
         **sizes_of(problem),
         "entries": entries,
-        "tile_rows": step_rows * triton.cdiv(problem.group_size, step_rows),
+        "tile_rows": step_rows * cdiv(problem.group_size, step_rows),
         # Eight rows at least: so many the bulk copy engine stores.
         "teacher_rows": max(8, triton.next_power_of_2(entries)),
         "rows_inside": rows_inside,
@@ -110,14 +110,14 @@ def entry_bytes(problem: Problem, sizes: TileSizes, with_loss: bool) -> int:
     """Bytes of partial results for each entry: its rows' shares of dQ, and its teacher."""
     shares = sizes.tile_rows * problem.head_dim * problem.element_size
     teacher = sizes.teacher_rows * problem.block_size * problem.element_size if with_loss else 0
-    return triton.cdiv(shares + teacher, sizes.entries)
+    return cdiv(shares + teacher, sizes.entries)
 
 
 def make_workspace(
     q: Tensor, lse: Tensor, sequences: Tensor, sizes: TileSizes, num_entries: int, num_slots: int, with_loss: bool
 ) -> Workspace:
     """An uninitialised workspace for passes of `num_entries` entries and `num_slots` slots of work items."""
-    num_tiles = triton.cdiv(num_entries, sizes.entries)
+    num_tiles = cdiv(num_entries, sizes.entries)
     keys = num_slots, sizes.block_size, sizes.head_dim
     delta, lse2 = (lse.new_empty(num_tiles, sizes.tile_rows) for _ in range(2))
     if sizes.entries * sizes.group_size < sizes.tile_rows:

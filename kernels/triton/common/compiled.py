@@ -1,15 +1,17 @@
 """Kernels by the types of their arguments, and compiled: one, or many side by side."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
 from triton.runtime import driver
 from triton.runtime.cache import triton_key
 
@@ -43,9 +45,7 @@ class Source(NamedTuple):
 
     def compile(self, target: Target) -> Any:
         """The kernel compiled for a target."""
-        lanes = 64 if target.backend == "hip" else 32
-        gpu = GPUTarget(target.backend, target.arch, lanes)
-        return triton.compile(self.source, target=gpu, options=self.options)
+        return triton.compile(self.source, target=gpu_of(target), options=self.options)
 
     def try_to_compile(self, target: Target) -> Compiled | None:
         """The kernel, ready for the current device, or None if it does not compile."""
@@ -55,6 +55,34 @@ class Source(NamedTuple):
         return None
 
 
+def in_thread(call: Callable[[], object]) -> Future[object]:
+    """Call it in a thread of its own."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(call)
+    pool.shutdown(wait=False)
+    return future
+
+
+@functools.cache
+def begin_to_hash() -> Future[object]:
+    """Begin to hash all of Triton's files, 0.3 s or more: the key of every kernel in its cache needs that."""
+    return in_thread(triton_key)
+
+
+@functools.cache
+def begin_to_prepare(target: Target) -> tuple[Future[object], ...]:
+    """Begin what each thread that compiles would otherwise do again.
+
+    That is the hash, the assembler's version, which a process of its own tells, and Triton's library for the driver.
+    """
+    return begin_to_hash(), in_thread(lambda: make_backend(gpu_of(target)).hash()), in_thread(lambda: driver.active)
+
+
+def gpu_of(target: Target) -> GPUTarget:
+    """The target as Triton names it."""
+    return GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
+
+
 def compile_sources(
     sources: dict[Hashable, Source], device: int, target: Target, report: Callable[[int, int, str], object]
 ) -> Iterator[tuple[Hashable, Compiled]]:
@@ -62,8 +90,7 @@ def compile_sources(
 
     Threads do, because Triton compiles outside of Python's lock, but for reading the kernel's source.
     """
-    # Made once, and by each thread otherwise: Triton's own launcher library, and a hash of all of its files.
-    _ = driver.active, triton_key()
+    wait(begin_to_prepare(target))
     pool = ThreadPoolExecutor(max_workers(), initializer=torch.cuda.set_device, initargs=(device,))
     try:
         keys = {pool.submit(source.try_to_compile, target): key for key, source in sources.items()}

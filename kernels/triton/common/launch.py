@@ -19,7 +19,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .compiled import Compiled, Source, compile_sources
+from .compiled import Compiled, Source, begin_to_hash, begin_to_prepare, compile_sources
 from .target import Target, assume_target, target_of
 
 TYPES = {
@@ -34,6 +34,11 @@ TYPES = {
     torch.uint8: "u8",
 }
 DIVISIBLE = [["tt.divisibility", 16]]
+
+
+if not knobs.runtime.interpret:
+    # While the kernels are imported.
+    begin_to_hash()
 
 
 class View(NamedTuple):
@@ -203,19 +208,23 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     options: Options = Options()
 
-    def run(self) -> None:
-        """Launch on the current stream of the current device; inside `record`, note the launch instead."""
+    def run(self) -> tuple[Compiled, list[Any]] | None:
+        """Launch on the current stream of the current device; inside `record`, note the launch instead.
+
+        Returns what was launched: the compiled kernel, and the values of its arguments.
+        """
         launches = _recording.get()
         if launches is not None:
             launches.append(self)
-            return
+            return None
         if knobs.runtime.interpret:
             self.kernel[self.grid](**self.arguments, **self.constants)
-            return
+            return None
         device = torch.cuda.current_device()
         key, values = self.key_and_values()
         compiled = _compiled.get((device, key)) or self.compile_first(device, key)
         compiled.launch(self.grid, values, self.constants.values())
+        return compiled, values
 
     def compile_first(self, device: int, key: tuple[Any, ...]) -> Compiled:
         """Compile this kernel, and with it those of the expected step."""
@@ -313,6 +322,7 @@ def compile_ahead(
         return 0
     device = torch.cuda.current_device()
     target = target_of(torch.device("cuda", device))
+    begin_to_prepare(target)
     token = _is_ahead.set(True)
     try:
         with torch.no_grad(), record(target, Missing(device)) as missing:

@@ -8,6 +8,11 @@ from ...problem import Problem
 from .target import padded
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up: `triton.cdiv`, which takes microseconds, as it may also be called in a kernel."""
+    return -(-a // b)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """A kernel's constants that a Problem alone gives; depth: head_dim, padded. Kernels add their own by inheriting."""

@@ -18,10 +18,11 @@ from ...tuning import tuned_config
 from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.fp8 import Cache
 from ..common.launch import choose
+from ..common.passes import of_passes, run_pass
 from ..common.records import capacity_of
 from ..common.target import GLUON, Target, target_of
 from ..common.tiles import tma_ready
-from ..schedule.inverse_index import inverse_index
+from ..schedule.make_index import inverse_index
 from . import combine, key_major, query_major
 from .config import DEPENDS_ON, ForwardConfig, default_config
 from .records import Inputs, Partial, Results
@@ -88,11 +89,9 @@ def attend_key_major(
     # Made once: a descriptor costs the host as much as a launch.
     attend = implementation.launch(inputs, index, partial, problem, config, target)
     join = combine.launch(partial, index, tiles.skip, results, problem, target)
+    launches = of_passes([attend, join], axis=1)
     for first in range(0, index.num_ranges, per_pass):
-        ranges = min(per_pass, index.num_ranges - first)
-        for launch in (attend, join):
-            grid = launch.grid[0], ranges, 1
-            launch._replace(grid=grid, arguments=launch.arguments | {"first_range": first}).run()
+        run_pass(launches, first, min(per_pass, index.num_ranges - first))
 
 
 def block_sparse_attention_forward(

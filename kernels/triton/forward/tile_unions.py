@@ -95,6 +95,12 @@ def store_tile_union(rows_ptr, number, union):
 
 
 @triton.jit
+def store_no_union(rows_ptr, number):
+    """Write a length of 0: a tile without queries."""
+    tl.store(rows_ptr + number * 8, 0)
+
+
+@triton.jit
 def join_members(block_a, members_a, block_b, members_b):
     """Segmented or: the members of equal neighbouring blocks together."""
     return block_b, tl.where(block_a == block_b, members_a | members_b, members_b)
@@ -121,11 +127,14 @@ def tile_union_kernel(ids, sequences_ptr, tiles, unions, skip_ptr, num_tokens, C
     number = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     tile = find_tile(number, tiles, C.tokens)
+    union = group * unions.num_tiles + number
     if tile.sequence >= tiles.num_sequences:
+        store_no_union(unions.rows, union)
         return
     sequence = load_sequence(sequences_ptr, tile.sequence)
     first = sequence.q_start + tile.number * C.tokens
     if first >= sequence.q_end:
+        store_no_union(unions.rows, union)
         return
     SIZE: tl.constexpr = C.rows * C.slots
     ROWS: tl.constexpr = C.rows
@@ -144,7 +153,6 @@ def tile_union_kernel(ids, sequences_ptr, tiles, unions, skip_ptr, num_tokens, C
     shift = sequence.k_end - sequence.q_end - sequence.k_start
     num_whole = tl.sum((fresh & ((block.to(tl.int64) + 1) * C.block_size <= shift + first + 1)).to(tl.int32), axis=0)
     num_whole = tl.where(length > 0, num_whole, 0)
-    union = group * unions.num_tiles + number
     tl.store(unions.blocks + union * unions.limit + rank, block, mask=fresh & (rank < length))
     tl.store(unions.members + union * unions.limit + rank, members, mask=fresh & (rank < length))
     batch, stop = sequence.batch.to(tl.int32), tl.minimum(first + C.tokens, sequence.q_end)
@@ -190,15 +198,18 @@ def find_tile_unions(
         return Tiles(table, num_tiles, tokens, TileUnions(None, None, None, num_tiles, groups * num_tiles, 0), None)
     constants = union_constants(problem, config)
     limit = min(config.longest_union, tokens * constants.topk)
+    # The kernel fills them, if it runs.
+    make = sequences.new_empty if limit > 0 else sequences.new_zeros
     unions = TileUnions(
-        rows=sequences.new_zeros(groups, num_tiles, 8),
+        rows=make((groups, num_tiles, 8)),
         blocks=sequences.new_empty(groups, num_tiles, limit),
         members=sequences.new_empty(groups, num_tiles, limit, dtype=torch.int64),
         num_tiles=num_tiles,
         num_unions=groups * num_tiles,
         limit=limit,
     )
-    skip = sequences.new_zeros(groups, batch * seqlen_q, dtype=torch.int8)
+    # Every query is in a sequence, and so in a tile.
+    skip = make((groups, batch * seqlen_q), dtype=torch.int8)
     if limit > 0:
         given = {"ids": view(block_indices), "sequences_ptr": sequences, "tiles": table}
         arguments = {**given, "unions": unions, "skip_ptr": skip, "num_tokens": batch * seqlen_q}

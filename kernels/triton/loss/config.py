@@ -9,6 +9,7 @@ import triton
 from ...problem import Problem
 from ...tuning import Changes
 from ..common.candidates import near, stages
+from ..common.sizes import cdiv
 from ..common.target import Target, padded
 
 # The fields of a Problem that a configuration depends on, and the fields of a configuration that tuning may change.
@@ -86,7 +87,7 @@ def candidates(problem: Problem, target: Target, config: LossConfig) -> Iterator
 @functools.lru_cache
 def loss_constants(config: LossConfig, problem: Problem, entries: int = 0, teacher_rows: int = 0) -> LossConstants:
     """Constants of the index loss's kernels; where every visible block is taken, topk grows with the length."""
-    parts = triton.cdiv(problem.block_size, config.columns)
+    parts = cdiv(problem.block_size, config.columns)
     return LossConstants(
         head_dim=problem.head_dim,
         depth=padded(problem.head_dim),

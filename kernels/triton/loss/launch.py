@@ -32,15 +32,17 @@ Bytes, in bf16: 2 G D E of q gathered, 34 GB, 8 ms if none of it stays in L2; 2 
 """
 
 import torch
-import triton
 
 from ...problem import Problem
 from ...tuning import tuned_config
 from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.launch import Launch, View, view
+from ..common.passes import PassLaunch, of_passes, run_pass
+from ..common.sizes import cdiv
 from ..common.softmax import LOG2_E
 from ..common.target import target_of
-from ..schedule.inverse_index import InverseIndex, inverse_indexes
+from ..schedule.inverse_index import InverseIndex
+from ..schedule.make_index import inverse_indexes
 from ..schedule.work_items import WorkItems, cut_into_items
 from .config import DEPENDS_ON, LossConfig, LossConstants, default_config, loss_constants
 from .gradient import loss_and_gradients
@@ -99,20 +101,10 @@ def make_call(
     return LossCall(*views, buffers, index, items, gradients, sizes, config, constants)
 
 
-def launches_of(x: LossCall, main: Launch) -> list[Launch]:
-    """The launches of the first pass, for one token range. They compute its losses, fill grad_q and add to grad_k.
-
-    main: the third of them.
-    """
+def launches_of(x: LossCall, main: Launch) -> list[PassLaunch]:
+    """The launches of a pass. They compute its losses, fill grad_q and add to grad_k; main: the third of them."""
     sums = [] if x.gradients is None else [sum_items, sum_slots] if x.items.num_slots > 0 else [sum_slots]
-    return [block_lse(x), index_lse(x), main, *(step(x) for step in sums)]
-
-
-def run_pass(launches: list[Launch], first_range: int, num_ranges: int) -> None:
-    """Run the launches for num_ranges token ranges from first_range on."""
-    for launch in launches:
-        grid = *launch.grid[:2], num_ranges
-        launch._replace(grid=grid, arguments=launch.arguments | {"first_range": first_range}).run()
+    return of_passes([block_lse(x), index_lse(x), main, *(step(x) for step in sums)], axis=2)
 
 
 def index_loss(
@@ -139,7 +131,7 @@ def index_loss(
     grad_q = torch.zeros(index_q.shape if with_grad else 0, dtype=torch.float32, device=q.device)
     batch, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads, seqlen_k = k.shape[1:3]
-    topk = triton.cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
+    topk = cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
     if q.numel() == 0 or topk == 0 or seqlen_k == 0:
         return loss.float(), grad_q, torch.zeros_like(index_k if with_grad else grad_q, dtype=torch.float32)
     problem = Problem(

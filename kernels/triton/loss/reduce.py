@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..common.launch import Launch
 from ..common.records import load_sequence
+from ..common.sizes import cdiv
 from ..schedule.inverse_index import find_token_range, load_block
 from ..schedule.work_items import load_share
 from .loads import LossCall
@@ -105,11 +106,11 @@ def sum_slots_kernel(gradients, index, sizes, first_range, C: tl.constexpr):
 
 def sum_items(x: LossCall) -> Launch:
     """Adds partial_k of a pass to grad_k."""
-    grid = x.index.num_blocks, triton.cdiv(x.constants.parts * x.constants.columns, ROWS.value), 1
+    grid = x.index.num_blocks, cdiv(x.constants.parts * x.constants.columns, ROWS.value), 1
     return Launch(sum_items_kernel, grid, x.arguments(sum_items_kernel), {"C": x.constants})
 
 
 def sum_slots(x: LossCall) -> Launch:
     """Fills grad_q of a pass from its partial_q."""
-    grid = triton.cdiv(x.index.range_tokens, ROWS.value), 1, 1
+    grid = cdiv(x.index.range_tokens, ROWS.value), 1, 1
     return Launch(sum_slots_kernel, grid, x.arguments(sum_slots_kernel), {"C": x.constants})

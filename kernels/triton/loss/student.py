@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..common.launch import Launch, Options
+from ..common.sizes import cdiv
 from ..schedule.inverse_index import find_token_range
 from .loads import LossCall, find_entries, load_entries, load_index_keys, load_part, load_rows
 
@@ -73,6 +74,6 @@ def block_lse(x: LossCall) -> Launch:
 def index_lse(x: LossCall) -> Launch:
     """Fills index_lse for a pass from its partial_lse."""
     rows = max(16, 1024 // x.constants.shares)
-    grid = triton.cdiv(x.index.range_tokens, rows), 1, 1
+    grid = cdiv(x.index.range_tokens, rows), 1, 1
     arguments = x.arguments(index_lse_kernel)
     return Launch(index_lse_kernel, grid, arguments, {"C": x.constants, "rows": rows})

@@ -8,21 +8,19 @@ entries of one (group, token range, block), and its number is
 
 where block counts through the blocks of all sequences. Entries are sorted by list, then token, with a stable sort, so
 the order is always the same. A slot belongs to no list if it holds no block, an id that its row held before, or a block
-that the query does not see. Nothing is read back to the host. `work_items` then cuts the lists for the programs.
-
-Bytes for E entries: 4 E written for the numbers; 2 E in 16 bits, which suffice for up to 65,534 lists, and about 2 *
-10 * 2 E by the radix sort (4 * 12 * 2 E for more lists); 8 E read back by each kernel.
+that the query does not see. Nothing is read back to the host. `make_index` makes the index, from the kernels here, and
+`work_items` then cuts the lists for the programs.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import Launch, view
+from ..common.launch import Launch
 from ..common.records import load_sequence
+from ..common.sizes import cdiv
 
 # Rows of the table of blocks that a program writes, and sequences that it reads at a time.
 ROWS = tl.constexpr(64)
@@ -44,7 +42,8 @@ class InverseIndex(NamedTuple):
     those left over.
     numbers: [groups, num_tokens, topk] int32, the list of each entry, `none` for none.
     entries: [groups * num_tokens * topk] int64, entries in the order of their lists.
-    offsets: [num_lists + 1] int64, where each list begins in `entries`.
+    offsets: [num_ranges, num_blocks + 1] int64, where in `entries` each list of a token range begins, and the last
+        ends.
     range_tokens: tokens per token range.
     """
 
@@ -62,7 +61,7 @@ class InverseIndex(NamedTuple):
     @property
     def num_ranges(self) -> int:
         """Token ranges of all groups: kernels run once for each."""
-        return self.numbers.shape[0] * triton.cdiv(self.num_tokens, self.range_tokens)
+        return self.numbers.shape[0] * cdiv(self.num_tokens, self.range_tokens)
 
 
 class TokenRange(NamedTuple):
@@ -208,91 +207,10 @@ def block_table(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`InverseIndex.blocks`, and [N] int32, how many of its rows come before each sequence's own."""
     num_sequences = sequences.shape[0]
-    limit = batch * triton.cdiv(seqlen_k, block_size) + (num_sequences if num_sequences != batch else 0)
+    limit = batch * cdiv(seqlen_k, block_size) + (num_sequences if num_sequences != batch else 0)
     blocks, before = sequences.new_empty(limit, 4), sequences.new_empty(num_sequences)
     pointers = {"sequences_ptr": sequences, "blocks_ptr": blocks, "before_ptr": before}
     sizes = {"num_sequences": num_sequences, "num_blocks": limit}
-    grid = triton.cdiv(limit, ROWS.value), 1, 1
+    grid = cdiv(limit, ROWS.value), 1, 1
     Launch(block_table_kernel, grid, pointers | sizes, {"block_size": block_size}).run()
     return blocks, before
-
-
-def inverse_index(
-    block_indices: torch.Tensor | None,
-    sequences: torch.Tensor,
-    *,
-    batch: int,
-    num_kv_heads: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    block_size: int,
-    range_tokens: int,
-    tokens: range | None = None,
-    skip: torch.Tensor | None = None,
-) -> InverseIndex:
-    """The inverse index of block_indices [B, Hkv, Sq, topk], or of every visible block if None.
-
-    `tokens` are those to index, all by default; `skip` [Hkv, len(tokens)] int8 leaves out those where it is not 0.
-    """
-    tokens = tokens or range(batch * seqlen_q)
-    blocks, before = block_table(sequences, batch, seqlen_k, block_size)
-    topk = triton.cdiv(seqlen_k, block_size) if block_indices is None else block_indices.shape[3]
-    num_lists = num_kv_heads * triton.cdiv(len(tokens), range_tokens) * blocks.shape[0]
-    numbers = sequences.new_empty(num_kv_heads, len(tokens), topk)
-    entries, offsets = (sequences.new_empty(n, dtype=torch.int64) for n in (numbers.numel(), num_lists + 1))
-    short_numbers = numbers.new_empty(numbers.numel(), dtype=torch.int16)
-    sizes = blocks.shape[0], tokens.start, len(tokens), min(range_tokens, max(1, len(tokens))), topk
-    index = InverseIndex(blocks, numbers, entries, offsets, *sizes, none=num_lists)
-    # Every visible block is a number that grows with the length, and is not to be compiled for.
-    slots = 64 if block_indices is None else min(64, triton.next_power_of_2(max(topk, 1)))
-    if numbers.numel() > 0:
-        Launch(
-            list_numbers_kernel,
-            (triton.cdiv(len(tokens) * slots, 2048), num_kv_heads, 1),
-            {
-                "ids": None if block_indices is None else view(block_indices),
-                "index": index,
-                "sequences_ptr": sequences,
-                "before_ptr": before,
-                "skip_ptr": skip,
-                "short_ptr": short_numbers,
-                "num_sequences": sequences.shape[0],
-                "seqlen_q": seqlen_q,
-            },
-            {"block_size": block_size, "slots": slots},
-        ).run()
-    # Numbers of 16 bits, which have a sign, are sorted in half the time.
-    first, keys = (-(2**15), short_numbers) if num_lists < 2**16 - 1 else (0, numbers.flatten())
-    lists = torch.arange(first, first + num_lists + 1, dtype=keys.dtype, device=sequences.device)
-    ordered, _ = torch.sort(keys, stable=True, out=(torch.empty_like(keys), entries))
-    torch.searchsorted(ordered, lists, out=offsets)
-    return index
-
-
-def inverse_indexes(
-    block_indices: torch.Tensor | None,
-    sequences: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    block_size: int,
-    range_tokens: int,
-) -> Iterator[InverseIndex]:
-    """The inverse index of all tokens of q [B, Hq, Sq, D] over k [B, Hkv, Sk, D], in ranges of `range_tokens` tokens.
-
-    Where block_indices is None, every visible block is an entry: then the index of one token range after the other, so
-    that memory stays bounded by the range.
-    """
-    num_tokens = q.shape[0] * q.shape[2]
-    reach = range_tokens if block_indices is None else num_tokens
-    for start in range(0, num_tokens, reach):
-        yield inverse_index(
-            block_indices,
-            sequences,
-            batch=q.shape[0],
-            num_kv_heads=k.shape[1],
-            seqlen_q=q.shape[2],
-            seqlen_k=k.shape[2],
-            block_size=block_size,
-            range_tokens=range_tokens,
-            tokens=range(start, min(start + reach, num_tokens)),
-        )

@@ -111,7 +111,7 @@ def store_share(row, share, mask):
 @triton.jit
 def item_entries(index, items, first_range, number, begin):
     """Where the entries of a work item are, by its `begin`."""
-    first_list = tl.cast(first_range + number, tl.int64) * index.num_blocks
+    first_list = tl.cast(first_range + number, tl.int64) * (index.num_blocks + 1)
     return index.entries + tl.load(index.offsets + first_list) + (begin - number * items.num_entries)
 
 
@@ -119,7 +119,7 @@ def item_entries(index, items, first_range, number, begin):
 def work_items_kernel(index, items, length: tl.constexpr):
     """`WorkItems.table` and `WorkItems.shares` of token range program_id(0), CHUNK lists at a time; see there."""
     range_number = tl.program_id(0).to(tl.int64)
-    offsets_ptr = index.offsets + range_number * index.num_blocks
+    offsets_ptr = index.offsets + range_number * (index.num_blocks + 1)
     origin = tl.load(offsets_ptr)
     num_items, num_slots = index.num_blocks * 0, index.num_blocks * 0
     for start in range(0, index.num_blocks, CHUNK):
@@ -145,6 +145,11 @@ def work_items_kernel(index, items, length: tl.constexpr):
             )
         num_items += tl.sum(count, axis=0)
         num_slots += tl.sum(several, axis=0)
+    nothing = tl.zeros([CHUNK], tl.int32)
+    for start in range(num_items, items.num_items, CHUNK):
+        item = start + tl.arange(0, CHUNK)
+        none = WorkItem(nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing)
+        store_item(items.table + (range_number * items.num_items + item) * 8, none, item < items.num_items)
 
 
 def cut_into_items(index: InverseIndex, length: int) -> WorkItems:
@@ -153,7 +158,7 @@ def cut_into_items(index: InverseIndex, length: int) -> WorkItems:
     num_items = index.num_blocks + num_entries // length
     # Only lists of more than one item have slots: at most two for every `length` entries.
     num_slots = min(num_items, 2 * num_entries // length) if num_entries > length else 0
-    table = index.blocks.new_zeros(index.num_ranges, num_items, 8)
+    table = index.blocks.new_empty(index.num_ranges, num_items, 8)
     shares = index.blocks.new_empty(index.num_ranges, index.num_blocks, 2)
     items = WorkItems(table, shares, num_items, index.num_blocks, num_slots, num_entries)
     Launch(work_items_kernel, (index.num_ranges, 1, 1), {"index": index, "items": items}, {"length": length}).run()

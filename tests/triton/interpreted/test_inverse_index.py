@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from flexmsa.kernels.triton.schedule.inverse_index import block_table, inverse_index
+from flexmsa.kernels.triton.schedule.inverse_index import block_table
+from flexmsa.kernels.triton.schedule.make_index import inverse_index, sort_by_counting, sort_by_radix
 from flexmsa.kernels.triton.schedule.work_items import cut_into_items
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -65,17 +66,18 @@ def test_lists(layout, range_tokens, dtype, skipping):
     )
     found = {}
     num_ranges = index.num_ranges // groups
-    for number in index.offsets.diff().nonzero().flatten().tolist():
-        entries = index.entries[index.offsets[number] : index.offsets[number + 1]].tolist()
-        launch, block = divmod(number, index.num_blocks)
-        group, token_range = divmod(launch, num_ranges)
-        found[group, token_range, block] = [(e // topk % index.num_tokens, e % topk) for e in entries]
-        assert {e // topk // index.num_tokens for e in entries} == {group}
+    for number, offsets in enumerate(index.offsets.tolist()):
+        group, token_range = divmod(number, num_ranges)
+        for block, (begin, stop) in enumerate(pairwise(offsets)):
+            entries = index.entries[begin:stop].tolist()
+            if entries:
+                found[group, token_range, block] = [(e // topk % index.num_tokens, e % topk) for e in entries]
+                assert {e // topk // index.num_tokens for e in entries} == {group}
     assert found == chosen(ids, rows, seqlen_q, range_tokens, skip)
 
     items = cut_into_items(index, length)
     for number in range(index.num_ranges):
-        offsets = index.offsets[number * index.num_blocks :][: index.num_blocks + 1]
+        offsets = index.offsets[number]
         expected, shares, slot = [], [], 0
         for block, (begin, stop) in enumerate(pairwise(offsets.tolist())):
             starts = range(begin, stop, length)
@@ -90,19 +92,37 @@ def test_lists(layout, range_tokens, dtype, skipping):
         assert items.shares[number].tolist() == shares
 
 
-def test_many_lists():
-    """Numbers that are sorted as 32 bits, because 16 do not suffice, give the same lists."""
-    rows, batch, seqlen_q, seqlen_k = SEQUENCES["cache"]
-    ids = torch.randint(-2, 7, (batch, 2, seqlen_q, 3))
-    shape = {"batch": batch, "num_kv_heads": 2, "seqlen_q": seqlen_q, "block_size": BLOCK, "range_tokens": 5}
-    few, many = (
-        inverse_index(ids, torch.tensor(rows, dtype=torch.int32), seqlen_k=keys, **shape) for keys in (seqlen_k, 80000)
+@pytest.mark.parametrize("range_tokens", [700, 512, 16])
+@pytest.mark.parametrize(("sort", "num_blocks"), [(sort_by_counting, 70), (sort_by_radix, 70), (sort_by_radix, 40000)])
+def test_both_ways_to_sort(sort, num_blocks, range_tokens):
+    """By counting, in several chunks to a range and blocks in two steps; by radix, numbers of 16 and of 32 bits."""
+    num_tokens, topk = 700, 3
+    index = inverse_index(
+        torch.randint(-2, 70, (1, 2, num_tokens, topk)),
+        torch.tensor([[0, 0, num_tokens, 0, num_blocks * BLOCK]], dtype=torch.int32),
+        batch=1,
+        num_kv_heads=2,
+        seqlen_q=num_tokens,
+        seqlen_k=num_blocks * BLOCK,
+        block_size=BLOCK,
+        range_tokens=range_tokens,
     )
-    assert few.none < 2**16 - 1 <= many.none
-    for number in range(few.num_ranges):
-        found, expected = (x.offsets[number * x.num_blocks :][: few.num_blocks + 1] for x in (many, few))
-        assert torch.equal(found, expected)
-    assert torch.equal(many.entries, few.entries)
+    expected = defaultdict(list)
+    for entry, number in enumerate(index.numbers.flatten().tolist()):
+        if number < index.none:
+            expected[number].append(entry)
+    index.entries.fill_(-1)
+    index.offsets.fill_(-1)
+    short_numbers = (index.numbers.flatten() - 2**15).to(torch.int16)
+    sort(index, short_numbers)
+    offsets = index.offsets.tolist()
+    found = {
+        number * num_blocks + block: index.entries[begin:stop].tolist()
+        for number, row in enumerate(offsets)
+        for block, (begin, stop) in enumerate(pairwise(row))
+        if begin < stop
+    }
+    assert found == expected and len(offsets) == index.num_ranges
 
 
 def test_every_visible_block():
