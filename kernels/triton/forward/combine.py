@@ -21,15 +21,12 @@ from .records import Partial, Results, result_row
 class CombineConstants(Sizes):
     """Constants of `combine_kernel`.
 
-    rows: per step, of step_tokens neighbouring tokens or of one of the `parts` of a token's heads; steps: per program;
-    tokens: per program, padded; slots: read at once.
+    rows: per program, of `tokens` neighbouring tokens or of one of the `parts` of a token's heads; slots: read at once.
     """
 
     rows: int
-    step_tokens: int
-    parts: int
-    steps: int
     tokens: int
+    parts: int
     slots: int
     overlap: bool
 
@@ -80,52 +77,43 @@ def combine_rows(partial, numbers, first_place, live, none, topk, C: tl.constexp
 def combine_kernel(partial, skip_ptr, results, index, first_range, C: tl.constexpr):
     """`combine_rows` for those of a pass's tokens whose skip is 0.
 
-    Program (i * C.parts + part, n) owns C.steps steps of C.step_tokens tokens of range n, or a part of their heads.
+    Program (i * C.parts + part, n) owns C.tokens tokens of range n, or a part of the heads of one.
     """
     await_previous(C.overlap)
     token_range = find_token_range(index, first_range + tl.program_id(1), C.topk)
     # Tokens are counted from the index's first one.
     begin, num_tokens = (token_range.first_token - index.first_token).to(tl.int32), token_range.num_tokens.to(tl.int32)
-    skip_ptr += token_range.group * index.num_tokens + begin
-    first = tl.program_id(0) // C.parts * C.step_tokens * C.steps
-    end = tl.minimum(first + C.step_tokens * C.steps, num_tokens)
-    owned = first + tl.arange(0, C.tokens)
-    # Where neighbours share, nearly all are left out: then there is little to launch, and one load to wait for.
-    if tl.min(tl.load(skip_ptr + owned, mask=owned < end, other=1), axis=0) == 0:
-        row = tl.arange(0, C.rows)
-        head = tl.program_id(0) % C.parts * C.rows + row % C.group_size
+    row = tl.arange(0, C.rows)
+    head = tl.program_id(0) % C.parts * C.rows + row % C.group_size
+    local = tl.program_id(0) // C.parts * C.tokens + row // C.group_size
+    live = (row < C.tokens * C.group_size) & (head < C.group_size) & (local < num_tokens)
+    skip = skip_ptr + token_range.group * index.num_tokens + begin + local
+    live &= tl.load(skip, mask=live, other=1) == 0
+    # Where neighbours share, nearly all are left out.
+    if tl.max(live.to(tl.int32), axis=0) > 0:
+        numbers = index.numbers + (token_range.group * index.num_tokens + begin + local) * C.topk
+        first_place = (tl.program_id(1) * index.range_tokens + local) * (C.topk * C.group_size) + head
+        out, lse = combine_rows(partial, numbers, first_place, live, index.none, index.topk, C)
+        position = index.first_token + begin + local
+        batch, query = position // results.seqlen_q, position % results.seqlen_q
+        place = result_row(results, batch, token_range.group, head, query, C.group_size)
         d = tl.arange(0, C.depth)[None, :]
-        for step_first in range(first, end, C.step_tokens):
-            local = step_first + row // C.group_size
-            live = (row < C.step_tokens * C.group_size) & (head < C.group_size) & (local < end)
-            live &= tl.load(skip_ptr + local, mask=live, other=1) == 0
-            numbers = index.numbers + (token_range.group * index.num_tokens + begin + local) * C.topk
-            first_place = (tl.program_id(1) * index.range_tokens + local) * (C.topk * C.group_size) + head
-            out, lse = combine_rows(partial, numbers, first_place, live, index.none, index.topk, C)
-            position = index.first_token + begin + local
-            batch, query = position // results.seqlen_q, position % results.seqlen_q
-            place = result_row(results, batch, token_range.group, head, query, C.group_size)
-            mask = live[:, None] & (d < C.head_dim)
-            tl.store(results.out + place[:, None] * C.head_dim + d, out.to(results.out.dtype.element_ty), mask=mask)
-            tl.store(results.lse + place, lse * LN_2, mask=live)
+        mask = live[:, None] & (d < C.head_dim)
+        tl.store(results.out + place[:, None] * C.head_dim + d, out.to(results.out.dtype.element_ty), mask=mask)
+        tl.store(results.lse + place, lse * LN_2, mask=live)
 
 
 @functools.lru_cache
 def combine_constants(problem: Problem, target: Target) -> CombineConstants:
-    """Constants of `combine_kernel`: a step takes 2048 numbers of a slot, or the vector of one head."""
+    """Constants of `combine_kernel`: a program takes 1024 numbers of a slot, or the vector of one head."""
     sizes = sizes_of(problem)
-    rows = max(1, 2048 // sizes["depth"])
-    step_tokens = max(1, rows // problem.group_size)
-    # With more tokens per program, what is read at once lies further apart, and memory is slower.
-    steps = max(1, 2 // step_tokens)
+    rows = max(1, 1024 // sizes["depth"])
     return CombineConstants(
         **sizes,
         rows=rows,
-        step_tokens=step_tokens,
+        tokens=max(1, rows // problem.group_size),
         parts=triton.cdiv(problem.group_size, rows),
-        steps=steps,
-        tokens=triton.next_power_of_2(step_tokens * steps),
-        slots=min(8, triton.next_power_of_2(sizes["topk"])),
+        slots=min(4, triton.next_power_of_2(sizes["topk"])),
         overlap=target.overlaps,
     )
 
@@ -135,7 +123,7 @@ def launch(
 ) -> Launch:
     """The launch that fills the results of a pass's tokens whose skip [Hkv, B*Sq] is 0, but for its ranges."""
     constants = combine_constants(problem, target)
-    grid = triton.cdiv(index.range_tokens, constants.step_tokens * constants.steps) * constants.parts, 1, 1
+    grid = triton.cdiv(index.range_tokens, constants.tokens) * constants.parts, 1, 1
     tensors = {"partial": partial, "skip_ptr": skip, "results": results}
     arguments = {**tensors, "index": index, "first_range": 0}
     # Each thread loads 16 bytes of a slot.
