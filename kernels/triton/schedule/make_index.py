@@ -2,9 +2,9 @@
 
 Few entries of few blocks are sorted by counting, in four launches. A *chunk* is SIZE neighbouring entries of a token
 range. `count_entries_kernel` counts a chunk's entries of each block, and numbers them by comparing all pairs;
-`offsets_kernel` adds up the counts of the chunks before; `place_entries_kernel` then knows each entry's place. The counts
-are a number per chunk and block: of many blocks they would take more memory than the entries. All others are sorted by
-torch's radix sort, in more than ten launches, which then take less time than these kernels.
+`offsets_kernel` adds up the counts of the chunks before; `place_entries_kernel` then knows each entry's place. The
+counts are a number per chunk and block: of many blocks they would take more memory than the entries. All others are
+sorted by torch's radix sort, in more than ten launches, which then take less time than these kernels.
 
 Bytes for E entries: 4 E written for the numbers, and 8 E read back by each kernel. By counting: at most 8 E of counts,
 written and read, 2 E of ranks; by radix: 2 E in 16 bits, which suffice for up to 65,534 lists, and about 2 * 10 * 2 E
