@@ -54,7 +54,9 @@ class Sequences:
         >>> end.tolist()
         [[1, 2, 7, 8]]
         """
-        validation.check_fragments(fragments, q.device)
+        validation.check_lengths("fragments", fragments, q.device)
+        if fragments.dim() != 3 or fragments.shape[2] != 5 or fragments.numel() == 0:
+            raise ValueError(f"fragments: expected [documents, fragments, 5], got {list(fragments.shape)}")
         return cls(q, seqlen_k, table=ops.fragment_table(fragments, q.shape[0], q.shape[2], seqlen_k))
 
     @property
@@ -83,8 +85,42 @@ def check_sequences(
     Raises:
         ValueError, TypeError: a length has a wrong shape, dtype or device. Wrong values raise when the table is made.
     """
-    lengths = kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k
-    validation.check_sequences(q.shape[0], q.shape[2], seqlen_k, q.device, cu_seqlens, *lengths)
+    offsets = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    given = {name: x for name, x in offsets.items() if x is not None}
+    for name, x in given.items():
+        validation.check_lengths(name, x, q.device)
+        if x.dim() != 1 or x.shape[0] < 2:
+            raise ValueError(f"{name}: expected [documents + 1] offsets, got shape {list(x.shape)}")
+        if kv_starts is not None or kv_lens is not None:
+            raise ValueError(f"{name}: expected alone, got it with kv_starts or kv_lens; either pack or pad")
+        if q.shape[0] != 1:
+            raise ValueError(f"{name}: expected one packed row, B = 1, got B={q.shape[0]}; flatten the batch")
+    for name, lengths in (("kv_starts", kv_starts), ("kv_lens", kv_lens)):
+        if lengths is not None:
+            validation.check_lengths(name, lengths, q.device)
+            validation.check_shape(name, lengths, (q.shape[0],), "[B]")
     if cu_seqlens is None:
-        cu_seqlens = cu_seqlens_q
+        cu_seqlens = _check_pair(cu_seqlens_q, cu_seqlens_k)
+    elif len(given) > 1:
+        raise ValueError("cu_seqlens: expected either cu_seqlens, or cu_seqlens_q and cu_seqlens_k, got both")
+    elif q.shape[2] != seqlen_k:
+        raise ValueError(
+            f"cu_seqlens: expected as many queries as keys, got Sq={q.shape[2]}, Sk={seqlen_k}; pass cu_seqlens_q and "
+            "cu_seqlens_k instead"
+        )
     return Sequences(q, seqlen_k, cu_seqlens, kv_starts, kv_lens, cu_seqlens_k=cu_seqlens_k)
+
+
+def _check_pair(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> Tensor | None:
+    """Check the offsets of queries and of keys against each other, and return the queries'."""
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        return None
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+        raise ValueError(f"cu_seqlens_q, cu_seqlens_k: expected both or neither, got no {missing}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            "cu_seqlens_q, cu_seqlens_k: expected one offset more than documents each, got "
+            f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
+        )
+    return cu_seqlens_q

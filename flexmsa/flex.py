@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest as FlexAuxRequest
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexmsa import ops, validation
-from flexmsa._sequences import Sequences
+from flexmsa._sequences import Sequences, check_sequences
 
 __all__ = ["create_block_mask", "pack_gqa", "packed_flex_attention", "unpack_gqa"]
 
@@ -105,8 +105,8 @@ def create_block_mask(
     >>> mask.shape
     (1, 1, 8, 4)
     """
-    validation.check_block_mask_inputs(block_indices, num_heads, seqlen_k, block_size, cu_seqlens, kv_starts, kv_lens)
-    sequences = Sequences(block_indices, seqlen_k, cu_seqlens, kv_starts, kv_lens)
+    validation.check_block_mask_inputs(block_indices, num_heads, seqlen_k, block_size)
+    sequences = check_sequences(block_indices, seqlen_k, cu_seqlens, kv_starts, kv_lens)
     return selection_block_mask(block_indices, num_heads, block_size, sequences, with_backward)
 
 

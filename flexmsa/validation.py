@@ -85,7 +85,7 @@ def _check_alike(tensors: dict[str, Tensor]) -> None:
             _check_same_dtype(name, x, first, reference)
 
 
-def _check_shape(name: str, x: Tensor, expected: tuple[int, ...], layout: str) -> None:
+def check_shape(name: str, x: Tensor, expected: tuple[int, ...], layout: str) -> None:
     if x.shape != expected:
         raise ValueError(f"{name}: expected {layout} = {list(expected)}, got {list(x.shape)}")
 
@@ -103,8 +103,8 @@ def check_main_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> N
             f"q: expected heads in groups, Hq a multiple of Hkv={num_kv_heads}, got Hq={num_heads}; "
             "the layout is [B, H, S, D]"
         )
-    _check_shape("k", k, (batch, num_kv_heads, seqlen_k, head_dim), "[B, Hkv, Sk, D] with q's B and D")
-    _check_shape("v", v, k.shape, "the shape of k")
+    check_shape("k", k, (batch, num_kv_heads, seqlen_k, head_dim), "[B, Hkv, Sk, D] with q's B and D")
+    check_shape("v", v, k.shape, "the shape of k")
     _check_alike({"q": q, "k": k, "v": v})
     _check_scale("scale", scale)
 
@@ -117,7 +117,7 @@ def check_index_inputs(index_q: Tensor, index_k: Tensor, index_scale: float | No
     if seqlen_q < 1 or seqlen_k < 1:
         raise ValueError(f"index_q, index_k: expected at least one query and one key, got {seqlen_q} and {seqlen_k}")
     layout = "[B, 1, Sk, Di], one head for all groups, index_q's B and Di"
-    _check_shape("index_k", index_k, (batch, 1, seqlen_k, head_dim), layout)
+    check_shape("index_k", index_k, (batch, 1, seqlen_k, head_dim), layout)
     _check_alike({"index_q": index_q, "index_k": index_k})
     _check_scale("index_scale", index_scale)
 
@@ -125,8 +125,8 @@ def check_index_inputs(index_q: Tensor, index_k: Tensor, index_scale: float | No
 def check_branches_match(q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor) -> None:
     batch, _, seqlen_q, _ = q.shape
     expected = (batch, k.shape[1], seqlen_q, index_q.shape[3])
-    _check_shape("index_q", index_q, expected, "[B, Hkv, Sq, Di], one head for each KV head of k")
-    _check_shape("index_k", index_k, (batch, 1, k.shape[2], index_q.shape[3]), "[B, 1, Sk, Di] with k's Sk")
+    check_shape("index_q", index_q, expected, "[B, Hkv, Sq, Di], one head for each KV head of k")
+    check_shape("index_k", index_k, (batch, 1, k.shape[2], index_q.shape[3]), "[B, 1, Sk, Di] with k's Sk")
     _check_alike({"q": q, "index_q": index_q})
 
 
@@ -139,62 +139,15 @@ def check_block_indices(
     if block_indices.dim() != 4 or block_indices.shape[3] < 1:
         raise ValueError(f"block_indices: expected [B, Hkv, Sq, topk], got {list(block_indices.shape)}")
     expected = (batch, num_kv_heads, seqlen_q, block_indices.shape[3])
-    _check_shape("block_indices", block_indices, expected, "[B, Hkv, Sq, topk]")
+    check_shape("block_indices", block_indices, expected, "[B, Hkv, Sq, topk]")
     _check_device("block_indices", block_indices, device)
 
 
-def _check_lengths(name: str, lengths: Tensor, device: torch.device) -> None:
+def check_lengths(name: str, lengths: Tensor, device: torch.device) -> None:
     _check_is_tensor(name, lengths)
     if lengths.dtype not in _INDEX_DTYPES:
         raise TypeError(f"{name}: expected int32, got {lengths.dtype}")
     _check_device(name, lengths, device)
-
-
-def check_sequences(
-    batch: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    device: torch.device,
-    cu_seqlens: Tensor | None,
-    kv_starts: Tensor | None,
-    kv_lens: Tensor | None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-) -> None:
-    offsets = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    given = {name: x for name, x in offsets.items() if x is not None}
-    for name, x in given.items():
-        _check_lengths(name, x, device)
-        if x.dim() != 1 or x.shape[0] < 2:
-            raise ValueError(f"{name}: expected [documents + 1] offsets, got shape {list(x.shape)}")
-        if kv_starts is not None or kv_lens is not None:
-            raise ValueError(f"{name}: expected alone, got it with kv_starts or kv_lens; either pack or pad")
-        if batch != 1:
-            raise ValueError(f"{name}: expected one packed row, B = 1, got B={batch}; flatten the batch")
-    if cu_seqlens is not None and seqlen_q != seqlen_k:
-        raise ValueError(
-            f"cu_seqlens: expected as many queries as keys, got Sq={seqlen_q}, Sk={seqlen_k}; pass cu_seqlens_q and "
-            "cu_seqlens_k instead"
-        )
-    if len(given) > 1 and cu_seqlens is not None:
-        raise ValueError("cu_seqlens: expected either cu_seqlens, or cu_seqlens_q and cu_seqlens_k, got both")
-    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
-        raise ValueError(f"cu_seqlens_q, cu_seqlens_k: expected both or neither, got {', '.join(given)} alone")
-    if cu_seqlens_q is not None and cu_seqlens_k is not None and cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            "cu_seqlens_q, cu_seqlens_k: expected one offset more than documents each, got "
-            f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
-        )
-    for name, lengths in (("kv_starts", kv_starts), ("kv_lens", kv_lens)):
-        if lengths is not None:
-            _check_lengths(name, lengths, device)
-            _check_shape(name, lengths, (batch,), "[B]")
-
-
-def check_fragments(fragments: Tensor, device: torch.device) -> None:
-    _check_lengths("fragments", fragments, device)
-    if fragments.dim() != 3 or fragments.shape[2] != 5 or fragments.numel() == 0:
-        raise ValueError(f"fragments: expected [documents, fragments, 5], got {list(fragments.shape)}")
 
 
 def check_aux(return_aux: AuxRequest | None) -> AuxRequest:
@@ -221,20 +174,12 @@ def check_loss_value(value: Tensor | None, aux: AuxRequest, q: Tensor) -> None:
 
 def check_lse(lse: Tensor, q: Tensor) -> None:
     _check_is_tensor("lse", lse)
-    _check_shape("lse", lse, tuple(q.shape[:3]), "[B, Hq, Sq]")
+    check_shape("lse", lse, tuple(q.shape[:3]), "[B, Hq, Sq]")
     if lse.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"lse: expected float32, as block_sparse_attention returns it, got {lse.dtype}")
 
 
-def check_block_mask_inputs(
-    block_indices: Tensor,
-    num_heads: int,
-    seqlen_k: int,
-    block_size: int,
-    cu_seqlens: Tensor | None,
-    kv_starts: Tensor | None,
-    kv_lens: Tensor | None,
-) -> None:
+def check_block_mask_inputs(block_indices: Tensor, num_heads: int, seqlen_k: int, block_size: int) -> None:
     check_settings(block_size)
     if not isinstance(block_indices, Tensor) or block_indices.dim() != 4:
         raise ValueError("block_indices: expected a tensor [B, Hkv, Sq, topk]")
@@ -244,7 +189,6 @@ def check_block_mask_inputs(
     check_int("num_heads", num_heads, 1)
     if num_heads % num_kv_heads:
         raise ValueError(f"num_heads: expected a multiple of block_indices' {num_kv_heads} KV heads, got {num_heads}")
-    check_sequences(batch, seqlen_q, seqlen_k, block_indices.device, cu_seqlens, kv_starts, kv_lens)
 
 
 def check_cache_sizes(batch_size: int, num_kv_heads: int, head_dim: int, index_head_dim: int, **more: int) -> None:
@@ -261,7 +205,8 @@ def check_cache_dtypes(dtype: torch.dtype, index_dtype: torch.dtype) -> None:
 
 
 def check_kv_starts(kv_starts: Tensor, batch_size: int, capacity: int, device: torch.device) -> None:
-    check_sequences(batch_size, 1, capacity, device, None, kv_starts, None)
+    check_lengths("kv_starts", kv_starts, device)
+    check_shape("kv_starts", kv_starts, (batch_size,), "[B]")
     wrong = [start for start in kv_starts.tolist() if not 0 <= start <= capacity]
     if wrong:
         raise ValueError(f"kv_starts: expected 0 to {capacity} (the capacity) in each row, got {wrong[0]}")
@@ -277,7 +222,7 @@ def check_cache_input(name: str, new: Tensor, buffer: Tensor, tokens: tuple[int,
     _check_tensor(name, new, "[B, H, tokens, D]")
     batch, count = tokens
     heads, head_dim = buffer.shape[1], buffer.shape[3]
-    _check_shape(name, new, (batch, heads, count, head_dim), "[B, H, tokens, D] of the cache")
+    check_shape(name, new, (batch, heads, count, head_dim), "[B, H, tokens, D] of the cache")
     _check_device(name, new, buffer.device, "of the cache, ")
     if new.dtype != buffer.dtype and buffer.element_size() > 1:
         raise TypeError(
@@ -301,7 +246,7 @@ def check_decode_inputs(
     if index_q is not None:
         _check_tensor("index_q", index_q, "[B, Hkv, Sq, Di]")
         expected = (batch, num_kv_heads, seqlen_q, cache.index_k.shape[3])
-        _check_shape("index_q", index_q, expected, "[B, Hkv, Sq, Di] for q and this cache")
+        check_shape("index_q", index_q, expected, "[B, Hkv, Sq, Di] for q and this cache")
         if cache.index_k_scale is None:
             _check_same_dtype("index_q", index_q, "the cache's index keys", cache.index_k)
         tensors["index_q"] = index_q
@@ -324,8 +269,8 @@ def _check_same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> N
 
 def check_row_counts(name: str, counts: Tensor | None, kv_lens: Tensor) -> None:
     if counts is not None:
-        _check_lengths(name, counts, kv_lens.device)
-        _check_shape(name, counts, tuple(kv_lens.shape), "[B]")
+        check_lengths(name, counts, kv_lens.device)
+        check_shape(name, counts, tuple(kv_lens.shape), "[B]")
 
 
 def check_pools(pools: dict[str, Tensor], scales: dict[str, Tensor | None]) -> None:
@@ -353,17 +298,17 @@ def _check_pool_scale(name: str, scale: Tensor, pool: Tensor) -> None:
             f"{name}: expected uint8 on {pool.device}, contiguous, for an e4m3 pool, got {scale.dtype} on "
             f"{scale.device} with strides {list(scale.stride())} for {pool.dtype}"
         )
-    _check_shape(name, scale, tuple(pool.shape[:-1]), "[num_pages, heads, page_size]")
+    check_shape(name, scale, tuple(pool.shape[:-1]), "[num_pages, heads, page_size]")
 
 
 def check_page_table(page_table: Tensor, kv_lens: Tensor, device: torch.device) -> None:
-    _check_lengths("page_table", page_table, device)
-    _check_lengths("kv_lens", kv_lens, device)
+    check_lengths("page_table", page_table, device)
+    check_lengths("kv_lens", kv_lens, device)
     if page_table.dtype != torch.int32 or page_table.dim() != 2 or not page_table.is_contiguous():
         raise ValueError(
             f"page_table: expected contiguous int32 [B, max_pages], got {page_table.dtype} {list(page_table.shape)}"
         )
-    _check_shape("kv_lens", kv_lens, (page_table.shape[0],), "[B] with page_table's B")
+    check_shape("kv_lens", kv_lens, (page_table.shape[0],), "[B] with page_table's B")
     if kv_lens.dtype != torch.int32 or not kv_lens.is_contiguous():
         raise TypeError(
             f"kv_lens: expected contiguous int32, to be updated in place, got {kv_lens.dtype} with stride "

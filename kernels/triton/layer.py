@@ -16,8 +16,9 @@ from .step import training_step
 class Layer:
     """Sizes and dtype of one call of an attention layer, by default MiniMax-M3's.
 
-    packed: documents along the sequence; fragments: of each document, as for context parallel; queries: as many as tokens, the keys, if None; strided, offset: as for
-    `lay_out`, of q, k, v, index_q and index_k. Its tensors are uninitialised; on "meta" they take no memory.
+    packed: documents along the sequence; fragments: of each document, as for context parallel; queries: as many as
+    tokens, the keys, if None; strided, offset: as for `lay_out`, of q, k, v, index_q and index_k. Its tensors are
+    uninitialised; on "meta" they take no memory.
     """
 
     tokens: int = 131072

@@ -1,4 +1,4 @@
-"""Fragments of documents, whose keys overlap, as context parallel gives them to a rank: against the dense definition."""
+"""Fragments of documents, whose keys overlap, as a rank of context parallel has them: against the dense definition."""
 
 from dataclasses import dataclass
 
@@ -119,10 +119,11 @@ def test_torch(name, deferred):
         check(CASES[name], rank, "torch", deferred)
 
 
-@pytest.mark.parametrize(
-    ("name", "deferred"),
-    [*((name, True) for name in CASES if name not in ("half", "dense")), ("packed", False), ("half", False), ("dense", False)],
-)
+# 16 bits round the teacher that the backward leaves; the warm-up has none.
+DEFERRED = [(name, True) for name in CASES if name not in ("half", "dense")]
+
+
+@pytest.mark.parametrize(("name", "deferred"), [*DEFERRED, ("packed", False), ("half", False), ("dense", False)])
 def test_triton(name, deferred):
     case = CASES[name]
     with kernels_for_many_queries(torch.empty(0), "triton"):

@@ -48,11 +48,7 @@ def chosen(ids, sequences, seqlen_q, range_tokens, skip):
         for group in range(ids.shape[1]):
             row = ids[batch, group, query].tolist()
             for slot, block in enumerate(row):
-                if (
-                    0 <= block <= newest
-                    and block not in row[:slot]
-                    and not (skip is not None and skip[group, token])
-                ):
+                if 0 <= block <= newest and block not in row[:slot] and not (skip is not None and skip[group, token]):
                     lists[group, token // range_tokens, first_block + block].append((token, slot))
     return {name: sorted(entries) for name, entries in lists.items()}
 
