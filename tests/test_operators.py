@@ -11,7 +11,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import flexmsa
-from flexmsa import AuxRequest, MSAConfig, MSAttention, ops, validation
+from flexmsa import AuxRequest, MSAConfig, MSAttention, functional, ops, validation
 
 EVERYTHING = AuxRequest(lse=True, block_indices=True, index_loss=True)
 SEQUENCES = torch.tensor([[0, 0, 33, 0, 33]], dtype=torch.int32)
@@ -220,12 +220,13 @@ def test_attention_checks_its_input_and_makes_its_table_once(monkeypatch, topk, 
         monkeypatch.setattr(module, name, counted)
 
     checks = ["reject_forward_ad", *(f"check_{x}" for x in ("main_inputs", "index_inputs", "branches_match"))]
-    checks += [f"check_{x}" for x in ("settings", "sequences", "aux")]
+    checks += ["check_settings", "check_aux"]
     for name in checks:
         count(validation, name)
+    count(functional, "check_sequences")
     count(ops, "sequence_table")
     flexmsa.attention(*make_inputs(20), block_size=8, topk=topk, backend=backend, return_aux=EVERYTHING)
-    assert calls == dict.fromkeys([*checks, "sequence_table"], 1)
+    assert calls == dict.fromkeys([*checks, "check_sequences", "sequence_table"], 1)
 
 
 def test_forward_mode_raises():
