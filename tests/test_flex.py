@@ -13,7 +13,7 @@ from flexmsa.testing import assert_close
 
 SEQUENCES = [
     {},
-    {"cu_seqlens": lengths(0, 1, 30, 37, 70)},
+    {"cu_seqlens": lengths(0, 1, 30, 30, 37, 70)},
     {"kv_starts": lengths(21)},
     {"kv_starts": lengths(3), "kv_lens": lengths(62)},
 ]
