@@ -186,6 +186,7 @@ def attention_and_index_loss_backward(
     block_size: int,
     scale: float,
     index_scale: float,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, index_q and index_k, and the index loss, a fp32 scalar; grad_loss is a scalar tensor."""
     main = grad_out, grad_lse, q, k, v, out, lse, block_indices, sequences, block_size, scale
@@ -194,8 +195,8 @@ def attention_and_index_loss_backward(
     config = backward_config(problem, q.device)
     implementation = choose(GRADIENTS, problem, target_of(q.device), config)
     if q.numel() * k.numel() * block_indices.shape[3] > 0 and implementation.leaves_teacher(problem, config):
-        return find_gradients(x, problem, implementation, config, IndexBranch(index_q, index_k, grad_loss, index_scale))
+        return find_gradients(x, problem, implementation, config, IndexBranch(index_q, index_k, grad_loss, index_scale, count))
     branches = q, k, index_q, index_k, block_indices, lse, sequences
-    loss, *unit_grads = index_loss(*branches, block_size, scale, index_scale, True)
+    loss, *unit_grads = index_loss(*branches, block_size, scale, index_scale, True, count)
     index = [(grad * grad_loss).to(x.dtype) for grad, x in zip(unit_grads, (index_q, index_k), strict=True)]
     return *block_sparse_attention_backward(*main), *index, loss

@@ -107,7 +107,7 @@ def assert_loss(inputs, block_size, config, scales=None):
     lse, exact = wanted(inputs, block_size, scales, torch.float64)
     _, eager = wanted(inputs, block_size, scales, q.dtype)
     lse = lse.float()
-    found = index_loss(q, k, index_q, index_k, ids, lse, sequences, block_size, *scales, True, config)
+    found = index_loss(q, k, index_q, index_k, ids, lse, sequences, block_size, *scales, True, config=config)
     rows = max(1, int(lse.isfinite().sum()) * k.shape[1] // q.shape[1])
     largest = [scales[1] / rows * float(x.nan_to_num().abs().max()) for x in (index_k, index_q)]
     terms = {"loss": math.log(1 + k.shape[2]), "index_q": largest[0], "index_k": largest[1]}
