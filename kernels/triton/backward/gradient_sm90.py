@@ -101,8 +101,7 @@ def fold_rows(
         grad_tiles = grad_tiles._reinterpret(dtype, [shape.stages, ROWS, HEAD_DIM], SIDE_BY_SIDE)
     q, grad = q_tiles.index(stage), grad_tiles.index(stage)
 
-    if not masked:
-        # Before the products, which read shared memory too and would delay it. With masks registers would not suffice.
+    if not masked:  # Before the products, which read shared memory too and would delay it.
         lse2 = buffers.lse2.index(stage).load(gl.SliceLayout(0, scored))
     # Scores are [keys, rows]: probabilities leave one product in the layout of the next one's operand.
     scores = gl.zeros([BLOCK, ROWS], gl.float32, scored)

@@ -6,22 +6,17 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from ..common.launch import Launch, view
+from ..common.launch import view
 from ..common.passes import PassLaunch
 from ..common.softmax import LOG2_E
-from ..common.target import GLUON, target_of
 from ..loss.config import LossConfig, LossConstants, loss_constants
-from ..loss.given_teacher import given_teacher
-from ..loss.launch import launches_of, loss_config, make_call, slot_bytes
+from ..loss.launch import launches_of, loss_config, make_call, slot_bytes, with_teacher
 from ..loss.loads import LossCall, Sizes
 from ..loss.reduce import Scale, loss_scale
 from ..schedule.inverse_index import InverseIndex
 from ..schedule.work_items import WorkItems
 from .reduce import LossSums
 from .workspace import TileSizes, Workspace
-
-if GLUON:
-    from ..loss import given_teacher_sm90
 
 
 class IndexBranch(NamedTuple):
@@ -68,14 +63,6 @@ def bytes_per_slot(branch: IndexBranch, constants: LossConstants, length: int) -
     return slot_bytes(constants, length, branch.index_q.element_size())
 
 
-def main_launch(call: LossCall, index_k: Tensor, workspace: Workspace) -> Launch:
-    """The launch that takes the teacher."""
-    target = target_of(index_k.device)
-    if GLUON and given_teacher_sm90.supports(call, index_k, target):
-        return given_teacher_sm90.given_teacher_sm90(call, index_k, workspace.rows.limits, target)
-    return given_teacher(call)
-
-
 def prepare(
     branch: IndexBranch,
     workspace: Workspace,
@@ -100,4 +87,4 @@ def prepare(
     call = make_call(
         views, workspace.partial.teacher, None, outputs, index, items, num_ranges, sizes, config, constants
     )
-    return IndexLoss(call, launches_of(call, main_launch(call, index_k, workspace)), index_k, mean)
+    return IndexLoss(call, launches_of(call, with_teacher(call, index_k, workspace.rows.limits)), index_k, mean)

@@ -40,15 +40,19 @@ from ..common.launch import Launch, View, view
 from ..common.passes import PassLaunch, of_passes, run_pass
 from ..common.sizes import cdiv
 from ..common.softmax import LOG2_E
-from ..common.target import target_of
+from ..common.target import GLUON, target_of
 from ..schedule.inverse_index import InverseIndex
 from ..schedule.make_index import inverse_indexes
 from ..schedule.work_items import WorkItems, cut_into_items
 from .config import DEPENDS_ON, LossConfig, LossConstants, default_config, loss_constants
+from .given_teacher import given_teacher
 from .gradient import loss_and_gradients
 from .loads import Buffers, Gradients, LossCall, Sizes
 from .reduce import loss_scale, sum_items, sum_slots
 from .student import block_lse, index_lse
+
+if GLUON:
+    from . import given_teacher_sm90
 
 
 def slot_bytes(constants: LossConstants, length: int, size: int) -> int:
@@ -99,6 +103,14 @@ def make_call(
         losses=blocks.new_zeros((index.num_ranges, items.num_items, parts), dtype=torch.float32),
     )
     return LossCall(*views, buffers, index, items, gradients, sizes, config, constants)
+
+
+def with_teacher(x: LossCall, index_k: torch.Tensor, limits: torch.Tensor) -> Launch:
+    """The main launch where the teacher is given; limits: see `given_teacher_sm90.Tensors`."""
+    target = target_of(index_k.device)
+    if GLUON and given_teacher_sm90.supports(x, index_k, target):
+        return given_teacher_sm90.given_teacher_sm90(x, index_k, limits, target)
+    return given_teacher(x)
 
 
 def launches_of(x: LossCall, main: Launch) -> list[PassLaunch]:
