@@ -195,7 +195,8 @@ def attention_and_index_loss_backward(
     config = backward_config(problem, q.device)
     implementation = choose(GRADIENTS, problem, target_of(q.device), config)
     if q.numel() * k.numel() * block_indices.shape[3] > 0 and implementation.leaves_teacher(problem, config):
-        return find_gradients(x, problem, implementation, config, IndexBranch(index_q, index_k, grad_loss, index_scale, count))
+        branch = IndexBranch(index_q, index_k, grad_loss, index_scale, count)
+        return find_gradients(x, problem, implementation, config, branch)
     branches = q, k, index_q, index_k, block_indices, lse, sequences
     loss, *unit_grads = index_loss(*branches, block_size, scale, index_scale, True, count)
     index = [(grad * grad_loss).to(x.dtype) for grad, x in zip(unit_grads, (index_q, index_k), strict=True)]
