@@ -238,7 +238,8 @@ def gpu_heads() -> str:
             steps += [found[f"{layout}random, backward with loss"]["ms"], ours["ms"]]
             times = (f"{ms:.1f}" for ms in (*steps, ours["goal"], found[f"{layout}shared, together"]["ms"]))
             dense = f"{found[f'{layout}dense cuDNN']['ms']:.0f}"
-            heads = layout.removeprefix("heads ").split(",")[0]
+            heads, blocks, *_ = layout.removeprefix("heads ").split(", ")
+            heads += "" if blocks == "blocks 128" else f", {blocks.replace(' ', ' of ')}"
             rows.append([heads, f"{tokens // 1024}K", *times, dense, f"{ours['faster']:.1f}x"])
     steps = [
         "selection",

@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import re
 
 import pytest
 import torch
@@ -28,6 +29,8 @@ SPILLS = {
     # With the teacher, and the addresses of rows that are copied one by one. On an H200, with groups of 4, fewer stages
     # and so fewer numbers take a third more time.
     "gradient_sm90_kernel": 120,
+    # Where rows are copied one by one, once per program, before the copies.
+    "key_major_sm90_kernel": 8,
     # Numbers of a work item, while its steps run.
     "given_teacher_sm90_kernel": 88,
 }
@@ -121,6 +124,32 @@ def test_gluon_kernels(heads, head_dim):
     assert {name: lone_products(kernels[name].asm["cubin"]) for name in expected} == expected
     # Two programs share a multiprocessor's 228 KiB, of which each takes 1 KiB for itself.
     assert 2 * (kernels["key_major_sm90_kernel"].metadata.shared + 1024) <= 228 << 10
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group_size", [1, 4, 5, 12])
+def test_gluon_forward_of_short_entries(group_size, head_dim, block_size):
+    """On Hopper, queries come and outputs go in 16 bytes at a time, beside products as those of longer entries."""
+    layer = Layer(num_heads=2 * group_size, num_kv_heads=2, head_dim=head_dim, block_size=block_size)
+    launches = recorded.forward_launches(layer, TARGETS["sm_90"])
+    launches = [launch for launch in launches if launch.kernel.__name__ == "key_major_sm90_kernel"]
+    kernel = build(launches, TARGETS["sm_90"])["key_major_sm90_kernel"]
+    assert lone_products(kernel.asm["cubin"]) == ((head_dim + block_size) // 16, 2)
+    # Four warps copy 64 rows, and write as many.
+    copies = 64 * head_dim * 2 // (128 * 16)
+    assert kernel.asm["ptx"].count("cp.async.cg.shared.global") == copies
+    assert len(re.findall(r"st\.global\S*\.v4\.b32", kernel.asm["ptx"])) == copies
+    assert 2 * (kernel.metadata.shared + 1024) <= 228 << 10
+
+
+@pytest.mark.parametrize("task", ["forward", "backward"])
+def test_rows_as_far_apart_as_the_bulk_copy_engine_needs(task):
+    """On Hopper, rows that are multiples of 16 bytes apart, but not of 32, are copied 16 bytes at a time too."""
+    layer = Layer(num_heads=32, num_kv_heads=8, strided=True)
+    kernels = build(TRAINING[task](layer, TARGETS["sm_90"]), TARGETS["sm_90"])
+    kernel = kernels[{"forward": "key_major_sm90_kernel", "backward": "gradient_sm90_kernel"}[task]]
+    assert "cp.async.cg.shared.global" in kernel.asm["ptx"] and "cp.async.ca" not in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize("task", ["forward", "backward", "loss"])

@@ -102,13 +102,18 @@ def test_hopper_runs_the_kernels_in_gluon(name):
 @pytest.mark.parametrize(
     "change",
     [
-        *({"head_dim": 96}, {"group_size": 3}, {"dtype": torch.float32}, {"paged": True}),
+        *({"head_dim": 96}, {"block_size": 32}, {"dtype": torch.float32}, {"paged": True}),
         *({"key_dtype": torch.float8_e4m3fn}, {"bulk_copies": False}, {"positive_scale": False}),
     ],
     ids=str,
 )
 def test_other_problems_run_the_kernels_in_triton(change):
     assert chosen(replace(M3, **change), "sm_90") == TRITON
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 5, 7, 10, 128])
+def test_hopper_takes_groups_of_any_size(group_size):
+    assert chosen(replace(M3, group_size=group_size), "sm_90") == ["query_major", "key_major_sm90"]
 
 
 def test_tuning_chooses_too():

@@ -141,6 +141,8 @@ def copy_vectors(x, batch, first_head, query, head, present, buffer, shape: gl.c
     d = gl.arange(0, shape.head_dim, gl.SliceLayout(0, layout))
     base = x.ptr + batch * x.stride_b + first_head * x.stride_h
     rows = base + query.to(gl.int64) * x.stride_s + head.to(gl.int64) * x.stride_h
+    # The kernel takes tensors that the bulk copy engine reads: their rows are multiples of 16 bytes apart.
+    rows = gl.multiple_of(rows, 16)
     async_copy.async_copy_global_to_shared(buffer, rows[:, None] + d[None, :], mask=present[:, None])
 
 

@@ -77,6 +77,6 @@ def padded(size: int, least: int = 16) -> int:
 
 
 def fits_gather_sm90(problem: Problem, target: Target) -> bool:
-    """Whether the Gluon kernels that gather queries, `key_major_sm90` and `gradient_sm90`, have tiles of this shape."""
+    """Whether the Gluon kernel `gradient_sm90`, which gathers queries, has tiles of this shape."""
     sizes = problem.head_dim in (64, 128) and problem.block_size == 128 and problem.element_size == 2
     return GLUON and target.arch == 90 and sizes and problem.group_size <= 64

@@ -19,102 +19,101 @@ from .records import Partial, Results, result_row
 
 @dataclass(frozen=True)
 class CombineConstants(Sizes):
-    """Constants of `combine_kernel`; heads: G, padded; slots: read at once; tokens: per program.
+    """Constants of `combine_kernel`.
 
-    stages: of partial outputs, on their way in shared memory.
+    rows: per program, of `tokens` neighbouring tokens or of one of the `parts` of a token's heads; slots: read at once.
     """
 
-    heads: int
-    slots: int
+    rows: int
     tokens: int
-    stages: int
+    parts: int
+    slots: int
     overlap: bool
 
 
 @triton.jit
-def total_lse(lse_ptr, numbers, first_row, none, C: tl.constexpr):
-    """[heads] fp32, base 2: the lse over all used slots of one token and group."""
-    HEADS: tl.constexpr = C.heads
-    head = tl.arange(0, HEADS)
-    row_max = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    for start in range(0, C.topk, C.slots):
-        slot = start + tl.arange(0, C.slots)
-        used = tl.load(numbers + slot, mask=slot < C.topk, other=none) < none
-        place = first_row + slot[:, None] * C.group_size + head[None, :]
-        mask = used[:, None] & (head < C.group_size)[None, :]
-        lse = tl.load(lse_ptr + place, mask=mask, other=float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(lse, axis=0))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        total = total * tl.exp2(row_max - shift) + tl.sum(tl.exp2(lse - shift[None, :]), axis=0)
-        row_max = new_max
-    return row_max + tl.log2(total)
+def combine_rows(partial, numbers, first_place, live, none, topk, C: tl.constexpr):
+    """(out [rows, depth], lse in base 2) of query rows: their slots' partial results, weighted by exp2(their lse).
 
-
-@triton.jit
-def combine_token(partial, numbers, first_row, results, out_row, none, topk, C: tl.constexpr):
-    """out and lse of one token and group: its slots' partial results, weighted by exp2(their lse - lse).
-
-    topk: C.topk, but at run time, so that the compiler does not unroll the loop. numbers: of its slots' lists;
-    first_row: of its partial results; out_row: of its first head in the results.
+    topk: C.topk, but at run time, so that the compiler does not unroll the loop. numbers: where the lists of each row's
+    slots are; first_place: each row's first partial result; rows that are not live load nothing.
     """
-    HEADS: tl.constexpr = C.heads
+    ROWS: tl.constexpr = C.rows
     DEPTH: tl.constexpr = C.depth
-    lse = total_lse(partial.lse, numbers, first_row, none, C)
-    offset = tl.where(lse == float("-inf"), 0.0, lse)
-    head, d = tl.arange(0, HEADS), tl.arange(0, DEPTH)[None, :]
-    acc = tl.zeros([HEADS, DEPTH], tl.float32)
-    # Copied into shared memory ahead of their use: the loads of an unrolled loop wait for one another.
-    for slot in tl.range(0, topk, num_stages=C.stages):
-        # An unused slot has no heads to load.
-        used = head < tl.where(tl.load(numbers + slot) < none, C.group_size, 0)
-        place = first_row + slot * C.group_size + head
-        weight = tl.exp2(tl.load(partial.lse + place, mask=used, other=float("-inf")) - offset)
-        part = partial.out + place[:, None] * C.head_dim + d
-        mask = used[:, None] & (d < C.head_dim)
-        acc += weight[:, None] * tl.load(part, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    row = out_row + head.to(tl.int64) * results.seqlen_q
-    out = acc.to(results.out.dtype.element_ty)
-    mask = (head < C.group_size)[:, None] & (d < C.head_dim)
-    tl.store(results.out + row[:, None] * C.head_dim + d, out, mask=mask)
-    tl.store(results.lse + row, lse * LN_2, mask=head < C.group_size)
+    SLOTS: tl.constexpr = C.slots
+    d = tl.arange(0, DEPTH)[None, :]
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DEPTH], tl.float32)
+    for start in range(0, topk, SLOTS):
+        # All are loaded before any is added: loads between sums would wait for one another.
+        used = ()
+        for number in tl.static_range(SLOTS):
+            inside = live & (start + number < topk)
+            used += (inside & (tl.load(numbers + start + number, mask=inside, other=none) < none),)  # type: ignore[assignment]
+        parts = ()
+        lse = ()
+        for number in tl.static_range(SLOTS):
+            place = first_place + (start + number) * C.group_size
+            lse += (tl.load(partial.lse + place, mask=used[number], other=float("-inf")),)  # type: ignore[assignment]
+            part, mask = partial.out + (place * C.head_dim)[:, None] + d, used[number][:, None] & (d < C.head_dim)
+            # Read once: the lse, and what others read, are to stay in the L2 cache.
+            vectors = tl.load(part, mask=mask, other=0.0, eviction_policy="evict_first")
+            parts += (vectors,)  # type: ignore[assignment]
+        new_max = row_max
+        for number in tl.static_range(SLOTS):
+            new_max = tl.maximum(new_max, lse[number])
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        decay = tl.exp2(row_max - shift)
+        total, acc, row_max = total * decay, acc * decay[:, None], new_max
+        for number in tl.static_range(SLOTS):
+            weight = tl.exp2(lse[number] - shift)
+            total += weight
+            acc += weight[:, None] * parts[number].to(tl.float32)
+    return acc * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None], row_max + tl.log2(total)
 
 
 @triton.jit
 def combine_kernel(partial, skip_ptr, results, index, first_range, C: tl.constexpr):
-    """`combine_token` for those of a pass's tokens whose skip is 0. Program (i, n) owns C.tokens tokens of range n."""
+    """`combine_rows` for those of a pass's tokens whose skip is 0.
+
+    Program (i * C.parts + part, n) owns C.tokens tokens of range n, or a part of the heads of one.
+    """
     await_previous(C.overlap)
     token_range = find_token_range(index, first_range + tl.program_id(1), C.topk)
     # Tokens are counted from the index's first one.
-    begin = (token_range.first_token - index.first_token).to(tl.int32)
-    first, end = begin + tl.program_id(0) * C.tokens, begin + token_range.num_tokens.to(tl.int32)
-    skip_ptr += token_range.group * index.num_tokens
-    tokens = first + tl.arange(0, C.tokens)
-    # Where neighbours share, nearly all are left out: then there is little to launch, and one load to wait for.
-    if tl.min(tl.load(skip_ptr + tokens, mask=tokens < end, other=1), axis=0) == 0:
-        for token in range(first, tl.minimum(first + C.tokens, end)):
-            if tl.load(skip_ptr + token) == 0:
-                position = index.first_token + token
-                batch, query = position // results.seqlen_q, position % results.seqlen_q
-                out_row = result_row(results, batch, token_range.group, 0, query, C.group_size)
-                slots = index.numbers + (token_range.group * index.num_tokens + token) * C.topk
-                first_row = (tl.program_id(1) * index.range_tokens + token - begin) * C.topk * C.group_size
-                combine_token(partial, slots, first_row, results, out_row, index.none, index.topk, C)
+    begin, num_tokens = (token_range.first_token - index.first_token).to(tl.int32), token_range.num_tokens.to(tl.int32)
+    row = tl.arange(0, C.rows)
+    head = tl.program_id(0) % C.parts * C.rows + row % C.group_size
+    local = tl.program_id(0) // C.parts * C.tokens + row // C.group_size
+    live = (row < C.tokens * C.group_size) & (head < C.group_size) & (local < num_tokens)
+    skip = skip_ptr + token_range.group * index.num_tokens + begin + local
+    live &= tl.load(skip, mask=live, other=1) == 0
+    # Where neighbours share, nearly all are left out.
+    if tl.max(live.to(tl.int32), axis=0) > 0:
+        numbers = index.numbers + (token_range.group * index.num_tokens + begin + local) * C.topk
+        first_place = (tl.program_id(1) * index.range_tokens + local) * (C.topk * C.group_size) + head
+        out, lse = combine_rows(partial, numbers, first_place, live, index.none, index.topk, C)
+        position = index.first_token + begin + local
+        batch, query = position // results.seqlen_q, position % results.seqlen_q
+        place = result_row(results, batch, token_range.group, head, query, C.group_size)
+        d = tl.arange(0, C.depth)[None, :]
+        mask = live[:, None] & (d < C.head_dim)
+        tl.store(results.out + place[:, None] * C.head_dim + d, out.to(results.out.dtype.element_ty), mask=mask)
+        tl.store(results.lse + place, lse * LN_2, mask=live)
 
 
 @functools.lru_cache
 def combine_constants(problem: Problem, target: Target) -> CombineConstants:
-    """Constants of `combine_kernel`."""
-    sizes, heads = sizes_of(problem), triton.next_power_of_2(problem.group_size)
-    # Only NVIDIA GPUs copy ahead into shared memory: a slot of all heads per stage but one, beside a little else.
-    room = (target.shared_memory - 2048) // (heads * sizes["depth"] * problem.element_size)
+    """Constants of `combine_kernel`: a program takes 1024 numbers of a slot, or the vector of one head."""
+    sizes = sizes_of(problem)
+    rows = max(1, 1024 // sizes["depth"])
     return CombineConstants(
         **sizes,
-        heads=heads,
-        slots=min(64, triton.next_power_of_2(sizes["topk"])),
-        # With more tokens per program, what is read at once lies further apart, and memory is slower.
-        tokens=2,
-        stages=max(1, min(4, 1 + room)) if target.backend == "cuda" else 4,
+        rows=rows,
+        tokens=max(1, rows // problem.group_size),
+        parts=triton.cdiv(problem.group_size, rows),
+        slots=min(4, triton.next_power_of_2(sizes["topk"])),
         overlap=target.overlaps,
     )
 
@@ -124,7 +123,9 @@ def launch(
 ) -> Launch:
     """The launch that fills the results of a pass's tokens whose skip [Hkv, B*Sq] is 0, but for its ranges."""
     constants = combine_constants(problem, target)
-    grid = triton.cdiv(index.range_tokens, constants.tokens), 1, 1
+    grid = triton.cdiv(index.range_tokens, constants.tokens) * constants.parts, 1, 1
     tensors = {"partial": partial, "skip_ptr": skip, "results": results}
     arguments = {**tensors, "index": index, "first_range": 0}
-    return Launch(combine_kernel, grid, arguments, {"C": constants}, Options(overlap=constants.overlap))
+    # Each thread loads 16 bytes of a slot.
+    num_warps = max(1, min(8, constants.rows * constants.depth * problem.element_size // 512))
+    return Launch(combine_kernel, grid, arguments, {"C": constants}, Options(num_warps, overlap=constants.overlap))

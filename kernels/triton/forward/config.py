@@ -9,7 +9,7 @@ import triton
 from ...problem import Problem
 from ...tuning import Changes
 from ..common.candidates import near, registers, stages
-from ..common.target import GLUON, Target, fits_gather_sm90, padded
+from ..common.target import GLUON, Target, padded
 
 # The fields of a Problem that a configuration depends on, and the fields of a configuration that tuning may change.
 DEPENDS_ON = ("group_size", "head_dim", "block_size", "topk", "element_size", "scaled")
@@ -65,7 +65,8 @@ def fits_query_major_sm90(problem: Problem, target: Target) -> bool:
 
 def fits_key_major_sm90(problem: Problem, target: Target) -> bool:
     """Whether `key_major_sm90` has tiles of this shape."""
-    return fits_gather_sm90(problem, target) and problem.group_size in (8, 16, 32, 64) and not problem.scaled
+    sizes = problem.head_dim in (64, 128) and problem.block_size in (64, 128) and problem.element_size == 2
+    return GLUON and target.arch == 90 and sizes and not problem.scaled
 
 
 @functools.lru_cache

@@ -1,10 +1,10 @@
 """Makes an inverse index: numbers the entries by their lists, then sorts them, in one of two ways.
 
-Entries of few blocks are sorted by counting, in four launches. A *chunk* is SIZE neighbouring entries of a token range.
-`count_entries_kernel` counts a chunk's entries of each block, and numbers them by comparing all pairs; `offsets_kernel`
-adds up the counts of the chunks before; `place_entries_kernel` then knows each entry's place. The counts are a number
-per chunk and block: of many blocks they would take more memory than the entries. So these are sorted by torch's radix
-sort, in more than ten launches, which then take less time than their kernels.
+Few entries of few blocks are sorted by counting, in four launches. A *chunk* is SIZE neighbouring entries of a token
+range. `count_entries_kernel` counts a chunk's entries of each block, and numbers them by comparing all pairs;
+`offsets_kernel` adds up the counts of the chunks before; `place_entries_kernel` then knows each entry's place. The
+counts are a number per chunk and block: of many blocks they would take more memory than the entries. All others are
+sorted by torch's radix sort, in more than ten launches, which then take less time than these kernels.
 
 Bytes for E entries: 4 E written for the numbers, and 8 E read back by each kernel. By counting: at most 8 E of counts,
 written and read, 2 E of ranks; by radix: 2 E in 16 bits, which suffice for up to 65,534 lists, and about 2 * 10 * 2 E
@@ -23,6 +23,8 @@ from .inverse_index import InverseIndex, block_table, find_token_range, list_num
 
 # Entries of a chunk, and how many each of them is compared with at a time.
 SIZE, COMPARED = tl.constexpr(256), tl.constexpr(32)
+# Of more entries the radix sort takes less time on an H200, though it takes more launches.
+MOST_COUNTED = 2**19
 
 
 @triton.jit
@@ -167,7 +169,8 @@ def inverse_index(
         },
         {"block_size": block_size, "slots": slots},
     ).run()
-    by_counting = num_ranges * chunks_per_range(index) * index.num_blocks <= 2 * numbers.numel()
+    counts = num_ranges * chunks_per_range(index) * index.num_blocks
+    by_counting = numbers.numel() <= MOST_COUNTED and counts <= 2 * numbers.numel()
     if by_counting or is_ahead():
         sort_by_counting(index, shorts)
     if not by_counting:

@@ -54,6 +54,7 @@ SHAPES = {
     "G 5, D 80": (1, 1, 5, 70, 80, 48, 2, torch.float32),
     "G 16": (1, 1, 16, 40, 16, 16, 2, torch.float16),
     "one token": (1, 2, 4, 1, 16, 16, 3, torch.float32),
+    "heads in two parts, slots in two steps": (1, 1, 10, 30, 256, 4, 10, torch.float32),
 }
 
 
