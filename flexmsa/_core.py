@@ -74,8 +74,8 @@ def attention(
         out, lse = main_branch(q, k, v, block_indices, sequences, settings, aux)
         if with_loss:
             assert lse is not None
-            inputs = q, k, index_q, index_k, block_indices, lse
-            loss = index_loss(*inputs, sequences, settings, loss_value, loss_count)
+            main = q, k, index_q, index_k
+            loss = index_loss(*main, block_indices, lse, sequences, settings, loss_value, loss_count)
         return out, requested(aux, lse, block_indices, loss, loss_count)
 
 
