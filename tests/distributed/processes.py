@@ -1,7 +1,10 @@
 """Functions run by several processes on one machine, with a limit on their time: a hang is a failure."""
 
+import contextlib
 import os
+import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +38,7 @@ def _enter(rank: int, world: int, port: int, function: Callable[..., Any], argum
 def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What function(*arguments) returns in each of `world` processes of a gloo group, numbers and strings, by rank."""
     context = mp.get_context("spawn")
-    answers = context.SimpleQueue()
+    answers = context.Queue()
     port = free_port()
     processes = [
         context.Process(target=_enter, args=(rank, world, port, function, arguments, answers), daemon=True)
@@ -43,14 +46,18 @@ def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     ]
     for process in processes:
         process.start()
+    found: list[Any] = []
+    deadline = time.monotonic() + SECONDS
     try:
-        for process in processes:
-            process.join(SECONDS)
-            assert process.exitcode is not None, f"not finished after {SECONDS} s: {function.__name__}"
-        found = sorted((answers.get() for _ in processes if not answers.empty()), key=lambda answer: answer[0])
+        # Read before the processes end: one waits until its answer is taken.
+        while len(found) < world and (answers.qsize() or any(process.is_alive() for process in processes)):
+            assert time.monotonic() < deadline, f"not finished after {SECONDS} s: {function.__name__}"
+            with contextlib.suppress(queue.Empty):
+                found.append(answers.get(timeout=0.2))
     finally:
         for process in processes:
             process.kill()
+    found.sort(key=lambda answer: answer[0])
     failures = [failure for _, failure, _ in found if failure]
     assert not failures, failures[0]
     assert len(found) == world, f"{world - len(found)} of {world} processes died: {[p.exitcode for p in processes]}"
