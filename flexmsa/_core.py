@@ -47,31 +47,36 @@ def attention(
     aux: AuxRequest,
     block_indices: Tensor | None = None,
     loss_value: Tensor | None = None,
+    loss_count: Tensor | None = None,
 ) -> tuple[Tensor, AuxOutput]:
     """Select, attend, and compute the index loss if `aux` requests it; given block_indices replace the selection.
 
-    loss_value: the backward computes the loss, and writes it there.
+    loss_value: the backward computes the loss, and writes it there. loss_count: what its sum is divided by.
     """
     branches = q, k, v, index_q, index_k
     lse: Tensor | None
     loss: Tensor | None = None
-    with _expected_step(branches, sequences, settings, aux.index_loss, loss_value is not None, block_indices):
+    with_loss = aux.index_loss or aux.index_loss_sum
+    if aux.index_loss_sum and loss_count is None:
+        loss_count = sequences.count(k.shape[1])
+    with _expected_step(branches, sequences, settings, with_loss, loss_value is not None, block_indices):
         if block_indices is None and settings.rule is not None:
             block_indices = select_blocks(index_q, index_k, sequences, settings.rule, settings.backend)
         # Without gradients there is no backward. FlexAttention and the reference have backwards of their own.
-        deferred = aux.index_loss and loss_value is not None
+        deferred = with_loss and loss_value is not None
         together = deferred and block_indices is not None and _needs_grad(q, k, v) and _needs_grad(index_q, index_k)
         backend = choose_backend("block_sparse_attention", settings.backend, q) if together else ""
         if together and backend in ("torch", "triton"):
-            inputs = q, k, v, index_q, index_k, block_indices, sequences.table, loss_value
+            inputs = q, k, v, index_q, index_k, block_indices, sequences.table, loss_count, loss_value
             numbers = settings.block_size, settings.scale, settings.index_scale
             out, lse, loss = ops.attention_and_index_loss(*inputs, *numbers, backend)
-            return out, requested(aux, lse, block_indices, loss)
+            return out, requested(aux, lse, block_indices, loss, loss_count)
         out, lse = main_branch(q, k, v, block_indices, sequences, settings, aux)
-        if aux.index_loss:
+        if with_loss:
             assert lse is not None
-            loss = index_loss(q, k, index_q, index_k, block_indices, lse, sequences, settings, loss_value)
-        return out, requested(aux, lse, block_indices, loss)
+            main = q, k, index_q, index_k
+            loss = index_loss(*main, block_indices, lse, sequences, settings, loss_value, loss_count)
+        return out, requested(aux, lse, block_indices, loss, loss_count)
 
 
 def _expected_step(
@@ -121,7 +126,8 @@ def main_branch(
             mask = flex.dense_block_mask(q, k, sequences, needs_grad)
         else:
             mask = flex.selection_block_mask(block_indices, q.shape[1], block_size, sequences, needs_grad)
-        result = flex.packed_flex_attention(q, k, v, mask, scale=scale, return_lse=aux.lse or aux.index_loss)
+        with_lse = aux.lse or aux.index_loss or aux.index_loss_sum
+        result = flex.packed_flex_attention(q, k, v, mask, scale=scale, return_lse=with_lse)
         return result if isinstance(result, tuple) else (result, None)
     if backend == "reference":
         ranges = sequences.key_ranges()
@@ -139,19 +145,23 @@ def index_loss(
     sequences: Sequences,
     settings: Settings,
     value: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> Tensor:
-    """Return the scalar loss, with gradients to index_q and index_k only; 0 if the backward writes it to `value`."""
+    """Return the scalar loss, with gradients to index_q and index_k only; 0 if the backward writes it to `value`.
+
+    count: what the sum is divided by; None is the number of groups and queries that see a key.
+    """
     backend = step_backend("index_loss", settings.backend, q)
     q, k, lse = q.detach(), k.detach(), lse.detach()
     if backend == "reference":
         branches, ranges = (q, k, index_q, index_k), sequences.key_ranges()
         scales = settings.scale, settings.index_scale
-        loss = reference.index_loss(*branches, block_indices, *ranges, settings.block_size, *scales)
+        loss = reference.index_loss(*branches, block_indices, *ranges, settings.block_size, *scales, count=count)
         if value is None:
             return loss
         value.copy_(loss.detach())
         return loss - loss.detach()
-    inputs = q, k, index_q, index_k, block_indices, lse, sequences.table
+    inputs = q, k, index_q, index_k, block_indices, lse, sequences.table, count
     numbers = settings.block_size, settings.scale, settings.index_scale
     if value is not None:
         return ops.deferred_index_loss(*inputs, value, *numbers, backend)
@@ -160,10 +170,24 @@ def index_loss(
 
 
 def requested(
-    aux: AuxRequest, lse: Tensor | None, block_indices: Tensor | None, index_loss: Tensor | None = None
+    aux: AuxRequest,
+    lse: Tensor | None,
+    block_indices: Tensor | None,
+    index_loss: Tensor | None = None,
+    loss_count: Tensor | None = None,
 ) -> AuxOutput:
     """Return what `aux` requests of a call's results."""
-    return AuxOutput(lse if aux.lse else None, block_indices if aux.block_indices else None, index_loss)
+    loss_sum = None
+    if aux.index_loss_sum:
+        assert index_loss is not None and loss_count is not None
+        loss_sum = index_loss * loss_count
+    return AuxOutput(
+        lse=lse if aux.lse else None,
+        block_indices=block_indices if aux.block_indices else None,
+        index_loss=index_loss if aux.index_loss else None,
+        index_loss_sum=loss_sum,
+        index_loss_count=loss_count if aux.index_loss_sum else None,
+    )
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from flexmsa import _core, ops, validation
+from flexmsa import _core, _loss, ops, validation
 from flexmsa._sequences import check_sequences
 from flexmsa.backends import choose_backend
 from flexmsa.kernels.rules import SelectionRule
@@ -32,6 +32,7 @@ def attention(
     backend: str | None = None,
     return_aux: AuxRequest | None = None,
     index_loss_value: Tensor | None = None,
+    index_loss_count: Tensor | float | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """MiniMax Sparse Attention (arXiv 2606.13392): the index branch selects blocks of keys, the main branch attends to
     them exactly.
@@ -62,6 +63,9 @@ def attention(
         return_aux: the additional results to return.
         index_loss_value: a scalar tensor, for training. If given, the backward computes the index loss, which costs
             little there, and writes its value to this tensor; `index_loss` is then 0, with the loss's gradient.
+        index_loss_count: a number or a scalar by which the sum of the losses is divided, instead of the number of
+            groups and queries of this call that see a key: of all micro-batches, or of all processes
+            (`flexmsa.distributed`).
 
     Returns:
         out [B, Hq, Sq, D], contiguous, or (out, AuxOutput) if `return_aux` is given. `out` has gradients for q, k and
@@ -85,13 +89,15 @@ def attention(
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     choose_backend("block_sparse_attention", backend, q)
     aux = validation.check_aux(return_aux)
-    validation.check_loss_value(index_loss_value, aux, q)
+    _loss.check_value(index_loss_value, aux, q)
+    count = _loss.check_count("index_loss_count", index_loss_count, q)
     sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k)
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
     scale, index_scale = _scale(scale, q), _scale(index_scale, index_q)
     rule = None if topk is None else SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
     settings = _core.Settings(block_size, scale, index_scale, rule, backend)
-    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, loss_value=index_loss_value)
+    loss = {"loss_value": index_loss_value, "loss_count": count}
+    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, **loss)
     return out if return_aux is None else (out, found)
 
 
@@ -188,8 +194,8 @@ def block_sparse_attention(
     validation.reject_forward_ad(q, k, v)
     validation.check_main_inputs(q, k, v, scale)
     aux = validation.check_aux(return_aux)
-    if aux.index_loss:
-        raise ValueError("return_aux: expected lse or block_indices, got index_loss; call flexmsa.index_loss for it")
+    if aux.index_loss or aux.index_loss_sum:
+        raise ValueError("return_aux: expected lse or block_indices, got the loss; call flexmsa.index_loss for it")
     validation.check_settings(block_size)
     sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k)
     if block_indices is not None:
@@ -217,6 +223,7 @@ def index_loss(
     cu_seqlens_k: Tensor | None = None,
     kv_starts: Tensor | None = None,
     kv_lens: Tensor | None = None,
+    count: Tensor | float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The KL loss of the index branch against the main branch (paper, training).
@@ -231,6 +238,7 @@ def index_loss(
         index_q, index_k: [B, Hkv, Sq, Di] and [B, 1, Sk, Di].
         block_indices: [B, Hkv, Sq, topk] as given to the main branch; None (every visible block) is the warm-up.
         lse: [B, Hq, Sq], of the main branch for the same blocks.
+        count: a number or a scalar by which the sum is divided, instead of the number of groups and queries.
         Others: as for `attention`.
 
     Returns:
@@ -252,7 +260,8 @@ def index_loss(
     backend = choose_backend("index_loss", backend, q)
     q, k, index_q, index_k = ops.cast_to_autocast(q.detach(), k.detach(), index_q, index_k)
     settings = _core.Settings(block_size, _scale(scale, q), _scale(index_scale, index_q), backend=backend)
-    return _core.index_loss(q, k, index_q, index_k, block_indices, lse, sequences, settings)
+    divisor = _loss.check_count("count", count, q)
+    return _core.index_loss(q, k, index_q, index_k, block_indices, lse, sequences, settings, count=divisor)
 
 
 def _scale(scale: float | None, x: Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flexmsa import decoding, functional, validation
-from flexmsa._sequences import Sequences
+from flexmsa._sequences import Sequences, check_sequences
 from flexmsa.cache import Cache, MSACache
 from flexmsa.config import MSAConfig
 from flexmsa.types import AuxRequest
@@ -112,6 +112,7 @@ class MSAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         kv_starts: Tensor | None = None,
         with_index_loss: bool | None = None,
+        index_loss_count: Tensor | float | None = None,
         backend: str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Project x, attend, and project the output.
@@ -124,6 +125,8 @@ class MSAttention(nn.Module):
             cu_seqlens, kv_starts: packed documents, or padding on the left, as for `flexmsa.attention`; a cache has
                 its own kv_starts.
             with_index_loss: compute the loss of the index branch; default: in training mode without a cache.
+            index_loss_count: by what the sum of the loss is divided, as for `flexmsa.attention`; default: the
+                `index_loss_count` of x.
             backend: as for `flexmsa.attention`.
 
         Returns:
@@ -151,8 +154,24 @@ class MSAttention(nn.Module):
         settings = {**self._selection(), "cu_seqlens": cu_seqlens, "kv_starts": kv_starts, "backend": backend}
         deferred = with_index_loss and self.training and self.config.loss_in_backward
         settings["index_loss_value"] = self.index_loss_value if deferred else None
+        settings["index_loss_count"] = index_loss_count
         out, extra = functional.attention(*inputs, **settings, return_aux=AuxRequest(index_loss=with_index_loss))
         return self._merge(out), extra.index_loss
+
+    def index_loss_count(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, kv_starts: Tensor | None = None
+    ) -> Tensor:
+        """The number of groups and queries of x [B, S, hidden_size] that see a key: a scalar int64, at least 1.
+
+        The index loss of a call is a mean over so many. Counts of several micro-batches or processes, added up, make
+        the mean over all of them: see `forward` and `flexmsa.distributed.global_index_loss_count`.
+
+        >>> config = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=8, index_head_dim=8)
+        >>> MSAttention(config).index_loss_count(torch.randn(3, 20, 32)).item()
+        120
+        """
+        sequences = check_sequences(x.unsqueeze(1), x.shape[1], cu_seqlens, kv_starts, None)
+        return sequences.count(self.config.num_kv_heads)
 
     def generate(
         self,

@@ -132,13 +132,18 @@ def index_loss(
     scale: float,
     index_scale: float,
     dtype: torch.dtype | None = None,
+    count: Tensor | None = None,
 ) -> Tensor:
-    """Return the scalar KL loss: the mean of KL(teacher || student) over groups and queries that see a key."""
+    """Return the scalar KL loss: the sum of KL(teacher || student) over groups and queries, divided by `count`.
+
+    By default, count is the number of groups and queries that see a key.
+    """
     keep = selected_keys(block_indices, start, end, k.shape[2], block_size)
     teacher = softmax(main_scores(q.detach(), k.detach(), keep, scale, dtype)).mean(2)
     scores = (index_q.to(teacher.dtype) @ index_k.to(teacher.dtype).transpose(-1, -2)) * index_scale
     empty = ~keep.any(-1, keepdim=True)
     student = scores.masked_fill(~keep & ~empty, -torch.inf).log_softmax(-1).masked_fill(~keep, 0.0)
     divergence = (torch.xlogy(teacher, teacher) - teacher * student).sum(-1)
-    queries = (end > start).sum() * index_q.shape[1]
-    return divergence.sum() / queries.clamp(min=1)
+    if count is None:
+        count = ((end > start).sum() * index_q.shape[1]).clamp(min=1)
+    return divergence.sum() / count

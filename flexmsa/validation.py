@@ -157,21 +157,6 @@ def check_aux(return_aux: AuxRequest | None) -> AuxRequest:
     return return_aux or AuxRequest()
 
 
-def check_loss_value(value: Tensor | None, aux: AuxRequest, q: Tensor) -> None:
-    if value is None:
-        return
-    _check_is_tensor("index_loss_value", value)
-    if not aux.index_loss:
-        raise ValueError("index_loss_value: expected None without a request for the loss; pass it in return_aux")
-    if value.dim() != 0 or value.dtype not in (torch.float32, torch.float64) or value.requires_grad:
-        raise ValueError(
-            "index_loss_value: expected a float32 scalar without a gradient, such as torch.tensor(nan), got "
-            f"{value.dtype} {list(value.shape)}, requires_grad={value.requires_grad}"
-        )
-    if value.device != q.device:
-        raise ValueError(f"index_loss_value: expected on {q.device}, where q is, got {value.device}")
-
-
 def check_lse(lse: Tensor, q: Tensor) -> None:
     _check_is_tensor("lse", lse)
     check_shape("lse", lse, tuple(q.shape[:3]), "[B, Hq, Sq]")

@@ -17,10 +17,10 @@ from .index_loss import index_loss, index_loss_backward
 from .library import operator
 
 
-def _loss_gradients(value, grad_loss, needed, branches, numbers):
+def _loss_gradients(value, grad_loss, needed, branches, count, numbers):
     """Write the loss to `value`; return the gradients of index_q and index_k, each if `needed` says so."""
     *scales, backend = numbers
-    loss, *unit_grads = index_loss(*branches, *scales, True, backend)
+    loss, *unit_grads = index_loss(*branches, count, *scales, True, backend)
     value.copy_(loss)
     return [
         index_loss_backward(grad_loss, unit_grad, x.dtype) if is_needed else None
@@ -36,28 +36,30 @@ def _empty_gradients_and_loss(grad_out, grad_lse, grad_loss, q, k, v, index_q, i
 @operator(
     "attention_and_index_loss_backward(Tensor grad_out, Tensor? grad_lse, Tensor grad_loss, Tensor q, Tensor k, "
     "Tensor v, Tensor index_q, Tensor index_k, Tensor out, Tensor lse, Tensor block_indices, Tensor sequences, "
-    "int block_size, float scale, float index_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? count, int block_size, float scale, float index_scale, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_empty_gradients_and_loss,
     cast=0,
 )
 def attention_and_index_loss_backward(*args):
     """Return the gradients of q, k, v, index_q and index_k, and the loss; the schema names the arguments."""
-    *inputs, backend = args
-    return run_kernel(backend, "attention_and_index_loss_backward", *inputs)
+    grad_out, grad_lse, grad_loss, *inputs, count, block_size, scale, index_scale, backend = args
+    gradients, numbers = (grad_out, grad_lse, (grad_loss, count)), (block_size, scale, index_scale)
+    return run_kernel(backend, "attention_and_index_loss_backward", *gradients, *inputs, *numbers)
 
 
 # The value is kept on ctx: it is written by the backward, and a saved tensor must not change after the forward.
 def _setup_attention(ctx, inputs, output):
-    *tensors, block_indices, sequences, ctx.value, block_size, scale, index_scale, backend = inputs
+    *tensors, block_indices, sequences, count, ctx.value, block_size, scale, index_scale, backend = inputs
     ctx.numbers = block_size, scale, index_scale, backend
-    ctx.save_for_backward(*tensors, *output[:2], block_indices, sequences)
+    ctx.save_for_backward(*tensors, *output[:2], block_indices, sequences, count)
     ctx.set_materialize_grads(False)
 
 
 def _attention_backward(ctx, grad_out, grad_lse, grad_loss):
     # Read once: checkpointing refuses a second time.
     saved = ctx.saved_tensors
-    q, k, v, index_q, index_k, out, lse, ids, sequences = saved
+    q, k, v, index_q, index_k, out, lse, ids, sequences, count = saved
     block_size, scale, _, backend = ctx.numbers
     needs = ctx.needs_input_grad
     with_loss = grad_loss is not None and any(needs[3:5])
@@ -75,8 +77,8 @@ def _attention_backward(ctx, grad_out, grad_lse, grad_loss):
         )
     elif with_loss:
         branches = q, k, index_q, index_k, ids, lse, sequences
-        index = _loss_gradients(ctx.value, grad_loss, needs[3:5], branches, ctx.numbers)
-    return *main, *index, *(None,) * 7
+        index = _loss_gradients(ctx.value, grad_loss, needs[3:5], branches, count, ctx.numbers)
+    return *main, *index, *(None,) * 8
 
 
 def _empty_out_lse_and_loss(q, *_):
@@ -85,7 +87,7 @@ def _empty_out_lse_and_loss(q, *_):
 
 @operator(
     "attention_and_index_loss(Tensor q, Tensor k, Tensor v, Tensor index_q, Tensor index_k, Tensor block_indices, "
-    "Tensor sequences, Tensor value, int block_size, float scale, float index_scale, str backend) "
+    "Tensor sequences, Tensor? count, Tensor value, int block_size, float scale, float index_scale, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_empty_out_lse_and_loss,
     backward=_attention_backward,
@@ -93,7 +95,7 @@ def _empty_out_lse_and_loss(q, *_):
     cast=5,
 )
 def attention_and_index_loss(
-    q, k, v, index_q, index_k, block_indices, sequences, value, block_size, scale, index_scale, backend
+    q, k, v, index_q, index_k, block_indices, sequences, count, value, block_size, scale, index_scale, backend
 ):
     """Return out [B, Hq, Sq, D], lse [B, Hq, Sq], and the scalar 0 whose gradient is that of the index loss."""
     check_block_indices(block_indices, -(-k.shape[2] // block_size))
@@ -102,14 +104,15 @@ def attention_and_index_loss(
 
 
 def _setup_loss(ctx, inputs, output):
-    *tensors, ctx.value, block_size, scale, index_scale, backend = inputs
+    *tensors, count, ctx.value, block_size, scale, index_scale, backend = inputs
     ctx.numbers = block_size, scale, index_scale, backend
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, count)
 
 
 def _loss_backward(ctx, grad_loss):
-    index = _loss_gradients(ctx.value, grad_loss, ctx.needs_input_grad[2:4], ctx.saved_tensors, ctx.numbers)
-    return None, None, *index, *(None,) * 8
+    *branches, count = ctx.saved_tensors
+    index = _loss_gradients(ctx.value, grad_loss, ctx.needs_input_grad[2:4], branches, count, ctx.numbers)
+    return None, None, *index, *(None,) * 9
 
 
 def _empty_loss(q, *_):
@@ -118,7 +121,8 @@ def _empty_loss(q, *_):
 
 @operator(
     "deferred_index_loss(Tensor q, Tensor k, Tensor index_q, Tensor index_k, Tensor? block_indices, Tensor lse, "
-    "Tensor sequences, Tensor value, int block_size, float scale, float index_scale, str backend) -> Tensor",
+    "Tensor sequences, Tensor? count, Tensor value, int block_size, float scale, float index_scale, str backend) "
+    "-> Tensor",
     fake=_empty_loss,
     backward=_loss_backward,
     setup_context=_setup_loss,

@@ -12,7 +12,7 @@ from .library import operator
 
 
 def _empty_loss_and_grads(
-    q, k, index_q, index_k, block_indices, lse, sequences, block_size, scale, index_scale, with_grad, backend
+    q, k, index_q, index_k, block_indices, lse, sequences, count, block_size, scale, index_scale, with_grad, backend
 ):
     dtype = statistics_dtype(q)
     grads = [x.new_empty(x.shape if with_grad else (0,), dtype=dtype) for x in (index_q, index_k)]
@@ -40,19 +40,19 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 12
+        return (None,) * 13
     if not ctx.with_grad:
         raise RuntimeError("index_loss: expected with_grad=True to compute a gradient, got with_grad=False")
     grads = [
         index_loss_backward(grad_loss, unit_grad, dtype) if needed else None
         for unit_grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[2:4], strict=True)
     ]
-    return (None, None, *grads, *(None,) * 8)
+    return (None, None, *grads, *(None,) * 9)
 
 
 @operator(
     "index_loss(Tensor q, Tensor k, Tensor index_q, Tensor index_k, Tensor? block_indices, Tensor lse, "
-    "Tensor sequences, int block_size, float scale, float index_scale, bool with_grad, str backend) "
+    "Tensor sequences, Tensor? count, int block_size, float scale, float index_scale, bool with_grad, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_empty_loss_and_grads,
     backward=_backward,
@@ -60,10 +60,13 @@ def _backward(ctx, grad_loss, *_):
     cast=4,
 )
 def index_loss(
-    q, k, index_q, index_k, block_indices, lse, sequences, block_size, scale, index_scale, with_grad, backend
+    q, k, index_q, index_k, block_indices, lse, sequences, count, block_size, scale, index_scale, with_grad, backend
 ):
-    """Return the scalar loss and its gradients for index_q and index_k (empty unless `with_grad`)."""
+    """Return the scalar loss and its gradients for index_q and index_k (empty unless `with_grad`).
+
+    count: a scalar by which the sum of the losses is divided; None is the number of them.
+    """
     if block_indices is not None:
         check_block_indices(block_indices, -(-k.shape[2] // block_size))
     branches = q, k, index_q, index_k, block_indices, lse, sequences
-    return run_kernel(backend, "index_loss", *branches, block_size, scale, index_scale, with_grad)
+    return run_kernel(backend, "index_loss", *branches, block_size, scale, index_scale, with_grad, count)

@@ -32,18 +32,19 @@ def index_loss(
     scale: float,
     index_scale: float,
     with_grad: bool,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [B,Hq,Sq,D], k [B,Hkv,Sk,D], index_q [B,Hkv,Sq,Di], index_k [B,1,Sk,Di], lse [B,Hq,Sq] of the main branch.
 
     block_indices [B,Hkv,Sq,K], or None for every visible block. Returns the loss, a scalar in the compute dtype,
-    averaged over all (batch, group, query) that see a key, and the gradients of index_q and index_k in the same dtype,
-    or two empty tensors without ``with_grad``.
+    averaged over all (batch, group, query) that see a key, or its sum over ``count``, a scalar; and the gradients of
+    index_q and index_k in the same dtype, or two empty tensors without ``with_grad``.
     """
     batch, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group_size = num_heads // num_kv_heads
     index = InverseIndex(sequences, block_indices, block_size, batch, num_kv_heads, seqlen_q)
-    count = max(1, index.num_visible)
+    divisor = max(1, index.num_visible) if count is None else count.item()
     k_blocks = index.blocks.pack(k, scale)
     # All groups have the same index keys, but each tile names the blocks of its group.
     index_blocks = index.blocks.pack(index_k, index_scale)
@@ -68,11 +69,11 @@ def index_loss(
                 grad_scores = tile.hide_future(log_student.exp_(), 0.0).sub_(teacher)
                 _add_gradients(tile, grad_scores, index_tile, index_blocks, index_q_grads, index_k_grads)
         if with_grad:
-            tokens.unpack(index_q_grads.div_(count), grad_index_q)
-    loss = (loss / count).to(scratch.dtype)
+            tokens.unpack(index_q_grads.div_(divisor), grad_index_q)
+    loss = (loss / divisor).to(scratch.dtype)
     if not with_grad:
         return loss, grad_index_q, torch.empty(0, dtype=scratch.dtype)
-    grad_index_k = index.blocks.unpack(index_k_grads.mul_(index_scale / count), index_k, scratch.dtype)
+    grad_index_k = index.blocks.unpack(index_k_grads.mul_(index_scale / divisor), index_k, scratch.dtype)
     return loss, grad_index_q, grad_index_k
 
 

@@ -20,12 +20,16 @@ from .workspace import TileSizes, Workspace
 
 
 class IndexBranch(NamedTuple):
-    """index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di], the gradient of the loss, a scalar, and index_scale."""
+    """index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di], the gradient of the loss, a scalar, and index_scale.
+
+    divisor: a scalar by which the sum of the losses is divided; None is their number.
+    """
 
     index_q: Tensor
     index_k: Tensor
     grad_loss: Tensor
     index_scale: float
+    divisor: Tensor | None
 
 
 class IndexLoss(NamedTuple):
@@ -74,7 +78,7 @@ def prepare(
 ) -> IndexLoss:
     """The loss for passes of up to num_ranges token ranges of an index."""
     index_q, index_k, index_scale = branch.index_q, branch.index_k, branch.index_scale
-    mean = loss_scale(sequences, branch.grad_loss, problem.num_kv_heads, index_scale)
+    mean = loss_scale(sequences, branch.grad_loss, branch.divisor, problem.num_kv_heads, index_scale)
     # Groups share the index keys: each range of a pass has a sum of its own.
     key_gradients = index_k.new_zeros((num_ranges, *index_k.shape), dtype=torch.float32)
     outputs = mean.unit, index_q.new_empty(index_q.shape), key_gradients

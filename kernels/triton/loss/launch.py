@@ -131,13 +131,14 @@ def index_loss(
     scale: float,
     index_scale: float,
     with_grad: bool,
+    count: torch.Tensor | None = None,
     config: LossConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, grad_index_q, grad_index_k), as the module's docstring defines them; no gradients unless `with_grad`.
 
     lse [B, Hq, Sq] is the main branch's, of the same blocks. block_indices [B, Hkv, Sq, topk] may be in any order and
     hold -1, repeats, ids out of range and blocks that the query does not see; None stands for every visible block.
-    `config` overrides the choice of tiles.
+    `count`, a scalar, replaces the count; `config` overrides the choice of tiles.
     """
     loss = torch.zeros((), dtype=torch.float64, device=q.device)
     grad_q = torch.zeros(index_q.shape if with_grad else 0, dtype=torch.float32, device=q.device)
@@ -157,7 +158,7 @@ def index_loss(
     )
     config = config or loss_config(problem, q.device)
     constants = loss_constants(config, problem)
-    mean = loss_scale(sequences, None, num_kv_heads, index_scale)
+    mean = loss_scale(sequences, None, count, num_kv_heads, index_scale)
     # The inverse index of all tokens, with the memory that sorting it takes, is there whatever the range.
     index_bytes = 32 * num_kv_heads if block_indices is not None else 0
     bytes_per_token = topk * (slot_bytes(constants, config.length, 4 if with_grad else 0) + index_bytes)

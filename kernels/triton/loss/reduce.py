@@ -22,33 +22,42 @@ ROWS = tl.constexpr(16)
 
 
 class Scale(NamedTuple):
-    """number: int64 scalar, the (batch, group, query) that see a key, at least 1; unit: fp32 scalar, see `launch`."""
+    """number: fp64 scalar, what the sum of the losses is divided by; unit: fp32 scalar, see `launch`."""
 
     number: torch.Tensor
     unit: torch.Tensor
 
 
 @triton.jit
-def loss_scale_kernel(sequences_ptr, grad_loss_ptr, result, num_sequences, num_kv_heads, index_scale):
-    """Scale; grad_loss None is 1. One program."""
-    with_keys = tl.zeros([ROWS], tl.int64)
-    for start in range(0, num_sequences, ROWS):
-        n = start + tl.arange(0, ROWS)
-        sequence = load_sequence(sequences_ptr, n, n < num_sequences)
-        queries, keys = sequence.q_end - sequence.q_start, sequence.k_end - sequence.k_start
-        with_keys += tl.maximum(tl.minimum(queries, keys), 0)
-    count = tl.maximum(tl.sum(with_keys, axis=0) * num_kv_heads, 1)
-    unit = index_scale / count.to(tl.float32)
+def loss_scale_kernel(sequences_ptr, grad_loss_ptr, count_ptr, result, num_sequences, num_kv_heads, index_scale):
+    """Scale; grad_loss None is 1, count None the (batch, group, query) that see a key, at least 1. One program."""
+    if count_ptr is not None:
+        count = tl.load(count_ptr).to(tl.float64)
+    else:
+        with_keys = tl.zeros([ROWS], tl.int64)
+        for start in range(0, num_sequences, ROWS):
+            n = start + tl.arange(0, ROWS)
+            sequence = load_sequence(sequences_ptr, n, n < num_sequences)
+            queries, keys = sequence.q_end - sequence.q_start, sequence.k_end - sequence.k_start
+            with_keys += tl.maximum(tl.minimum(queries, keys), 0)
+        count = tl.maximum(tl.sum(with_keys, axis=0) * num_kv_heads, 1).to(tl.float64)
+    unit = (index_scale / count).to(tl.float32)
     if grad_loss_ptr is not None:
         unit *= tl.load(grad_loss_ptr).to(tl.float32)
     tl.store(result.number, count)
     tl.store(result.unit, unit)
 
 
-def loss_scale(sequences: torch.Tensor, grad_loss: torch.Tensor | None, num_kv_heads: int, index_scale: float) -> Scale:
-    """The Scale of a call, for a gradient of the loss of grad_loss, a scalar, 1 if None."""
-    result = Scale(sequences.new_empty((), dtype=torch.int64), sequences.new_empty((), dtype=torch.float32))
-    tensors = {"sequences_ptr": sequences, "grad_loss_ptr": grad_loss, "result": result}
+def loss_scale(
+    sequences: torch.Tensor,
+    grad_loss: torch.Tensor | None,
+    count: torch.Tensor | None,
+    num_kv_heads: int,
+    index_scale: float,
+) -> Scale:
+    """The Scale of a call, for a gradient of the loss of grad_loss, and for count: scalars, see `loss_scale_kernel`."""
+    result = Scale(sequences.new_empty((), dtype=torch.float64), sequences.new_empty((), dtype=torch.float32))
+    tensors = {"sequences_ptr": sequences, "grad_loss_ptr": grad_loss, "count_ptr": count, "result": result}
     sizes = {"num_sequences": table_rows(sequences).shape[0], "num_kv_heads": num_kv_heads, "index_scale": index_scale}
     Launch(loss_scale_kernel, (1, 1, 1), tensors | sizes, {}).run()
     return result

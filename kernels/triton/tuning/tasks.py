@@ -141,7 +141,7 @@ def run_backward(x: Inputs, config: Any) -> tuple[Tensor, ...]:
 def run_loss(x: Inputs, config: Any) -> tuple[Tensor, ...]:
     """The index loss and its gradients."""
     chosen = x.block_indices, x.lse, x.sequences, x.problem.block_size, x.scale, x.index_scale
-    return index_loss(x.q, x.k, x.index_q, x.index_k, *chosen, True, config)
+    return index_loss(x.q, x.k, x.index_q, x.index_k, *chosen, True, config=config)
 
 
 def choose_selection(x: Inputs) -> Any:

@@ -1,0 +1,64 @@
+"""Functions run by several processes on one machine, with a limit on their time: a hang is a failure."""
+
+import contextlib
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SECONDS = 100
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def _enter(rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple, answers: Any) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        answers.put((rank, None, function(*arguments)))
+    except BaseException:
+        answers.put((rank, traceback.format_exc(), None))
+    finally:
+        dist.destroy_process_group()
+
+
+def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What function(*arguments) returns in each of `world` processes of a gloo group, numbers and strings, by rank."""
+    context = mp.get_context("spawn")
+    answers = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_enter, args=(rank, world, port, function, arguments, answers), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    found: list[Any] = []
+    deadline = time.monotonic() + SECONDS
+    try:
+        # Read before the processes end: one waits until its answer is taken.
+        while len(found) < world and (answers.qsize() or any(process.is_alive() for process in processes)):
+            assert time.monotonic() < deadline, f"not finished after {SECONDS} s: {function.__name__}"
+            with contextlib.suppress(queue.Empty):
+                found.append(answers.get(timeout=0.2))
+    finally:
+        for process in processes:
+            process.kill()
+    found.sort(key=lambda answer: answer[0])
+    failures = [failure for _, failure, _ in found if failure]
+    assert not failures, failures[0]
+    assert len(found) == world, f"{world - len(found)} of {world} processes died: {[p.exitcode for p in processes]}"
+    return [result for _, _, result in found]
