@@ -1,0 +1,96 @@
+"""Context parallel: each process has some queries of every document, and gathers all keys."""
+
+import torch
+from torch import Tensor
+
+from flexmsa import _core, _loss, ops, validation
+from flexmsa._sequences import Sequences
+from flexmsa.distributed.gather import begin_to_gather, finish_gathering
+from flexmsa.distributed.shards import SequenceShards
+from flexmsa.kernels.rules import SelectionRule
+from flexmsa.types import AuxOutput, AuxRequest
+
+__all__ = ["context_parallel_attention"]
+
+
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    shards: SequenceShards,
+    *,
+    block_size: int = 128,
+    topk: int | None = 16,
+    num_local_blocks: int = 1,
+    num_init_blocks: int = 0,
+    scale: float | None = None,
+    index_scale: float | None = None,
+    kv_starts: Tensor | None = None,
+    backend: str | None = None,
+    return_aux: AuxRequest | None = None,
+    index_loss_value: Tensor | None = None,
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """`flexmsa.attention` of sequences that are cut over processes, exactly: the same ids and out as on one process.
+
+    index_k is gathered first, and the blocks are selected while k and v arrive. The gradients of all processes are
+    added in float32, in the order of ranks.
+
+    Args:
+        q, k, v, index_q, index_k: this process's tokens, [B, heads, L, D], in the order of `shards.tokens`.
+        shards: how the sequences are cut.
+        kv_starts: [B] int32, on the tensors' device: row b starts at token kv_starts[b] of the whole row.
+        Others: as for `flexmsa.attention`.
+
+    Returns:
+        As `flexmsa.attention`, for this process's queries; padding gives 0. The index loss is W times this process's
+        part of the mean over all queries, W being the number of processes: their average is the mean, and so are
+        gradients that DistributedDataParallel or `fully_shard` average over them.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+
+    >>> out = context_parallel_attention(*map(shards.shard, tensors), shards)  # doctest: +SKIP
+    """
+    validation.check_main_inputs(q, k, v, scale)
+    validation.check_index_inputs(index_q, index_k, index_scale)
+    validation.check_branches_match(q, k, index_q, index_k)
+    validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
+    if q.shape[0] != shards.batch_size or q.shape[2] != shards.length or k.shape[2] != shards.length:
+        raise ValueError(
+            f"q, k: expected {shards.batch_size} rows of {shards.length} tokens, as shards.shard returns them, got "
+            f"{list(q.shape)}, {list(k.shape)}"
+        )
+    aux = validation.check_aux(return_aux)
+    _loss.check_value(index_loss_value, aux, q)
+    fragments, count = _with_starts(shards, kv_starts, q)
+    sequences = Sequences.from_table(q, shards.seqlen, fragments)
+    q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    index_scale = index_q.shape[3] ** -0.5 if index_scale is None else index_scale
+    rule = None if topk is None else SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
+    settings = _core.Settings(block_size, scale, index_scale, rule, backend)
+    pending = [begin_to_gather(x, shards) for x in (index_k, k, v)]
+    index_k = finish_gathering(index_k, pending[0], shards)
+    ids = None if rule is None else _core.select_blocks(index_q, index_k, sequences, rule, backend)
+    k, v = (finish_gathering(x, gathered, shards) for x, gathered in zip((k, v), pending[1:], strict=True))
+    loss = {"loss_value": index_loss_value, "loss_count": count * k.shape[1] / shards.mesh.size()}
+    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, ids, **loss)
+    return out if return_aux is None else (out, found)
+
+
+def _with_starts(shards: SequenceShards, kv_starts: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The table of fragments whose rows start at kv_starts, and how many queries of all processes see a key."""
+    fragments = shards.fragments
+    if kv_starts is None:
+        number = max(1, shards.seqlen * shards.batch_size)
+        return fragments, q.new_full((), number, dtype=torch.float64)
+    validation.check_lengths("kv_starts", kv_starts, q.device)
+    if kv_starts.shape != (shards.batch_size,):
+        raise ValueError(f"kv_starts: expected [{shards.batch_size}], got {list(kv_starts.shape)}")
+    starts = kv_starts.clamp(0, shards.seqlen)
+    batch, q_start, q_end, k_start, k_end = fragments.unbind(-1)
+    k_start = torch.maximum(k_start, starts[batch.long()])
+    table = torch.stack([batch, q_start, q_end, k_start, torch.maximum(k_end, k_start)], dim=-1)
+    return table, (shards.seqlen - starts).sum().clamp(min=1).double()

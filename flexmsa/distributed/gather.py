@@ -1,0 +1,54 @@
+"""All tokens of a tensor whose tokens are cut over processes, with gradients that are added in the order of ranks."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed import _functional_collectives as collectives
+
+if TYPE_CHECKING:
+    from flexmsa.distributed.shards import SequenceShards
+
+__all__ = ["begin_to_gather", "finish_gathering", "gather_tokens"]
+
+
+class _Finish(torch.autograd.Function):
+    """The gathered tokens in order; the gradient is each process's sum over all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gathered: Tensor, order: Tensor, length: int, group: Any) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.length, ctx.group, ctx.dtype = length, group, x.dtype
+        pieces = collectives.wait_tensor(gathered).unflatten(0, (-1, x.shape[0]))
+        # [W, ..., L, D] to [..., W L, D].
+        return pieces.movedim(0, -3).flatten(-3, -2).index_select(-2, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (order,) = grads, ctx.saved_tensors
+        world = ctx.group.size()
+        # In 16 bits, sums of many processes would lose what each has computed.
+        wide = grad.float() if grad.dtype.itemsize == 2 else grad
+        pieces = wide.new_zeros((*grad.shape[:-2], world * ctx.length, grad.shape[-1]))
+        pieces = pieces.index_copy(-2, order, wide).unflatten(-2, (world, ctx.length)).movedim(-3, 0).contiguous()
+        shares = collectives.all_to_all_single(pieces.flatten(0, 1), None, None, ctx.group)
+        total = collectives.wait_tensor(shares).unflatten(0, (world, -1)).sum(0)
+        return total.to(ctx.dtype), None, None, None, None
+
+
+def begin_to_gather(x: Tensor, shards: "SequenceShards") -> Tensor:
+    """Begin to gather x [..., L, D] of all processes; what is returned is for `finish_gathering`."""
+    group = shards.mesh.get_group()
+    return collectives.all_gather_tensor(x.detach().contiguous(), gather_dim=0, group=group)
+
+
+def finish_gathering(x: Tensor, gathered: Tensor, shards: "SequenceShards") -> Tensor:
+    """[..., S, D] of all processes, in the order of the tokens, with a gradient for x."""
+    out = _Finish.apply(x, gathered, shards.order, shards.length, shards.mesh.get_group())
+    assert isinstance(out, Tensor)
+    return out
+
+
+def gather_tokens(x: Tensor, shards: "SequenceShards") -> Tensor:
+    """Gather x [..., L, D] of all processes: [..., S, D]."""
+    return finish_gathering(x, begin_to_gather(x, shards), shards)

@@ -1,0 +1,144 @@
+"""Which tokens of a sequence each process of context parallel has, and how tensors are cut and put together."""
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from flexmsa.distributed.gather import gather_tokens
+
+__all__ = ["SequenceShards"]
+
+
+class SequenceShards:
+    """A cut of sequences over the processes of a mesh, made on the host once per batch shape.
+
+    With the layout "head-tail" each document is cut into 2 W pieces, W being the number of processes, and process r has
+    pieces r and 2 W - 1 - r: later queries see more keys, and so all processes have the same work. With "contiguous"
+    process r has the r-th of W pieces of the whole row. If lengths do not divide, the pieces differ by a token, and
+    processes with fewer tokens are padded at the end.
+
+    Args:
+        seqlen: S, the tokens of a row of the whole batch.
+        mesh: one-dimensional, of the processes that share the sequences.
+        batch_size: B, rows that are all cut alike.
+        cu_seqlens: [documents + 1] int32, on a CPU, offsets of documents packed along S (B = 1).
+        layout: "head-tail" or "contiguous".
+        device: of the tensors; default: the mesh's.
+
+    Attributes:
+        tokens: [L] int64, the places of this process's tokens in the whole row, -1 for padding.
+        positions: [L] int64, their positions in their documents, for RoPE.
+
+    Raises:
+        ValueError: an argument is not as described.
+
+    >>> shards = SequenceShards(8, mesh)  # doctest: +SKIP
+    >>> shards.tokens  # of the first of two processes
+    tensor([0, 1, 6, 7])
+    """
+
+    def __init__(
+        self,
+        seqlen: int,
+        mesh: DeviceMesh,
+        *,
+        batch_size: int = 1,
+        cu_seqlens: Tensor | None = None,
+        layout: Literal["head-tail", "contiguous"] = "head-tail",
+        device: torch.device | str | None = None,
+    ) -> None:
+        if mesh.ndim != 1:
+            raise ValueError(
+                f"mesh: expected one dimension, got {mesh.mesh_dim_names or mesh.ndim}; take it by its name"
+            )
+        if layout not in ("head-tail", "contiguous"):
+            raise ValueError(f'layout: expected "head-tail" or "contiguous", got {layout!r}')
+        offsets = [0, seqlen] if cu_seqlens is None else _offsets(cu_seqlens, seqlen, batch_size)
+        self.seqlen, self.batch_size, self.mesh = seqlen, batch_size, mesh
+        world, rank = mesh.size(), mesh.get_local_rank()
+        pieces = [_pieces(offsets, process, world, layout) for process in range(world)]
+        lengths = [sum(stop - start for document in found for start, stop in document) for found in pieces]
+        self.length = max(lengths)
+        order = torch.empty(seqlen, dtype=torch.int64)
+        for process, found in enumerate(pieces):
+            place = process * self.length
+            for start, stop in (piece for document in found for piece in document):
+                order[start:stop] = torch.arange(place, place + stop - start)
+                place += stop - start
+        device = torch.device(mesh.device_type) if device is None else torch.device(device)
+        mine = [piece for document in pieces[rank] for piece in document]
+        tokens = torch.cat([torch.arange(*piece) for piece in mine] + [torch.full((self.length - lengths[rank],), -1)])
+        # Of the documents that begin at or before a token, the last one has it: those without tokens have none.
+        bounds = torch.tensor(offsets)
+        starts = bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
+        self.tokens, self.order = tokens.to(device), order.to(device)
+        self.positions = torch.where(tokens < 0, 0, tokens - starts).to(device)
+        self.fragments = _fragments(pieces[rank], offsets, self.length, seqlen, batch_size).to(device)
+
+    def shard(self, x: Tensor, dim: int = 1, fill: float = 0) -> Tensor:
+        """This process's part of x, which has S tokens along `dim`; padding is `fill` (-100 for labels).
+
+        >>> shards.shard(input_ids)  # doctest: +SKIP
+        """
+        if x.shape[dim] != self.seqlen:
+            raise ValueError(f"x: expected {self.seqlen} tokens along dimension {dim}, got {list(x.shape)}")
+        part = x.index_select(dim, self.tokens.clamp(min=0).to(x.device))
+        padding = (self.tokens < 0).to(x.device)
+        shape = [1] * x.dim()
+        shape[dim] = self.length
+        return part.masked_fill(padding.view(shape), fill)
+
+    def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The whole of which x is this process's part along `dim`, on every process; gradients go back.
+
+        >>> shards.unshard(logits)  # doctest: +SKIP
+        """
+        if x.shape[dim] != self.length:
+            raise ValueError(f"x: expected {self.length} tokens along dimension {dim}, got {list(x.shape)}")
+        return gather_tokens(x.movedim(dim, -2) if x.dim() > 1 else x[:, None], self).movedim(-2, dim)
+
+
+def _offsets(cu_seqlens: Tensor, seqlen: int, batch_size: int) -> list[int]:
+    """The offsets of documents, checked."""
+    if cu_seqlens.device.type != "cpu" or batch_size != 1:
+        raise ValueError(f"cu_seqlens: expected on a CPU, for one row, got {cu_seqlens.device}, {batch_size} rows")
+    offsets: list[int] = cu_seqlens.tolist()
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != seqlen or offsets != sorted(offsets):
+        raise ValueError(f"cu_seqlens: expected offsets that rise from 0 to {seqlen}, got {offsets}")
+    return offsets
+
+
+def _pieces(offsets: list[int], process: int, world: int, layout: str) -> list[list[tuple[int, int]]]:
+    """For each document the pieces (start, stop) that a process has, in order."""
+    found = []
+    begin, end = (offsets[-1] * number // world for number in (process, process + 1))
+    for start, stop in pairwise(offsets):
+        if layout == "contiguous":
+            found.append([(min(max(start, begin), stop), max(min(stop, end), start))])
+            continue
+        cuts = [start + (stop - start) * number // (2 * world) for number in range(2 * world + 1)]
+        last = 2 * world - 1 - process
+        found.append([(cuts[process], cuts[process + 1]), (cuts[last], cuts[last + 1])])
+    return [[(start, max(start, stop)) for start, stop in document] for document in found]
+
+
+def _fragments(
+    pieces: list[list[tuple[int, int]]], offsets: list[int], length: int, seqlen: int, batch_size: int
+) -> Tensor:
+    """[documents, fragments, 5] int32 (see `flexmsa.kernels`): the local queries, and the whole row's keys."""
+    rows = []
+    for row in range(batch_size):
+        query = 0
+        for start, document in zip(offsets, pieces, strict=False):
+            found = []
+            for first, stop in document:
+                found.append([row, query, query + stop - first, start, stop if stop > first else start])
+                query += stop - first
+            rows.append(found)
+        # Padding sees no key.
+        padding = [query, *[length] * len(pieces[0])]
+        rows.append([[row, first, stop, seqlen, seqlen] for first, stop in pairwise(padding)])
+    return torch.tensor(rows, dtype=torch.int32)
