@@ -82,6 +82,7 @@ def attention(
     >>> out.shape, aux.block_indices[0, 0, 40:].amax().item()
     (torch.Size([1, 4, 64, 16]), 3)
     """
+    validation.reject_context_parallel()
     validation.reject_forward_ad(q, k, v, index_q, index_k)
     validation.check_main_inputs(q, k, v, scale)
     validation.check_index_inputs(index_q, index_k, index_scale)
@@ -139,6 +140,7 @@ def select_blocks(
     >>> select_blocks(torch.ones(1, 1, 4, 1), index_k, block_size=1, topk=2)[0, 0].tolist()
     [[0, -1], [0, 1], [0, 2], [0, 3]]
     """
+    validation.reject_context_parallel()
     validation.reject_forward_ad(index_q, index_k)
     validation.check_index_inputs(index_q, index_k, e4m3=True)
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
@@ -191,6 +193,7 @@ def block_sparse_attention(
     >>> torch.allclose(out, dense, atol=1e-5)
     True
     """
+    validation.reject_context_parallel()
     validation.reject_forward_ad(q, k, v)
     validation.check_main_inputs(q, k, v, scale)
     aux = validation.check_aux(return_aux)
@@ -248,6 +251,7 @@ def index_loss(
         ValueError, TypeError: an argument is not as described.
         NotImplementedError: the named backend cannot run this.
     """
+    validation.reject_context_parallel()
     validation.reject_forward_ad(q, k, index_q, index_k)
     validation.check_main_inputs(q, k, k, scale)
     validation.check_index_inputs(index_q, index_k, index_scale)

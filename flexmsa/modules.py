@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from flexmsa._sequences import Sequences, check_sequences
 from flexmsa.cache import Cache, MSACache
 from flexmsa.config import MSAConfig
 from flexmsa.types import AuxRequest
+
+if TYPE_CHECKING:
+    from flexmsa.distributed import SequenceShards
 
 __all__ = ["MSAttention", "Projections", "rotate"]
 
@@ -113,6 +116,7 @@ class MSAttention(nn.Module):
         kv_starts: Tensor | None = None,
         with_index_loss: bool | None = None,
         index_loss_count: Tensor | float | None = None,
+        shards: "SequenceShards | None" = None,
         backend: str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Project x, attend, and project the output.
@@ -127,6 +131,8 @@ class MSAttention(nn.Module):
             with_index_loss: compute the loss of the index branch; default: in training mode without a cache.
             index_loss_count: by what the sum of the loss is divided, as for `flexmsa.attention`; default: the
                 `index_loss_count` of x.
+            shards: context parallel: x has the tokens of this process, `shards.tokens` of each row. Documents are in
+                shards, and the loss is that of `flexmsa.distributed.context_parallel_attention`.
             backend: as for `flexmsa.attention`.
 
         Returns:
@@ -135,7 +141,7 @@ class MSAttention(nn.Module):
 
         Raises:
             ValueError: x has a wrong shape, the cache is full, a cache was given with cu_seqlens, kv_starts or a loss,
-                or lens or block_indices were given without a cache.
+                lens or block_indices were given without a cache, or shards with what they replace.
         """
         if x.dim() != 3 or x.shape[-1] != self.config.hidden_size:
             raise ValueError(f"x: expected [B, S, hidden_size={self.config.hidden_size}], got {list(x.shape)}")
@@ -150,12 +156,22 @@ class MSAttention(nn.Module):
             return self.generate(x, cache, lens=lens, block_indices=block_indices, backend=backend)[0], None
         if lens is not None or block_indices is not None:
             raise ValueError("lens, block_indices: expected None without a cache")
-        inputs = self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
-        settings = {**self._selection(), "cu_seqlens": cu_seqlens, "kv_starts": kv_starts, "backend": backend}
         deferred = with_index_loss and self.training and self.config.loss_in_backward
+        settings = {**self._selection(), "kv_starts": kv_starts, "backend": backend}
         settings["index_loss_value"] = self.index_loss_value if deferred else None
-        settings["index_loss_count"] = index_loss_count
-        out, extra = functional.attention(*inputs, **settings, return_aux=AuxRequest(index_loss=with_index_loss))
+        settings["return_aux"] = AuxRequest(index_loss=with_index_loss)
+        if shards is None:
+            inputs = self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
+            given = {"cu_seqlens": cu_seqlens, "index_loss_count": index_loss_count}
+            out, extra = functional.attention(*inputs, **(settings | given))
+            return self._merge(out), extra.index_loss
+        if cu_seqlens is not None or index_loss_count is not None:
+            raise ValueError("cu_seqlens, index_loss_count: expected None with shards, which know the documents")
+        # Not every build of PyTorch has torch.distributed.
+        from flexmsa.distributed import context_parallel_attention
+
+        inputs = self.project(x, positions=shards.row_positions(kv_starts))
+        out, extra = context_parallel_attention(*inputs, shards, **settings)
         return self._merge(out), extra.index_loss
 
     def index_loss_count(

@@ -5,6 +5,7 @@ offsets) are in flexmsa.ops.checks, where they also run under torch.compile. One
 values, once per cache.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,16 @@ def reject_forward_ad(*tensors: Tensor) -> None:
     for x in tensors:
         if isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError("forward-mode differentiation (jvp) is not supported; use reverse mode")
+
+
+def reject_context_parallel() -> None:
+    """Raise inside torch's `context_parallel()`, which cuts tensors and replaces only PyTorch's own attention."""
+    module = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
+    if not torch.compiler.is_compiling() and getattr(module, "_replaced_functions", None):
+        raise RuntimeError(
+            "flexmsa inside torch's context_parallel(): it would take this process's part as the whole sequence; use "
+            "flexmsa.distributed.context_parallel_attention outside of it, with its SequenceShards"
+        )
 
 
 def check_int(name: str, value: object, least: int, advice: str = "") -> None:

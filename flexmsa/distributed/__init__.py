@@ -1,7 +1,13 @@
 """flexmsa on several GPUs, by torch.distributed: see docs/distributed.md."""
 
-from flexmsa.distributed.context_parallel import context_parallel_attention
+from flexmsa.distributed.context_parallel import ContextParallel, context_parallel_attention
 from flexmsa.distributed.loss import global_index_loss, global_index_loss_count
 from flexmsa.distributed.shards import SequenceShards
 
-__all__ = ["SequenceShards", "context_parallel_attention", "global_index_loss", "global_index_loss_count"]
+__all__ = [
+    "ContextParallel",
+    "SequenceShards",
+    "context_parallel_attention",
+    "global_index_loss",
+    "global_index_loss_count",
+]

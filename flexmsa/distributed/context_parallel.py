@@ -1,7 +1,11 @@
 """Context parallel: each process has some queries of every document, and gathers all keys."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from flexmsa import _core, _loss, ops, validation
 from flexmsa._sequences import Sequences
@@ -10,7 +14,29 @@ from flexmsa.distributed.shards import SequenceShards
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.types import AuxOutput, AuxRequest
 
-__all__ = ["context_parallel_attention"]
+__all__ = ["ContextParallel", "context_parallel_attention"]
+
+
+class ContextParallel(ParallelStyle):
+    """For `parallelize_module(layer, mesh, ContextParallel())`: the layer is only called with shards of this mesh.
+
+    The layer's parameters stay whole on each process; average their gradients over the mesh, as
+    DistributedDataParallel and `fully_shard` do. A call without shards would take a part as the whole sequence: it
+    raises.
+
+    >>> parallelize_module(layer, mesh["cp"], ContextParallel())  # doctest: +SKIP
+    >>> out, index_loss = layer(shards.shard(x), shards=shards)  # doctest: +SKIP
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def check(_: nn.Module, __: Any, settings: dict[str, Any]) -> None:
+            shards = settings.get("shards")
+            if not isinstance(shards, SequenceShards) or shards.mesh != device_mesh:
+                got = "shards of another mesh" if isinstance(shards, SequenceShards) else repr(shards)
+                raise ValueError(f"shards: expected SequenceShards of the mesh of ContextParallel, got {got}")
+
+        module.register_forward_pre_hook(check, with_kwargs=True)
+        return module
 
 
 def context_parallel_attention(

@@ -9,6 +9,9 @@ from torch.distributed import _functional_collectives as collectives
 if TYPE_CHECKING:
     from flexmsa.distributed.shards import SequenceShards
 
+# PyTorch 2.13 renamed it.
+_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+
 __all__ = ["begin_to_gather", "finish_gathering", "gather_tokens"]
 
 
@@ -39,7 +42,7 @@ class _Finish(torch.autograd.Function):
 def begin_to_gather(x: Tensor, shards: "SequenceShards") -> Tensor:
     """Begin to gather x [..., L, D] of all processes; what is returned is for `finish_gathering`."""
     group = shards.mesh.get_group()
-    return collectives.all_gather_tensor(x.detach().contiguous(), gather_dim=0, group=group)
+    return _all_gather(x.detach().contiguous(), gather_dim=0, group=group)
 
 
 def finish_gathering(x: Tensor, gathered: Tensor, shards: "SequenceShards") -> Tensor:

@@ -78,6 +78,11 @@ class SequenceShards:
         self.positions = torch.where(tokens < 0, 0, tokens - starts).to(device)
         self.fragments = _fragments(pieces[rank], offsets, self.length, seqlen, batch_size).to(device)
 
+    def row_positions(self, kv_starts: Tensor | None = None) -> Tensor:
+        """[B, L] int64: positions of this process's tokens, counted from the rows' starts kv_starts [B] if given."""
+        positions = self.positions.expand(self.batch_size, -1)
+        return positions if kv_starts is None else (positions - kv_starts[:, None]).clamp(min=0)
+
     def shard(self, x: Tensor, dim: int = 1, fill: float = 0) -> Tensor:
         """This process's part of x, which has S tokens along `dim`; padding is `fill` (-100 for labels).
 

@@ -1,13 +1,17 @@
 """Attention of sequences that are cut over processes: the same as on one."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
-from flexmsa import AuxRequest, attention
-from flexmsa.distributed import SequenceShards, context_parallel_attention
+from flexmsa import AuxRequest, MSAConfig, MSAttention, attention
+from flexmsa.distributed import ContextParallel, SequenceShards, context_parallel_attention
 
 from .processes import run
 
@@ -89,7 +93,7 @@ def together(name, layout):
         *zip(averages, grads, strict=True),
     ]
     exact = ids and not part[:, :, ~real].any().item()
-    return exact, [(x - y).nan_to_num().abs().max().item() for x, y in pairs]
+    return exact, [torch.where(x == y, 0.0, x - y).abs().max().item() for x, y in pairs]
 
 
 def _sum(x):
@@ -98,17 +102,103 @@ def _sum(x):
     return x
 
 
+CONFIG = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=8, index_head_dim=8, block_size=4, topk=3)
+
+
+def new_layer(**changes):
+    torch.manual_seed(1)
+    return MSAttention(replace(CONFIG, **changes)).double()
+
+
+def train_layer(in_backward):
+    """Differences of a layer under DistributedDataParallel from one process: of its gradients and out, and its loss."""
+    documents = torch.tensor(DOCUMENTS, dtype=torch.int32)
+    torch.manual_seed(2)
+    x = torch.randn(1, 64, 32, dtype=torch.float64)
+    weights = torch.linspace(-1, 1, 64, dtype=torch.float64)[None, :, None]
+    layer = new_layer()
+    out, loss = layer(x, cu_seqlens=documents)
+    ((out * weights).sum() + loss).backward()
+    shards = cut({"cu_seqlens": DOCUMENTS}, "head-tail")
+    parallel = new_layer(loss_in_backward=in_backward)
+    parallelize_module(parallel, shards.mesh, ContextParallel())
+    world = shards.mesh.size()
+    wrapped = DistributedDataParallel(parallel)
+    part, part_loss = wrapped(shards.shard(x), shards=shards)
+    (world * (part * shards.shard(weights)).sum() + part_loss).backward()
+    value = _sum((parallel.index_loss_value if in_backward else part_loss).detach().double()) / world
+    parameters = zip(parallel.parameters(), layer.parameters(), strict=True)
+    pairs = [(shards.unshard(part), out), *((p.grad, q.grad) for p, q in parameters)]
+    return [(a - b).abs().max().item() for a, b in pairs], (value - loss).abs().item()
+
+
+def refuse():
+    """The messages of calls that would take a part as the whole."""
+    shards, messages = cut({}, "head-tail"), []
+    layer = new_layer()
+    parallelize_module(layer, shards.mesh, ContextParallel())
+    x = torch.randn(1, 64, 32, dtype=torch.float64)
+    inputs_of_one = [x.detach() for x in inputs(64, 1)]
+
+    def inside():
+        mesh = shards.mesh
+        buffer = torch.zeros(1, 64, 4)
+        with context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[1]):
+            attention(*inputs_of_one, block_size=4, topk=3)
+
+    calls = (
+        lambda: layer(shards.shard(x)),
+        inside,
+        lambda: new_layer()(shards.shard(x), shards=shards, cu_seqlens=torch.tensor(DOCUMENTS)),
+        lambda: context_parallel_attention(*inputs_of_one, shards),
+        lambda: shards.shard(x[:, :9]),
+        lambda: SequenceShards(64, shards.mesh, cu_seqlens=torch.tensor([0, 63])),
+        lambda: SequenceShards(64, shards.mesh, layout="striped"),
+    )
+    for call in calls:
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            messages.append(str(error))
+    return messages
+
+
 def run_all():
-    return [together(*case) for case in product(CASES, LAYOUTS)]
+    cases = [together(*case) for case in product(CASES, LAYOUTS)]
+    return [*cases, train_layer(False), train_layer(True), refuse()]
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
-def found(request):
-    results = run(request.param, run_all)
-    return dict(zip(product(CASES, LAYOUTS), zip(*results, strict=True), strict=True))
+def results(request):
+    return run(request.param, run_all)
 
 
 @pytest.mark.parametrize("case", list(product(CASES, LAYOUTS)), ids=", ".join)
-def test_as_on_one_process(case, found):
-    for exact, errors in found[case]:
-        assert exact and max(errors) < 1e-12, errors
+def test_as_on_one_process(case, results):
+    place = list(product(CASES, LAYOUTS)).index(case)
+    for exact, errors in (found[place] for found in results):
+        assert exact and all(error < 1e-12 for error in errors), errors
+
+
+def test_a_layer_under_ddp(results):
+    for in_backward, place in ((False, -3), (True, -2)):
+        for errors, loss in (found[place] for found in results):
+            assert all(error < 1e-12 for error in errors), errors
+            # In the backward, the value is kept in float32.
+            assert loss < (1e-6 if in_backward else 1e-12)
+
+
+def test_a_part_is_not_taken_as_the_whole(results):
+    expected = (
+        "shards: expected SequenceShards of the mesh of ContextParallel, got None",
+        "flexmsa inside torch's context_parallel()",
+        "cu_seqlens, index_loss_count: expected None with shards",
+        "q, k: expected 1 rows of",
+        "x: expected 64 tokens along dimension 1, got [1, 9, 32]",
+        "cu_seqlens: expected offsets that rise from 0 to 64, got [0, 63]",
+        'layout: expected "head-tail" or "contiguous"',
+    )
+    for found in results:
+        assert len(found[-1]) == len(expected), found[-1]
+        for message, start in zip(found[-1], expected, strict=True):
+            assert message.startswith(start), message
