@@ -132,6 +132,17 @@ def train_layer(in_backward):
     return [(a - b).abs().max().item() for a, b in pairs], (value - loss).abs().item()
 
 
+def compile_layer():
+    """Differences of a compiled layer from an eager one, in out, loss and gradients."""
+    shards, layer = cut({"cu_seqlens": DOCUMENTS}, "head-tail"), new_layer()
+    x = shards.shard(torch.randn(1, 64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
+    found = []
+    for run_layer in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        out, loss = run_layer(x, shards=shards)
+        found.append((out, loss, *torch.autograd.grad(out.square().sum() + loss, layer.parameters())))
+    return [(a - b).abs().max().item() for a, b in zip(*found, strict=True)]
+
+
 def refuse():
     """The messages of calls that would take a part as the whole."""
     shards, messages = cut({}, "head-tail"), []
@@ -165,7 +176,7 @@ def refuse():
 
 def run_all():
     cases = [together(*case) for case in product(CASES, LAYOUTS)]
-    return [*cases, train_layer(False), train_layer(True), refuse()]
+    return [*cases, compile_layer(), train_layer(False), train_layer(True), refuse()]
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
@@ -186,6 +197,10 @@ def test_a_layer_under_ddp(results):
             assert all(error < 1e-12 for error in errors), errors
             # In the backward, the value is kept in float32.
             assert loss < (1e-6 if in_backward else 1e-12)
+
+
+def test_compiled_in_one_graph(results):
+    assert all(error < 1e-12 for found in results for error in found[-4])
 
 
 def test_a_part_is_not_taken_as_the_whole(results):
