@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     if errors:
         print("\n".join(errors), flush=True)
         return 1
-    machine = torch.cuda.get_device_name() if GPU else platform.processor()
+    machine = torch.cuda.get_device_name() if GPU else platform.machine()
     results: dict[str, Any] = {"machine": f"{mesh.size()} x {machine}", "torch": torch.__version__, "rows": []}
     for text in options.heads:
         for tokens in options.tokens:
@@ -188,9 +188,10 @@ def main(argv: list[str] | None = None) -> int:
                 print("  ".join(cells), flush=True)
                 options.out.mkdir(parents=True, exist_ok=True)
                 (options.out / "distributed.json").write_text(json.dumps(results, indent=1))
-    dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    dist.destroy_process_group()
+    raise SystemExit(code)

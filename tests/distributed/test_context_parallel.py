@@ -1,7 +1,9 @@
 """Attention of sequences that are cut over processes: the same as on one."""
 
+import json
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import distributed as benchmark
 from flexmsa import AuxRequest, MSAConfig, MSAttention, attention
 from flexmsa.distributed import ContextParallel, SequenceShards, context_parallel_attention
 
@@ -174,6 +177,12 @@ def refuse():
     return messages
 
 
+def measure(folder):
+    """What the benchmark returns and writes."""
+    code = benchmark.main(["--out", folder, "--tokens", "300"])
+    return code, json.loads((Path(folder) / "distributed.json").read_text())["rows"]
+
+
 def run_all():
     cases = [together(*case) for case in product(CASES, LAYOUTS)]
     return [*cases, compile_layer(), train_layer(False), train_layer(True), refuse()]
@@ -201,6 +210,12 @@ def test_a_layer_under_ddp(results):
 
 def test_compiled_in_one_graph(results):
     assert all(error < 1e-12 for found in results for error in found[-4])
+
+
+def test_the_benchmark(tmp_path):
+    for code, rows in run(2, measure, str(tmp_path)):
+        assert code == 0 and [row["processes"] for row in rows] == [2]
+        assert rows[0]["step_ms"] > 0 and rows[0]["efficiency"] > 0
 
 
 def test_a_part_is_not_taken_as_the_whole(results):
