@@ -1,5 +1,6 @@
 """Fragments of documents, whose keys overlap, as a rank of context parallel has them: against the dense definition."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -113,10 +114,21 @@ def check(case, rank, backend, deferred=False):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_the_count_of_queries_that_see_a_key(name):
+    case = CASES[name]
+    share = Rank(case, 0)
+    padding = {document[0]: document[3] for document in case.documents}
+    seen = sum(key >= padding[row] for row, key in share.positions)
+    count = Sequences.from_table(share.tensors[0], case.seqlen, share.table).count(case.groups)
+    assert count == seen * case.groups
+
+
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("deferred", [False, True])
 def test_torch(name, deferred):
-    for rank in range(CASES[name].ranks):
-        check(CASES[name], rank, "torch", deferred)
+    with kernels_for_many_queries(torch.empty(0), "torch") if deferred else nullcontext():
+        for rank in range(CASES[name].ranks):
+            check(CASES[name], rank, "torch", deferred)
 
 
 # 16 bits round the teacher that the backward leaves; the warm-up has none.
