@@ -72,7 +72,7 @@ class Sequences:
         if self.are_whole:
             number = self.batch * num_kv_heads * min(self.seqlen_q, self.seqlen_k)
             return self._lengths[0].new_full((), max(1, number), dtype=torch.int64)
-        _, q_start, q_end, k_start, k_end = self.table.long().unbind(1)
+        _, q_start, q_end, k_start, k_end = self.table.long().unbind(-1)
         queries = torch.minimum(q_end - q_start, k_end - k_start).clamp(min=0).sum()
         return (queries * num_kv_heads).clamp(min=1)
 

@@ -23,6 +23,7 @@ from .compiled import Compiled, Source, begin_to_hash, begin_to_prepare, compile
 from .target import Target, assume_target, target_of
 
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
