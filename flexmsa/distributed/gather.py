@@ -22,9 +22,9 @@ class _Finish(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gathered: Tensor, order: Tensor, length: int, group: Any) -> Tensor:
         ctx.save_for_backward(order)
         ctx.length, ctx.group, ctx.dtype = length, group, x.dtype
-        pieces = collectives.wait_tensor(gathered).unflatten(0, (-1, x.shape[0]))
+        parts = collectives.wait_tensor(gathered).unflatten(0, (-1, x.shape[0]))
         # [W, ..., L, D] to [..., W L, D].
-        return pieces.movedim(0, -3).flatten(-3, -2).index_select(-2, order)
+        return parts.movedim(0, -3).flatten(-3, -2).index_select(-2, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -32,9 +32,9 @@ class _Finish(torch.autograd.Function):
         world = ctx.group.size()
         # In 16 bits, sums of many processes would lose what each has computed.
         wide = grad.float() if grad.dtype.itemsize == 2 else grad
-        pieces = wide.new_zeros((*grad.shape[:-2], world * ctx.length, grad.shape[-1]))
-        pieces = pieces.index_copy(-2, order, wide).unflatten(-2, (world, ctx.length)).movedim(-3, 0).contiguous()
-        shares = collectives.all_to_all_single(pieces.flatten(0, 1), None, None, ctx.group)
+        parts = wide.new_zeros((*grad.shape[:-2], world * ctx.length, grad.shape[-1]))
+        parts = parts.index_copy(-2, order, wide).unflatten(-2, (world, ctx.length)).movedim(-3, 0).contiguous()
+        shares = collectives.all_to_all_single(parts.flatten(0, 1), None, None, ctx.group)
         total = collectives.wait_tensor(shares).unflatten(0, (world, -1)).sum(0)
         return total.to(ctx.dtype), None, None, None, None
 

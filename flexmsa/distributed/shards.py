@@ -15,9 +15,9 @@ __all__ = ["SequenceShards"]
 class SequenceShards:
     """A cut of sequences over the processes of a mesh, made on the host once per batch shape.
 
-    With the layout "head-tail" each document is cut into 2 W pieces, W being the number of processes, and process r has
-    pieces r and 2 W - 1 - r: later queries see more keys, and so all processes have the same work. With "contiguous"
-    process r has the r-th of W pieces of the whole row. If lengths do not divide, the pieces differ by a token, and
+    With the layout "head-tail" each document is cut into 2 W parts, W being the number of processes, and process r has
+    parts r and 2 W - 1 - r: later queries see more keys, and so all processes have the same work. With "contiguous"
+    process r has the r-th of W parts of the whole row. If lengths do not divide, the parts differ by a token, and
     processes with fewer tokens are padded at the end.
 
     Args:
@@ -36,7 +36,7 @@ class SequenceShards:
         ValueError: an argument is not as described.
 
     >>> shards = SequenceShards(8, mesh)  # doctest: +SKIP
-    >>> shards.tokens  # of the first of two processes
+    >>> shards.tokens  # doctest: +SKIP
     tensor([0, 1, 6, 7])
     """
 
@@ -59,24 +59,24 @@ class SequenceShards:
         offsets = [0, seqlen] if cu_seqlens is None else _offsets(cu_seqlens, seqlen, batch_size)
         self.seqlen, self.batch_size, self.mesh = seqlen, batch_size, mesh
         world, rank = mesh.size(), mesh.get_local_rank()
-        pieces = [_pieces(offsets, process, world, layout) for process in range(world)]
-        lengths = [sum(stop - start for document in found for start, stop in document) for found in pieces]
+        parts = [_parts(offsets, process, world, layout) for process in range(world)]
+        lengths = [sum(stop - start for document in found for start, stop in document) for found in parts]
         self.length = max(lengths)
         order = torch.empty(seqlen, dtype=torch.int64)
-        for process, found in enumerate(pieces):
+        for process, found in enumerate(parts):
             place = process * self.length
-            for start, stop in (piece for document in found for piece in document):
+            for start, stop in (part for document in found for part in document):
                 order[start:stop] = torch.arange(place, place + stop - start)
                 place += stop - start
         device = torch.device(mesh.device_type) if device is None else torch.device(device)
-        mine = [piece for document in pieces[rank] for piece in document]
-        tokens = torch.cat([torch.arange(*piece) for piece in mine] + [torch.full((self.length - lengths[rank],), -1)])
+        mine = [part for document in parts[rank] for part in document]
+        tokens = torch.cat([torch.arange(*part) for part in mine] + [torch.full((self.length - lengths[rank],), -1)])
         # Of the documents that begin at or before a token, the last one has it: those without tokens have none.
         bounds = torch.tensor(offsets)
         starts = bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
         self.tokens, self.order = tokens.to(device), order.to(device)
         self.positions = torch.where(tokens < 0, 0, tokens - starts).to(device)
-        self.fragments = _fragments(pieces[rank], offsets, self.length, seqlen, batch_size).to(device)
+        self.fragments = _fragments(parts[rank], offsets, self.length, seqlen, batch_size).to(device)
 
     def row_positions(self, kv_starts: Tensor | None = None) -> Tensor:
         """[B, L] int64: positions of this process's tokens, counted from the rows' starts kv_starts [B] if given."""
@@ -116,8 +116,8 @@ def _offsets(cu_seqlens: Tensor, seqlen: int, batch_size: int) -> list[int]:
     return offsets
 
 
-def _pieces(offsets: list[int], process: int, world: int, layout: str) -> list[list[tuple[int, int]]]:
-    """For each document the pieces (start, stop) that a process has, in order."""
+def _parts(offsets: list[int], process: int, world: int, layout: str) -> list[list[tuple[int, int]]]:
+    """For each document the parts (start, stop) that a process has, in order."""
     found = []
     begin, end = (offsets[-1] * number // world for number in (process, process + 1))
     for start, stop in pairwise(offsets):
@@ -131,19 +131,19 @@ def _pieces(offsets: list[int], process: int, world: int, layout: str) -> list[l
 
 
 def _fragments(
-    pieces: list[list[tuple[int, int]]], offsets: list[int], length: int, seqlen: int, batch_size: int
+    parts: list[list[tuple[int, int]]], offsets: list[int], length: int, seqlen: int, batch_size: int
 ) -> Tensor:
     """[documents, fragments, 5] int32 (see `flexmsa.kernels`): the local queries, and the whole row's keys."""
     rows = []
     for row in range(batch_size):
         query = 0
-        for start, document in zip(offsets, pieces, strict=False):
+        for start, document in zip(offsets, parts, strict=False):
             found = []
             for first, stop in document:
                 found.append([row, query, query + stop - first, start, stop if stop > first else start])
                 query += stop - first
             rows.append(found)
         # Padding sees no key.
-        padding = [query, *[length] * len(pieces[0])]
+        padding = [query, *[length] * len(parts[0])]
         rows.append([[row, first, stop, seqlen, seqlen] for first, stop in pairwise(padding)])
     return torch.tensor(rows, dtype=torch.int32)
