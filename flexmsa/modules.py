@@ -179,8 +179,9 @@ class MSAttention(nn.Module):
     ) -> Tensor:
         """The number of groups and queries of x [B, S, hidden_size] that see a key: a scalar int64, at least 1.
 
-        The index loss of a call is a mean over so many, of all groups under tensor parallel. Counts of several micro-batches or processes, added up, make
-        the mean over all of them: see `forward` and `flexmsa.distributed.global_index_loss_count`.
+        The index loss of a call is a mean over so many. Counts of several micro-batches or processes, added up, make
+        the mean over all of them: see `forward` and `flexmsa.distributed.global_index_loss_count`. Under tensor
+        parallel the count of each process is that of all groups.
 
         >>> config = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=8, index_head_dim=8)
         >>> MSAttention(config).index_loss_count(torch.randn(3, 20, 32)).item()

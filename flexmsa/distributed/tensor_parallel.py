@@ -1,15 +1,11 @@
 """Tensor parallel: the heads of an MSAttention layer over the processes of a mesh."""
 
-from typing import Any
-
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from flexmsa.distributed.gradients import redistribute, with_total
 from flexmsa.modules import MSAttention
 
 __all__ = ["HeadShards", "tensor_parallel_plan"]
@@ -56,8 +52,8 @@ class _TensorParallel(ParallelStyle):
         groups, size = module.config.num_kv_heads, device_mesh.size()
         if groups % size:
             raise ValueError(
-                f"num_kv_heads: expected a multiple of the {size} processes of the mesh, got {groups}; a group of heads "
-                "stays on one process, so use at most num_kv_heads processes for tensor parallel"
+                f"num_kv_heads: expected a multiple of the {size} processes of the mesh, got {groups}; a group of "
+                "heads stays on one process, so use at most num_kv_heads processes for tensor parallel"
             )
         for name, child in module.named_children():
             for kind, parameter in list(child.named_parameters(recurse=False)):
@@ -95,7 +91,7 @@ class HeadShards:
 
     def gather(self, x: Tensor) -> Tensor:
         """The layer's input, whole on every process. One collective sums its gradient, of all projections."""
-        return _Gather.apply(x, self.mesh, self._outside)
+        return redistribute(x, self.mesh, self._outside, [Replicate()])
 
     def own(self, heads: Tensor) -> Tensor:
         """This process's heads [B, H, S, D]. The gradient of replicated heads is a sum over the processes."""
@@ -114,38 +110,4 @@ class HeadShards:
 
     def with_total(self, index_q: Tensor, index_k: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """index_q and index_k, whose backward sums `value` over the processes, after the loss's backward wrote it."""
-        return _TotalInBackward.apply(index_q, index_k, value, self.mesh.get_group())
-
-
-class _Gather(torch.autograd.Function):
-    """`redistribute` fails in a backward that gives its result no gradient, as one of the index loss alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, outside: list[Placement]) -> DTensor:
-        ctx.is_plain = not isinstance(x, DTensor)
-        given = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, outside, run_check=False)
-        ctx.placements = given.placements
-        ctx.set_materialize_grads(False)
-        return given.redistribute(placements=[Replicate()])
-
-    @staticmethod
-    def backward(ctx: Any, grad: DTensor | None) -> Any:
-        if grad is None:
-            return None, None, None
-        grad = grad.redistribute(placements=ctx.placements)
-        return grad.to_local() if ctx.is_plain else grad, None, None
-
-
-class _TotalInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, index_q: Tensor, index_k: Tensor, value: Tensor, group: dist.ProcessGroup) -> Any:
-        ctx.value, ctx.group = value, group
-        ctx.set_materialize_grads(False)
-        return index_q.view_as(index_q), index_k.view_as(index_k)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        # Without gradients the loss took no part in this backward, and the value is already summed.
-        if any(grad is not None for grad in grads):
-            ctx.value.copy_(collectives.all_reduce(ctx.value, "sum", ctx.group))
-        return *grads, None, None
+        return with_total(index_q, index_k, value, [self.mesh.get_group()])
