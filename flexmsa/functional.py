@@ -1,6 +1,7 @@
 """Attention and its single steps: check the input, fill in the defaults, and call the core."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -15,11 +16,13 @@ from flexmsa.types import AuxOutput, AuxRequest
 
 __all__ = ["attention", "block_sparse_attention", "index_loss", "select_blocks"]
 
-Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def takes_dtensors(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Let a function of plain tensors take DTensors: see `flexmsa.distributed`."""
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -29,7 +32,7 @@ def takes_dtensors(function: Callable[Arguments, Result]) -> Callable[Arguments,
             return function(*args, **kwargs)
         from flexmsa.distributed import dtensors
 
-        return dtensors.call(function, args, kwargs)
+        return dtensors.call(function, signature.bind(*args, **kwargs).arguments)
 
     return call
 

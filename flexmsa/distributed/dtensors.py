@@ -4,8 +4,6 @@ Between the functions' operators there are plain tensors, so that every backend 
 per call.
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,27 +20,25 @@ __all__ = ["call"]
 
 _HEADS = ("q", "k", "v", "index_q", "block_indices", "lse")
 _ROWS = ("kv_starts", "kv_lens")
-_signature = functools.cache(inspect.signature)
 
 
-def call(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Return function(*args, **kwargs) as DTensors, for DTensors of one mesh whose heads or batch rows are sharded.
+def call(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """Return function(**given) as DTensors, for DTensors of one mesh whose heads or batch rows are sharded.
 
     Raises:
         ValueError, NotImplementedError, TypeError: a tensor is no DTensor, or is on another mesh; another dimension is
             sharded, or unevenly; the batch of packed documents is sharded; index_loss_value is a DTensor.
     """
-    given = _signature(function).bind(*args, **kwargs).arguments
     split = _Split(*next(iter(given.items())))
     own = {name: split.own(name, x) for name, x in given.items()}
-    _give_count(function, given, own)
+    _give_count(given, own)
     value = own.get("index_loss_value")
     if value is not None:
         own["index_q"], own["index_k"] = with_total(own["index_q"], own["index_k"], value, split.groups())
     return split.whole(function(**own), is_loss="lse" in given)
 
 
-def _give_count(function: Callable[..., Any], given: dict[str, Any], own: dict[str, Any]) -> None:
+def _give_count(given: dict[str, Any], own: dict[str, Any]) -> None:
     """The default count of the losses is that of all processes, not that of a process's own part."""
     name = "count" if "lse" in given else "index_loss_count"
     aux = given.get("return_aux")

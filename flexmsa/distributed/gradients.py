@@ -24,6 +24,7 @@ class _Redistribute(torch.autograd.Function):
         ctx: Any, x: Tensor, mesh: DeviceMesh, given: Sequence[Placement], wanted: Sequence[Placement]
     ) -> DTensor:
         ctx.is_plain = not isinstance(x, DTensor)
+        x = x.detach()
         placed = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, given, run_check=False)
         ctx.placements = placed.placements
         ctx.set_materialize_grads(False)

@@ -1,20 +1,16 @@
 """MSAttention with its heads over several processes: everything equals one process's, in float64."""
 
-import traceback
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from flexmsa import MSAConfig, MSAttention, select_blocks
 from flexmsa.distributed import global_index_loss_count, tensor_parallel_plan
-
-from .processes import run
 
 CONFIG = MSAConfig(32, num_heads=8, num_kv_heads=4, head_dim=8, index_head_dim=6, block_size=4, topk=2)
 LENGTHS = {"plain": {}, "packed": {"cu_seqlens": [0, 5, 24]}, "padded": {"kv_starts": [0, 7]}}
@@ -204,31 +200,3 @@ CASES_OF_FOUR = {
     **{f"FSDP2 {case}": (check_fsdp, case) for case in (False, True)},
     "step": (lambda mesh: check_step(mesh._flatten(), 2, True, "plain"),),
 }
-
-
-def check_all(cases_of_four):
-    """By case, what failed, or None."""
-    mesh = init_device_mesh("cpu", (2, 2) if cases_of_four else (2,), mesh_dim_names=("dp", "tp")[-1 - cases_of_four :])
-    failures = {}
-    for name, (check, *arguments) in (CASES_OF_FOUR if cases_of_four else CASES).items():
-        try:
-            check(mesh, *arguments)
-            failures[name] = ""
-        except Exception:
-            failures[name] = traceback.format_exc()
-    return failures
-
-
-@pytest.fixture(scope="module")
-def failures():
-    """By case, what failed on each process: all in one start of the processes, which takes longer than the cases."""
-    found = {}
-    for world in (2, 4):
-        answers = run(world, check_all, world == 4)
-        found.update({name: [answer[name] for answer in answers] for name in answers[0]})
-    return found
-
-
-@pytest.mark.parametrize("case", [*CASES, *CASES_OF_FOUR])
-def test_equals_one_process(case, failures):
-    assert not any(failures[case]), max(failures[case])
