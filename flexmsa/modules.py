@@ -105,8 +105,7 @@ class MSAttention(nn.Module):
         Under autocast, pass the region's dtype. Under tensor parallel it is for the process's own groups.
         """
         weight, config = self.k_proj.weight, self.config
-        num_kv_heads = config.num_kv_heads // (1 if self.head_shards is None else self.head_shards.size)
-        sizes = batch_size, num_kv_heads, config.head_dim, config.index_head_dim, capacity
+        sizes = batch_size, config.num_kv_heads // self._num_shards, config.head_dim, config.index_head_dim, capacity
         dtype = weight.dtype if dtype is None else dtype
         return MSACache(*sizes, kv_starts=kv_starts, dtype=dtype, index_dtype=index_dtype, device=weight.device)
 
@@ -250,18 +249,21 @@ class MSAttention(nn.Module):
             x = shards.gather(x)
         detached = x.detach()
 
-        def heads(y: Tensor, number: int, size: int, norm: nn.Module | None = None) -> Tensor:
+        def heads(projection: nn.Module, x: Tensor, number: int, size: int, norm: nn.Module | None = None) -> Tensor:
+            y = projection(x) if shards is None else shards.own(projection, x)
             y = y.unflatten(-1, (-1, size)).transpose(1, 2)
             if y.shape[1] != number:
                 raise ValueError(
                     f"layer: expected projections of {number} heads, as its config says, got {y.shape[1]}; shard the "
                     "heads by flexmsa.distributed.tensor_parallel_plan, which keeps loss and gradients right"
                 )
-            y = y if norm is None else norm(y)
-            return y if shards is None else shards.own(y)
+            if norm is None:
+                return y
+            return norm(y) if shards is None else shards.replicated(norm, y)
 
-        groups, size, index_size = config.num_kv_heads, config.head_dim, config.index_head_dim
-        q = heads(self.q_proj(x), config.num_heads, size, self.q_norm)
+        num_heads, groups = config.num_heads // self._num_shards, config.num_kv_heads // self._num_shards
+        size, index_size = config.head_dim, config.index_head_dim
+        q = heads(self.q_proj, x, num_heads, size, self.q_norm)
         if positions is None:
             start, end = Sequences(q, q.shape[2], cu_seqlens, kv_starts).key_ranges()
             positions = (end - start - 1).clamp(min=0)
@@ -271,11 +273,15 @@ class MSAttention(nn.Module):
 
         return Projections(
             q=with_rope(q),
-            k=with_rope(heads(self.k_proj(x), groups, size, self.k_norm)),
-            v=heads(self.v_proj(x), groups, size),
-            index_q=with_rope(heads(self.index_q_proj(detached), groups, index_size, self.index_q_norm)),
-            index_k=with_rope(heads(self.index_k_proj(detached), 1, index_size, self.index_k_norm)),
+            k=with_rope(heads(self.k_proj, x, groups, size, self.k_norm)),
+            v=heads(self.v_proj, x, groups, size),
+            index_q=with_rope(heads(self.index_q_proj, detached, groups, index_size, self.index_q_norm)),
+            index_k=with_rope(heads(self.index_k_proj, detached, 1, index_size, self.index_k_norm)),
         )
+
+    @property
+    def _num_shards(self) -> int:
+        return 1 if self.head_shards is None else self.head_shards.size
 
     def _merge(self, out: Tensor) -> Tensor:
         out = out.transpose(1, 2).flatten(2)

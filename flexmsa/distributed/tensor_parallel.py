@@ -1,5 +1,6 @@
 """Tensor parallel: the heads of an MSAttention layer over the processes of a mesh."""
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
@@ -93,11 +94,21 @@ class HeadShards:
         """The layer's input, whole on every process. One collective sums its gradient, of all projections."""
         return redistribute(x, self.mesh, self._outside, [Replicate()])
 
-    def own(self, heads: Tensor) -> Tensor:
-        """This process's heads [B, H, S, D]. The gradient of replicated heads is a sum over the processes."""
-        assert isinstance(heads, DTensor)
-        is_replicated = heads.placements[0].is_replicate()
-        return heads.to_local(grad_placements=[Partial()] if is_replicated else heads.placements)
+    def own(self, projection: nn.Module, x: Tensor) -> Tensor:
+        """A projection of the gathered x to this process's heads, [B, S, H D / W], or to replicated ones."""
+        assert isinstance(x, DTensor)
+        if all(parameter.placements[0].is_replicate() for parameter in projection.parameters()):
+            return self.replicated(projection, x.to_local())
+        return projection(x).to_local()
+
+    def replicated(self, module: nn.Module, x: Tensor) -> Tensor:
+        """module(x) of a plain x. The gradients of its replicated parameters are sums over the processes."""
+        own = {}
+        for name, parameter in module.named_parameters():
+            # Its gradient is summed here, not left as a DTensor of partial sums.
+            whole = redistribute(parameter, self.mesh, [Replicate()], [Replicate()])
+            own[name] = whole.to_local(grad_placements=[Partial()])
+        return torch.func.functional_call(module, own, (x,))
 
     def project(self, projection: nn.Module, out: Tensor) -> Tensor:
         """The output projection of this process's heads [B, S, Hq D / W], summed over the processes."""

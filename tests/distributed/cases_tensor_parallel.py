@@ -43,6 +43,10 @@ def full(x):
 
 
 def gradients(layer):
+    """Those of all parameters, none of which is left as partial sums, that a user's optimizer may not expect."""
+    for parameter in layer.parameters():
+        if isinstance(parameter, DTensor):
+            assert parameter.grad.placements == parameter.placements
     return {name: full(parameter.grad) for name, parameter in layer.named_parameters()}
 
 
