@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from flexmsa import MSAConfig, MSAttention, select_blocks
@@ -122,6 +123,29 @@ def check_dtensor_input(mesh):
     assert_same({**found, "x": found["x"].full_tensor()}, expected)
 
 
+def check_collectives(mesh, sequence_parallel, in_backward):
+    """Those that docs/distributed.md lists."""
+    layer = new_layer(in_backward=in_backward)
+    parallelize_module(layer, mesh, tensor_parallel_plan(layer, sequence_parallel=sequence_parallel))
+    x = inputs("plain")[0]
+    found = []
+    with CommDebugMode() as forward:
+        out, loss = layer(x)
+    with CommDebugMode() as backward:
+        (out.sum() + loss).backward()
+    for mode in (forward, backward):
+        counts = {str(name).split(".")[-1]: count for name, count in mode.get_comm_counts().items()}
+        found.append(
+            [counts.get(name, 0) for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")]
+        )
+    # One all-reduce for each norm and for the projection of index_k.
+    replicated = 5
+    around = [[1, 1, 0], [1, 1, 0]] if sequence_parallel else [[0, 0, 1], [0, 0, 1]]
+    around[in_backward][2] += 1
+    around[1][2] += replicated
+    assert found == around, (found, around)
+
+
 def check_two_backwards(mesh):
     """A backward of the output alone leaves the loss's value as it was."""
     layer = new_layer(in_backward=True)
@@ -193,6 +217,7 @@ CASES = {
     "cache": (check_cache,),
     **{f"sequence {case}": (check_sequence_parallel, *case) for case in product([False, True], LENGTHS)},
     "DTensor input": (check_dtensor_input,),
+    **{f"collectives {case}": (check_collectives, *case) for case in product([False, True], [False, True])},
     "two backwards": (check_two_backwards,),
     **{f"compiled {case}": (check_compiled, case) for case in (False, True)},
     "plain styles": (check_plain_styles, [*PROJECTIONS, "index_q_proj"]),
