@@ -93,7 +93,7 @@ def step(layout: Layout, inputs: Inputs, ids: Tensor, value: Tensor) -> tuple[Te
     """out, and the loss as a 0 with its gradient."""
     table = Sequences(inputs.q, inputs.k.shape[2]).table
     numbers = layout.block, layout.depth**-0.5, inputs.index_q.shape[3] ** -0.5, "triton"
-    out, _, loss = ops.attention_and_index_loss(*inputs, ids, table, value, *numbers)
+    out, _, loss = ops.attention_and_index_loss(*inputs, ids, table, None, value, *numbers)
     return out, loss
 
 

@@ -43,9 +43,9 @@ def _empty_gradients_and_loss(grad_out, grad_lse, grad_loss, q, k, v, index_q, i
 )
 def attention_and_index_loss_backward(*args):
     """Return the gradients of q, k, v, index_q and index_k, and the loss; the schema names the arguments."""
-    *inputs, count, block_size, scale, index_scale, backend = args
-    numbers = block_size, scale, index_scale, count
-    return run_kernel(backend, "attention_and_index_loss_backward", *inputs, *numbers)
+    grad_out, grad_lse, grad_loss, *inputs, count, block_size, scale, index_scale, backend = args
+    gradients, numbers = (grad_out, grad_lse, (grad_loss, count)), (block_size, scale, index_scale)
+    return run_kernel(backend, "attention_and_index_loss_backward", *gradients, *inputs, *numbers)
 
 
 # The value is kept on ctx: it is written by the backward, and a saved tensor must not change after the forward.

@@ -149,14 +149,14 @@ def test_opcheck():
     table = torch.tensor([[0, 0, 33, 0, 33]], dtype=torch.int32)
     ids = ops.select_blocks(index_q, index_k, table, 8, 2, 1, 0, "torch")
     numbers = 8, 0.25, 0.25, "torch"
-    opcheck(torch.ops.flexmsa.attention_and_index_loss.default, (*inputs, ids, table, nan(), *numbers))
+    opcheck(torch.ops.flexmsa.attention_and_index_loss.default, (*inputs, ids, table, None, nan(), *numbers))
     out, lse = ops.block_sparse_attention(*(x.detach() for x in inputs[:3]), ids, table, 8, 0.25, "torch")
     detached = [x.detach() for x in inputs]
     gradients = torch.randn_like(out), lse.cos(), torch.tensor(2.0)
     backward = torch.ops.flexmsa.attention_and_index_loss_backward.default
-    opcheck(backward, (*gradients, *detached, out, lse, ids, table, *numbers))
+    opcheck(backward, (*gradients, *detached, out, lse, ids, table, torch.tensor(40), *numbers))
     for indices in (ids, None):
-        branches = q, k, *inputs[3:], indices, lse, table, nan()
+        branches = q, k, *inputs[3:], indices, lse, table, None, nan()
         opcheck(torch.ops.flexmsa.deferred_index_loss.default, (*branches, *numbers))
 
 

@@ -24,7 +24,7 @@ def test_opcheck_of_every_operator():
     out, lse = (x.detach() for x in ops.block_sparse_attention(q, k, v, ids, SEQUENCES, 8, 0.25, "torch"))
     strided = q.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
     frozen = [x.detach() for x in (q, k, v, index_q, index_k)]
-    main, loss = (SEQUENCES, 8, 0.25), (SEQUENCES, 8, 0.25, 0.25)
+    main, loss = (SEQUENCES, 8, 0.25), (SEQUENCES, None, 8, 0.25, 0.25)
     opcheck(ops.sequence_table, (q, None, None, lengths(20), 33))
     opcheck(ops.sequence_table, (q, lengths(0, 1, 33), None, None, 33))
     opcheck(ops.select_blocks, (index_q, index_k, SEQUENCES, 8, 2, 1, 0, "torch"))

@@ -68,8 +68,8 @@ def joint_backward_launches(layer: Layer, target: Target, lse_gradient: bool = F
     out, lse = layer.out(), layer.lse()
     with record(target) as launches:
         kernels.attention_and_index_loss_backward(
-            *(out, lse if lse_gradient else None, meta(dtype=torch.float32), *layer.main(), *layer.index(), out, lse),
-            *(layer.block_indices(), layer.sequences(), layer.block_size, layer.scale, 0.1),
+            *(out, lse if lse_gradient else None, (meta(dtype=torch.float32), None), *layer.main(), *layer.index()),
+            *(out, lse, layer.block_indices(), layer.sequences(), layer.block_size, layer.scale, 0.1),
         )
     return launches
 

@@ -9,7 +9,7 @@ from flexmsa.kernels.torch.index_loss import index_loss
 def attention_and_index_loss_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    grad_loss: Tensor,
+    loss: tuple[Tensor, Tensor | None],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -22,13 +22,13 @@ def attention_and_index_loss_backward(
     block_size: int,
     scale: float,
     index_scale: float,
-    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, index_q and index_k, and the loss, a scalar; grad_loss is a scalar tensor."""
+    """Gradients of q, k, v, index_q and index_k, and the loss; given its gradient and its count, scalars."""
+    grad_loss, count = loss
     main = block_sparse_attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, block_indices, sequences, block_size, scale
     )
     branches = q, k, index_q, index_k, block_indices, lse, sequences
-    loss, *unit_grads = index_loss(*branches, block_size, scale, index_scale, True, count)
+    value, *unit_grads = index_loss(*branches, block_size, scale, index_scale, True, count)
     index = [(grad * grad_loss).to(x.dtype) for grad, x in zip(unit_grads, (index_q, index_k), strict=True)]
-    return *main, index[0], index[1], loss
+    return *main, index[0], index[1], value

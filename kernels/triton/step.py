@@ -43,7 +43,8 @@ def training_step(
     main = q, k, v, out, lse, ids, sequences, rule.block_size, scale
     if with_loss and loss_in_backward:
         inputs = q, k, v, index_q, index_k, out, lse, ids, sequences
-        attention_and_index_loss_backward(out, None, lse.new_ones(()), *inputs, rule.block_size, scale, index_scale)
+        loss = lse.new_ones(()), None
+        attention_and_index_loss_backward(out, None, loss, *inputs, rule.block_size, scale, index_scale)
         return
     if with_loss:
         index_loss(*branches, True)

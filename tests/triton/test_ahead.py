@@ -66,7 +66,7 @@ def launched(case):
         kernels.block_sparse_attention_backward(*branches, case.block_size, scale)
         kernels.index_loss(q, k, index_q, index_k, ids, lse, table, case.block_size, scale, 0.1, True)
         if case.topk is not None:
-            loss_grad = meta(dtype=torch.float32)
+            loss_grad = meta(dtype=torch.float32), None
             branches = out, grad_lse, loss_grad, q, k, v, index_q, index_k, out, lse, ids, table
             kernels.attention_and_index_loss_backward(*branches, case.block_size, scale, 0.1)
     return launches

@@ -173,7 +173,7 @@ def block_sparse_attention_backward(
 def attention_and_index_loss_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    grad_loss: Tensor,
+    loss: tuple[Tensor, Tensor | None],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -186,11 +186,13 @@ def attention_and_index_loss_backward(
     block_size: int,
     scale: float,
     index_scale: float,
-    count: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, index_q and index_k, and the index loss, a fp32 scalar; grad_loss is a scalar tensor."""
+    """Gradients of q, k, v, index_q and index_k, and the index loss, a fp32 scalar.
+
+    loss: its gradient, and its count as for `index_loss`, scalars.
+    """
     main = grad_out, grad_lse, q, k, v, out, lse, block_indices, sequences, block_size, scale
-    x = Inputs(*main)
+    x, (grad_loss, count) = Inputs(*main), loss
     problem = x.problem(index_q.shape[3])
     config = backward_config(problem, q.device)
     implementation = choose(GRADIENTS, problem, target_of(q.device), config)
@@ -198,6 +200,6 @@ def attention_and_index_loss_backward(
         branch = IndexBranch(index_q, index_k, grad_loss, index_scale, count)
         return find_gradients(x, problem, implementation, config, branch)
     branches = q, k, index_q, index_k, block_indices, lse, sequences
-    loss, *unit_grads = index_loss(*branches, block_size, scale, index_scale, True, count)
+    value, *unit_grads = index_loss(*branches, block_size, scale, index_scale, True, count)
     index = [(grad * grad_loss).to(x.dtype) for grad, x in zip(unit_grads, (index_q, index_k), strict=True)]
-    return *block_sparse_attention_backward(*main), *index, loss
+    return *block_sparse_attention_backward(*main), *index, value

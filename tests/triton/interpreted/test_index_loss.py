@@ -114,7 +114,7 @@ def assert_loss(inputs, block_size, config, scales=None):
     for name, result, right, baseline in zip(terms, found, exact, eager, strict=True):
         assert result.dtype == torch.float32 and result.is_contiguous()
         assert_close(name, result, right, baseline, terms[name])
-    value, *empty = index_loss(q, k, index_q, index_k, ids, lse, sequences, block_size, *scales, False, config)
+    value, *empty = index_loss(q, k, index_q, index_k, ids, lse, sequences, block_size, *scales, False, config=config)
     assert torch.equal(value, found[0]) and all(x.numel() == 0 for x in empty)
     return found
 
@@ -142,7 +142,7 @@ def assert_loss_beside_backward(case, wide_index_grad=2.0):
     out, lse = block_sparse_attention_forward(q, k, v, ids, sequences, case.block_size, scales[0])
     grad_out, grad_loss = torch.randn_like(out), torch.tensor(wide_index_grad)
     main = q, k, v, index_q, index_k, out, lse, ids, sequences, case.block_size
-    *grads, loss = attention_and_index_loss_backward(grad_out, lse.cos(), grad_loss, *main, *scales)
+    *grads, loss = attention_and_index_loss_backward(grad_out, lse.cos(), (grad_loss, None), *main, *scales)
     alone = block_sparse_attention_backward(
         grad_out, lse.cos(), q, k, v, out, lse, ids, sequences, case.block_size, scales[0]
     )
@@ -194,3 +194,22 @@ def test_fast_log2():
     log2_kernel[(1,)](x, found, x.numel(), SIZE=8192)
     torch.testing.assert_close(found.double(), x.double().log2(), rtol=1e-7, atol=1.6e-7)
     assert found[x == 1.0] == 0.0
+
+
+@pytest.mark.parametrize("count", [torch.tensor(7), torch.tensor(12.5, dtype=torch.float64)])
+def test_a_given_count(count):
+    q, k, index_q, index_k, ids, sequences = inputs_of(Case(batch=2))
+    v, numbers = torch.randn_like(k.nan_to_num()), (16, 0.3, 0.3)
+    out, lse = block_sparse_attention_forward(q, k, v, ids, sequences, *numbers[:2])
+    factor = 2 * 2 * q.shape[2] / count.item()
+    tensors = q, k, index_q, index_k, ids, lse, sequences
+    for number, mean in zip(
+        index_loss(*tensors, *numbers, True, count), index_loss(*tensors, *numbers, True), strict=True
+    ):
+        torch.testing.assert_close(number, mean * factor)
+    main = q, k, v, index_q, index_k, out, lse, ids, sequences, *numbers
+    one = torch.ones(())
+    counted = attention_and_index_loss_backward(out, None, (one, count), *main)
+    default = attention_and_index_loss_backward(out, None, (one, None), *main)
+    for number, mean in zip(counted[3:], default[3:], strict=True):
+        torch.testing.assert_close(number, mean * factor)
