@@ -97,7 +97,7 @@ class HeadShards:
     def own(self, projection: nn.Module, x: Tensor) -> Tensor:
         """A projection of the gathered x to this process's heads, [B, S, H D / W], or to replicated ones."""
         assert isinstance(x, DTensor)
-        if all(parameter.placements[0].is_replicate() for parameter in projection.parameters()):
+        if all(isinstance(weight, DTensor) and Replicate() in weight.placements for weight in projection.parameters()):
             return self.replicated(projection, x.to_local())
         return projection(x).to_local()
 

@@ -1,6 +1,7 @@
 """MSAttention with its heads over several processes: everything equals one process's, in float64."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -9,8 +10,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from flexmsa import MSAConfig, MSAttention, select_blocks
+from flexmsa import MSAConfig, MSAttention, save_selection_policy, select_blocks
 from flexmsa.distributed import global_index_loss_count, tensor_parallel_plan
 
 CONFIG = MSAConfig(32, num_heads=8, num_kv_heads=4, head_dim=8, index_head_dim=6, block_size=4, topk=2)
@@ -146,6 +148,43 @@ def check_collectives(mesh, sequence_parallel, in_backward):
     assert found == around, (found, around)
 
 
+def check_optimizer(mesh):
+    """Two steps with clipped gradients: the norm, and the parameters."""
+    found = []
+    for layer in (new_layer(), parallelize_module(new_layer(), mesh, tensor_parallel_plan(new_layer()))):
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, eps=1.0, foreach=True)
+        for seed in range(2):
+            step(layer, *inputs("plain", seed=seed))
+            norm = torch.nn.utils.clip_grad_norm_(layer.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        parameters = {name: full(parameter.detach()) for name, parameter in layer.named_parameters()}
+        found.append({"norm": full(norm), **parameters})
+    assert_same(found[1], found[0])
+
+
+def check_checkpoint(mesh, in_backward):
+    expected = step(new_layer(in_backward=in_backward), *inputs("plain"))
+    layer = parallelize_module(new_layer(in_backward=in_backward), mesh, tensor_parallel_plan(new_layer()))
+    contexts = partial(create_selective_checkpoint_contexts, save_selection_policy)
+    saving = partial(checkpoint, layer, use_reentrant=False, context_fn=contexts)
+    assert_same(step(layer, *inputs("plain"), run_layer=saving), expected)
+
+
+def check_index_branch_alone(mesh):
+    """A frozen base, as in the first phase."""
+    found = []
+    for layer in (new_layer(in_backward=True), new_layer(in_backward=True)):
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name.startswith("index_"))
+        if found:
+            parallelize_module(layer, mesh, tensor_parallel_plan(layer))
+        layer(inputs("plain")[0].detach())[1].backward()
+        grads = {name: full(p.grad) for name, p in layer.named_parameters() if p.requires_grad}
+        found.append({"loss": layer.index_loss_value, **grads})
+    assert_same(found[1], found[0])
+
+
 def check_two_backwards(mesh):
     """A backward of the output alone leaves the loss's value as it was."""
     layer = new_layer(in_backward=True)
@@ -218,6 +257,9 @@ CASES = {
     **{f"sequence {case}": (check_sequence_parallel, *case) for case in product([False, True], LENGTHS)},
     "DTensor input": (check_dtensor_input,),
     **{f"collectives {case}": (check_collectives, *case) for case in product([False, True], [False, True])},
+    "optimizer": (check_optimizer,),
+    **{f"checkpoint {case}": (check_checkpoint, case) for case in (False, True)},
+    "index branch alone": (check_index_branch_alone,),
     "two backwards": (check_two_backwards,),
     **{f"compiled {case}": (check_compiled, case) for case in (False, True)},
     "plain styles": (check_plain_styles, [*PROJECTIONS, "index_q_proj"]),
