@@ -105,7 +105,7 @@ class MSAttention(nn.Module):
         Under autocast, pass the region's dtype. Under tensor parallel it is for the process's own groups.
         """
         weight, config = self.k_proj.weight, self.config
-        sizes = batch_size, config.num_kv_heads // self._num_shards, config.head_dim, config.index_head_dim, capacity
+        sizes = batch_size, self._num_groups, config.head_dim, config.index_head_dim, capacity
         dtype = weight.dtype if dtype is None else dtype
         return MSACache(*sizes, kv_starts=kv_starts, dtype=dtype, index_dtype=index_dtype, device=weight.device)
 
@@ -157,21 +157,18 @@ class MSAttention(nn.Module):
             return self.generate(x, cache, lens=lens, block_indices=block_indices, backend=backend)[0], None
         if lens is not None or block_indices is not None:
             raise ValueError("lens, block_indices: expected None without a cache")
-        q, k, v, index_q, index_k = self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
+        inputs = self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
         settings = {**self._selection(), "cu_seqlens": cu_seqlens, "kv_starts": kv_starts, "backend": backend}
-        value = self.index_loss_value if with_index_loss and self.training and self.config.loss_in_backward else None
-        shards = self.head_shards
-        if shards is not None and with_index_loss and index_loss_count is None:
-            index_loss_count = self.index_loss_count(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
-        if shards is not None and value is not None:
-            index_q, index_k = shards.with_total(index_q, index_k, value)
+        deferred = with_index_loss and self.training and self.config.loss_in_backward
+        value = self.index_loss_value if deferred else None
+        if with_index_loss and self.head_shards is not None:
+            if index_loss_count is None:
+                index_loss_count = self.index_loss_count(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
+            out, loss = self.head_shards.attention(inputs, settings, index_loss_count, value)
+            return self._merge(out), loss
         settings.update(index_loss_value=value, index_loss_count=index_loss_count)
-        settings["return_aux"] = AuxRequest(index_loss=with_index_loss)
-        out, aux = functional.attention(q, k, v, index_q, index_k, **settings)
-        loss = aux.index_loss
-        if shards is not None and loss is not None and value is None:
-            loss = shards.total(loss)
-        return self._merge(out), loss
+        out, extra = functional.attention(*inputs, **settings, return_aux=AuxRequest(index_loss=with_index_loss))
+        return self._merge(out), extra.index_loss
 
     def index_loss_count(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, kv_starts: Tensor | None = None
@@ -250,7 +247,7 @@ class MSAttention(nn.Module):
         detached = x.detach()
 
         def heads(projection: nn.Module, x: Tensor, number: int, size: int, norm: nn.Module | None = None) -> Tensor:
-            y = projection(x) if shards is None else shards.own(projection, x)
+            y = projection(x) if shards is None else shards.own(projection, x, number * size)
             y = y.unflatten(-1, (-1, size)).transpose(1, 2)
             if y.shape[1] != number:
                 raise ValueError(
@@ -261,7 +258,7 @@ class MSAttention(nn.Module):
                 return y
             return norm(y) if shards is None else shards.replicated(norm, y)
 
-        num_heads, groups = config.num_heads // self._num_shards, config.num_kv_heads // self._num_shards
+        num_heads, groups = config.num_heads // self._num_shards, self._num_groups
         size, index_size = config.head_dim, config.index_head_dim
         q = heads(self.q_proj, x, num_heads, size, self.q_norm)
         if positions is None:
@@ -282,6 +279,10 @@ class MSAttention(nn.Module):
     @property
     def _num_shards(self) -> int:
         return 1 if self.head_shards is None else self.head_shards.size
+
+    @property
+    def _num_groups(self) -> int:
+        return max(1, self.config.num_kv_heads // self._num_shards)
 
     def _merge(self, out: Tensor) -> Tensor:
         out = out.transpose(1, 2).flatten(2)

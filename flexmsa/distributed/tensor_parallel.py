@@ -1,26 +1,32 @@
 """Tensor parallel: the heads of an MSAttention layer over the processes of a mesh."""
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from flexmsa import functional
 from flexmsa.distributed.gradients import redistribute, with_total
-from flexmsa.modules import MSAttention
+from flexmsa.modules import MSAttention, Projections
+from flexmsa.types import AuxRequest
 
 __all__ = ["HeadShards", "tensor_parallel_plan"]
-
-_SHARDED = ("q_proj", "k_proj", "v_proj", "index_q_proj")
 
 
 def tensor_parallel_plan(layer: MSAttention, *, sequence_parallel: bool = False) -> ParallelStyle:
     """The plan of torch's `parallelize_module` that shards the heads of an `MSAttention` layer, exactly.
 
-    Each process has Hkv / W groups: their rows of the projections of q, k, v and index_q, and their columns of the
-    output projection. The norms and the projection of index_k are replicated. Output, index loss and all gradients are
-    those of one process, on every process: the loss is the mean over the groups of all, also where the backward writes
-    it to `layer.index_loss_value`. `layer.new_cache` makes a cache of the process's own groups.
+    Each of W processes has Hkv / W groups: their rows of the projections of q, k, v and index_q, and their columns of
+    the output projection. The norms and the projection of index_k are replicated. Output, index loss and all gradients
+    are those of one process, on every process: the loss is the mean over the groups of all, also in
+    `layer.index_loss_value`. `layer.new_cache` makes a cache of the process's own groups.
+
+    If Hkv < W, the processes that share a group have its k, v and index_q each, and split its query heads. The index
+    loss is then computed in the forward from gathered query heads, also with `loss_in_backward`.
 
     Apply it before `fully_shard`, on the mesh's dimension for tensor parallel.
 
@@ -50,25 +56,22 @@ class _TensorParallel(ParallelStyle):
         if device_mesh.ndim != 1:
             names = device_mesh.mesh_dim_names or device_mesh.ndim
             raise ValueError(f"mesh: expected one dimension, got {names}; take it by its name")
-        groups, size = module.config.num_kv_heads, device_mesh.size()
-        if groups % size:
+        groups, heads, size = module.config.num_kv_heads, module.config.num_heads, device_mesh.size()
+        if (groups % size and size % groups) or heads % size:
             raise ValueError(
-                f"num_kv_heads: expected a multiple of the {size} processes of the mesh, got {groups}; a group of "
-                "heads stays on one process, so use at most num_kv_heads processes for tensor parallel"
+                f"num_kv_heads, num_heads: expected a multiple or a divisor of the {size} processes of the mesh, and a "
+                f"multiple, got {groups} and {heads}; use another number of processes for tensor parallel"
             )
+        sharded = ("q_proj",) if groups < size else ("q_proj", "k_proj", "v_proj", "index_q_proj")
         for name, child in module.named_children():
             for kind, parameter in list(child.named_parameters(recurse=False)):
-                placements = [_placement(name, kind)]
-                shard = distribute_tensor(parameter, device_mesh, placements, src_data_rank=self.src_data_rank)
+                placement: Placement = Shard(0) if name in sharded else Replicate()
+                if (name, kind) == ("o_proj", "weight"):
+                    placement = Shard(1)
+                shard = distribute_tensor(parameter, device_mesh, [placement], src_data_rank=self.src_data_rank)
                 child.register_parameter(kind, nn.Parameter(shard, requires_grad=parameter.requires_grad))
-        module.head_shards = HeadShards(device_mesh, self.sequence_parallel)
+        module.head_shards = HeadShards(device_mesh, self.sequence_parallel, max(1, size // groups))
         return module
-
-
-def _placement(module: str, parameter: str) -> Placement:
-    if module in _SHARDED:
-        return Shard(0)
-    return Shard(1) if (module, parameter) == ("o_proj", "weight") else Replicate()
 
 
 class HeadShards:
@@ -77,13 +80,18 @@ class HeadShards:
     Attributes:
         mesh: of the processes that share the heads.
         size: their number.
+        replicas: the number of processes that share a group, each with some of its query heads.
         sequence_parallel: the layer's input and output are shards of the tokens.
     """
 
-    def __init__(self, mesh: DeviceMesh, sequence_parallel: bool) -> None:
-        self.mesh, self.sequence_parallel = mesh, sequence_parallel
+    def __init__(self, mesh: DeviceMesh, sequence_parallel: bool, replicas: int) -> None:
+        self.mesh, self.sequence_parallel, self.replicas = mesh, sequence_parallel, replicas
         self.size = mesh.size()
         self._outside: list[Placement] = [Shard(1) if sequence_parallel else Replicate()]
+        if replicas > 1:
+            first = mesh.get_local_rank() // replicas * replicas
+            ranks = dist.get_process_group_ranks(mesh.get_group())[first : first + replicas]
+            self._group_name = dist.new_group(ranks, use_local_synchronization=True).group_name
 
     def shape(self, x: Tensor) -> tuple[int, int]:
         """The numbers of rows and of tokens of the layer's input x, those of all processes."""
@@ -94,31 +102,87 @@ class HeadShards:
         """The layer's input, whole on every process. One collective sums its gradient, of all projections."""
         return redistribute(x, self.mesh, self._outside, [Replicate()])
 
-    def own(self, projection: nn.Module, x: Tensor) -> Tensor:
-        """A projection of the gathered x to this process's heads, [B, S, H D / W], or to replicated ones."""
+    def own(self, projection: nn.Module, x: Tensor, width: int) -> Tensor:
+        """A projection of the gathered x to the `width` columns of this process's heads, [B, S, width]."""
         assert isinstance(x, DTensor)
         if all(isinstance(weight, DTensor) and Replicate() in weight.placements for weight in projection.parameters()):
-            return self.replicated(projection, x.to_local())
+            return self.replicated(projection, x.to_local(grad_placements=[Partial()]), width)
         return projection(x).to_local()
 
-    def replicated(self, module: nn.Module, x: Tensor) -> Tensor:
-        """module(x) of a plain x. The gradients of its replicated parameters are sums over the processes."""
+    def replicated(self, module: nn.Module, x: Tensor, width: int | None = None) -> Tensor:
+        """module(x) of a plain x; the gradients of its replicated parameters are sums over the processes.
+
+        width: of wider parameters, the columns of this process's group.
+        """
         own = {}
         for name, parameter in module.named_parameters():
             # Its gradient is summed here, not left as a DTensor of partial sums.
             whole = redistribute(parameter, self.mesh, [Replicate()], [Replicate()])
-            own[name] = whole.to_local(grad_placements=[Partial()])
+            part = whole.to_local(grad_placements=[Partial()])
+            if width is not None and part.shape[0] != width:
+                part = part.narrow(0, self.mesh.get_local_rank() // self.replicas * width, width)
+            own[name] = part
         return torch.func.functional_call(module, own, (x,))
+
+    def _whole_group(self, heads: Tensor) -> Tensor:
+        """The heads [B, H, ...] of all processes that share this process's group, without a gradient."""
+        operators = torch.ops._c10d_functional
+        gathered = operators.all_gather_into_tensor(heads.contiguous(), self.replicas, self._group_name)
+        parts = operators.wait_tensor(gathered).unflatten(0, (self.replicas, -1))
+        return parts.transpose(0, 1).flatten(1, 2)
 
     def project(self, projection: nn.Module, out: Tensor) -> Tensor:
         """The output projection of this process's heads [B, S, Hq D / W], summed over the processes."""
         merged = projection(DTensor.from_local(out, self.mesh, [Shard(2)], run_check=False))
         return merged.redistribute(placements=self._outside).to_local()
 
-    def total(self, part: Tensor) -> Tensor:
-        """The sum of the processes' scalars; each part's gradient is the sum's."""
-        return DTensor.from_local(part, self.mesh, [Partial()], run_check=False).full_tensor()
+    def attention(
+        self,
+        inputs: Projections,
+        settings: dict[str, Any],
+        index_loss_count: Tensor | float,
+        index_loss_value: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`flexmsa.attention` of this process's heads, and the index loss of those of all processes.
 
-    def with_total(self, index_q: Tensor, index_k: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """index_q and index_k, whose backward sums `value` over the processes, after the loss's backward wrote it."""
-        return with_total(index_q, index_k, value, [self.mesh.get_group()])
+        index_loss_count: of all groups.
+        """
+        q, k, v, index_q, index_k = inputs
+        loss: dict[str, Any] = {"index_loss_count": index_loss_count, "index_loss_value": index_loss_value}
+        if self.replicas > 1:
+            return self._attention_of_replicas(inputs, settings, **loss)
+        if index_loss_value is not None:
+            index_q, index_k = with_total(index_q, index_k, index_loss_value, [self.mesh.get_group()])
+        request = AuxRequest(index_loss=True)
+        out, aux = functional.attention(q, k, v, index_q, index_k, **settings, **loss, return_aux=request)
+        # With a value, the loss is a 0 whose gradient is this process's part.
+        return out, self._total(aux.index_loss) if index_loss_value is None else aux.index_loss
+
+    def _attention_of_replicas(
+        self,
+        inputs: Projections,
+        settings: dict[str, Any],
+        index_loss_count: Tensor | float,
+        index_loss_value: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Each process of a group has the loss of the whole group, so that the teacher is the mean over all its heads.
+
+        The losses' mean over these processes would be too large: the heads' entropies are averaged in it.
+        """
+        out, aux = functional.attention(*inputs, **settings, return_aux=AuxRequest(lse=True, block_indices=True))
+        q, k, _, index_q, index_k = inputs
+        main = self._whole_group(q.detach()), k.detach()
+        assert aux.lse is not None
+        lse = self._whole_group(aux.lse.detach())
+        given = {name: settings[name] for name in ("block_size", "cu_seqlens", "kv_starts", "backend")}
+        given["count"] = index_loss_count * self.replicas
+        loss = self._total(functional.index_loss(*main, index_q, index_k, aux.block_indices, lse, **given))
+        if index_loss_value is None:
+            return out, loss
+        index_loss_value.copy_(loss.detach())
+        return out, loss - loss.detach()
+
+    def _total(self, part: Tensor | None) -> Tensor:
+        """The sum of the processes' scalars; each part's gradient is the sum's."""
+        assert part is not None
+        return DTensor.from_local(part, self.mesh, [Partial()], run_check=False).full_tensor()

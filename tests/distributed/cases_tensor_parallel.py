@@ -20,9 +20,9 @@ LENGTHS = {"plain": {}, "packed": {"cu_seqlens": [0, 5, 24]}, "padded": {"kv_sta
 SETTINGS = {"block_size": CONFIG.block_size, "topk": CONFIG.topk}
 
 
-def new_layer(topk=2, in_backward=False, bias=False, norm=True):
+def new_layer(topk=2, in_backward=False, **changes):
     torch.manual_seed(0)
-    layer = MSAttention(replace(CONFIG, loss_in_backward=in_backward, bias=bias, qk_norm=norm)).double()
+    layer = MSAttention(replace(CONFIG, loss_in_backward=in_backward, **changes)).double()
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if "norm" in name:
@@ -73,41 +73,41 @@ def check_step(mesh, topk, in_backward, lengths, **more):
     layer = parallelize_module(new_layer(topk, in_backward, **more), mesh, tensor_parallel_plan(layer))
     assert_same(step(layer, *inputs(lengths)), expected)
     x, _, given = inputs(lengths)
-    assert layer.index_loss_count(x, **given).item() == new_layer().index_loss_count(x, **given).item()
+    assert layer.index_loss_count(x, **given).item() == new_layer(**more).index_loss_count(x, **given).item()
 
 
-def check_ids(mesh):
-    layer, (x, _, _) = new_layer(), inputs("plain")
+def check_ids(mesh, groups=CONFIG.num_kv_heads):
+    layer, (x, _, _) = new_layer(num_kv_heads=groups), inputs("plain")
     with torch.no_grad():
         ids = select_blocks(*layer.project(x)[3:], **SETTINGS)
         parallelize_module(layer, mesh, tensor_parallel_plan(layer))
         own = select_blocks(*layer.project(x)[3:], **SETTINGS)
-    rank, groups = mesh.get_local_rank(), CONFIG.num_kv_heads // mesh.size()
-    assert torch.equal(own, ids[:, rank * groups : (rank + 1) * groups])
+    first, number = mesh.get_local_rank() * groups // mesh.size(), max(1, groups // mesh.size())
+    assert torch.equal(own, ids[:, first : first + number])
 
 
-def check_cache(mesh):
-    layer, (x, _, _) = new_layer().eval(), inputs("plain")
+def check_cache(mesh, groups=CONFIG.num_kv_heads):
+    layer, (x, _, _) = new_layer(num_kv_heads=groups).eval(), inputs("plain")
     parts = x.detach()[:, :20], x.detach()[:, 20:21]
     found = []
     for parallel in (False, True):
         if parallel:
             parallelize_module(layer, mesh, tensor_parallel_plan(layer))
         cache = layer.new_cache(2, 24)
-        assert cache.k.shape[1] == CONFIG.num_kv_heads // (mesh.size() if parallel else 1)
+        assert cache.k.shape[1] == (max(1, groups // mesh.size()) if parallel else groups)
         with torch.no_grad():
             found.append(torch.cat([layer(part, cache=cache)[0] for part in parts], dim=1))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
 
 
-def check_sequence_parallel(mesh, in_backward, lengths):
-    expected = step(new_layer(in_backward=in_backward), *inputs(lengths))
-    layer = new_layer(in_backward=in_backward)
+def check_sequence_parallel(mesh, in_backward, lengths, **more):
+    expected = step(new_layer(in_backward=in_backward, **more), *inputs(lengths))
+    layer = new_layer(in_backward=in_backward, **more)
     parallelize_module(layer, mesh, tensor_parallel_plan(layer, sequence_parallel=True))
     x, weight, given = inputs(lengths)
     here = mesh.get_local_rank()
     own = x.detach().chunk(mesh.size(), dim=1)[here].clone().requires_grad_()
-    assert layer.index_loss_count(own, **given).item() == new_layer().index_loss_count(x, **given).item()
+    assert layer.index_loss_count(own, **given).item() == new_layer(**more).index_loss_count(x, **given).item()
     found = step(layer, own, weight.chunk(mesh.size(), dim=1)[here], given)
     for name in ("x", "out"):
         found[name] = DTensor.from_local(found[name], mesh, [Shard(1)]).full_tensor()
@@ -196,11 +196,11 @@ def check_two_backwards(mesh):
     torch.testing.assert_close(layer.index_loss_value, expected, rtol=1e-12, atol=0)
 
 
-def check_compiled(mesh, in_backward):
+def check_compiled(mesh, in_backward, **more):
     torch._dynamo.reset()
-    layer = new_layer(in_backward=in_backward)
+    layer = new_layer(in_backward=in_backward, **more)
     expected = step(layer, *inputs("plain"))
-    parallelize_module(layer := new_layer(in_backward=in_backward), mesh, tensor_parallel_plan(layer))
+    layer = parallelize_module(new_layer(in_backward=in_backward, **more), mesh, tensor_parallel_plan(layer))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert_same(step(layer, *inputs("plain"), run_layer=compiled), expected)
 
@@ -214,8 +214,8 @@ def check_plain_styles(mesh, names):
 
 
 def check_refusals(mesh):
-    layer = MSAttention(replace(CONFIG, num_kv_heads=1))
-    with pytest.raises(ValueError, match=r"num_kv_heads: expected a multiple of the \d processes of the mesh, got 1"):
+    layer = MSAttention(replace(CONFIG, num_kv_heads=3, num_heads=6))
+    with pytest.raises(ValueError, match=r"expected a multiple or a divisor of the 2 processes .*, got 3 and 6"):
         parallelize_module(layer, mesh, tensor_parallel_plan(layer))
     with pytest.raises(TypeError, match="expected an MSAttention, got Linear"):
         parallelize_module(layer, mesh, {"q_proj": tensor_parallel_plan(layer)})
@@ -251,7 +251,7 @@ def check_fsdp(mesh, in_backward):
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 CASES = {
     **{f"step {case}": (check_step, *case) for case in product([2, None], [False, True], LENGTHS)},
-    "step with bias, without norms": (lambda mesh: check_step(mesh, 2, False, "plain", bias=True, norm=False),),
+    "step with bias, without norms": (lambda mesh: check_step(mesh, 2, False, "plain", bias=True, qk_norm=False),),
     "ids": (check_ids,),
     "cache": (check_cache,),
     **{f"sequence {case}": (check_sequence_parallel, *case) for case in product([False, True], LENGTHS)},
@@ -261,7 +261,9 @@ CASES = {
     **{f"checkpoint {case}": (check_checkpoint, case) for case in (False, True)},
     "index branch alone": (check_index_branch_alone,),
     "two backwards": (check_two_backwards,),
-    **{f"compiled {case}": (check_compiled, case) for case in (False, True)},
+    "one group": (lambda mesh: check_step(mesh, 2, False, "padded", num_kv_heads=1, bias=True),),
+    "one group, compiled": (lambda mesh: check_compiled(mesh, True, num_kv_heads=1),),
+    "compiled": (check_compiled, True),
     "plain styles": (check_plain_styles, [*PROJECTIONS, "index_q_proj"]),
     "plain styles, main branch": (check_plain_styles, PROJECTIONS),
     "plain styles, index branch": (check_plain_styles, ["index_q_proj"]),
@@ -269,5 +271,12 @@ CASES = {
 }
 CASES_OF_FOUR = {
     **{f"FSDP2 {case}": (check_fsdp, case) for case in (False, True)},
-    "step": (lambda mesh: check_step(mesh._flatten(), 2, True, "plain"),),
+    "four processes": (lambda mesh: check_step(mesh._flatten(), 2, True, "plain"),),
+    **{
+        f"two groups {case}": (lambda mesh, *case: check_step(mesh._flatten(), *case, num_kv_heads=2), *case)
+        for case in product([2, None], [False, True], LENGTHS)
+    },
+    "two groups, tokens": (lambda mesh: check_sequence_parallel(mesh._flatten(), False, "packed", num_kv_heads=2),),
+    "two groups, ids": (lambda mesh: check_ids(mesh._flatten(), 2),),
+    "two groups, cache": (lambda mesh: check_cache(mesh._flatten(), 2),),
 }
