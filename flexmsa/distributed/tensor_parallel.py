@@ -1,5 +1,6 @@
 """Tensor parallel: the heads of an MSAttention layer over the processes of a mesh."""
 
+import functools
 from typing import Any
 
 import torch
@@ -74,6 +75,14 @@ class _TensorParallel(ParallelStyle):
         return module
 
 
+@functools.lru_cache
+def _group_of_replicas(group: dist.ProcessGroup, replicas: int) -> dist.ProcessGroup:
+    """The processes that share a group of heads with this one; the same for all layers, as communicators take memory."""
+    first = dist.get_rank(group) // replicas * replicas
+    ranks = dist.get_process_group_ranks(group)[first : first + replicas]
+    return dist.new_group(ranks, use_local_synchronization=True)
+
+
 class HeadShards:
     """What a layer does between its sharded parameters, which are DTensors, and its own heads, which are not.
 
@@ -88,10 +97,7 @@ class HeadShards:
         self.mesh, self.sequence_parallel, self.replicas = mesh, sequence_parallel, replicas
         self.size = mesh.size()
         self._outside: list[Placement] = [Shard(1) if sequence_parallel else Replicate()]
-        if replicas > 1:
-            first = mesh.get_local_rank() // replicas * replicas
-            ranks = dist.get_process_group_ranks(mesh.get_group())[first : first + replicas]
-            self._group_name = dist.new_group(ranks, use_local_synchronization=True).group_name
+        self._group_name = _group_of_replicas(mesh.get_group(), replicas).group_name if replicas > 1 else ""
 
     def shape(self, x: Tensor) -> tuple[int, int]:
         """The numbers of rows and of tokens of the layer's input x, those of all processes."""
