@@ -77,7 +77,7 @@ class _TensorParallel(ParallelStyle):
 
 @functools.lru_cache
 def _group_of_replicas(group: dist.ProcessGroup, replicas: int) -> dist.ProcessGroup:
-    """The processes that share a group of heads with this one; the same for all layers, as communicators take memory."""
+    """The processes that share a group of heads with this one, made once, as communicators take memory."""
     first = dist.get_rank(group) // replicas * replicas
     ranks = dist.get_process_group_ranks(group)[first : first + replicas]
     return dist.new_group(ranks, use_local_synchronization=True)
