@@ -1,6 +1,12 @@
 """Attention and its single steps: check the input, fill in the defaults, and call the core."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 from torch import Tensor
+from torch.nn import Parameter
 
 from flexmsa import _core, _loss, ops, validation
 from flexmsa._sequences import check_sequences
@@ -10,7 +16,28 @@ from flexmsa.types import AuxOutput, AuxRequest
 
 __all__ = ["attention", "block_sparse_attention", "index_loss", "select_blocks"]
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
+
+def takes_dtensors(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Let a function of plain tensors take DTensors: see `flexmsa.distributed`."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        # Tested by its attribute, because the class's import takes a second.
+        if type(first) in (Tensor, Parameter) or not hasattr(first, "device_mesh"):
+            return function(*args, **kwargs)
+        from flexmsa.distributed import dtensors
+
+        return dtensors.call(function, signature.bind(*args, **kwargs).arguments)
+
+    return call
+
+
+@takes_dtensors
 def attention(
     q: Tensor,
     k: Tensor,
@@ -102,6 +129,7 @@ def attention(
     return out if return_aux is None else (out, found)
 
 
+@takes_dtensors
 def select_blocks(
     index_q: Tensor,
     index_k: Tensor,
@@ -154,6 +182,7 @@ def select_blocks(
     return _core.select_blocks(index_q, index_k, sequences, rule, backend)
 
 
+@takes_dtensors
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -210,6 +239,7 @@ def block_sparse_attention(
     return out if return_aux is None else (out, _core.requested(aux, lse, block_indices))
 
 
+@takes_dtensors
 def index_loss(
     q: Tensor,
     k: Tensor,

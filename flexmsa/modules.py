@@ -15,6 +15,7 @@ from flexmsa.types import AuxRequest
 
 if TYPE_CHECKING:
     from flexmsa.distributed import SequenceShards
+    from flexmsa.distributed.tensor_parallel import HeadShards
 
 __all__ = ["MSAttention", "Projections", "rotate"]
 
@@ -30,7 +31,7 @@ def rotate(x: Tensor, positions: Tensor, rotary_dim: int, theta: float) -> Tenso
     exponent = torch.arange(0, rotary_dim, 2, device=x.device, dtype=torch.float32) / rotary_dim
     angle = positions[:, None, :, None].float() * theta**-exponent
     cos, sin = angle.cos(), angle.sin()
-    left, right = x[..., :rotary_dim].float().chunk(2, dim=-1)
+    left, right = x[..., :rotary_dim].to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     rotated = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
     return torch.cat([rotated.to(x.dtype), x[..., rotary_dim:]], dim=-1)
 
@@ -54,6 +55,8 @@ class MSAttention(nn.Module):
     With `config.loss_in_backward`, the index loss of a layer in training costs little, and nothing twice under
     activation checkpointing: the forward returns a 0 that has the loss's gradient, to be added to the model's loss, and
     the backward writes the exact loss to the buffer `layer.index_loss_value`, a float32 scalar, NaN before.
+
+    `flexmsa.distributed.tensor_parallel_plan` shards the heads over processes.
 
     >>> config = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=8, index_head_dim=8, block_size=4, topk=2)
     >>> layer = MSAttention(config)
@@ -81,6 +84,8 @@ class MSAttention(nn.Module):
         self.index_q_norm, self.index_k_norm = norm(config.index_head_dim), norm(config.index_head_dim)
         self.index_loss_value: Tensor
         self.register_buffer("index_loss_value", torch.full((), math.nan), persistent=False)
+        # Set by the plan for tensor parallel.
+        self.head_shards: HeadShards | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `layer.bfloat16()` and the like leave the loss's value in float32.
@@ -98,10 +103,10 @@ class MSAttention(nn.Module):
     ) -> MSACache:
         """Return an empty cache for this layer, on its device; its dtype is the layer's unless `dtype` is given.
 
-        Under autocast, pass the region's dtype.
+        Under autocast, pass the region's dtype. Under tensor parallel it is for the process's own groups.
         """
         weight, config = self.k_proj.weight, self.config
-        sizes = batch_size, config.num_kv_heads, config.head_dim, config.index_head_dim, capacity
+        sizes = batch_size, self._num_groups, config.head_dim, config.index_head_dim, capacity
         dtype = weight.dtype if dtype is None else dtype
         return MSACache(*sizes, kv_starts=kv_starts, dtype=dtype, index_dtype=index_dtype, device=weight.device)
 
@@ -157,21 +162,30 @@ class MSAttention(nn.Module):
         if lens is not None or block_indices is not None:
             raise ValueError("lens, block_indices: expected None without a cache")
         deferred = with_index_loss and self.training and self.config.loss_in_backward
-        settings = {**self._selection(), "kv_starts": kv_starts, "backend": backend}
-        settings["index_loss_value"] = self.index_loss_value if deferred else None
-        settings["return_aux"] = AuxRequest(index_loss=with_index_loss)
-        if shards is None:
-            inputs = self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
-            given = {"cu_seqlens": cu_seqlens, "index_loss_count": index_loss_count}
-            out, extra = functional.attention(*inputs, **(settings | given))
-            return self._merge(out), extra.index_loss
-        if cu_seqlens is not None or index_loss_count is not None:
-            raise ValueError("cu_seqlens, index_loss_count: expected None with shards, which know the documents")
-        # Not every build of PyTorch has torch.distributed.
-        from flexmsa.distributed import context_parallel_attention
+        value = self.index_loss_value if deferred else None
+        if shards is not None:
+            if cu_seqlens is not None or index_loss_count is not None or self.head_shards is not None:
+                raise ValueError(
+                    "shards: expected without cu_seqlens and index_loss_count, since they know the documents, and "
+                    "without tensor parallel; one layer cannot have both yet"
+                )
+            # Not every build of PyTorch has torch.distributed.
+            from flexmsa.distributed import context_parallel_attention
 
-        inputs = self.project(x, positions=shards.row_positions(kv_starts))
-        out, extra = context_parallel_attention(*inputs, shards, **settings)
+            inputs = self.project(x, positions=shards.row_positions(kv_starts))
+            aux = AuxRequest(index_loss=with_index_loss)
+            settings = {**self._selection(), "kv_starts": kv_starts, "backend": backend, "index_loss_value": value}
+            out, extra = context_parallel_attention(*inputs, shards, **settings, return_aux=aux)
+            return self._merge(out), extra.index_loss
+        inputs = self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
+        settings = {**self._selection(), "cu_seqlens": cu_seqlens, "kv_starts": kv_starts, "backend": backend}
+        if with_index_loss and self.head_shards is not None:
+            if index_loss_count is None:
+                index_loss_count = self.index_loss_count(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
+            out, loss = self.head_shards.attention(inputs, settings, index_loss_count, value)
+            return self._merge(out), loss
+        settings.update(index_loss_value=value, index_loss_count=index_loss_count)
+        out, extra = functional.attention(*inputs, **settings, return_aux=AuxRequest(index_loss=with_index_loss))
         return self._merge(out), extra.index_loss
 
     def index_loss_count(
@@ -180,13 +194,16 @@ class MSAttention(nn.Module):
         """The number of groups and queries of x [B, S, hidden_size] that see a key: a scalar int64, at least 1.
 
         The index loss of a call is a mean over so many. Counts of several micro-batches or processes, added up, make
-        the mean over all of them: see `forward` and `flexmsa.distributed.global_index_loss_count`.
+        the mean over all of them: see `forward` and `flexmsa.distributed.global_index_loss_count`. Under tensor
+        parallel the count of each process is that of all groups.
 
         >>> config = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=8, index_head_dim=8)
         >>> MSAttention(config).index_loss_count(torch.randn(3, 20, 32)).item()
         120
         """
-        sequences = check_sequences(x.unsqueeze(1), x.shape[1], cu_seqlens, kv_starts, None)
+        batch, seqlen = x.shape[:2] if self.head_shards is None else self.head_shards.shape(x)
+        queries = torch.empty((batch, 1, seqlen, 0), device=x.device)
+        sequences = check_sequences(queries, seqlen, cu_seqlens, kv_starts, None)
         return sequences.count(self.config.num_kv_heads)
 
     def generate(
@@ -206,6 +223,8 @@ class MSAttention(nn.Module):
         Returns:
             out [B, S, hidden_size], and the block_indices [B, Hkv, S, topk] of the attention, None in the warm-up.
         """
+        if self.head_shards is not None and self.head_shards.sequence_parallel:
+            raise ValueError("cache: expected None with sequence_parallel=True, whose input is a part of the tokens")
         if not isinstance(cache, Cache) or cache.batch_size != x.shape[0]:
             got = f"one of {cache.batch_size}" if isinstance(cache, Cache) else type(cache).__name__
             raise ValueError(f"cache: expected an MSACache or a PagedMSACache of x's {x.shape[0]} rows, got {got}")
@@ -240,25 +259,49 @@ class MSAttention(nn.Module):
             cu_seqlens, kv_starts: the sequences, as for `flexmsa.attention`; RoPE positions count from their starts.
             positions: [B, S] int, RoPE positions that replace these.
         """
-        if positions is None:
-            start, end = Sequences(x.unsqueeze(1), x.shape[1], cu_seqlens, kv_starts).key_ranges()
-            positions = (end - start - 1).clamp(min=0)
-        config = self.config
+        config, shards = self.config, self.head_shards
+        if shards is not None:
+            x = shards.gather(x)
         detached = x.detach()
 
-        def heads(projected: Tensor, size: int) -> Tensor:
-            return projected.unflatten(-1, (-1, size)).transpose(1, 2)
+        def heads(projection: nn.Module, x: Tensor, number: int, size: int, norm: nn.Module | None = None) -> Tensor:
+            y = projection(x) if shards is None else shards.own(projection, x, number * size)
+            y = y.unflatten(-1, (-1, size)).transpose(1, 2)
+            if y.shape[1] != number:
+                raise ValueError(
+                    f"layer: expected projections of {number} heads, as its config says, got {y.shape[1]}; shard the "
+                    "heads by flexmsa.distributed.tensor_parallel_plan, which keeps loss and gradients right"
+                )
+            if norm is None:
+                return y
+            return norm(y) if shards is None else shards.replicated(norm, y)
+
+        num_heads, groups = config.num_heads // self._num_shards, self._num_groups
+        size, index_size = config.head_dim, config.index_head_dim
+        q = heads(self.q_proj, x, num_heads, size, self.q_norm)
+        if positions is None:
+            start, end = Sequences(q, q.shape[2], cu_seqlens, kv_starts).key_ranges()
+            positions = (end - start - 1).clamp(min=0)
 
         def with_rope(y: Tensor) -> Tensor:
             return rotate(y, positions, config.rotary_size, config.rope_theta)
 
         return Projections(
-            q=with_rope(self.q_norm(heads(self.q_proj(x), config.head_dim))),
-            k=with_rope(self.k_norm(heads(self.k_proj(x), config.head_dim))),
-            v=heads(self.v_proj(x), config.head_dim),
-            index_q=with_rope(self.index_q_norm(heads(self.index_q_proj(detached), config.index_head_dim))),
-            index_k=with_rope(self.index_k_norm(heads(self.index_k_proj(detached), config.index_head_dim))),
+            q=with_rope(q),
+            k=with_rope(heads(self.k_proj, x, groups, size, self.k_norm)),
+            v=heads(self.v_proj, x, groups, size),
+            index_q=with_rope(heads(self.index_q_proj, detached, groups, index_size, self.index_q_norm)),
+            index_k=with_rope(heads(self.index_k_proj, detached, 1, index_size, self.index_k_norm)),
         )
 
+    @property
+    def _num_shards(self) -> int:
+        return 1 if self.head_shards is None else self.head_shards.size
+
+    @property
+    def _num_groups(self) -> int:
+        return max(1, self.config.num_kv_heads // self._num_shards)
+
     def _merge(self, out: Tensor) -> Tensor:
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        out = out.transpose(1, 2).flatten(2)
+        return self.o_proj(out) if self.head_shards is None else self.head_shards.project(self.o_proj, out)

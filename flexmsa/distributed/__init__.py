@@ -3,6 +3,7 @@
 from flexmsa.distributed.context_parallel import ContextParallel, context_parallel_attention
 from flexmsa.distributed.loss import global_index_loss, global_index_loss_count
 from flexmsa.distributed.shards import SequenceShards
+from flexmsa.distributed.tensor_parallel import tensor_parallel_plan
 
 __all__ = [
     "ContextParallel",
@@ -10,4 +11,5 @@ __all__ = [
     "context_parallel_attention",
     "global_index_loss",
     "global_index_loss_count",
+    "tensor_parallel_plan",
 ]

@@ -102,5 +102,5 @@ def test_operators_keep_their_contracts():
     settings = (sequences, 8, 0.3, "triton")
     torch.library.opcheck(torch.ops.flexmsa.block_sparse_attention, (q, k, v, ids, *settings))
     lse = flexmsa.ops.block_sparse_attention(q, k, v, ids, *settings)[1].detach()
-    loss = q.detach(), k.detach(), index_q, index_k, ids, lse, sequences, 8, 0.3, 0.3, True, "triton"
+    loss = q.detach(), k.detach(), index_q, index_k, ids, lse, sequences, None, 8, 0.3, 0.3, True, "triton"
     torch.library.opcheck(torch.ops.flexmsa.index_loss, loss)
