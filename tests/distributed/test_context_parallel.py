@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -112,8 +113,11 @@ def new_layer(**changes):
     return MSAttention(replace(CONFIG, **changes)).double()
 
 
-def train_layer(in_backward):
-    """Differences of a layer under DistributedDataParallel from one process: of its gradients and out, and its loss."""
+WRAPPED = list(product(("ddp", "fsdp"), (False, True)))
+
+
+def train_layer(wrap, in_backward):
+    """Differences of a layer that averages its gradients from one process: of its gradients and out, and its loss."""
     documents = torch.tensor(DOCUMENTS, dtype=torch.int32)
     torch.manual_seed(2)
     x = torch.randn(1, 64, 32, dtype=torch.float64)
@@ -125,12 +129,13 @@ def train_layer(in_backward):
     parallel = new_layer(loss_in_backward=in_backward)
     parallelize_module(parallel, shards.mesh, ContextParallel())
     world = shards.mesh.size()
-    wrapped = DistributedDataParallel(parallel)
+    wrapped = DistributedDataParallel(parallel) if wrap == "ddp" else fully_shard(parallel, mesh=shards.mesh)
     part, part_loss = wrapped(shards.shard(x), shards=shards)
     (world * (part * shards.shard(weights)).sum() + part_loss).backward()
     value = _sum((parallel.index_loss_value if in_backward else part_loss).detach().double()) / world
     parameters = zip(parallel.parameters(), layer.parameters(), strict=True)
-    pairs = [(shards.unshard(part), out), *((p.grad, q.grad) for p, q in parameters)]
+    grads = ((p.grad.full_tensor() if wrap == "fsdp" else p.grad, q.grad) for p, q in parameters)
+    pairs = [(shards.unshard(part), out), *grads]
     return [(a - b).abs().max().item() for a, b in pairs], (value - loss).abs().item()
 
 
@@ -183,7 +188,8 @@ def measure(folder):
 
 def run_all():
     cases = [together(*case) for case in product(CASES, LAYOUTS)]
-    return [*cases, compile_layer(), train_layer(False), train_layer(True), refuse()]
+    layers = [train_layer(*case) for case in WRAPPED]
+    return [*cases, compile_layer(), layers, refuse()]
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
@@ -198,16 +204,16 @@ def test_as_on_one_process(case, results):
         assert exact and all(error < 1e-12 for error in errors), errors
 
 
-def test_a_layer_under_ddp(results):
-    for in_backward, place in ((False, -3), (True, -2)):
-        for errors, loss in (found[place] for found in results):
-            assert all(error < 1e-12 for error in errors), errors
-            # In the backward, the value is kept in float32.
-            assert loss < (1e-6 if in_backward else 1e-12)
+@pytest.mark.parametrize("case", WRAPPED, ids=str)
+def test_a_layer_whose_gradients_are_averaged(case, results):
+    for errors, loss in (found[-2][WRAPPED.index(case)] for found in results):
+        assert all(error < 1e-12 for error in errors), errors
+        # In the backward, the value is kept in float32.
+        assert loss < (1e-6 if case[1] else 1e-12)
 
 
 def test_compiled_in_one_graph(results):
-    assert all(error < 1e-12 for found in results for error in found[-4])
+    assert all(error < 1e-12 for found in results for error in found[-3])
 
 
 def test_the_benchmark(tmp_path):
