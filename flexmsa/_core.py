@@ -57,8 +57,10 @@ def attention(
     lse: Tensor | None
     loss: Tensor | None = None
     with_loss = aux.index_loss or aux.index_loss_sum
+    number = loss_count
     if aux.index_loss_sum and loss_count is None:
-        loss_count = sequences.count(k.shape[1])
+        number = sequences.count(k.shape[1])
+        loss_count = number.clamp(min=1)
     with _expected_step(branches, sequences, settings, with_loss, loss_value is not None, block_indices):
         if block_indices is None and settings.rule is not None:
             block_indices = select_blocks(index_q, index_k, sequences, settings.rule, settings.backend)
@@ -70,13 +72,13 @@ def attention(
             inputs = q, k, v, index_q, index_k, block_indices, sequences.table, loss_count, loss_value
             numbers = settings.block_size, settings.scale, settings.index_scale
             out, lse, loss = ops.attention_and_index_loss(*inputs, *numbers, backend)
-            return out, requested(aux, lse, block_indices, loss, loss_count)
+            return out, requested(aux, lse, block_indices, loss, number)
         out, lse = main_branch(q, k, v, block_indices, sequences, settings, aux)
         if with_loss:
             assert lse is not None
             main = q, k, index_q, index_k
             loss = index_loss(*main, block_indices, lse, sequences, settings, loss_value, loss_count)
-        return out, requested(aux, lse, block_indices, loss, loss_count)
+        return out, requested(aux, lse, block_indices, loss, number)
 
 
 def _expected_step(

@@ -68,13 +68,13 @@ class Sequences:
         return self._table
 
     def count(self, num_kv_heads: int) -> Tensor:
-        """The number of groups and queries that see a key, at least 1: a scalar int64."""
+        """The number of groups and queries that see a key: a scalar int64."""
         if self.are_whole:
             number = self.batch * num_kv_heads * min(self.seqlen_q, self.seqlen_k)
-            return self._lengths[0].new_full((), max(1, number), dtype=torch.int64)
+            return self._lengths[0].new_full((), number, dtype=torch.int64)
         _, q_start, q_end, k_start, k_end = self.table.long().unbind(-1)
         queries = torch.minimum(q_end - q_start, k_end - k_start).clamp(min=0).sum()
-        return (queries * num_kv_heads).clamp(min=1)
+        return queries * num_kv_heads
 
     def key_ranges(self) -> tuple[Tensor, Tensor]:
         """Return start, end [B, Sq] int32: a query sees the keys start .. end-1."""

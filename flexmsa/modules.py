@@ -181,7 +181,7 @@ class MSAttention(nn.Module):
         settings = {**self._selection(), "cu_seqlens": cu_seqlens, "kv_starts": kv_starts, "backend": backend}
         if with_index_loss and self.head_shards is not None:
             if index_loss_count is None:
-                index_loss_count = self.index_loss_count(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
+                index_loss_count = self.index_loss_count(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts).clamp(min=1)
             out, loss = self.head_shards.attention(inputs, settings, index_loss_count, value)
             return self._merge(out), loss
         settings.update(index_loss_value=value, index_loss_count=index_loss_count)
@@ -191,7 +191,7 @@ class MSAttention(nn.Module):
     def index_loss_count(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, kv_starts: Tensor | None = None
     ) -> Tensor:
-        """The number of groups and queries of x [B, S, hidden_size] that see a key: a scalar int64, at least 1.
+        """The number of groups and queries of x [B, S, hidden_size] that see a key: a scalar int64.
 
         The index loss of a call is a mean over so many. Counts of several micro-batches or processes, added up, make
         the mean over all of them: see `forward` and `flexmsa.distributed.global_index_loss_count`. Under tensor

@@ -93,3 +93,10 @@ def test_the_loss_alone_and_compiled():
 def test_counts_that_are_refused(count, error, message):
     with pytest.raises(error, match=message):
         attention(*inputs(), **SETTINGS, return_aux=AuxRequest(index_loss=True), index_loss_count=count)
+
+
+def test_rows_of_padding_count_nothing():
+    kv_starts = torch.tensor([21], dtype=torch.int32)
+    request = AuxRequest(index_loss=True, index_loss_sum=True)
+    _, aux = attention(*inputs(), **SETTINGS, kv_starts=kv_starts, return_aux=request)
+    assert aux.index_loss_count == 0 and aux.index_loss_sum == 0 and aux.index_loss == 0

@@ -48,7 +48,7 @@ def _give_count(given: dict[str, Any], own: dict[str, Any]) -> None:
     q, k = given["q"], given["k"]
     queries = torch.empty((*q.shape[:3], 0), device=q.device)
     lengths = [_whole(given.get(name)) for name in ("cu_seqlens", *_ROWS)]
-    own[name] = check_sequences(queries, k.shape[2], *lengths).count(k.shape[1])
+    own[name] = check_sequences(queries, k.shape[2], *lengths).count(k.shape[1]).clamp(min=1)
 
 
 def _whole(x: Any) -> Any:
