@@ -191,6 +191,24 @@ def test_threads_compile_the_same_kernels(monkeypatch):
     assert together == [cubin(one) for one in distinct]
 
 
+def test_threads_that_parse_at_once_are_told_apart_from_errors(monkeypatch):
+    tried = []
+
+    def compile_source(source, **_):
+        tried.append(source)
+        if len(tried) < 3:
+            try:
+                raise SystemError("AST constructor recursion depth mismatch (before=213, after=155)")
+            except SystemError as error:
+                raise ValueError("at 3:11") from error
+        raise ValueError("at 4:1")
+
+    monkeypatch.setattr(compiled.triton, "compile", compile_source)
+    with pytest.raises(ValueError, match="at 4:1"):
+        compiled.Source("kernel", "source", {}).compile(TARGETS["sm_90"])
+    assert tried == ["source"] * 3
+
+
 @pytest.mark.parametrize("cores", [1, 4])
 def test_ranks_share_the_cores(monkeypatch, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)

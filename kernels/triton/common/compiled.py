@@ -18,6 +18,19 @@ from triton.runtime.cache import triton_key
 from .target import Target
 
 
+# Times that a compilation is tried again after an error that is not its own.
+RETRIES = 4
+
+
+def is_mixed_up(error: BaseException | None) -> bool:
+    """Whether an error comes from Python 3.11, which counts the depth of all threads that parse as one."""
+    while error is not None:
+        if isinstance(error, SystemError) and "recursion depth mismatch" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class Compiled:
     """A compiled kernel, ready to be launched on the device that was current when it was made."""
 
@@ -45,6 +58,12 @@ class Source(NamedTuple):
 
     def compile(self, target: Target) -> Any:
         """The kernel compiled for a target."""
+        for _ in range(RETRIES):
+            try:
+                return triton.compile(self.source, target=gpu_of(target), options=self.options)
+            except Exception as error:
+                if not is_mixed_up(error):
+                    raise
         return triton.compile(self.source, target=gpu_of(target), options=self.options)
 
     def try_to_compile(self, target: Target) -> Compiled | None:
