@@ -17,18 +17,19 @@ from triton.runtime.cache import triton_key
 
 from .target import Target
 
-
 # Times that a compilation is tried again after an error that is not its own.
 RETRIES = 4
 
 
-def is_mixed_up(error: BaseException | None) -> bool:
-    """Whether an error comes from Python 3.11, which counts the depth of all threads that parse as one."""
-    while error is not None:
-        if isinstance(error, SystemError) and "recursion depth mismatch" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+class MixedUp(contextlib.AbstractContextManager[None]):
+    """Suppresses an error that comes from Python 3.11, which counts the depth of all threads that parse as one."""
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> bool:
+        while error is not None:
+            if isinstance(error, SystemError) and "recursion depth mismatch" in str(error):
+                return True
+            error = error.__cause__ or error.__context__
+        return False
 
 
 class Compiled:
@@ -59,11 +60,8 @@ class Source(NamedTuple):
     def compile(self, target: Target) -> Any:
         """The kernel compiled for a target."""
         for _ in range(RETRIES):
-            try:
+            with MixedUp():
                 return triton.compile(self.source, target=gpu_of(target), options=self.options)
-            except Exception as error:
-                if not is_mixed_up(error):
-                    raise
         return triton.compile(self.source, target=gpu_of(target), options=self.options)
 
     def try_to_compile(self, target: Target) -> Compiled | None:
