@@ -56,7 +56,7 @@ def attention(
     branches = q, k, v, index_q, index_k
     lse: Tensor | None
     loss: Tensor | None = None
-    with_loss = aux.index_loss or aux.index_loss_sum
+    with_loss = aux.any_loss
     number = loss_count
     if aux.index_loss_sum and loss_count is None:
         number = sequences.count(k.shape[1])
@@ -128,8 +128,7 @@ def main_branch(
             mask = flex.dense_block_mask(q, k, sequences, needs_grad)
         else:
             mask = flex.selection_block_mask(block_indices, q.shape[1], block_size, sequences, needs_grad)
-        with_lse = aux.lse or aux.index_loss or aux.index_loss_sum
-        result = flex.packed_flex_attention(q, k, v, mask, scale=scale, return_lse=with_lse)
+        result = flex.packed_flex_attention(q, k, v, mask, scale=scale, return_lse=aux.lse or aux.any_loss)
         return result if isinstance(result, tuple) else (result, None)
     if backend == "reference":
         ranges = sequences.key_ranges()

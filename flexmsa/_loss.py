@@ -14,7 +14,7 @@ def check_value(value: Tensor | None, aux: AuxRequest, q: Tensor) -> None:
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"index_loss_value: expected a tensor, got {type(value).__name__}")
-    if not (aux.index_loss or aux.index_loss_sum):
+    if not aux.any_loss:
         raise ValueError("index_loss_value: expected None without a request for the loss; pass it in return_aux")
     if value.dim() != 0 or value.dtype not in (torch.float32, torch.float64) or value.requires_grad:
         raise ValueError(

@@ -56,7 +56,7 @@ def decode(
     if not isinstance(cache, Cache):
         raise TypeError(f"cache: expected an MSACache or a PagedMSACache, got {type(cache).__name__}")
     aux = validation.check_aux(return_aux)
-    if aux.index_loss or aux.index_loss_sum:
+    if aux.any_loss:
         raise ValueError("return_aux: expected lse or block_indices, got index_loss, which decode does not compute")
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     validation.check_decode_inputs(q, index_q, cache, block_size, scale)

@@ -111,22 +111,40 @@ def attention(
     """
     validation.reject_context_parallel()
     validation.reject_forward_ad(q, k, v, index_q, index_k)
-    validation.check_main_inputs(q, k, v, scale)
-    validation.check_index_inputs(index_q, index_k, index_scale)
-    validation.check_branches_match(q, k, index_q, index_k)
-    validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
+    branches, rule = (q, k, v, index_q, index_k), (block_size, topk, num_local_blocks, num_init_blocks)
+    settings = checked_settings(*branches, *rule, scale, index_scale, backend)
     choose_backend("block_sparse_attention", backend, q)
     aux = validation.check_aux(return_aux)
     _loss.check_value(index_loss_value, aux, q)
     count = _loss.check_count("index_loss_count", index_loss_count, q)
     sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k)
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
-    scale, index_scale = _scale(scale, q), _scale(index_scale, index_q)
-    rule = None if topk is None else SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
-    settings = _core.Settings(block_size, scale, index_scale, rule, backend)
     loss = {"loss_value": index_loss_value, "loss_count": count}
     out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, **loss)
     return out if return_aux is None else (out, found)
+
+
+def checked_settings(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    block_size: int,
+    topk: int | None,
+    num_local_blocks: int,
+    num_init_blocks: int,
+    scale: float | None,
+    index_scale: float | None,
+    backend: str | None,
+) -> _core.Settings:
+    """Check both branches and the settings of an attention to them, and return these with their defaults."""
+    validation.check_main_inputs(q, k, v, scale)
+    validation.check_index_inputs(index_q, index_k, index_scale)
+    validation.check_branches_match(q, k, index_q, index_k)
+    validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
+    rule = None if topk is None else SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
+    return _core.Settings(block_size, _scale(scale, q), _scale(index_scale, index_q), rule, backend)
 
 
 @takes_dtensors
@@ -226,7 +244,7 @@ def block_sparse_attention(
     validation.reject_forward_ad(q, k, v)
     validation.check_main_inputs(q, k, v, scale)
     aux = validation.check_aux(return_aux)
-    if aux.index_loss or aux.index_loss_sum:
+    if aux.any_loss:
         raise ValueError("return_aux: expected lse or block_indices, got the loss; call flexmsa.index_loss for it")
     validation.check_settings(block_size)
     sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k)

@@ -17,6 +17,11 @@ class AuxRequest(NamedTuple):
     index_loss: bool = False
     index_loss_sum: bool = False
 
+    @property
+    def any_loss(self) -> bool:
+        """Whether the index loss is to be computed."""
+        return self.index_loss or self.index_loss_sum
+
 
 class AuxOutput(NamedTuple):
     """The results that an `AuxRequest` requested; the others are None.

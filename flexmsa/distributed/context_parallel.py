@@ -11,7 +11,7 @@ from flexmsa import _core, _loss, ops, validation
 from flexmsa._sequences import Sequences
 from flexmsa.distributed.gather import begin_to_gather, finish_gathering
 from flexmsa.distributed.shards import SequenceShards
-from flexmsa.kernels.rules import SelectionRule
+from flexmsa.functional import checked_settings
 from flexmsa.types import AuxOutput, AuxRequest
 
 __all__ = ["ContextParallel", "context_parallel_attention"]
@@ -79,10 +79,8 @@ def context_parallel_attention(
 
     >>> out = context_parallel_attention(*map(shards.shard, tensors), shards)  # doctest: +SKIP
     """
-    validation.check_main_inputs(q, k, v, scale)
-    validation.check_index_inputs(index_q, index_k, index_scale)
-    validation.check_branches_match(q, k, index_q, index_k)
-    validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
+    branches, rule = (q, k, v, index_q, index_k), (block_size, topk, num_local_blocks, num_init_blocks)
+    settings = checked_settings(*branches, *rule, scale, index_scale, backend)
     if q.shape[0] != shards.batch_size or q.shape[2] != shards.length or k.shape[2] != shards.length:
         raise ValueError(
             f"q, k: expected {shards.batch_size} rows of {shards.length} tokens, as shards.shard returns them, got "
@@ -90,33 +88,30 @@ def context_parallel_attention(
         )
     aux = validation.check_aux(return_aux)
     _loss.check_value(index_loss_value, aux, q)
-    fragments, count = _with_starts(shards, kv_starts, q)
-    sequences = Sequences.from_table(q, shards.seqlen, fragments)
+    sequences, count = _with_starts(shards, kv_starts, q)
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    index_scale = index_q.shape[3] ** -0.5 if index_scale is None else index_scale
-    rule = None if topk is None else SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
-    settings = _core.Settings(block_size, scale, index_scale, rule, backend)
     pending = [begin_to_gather(x, shards) for x in (index_k, k, v)]
     index_k = finish_gathering(index_k, pending[0], shards)
-    ids = None if rule is None else _core.select_blocks(index_q, index_k, sequences, rule, backend)
+    ids = None
+    if settings.rule is not None:
+        ids = _core.select_blocks(index_q, index_k, sequences, settings.rule, backend)
     k, v = (finish_gathering(x, gathered, shards) for x, gathered in zip((k, v), pending[1:], strict=True))
     loss = {"loss_value": index_loss_value, "loss_count": count * k.shape[1] / shards.mesh.size()}
     out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, ids, **loss)
     return out if return_aux is None else (out, found)
 
 
-def _with_starts(shards: SequenceShards, kv_starts: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
-    """The table of fragments whose rows start at kv_starts, and how many queries of all processes see a key."""
-    fragments = shards.fragments
+def _with_starts(shards: SequenceShards, kv_starts: Tensor | None, q: Tensor) -> tuple[Sequences, Tensor]:
+    """The sequences of rows that start at kv_starts, and how many queries of all processes see a key."""
     if kv_starts is None:
         number = max(1, shards.seqlen * shards.batch_size)
-        return fragments, q.new_full((), number, dtype=torch.float64)
+        return Sequences(q, shards.seqlen, table=shards.fragments), q.new_full((), number, dtype=torch.float64)
     validation.check_lengths("kv_starts", kv_starts, q.device)
     if kv_starts.shape != (shards.batch_size,):
         raise ValueError(f"kv_starts: expected [{shards.batch_size}], got {list(kv_starts.shape)}")
     starts = kv_starts.clamp(0, shards.seqlen)
-    batch, q_start, q_end, k_start, k_end = fragments.unbind(-1)
+    batch, q_start, q_end, k_start, k_end = shards.fragments.unbind(-1)
     k_start = torch.maximum(k_start, starts[batch.long()])
     table = torch.stack([batch, q_start, q_end, k_start, torch.maximum(k_end, k_start)], dim=-1)
-    return table, (shards.seqlen - starts).sum().clamp(min=1).double()
+    count = (shards.seqlen - starts).sum().clamp(min=1).double()
+    return Sequences.from_table(q, shards.seqlen, table), count

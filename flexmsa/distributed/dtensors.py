@@ -42,7 +42,7 @@ def _give_count(given: dict[str, Any], own: dict[str, Any]) -> None:
     """The default count of the losses is that of all processes, not that of a process's own part."""
     name = "count" if "lse" in given else "index_loss_count"
     aux = given.get("return_aux")
-    with_loss = "lse" in given or (isinstance(aux, AuxRequest) and (aux.index_loss or aux.index_loss_sum))
+    with_loss = "lse" in given or (isinstance(aux, AuxRequest) and aux.any_loss)
     if not with_loss or own.get(name) is not None:
         return
     q, k = given["q"], given["k"]

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from flexmsa.distributed.mesh import check_mesh
 from flexmsa.types import AuxOutput
 
 __all__ = ["global_index_loss", "global_index_loss_count"]
@@ -29,8 +30,9 @@ def global_index_loss_count(count: Tensor, mesh: DeviceMesh) -> Tensor:
     >>> global_index_loss_count(layer.index_loss_count(x), mesh)  # doctest: +SKIP
     tensor(120., dtype=torch.float64)
     """
+    check_mesh(mesh)
     total = count.detach().to(torch.float64, copy=True)
-    dist.all_reduce(total, group=_group(mesh))
+    dist.all_reduce(total, group=mesh.get_group())
     return total.clamp_(min=1) / mesh.size()
 
 
@@ -52,16 +54,11 @@ def global_index_loss(aux: AuxOutput, mesh: DeviceMesh) -> Tensor:
     """
     if aux.index_loss_sum is None or aux.index_loss_count is None:
         raise ValueError("aux: expected index_loss_sum, got None; request it by AuxRequest(index_loss_sum=True)")
+    check_mesh(mesh)
     local = aux.index_loss_sum
     both = torch.stack([local.detach().double(), aux.index_loss_count.detach().double()])
-    dist.all_reduce(both, group=_group(mesh))
+    dist.all_reduce(both, group=mesh.get_group())
     total, count = both.unbind()
     part = local * (mesh.size() / count.clamp(min=1)).to(local.dtype)
     value = (total / count.clamp(min=1)).to(local.dtype)
     return part + (value - part).detach()
-
-
-def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    if mesh.ndim != 1:
-        raise ValueError(f"mesh: expected one dimension, got {mesh.mesh_dim_names or mesh.ndim}; take it by its name")
-    return mesh.get_group()

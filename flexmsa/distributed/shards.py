@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from flexmsa import ops
 from flexmsa.distributed.gather import gather_tokens
+from flexmsa.distributed.mesh import check_mesh
 
 __all__ = ["SequenceShards"]
 
@@ -50,10 +52,7 @@ class SequenceShards:
         layout: Literal["head-tail", "contiguous"] = "head-tail",
         device: torch.device | str | None = None,
     ) -> None:
-        if mesh.ndim != 1:
-            raise ValueError(
-                f"mesh: expected one dimension, got {mesh.mesh_dim_names or mesh.ndim}; take it by its name"
-            )
+        check_mesh(mesh)
         if layout not in ("head-tail", "contiguous"):
             raise ValueError(f'layout: expected "head-tail" or "contiguous", got {layout!r}')
         offsets = [0, seqlen] if cu_seqlens is None else _offsets(cu_seqlens, seqlen, batch_size)
@@ -76,7 +75,9 @@ class SequenceShards:
         starts = bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
         self.tokens, self.order = tokens.to(device), order.to(device)
         self.positions = torch.where(tokens < 0, 0, tokens - starts).to(device)
-        self.fragments = _fragments(parts[rank], offsets, self.length, seqlen, batch_size).to(device)
+        # Checked here, once, and not in each layer.
+        fragments = _fragments(parts[rank], offsets, self.length, seqlen, batch_size)
+        self.fragments = ops.fragment_table(fragments, batch_size, self.length, seqlen).to(device)
 
     def row_positions(self, kv_starts: Tensor | None = None) -> Tensor:
         """[B, L] int64: positions of this process's tokens, counted from the rows' starts kv_starts [B] if given."""

@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from flexmsa import functional
 from flexmsa.distributed.gradients import redistribute, with_total
+from flexmsa.distributed.mesh import check_mesh
 from flexmsa.modules import MSAttention, Projections
 from flexmsa.types import AuxRequest
 
@@ -54,9 +55,7 @@ class _TensorParallel(ParallelStyle):
             raise TypeError(f"tensor_parallel_plan: expected an MSAttention, got {type(module).__name__}")
         if module.head_shards is not None:
             raise ValueError("tensor_parallel_plan: expected a layer without one, got a layer that has one")
-        if device_mesh.ndim != 1:
-            names = device_mesh.mesh_dim_names or device_mesh.ndim
-            raise ValueError(f"mesh: expected one dimension, got {names}; take it by its name")
+        check_mesh(device_mesh)
         groups, heads, size = module.config.num_kv_heads, module.config.num_heads, device_mesh.size()
         if (groups % size and size % groups) or heads % size:
             raise ValueError(
