@@ -25,7 +25,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu_heads, gpu_model, gpu_peer_steps, gpu_peers, gpu_plot, gpu_training
+from benchmarks import gpu_heads, gpu_model, gpu_peer_steps, gpu_peers, gpu_plot, gpu_shares, gpu_training
 from benchmarks.gpu_launch_checks import host_times, launch_errors
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_selection import large_errors, packed_errors, selection_errors, selection_times, sweep_times
@@ -151,6 +151,10 @@ def time_model(run: Run) -> None:
         print("\n".join(gpu_model.profile_lines(lengths[-1])), flush=True)
 
 
+def time_shares(run: Run) -> None:
+    gpu_shares.share_times(run.report, partial(event_time, repeats=2))
+
+
 SELECTION_CHECKS = (selection_errors, packed_errors, large_errors)
 # Part -> the function that times it, and the checks that must pass first.
 PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]], ...]]] = {
@@ -165,6 +169,7 @@ PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]],
     "peers": (time_peers, (gpu_training.training_errors,)),
     "heads": (time_heads, (gpu_heads.heads_errors,)),
     "model": (time_model, (gpu_model.model_errors,)),
+    "shares": (time_shares, (gpu_shares.share_errors,)),
 }
 QUICK = ("selection", "decode", "host", "chunks", "training")
 

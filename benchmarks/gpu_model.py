@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -23,12 +24,23 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from flexmsa import save_attention_policy
 
 # Tokens -> how many times faster than dense, and in how many GiB.
 BARS = {32768: (1.6, 12.0), 131072: (4.2, 45.0)}
 DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 # Of the dense kernels, which compile nothing.
 WARM_UP = 8192
+# What activation checkpointing saves of a layer: by default the selected blocks, or the main branch's results too.
+CHECKPOINTING = {
+    "flexmsa": None,
+    "flexmsa, attention saved": {
+        "use_reentrant": False,
+        "context_fn": partial(create_selective_checkpoint_contexts, save_attention_policy),
+    },
+}
 Milliseconds = Mapping[Any, float]
 
 
@@ -187,14 +199,16 @@ def model_times(
                     best[seqlen] = min(ms, best.get(seqlen, ms))
     del model
     model = make_sparse(shape)
-    for seqlen in lengths:
-        ids = tokens(shape, seqlen)
-        step(model, ids)
-        ms, gib = time_step(model, ids, repeats=5 if seqlen < 100_000 else 3)
-        more = {"ratio": best[seqlen] / ms} if isinstance(ms, float) and seqlen in best else {}
-        if seqlen in BARS:
-            more["ratio_bar"], more["gib_bar"] = BARS[seqlen]
-        report(f"model {seqlen}: flexmsa", ms, gib=gib, **more)
+    for name, arguments in CHECKPOINTING.items():
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+        for seqlen in lengths:
+            ids = tokens(shape, seqlen)
+            step(model, ids)
+            ms, gib = time_step(model, ids, repeats=5 if seqlen < 100_000 else 3)
+            more = {"ratio": best[seqlen] / ms} if isinstance(ms, float) and seqlen in best else {}
+            if seqlen in BARS:
+                more["ratio_bar"], more["gib_bar"] = BARS[seqlen]
+            report(f"model {seqlen}: {name}", ms, gib=gib, **more)
 
 
 def measured(model: Any, ids: Tensor) -> tuple[Milliseconds, Milliseconds]:

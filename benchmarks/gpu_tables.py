@@ -259,15 +259,33 @@ def gpu_model() -> str:
     found = gpu_rows()
     rows = []
     for name, ours in found.items():
-        if name.startswith("model ") and name.endswith(": flexmsa"):
-            of_length = name.removesuffix("flexmsa")
-            dense = {kind: found[f"{of_length}dense {kind}"] for kind in ("flash", "cuDNN")}
+        of_length, ours_saved, saved = name.partition(": flexmsa")
+        if name.startswith("model ") and ours_saved:
+            dense = {kind: found[f"{of_length}: dense {kind}"] for kind in ("flash", "cuDNN")}
             times = (f"{row['ms']:.0f} ms" if isinstance(row["ms"], float) else "-" for row in (*dense.values(), ours))
             faster = f"{ours['ratio']:.2f}x", f"{ours['ratio_bar']:g}"
             memory = f"{dense['cuDNN']['gib']:.1f} GiB", f"{ours['gib']:.1f} GiB", f"{ours['gib_bar']:g} GiB"
-            tokens = int(of_length.removeprefix("model ").removesuffix(": "))
-            rows.append([f"{tokens // 1024}K", *times, *faster, *memory])
-    head = ["tokens", "dense flash", "dense cuDNN", "flexmsa", "speedup", "goal", "memory, dense", "flexmsa", "goal"]
+            tokens = int(of_length.removeprefix("model "))
+            kept = "attention" if saved else "selection"
+            rows.append([f"{tokens // 1024}K", kept, *times, *faster, *memory])
+    times = ["dense flash", "dense cuDNN", "flexmsa", "speedup", "goal", "memory, dense", "flexmsa", "goal"]
+    head = ["tokens", "saved", *times]
+    return markdown(head, rows) if rows else ""
+
+
+def gpu_shares() -> str:
+    """The slowest process's step of context parallel beside one process's, nothing sent; empty without measurements."""
+    steps: dict[str, list[dict]] = {}
+    for name, row in gpu_rows().items():
+        if row["part"] == "shares":
+            steps.setdefault(name.removeprefix("shares ").rpartition(": ")[0], []).append(row)
+    rows = []
+    for name, (one, *shares) in steps.items():
+        heads, tokens, kind = name.split(", ")
+        cells = (f"{row['ms']:.0f} ({row['ratio']:.2f}), {row['gib']:.0f} GiB" for row in shares)
+        rows.append([heads, f"{int(tokens) // 1024}K", kind, f"{one['ms']:.0f}, {one['gib']:.0f} GiB", *cells])
+    worlds = (row["name"].rpartition(": ")[2] for row in next(iter(steps.values()), [{}])[1:])
+    head = ["heads", "tokens", "documents", "1 process, ms", *(f"{world} processes" for world in worlds)]
     return markdown(head, rows) if rows else ""
 
 
@@ -275,6 +293,7 @@ LAYER_TABLES = (
     gpu_training,
     gpu_heads,
     gpu_model,
+    gpu_shares,
     gpu_floors,
     gpu_prefill,
     gpu_steps,

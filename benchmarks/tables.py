@@ -8,7 +8,7 @@ import re
 
 from benchmarks.gpu_tables import GPU_TABLES, ROOT, gpu_rows, layer_times, load_result, markdown
 
-PAGES = ("README.md", "docs/performance.md", "docs/serving.md", "docs/notes/kernels.md")
+PAGES = ("README.md", "docs/performance.md", "docs/distributed.md", "docs/serving.md", "docs/notes/kernels.md")
 
 
 def cpu_machine() -> str:

@@ -144,13 +144,24 @@ def test_gluon_forward_of_short_entries(group_size, head_dim, block_size):
     assert 2 * (kernel.metadata.shared + 1024) <= 228 << 10
 
 
-@pytest.mark.parametrize("task", ["forward", "backward"])
-def test_rows_as_far_apart_as_the_bulk_copy_engine_needs(task):
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("forward", "key_major_sm90_kernel"),
+        ("backward", "gradient_sm90_kernel"),
+        ("joint_backward", "given_teacher_sm90_kernel"),
+    ],
+)
+def test_rows_as_far_apart_as_the_bulk_copy_engine_needs(task, name):
     """On Hopper, rows that are multiples of 16 bytes apart, but not of 32, are copied 16 bytes at a time too."""
-    layer = Layer(num_heads=32, num_kv_heads=8, strided=True)
-    kernels = build(TRAINING[task](layer, TARGETS["sm_90"]), TARGETS["sm_90"])
-    kernel = kernels[{"forward": "key_major_sm90_kernel", "backward": "gradient_sm90_kernel"}[task]]
-    assert "cp.async.cg.shared.global" in kernel.asm["ptx"] and "cp.async.ca" not in kernel.asm["ptx"]
+    copies = []
+    for strided in (False, True):
+        layer = Layer(num_heads=32, num_kv_heads=8, strided=strided)
+        launches = [x for x in TRAINING[task](layer, TARGETS["sm_90"]) if x.kernel.__name__ == name]
+        ptx = build(launches, TARGETS["sm_90"])[name].asm["ptx"]
+        # cg: 16 bytes; ca: 4 or 8.
+        copies.append([ptx.count(f"cp.async.{kind}.shared.global") for kind in ("cg", "ca")])
+    assert copies[0] == copies[1] and copies[0][0] > 0
 
 
 @pytest.mark.parametrize("task", ["forward", "backward", "loss"])

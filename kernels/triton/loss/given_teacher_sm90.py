@@ -134,6 +134,8 @@ def copy_step(tensors, stages, stage, x_base, first_query, first, stop, parts, a
         place = first + part * PART + gl.arange(0, PART, gl.SliceLayout(1, vectors))
         query = first_query + parts[part] // tensors.index.topk
         rows = x_base + query.to(gl.int64) * tensors.index_q.stride_s
+        # The kernel takes tensors that the bulk copy engine reads: their rows are multiples of 16 bytes apart.
+        rows = gl.multiple_of(rows, 16)
         copy_vectors(rows, stages.x.index(stage).slice(part * PART, PART), place < stop, vectors)
         place = first + part * PART + gl.arange(0, PART, gl.SliceLayout(1, teachers))
         row = place // C.entries * C.teacher_rows + place % C.entries
