@@ -19,6 +19,7 @@ from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selectio
 from flexmsa.integrations.transformers.health import LayerHealth, measure, untrained_heads
 from flexmsa.integrations.transformers.index_branch import IndexHeads, cache_index_keys, has_index_branch, project_index
 from flexmsa.integrations.transformers.sequences import find_sequences
+from flexmsa.integrations.transformers.versions import CACHE, cache_of, check_parameters
 
 __all__ = ["Conversion", "ForwardPass", "Report", "hook_attention"]
 
@@ -106,6 +107,7 @@ class Conversion:
 
 def hook_attention(module: nn.Module, conversion: Conversion, fallback: str | None) -> None:
     """Let `module`, with or without an index branch, attend through flexmsa, or through `fallback` if not None."""
+    check_parameters(type(module).forward, "hidden_states", CACHE)
     # As attributes of the module, both are copied together with the model.
     module.msa = conversion  # type: ignore[assignment]
     module.flexmsa_fallback = fallback  # type: ignore[assignment]
@@ -120,7 +122,7 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple
         kwargs.pop("index_losses", None)
         return args, kwargs
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    cache = cache_of(kwargs)
     kwargs["attention_mask"] = _sequences(forward_pass, hidden_states, cache, module.layer_idx, kwargs)
     if not has_index_branch(module):
         return args, kwargs

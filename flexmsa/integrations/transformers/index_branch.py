@@ -118,7 +118,7 @@ def cache_index_keys(cache: Cache, layer_idx: int, index_k: Tensor) -> Tensor:
     if not hasattr(layer, "update_indexer"):
         if type(layer) not in (DynamicLayer, StaticLayer) or layer.is_initialized:
             raise ValueError(
-                f"past_key_values: expected an empty DynamicCache or StaticCache, or one that this model filled, got "
+                f"cache: expected an empty DynamicCache or StaticCache, or one that this model filled, got "
                 f"{layer} in layer {layer_idx} of a {type(cache).__name__}; it has no index keys of the earlier tokens"
             )
         static = isinstance(layer, StaticLayer)
