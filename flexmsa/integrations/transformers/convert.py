@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmsa.config import MSAConfig
 from flexmsa.integrations.transformers.attention import IMPLEMENTATION, register_attention
+from flexmsa.integrations.transformers.auto import PREFIX, converted_config
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
 from flexmsa.integrations.transformers.index_branch import add_index_branch
 from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
@@ -198,9 +199,12 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
 
 
 def _own_config(model: Any) -> None:
-    """Copy the model's configuration, because other models may share it."""
+    """Give the model a copy of its configuration, since others may share it, that is saved as a converted model's."""
     shared = model.config, model.config.get_text_config()
     own = copy.deepcopy(model.config)
+    if PREFIX not in type(own).__name__:
+        kind: Any = type(own)
+        own.__class__ = converted_config(kind)
     owned = own, own.get_text_config()
     for module in model.modules():
         for theirs, ours in zip(shared, owned, strict=True):
