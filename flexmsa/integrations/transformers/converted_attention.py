@@ -79,6 +79,9 @@ class Conversion:
             [B, Hkv, Sq, topk], such as `random_blocks`; for rows of one sequence each.
         report: the results of the last forward pass.
         frozen: the parameters that the warm-up froze and the sparse phase trains again.
+        collected: where forward passes in training mode put their index losses instead of adding them to
+            `outputs.loss`; None: they add them.
+        waits: an index loss was computed whose backward has not been seen by an optimizer.
     """
 
     config: MSAConfig
@@ -91,6 +94,8 @@ class Conversion:
     select: Callable[[Tensor, Tensor, MSAConfig], Tensor] | None = None
     report: Report = field(default_factory=Report)
     frozen: set[str] = field(default_factory=set)
+    collected: list[Tensor] | None = None
+    waits: bool = False
 
     def selection(self, heads: IndexHeads) -> Selection:
         """Return the `Selection` of a layer with these index heads."""
