@@ -11,7 +11,10 @@ BATCHES = {
     "one token": (ragged([1, 1, 1], [97, 8, 33], 1), 1),
     "ragged": (ragged([5, 0, 2], [104, 40, 2], 5), 5),
     "chunk": (plain(3, 40, 104), 40),
-    "queries of their own": (torch.tensor([[b, i, i + 1, 0, 40 + 8 * b + i // 2] for b in range(3) for i in range(4)]), 4),
+    "queries of their own": (
+        torch.tensor([[b, i, i + 1, 0, 40 + 8 * b + i // 2] for b in range(3) for i in range(4)]),
+        4,
+    ),
 }
 
 
