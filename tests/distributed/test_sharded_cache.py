@@ -21,7 +21,7 @@ STEPS = (
     *(("append", 3, None), ("append", 1, None), ("append", 1, (1, 0, 1)), ("append", 40, (40, 0, 17))),
     *(("append", 1, None), ("append", 5, None), ("trim", 3), ("decode", 2), ("trim", (2, 50, 0)), ("decode", 4)),
     *(("append", 3, (2, 3, 0)), ("reorder", (2, 0, 0)), ("decode", 3), ("append", 1, None), ("append", 20, (20, 3, 9))),
-    *(("reset",), ("append", 18, (18, 0, 4)), ("append", 2, None)),
+    *(("reset",), ("prompt", 18, (18, 0, 4)), ("append", 2, None)),
 )
 CASES = {
     "float64": {},
@@ -34,6 +34,7 @@ CASES = {
     "index keys in e4m3": {"dtype": torch.float32, "index_dtype": FP8},
     "pages in e4m3": {"dtype": torch.float32, "store": FP8, "index_dtype": FP8, "paged": True},
     "bf16": {"dtype": torch.bfloat16},
+    "ties in float32": {"dtype": torch.float32, "ties": True, "topk": 5, "num_init_blocks": 1},
 }
 
 
@@ -61,19 +62,19 @@ def vectors(case, count):
     return [x.to(dtype) for x in drawn]
 
 
-def check_steps(mesh, name):
+def check_steps(mesh, name, steps=STEPS, backend=None):
     case = CASES[name]
     settings = {key: case[key] for key in ("num_local_blocks", "num_init_blocks") if key in case}
-    settings.update(block_size=BLOCK, topk=case.get("topk", 3), return_aux=EVERYTHING)
+    settings.update(block_size=BLOCK, topk=case.get("topk", 3), return_aux=EVERYTHING, backend=backend)
     torch.manual_seed(0)
     caches = new_cache(case), sharded(case, mesh)
-    for step, *rest in STEPS:
-        if step in ("append", "decode"):
+    for step, *rest in steps:
+        if step in ("prompt", "append", "decode"):
             q, k, v, index_q, index_k = vectors(case, rest[0])
         for cache in caches:
-            if step == "append":
+            if step in ("prompt", "append"):
                 lens = None if rest[1] is None else torch.tensor(rest[1])
-                cache.append(k, v, index_k, lens=lens)
+                cache.append(k, v, index_k, lens=lens, backend=backend)
             elif step == "trim":
                 cache.trim(rest[0] if isinstance(rest[0], int) else torch.tensor(rest[0]))
             elif step == "reorder":
@@ -139,7 +140,6 @@ def check_bytes(mesh):
     case = CASES["bf16"]
     q, k, v, index_q, index_k = vectors(case, 2)
     cache, sizes = sharded(case, mesh), []
-    original = torch.ops._c10d_functional.all_gather_into_tensor
 
     class Sizes(CommDebugMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -147,10 +147,10 @@ def check_bytes(mesh):
                 sizes.append(args[0].numel() * args[0].element_size())
             return super().__torch_dispatch__(function, types, args, kwargs)
 
-    cache.append(k, v, index_k)
     with Sizes() as collectives:
+        cache.append(k, v, index_k)
         decode(q, cache, index_q, block_size=BLOCK, topk=3)
-    assert collectives.get_comm_counts()[original] == 2 == collectives.get_total_counts()
+    assert collectives.get_total_counts() == 2
     batch, tokens, topk = 3, 2, 3
     assert sizes == [batch * tokens * GROUPS * topk * 8, batch * tokens * HEADS * (DEPTH * 2 + 4)]
 
@@ -199,7 +199,6 @@ def check_refusals(mesh):
         ShardedCache(padded, mesh, BLOCK)
     cache = ShardedCache(local, mesh, BLOCK)
     q, _, _, index_q, _ = vectors({}, 1)
-    local.k, cache.k = local.k.double(), cache.k.double()
     with pytest.raises(NotImplementedError, match="backend='reference' has no kernel for a ShardedCache"):
         decode(q, cache, index_q, block_size=BLOCK, topk=2, backend="reference")
     with pytest.raises(TypeError, match="local: expected a PagedMSACache to reserve pages of, got MSACache"):
@@ -220,22 +219,24 @@ def check_compiled(mesh):
         assert torch.equal(compiled(caches[0], *given), step(caches[1], *given))
 
 
+# All checks in one start of the processes, which takes longer than most of them.
 CHECKS = {
     **{f"steps, {name}": (check_steps, name) for name in CASES},
     **{
         check.__name__: (check,)
         for check in (
             *(check_blocks_of_another_layer, check_layer, check_bytes, check_balance, check_room, check_refusals),
-            check_compiled,
         )
     },
 }
 
 
-def failures():
+def failures(world):
     """What failed, by check."""
-    mesh, found = init_device_mesh("cpu", (torch.distributed.get_world_size(),)), []
-    for name, (check, *arguments) in CHECKS.items():
+    mesh, found = init_device_mesh("cpu", (world,)), []
+    # Compiled code does not depend on the number of processes, and takes seconds.
+    checks = CHECKS | {"compiled": (check_compiled,)} if world == 2 else CHECKS
+    for name, (check, *arguments) in checks.items():
         try:
             check(mesh, *arguments)
         except Exception:
@@ -245,5 +246,5 @@ def failures():
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_equals_one_process(world):
-    for found in run(world, failures):
+    for found in run(world, failures, world):
         assert not found, f"{len(found)} of {len(CHECKS)} checks failed\n" + "\n".join(found)
