@@ -1,4 +1,4 @@
-"""flexmsa::select_blocks: the blocks that the index branch selects; flexmsa::block_candidates: with their scores."""
+"""flexmsa::select_blocks: the blocks that the index branch selects; flexmsa::scored_blocks: with their scores."""
 
 import torch
 
@@ -31,19 +31,19 @@ def select_blocks(
     return run_kernel(backend, "select_blocks", index_q, index_k, sequences, rule, page_table, index_k_scale)
 
 
-def _empty_candidates(index_q, index_k, sequences, block_size, topk, *_):
+def _empty_scored_blocks(index_q, index_k, sequences, block_size, topk, *_):
     ids = index_q.new_empty((*index_q.shape[:3], topk), dtype=torch.int32)
     return ids, ids.new_empty(ids.shape, dtype=statistics_dtype(index_q))
 
 
 @operator(
-    "block_candidates(Tensor index_q, Tensor index_k, Tensor sequences, int block_size, int topk, str backend, "
+    "scored_blocks(Tensor index_q, Tensor index_k, Tensor sequences, int block_size, int topk, str backend, "
     "Tensor? page_table=None, Tensor? index_k_scale=None) -> (Tensor, Tensor)",
-    fake=_empty_candidates,
+    fake=_empty_scored_blocks,
     has_gradient=False,
     cast=2,
 )
-def block_candidates(index_q, index_k, sequences, block_size, topk, backend, page_table=None, index_k_scale=None):
+def scored_blocks(index_q, index_k, sequences, block_size, topk, backend, page_table=None, index_k_scale=None):
     """Return the topk best blocks, and their scores, [B, Hkv, Sq, topk] each, best first, then -1 and -inf.
 
     No block is forced: whoever has other keys of the same sequences merges them, and then forces blocks.
@@ -51,4 +51,4 @@ def block_candidates(index_q, index_k, sequences, block_size, topk, backend, pag
     check_topk(topk, backend)
     check_page_table(page_table, sequences, block_size, index_k.shape[0], backend)
     rule = SelectionRule(block_size, topk, 0, 0)
-    return run_kernel(backend, "block_candidates", index_q, index_k, sequences, rule, page_table, index_k_scale)
+    return run_kernel(backend, "scored_blocks", index_q, index_k, sequences, rule, page_table, index_k_scale)

@@ -107,7 +107,7 @@ def dense_selection(index_q, index_k, sequences, rule):
     return reference.select_blocks(index_q, index_k, start, end, *astuple(rule))
 
 
-def dense_candidates(index_q, index_k, sequences, block_size, topk):
+def dense_scored_blocks(index_q, index_k, sequences, block_size, topk):
     """The topk best visible blocks and their scores by the dense definition, the best first; then -1 and -inf."""
     start, end = visible(sequences, index_q.shape[0], index_q.shape[2])
     scores = reference.block_scores(reference.token_scores(index_q, index_k), start, end, block_size)

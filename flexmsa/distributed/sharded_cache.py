@@ -164,12 +164,12 @@ class ShardedCache(Cache):
         return *_merge_outputs(outs, rest.contiguous().view(lse.dtype)[..., 0]), block_indices
 
     def _select(self, index_q: Tensor, rule: SelectionRule, visible: Tensor, backend: str) -> Tensor:
-        """block_indices [B, Hkv, Sq, topk] of all processes' blocks, from the candidates of each."""
+        """block_indices [B, Hkv, Sq, topk] of all processes' blocks, from the best blocks of each."""
         found = []
         for part in _parts(index_q.shape[2], _MOST_QUERIES):
             branch = index_q[:, :, part], self.index_k, self._table(visible[:, part])
             stored = self.page_table, self.index_k_scale
-            found.append(ops.block_candidates(*branch, rule.block_size, rule.topk, backend, *stored))
+            found.append(ops.scored_blocks(*branch, rule.block_size, rule.topk, backend, *stored))
         ids, scores = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
         ids = torch.where(ids >= 0, ids * self.mesh.size() + self.mesh.get_local_rank(), -1)
         # One collective takes both: the scores as integers.
@@ -178,7 +178,7 @@ class ShardedCache(Cache):
         scores = bits.contiguous().view(scores.dtype)
         newest = (visible - 1).div(rule.block_size, rounding_mode="floor")
         ids, scores = (x.movedim(0, -2).flatten(-2) for x in (ids, scores))
-        return _merge_candidates(ids, scores, newest[:, None, :, None], rule)
+        return _merge_scored(ids, scores, newest[:, None, :, None], rule)
 
     def _visible(self, seqlen_q: int) -> Tensor:
         """[B, Sq] int32: the keys of all processes that each of the newest tokens sees."""
@@ -211,8 +211,8 @@ def _parts(number: int, most: int) -> list[slice]:
     return [slice(first, first + most) for first in range(0, number, most)]
 
 
-def _merge_candidates(ids: Tensor, scores: Tensor, newest: Tensor, rule: SelectionRule) -> Tensor:
-    """The selection [..., topk], ascending, from the candidates [..., C] of all processes, by `SelectionRule`.
+def _merge_scored(ids: Tensor, scores: Tensor, newest: Tensor, rule: SelectionRule) -> Tensor:
+    """The selection [..., topk], ascending, from the best blocks [..., C] of each process, by `SelectionRule`.
 
     newest: the newest block that each query sees, -1 without any. Forced blocks need no score, so no process sends it.
     """

@@ -104,8 +104,8 @@ def decode_launches(
     return launches
 
 
-def candidate_launches(layer: Layer, target: Target, cache: CacheFormat = CONTIGUOUS, tokens: int = 1) -> list[Launch]:
-    """Of the scored candidates of `tokens` tokens, a sequence each, in a cache of layer.tokens keys."""
+def scored_launches(layer: Layer, target: Target, cache: CacheFormat = CONTIGUOUS, tokens: int = 1) -> list[Launch]:
+    """Of the scored blocks of `tokens` tokens, a sequence each, in a cache of layer.tokens keys."""
     pages = layer.tokens // layer.block_size
     rows, keys = (pages, layer.block_size) if cache.paged else (1, layer.tokens)
     dtype = torch.float8_e4m3fn if cache.index_scaled else layer.dtype
@@ -116,7 +116,7 @@ def candidate_launches(layer: Layer, target: Target, cache: CacheFormat = CONTIG
     rule = SelectionRule(layer.block_size, layer.topk, num_local_blocks=0)
     with record(target) as launches:
         table = meta(1, pages) if cache.paged else None
-        kernels.block_candidates(index_q, index_k, meta(tokens, 5), rule, table, scale)
+        kernels.scored_blocks(index_q, index_k, meta(tokens, 5), rule, table, scale)
     return launches
 
 

@@ -5,15 +5,15 @@ from flexmsa.kernels.torch.attention import block_sparse_attention_backward
 from flexmsa.kernels.torch.decode import attend_blocks, select_and_attend
 from flexmsa.kernels.torch.deferred_loss import attention_and_index_loss_backward
 from flexmsa.kernels.torch.index_loss import index_loss
-from flexmsa.kernels.torch.selection import block_candidates, select_blocks
+from flexmsa.kernels.torch.selection import scored_blocks, select_blocks
 
 __all__ = [
     "append",
     "attend_blocks",
     "attention_and_index_loss_backward",
-    "block_candidates",
     "block_sparse_attention_backward",
     "index_loss",
+    "scored_blocks",
     "select_and_attend",
     "select_blocks",
 ]

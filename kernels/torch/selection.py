@@ -55,7 +55,7 @@ def select_blocks(
     return block_indices
 
 
-def block_candidates(
+def scored_blocks(
     index_q: Tensor,
     index_k: Tensor,
     sequences: Tensor,

@@ -4,7 +4,7 @@ from flexmsa.kernels.triton.backward.launch import attention_and_index_loss_back
 from flexmsa.kernels.triton.common.launch import expected
 from flexmsa.kernels.triton.forward.launch import block_sparse_attention_forward
 from flexmsa.kernels.triton.loss.launch import index_loss
-from flexmsa.kernels.triton.selection.launch import block_candidates, select_blocks
+from flexmsa.kernels.triton.selection.launch import scored_blocks, select_blocks
 from flexmsa.kernels.triton.serving.append import append
 from flexmsa.kernels.triton.serving.launch import attend_blocks, select_and_attend
 from flexmsa.kernels.triton.step import short_training_step
@@ -13,11 +13,11 @@ __all__ = [
     "append",
     "attend_blocks",
     "attention_and_index_loss_backward",
-    "block_candidates",
     "block_sparse_attention_backward",
     "block_sparse_attention_forward",
     "expected",
     "index_loss",
+    "scored_blocks",
     "select_and_attend",
     "select_blocks",
     "short_training_step",

@@ -198,9 +198,9 @@ def test_decoding(target, tokens, cache):
 @pytest.mark.parametrize("tokens", [1, 16])
 @pytest.mark.parametrize("cache", [CacheFormat(), E4M3], ids=["contiguous", "pages, e4m3"])
 @pytest.mark.parametrize("keys", [2048, 1 << 20])
-def test_candidates(target, keys, cache, tokens):
+def test_scored_blocks(target, keys, cache, tokens):
     """The best blocks with their scores, of caches whose keys are split and of one that is short."""
-    kernels = build(recorded.candidate_launches(replace(M3, tokens=keys), target, cache, tokens), target)
+    kernels = build(recorded.scored_launches(replace(M3, tokens=keys), target, cache, tokens), target)
     assert "merge_kernel" in kernels
 
 

@@ -18,8 +18,8 @@ from flexmsa.testing.launches import (
     TRAINING,
     CacheFormat,
     Layer,
-    candidate_launches,
     decode_launches,
+    scored_launches,
     selection_launches,
 )
 
@@ -77,9 +77,9 @@ def test_a_cache_that_grows(batch, cache, name):
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("cache", FORMATS.values(), ids=FORMATS)
-def test_candidates_of_a_cache_that_grows(cache, name):
+def test_scored_blocks_of_a_cache_that_grows(cache, name):
     """Lists are merged in any case, few or many of them."""
-    steps = (candidate_launches(Layer(tokens=tokens), TARGETS[name], cache) for tokens in CAPACITIES)
+    steps = (scored_launches(Layer(tokens=tokens), TARGETS[name], cache) for tokens in CAPACITIES)
     keys = keys_by_kernel(launch for step in steps for launch in step)
     assert set(keys) <= {"selection_kernel", "selection_sm90_kernel", "merge_kernel"}
     assert {kernel: len(found) for kernel, found in keys.items() if len(found) > 2} == {}

@@ -147,7 +147,7 @@ def select_blocks(
     return ids
 
 
-def block_candidates(
+def scored_blocks(
     index_q: torch.Tensor,
     index_k: torch.Tensor,
     sequences: torch.Tensor,
@@ -160,7 +160,7 @@ def block_candidates(
     if is_ahead() and config is None:
         stored = on_meta(index_q), index_k, index_k_scale, page_table, on_meta(sequences)
         for number in VARIANTS:
-            candidates_on_meta(stored, rule, number)
+            scored_on_meta(stored, rule, number)
     ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, config, with_scores=True)
     scores = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
     if lists is not None:
@@ -168,13 +168,13 @@ def block_candidates(
     return ids, scores
 
 
-def candidates_on_meta(stored: Any, rule: SelectionRule, num_blocks: int) -> None:
-    """`block_candidates` on meta tensors, for caches whose rows have room for num_blocks blocks."""
+def scored_on_meta(stored: Any, rule: SelectionRule, num_blocks: int) -> None:
+    """`scored_blocks` on meta tensors, for caches whose rows have room for num_blocks blocks."""
     index_q, index_k, scale, page_table, sequences = stored
     keys = num_blocks * rule.block_size if page_table is None else None
     table = None if page_table is None else sequences.new_empty(page_table.shape[0], num_blocks)
     with for_one_length():
-        block_candidates(index_q, on_meta(index_k, keys), sequences, rule, table, on_meta(scale, keys))
+        scored_blocks(index_q, on_meta(index_k, keys), sequences, rule, table, on_meta(scale, keys))
 
 
 def select_on_meta(

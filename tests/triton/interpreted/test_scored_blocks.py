@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import dense_candidates, plain, ragged
+from helpers import dense_scored_blocks, plain, ragged
 
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.torch import fp8
 from flexmsa.kernels.triton.common.target import padded
-from flexmsa.kernels.triton.selection.launch import block_candidates, choose_config
+from flexmsa.kernels.triton.selection.launch import choose_config, scored_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -44,8 +44,8 @@ def test_equal_the_definition(shape, draw):
     index_q, index_k, rule = draw(2, groups, seqlen_q, 16), draw(2, 1, seqlen_k, 16), SelectionRule(block_size, topk, 0)
     config = choose_config(index_q, index_k, sequences, rule)
     config = replace(config, columns=padded(block_size), num_splits=splits)
-    ids, scores = block_candidates(index_q, index_k, sequences, rule, config=config)
-    wanted_ids, wanted = dense_candidates(index_q, index_k, sequences, block_size, topk)
+    ids, scores = scored_blocks(index_q, index_k, sequences, rule, config=config)
+    wanted_ids, wanted = dense_scored_blocks(index_q, index_k, sequences, block_size, topk)
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(scores, wanted, rtol=1e-5, atol=1e-5)
 
@@ -54,9 +54,9 @@ def test_pages_of_e4m3():
     (codes, scale), index_q = fp8.quantize(torch.randn(12, 1, 16, 16)), torch.randn(2, 3, 2, 16)
     table = torch.randperm(12).int().view(2, 6)
     sequences = torch.tensor([[0, 0, 2, 0, 90], [1, 0, 2, 0, 20]], dtype=torch.int32)
-    ids, scores = block_candidates(index_q, codes, sequences, SelectionRule(16, 4, 0), table, scale)
+    ids, scores = scored_blocks(index_q, codes, sequences, SelectionRule(16, 4, 0), table, scale)
     keys = codes.float() * fp8.as_scales(scale).float()[..., None]
     rows = keys[table.long()].transpose(1, 2).flatten(2, 3)
-    wanted_ids, wanted = dense_candidates(index_q, rows, sequences, 16, 4)
+    wanted_ids, wanted = dense_scored_blocks(index_q, rows, sequences, 16, 4)
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-4)

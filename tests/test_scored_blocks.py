@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import dense_candidates, plain, ragged, randn
+from helpers import dense_scored_blocks, plain, ragged, randn
 
 from flexmsa import ops
 from flexmsa.kernels.torch import fp8
@@ -37,23 +37,23 @@ def test_equal_the_definition(name, draw, topk):
     sequences, seqlen_q = BATCHES[name]
     index_q, index_k = draw(3, 2, seqlen_q, 16), draw(3, 1, 104, 16, seed=1)
     index_k[1, 0, 5] = torch.nan
-    wanted_ids, wanted = dense_candidates(index_q.double(), index_k.double(), sequences, 8, topk)
+    wanted_ids, wanted = dense_scored_blocks(index_q.double(), index_k.double(), sequences, 8, topk)
     sequences = sequences.int()
-    ids, scores = ops.block_candidates(index_q, index_k, sequences, 8, topk, "torch")
+    ids, scores = ops.scored_blocks(index_q, index_k, sequences, 8, topk, "torch")
     assert torch.equal(ids, wanted_ids) and ids.dtype == torch.int32
     # NaN, the lowest score, is the least finite number of the dtype.
     limit = torch.finfo(torch.float32).max
     finite = wanted.clamp(-limit, limit).where(wanted_ids >= 0, -torch.inf)
     torch.testing.assert_close(scores.double(), finite, rtol=1e-5, atol=1e-5)
     pages, table = paged(index_k, 8)
-    found = ops.block_candidates(index_q, pages, sequences, 8, topk, "torch", table)
+    found = ops.scored_blocks(index_q, pages, sequences, 8, topk, "torch", table)
     assert torch.equal(found[0], ids) and torch.equal(found[1], scores)
 
 
 def test_float64_scores_are_float64():
     index_q, index_k = (randn(2, heads, 40, 8, dtype=torch.float64, seed=heads) for heads in (3, 1))
-    ids, scores = ops.block_candidates(index_q, index_k, plain(2, 40, 40), 8, 4, "torch")
-    wanted_ids, wanted = dense_candidates(index_q, index_k, plain(2, 40, 40), 8, 4)
+    ids, scores = ops.scored_blocks(index_q, index_k, plain(2, 40, 40), 8, 4, "torch")
+    wanted_ids, wanted = dense_scored_blocks(index_q, index_k, plain(2, 40, 40), 8, 4)
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(scores, wanted, rtol=1e-13, atol=1e-13)
 
@@ -61,8 +61,8 @@ def test_float64_scores_are_float64():
 def test_e4m3_keys():
     index_q, (index_k, scale) = randn(2, 3, 5, 16), fp8.quantize(randn(2, 1, 104, 16, seed=1))
     sequences = ragged([5, 2], [90, 13], 5)
-    ids, scores = ops.block_candidates(index_q, index_k, sequences, 8, 4, "torch", None, scale)
+    ids, scores = ops.scored_blocks(index_q, index_k, sequences, 8, 4, "torch", None, scale)
     keys = index_k.float() * fp8.as_scales(scale).float()[..., None]
-    wanted_ids, wanted = dense_candidates(index_q.double(), keys.double(), sequences, 8, 4)
+    wanted_ids, wanted = dense_scored_blocks(index_q.double(), keys.double(), sequences, 8, 4)
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(scores.double(), wanted, rtol=1e-5, atol=1e-5)
