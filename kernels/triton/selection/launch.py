@@ -158,9 +158,9 @@ def scored_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(block_indices, scores) [B, Hkv, Sq, topk], the best first, of a rule without forced blocks; then -1 and -inf."""
     if is_ahead() and config is None:
-        stored = on_meta(index_q), index_k, index_k_scale, page_table, on_meta(sequences)
+        vectors, table = (on_meta(index_q), index_k, index_k_scale), on_meta(sequences)
         for number in VARIANTS:
-            scored_on_meta(stored, rule, number)
+            scored_on_meta(vectors, page_table, table, rule, number)
     ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, config, with_scores=True)
     scores = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
     if lists is not None:
@@ -168,9 +168,9 @@ def scored_blocks(
     return ids, scores
 
 
-def scored_on_meta(stored: Any, rule: SelectionRule, num_blocks: int) -> None:
+def scored_on_meta(vectors: Any, page_table: Any, sequences: Any, rule: SelectionRule, num_blocks: int) -> None:
     """`scored_blocks` on meta tensors, for caches whose rows have room for num_blocks blocks."""
-    index_q, index_k, scale, page_table, sequences = stored
+    index_q, index_k, scale = vectors
     keys = num_blocks * rule.block_size if page_table is None else None
     table = None if page_table is None else sequences.new_empty(page_table.shape[0], num_blocks)
     with for_one_length():
