@@ -76,11 +76,13 @@ class ShardedCache(Cache):
         token = torch.arange(count, dtype=torch.int32, device=self.kv_lens.device)
         block = (self.kv_lens[:, None] + token) // self.block_size
         own = (block % self.mesh.size() == self.mesh.get_local_rank()) & (token < counts[:, None])
-        # So many of `count` tokens can be a process's, wherever they begin.
-        rounds, rest = divmod(count, self.mesh.size() * self.block_size)
-        most = rounds * self.block_size + min(rest, self.block_size)
-        order = own.logical_not().sort(dim=1, stable=True).indices[:, None, :most, None]
-        new = [x.detach().gather(2, order.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v, index_k)]
+        new: tuple[Tensor, ...] = (k.detach(), v.detach(), index_k.detach())
+        if count > 1:
+            # So many of `count` tokens can be a process's, wherever they begin.
+            rounds, rest = divmod(count, self.mesh.size() * self.block_size)
+            most = rounds * self.block_size + min(rest, self.block_size)
+            order = own.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, None, :most, None]
+            new = tuple(x.gather(2, order.expand(-1, x.shape[1], -1, x.shape[3])) for x in new)
         self.local.append(*new, lens=own.sum(1, dtype=torch.int32), backend=backend)
         self.kv_lens.add_(counts)
         self._counts.copy_(counts)
