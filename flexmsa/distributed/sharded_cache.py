@@ -144,35 +144,37 @@ class ShardedCache(Cache):
             raise NotImplementedError("backend='reference' has no kernel for a ShardedCache: use backend=None")
         visible = self._visible(q.shape[2])
         world, rank = self.mesh.size(), self.mesh.get_local_rank()
+        tables = self._tables(visible, _MOST_QUERIES)
         if choice is not None:
-            block_indices = self._select(*choice, visible, backend)
-        # Wider lists, and all blocks, go to kernels for sequences that share no keys: one token per row.
-        few = block_indices is not None and block_indices.shape[3] <= MOST_BLOCKS
+            block_indices = self._select(*choice, visible, tables, backend)
         own = None
         if block_indices is not None:
             is_own = (block_indices >= 0) & (block_indices % world == rank)
             own = torch.where(is_own, block_indices // world, -1)
+        if own is None or own.shape[3] > MOST_BLOCKS:
+            # All blocks, and wide lists, go to kernels for sequences that share no keys: one token per row.
+            tables = self._tables(visible, 1)
         found = []
-        for part in _parts(q.shape[2], _MOST_QUERIES if few else 1):
+        for part, table in tables:
             ids = None if own is None else own[:, :, part]
             stored = self.page_table, self.k_scale, self.v_scale
-            table = self._table(visible[:, part])
             main = q[:, :, part], self.k, self.v, ids, table, block_size, scale, backend
             found.append(ops.attend_blocks(*main, *stored))
-        out, lse = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
+        out, lse = (_join(parts) for parts in zip(*found, strict=True))
         # One collective takes both: the lse as more numbers of out's dtype.
         both = torch.cat([out, lse[..., None].view(out.dtype)], dim=-1)
         outs, rest = gather_parts(both, self.mesh).split([out.shape[3], both.shape[3] - out.shape[3]], dim=-1)
         return *_merge_outputs(outs, rest.contiguous().view(lse.dtype)[..., 0]), block_indices
 
-    def _select(self, index_q: Tensor, rule: SelectionRule, visible: Tensor, backend: str) -> Tensor:
+    def _select(
+        self, index_q: Tensor, rule: SelectionRule, visible: Tensor, tables: list[tuple[slice, Tensor]], backend: str
+    ) -> Tensor:
         """block_indices [B, Hkv, Sq, topk] of all processes' blocks, from the best blocks of each."""
         found = []
-        for part in _parts(index_q.shape[2], _MOST_QUERIES):
-            branch = index_q[:, :, part], self.index_k, self._table(visible[:, part])
-            stored = self.page_table, self.index_k_scale
-            found.append(ops.scored_blocks(*branch, rule.block_size, rule.topk, backend, *stored))
-        ids, scores = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
+        for part, table in tables:
+            branch = index_q[:, :, part], self.index_k, table, rule.block_size, rule.topk, backend
+            found.append(ops.scored_blocks(*branch, self.page_table, self.index_k_scale))
+        ids, scores = (_join(parts) for parts in zip(*found, strict=True))
         ids = torch.where(ids >= 0, ids * self.mesh.size() + self.mesh.get_local_rank(), -1)
         # One collective takes both: the scores as integers.
         both = gather_parts(torch.cat([ids, scores.view(torch.int32)], dim=-1), self.mesh)
@@ -196,6 +198,11 @@ class ShardedCache(Cache):
         block, rest = tokens // self.block_size, tokens % self.block_size
         return (block + world - 1 - rank) // world * self.block_size + rest * (block % world == rank)
 
+    def _tables(self, visible: Tensor, most: int) -> list[tuple[slice, Tensor]]:
+        """For up to `most` tokens at once: which they are, and their `_table`."""
+        parts = [slice(first, first + most) for first in range(0, visible.shape[1], most)]
+        return [(part, self._table(visible[:, part])) for part in parts]
+
     def _table(self, visible: Tensor) -> Tensor:
         """The table of sequences (see flexmsa.kernels) of queries that see so many keys [B, Sq], one row per query.
 
@@ -208,9 +215,9 @@ class ShardedCache(Cache):
         return torch.stack(columns, dim=-1).flatten(0, 1)
 
 
-def _parts(number: int, most: int) -> list[slice]:
-    """Slices of up to `most` of `number` tokens."""
-    return [slice(first, first + most) for first in range(0, number, most)]
+def _join(parts: tuple[Tensor, ...]) -> Tensor:
+    """The parts [B, heads, tokens, ...] along their tokens."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _merge_scored(ids: Tensor, scores: Tensor, newest: Tensor, rule: SelectionRule) -> Tensor:
