@@ -251,6 +251,8 @@ def check_decode_inputs(
     if cache.k_scale is None:
         _check_same_dtype("q", q, "the cache's keys", cache.k)
     _check_scale("scale", scale)
+    if cache.block_size not in (None, block_size):
+        raise ValueError(f"block_size: expected that by which the cache is cut, {cache.block_size}, got {block_size}")
     if cache.page_table is not None and cache.k.shape[2] != block_size:
         raise ValueError(
             f"block_size: expected the page size of the cache, {cache.k.shape[2]}, got {block_size}; make the cache "
