@@ -1,38 +1,49 @@
-"""One of two processes that train a converted model: `python parallel.py RANK FOLDER`.
+"""One of two processes that train models of transformers: `python parallel.py RANK FOLDER`.
 
-For each way and phase it writes to FOLDER/WAY-PHASE-RANK.pt the index losses of its half of a batch, and the gradients,
-averaged over both.
+Each way writes to FOLDER/WAY-RANK.pt what it returns, or how it failed.
 """
 
+import contextlib
+import os
 import sys
+import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from integrations import m3
 from integrations.converted import make_converted, tokens
 
-from flexmsa.integrations.transformers import begin_sparse, begin_warm_up
+from flexmsa.integrations.transformers import IndexLosses, begin_sparse, begin_warm_up, clip_gradients
 
 PHASES = {"warm-up": begin_warm_up, "sparse": begin_sparse}
 
 
-def make_model():
-    """On a CPU, like the processes."""
+def gradients_of(model):
+    """Whole, by name."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
+
+
+def make_model(checkpointing):
+    """A converted one on a CPU, like the processes."""
     model = make_converted().cpu().train()
-    model.gradient_checkpointing_enable()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     return model
 
 
-def step(model, call, ids):
+def step(model, call, ids, weight=1.0):
     """The index losses of one step, and the gradients."""
     call(ids, labels=ids, use_cache=False).loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return model.flexmsa.report.index_losses, gradients
+    return model.flexmsa.report.index_losses, gradients_of(model)
 
 
 def ddp(model, begin):
@@ -47,26 +58,101 @@ def ddp_once(model, begin):
     return wrapped
 
 
-def fsdp(model, begin):
+def fsdp(model, begin, **options):
     begin(model)
     mesh = dist.init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
 
 
-WAYS = {"ddp": ddp, "ddp-once": ddp_once, "fsdp": fsdp}
+def converted(wrap, phase, checkpointing, rank):
+    model = make_model(checkpointing)
+    return step(model, wrap(model, PHASES[phase]), tokens(4, 40).cpu().chunk(2)[rank])
+
+
+def make_m3(phase):
+    """In "indexers" only they train."""
+    model = m3.make_m3("flexmsa").cpu().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(phase == "sparse" or ".indexer." in name)
+    return model
+
+
+def step_m3(model, call, ids, phase):
+    """The index losses of one step, and the gradients; all of the loss where only the indexers train."""
+    losses = IndexLosses()
+    out = call(ids, labels=ids, index_losses=losses, use_cache=False)
+    losses.add_to(out.loss if phase == "sparse" else torch.zeros(()), weight=0.5).backward()
+    return torch.stack(list(losses.values.values())), gradients_of(model)
+
+
+def minimax_m3(wrap, phase, rank):
+    model = make_m3(phase)
+    return step_m3(model, wrap(model, lambda model: None), m3.tokens(4, 60).cpu().chunk(2)[rank], phase)
+
+
+def late(rank):
+    """DistributedDataParallel made while the base was frozen; then with weights that get no gradient."""
+    found = []
+    for first, then in ((begin_warm_up, begin_sparse), (begin_sparse, begin_warm_up)):
+        model = make_model(checkpointing=False)
+        wrapped = ddp(model, first)
+        then(model)
+        try:
+            step(model, wrapped, tokens(2, 40).cpu())
+            found.append("")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def both_phases_in_bfloat16(rank):
+    """Phase 2 after phase 1, with FSDP2's mixed precision: the dtypes of the gradients."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = make_model(checkpointing=False)
+    wrapped = fsdp(model, begin_warm_up, mp_policy=policy)
+    step(model, wrapped, tokens(2, 40).cpu())
+    begin_sparse(model)
+    return {name: str(x.dtype) for name, x in step(model, wrapped, tokens(2, 40).cpu())[1].items()}
+
+
+def clipping(rank):
+    model = make_model(checkpointing=False)
+    step(model, fsdp(model, begin_sparse), tokens(4, 40).cpu().chunk(2)[rank])
+    return clip_gradients(model, max_norm=0.1), gradients_of(model)
+
+
+MODELS = {
+    f"{way}-{phase}": partial(converted, wrap, phase, checkpointing)
+    for phase in PHASES
+    for way, wrap, checkpointing in (
+        ("ddp", ddp, True),
+        ("ddp-once", ddp_once, True),
+        ("fsdp", fsdp, True),
+        ("fsdp-plain", fsdp, False),
+    )
+}
+M3_MODELS = {
+    f"{way}-m3-{phase}": partial(minimax_m3, wrap, phase)
+    for phase in ("indexers", "sparse")
+    for way, wrap in (("ddp-once", ddp_once), ("fsdp", fsdp))
+}
+OTHERS = {"late": late, "bfloat16": both_phases_in_bfloat16, "clipping": clipping}
+WAYS = {**MODELS, **M3_MODELS, **OTHERS}
 
 
 def main(rank: int, folder: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for way, wrap in WAYS.items():
-        for phase, begin in PHASES.items():
-            model = make_model()
-            losses, gradients = step(model, wrap(model, begin), tokens(4, 40).cpu().chunk(2)[rank])
-            whole = {name: x.full_tensor() if way == "fsdp" else x for name, x in gradients.items()}
-            torch.save((losses, whole), folder / f"{way}-{phase}-{rank}.pt")
-    dist.destroy_process_group()
+    for name, way in WAYS.items():
+        try:
+            result = way(rank)
+        except Exception:
+            result = traceback.format_exc()
+        torch.save(result, folder / f"{name}-{rank}.pt")
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from flexmsa.config import MSAConfig
 from flexmsa.integrations.transformers.attention import IMPLEMENTATION, register_attention
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
+from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
 from flexmsa.integrations.transformers.index_branch import add_index_branch
 from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
 from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
@@ -191,7 +192,7 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
     model.flexmsa = conversion
     text_config._attn_implementation = IMPLEMENTATION
     _store_settings(model)
-    prepare_outputs(model)
+    prepare_outputs(type(model))
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_after_forward, with_kwargs=True)
     return model
@@ -246,6 +247,8 @@ def _before_forward(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     trains = model.training and torch.is_grad_enabled()
     losses = IndexLosses(conversion.loss_in_backward) if trains or conversion.with_health else None
     if trains and losses is not None:
+        check_replicas(model)
+        prepare_shards(model, returns_losses=True)
         prepare_checkpointing(model)
         if losses.in_backward:
             defer_losses(losses, model)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flexmsa.checkpoint import save_selection_policy
-from flexmsa.integrations.transformers.index_branch import has_index_branch, trains_index_branch
+from flexmsa.integrations.transformers.index_branch import has_index_branch, numbers_inside, trains_index_branch
 
 __all__ = ["IndexLossValue", "IndexLosses", "defer_losses", "prepare_checkpointing"]
 
@@ -73,6 +73,10 @@ class IndexLosses:
             raise ValueError("index_losses: expected an empty IndexLosses, got a used one; make one for each forward")
         self._losses[layer] = loss
 
+    def of(self, layers: Iterable[int]) -> tuple[Tensor, ...]:
+        """Return the losses of those of these layers that have one, with their gradients."""
+        return tuple(self._losses[layer] for layer in layers if layer in self._losses)
+
     def sum(self) -> Tensor:
         """Return the sum over layers, a scalar with a gradient for the index weights.
 
@@ -125,7 +129,7 @@ def prepare_checkpointing(model: nn.Module) -> None:
             checkpoint: Any = layer._gradient_checkpointing_func
             if isinstance(checkpoint, _Checkpoint):
                 continue
-            numbers = _numbers_inside(layer)
+            numbers = numbers_inside(layer)
             if numbers:
                 layer._gradient_checkpointing_func = _Checkpoint(_saving_selection(checkpoint), numbers)  # type: ignore[assignment]
 
@@ -139,12 +143,6 @@ def _saving_selection(checkpoint: Any) -> Any:
     if given.get("use_reentrant") is not False or "context_fn" in given:
         return checkpoint
     return partial(checkpoint, context_fn=partial(create_selective_checkpoint_contexts, save_selection_policy))
-
-
-def _numbers_inside(layer: nn.Module) -> list[int]:
-    """Return the layer numbers of the attention modules inside `layer` that have an index branch."""
-    modules: Iterable[Any] = layer.modules()
-    return [module.layer_idx for module in modules if has_index_branch(module)]
 
 
 class _Checkpoint:
@@ -167,7 +165,7 @@ class _Checkpoint:
             out = layer(*args, index_losses=inside)
             if not isinstance(out, Tensor):
                 raise TypeError(f"model: expected checkpointed layers that return a tensor, got {type(out).__name__}")
-            return out, *(inside._losses[number] for number in self.numbers if number in inside._losses)
+            return out, *inside.of(self.numbers)
 
         out, *found = self.checkpoint(run, *args)
         for number, loss in zip(self.numbers, found, strict=False):

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from flexmsa.integrations.transformers.convert import conversion_of, set_warm_up
+from flexmsa.integrations.transformers.data_parallel import prepare_shards, renew_shards
 from flexmsa.integrations.transformers.health import LayerHealth
 from flexmsa.integrations.transformers.index_branch import is_index_weight
 
@@ -36,6 +38,8 @@ def begin_warm_up(model: nn.Module) -> None:
     """Enter phase 1: dense attention, and only the index weights train."""
     conversion = conversion_of(model)
     set_warm_up(model, True)
+    # Here too, as a compiled forward cannot.
+    prepare_shards(model, returns_losses=True)
     for name, parameter in model.named_parameters():
         if is_index_weight(name):
             parameter.requires_grad_(True)
@@ -51,6 +55,8 @@ def begin_sparse(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name in conversion.frozen:
             parameter.requires_grad_(True)
+    if conversion.frozen:
+        renew_shards(model)
     conversion.frozen.clear()
 
 
@@ -68,14 +74,30 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 def clip_gradients(model: nn.Module, max_norm: float) -> tuple[Tensor, Tensor]:
     """Clip the gradients of the base and of the index weights separately, so that neither loss scales the other's step.
 
+    Gradients may be sharded by FSDP2, tensor parallel, or both: call it on every process.
+
     Returns:
-        The norms of both before clipping.
+        The norms of both before clipping, of whole gradients.
     """
-    base, index = (
-        torch.nn.utils.clip_grad_norm_([p for p in group["params"] if p.grad is not None], max_norm)
-        for group in parameter_groups(model)
-    )
+    base, index = (_clip(group["params"], max_norm) for group in parameter_groups(model))
     return base, index
+
+
+def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Clip as `clip_grad_norm_`, which takes DTensors of one mesh, or plain tensors, but not both."""
+    by_placement: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            placement = getattr(parameter.grad, "device_mesh", None), getattr(parameter.grad, "placements", None)
+            by_placement.setdefault(placement, []).append(parameter)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in by_placement.values()]  # type: ignore[misc]
+    if not norms:
+        return torch.zeros(())
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(whole[0].device) for norm in whole]))
+    for group in by_placement.values():
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
+    return total
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, resumed: bool = False) -> None:
