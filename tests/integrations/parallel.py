@@ -16,12 +16,22 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from accelerate.state import AcceleratorState
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from integrations import m3
 from integrations.converted import make_converted, tokens
 
-from flexmsa.integrations.transformers import IndexLosses, begin_sparse, begin_warm_up, clip_gradients
+from flexmsa.integrations.transformers import (
+    ConversionCallback,
+    IndexLosses,
+    begin_sparse,
+    begin_warm_up,
+    clip_gradients,
+    log_entries,
+)
 
 PHASES = {"warm-up": begin_warm_up, "sparse": begin_sparse}
 
@@ -138,12 +148,61 @@ M3_MODELS = {
     for phase in ("indexers", "sparse")
     for way, wrap in (("ddp-once", ddp_once), ("fsdp", fsdp))
 }
-OTHERS = {"late": late, "bfloat16": both_phases_in_bfloat16, "clipping": clipping}
-WAYS = {**MODELS, **M3_MODELS, **OTHERS}
+class Batches(torch.utils.data.Dataset):
+    """Rows of unequal lengths, padded on the right."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, row):
+        ids, length = tokens(40, seed=row).cpu(), 12 + 5 * (row % 6)
+        mask = torch.arange(40) < length
+        return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+
+
+class OwnEntries(TrainerCallback):
+    """The entries of this process alone."""
+
+    def __init__(self):
+        self.entries = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.entries.append(log_entries(model))
+
+
+def run_trainer(folder, accumulate=1, model=None, steps=4, **options):
+    """Both phases by a Trainer: the logged entries, those of this process, and the weights."""
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulate, **options}
+    options |= {"optim": "sgd", "learning_rate": 0.5, "logging_steps": 1, "save_strategy": "no", "seed": 0}
+    arguments = TrainingArguments(
+        str(folder), max_steps=steps, use_cpu=True, report_to="none", disable_tqdm=True, lr_scheduler_type="constant",
+        max_grad_norm=0.5, **options,
+    )
+    own = OwnEntries()
+    callbacks = [own, ConversionCallback(steps // 2, index_loss_weight=0.5)]
+    model = make_model(checkpointing=False) if model is None else model
+    trainer = Trainer(model, arguments, train_dataset=Batches(), callbacks=callbacks)
+    trainer.train()
+    weights = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in model.state_dict().items()}
+    return [entry for entry in trainer.state.log_history if "loss" in entry], own.entries, weights
+
+
+def trainer_ddp(rank):
+    return run_trainer("/tmp/out")
+
+
+def trainer_fsdp(rank):
+    plugin = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"], "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return run_trainer("/tmp/out", fsdp=True, fsdp_config=plugin)
+
+
+OTHERS = {"trainer-ddp": trainer_ddp, "trainer-fsdp": trainer_fsdp, "late": late, "bfloat16": both_phases_in_bfloat16, "clipping": clipping}
+WAYS = {k: v for k, v in {**MODELS, **M3_MODELS, **OTHERS}.items() if os.environ.get("ONLY", "") in k}
 
 
 def main(rank: int, folder: Path) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29877")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for name, way in WAYS.items():
         try:

@@ -273,8 +273,9 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
     named = isinstance(output, Mapping)
     lm_loss = output.get("loss") if named else output[0] if kwargs.get("labels") is not None else None
     health = kwargs["msa_pass"].health
+    share = _share_of_step(kwargs) if lm_loss is not None else 1.0
     conversion.report = Report(
-        None if lm_loss is None else lm_loss.detach(),
+        None if lm_loss is None else _mean_of_batch(lm_loss.detach(), share),
         tuple(values[number] for number in conversion.layers),
         tuple(health[number] for number in conversion.layers if number in health),
     )
@@ -283,11 +284,16 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
         output = with_index_loss(output, index_loss)
     if lm_loss is None or not model.training:
         return output
-    loss = lm_loss + conversion.index_loss_weight * _share_of_step(kwargs) * index_loss.to(lm_loss.device)
+    loss = lm_loss + conversion.index_loss_weight * share * index_loss.to(lm_loss.device)
     if not named:
         return (loss, *output[1:])
     output["loss"] = loss
     return output
+
+
+def _mean_of_batch(lm_loss: Tensor, share: Tensor | float) -> Tensor:
+    """Return the model's loss as a mean over the tokens of this forward; 0 without any."""
+    return lm_loss / share.clamp(min=torch.finfo(torch.float32).tiny) if isinstance(share, Tensor) else lm_loss / share
 
 
 def _share_of_step(kwargs: dict[str, Any]) -> Tensor | float:

@@ -46,7 +46,7 @@ class Report(NamedTuple):
     """The results of the last forward pass, detached.
 
     Attributes:
-        lm_loss: scalar, the model's own loss; None without labels.
+        lm_loss: scalar, the model's own loss, as the mean over this batch's tokens; None without labels.
         values: the index losses of the converted layers; empty if they were not requested.
         health: of the converted layers; empty unless it was requested.
     """

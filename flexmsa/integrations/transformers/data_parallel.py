@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flexmsa.integrations.transformers.index_branch import numbers_inside
 from flexmsa.integrations.transformers.losses import IndexLosses
 
-__all__ = ["check_replicas", "prepare_shards", "renew_shards"]
+__all__ = ["check_replicas", "is_sharded_flat", "prepare_shards", "renew_shards"]
 
 
 def check_replicas(model: nn.Module) -> None:
@@ -75,6 +75,13 @@ def renew_shards(model: nn.Module) -> None:
     for module in _shards(model):
         module.unshard()
         module.reshard()
+
+
+def is_sharded_flat(model: nn.Module) -> bool:
+    """Return whether FSDP1 shards the weights, whose gradients are then pieces of no shape."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FullyShardedDataParallel", None)
+    return kind is not None and any(isinstance(module, kind) for module in model.modules())
 
 
 def _shards(model: nn.Module) -> Iterator[Any]:

@@ -13,13 +13,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from flexmsa.integrations.transformers.convert import conversion_of, set_warm_up
-from flexmsa.integrations.transformers.data_parallel import prepare_shards, renew_shards
+from flexmsa.integrations.transformers.data_parallel import is_sharded_flat, prepare_shards, renew_shards
 from flexmsa.integrations.transformers.health import LayerHealth
 from flexmsa.integrations.transformers.index_branch import is_index_weight
 
@@ -136,8 +137,11 @@ def _refuse(names: list[str], expected: str, advice: str) -> None:
         raise ValueError(f"optimizer: expected {expected}: {names[0]}{more}; {advice}")
 
 
-def log_entries(model: nn.Module) -> dict[str, float]:
+def log_entries(model: nn.Module, group: dist.ProcessGroup | None = None) -> dict[str, float]:
     """Return the results of the last forward pass in training mode and of its backward, for a log.
+
+    Args:
+        group: processes to average over, such as `torch.distributed.group.WORLD`; each of them must call it.
 
     Returns:
         lm_loss; kl, the sum over the layers, and kl/layer_N, NaN before the backward. If `model.flexmsa.with_health`
@@ -156,7 +160,11 @@ def log_entries(model: nn.Module) -> dict[str, float]:
         entries |= {f"kl/layer_{layer}": kl for layer, kl in zip(conversion.layers, by_layer, strict=True)}
     if health:
         entries |= _recalls(conversion.layers, health)
-    return entries
+    if group is None or not entries:
+        return entries
+    means = torch.tensor(list(entries.values()), dtype=torch.float64).to(next(model.parameters()).device)
+    dist.all_reduce(means, group=group)
+    return dict(zip(entries, (means / dist.get_world_size(group)).tolist(), strict=True))
 
 
 def _recalls(layers: Iterable[int], health: tuple[LayerHealth, ...]) -> dict[str, float]:
@@ -174,8 +182,8 @@ class ConversionCallback(TrainerCallback, ExportableState):
     """Both phases of a conversion in one run of `transformers.Trainer`, on a model that `convert` made.
 
     It freezes and unfreezes weights, switches the selection on, clips the gradients of the base and of the index
-    branches separately, and adds `log_entries` to every log, with the norms before clipping as grad_norm/base and
-    grad_norm/index. Each gradient is clipped to `TrainingArguments.max_grad_norm`; with fp16, FSDP or DeepSpeed, whose
+    branches separately, and adds `log_entries`, averaged over all processes, to every log, with the norms before clipping as grad_norm/base and
+    grad_norm/index. Each gradient is clipped to `TrainingArguments.max_grad_norm`; with fp16, FSDP1 or DeepSpeed, whose
     gradients the callback cannot read, Trainer clips both jointly. A run that resumes from a checkpoint of either phase
     continues as without the interruption.
 
@@ -209,7 +217,7 @@ class ConversionCallback(TrainerCallback, ExportableState):
         conversion.index_loss_weight = self.index_loss_weight
         self._enter(model, state.global_step)
         check_optimizer(model, optimizer, resumed=state.global_step > 0)
-        if args.max_grad_norm and not (args.fp16 or args.fsdp or args.deepspeed):
+        if args.max_grad_norm and not (args.fp16 or args.deepspeed or is_sharded_flat(model)):
             self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
 
     def _compare(self, before: dict[str, Any] | None) -> None:
@@ -257,7 +265,7 @@ class ConversionCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Add the entries to the log and to the history in checkpoints."""
         if logs is not None and "loss" in logs:
-            entries = log_entries(kwargs["model"])
+            entries = log_entries(kwargs["model"], dist.group.WORLD if dist.is_initialized() else None)
             if self._norms is not None:
                 entries |= {
                     f"grad_norm/{part}": x.item() for part, x in zip(("base", "index"), self._norms, strict=True)
