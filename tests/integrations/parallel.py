@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
 from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,6 +32,7 @@ from flexmsa.integrations.transformers import (
     begin_warm_up,
     clip_gradients,
     log_entries,
+    from_pretrained,minimax_m3_tp_plan,register,
 )
 
 PHASES = {"warm-up": begin_warm_up, "sparse": begin_sparse}
@@ -39,7 +41,7 @@ PHASES = {"warm-up": begin_warm_up, "sparse": begin_sparse}
 def gradients_of(model):
     """Whole, by name."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
+    return {name: x.full_tensor() if isinstance(x, DTensor) else x.clone() for name, x in found.items()}
 
 
 def make_model(checkpointing):
@@ -197,7 +199,34 @@ def trainer_fsdp(rank):
     return run_trainer("/tmp/out", fsdp=True, fsdp_config=plugin)
 
 
-OTHERS = {"trainer-ddp": trainer_ddp, "trainer-fsdp": trainer_fsdp, "late": late, "bfloat16": both_phases_in_bfloat16, "clipping": clipping}
+def tensor_parallel(phase, in_backward, rank, folder):
+    """The logits, index losses and gradients of a converted model with sharded heads; health, and norms."""
+    model = from_pretrained(folder / "converted", distributed_config=DistributedConfig(tp_plan="auto"))
+    return step_sharded(model, phase, in_backward)
+
+
+def step_sharded(model, phase, in_backward=True):
+    PHASES[phase](model)
+    model.flexmsa.loss_in_backward, model.flexmsa.with_health = in_backward, True
+    ids = tokens(2, 40).cpu()
+    out = model.train()(ids, labels=ids, use_cache=False)
+    out.loss.backward()
+    gradients = gradients_of(model)
+    health = {name: x for name, x in log_entries(model, dist.group.WORLD if dist.is_initialized() else None).items()}
+    norms = clip_gradients(model, max_norm=0.1)
+    return out.logits.detach(), out.loss.detach(), model.flexmsa.report.index_losses, gradients, health, norms, gradients_of(model)
+
+
+def tp_m3(rank, folder):
+    plan = minimax_m3_tp_plan()
+    register()
+    model = m3.MiniMaxM3VLForCausalLM.from_pretrained(folder / "m3", attn_implementation="flexmsa", distributed_config=DistributedConfig(tp_plan=plan))
+    results = step_m3(model.train(), model, m3.tokens(2, 60).cpu(), "sparse")
+    step_m3(model, model, m3.tokens(2, 60).cpu(), "sparse")
+    return *results, gradients_of(model), model.model.layers[1].self_attn.k_proj.weight.to_local().shape
+
+
+OTHERS = {**{f"tp-{phase}-{b}": partial(tensor_parallel, phase, b) for phase in PHASES for b in (True, False)}, "tp-m3": tp_m3, "trainer-ddp": trainer_ddp, "trainer-fsdp": trainer_fsdp, "late": late, "bfloat16": both_phases_in_bfloat16, "clipping": clipping}
 WAYS = {k: v for k, v in {**MODELS, **M3_MODELS, **OTHERS}.items() if os.environ.get("ONLY", "") in k}
 
 
@@ -206,7 +235,7 @@ def main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for name, way in WAYS.items():
         try:
-            result = way(rank)
+            result = way(rank, folder) if "tp" in name else way(rank)
         except Exception:
             result = traceback.format_exc()
         torch.save(result, folder / f"{name}-{rank}.pt")

@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flexmsa import _core, ops, validation
+from flexmsa import _core, _loss, ops, validation
 from flexmsa._sequences import Sequences
 from flexmsa.backends import choose_backend
+from flexmsa.distributed.gradients import total, with_total
 from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch
 from flexmsa.integrations.transformers.losses import IndexLosses
+from flexmsa.integrations.transformers.tensor_parallel import head_mesh
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.types import AuxRequest
 
@@ -46,6 +49,20 @@ class Selection(NamedTuple):
     num_local_blocks: int = 1
     num_init_blocks: int = 0
     select: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+class LossRequest(NamedTuple):
+    """How a layer computes its index loss.
+
+    Attributes:
+        value: where the backward writes it; None if the forward computes it.
+        count: what the sum is divided by; None is the number of losses, of all groups.
+        mesh: the processes over which the heads are sharded.
+    """
+
+    value: Tensor | None
+    count: Tensor | float | None
+    mesh: DeviceMesh | None
 
 
 @functools.cache
@@ -105,8 +122,11 @@ def _attend(
             f"attention_mask: expected the table of sequences, got {attention_mask.dtype} "
             f"{list(attention_mask.shape)}; call the model, not a layer of it"
         )
+    validation.reject_context_parallel()
     if block_indices is None and has_index_branch(module):
         raise RuntimeError(f"{type(module).__name__} does not pass keyword arguments to its attention function")
+    if has_index_branch(module):
+        _check_heads(module, key)
     if dropout:
         raise NotImplementedError(f"attention_dropout: expected 0, got {dropout}; set config.attention_dropout = 0")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -114,14 +134,29 @@ def _attend(
         out = _attend_densely(query, key, value, attention_mask, scale)
     else:
         number: Any = module.layer_idx
-        loss_value = None if index_losses is None else index_losses.deferred.get(number)
-        aux = AuxRequest(index_loss=index_losses is not None)
-        out, loss = _attend_sparsely(query, key, value, block_indices, attention_mask, scale, aux, loss_value)
-        if index_losses is not None and loss is not None:
+        given = query, key, value, block_indices, attention_mask, scale
+        if index_losses is None:
+            out, _ = _attend_sparsely(*given)
+        else:
+            request = LossRequest(index_losses.deferred.get(number), index_losses.count, head_mesh(module))
+            out, loss = _attend_sparsely(*given, request)
+            assert loss is not None
             index_losses.record(number, loss)
     if observe is not None:
         observe(query, key, attention_mask, scale)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_heads(module: Any, key: Tensor) -> None:
+    """Raise if heads are sharded without the styles that make the index loss and its gradients whole."""
+    config = module.config
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if key.shape[1] != groups and head_mesh(module) is None:
+        raise ValueError(
+            f"{type(module).__name__}: expected its {groups} groups of heads, got {key.shape[1]}: they are sharded "
+            'without their index branch; load a converted model with this package\'s from_pretrained and tp_plan="auto", '
+            "MiniMax-M3 with minimax_m3_tp_plan()"
+        )
 
 
 def _attend_densely(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, scale: float) -> Tensor:
@@ -147,10 +182,9 @@ def _attend_sparsely(
     selection: Selection,
     table: Tensor | None,
     scale: float,
-    aux: AuxRequest,
-    loss_value: Tensor | None,
+    request: LossRequest | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the output [B, Hq, Sq, D] and, if requested, the index loss: 0 if the backward writes it to loss_value."""
+    """Return the output [B, Hq, Sq, D] and, if requested, the index loss: 0 if the backward writes its value."""
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, *(x.to(q.dtype) for x in selection.heads))
     validation.check_branches_match(q, k, index_q, index_k)
     _, block_size, topk, num_local_blocks, num_init_blocks, select = selection
@@ -169,8 +203,21 @@ def _attend_sparsely(
         rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
     settings = _settings(q, scale, is_plain, block_size, rule, index_q.shape[-1] ** -0.5)
     sequences = Sequences(q, k.shape[2], table=table)
-    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, block_indices, loss_value)
-    return out, found.index_loss
+    if request is None:
+        return _core.attention(q, k, v, index_q, index_k, sequences, settings, AuxRequest(), block_indices)[0], None
+    value, count, mesh = request.value, _loss.check_count("index_loss_count", request.count, q), request.mesh
+    if mesh is not None:
+        # Each process has some groups of a mean over all.
+        count = sequences.count(k.shape[1] * mesh.size()).clamp(min=1) if count is None else count
+        if value is not None:
+            index_q, index_k = with_total(index_q, index_k, value, [mesh.get_group()])
+    branches = q, k, v, index_q, index_k
+    out, found = _core.attention(
+        *branches, sequences, settings, AuxRequest(index_loss=True), block_indices, value, count
+    )
+    assert found.index_loss is not None
+    loss = found.index_loss if mesh is None or value is not None else total(found.index_loss, mesh)
+    return out, loss
 
 
 def _check_plain(q: Tensor, k: Tensor, v: Tensor, *index: Tensor) -> None:

@@ -19,6 +19,7 @@ from flexmsa.integrations.transformers.data_parallel import check_replicas, prep
 from flexmsa.integrations.transformers.index_branch import add_index_branch
 from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
 from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
+from flexmsa.integrations.transformers.tensor_parallel import add_to_plan
 
 __all__ = ["conversion_of", "convert", "install", "model_sizes", "msa_config", "set_warm_up"]
 
@@ -190,6 +191,7 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
             module.index_loss_value = IndexLossValue(weight.device)
         hook_attention(module, conversion, fallback=fallback if _is_local(module) else None)
     model.flexmsa = conversion
+    add_to_plan(model)
     text_config._attn_implementation = IMPLEMENTATION
     _store_settings(model)
     prepare_outputs(type(model))
@@ -245,7 +247,9 @@ def _before_forward(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
         )
     conversion: Conversion = model.flexmsa
     trains = model.training and torch.is_grad_enabled()
-    losses = IndexLosses(conversion.loss_in_backward) if trains or conversion.with_health else None
+    losses = None
+    if trains or conversion.with_health:
+        losses = IndexLosses(conversion.loss_in_backward, conversion.index_loss_count)
     if trains and losses is not None:
         check_replicas(model)
         prepare_shards(model, returns_losses=True)
@@ -284,6 +288,8 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
         output = with_index_loss(output, index_loss)
     if lm_loss is None or not model.training:
         return output
+    if conversion.index_loss_count is not None:
+        share = 1.0
     loss = lm_loss + conversion.index_loss_weight * share * index_loss.to(lm_loss.device)
     if not named:
         return (loss, *output[1:])

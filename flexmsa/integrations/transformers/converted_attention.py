@@ -71,6 +71,8 @@ class Conversion:
         fallback: the attention implementation of layers with a sliding window.
         warm_up: whether the main branch is dense.
         index_loss_weight: of the summed index losses in the loss of a model in training mode.
+        index_loss_count: what the sum of each layer's losses is divided by; None is their number in this forward. See
+            `flexmsa.integrations.transformers.index_loss_count`.
         loss_in_backward: whether the backward computes the index losses in training mode; `outputs.index_loss` is then
             a 0 that has their gradient.
         with_health: measure each forward pass.
@@ -85,6 +87,7 @@ class Conversion:
     fallback: str
     warm_up: bool = True
     index_loss_weight: float = 1.0
+    index_loss_count: Tensor | float | None = None
     loss_in_backward: bool = True
     with_health: bool = False
     select: Callable[[Tensor, Tensor, MSAConfig], Tensor] | None = None

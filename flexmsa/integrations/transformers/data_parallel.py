@@ -1,4 +1,4 @@
-"""What DistributedDataParallel and FSDP2 must know of an index loss, which reaches the loss beside the layers' outputs."""
+"""What DistributedDataParallel and FSDP2 must know of index losses, which pass by the outputs of the layers."""
 
 import sys
 from collections.abc import Iterator

@@ -8,12 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flexmsa.checkpoint import save_selection_policy
 from flexmsa.integrations.transformers.index_branch import has_index_branch, numbers_inside, trains_index_branch
 
-__all__ = ["IndexLossValue", "IndexLosses", "defer_losses", "prepare_checkpointing"]
+__all__ = ["IndexLossValue", "IndexLosses", "defer_losses", "index_loss_count", "prepare_checkpointing"]
 
 
 class IndexLossValue(nn.Module):
@@ -50,6 +51,8 @@ class IndexLosses:
 
     Args:
         in_backward: whether the backward computes the losses of a model in training mode.
+        count: what the sum of each layer's losses is divided by, as for `flexmsa.attention`; default: their number in
+            this forward. See `flexmsa.integrations.transformers.index_loss_count`.
 
     >>> losses = IndexLosses()
     >>> losses.record(3, torch.tensor(0.5, requires_grad=True))
@@ -57,8 +60,8 @@ class IndexLosses:
     ({3: tensor(0.5000)}, tensor(2.0500, grad_fn=<AddBackward0>))
     """
 
-    def __init__(self, in_backward: bool = True) -> None:
-        self.in_backward = in_backward
+    def __init__(self, in_backward: bool = True, count: Tensor | float | None = None) -> None:
+        self.in_backward, self.count = in_backward, count
         self.deferred: dict[int, Tensor] = {}
         self._losses: dict[int, Tensor] = {}
 
@@ -105,6 +108,24 @@ class IndexLosses:
                 "pass ran under no_grad; unfreeze them, or add the losses under no_grad too"
             )
         return loss + weight * total.to(loss.device)
+
+
+def index_loss_count(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Return the number of losses of each layer with an index branch: of its groups, and the queries that see a key.
+
+    Where processes or micro-batches have unequal numbers of tokens, add these counts up for the mean over all of them:
+    see `flexmsa.distributed.global_index_loss_count`.
+
+    Args:
+        input_ids: [B, S]; attention_mask: [B, S], 0 for padding.
+
+    Returns:
+        Scalar int64.
+    """
+    config = model.config.get_text_config()
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return groups * mask.sum()
 
 
 def defer_losses(losses: IndexLosses, model: nn.Module) -> None:
@@ -160,7 +181,7 @@ class _Checkpoint:
             return self.checkpoint(layer, *args)
 
         def run(*args: Any) -> tuple[Tensor, ...]:
-            inside = IndexLosses()
+            inside = IndexLosses(count=losses.count)
             inside.deferred = losses.deferred
             out = layer(*args, index_losses=inside)
             if not isinstance(out, Tensor):
