@@ -1,9 +1,8 @@
 """One of two processes that train models of transformers: `python parallel.py RANK FOLDER`.
 
-Each way writes to FOLDER/WAY-RANK.pt what it returns, or how it failed.
+Each way of WAYS writes what it returns, or how it failed, to FOLDER/WAY-RANK.pt.
 """
 
-import contextlib
 import os
 import sys
 import traceback
@@ -12,49 +11,68 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
-
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import MiniMaxM3VLForCausalLM
 from transformers.distributed import DistributedConfig
-from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from integrations import m3
-from integrations.converted import make_converted, tokens
+from integrations.converted import SETTINGS, make_converted, tokens
+from integrations.parallel_trainer import documented_trainer, run_trainer
 
+from flexmsa.distributed import global_index_loss_count
 from flexmsa.integrations.transformers import (
-    ConversionCallback,
     IndexLosses,
     begin_sparse,
     begin_warm_up,
     clip_gradients,
+    convert,
+    from_pretrained,
+    index_loss_count,
     log_entries,
-    from_pretrained,minimax_m3_tp_plan,register,
+    minimax_m3_tp_plan,
+    register,
 )
 
 PHASES = {"warm-up": begin_warm_up, "sparse": begin_sparse}
+SHARDED = {"tp": True, "tp-in-forward": False}
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"],
+    },
+}
+TRAINERS = {"trainer-ddp": {}, "trainer-fsdp": FSDP}
+# Sharded by rows of the vocabulary.
+EVEN = {"vocab_size": 62}
+
+
+def whole(tensors):
+    return {name: x.full_tensor() if isinstance(x, DTensor) else x.clone() for name, x in tensors.items()}
 
 
 def gradients_of(model):
-    """Whole, by name."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: x.full_tensor() if isinstance(x, DTensor) else x.clone() for name, x in found.items()}
+    return whole({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
-def make_model(checkpointing):
-    """A converted one on a CPU, like the processes."""
-    model = make_converted().cpu().train()
+def make_model(checkpointing=False, **changes):
+    """On a CPU, like the processes."""
+    model = make_converted(**changes).cpu().train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     return model
 
 
-def step(model, call, ids, weight=1.0):
+def step(model, call, ids, **inputs):
     """The index losses of one step, and the gradients."""
-    call(ids, labels=ids, use_cache=False).loss.backward()
+    call(ids, labels=ids, use_cache=False, **inputs).loss.backward()
     return model.flexmsa.report.index_losses, gradients_of(model)
 
 
@@ -78,7 +96,7 @@ def fsdp(model, begin, **options):
     return fully_shard(model, mesh=mesh, **options)
 
 
-def converted(wrap, phase, checkpointing, rank):
+def converted(wrap, phase, checkpointing, rank, folder):
     model = make_model(checkpointing)
     return step(model, wrap(model, PHASES[phase]), tokens(4, 40).cpu().chunk(2)[rank])
 
@@ -91,51 +109,137 @@ def make_m3(phase):
     return model
 
 
-def step_m3(model, call, ids, phase):
-    """The index losses of one step, and the gradients; all of the loss where only the indexers train."""
+def step_m3(model, call, ids, phase="sparse"):
+    """The index losses of one step, and the gradients; of the index losses alone where only the indexers train."""
     losses = IndexLosses()
     out = call(ids, labels=ids, index_losses=losses, use_cache=False)
     losses.add_to(out.loss if phase == "sparse" else torch.zeros(()), weight=0.5).backward()
     return torch.stack(list(losses.values.values())), gradients_of(model)
 
 
-def minimax_m3(wrap, phase, rank):
+def minimax_m3(wrap, phase, rank, folder):
     model = make_m3(phase)
     return step_m3(model, wrap(model, lambda model: None), m3.tokens(4, 60).cpu().chunk(2)[rank], phase)
 
 
-def late(rank):
-    """DistributedDataParallel made while the base was frozen; then with weights that get no gradient."""
-    found = []
-    for first, then in ((begin_warm_up, begin_sparse), (begin_sparse, begin_warm_up)):
-        model = make_model(checkpointing=False)
-        wrapped = ddp(model, first)
-        then(model)
-        try:
-            step(model, wrapped, tokens(2, 40).cpu())
-            found.append("")
-        except ValueError as error:
-            found.append(str(error))
-    return found
+def changed_under_ddp(first, then, rank, folder):
+    """The error, where other weights train than those that DistributedDataParallel was made for."""
+    model = make_model()
+    wrapped = ddp(model, first)
+    then(model)
+    try:
+        step(model, wrapped, tokens(2, 40).cpu())
+    except ValueError as error:
+        return str(error)
+    return "no error"
 
 
-def both_phases_in_bfloat16(rank):
-    """Phase 2 after phase 1, with FSDP2's mixed precision: the dtypes of the gradients."""
+def both_phases_in_bfloat16(rank, folder):
+    """The dtypes of the gradients of phase 2, after phase 1, with FSDP2's mixed precision."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model = make_model(checkpointing=False)
+    model = make_model()
     wrapped = fsdp(model, begin_warm_up, mp_policy=policy)
     step(model, wrapped, tokens(2, 40).cpu())
     begin_sparse(model)
     return {name: str(x.dtype) for name, x in step(model, wrapped, tokens(2, 40).cpu())[1].items()}
 
 
-def clipping(rank):
-    model = make_model(checkpointing=False)
+def clip(rank, folder):
+    model = make_model()
     step(model, fsdp(model, begin_sparse), tokens(4, 40).cpu().chunk(2)[rank])
     return clip_gradients(model, max_norm=0.1), gradients_of(model)
 
 
-MODELS = {
+def padded(rows):
+    """Of 4 rows, of which the last two are shorter."""
+    ids, mask = tokens(4, 40).cpu(), (torch.arange(40) < torch.tensor([[40], [40], [9], [21]])).long()
+    return ids[rows], mask[rows]
+
+
+def unequal(rank, folder):
+    """The index losses and gradients of rows of unequal lengths, with the count of both processes."""
+    model = make_model()
+    wrapped = ddp_once(model, begin_warm_up)
+    ids, mask = padded(slice(2 * rank, 2 * rank + 2))
+    count = index_loss_count(model, ids, mask)
+    model.flexmsa.index_loss_count = global_index_loss_count(count, dist.init_device_mesh("cpu", (2,)))
+    return step(model, wrapped, ids, attention_mask=mask)
+
+
+def inside_context_parallel(rank, folder):
+    """The error inside torch's `context_parallel()`, which accelerate's cp_size enters."""
+    ids = tokens(2, 40).cpu()
+    with context_parallel(dist.init_device_mesh("cpu", (2,)), buffers=[ids], buffer_seq_dims=[1]):
+        try:
+            make_model()(ids)
+        except RuntimeError as error:
+            return str(error)
+    return "no error"
+
+
+def sharded(phase, in_backward, rank, folder):
+    config = DistributedConfig(tp_plan="auto")
+    return measured_step(from_pretrained(folder / "converted", distributed_config=config), phase, in_backward)
+
+
+def measured_step(model, phase, in_backward=True):
+    """Logits, loss, index losses and gradients; what is logged; norms and gradients after clipping."""
+    PHASES[phase](model)
+    model.flexmsa.loss_in_backward, model.flexmsa.with_health = in_backward, True
+    ids = tokens(2, 40).cpu()
+    out = model.train()(ids, labels=ids, use_cache=False)
+    out.loss.backward()
+    found = {"logits": out.logits.detach(), "loss": out.loss.detach(), "gradients": gradients_of(model)}
+    found["log"] = log_entries(model, dist.group.WORLD if dist.is_initialized() else None)
+    found["norms"] = clip_gradients(model, max_norm=0.1)
+    return {**found, "clipped": gradients_of(model)}
+
+
+def converted_when_sharded(rank, folder):
+    """The index losses and gradients of a model that was sharded before it was converted, and its index weights."""
+    config = DistributedConfig(tp_plan="auto")
+    model = type(make_model()).from_pretrained(folder / "dense", distributed_config=config)
+    torch.manual_seed(rank)
+    convert(model, SETTINGS)
+    begin_sparse(model.train())
+    found = step(model, model, tokens(2, 40).cpu())
+    return *found, whole({name: x for name, x in model.state_dict().items() if "index_" in name})
+
+
+def sharded_m3(rank, folder):
+    """The index losses and gradients of two steps, and the shape of the process's keys."""
+    register()
+    settings = {"attn_implementation": "flexmsa", "distributed_config": DistributedConfig(tp_plan=minimax_m3_tp_plan())}
+    model = MiniMaxM3VLForCausalLM.from_pretrained(folder / "m3", **settings).train()
+    step_m3(model, model, m3.tokens(2, 60).cpu())
+    weight = model.model.layers[1].self_attn.k_proj.weight
+    return *step_m3(model, model, m3.tokens(2, 60).cpu()), weight.to_local().shape
+
+
+def plain_columns(rank, folder):
+    """The error where the heads are sharded, and the index branch with them, by styles for other layers."""
+    register()
+    plan = {**minimax_m3_tp_plan(), "model.layers.*.self_attn.indexer.q_proj": "colwise"}
+    settings = {"attn_implementation": "flexmsa", "distributed_config": DistributedConfig(tp_plan=plan)}
+    model = MiniMaxM3VLForCausalLM.from_pretrained(folder / "m3", **settings).train()
+    try:
+        step_m3(model, model, m3.tokens(2, 60).cpu())
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def trainer(options, rank, folder):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return run_trainer(make_model(), folder, steps=2, **options)
+
+
+def m3_trainer(rank, folder):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return documented_trainer(make_m3("sparse"), folder, batch=2, accumulate=1)
+
+
+CONVERTED = {
     f"{way}-{phase}": partial(converted, wrap, phase, checkpointing)
     for phase in PHASES
     for way, wrap, checkpointing in (
@@ -145,102 +249,40 @@ MODELS = {
         ("fsdp-plain", fsdp, False),
     )
 }
-M3_MODELS = {
+M3 = {
     f"{way}-m3-{phase}": partial(minimax_m3, wrap, phase)
     for phase in ("indexers", "sparse")
     for way, wrap in (("ddp-once", ddp_once), ("fsdp", fsdp))
 }
-class Batches(torch.utils.data.Dataset):
-    """Rows of unequal lengths, padded on the right."""
-
-    def __len__(self):
-        return 32
-
-    def __getitem__(self, row):
-        ids, length = tokens(40, seed=row).cpu(), 12 + 5 * (row % 6)
-        mask = torch.arange(40) < length
-        return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
-
-
-class OwnEntries(TrainerCallback):
-    """The entries of this process alone."""
-
-    def __init__(self):
-        self.entries = []
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.entries.append(log_entries(model))
-
-
-def run_trainer(folder, accumulate=1, model=None, steps=4, **options):
-    """Both phases by a Trainer: the logged entries, those of this process, and the weights."""
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulate, **options}
-    options |= {"optim": "sgd", "learning_rate": 0.5, "logging_steps": 1, "save_strategy": "no", "seed": 0}
-    arguments = TrainingArguments(
-        str(folder), max_steps=steps, use_cpu=True, report_to="none", disable_tqdm=True, lr_scheduler_type="constant",
-        max_grad_norm=0.5, **options,
-    )
-    own = OwnEntries()
-    callbacks = [own, ConversionCallback(steps // 2, index_loss_weight=0.5)]
-    model = make_model(checkpointing=False) if model is None else model
-    trainer = Trainer(model, arguments, train_dataset=Batches(), callbacks=callbacks)
-    trainer.train()
-    weights = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in model.state_dict().items()}
-    return [entry for entry in trainer.state.log_history if "loss" in entry], own.entries, weights
-
-
-def trainer_ddp(rank):
-    return run_trainer("/tmp/out")
-
-
-def trainer_fsdp(rank):
-    plugin = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"], "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return run_trainer("/tmp/out", fsdp=True, fsdp_config=plugin)
-
-
-def tensor_parallel(phase, in_backward, rank, folder):
-    """The logits, index losses and gradients of a converted model with sharded heads; health, and norms."""
-    model = from_pretrained(folder / "converted", distributed_config=DistributedConfig(tp_plan="auto"))
-    return step_sharded(model, phase, in_backward)
-
-
-def step_sharded(model, phase, in_backward=True):
-    PHASES[phase](model)
-    model.flexmsa.loss_in_backward, model.flexmsa.with_health = in_backward, True
-    ids = tokens(2, 40).cpu()
-    out = model.train()(ids, labels=ids, use_cache=False)
-    out.loss.backward()
-    gradients = gradients_of(model)
-    health = {name: x for name, x in log_entries(model, dist.group.WORLD if dist.is_initialized() else None).items()}
-    norms = clip_gradients(model, max_norm=0.1)
-    return out.logits.detach(), out.loss.detach(), model.flexmsa.report.index_losses, gradients, health, norms, gradients_of(model)
-
-
-def tp_m3(rank, folder):
-    plan = minimax_m3_tp_plan()
-    register()
-    model = m3.MiniMaxM3VLForCausalLM.from_pretrained(folder / "m3", attn_implementation="flexmsa", distributed_config=DistributedConfig(tp_plan=plan))
-    results = step_m3(model.train(), model, m3.tokens(2, 60).cpu(), "sparse")
-    step_m3(model, model, m3.tokens(2, 60).cpu(), "sparse")
-    return *results, gradients_of(model), model.model.layers[1].self_attn.k_proj.weight.to_local().shape
-
-
-OTHERS = {**{f"tp-{phase}-{b}": partial(tensor_parallel, phase, b) for phase in PHASES for b in (True, False)}, "tp-m3": tp_m3, "trainer-ddp": trainer_ddp, "trainer-fsdp": trainer_fsdp, "late": late, "bfloat16": both_phases_in_bfloat16, "clipping": clipping}
-WAYS = {k: v for k, v in {**MODELS, **M3_MODELS, **OTHERS}.items() if os.environ.get("ONLY", "") in k}
+WAYS = {
+    **CONVERTED,
+    **M3,
+    **{f"{way}-{phase}": partial(sharded, phase, value) for way, value in SHARDED.items() for phase in PHASES},
+    **{way: partial(trainer, options) for way, options in TRAINERS.items()},
+    "thawed": partial(changed_under_ddp, begin_warm_up, begin_sparse),
+    "frozen": partial(changed_under_ddp, begin_sparse, begin_warm_up),
+    "bfloat16": both_phases_in_bfloat16,
+    "clip": clip,
+    "unequal": unequal,
+    "context-parallel": inside_context_parallel,
+    "tp-converted": converted_when_sharded,
+    "tp-m3": sharded_m3,
+    "tp-plain-columns": plain_columns,
+    "m3-trainer": m3_trainer,
+}
 
 
 def main(rank: int, folder: Path) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29877")
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **address)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for name, way in WAYS.items():
         try:
-            result = way(rank, folder) if "tp" in name else way(rank)
+            result = way(rank, folder)
         except Exception:
             result = traceback.format_exc()
         torch.save(result, folder / f"{name}-{rank}.pt")
-    with contextlib.suppress(RuntimeError):
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -56,12 +56,12 @@ class LossRequest(NamedTuple):
 
     Attributes:
         value: where the backward writes it; None if the forward computes it.
-        count: what the sum is divided by; None is the number of losses, of all groups.
+        divisor: of the sum of the losses; None is their number, of all groups.
         mesh: the processes over which the heads are sharded.
     """
 
     value: Tensor | None
-    count: Tensor | float | None
+    divisor: Tensor | float | None
     mesh: DeviceMesh | None
 
 
@@ -154,8 +154,8 @@ def _check_heads(module: Any, key: Tensor) -> None:
     if key.shape[1] != groups and head_mesh(module) is None:
         raise ValueError(
             f"{type(module).__name__}: expected its {groups} groups of heads, got {key.shape[1]}: they are sharded "
-            'without their index branch; load a converted model with this package\'s from_pretrained and tp_plan="auto", '
-            "MiniMax-M3 with minimax_m3_tp_plan()"
+            "without their index branch; load a converted model by this package's from_pretrained with "
+            'tp_plan="auto", and MiniMax-M3 with minimax_m3_tp_plan()'
         )
 
 
@@ -205,7 +205,7 @@ def _attend_sparsely(
     sequences = Sequences(q, k.shape[2], table=table)
     if request is None:
         return _core.attention(q, k, v, index_q, index_k, sequences, settings, AuxRequest(), block_indices)[0], None
-    value, count, mesh = request.value, _loss.check_count("index_loss_count", request.count, q), request.mesh
+    value, count, mesh = request.value, _loss.check_count("index_loss_count", request.divisor, q), request.mesh
     if mesh is not None:
         # Each process has some groups of a mean over all.
         count = sequences.count(k.shape[1] * mesh.size()).clamp(min=1) if count is None else count

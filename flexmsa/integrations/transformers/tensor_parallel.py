@@ -21,12 +21,7 @@ from flexmsa.integrations.transformers.index_branch import has_index_branch
 __all__ = ["add_to_plan", "head_mesh", "minimax_m3_tp_plan", "register_styles"]
 
 _HEADS, _REPLICATED = "flexmsa_heads", "flexmsa_replicated"
-_PARTS = {
-    "index_q_proj": _HEADS,
-    "index_k_proj": _REPLICATED,
-    "index_q_norm": _REPLICATED,
-    "index_k_norm": _REPLICATED,
-}
+_PARTS = {"index_q_proj": _HEADS, "index_k_proj": _REPLICATED, "index_q_norm": _REPLICATED, "index_k_norm": _REPLICATED}
 # transformers sums their gradients too, but again and again where gradients are accumulated.
 _NORMS = "q_norm", "k_norm"
 
@@ -54,8 +49,9 @@ class _Replicated(TensorParallelLayer):
 
 def register_styles() -> None:
     """Make the styles known to transformers."""
-    ALL_PARALLEL_STYLES.register(_HEADS, _Heads())
-    ALL_PARALLEL_STYLES.register(_REPLICATED, _Replicated())
+    styles: Any = ALL_PARALLEL_STYLES
+    styles.register(_HEADS, _Heads())
+    styles.register(_REPLICATED, _Replicated())
 
 
 def minimax_m3_tp_plan(prefix: str = "model.") -> dict[str, str]:

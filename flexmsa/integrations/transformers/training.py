@@ -182,10 +182,10 @@ class ConversionCallback(TrainerCallback, ExportableState):
     """Both phases of a conversion in one run of `transformers.Trainer`, on a model that `convert` made.
 
     It freezes and unfreezes weights, switches the selection on, clips the gradients of the base and of the index
-    branches separately, and adds `log_entries`, averaged over all processes, to every log, with the norms before clipping as grad_norm/base and
-    grad_norm/index. Each gradient is clipped to `TrainingArguments.max_grad_norm`; with fp16, FSDP1 or DeepSpeed, whose
-    gradients the callback cannot read, Trainer clips both jointly. A run that resumes from a checkpoint of either phase
-    continues as without the interruption.
+    branches separately, and adds `log_entries`, averaged over all processes, to every log, with the norms before
+    clipping as grad_norm/base and grad_norm/index. Each gradient is clipped to `TrainingArguments.max_grad_norm`; with
+    fp16, FSDP1 or DeepSpeed, whose gradients the callback cannot read, Trainer clips both jointly. A run that resumes
+    from a checkpoint of either phase continues as without the interruption.
 
     Args:
         warm_up_steps: optimizer steps of phase 1; the rest of the run is phase 2.
