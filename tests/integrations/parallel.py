@@ -25,7 +25,7 @@ from integrations import m3
 from integrations.converted import SETTINGS, make_converted, tokens
 from integrations.parallel_trainer import documented_trainer, run_trainer
 
-from flexmsa.distributed import global_index_loss_count
+from flexmsa.distributed import SequenceShards, global_index_loss_count
 from flexmsa.integrations.transformers import (
     IndexLosses,
     begin_sparse,
@@ -109,10 +109,10 @@ def make_m3(phase):
     return model
 
 
-def step_m3(model, call, ids, phase="sparse"):
+def step_m3(model, call, ids, phase="sparse", **inputs):
     """The index losses of one step, and the gradients; of the index losses alone where only the indexers train."""
     losses = IndexLosses()
-    out = call(ids, labels=ids, index_losses=losses, use_cache=False)
+    out = call(ids, labels=ids, index_losses=losses, use_cache=False, **inputs)
     losses.add_to(out.loss if phase == "sparse" else torch.zeros(()), weight=0.5).backward()
     return torch.stack(list(losses.values.values())), gradients_of(model)
 
@@ -175,6 +175,48 @@ def inside_context_parallel(rank, folder):
         except RuntimeError as error:
             return str(error)
     return "no error"
+
+
+def documents():
+    """A row of documents: ids, targets, which end with their documents, and offsets."""
+    offsets = torch.tensor([0, 13, 40, 61], dtype=torch.int32)
+    ids = tokens(1, 61).cpu()
+    targets = torch.full_like(ids, -100)
+    targets[:, :-1] = ids[:, 1:]
+    targets[:, offsets[1:-1].long() - 1] = -100
+    return ids, targets, offsets
+
+
+def shard_tokens(make, phase, rank, folder):
+    """The index losses and gradients of a model whose processes have some tokens of every document."""
+    ids, targets, offsets = documents()
+    shards = SequenceShards(61, dist.init_device_mesh("cpu", (2,)), cu_seqlens=offsets)
+    inputs = {"position_ids": shards.row_positions(), "shards": shards}
+    inputs["shift_labels"] = shards.shard(targets, fill=-100)
+    # The average over the processes of sums that are divided by it is the mean over all targets.
+    inputs["num_items_in_batch"] = targets.ne(-100).sum() / 2
+    return make(phase, shards.shard(ids), inputs)
+
+
+def packed(ids, targets, offsets):
+    """The inputs of one process."""
+    positions = torch.cat([torch.arange(n) for n in offsets.diff().tolist()])[None]
+    return {"position_ids": positions, "shift_labels": targets, "num_items_in_batch": targets.ne(-100).sum()}
+
+
+def step_on_documents(phase, ids, inputs):
+    model = make_model(checkpointing=True)
+    PHASES[phase](model)
+    return step(model, replicated(model), ids, **inputs)
+
+
+def step_m3_on_documents(phase, ids, inputs):
+    model = make_m3("sparse")
+    return step_m3(model, replicated(model), ids, **inputs)
+
+
+def replicated(model):
+    return DistributedDataParallel(model, find_unused_parameters=True) if dist.is_initialized() else model
 
 
 def sharded(phase, in_backward, rank, folder):
@@ -254,7 +296,13 @@ M3 = {
     for phase in ("indexers", "sparse")
     for way, wrap in (("ddp-once", ddp_once), ("fsdp", fsdp))
 }
+SHARDS = {
+    "cp-warm-up": (step_on_documents, "warm-up"),
+    "cp-sparse": (step_on_documents, "sparse"),
+    "cp-m3": (step_m3_on_documents, "sparse"),
+}
 WAYS = {
+    **{way: partial(shard_tokens, *what) for way, what in SHARDS.items()},
     **CONVERTED,
     **M3,
     **{f"{way}-{phase}": partial(sharded, phase, value) for way, value in SHARDED.items() for phase in PHASES},

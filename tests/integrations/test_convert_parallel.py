@@ -14,11 +14,14 @@ from integrations.parallel import (
     M3,
     PHASES,
     SHARDED,
+    SHARDS,
     TRAINERS,
+    documents,
     gradients_of,
     make_m3,
     make_model,
     measured_step,
+    packed,
     padded,
     step,
     step_m3,
@@ -148,6 +151,13 @@ def test_minimax_m3_with_sharded_heads(folder):
         torch.testing.assert_close(found, losses)
         assert_same(theirs, gradients)
         assert shape == (16, 32)
+
+
+@pytest.mark.parametrize("way", SHARDS)
+def test_sharded_tokens(way, folder):
+    make, phase = SHARDS[way]
+    ids, *others = documents()
+    assert_halves(results(folder, way), *make(phase, ids, packed(ids, *others)))
 
 
 def test_both_phases_in_a_trainer(folder, tmp_path):

@@ -19,14 +19,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flexmsa import _core, _loss, ops, validation
 from flexmsa._sequences import Sequences
 from flexmsa.backends import choose_backend
+from flexmsa.distributed.context_parallel import context_parallel_attention
+from flexmsa.distributed.gather import gather_tokens
 from flexmsa.distributed.gradients import total, with_total
+from flexmsa.distributed.shards import SequenceShards
 from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch
 from flexmsa.integrations.transformers.losses import IndexLosses
 from flexmsa.integrations.transformers.tensor_parallel import head_mesh
 from flexmsa.kernels.rules import SelectionRule
-from flexmsa.types import AuxRequest
+from flexmsa.types import AuxOutput, AuxRequest
 
-__all__ = ["IMPLEMENTATION", "Selection", "register_attention"]
+__all__ = ["IMPLEMENTATION", "Selection", "check_shards", "register_attention"]
 
 IMPLEMENTATION = "flexmsa"
 # In dense attention, the block size affects only the speed.
@@ -102,12 +105,14 @@ def _attend(
     block_indices: Selection | None = None,
     index_losses: IndexLosses | None = None,
     observe: Callable[[Tensor, Tensor, Tensor | None, float], None] | None = None,
+    shards: SequenceShards | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D] to out [B, Sq, Hq, D], and None for weights.
 
     If `module.flexmsa_fallback` names another implementation, that one attends (in layers with a sliding window, for
-    example). `observe` is called with query, key, the table of sequences and scaling.
+    example). `observe` is called with query, key, the table of sequences and scaling. With `shards`, q, k and v are
+    this process's tokens.
     """
     if not hasattr(module, "flexmsa_fallback"):
         raise NotImplementedError(
@@ -115,6 +120,8 @@ def _attend(
             "call register() for the first, and convert(model) for others"
         )
     if module.flexmsa_fallback is not None:
+        if shards is not None:
+            raise ValueError("shards: expected full attention in all layers, got a layer with a sliding window")
         attend = ALL_ATTENTION_FUNCTIONS[module.flexmsa_fallback]
         return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if attention_mask is not None and attention_mask.dtype != torch.int32:
@@ -130,18 +137,18 @@ def _attend(
     if dropout:
         raise NotImplementedError(f"attention_dropout: expected 0, got {dropout}; set config.attention_dropout = 0")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if block_indices is None:
+    number: Any = module.layer_idx
+    request = loss = None
+    if index_losses is not None:
+        request = LossRequest(index_losses.deferred.get(number), index_losses.count, head_mesh(module))
+    if shards is not None:
+        out, loss = _attend_with_shards(query, key, value, block_indices, shards, scale, request)
+    elif block_indices is None:
         out = _attend_densely(query, key, value, attention_mask, scale)
     else:
-        number: Any = module.layer_idx
-        given = query, key, value, block_indices, attention_mask, scale
-        if index_losses is None:
-            out, _ = _attend_sparsely(*given)
-        else:
-            request = LossRequest(index_losses.deferred.get(number), index_losses.count, head_mesh(module))
-            out, loss = _attend_sparsely(*given, request)
-            assert loss is not None
-            index_losses.record(number, loss)
+        out, loss = _attend_sparsely(query, key, value, block_indices, attention_mask, scale, request)
+    if index_losses is not None and loss is not None:
+        index_losses.record(number, loss)
     if observe is not None:
         observe(query, key, attention_mask, scale)
     return out.transpose(1, 2).contiguous(), None
@@ -218,6 +225,51 @@ def _attend_sparsely(
     assert found.index_loss is not None
     loss = found.index_loss if mesh is None or value is not None else total(found.index_loss, mesh)
     return out, loss
+
+
+def check_shards(shards: Any, attention_mask: Any, position_ids: Any) -> None:
+    """Check what a model is called with beside the shards of its tokens."""
+    if not isinstance(shards, SequenceShards):
+        raise TypeError(f"shards: expected SequenceShards, got {type(shards).__name__}")
+    if attention_mask is not None:
+        raise ValueError("attention_mask: expected None with shards, got one; pack documents in place of padding")
+    if position_ids is None:
+        raise ValueError("position_ids: expected shards.row_positions() with shards, got None")
+
+
+def _attend_with_shards(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection | None,
+    shards: SequenceShards,
+    scale: float,
+    request: LossRequest | None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `_attend_sparsely`, or for selection None `_attend_densely`, for this process's tokens of all."""
+    if selection is None:
+        q, k, v = ops.cast_to_autocast(q, k, v)
+        k, v = gather_tokens(k, shards), gather_tokens(v, shards)
+        sequences = Sequences(q, shards.seqlen, table=shards.fragments)
+        settings = _settings(q, scale, False, _DENSE_BLOCK_SIZE)
+        return _core.main_branch(q, k, v, None, sequences, settings, AuxRequest())[0], None
+    heads, block_size, topk, num_local_blocks, num_init_blocks, select = selection
+    if select is not None or (request is not None and (request.divisor is not None or request.mesh is not None)):
+        raise ValueError(
+            "shards: expected a model with whole heads, and no select and no index_loss_count, got one of them"
+        )
+    out, aux = context_parallel_attention(
+        *(q, k, v, *(x.to(q.dtype) for x in heads), shards),
+        block_size=block_size,
+        topk=topk,
+        num_local_blocks=num_local_blocks,
+        num_init_blocks=num_init_blocks,
+        scale=scale,
+        return_aux=AuxRequest(index_loss=request is not None),
+        index_loss_value=None if request is None else request.value,
+    )
+    assert isinstance(aux, AuxOutput)
+    return out, aux.index_loss
 
 
 def _check_plain(q: Tensor, k: Tensor, v: Tensor, *index: Tensor) -> None:

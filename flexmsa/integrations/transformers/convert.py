@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmsa.config import MSAConfig
-from flexmsa.integrations.transformers.attention import IMPLEMENTATION, register_attention
+from flexmsa.integrations.transformers.attention import IMPLEMENTATION, check_shards, register_attention
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
 from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
 from flexmsa.integrations.transformers.index_branch import add_index_branch
@@ -246,6 +246,10 @@ def _before_forward(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
             "index_losses: expected none, got some; the loss of a converted model already includes them, weighted"
         )
     conversion: Conversion = model.flexmsa
+    if kwargs.get("shards") is not None:
+        check_shards(kwargs["shards"], kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        if conversion.with_health:
+            raise ValueError("with_health: expected False with shards, which are parts of sequences, got True")
     trains = model.training and torch.is_grad_enabled()
     losses = None
     if trains or conversion.with_health:
@@ -288,7 +292,7 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
         output = with_index_loss(output, index_loss)
     if lm_loss is None or not model.training:
         return output
-    if conversion.index_loss_count is not None:
+    if conversion.index_loss_count is not None or kwargs.get("shards") is not None:
         share = 1.0
     loss = lm_loss + conversion.index_loss_weight * share * index_loss.to(lm_loss.device)
     if not named:

@@ -124,7 +124,10 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple
         return args, kwargs
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    kwargs["attention_mask"] = _sequences(forward_pass, hidden_states, cache, module.layer_idx, kwargs)
+    whole = kwargs.get("shards") is None
+    kwargs["attention_mask"] = (
+        _sequences(forward_pass, hidden_states, cache, module.layer_idx, kwargs) if whole else None
+    )
     if not has_index_branch(module):
         return args, kwargs
     rope = kwargs["position_embeddings"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as modeling
 
-from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection, register_attention
+from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection, check_shards, register_attention
 from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
 from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch
 from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
@@ -87,9 +87,12 @@ def _text_model_forward(forward: Callable) -> Callable:
         if self.config._attn_implementation == IMPLEMENTATION and tokens is not None:
             padding = next(iter(attention_mask.values())) if isinstance(attention_mask, dict) else attention_mask
             documents = kwargs.get("cu_seq_lens_q")
-            attention_mask = {
-                "full_attention": find_sequences(tokens, padding, position_ids, documents, past_key_values)
-            }
+            table = None
+            if kwargs.get("shards") is None:
+                table = find_sequences(tokens, padding, position_ids, documents, past_key_values)
+            else:
+                check_shards(kwargs["shards"], padding, position_ids)
+            attention_mask = {"full_attention": table}
             if self.training and torch.is_grad_enabled():
                 prepare_checkpointing(self)
                 losses: IndexLosses | None = kwargs.get("index_losses")
