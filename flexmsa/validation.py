@@ -37,7 +37,7 @@ def reject_context_parallel() -> None:
     if not torch.compiler.is_compiling() and F.scaled_dot_product_attention in replaced:
         raise RuntimeError(
             "flexmsa inside torch's context_parallel(): it would take this process's part as the whole sequence; use "
-            "flexmsa.distributed.context_parallel_attention outside of it, with its SequenceShards"
+            "flexmsa.distributed.SequenceShards outside of it, with context_parallel_attention or a model's `shards`"
         )
 
 

@@ -67,6 +67,21 @@ class LossRequest(NamedTuple):
     divisor: Tensor | float | None
     mesh: DeviceMesh | None
 
+    def groups(self, k: Tensor) -> int:
+        """Return the number of groups of all processes; k has this one's."""
+        return k.shape[1] * (1 if self.mesh is None else self.mesh.size())
+
+    def of_own_heads(self, index_q: Tensor, index_k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both; their backward adds up the processes' values."""
+        if self.mesh is None or self.value is None:
+            return index_q, index_k
+        return with_total(index_q, index_k, self.value, [self.mesh.get_group()])
+
+    def of_all_heads(self, loss: Tensor | None) -> Tensor:
+        """Return the loss of all processes' heads; with a value, it is a 0 with this process's part of the gradient."""
+        assert loss is not None
+        return loss if self.mesh is None or self.value is not None else total(loss, self.mesh)
+
 
 @functools.cache
 def register_attention() -> None:
@@ -212,19 +227,13 @@ def _attend_sparsely(
     sequences = Sequences(q, k.shape[2], table=table)
     if request is None:
         return _core.attention(q, k, v, index_q, index_k, sequences, settings, AuxRequest(), block_indices)[0], None
-    value, count, mesh = request.value, _loss.check_count("index_loss_count", request.divisor, q), request.mesh
-    if mesh is not None:
-        # Each process has some groups of a mean over all.
-        count = sequences.count(k.shape[1] * mesh.size()).clamp(min=1) if count is None else count
-        if value is not None:
-            index_q, index_k = with_total(index_q, index_k, value, [mesh.get_group()])
-    branches = q, k, v, index_q, index_k
-    out, found = _core.attention(
-        *branches, sequences, settings, AuxRequest(index_loss=True), block_indices, value, count
-    )
-    assert found.index_loss is not None
-    loss = found.index_loss if mesh is None or value is not None else total(found.index_loss, mesh)
-    return out, loss
+    count = _loss.check_count("index_loss_count", request.divisor, q)
+    if count is None and request.mesh is not None:
+        count = sequences.count(request.groups(k)).clamp(min=1)
+    branches = q, k, v, *request.of_own_heads(index_q, index_k)
+    aux = AuxRequest(index_loss=True)
+    out, found = _core.attention(*branches, sequences, settings, aux, block_indices, request.value, count)
+    return out, request.of_all_heads(found.index_loss)
 
 
 def check_shards(shards: Any, attention_mask: Any, position_ids: Any) -> None:
@@ -254,22 +263,26 @@ def _attend_with_shards(
         settings = _settings(q, scale, False, _DENSE_BLOCK_SIZE)
         return _core.main_branch(q, k, v, None, sequences, settings, AuxRequest())[0], None
     heads, block_size, topk, num_local_blocks, num_init_blocks, select = selection
-    if select is not None or (request is not None and (request.divisor is not None or request.mesh is not None)):
-        raise ValueError(
-            "shards: expected a model with whole heads, and no select and no index_loss_count, got one of them"
-        )
+    if select is not None:
+        raise ValueError("select: expected None with shards, which are parts of sequences, got a function")
+    index_q, index_k = (x.to(q.dtype) for x in heads)
+    loss: dict[str, Any] = {}
+    if request is not None:
+        index_q, index_k = request.of_own_heads(index_q, index_k)
+        count = shards.index_loss_count(request.groups(k)) if request.divisor is None else request.divisor
+        loss = {"index_loss_count": count, "index_loss_value": request.value}
     out, aux = context_parallel_attention(
-        *(q, k, v, *(x.to(q.dtype) for x in heads), shards),
+        *(q, k, v, index_q, index_k, shards),
         block_size=block_size,
         topk=topk,
         num_local_blocks=num_local_blocks,
         num_init_blocks=num_init_blocks,
         scale=scale,
         return_aux=AuxRequest(index_loss=request is not None),
-        index_loss_value=None if request is None else request.value,
+        **loss,
     )
     assert isinstance(aux, AuxOutput)
-    return out, aux.index_loss
+    return out, None if request is None else request.of_all_heads(aux.index_loss)
 
 
 def _check_plain(q: Tensor, k: Tensor, v: Tensor, *index: Tensor) -> None:

@@ -78,7 +78,7 @@ def renew_shards(model: nn.Module) -> None:
 
 
 def is_sharded_flat(model: nn.Module) -> bool:
-    """Return whether FSDP1 shards the weights, whose gradients are then pieces of no shape."""
+    """Return whether FSDP1 shards the weights, whose gradients then have no shape of their own."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FullyShardedDataParallel", None)
     return kind is not None and any(isinstance(module, kind) for module in model.modules())
