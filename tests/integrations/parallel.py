@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
-from transformers import MiniMaxM3VLForCausalLM
+from transformers import MiniMaxM3VLForCausalLM, Trainer
 from transformers.distributed import DistributedConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from integrations import m3
 from integrations.converted import SETTINGS, make_converted, tokens
-from integrations.parallel_trainer import documented_trainer, run_trainer
+from integrations.parallel_trainer import FSDPTrainer, documented_trainer, run_trainer
 
 from flexmsa.distributed import SequenceShards, global_index_loss_count
 from flexmsa.integrations.transformers import (
@@ -41,15 +41,7 @@ from flexmsa.integrations.transformers import (
 
 PHASES = {"warm-up": begin_warm_up, "sparse": begin_sparse}
 SHARDED = {"tp": True, "tp-in-forward": False}
-FSDP = {
-    "fsdp": True,
-    "fsdp_config": {
-        "fsdp_version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"],
-    },
-}
-TRAINERS = {"trainer-ddp": {}, "trainer-fsdp": FSDP}
+TRAINERS = {"trainer-ddp": Trainer, "trainer-fsdp": FSDPTrainer}
 # Sharded by rows of the vocabulary.
 EVEN = {"vocab_size": 62}
 
@@ -237,6 +229,19 @@ def measured_step(model, phase, in_backward=True):
     return {**found, "clipped": gradients_of(model)}
 
 
+def generate(model):
+    begin_sparse(model.eval())
+    return model.generate(tokens(2, 50).cpu(), max_new_tokens=8, do_sample=False, pad_token_id=0)
+
+
+def sharded_generation(rank, folder):
+    """The text of a converted model with sharded heads, which it saves whole."""
+    model = from_pretrained(folder / "converted", distributed_config=DistributedConfig(tp_plan="auto"))
+    text = generate(model)
+    model.save_pretrained(folder / "saved")
+    return text
+
+
 def converted_when_sharded(rank, folder):
     """The index losses and gradients of a model that was sharded before it was converted, and its index weights."""
     config = DistributedConfig(tp_plan="auto")
@@ -271,9 +276,10 @@ def plain_columns(rank, folder):
     return "no error"
 
 
-def trainer(options, rank, folder):
+def trainer(kind, rank, folder):
     AcceleratorState._reset_state(reset_partial_state=True)
-    return run_trainer(make_model(), folder, steps=2, **options)
+    model = make_model()
+    return *run_trainer(model, folder, steps=2, kind=kind), isinstance(model, FSDPModule)
 
 
 def m3_trainer(rank, folder):
@@ -306,7 +312,7 @@ WAYS = {
     **CONVERTED,
     **M3,
     **{f"{way}-{phase}": partial(sharded, phase, value) for way, value in SHARDED.items() for phase in PHASES},
-    **{way: partial(trainer, options) for way, options in TRAINERS.items()},
+    **{way: partial(trainer, kind) for way, kind in TRAINERS.items()},
     "thawed": partial(changed_under_ddp, begin_warm_up, begin_sparse),
     "frozen": partial(changed_under_ddp, begin_sparse, begin_warm_up),
     "bfloat16": both_phases_in_bfloat16,
@@ -314,6 +320,7 @@ WAYS = {
     "unequal": unequal,
     "context-parallel": inside_context_parallel,
     "tp-converted": converted_when_sharded,
+    "tp-generation": sharded_generation,
     "tp-m3": sharded_m3,
     "tp-plain-columns": plain_columns,
     "m3-trainer": m3_trainer,

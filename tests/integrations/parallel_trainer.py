@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from integrations import m3
 from integrations.converted import tokens
 from integrations.device import training_arguments
@@ -39,19 +41,34 @@ class OwnEntries(TrainerCallback):
         self.entries.append(log_entries(model))
 
 
+class FSDPTrainer(Trainer):
+    """With FSDP2, which accelerate refuses on a CPU: its state says what it says on a GPU."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        state, PartialState._shared_state["distributed_type"] = self.accelerator.state, DistributedType.FSDP
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Qwen3DecoderLayer"],
+        )
+        self.is_fsdp_enabled = True
+
+
 def weights_of(model):
     return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in model.state_dict().items()}
 
 
-def run_trainer(model, folder, steps, accumulate=1, **options):
+def run_trainer(model, folder, steps, accumulate=1, kind=Trainer, **options):
     """Half of the steps in phase 1: what is logged, the entries of this process, and the weights."""
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulate, **options}
     arguments = training_arguments(folder, steps, max_grad_norm=0.1, **OPTIONS, **options)
     own = OwnEntries()
     callbacks = [own, ConversionCallback(steps // 2, index_loss_weight=0.5)]
-    trainer = Trainer(model, arguments, train_dataset=Batches(tokens, 40), callbacks=callbacks)
+    trainer = kind(model, arguments, train_dataset=Batches(tokens, 40), callbacks=callbacks)
     trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry], own.entries, weights_of(model)
+    return [entry for entry in trainer.state.log_history if "loss" in entry], own.entries, weights_of(trainer.model)
 
 
 def documented_trainer(model, folder, batch, accumulate):

@@ -17,6 +17,7 @@ from integrations.parallel import (
     SHARDS,
     TRAINERS,
     documents,
+    generate,
     gradients_of,
     make_m3,
     make_model,
@@ -28,7 +29,7 @@ from integrations.parallel import (
 )
 from integrations.parallel_trainer import documented_trainer, run_trainer
 
-from flexmsa.integrations.transformers import begin_sparse, begin_warm_up, clip_gradients, convert
+from flexmsa.integrations.transformers import begin_sparse, begin_warm_up, clip_gradients, convert, from_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,14 @@ def test_sharded_heads(way, phase, folder):
                 torch.testing.assert_close(found[name], x, atol=1e-5, rtol=1e-5)
 
 
+def test_generation_with_sharded_heads(folder):
+    model = make_model(**EVEN)
+    text = generate(model)
+    for found in results(folder, "tp-generation"):
+        assert found.equal(text)
+    assert_same(from_pretrained(folder / "saved").state_dict(), model.state_dict())
+
+
 def test_a_model_that_is_converted_when_its_heads_are_sharded(folder):
     (losses, gradients, weights), other = results(folder, "tp-converted")
     assert_same(weights, other[2])
@@ -163,7 +172,8 @@ def test_sharded_tokens(way, folder):
 def test_both_phases_in_a_trainer(folder, tmp_path):
     _, _, weights = run_trainer(make_model(), tmp_path, steps=2, accumulate=2)
     for way in TRAINERS:
-        (log, own, mine), (same_log, others, theirs) = results(folder, way)
+        (log, own, mine, with_fsdp), (same_log, others, theirs, _) = results(folder, way)
+        assert with_fsdp == (way == "trainer-fsdp")
         assert_same(mine, weights)
         assert_same(theirs, weights)
         assert [entry["grad_norm/base"] > 0 for entry in log] == [False, True]
