@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import context_parallel
@@ -51,7 +52,8 @@ def whole(tensors):
 
 
 def gradients_of(model):
-    return whole({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return whole({name.replace("_checkpoint_wrapped_module.", ""): x for name, x in found.items()})
 
 
 def make_model(checkpointing=False, **changes):
@@ -86,6 +88,13 @@ def fsdp(model, begin, **options):
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
+
+
+def fsdp_of_wrapped(model, begin):
+    """With the checkpointing of accelerate's FSDP2."""
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = checkpoint_wrapper(layer, preserve_rng_state=False)
+    return fsdp(model, begin)
 
 
 def converted(wrap, phase, checkpointing, rank, folder):
@@ -295,6 +304,7 @@ CONVERTED = {
         ("ddp-once", ddp_once, True),
         ("fsdp", fsdp, True),
         ("fsdp-plain", fsdp, False),
+        ("fsdp-wrapped", fsdp_of_wrapped, False),
     )
 }
 M3 = {

@@ -73,6 +73,9 @@ class IndexLosses:
     def record(self, layer: int, loss: Tensor) -> None:
         """Store the loss of `layer`, a scalar."""
         if layer in self._losses:
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                # A layer in torch's checkpoint_wrapper runs again in the backward: the first loss has the gradient.
+                return
             raise ValueError("index_losses: expected an empty IndexLosses, got a used one; make one for each forward")
         self._losses[layer] = loss
 
