@@ -33,9 +33,10 @@ class IndexLossMixin:
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         loss, *outputs = found if return_outputs else (found,)
         if losses:
-            # Trainer divides the loss by the number of micro-batches unless it counted their tokens.
+            # Trainer divides the loss by the number of micro-batches unless it counted their tokens; a count of the
+            # losses is one of all micro-batches.
             divides = num_items_in_batch is None or not self.model_accepts_loss_kwargs
-            divides = divides and self.compute_loss_func is None
+            divides = (divides and self.compute_loss_func is None) or converted.flexmsa.index_loss_count is not None
             steps = 1 if divides else self.current_gradient_accumulation_steps
             total = torch.stack([x.to(loss.device) for x in losses]).sum()
             loss = loss + converted.flexmsa.index_loss_weight / steps * total
