@@ -25,6 +25,7 @@ from flexmsa.config import MSAConfig
 from flexmsa.distributed import ContextParallel, SequenceShards, tensor_parallel_plan
 from flexmsa.functional import select_blocks
 from flexmsa.modules import MSAttention
+from flexmsa.recipes.text import IGNORED
 
 __all__ = ["GPT", "Block", "parallelize"]
 
@@ -77,6 +78,7 @@ class Block(nn.Module):
         Under tensor parallel those of this process's heads.
         """
         (start, stop), config = document, self.attention.config
+        assert config.topk is not None
         first = max(start, stop - MEASURED_QUERIES)
         positions = None if shards is None else shards.row_positions()
         q, k, _, index_q, index_k = self.attention.project(
@@ -97,17 +99,18 @@ class Block(nn.Module):
             return (y if shards is None else shards.unshard(y, dim=2))[:, :, start:stop]
 
         q, k, index_q, index_k = newest(q), keys(k), newest(index_q), keys(index_k)
-        ids = select_blocks(index_q, index_k, block_size=config.block_size, topk=config.topk or 1)
+        ids = select_blocks(index_q, index_k, block_size=config.block_size, topk=config.topk)
         return torch.stack(metrics.recall(q, k, ids, block_size=config.block_size))
 
 
 class GPT(nn.Module):
-    """Bytes in, scores of the next byte out.
+    """Bytes in, the loss of the next bytes out.
 
     >>> config = MSAConfig(32, 4, 2, head_dim=8, index_head_dim=8, block_size=4, topk=2, loss_in_backward=True)
-    >>> logits, index_loss = GPT(config, num_layers=2, mlp_size=64)(torch.zeros(1, 20, dtype=torch.int64))
-    >>> logits.shape, index_loss.shape
-    (torch.Size([1, 20, 256]), torch.Size([]))
+    >>> ids = torch.zeros(1, 21, dtype=torch.int64)
+    >>> loss, index_loss = GPT(config, num_layers=2, mlp_size=64)(ids[:, :-1], ids[:, 1:])
+    >>> loss.shape, index_loss.shape
+    (torch.Size([]), torch.Size([]))
     """
 
     def __init__(self, config: MSAConfig, num_layers: int, mlp_size: int) -> None:
@@ -126,6 +129,7 @@ class GPT(nn.Module):
     def forward(
         self,
         ids: Tensor,
+        labels: Tensor,
         cu_seqlens: Tensor | None = None,
         shards: SequenceShards | None = None,
         measured: tuple[int, int] | None = None,
@@ -133,23 +137,26 @@ class GPT(nn.Module):
         """Score the byte that follows each byte.
 
         Args:
-            ids: [1, S] int64; with shards, those of this process.
+            ids, labels: [1, S] int64; with shards, those of this process. Labels may be IGNORED.
             cu_seqlens: [documents + 1] int32, on the device; without shards, which know it.
             measured: start and stop of a document whose recalls are returned too.
 
         Returns:
-            logits [1, S, 256]; a 0 with the gradient of the sum of the layers' index losses; with `measured`, the
-            recalls [layers, 2].
+            The sum of the cross-entropies, in nats; a 0 with the gradient of the sum of the layers' index losses; with
+            `measured`, the recalls [layers, 2].
         """
-        x = self.embedding(ids)
+        # A copy, since a collective's result is of a class of its own, for which the blocks would be compiled again.
+        x = self.embedding(ids).clone()
         total, recalls = 0, []
         for block in self.blocks:
             if measured is not None:
                 recalls.append(block.measure(x, cu_seqlens, shards, measured))
             x, index_loss = block(x, cu_seqlens, shards)
             total = total + index_loss
-        logits = self.head(self.norm(x))
-        return (logits, total) if measured is None else (logits, total, torch.stack(recalls))
+        scores = self.head(self.norm(x)).flatten(0, 1)
+        scores = scores.float() if scores.dtype.itemsize == 2 else scores
+        loss = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return (loss, total) if measured is None else (loss, total, torch.stack(recalls))
 
     def set_topk(self, topk: int | None) -> None:
         """Switch the selection of every layer: None for the dense warm-up, an int for sparse."""
@@ -171,18 +178,19 @@ def parallelize(
         cp: the processes that share tokens; they are part of "shard".
         precision: of the computation, where it is not that of the parameters.
     """
-    if mesh["tp"].size() > 1:
-        whole, tokens = Replicate(), Shard(1)
+    # Each mesh["tp"] is another object, for which blocks would be compiled again.
+    tp, whole, tokens = mesh["tp"], Replicate(), Shard(1)
+    if tp.size() > 1:
         head = ColwiseParallel(input_layouts=tokens, output_layouts=whole)
         embedding = RowwiseParallel(input_layouts=whole, output_layouts=tokens)
-        parallelize_module(model, mesh["tp"], {"embedding": embedding, "norm": SequenceParallel(), "head": head})
+        parallelize_module(model, tp, {"embedding": embedding, "norm": SequenceParallel(), "head": head})
     policy = MixedPrecisionPolicy()
     if precision == torch.bfloat16:
         policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
     dims: Any = ("replicate", "shard") if mesh["replicate"].size() > 1 else "shard"
     shard = partial(fully_shard, mesh=mesh[dims], mp_policy=policy)
     for block in model.blocks:
-        if mesh["tp"].size() > 1:
+        if tp.size() > 1:
             plan = {
                 **{"attention_norm": SequenceParallel(), "mlp_norm": SequenceParallel()},
                 "attention": tensor_parallel_plan(block.attention, sequence_parallel=True),
@@ -190,7 +198,7 @@ def parallelize(
                 **{"mlp.gate": ColwiseParallel(), "mlp.up": ColwiseParallel()},
                 "mlp.down": RowwiseParallel(output_layouts=tokens),
             }
-            parallelize_module(block, mesh["tp"], plan)
+            parallelize_module(block, tp, plan)
         if cp is not None:
             parallelize_module(block.attention, cp, ContextParallel())
         block.saves_selection_only = checkpointing

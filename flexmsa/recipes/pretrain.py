@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from flexmsa._progress import clock
 from flexmsa.demo.command import INTERRUPTED
@@ -171,16 +170,13 @@ class Trainer:
         averaged = self.data_parallel * self.cp
         sums = torch.zeros(1 + 3 * settings.num_layers, dtype=torch.float64, device=self.device)
         for row in rows:
-            inputs, labels = self._inputs(row)
-            logits, index_loss, *recalls = self.model(*inputs, row.longest if logged else None)
-            scores = logits.flatten(0, 1)
-            scores = scores.float() if scores.dtype.itemsize == 2 else scores
-            loss = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORED, reduction="sum") / max(1, targets)
+            loss, index_loss, *recalls = self.model(*self._inputs(row), row.longest if logged else None)
             # A layer's loss is a mean over the row's queries, and under context parallel averaged like gradients.
             weight = self.data_parallel * self._queries([row]) / queries
-            (loss * averaged + index_loss * (weight * settings.index_loss_weight)).backward()
+            loss = loss * (averaged / max(1, targets))
+            (loss + index_loss * (weight * settings.index_loss_weight)).backward()
             with torch.no_grad():
-                sums[0] += loss * averaged
+                sums[0] += loss
                 sums[1 : 1 + settings.num_layers] += self.model.index_losses() * weight
                 for found in recalls:
                     sums[1 + settings.num_layers :] += found.flatten() / len(rows)
@@ -202,14 +198,13 @@ class Trainer:
             **{"grad_norm": base, "index_grad_norm": index, "learning_rate": self.optimizer.param_groups[0]["lr"]},
         }
 
-    def _inputs(self, row: Row) -> tuple[tuple[Tensor, Tensor | None, SequenceShards | None], Tensor]:
-        """What the model takes, and the labels: those of this process's tokens."""
-        ids, labels = row.ids[None], row.labels[None]
+    def _inputs(self, row: Row) -> tuple[Tensor, Tensor, Tensor | None, SequenceShards | None]:
+        """What the model takes: this process's tokens."""
+        ids, labels = row.ids[None].to(self.device), row.labels[None].to(self.device)
         if self.cp_mesh is None:
-            return (ids.to(self.device), row.cu_seqlens.to(self.device), None), labels.to(self.device)
+            return ids, labels, row.cu_seqlens.to(self.device), None
         shards = SequenceShards(len(row.ids), self.cp_mesh, cu_seqlens=row.cu_seqlens)
-        ids, labels = shards.shard(ids.to(self.device)), shards.shard(labels.to(self.device), fill=IGNORED)
-        return (ids, None, shards), labels
+        return shards.shard(ids), shards.shard(labels, fill=IGNORED), None, shards
 
     def _write(self, entries: dict[str, Any], seconds_left: float) -> None:
         """Add an entry to the log, and print its line, in which KL and recalls are means over the layers."""

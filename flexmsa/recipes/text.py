@@ -12,10 +12,15 @@ __all__ = ["IGNORED", "PackedText", "Row"]
 
 # The label of a document's last byte: no byte follows.
 IGNORED = -100
+# The number of offsets is a multiple of it, so that few shapes are compiled.
+OFFSETS = 16
 
 
 class Row(NamedTuple):
-    """ids [context] int64, labels [context] int64, and cu_seqlens [documents + 1] int32; on the CPU."""
+    """ids [context] int64, labels [context] int64, and cu_seqlens [documents + 1] int32; on the CPU.
+
+    The last documents may be empty.
+    """
 
     ids: Tensor
     labels: Tensor
@@ -77,5 +82,6 @@ class PackedText:
             ids += found[:count]
             labels.append(following)
             offsets.append(len(ids))
+        offsets += [self.context] * (-len(offsets) % OFFSETS)
         whole = torch.frombuffer(ids, dtype=torch.uint8).long()
         return Row(whole, torch.cat(labels), torch.tensor(offsets, dtype=torch.int32))
