@@ -289,11 +289,24 @@ def gpu_shares() -> str:
     return markdown(head, rows) if rows else ""
 
 
+def gpu_processes() -> str:
+    """A step of context parallel on several GPUs beside one."""
+    rows = []
+    for row in load_result("distributed-h200.json")["rows"]:
+        times = (f"{row[name]:.0f}" for name in ("one_ms", "share_ms", "step_ms"))
+        shares = (f"{row[name]:.0%}" for name in ("exposed", "efficiency"))
+        names = row["heads"], f"{row['tokens'] // 1024}K", str(row["processes"])
+        rows.append([*names, *times, *shares, f"{row['memory_gib']:.1f} GiB"])
+    times = ["1 GPU, ms", "share, ms", "step, ms"]
+    return markdown(["heads", "tokens", "GPUs", *times, "exposed", "efficiency", "memory"], rows)
+
+
 LAYER_TABLES = (
     gpu_training,
     gpu_heads,
     gpu_model,
     gpu_shares,
+    gpu_processes,
     gpu_floors,
     gpu_prefill,
     gpu_steps,

@@ -87,7 +87,7 @@ def lines_of(functions: Iterable[Any], keep: Callable[[str], bool] = lambda line
 
 
 def is_hand_over(line: str) -> bool:
-    """Whether a line is where Triton hands work to the other warps, or ends it: the kernel's first, that call, its if."""
+    """Whether a line is where Triton hands work to other warps, or ends it: the kernel's first, that call, its if."""
     return line.startswith(("def ", "    if ")) or "gl.warp_specialize(" in line
 
 

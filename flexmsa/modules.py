@@ -1,5 +1,6 @@
 """MSAttention: the attention layer as an nn.Module."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -146,7 +147,7 @@ class MSAttention(nn.Module):
 
         Raises:
             ValueError: x has a wrong shape, the cache is full, a cache was given with cu_seqlens, kv_starts or a loss,
-                lens or block_indices were given without a cache, or shards with what they replace.
+                lens or block_indices were given without a cache, or cu_seqlens with shards.
         """
         if x.dim() != 3 or x.shape[-1] != self.config.hidden_size:
             raise ValueError(f"x: expected [B, S, hidden_size={self.config.hidden_size}], got {list(x.shape)}")
@@ -163,44 +164,50 @@ class MSAttention(nn.Module):
             raise ValueError("lens, block_indices: expected None without a cache")
         deferred = with_index_loss and self.training and self.config.loss_in_backward
         value = self.index_loss_value if deferred else None
-        if shards is not None:
-            if cu_seqlens is not None or index_loss_count is not None or self.head_shards is not None:
-                raise ValueError(
-                    "shards: expected without cu_seqlens and index_loss_count, since they know the documents, and "
-                    "without tensor parallel; one layer cannot have both yet"
-                )
+        settings = {**self._selection(), "kv_starts": kv_starts, "backend": backend}
+        attend: Callable[..., Any] = functional.attention
+        if shards is None:
+            inputs = self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
+            settings["cu_seqlens"] = cu_seqlens
+        else:
+            if cu_seqlens is not None:
+                raise ValueError("cu_seqlens: expected None with shards, which know the documents; give it to them")
             # Not every build of PyTorch has torch.distributed.
             from flexmsa.distributed import context_parallel_attention
 
+            attend = functools.partial(context_parallel_attention, shards=shards)
             inputs = self.project(x, positions=shards.row_positions(kv_starts))
-            aux = AuxRequest(index_loss=with_index_loss)
-            settings = {**self._selection(), "kv_starts": kv_starts, "backend": backend, "index_loss_value": value}
-            out, extra = context_parallel_attention(*inputs, shards, **settings, return_aux=aux)
-            return self._merge(out), extra.index_loss
-        inputs = self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
-        settings = {**self._selection(), "cu_seqlens": cu_seqlens, "kv_starts": kv_starts, "backend": backend}
         if with_index_loss and self.head_shards is not None:
             if index_loss_count is None:
-                index_loss_count = self.index_loss_count(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts).clamp(min=1)
-            out, loss = self.head_shards.attention(inputs, settings, index_loss_count, value)
+                count = self.index_loss_count(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts, shards=shards)
+                index_loss_count = count.clamp(min=1)
+            out, loss = self.head_shards.attention(attend, inputs, settings, index_loss_count, value)
             return self._merge(out), loss
         settings.update(index_loss_value=value, index_loss_count=index_loss_count)
-        out, extra = functional.attention(*inputs, **settings, return_aux=AuxRequest(index_loss=with_index_loss))
+        out, extra = attend(*inputs, **settings, return_aux=AuxRequest(index_loss=with_index_loss))
         return self._merge(out), extra.index_loss
 
     def index_loss_count(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, kv_starts: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        kv_starts: Tensor | None = None,
+        shards: "SequenceShards | None" = None,
     ) -> Tensor:
         """The number of groups and queries of x [B, S, hidden_size] that see a key: a scalar int64.
 
         The index loss of a call is a mean over so many. Counts of several micro-batches or processes, added up, make
         the mean over all of them: see `forward` and `flexmsa.distributed.global_index_loss_count`. Under tensor
-        parallel the count of each process is that of all groups.
+        parallel the count of each process is that of all groups; with `shards`, it is their
+        `SequenceShards.index_loss_count`, that of all processes divided by their number.
 
         >>> config = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=8, index_head_dim=8)
         >>> MSAttention(config).index_loss_count(torch.randn(3, 20, 32)).item()
         120
         """
+        if shards is not None:
+            return shards.index_loss_count(self.config.num_kv_heads, kv_starts)
         batch, seqlen = x.shape[:2] if self.head_shards is None else self.head_shards.shape(x)
         queries = torch.empty((batch, 1, seqlen, 0), device=x.device)
         sequences = check_sequences(queries, seqlen, cu_seqlens, kv_starts, None)

@@ -56,6 +56,7 @@ def context_parallel_attention(
     kv_starts: Tensor | None = None,
     backend: str | None = None,
     return_aux: AuxRequest | None = None,
+    index_loss_count: Tensor | float | None = None,
     index_loss_value: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """`flexmsa.attention` of sequences that are cut over processes, exactly: the same ids and out as on one process.
@@ -67,6 +68,8 @@ def context_parallel_attention(
         q, k, v, index_q, index_k: this process's tokens, [B, heads, L, D], in the order of `shards.tokens`.
         shards: how the sequences are cut.
         kv_starts: [B] int32, on the tensors' device: row b starts at token kv_starts[b] of the whole row.
+        index_loss_count: by what the sum of this process's losses is divided; default:
+            `shards.index_loss_count(Hkv, kv_starts)`. Counts of micro-batches add up.
         Others: as for `flexmsa.attention`.
 
     Returns:
@@ -88,7 +91,10 @@ def context_parallel_attention(
         )
     aux = validation.check_aux(return_aux)
     _loss.check_value(index_loss_value, aux, q)
-    sequences, count = _with_starts(shards, kv_starts, q)
+    sequences = _with_starts(shards, kv_starts, q)
+    count = _loss.check_count("index_loss_count", index_loss_count, q)
+    if count is None:
+        count = shards.index_loss_count(k.shape[1], kv_starts)
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
     pending = [begin_to_gather(x, shards) for x in (index_k, k, v)]
     index_k = finish_gathering(index_k, pending[0], shards)
@@ -96,16 +102,15 @@ def context_parallel_attention(
     if settings.rule is not None:
         ids = _core.select_blocks(index_q, index_k, sequences, settings.rule, backend)
     k, v = (finish_gathering(x, gathered, shards) for x, gathered in zip((k, v), pending[1:], strict=True))
-    loss = {"loss_value": index_loss_value, "loss_count": count * k.shape[1] / shards.mesh.size()}
+    loss = {"loss_value": index_loss_value, "loss_count": count}
     out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, ids, **loss)
     return out if return_aux is None else (out, found)
 
 
-def _with_starts(shards: SequenceShards, kv_starts: Tensor | None, q: Tensor) -> tuple[Sequences, Tensor]:
-    """The sequences of rows that start at kv_starts, and how many queries of all processes see a key."""
+def _with_starts(shards: SequenceShards, kv_starts: Tensor | None, q: Tensor) -> Sequences:
+    """The sequences of rows that start at kv_starts."""
     if kv_starts is None:
-        number = max(1, shards.seqlen * shards.batch_size)
-        return Sequences(q, shards.seqlen, table=shards.fragments), q.new_full((), number, dtype=torch.float64)
+        return Sequences(q, shards.seqlen, table=shards.fragments)
     validation.check_lengths("kv_starts", kv_starts, q.device)
     if kv_starts.shape != (shards.batch_size,):
         raise ValueError(f"kv_starts: expected [{shards.batch_size}], got {list(kv_starts.shape)}")
@@ -113,5 +118,4 @@ def _with_starts(shards: SequenceShards, kv_starts: Tensor | None, q: Tensor) ->
     batch, q_start, q_end, k_start, k_end = shards.fragments.unbind(-1)
     k_start = torch.maximum(k_start, starts[batch.long()])
     table = torch.stack([batch, q_start, q_end, k_start, torch.maximum(k_end, k_start)], dim=-1)
-    count = (shards.seqlen - starts).sum().clamp(min=1).double()
-    return Sequences.from_table(q, shards.seqlen, table), count
+    return Sequences.from_table(q, shards.seqlen, table)

@@ -84,6 +84,17 @@ class SequenceShards:
         positions = self.positions.expand(self.batch_size, -1)
         return positions if kv_starts is None else (positions - kv_starts[:, None]).clamp(min=0)
 
+    def index_loss_count(self, num_kv_heads: int, kv_starts: Tensor | None = None) -> Tensor:
+        """The number of groups and queries of all processes that see a key, at least 1, divided by W: a scalar float64.
+
+        By so much each process divides the sum of its index losses, for gradients that are averaged over processes.
+        """
+        if kv_starts is None:
+            queries = self.order.new_tensor(self.seqlen * self.batch_size)
+        else:
+            queries = (self.seqlen - kv_starts.clamp(0, self.seqlen)).sum()
+        return (queries * num_kv_heads).double().clamp(min=1) / self.mesh.size()
+
     def shard(self, x: Tensor, dim: int = 1, fill: float = 0) -> Tensor:
         """This process's part of x, which has S tokens along `dim`; padding is `fill` (-100 for labels).
 

@@ -1,6 +1,7 @@
 """Tensor parallel: the heads of an MSAttention layer over the processes of a mesh."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -143,23 +144,29 @@ class HeadShards:
 
     def attention(
         self,
+        attend: Callable[..., Any],
         inputs: Projections,
         settings: dict[str, Any],
         index_loss_count: Tensor | float,
         index_loss_value: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`flexmsa.attention` of this process's heads, and the index loss of those of all processes.
+        """`attend` to this process's heads, and the index loss of those of all processes.
 
-        index_loss_count: of all groups.
+        attend: `flexmsa.attention`, or `context_parallel_attention` with shards; index_loss_count: of all groups.
         """
         q, k, v, index_q, index_k = inputs
         loss: dict[str, Any] = {"index_loss_count": index_loss_count, "index_loss_value": index_loss_value}
         if self.replicas > 1:
+            if attend is not functional.attention:
+                raise ValueError(
+                    f"shards: expected at least {self.size} KV heads for context parallel beside tensor parallel with "
+                    f"{self.size} processes, got {self.size // self.replicas}; use fewer for tensor parallel"
+                )
             return self._attention_of_replicas(inputs, settings, **loss)
         if index_loss_value is not None:
             index_q, index_k = with_total(index_q, index_k, index_loss_value, [self.mesh.get_group()])
         request = AuxRequest(index_loss=True)
-        out, aux = functional.attention(q, k, v, index_q, index_k, **settings, **loss, return_aux=request)
+        out, aux = attend(q, k, v, index_q, index_k, **settings, **loss, return_aux=request)
         # With a value, the loss is a 0 whose gradient is this process's part.
         return out, self._total(aux.index_loss) if index_loss_value is None else aux.index_loss
 

@@ -1,15 +1,18 @@
-"""Heads over several processes, as a layer's plan for tensor parallel and as DTensors: all equals one process's."""
+"""A layer over several processes, by heads, as DTensors, and with other kinds of parallel: all equals one process's."""
 
 import traceback
 
 import pytest
 from torch.distributed.device_mesh import init_device_mesh
 
-from . import cases_dtensors, cases_tensor_parallel
+from . import cases_dtensors, cases_tensor_parallel, cases_together
 from .processes import run
 
-CASES = {2: {**cases_tensor_parallel.CASES, **cases_dtensors.CASES}}
-CASES[4] = {**cases_tensor_parallel.CASES_OF_FOUR, **cases_dtensors.CASES_OF_FOUR}
+MODULES = cases_tensor_parallel, cases_dtensors, cases_together
+CASES = {
+    2: {name: case for module in MODULES for name, case in module.CASES.items()},
+    4: {name: case for module in MODULES for name, case in module.CASES_OF_FOUR.items()},
+}
 
 
 def failures(world):
