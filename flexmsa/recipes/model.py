@@ -57,15 +57,20 @@ class Block(nn.Module):
         self.mlp = MLP(config.hidden_size, mlp_size)
         self.saves_selection_only = False
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None, shards: SequenceShards | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None, shards: SequenceShards | None, index_loss_count: float | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the new x, and a 0 with the gradient of the index loss."""
         if not self.saves_selection_only:
-            return self._run(x, cu_seqlens, shards)
+            return self._run(x, cu_seqlens, shards, index_loss_count)
         contexts = partial(create_selective_checkpoint_contexts, save_selection_policy)
-        return checkpoint(self._run, x, cu_seqlens, shards, use_reentrant=False, context_fn=contexts)
+        return checkpoint(self._run, x, cu_seqlens, shards, index_loss_count, use_reentrant=False, context_fn=contexts)
 
-    def _run(self, x: Tensor, cu_seqlens: Tensor | None, shards: SequenceShards | None) -> tuple[Tensor, Tensor]:
-        attended, index_loss = self.attention(self.attention_norm(x), cu_seqlens=cu_seqlens, shards=shards)
+    def _run(
+        self, x: Tensor, cu_seqlens: Tensor | None, shards: SequenceShards | None, index_loss_count: float | None
+    ) -> tuple[Tensor, Tensor]:
+        sequences: dict[str, Any] = {"cu_seqlens": cu_seqlens, "shards": shards}
+        attended, index_loss = self.attention(self.attention_norm(x), **sequences, index_loss_count=index_loss_count)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), index_loss
 
@@ -132,6 +137,7 @@ class GPT(nn.Module):
         labels: Tensor,
         cu_seqlens: Tensor | None = None,
         shards: SequenceShards | None = None,
+        index_loss_count: float | None = None,
         measured: tuple[int, int] | None = None,
     ) -> Any:
         """Score the byte that follows each byte.
@@ -139,6 +145,7 @@ class GPT(nn.Module):
         Args:
             ids, labels: [1, S] int64; with shards, those of this process. Labels may be IGNORED.
             cu_seqlens: [documents + 1] int32, on the device; without shards, which know it.
+            index_loss_count: by what the sums of the layers' index losses are divided.
             measured: start and stop of a document whose recalls are returned too.
 
         Returns:
@@ -151,7 +158,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             if measured is not None:
                 recalls.append(block.measure(x, cu_seqlens, shards, measured))
-            x, index_loss = block(x, cu_seqlens, shards)
+            x, index_loss = block(x, cu_seqlens, shards, index_loss_count)
             total = total + index_loss
         scores = self.head(self.norm(x)).flatten(0, 1)
         scores = scores.float() if scores.dtype.itemsize == 2 else scores

@@ -10,6 +10,7 @@ step: they do not depend on the mesh, and nor do the data. So a run may resume o
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -95,7 +96,9 @@ class Trainer:
         self.mesh = init_device_mesh(kind, (replicate, fsdp * self.cp, self.tp), mesh_dim_names=MESH)
         self.cp_mesh: DeviceMesh | None = None
         if self.cp > 1:
-            self.cp_mesh = init_device_mesh(kind, (self.data_parallel, self.cp), mesh_dim_names=("data", "cp"))["cp"]
+            self.cp_mesh = init_device_mesh(
+                kind, (self.data_parallel, self.cp, self.tp), mesh_dim_names=("data", "cp", "tp")
+            )["cp"]
         # All processes make the same weights, and keep their parts.
         torch.manual_seed(settings.seed)
         self.model = GPT(settings.attention(), settings.num_layers, settings.mlp_size)
@@ -152,32 +155,29 @@ class Trainer:
     def _totals(self, rows: list[Row]) -> tuple[float, float, float]:
         """Of all rows of a step, the targets, and the queries that see a key; and how many processes a signal asked."""
         targets = sum(int((row.labels != IGNORED).sum()) for row in rows)
-        totals = torch.tensor([targets, self._queries(rows), self.stop_asked], dtype=torch.float64)
+        queries = sum(len(row.ids) for row in rows)
+        totals = torch.tensor([targets, queries, self.stop_asked], dtype=torch.float64)
         dist.all_reduce(totals)
-        targets, queries, stop = totals.tolist()
         # The processes that share tokens or heads have the same rows.
-        return targets / (self.tp * self.cp), queries / (self.tp * self.cp), stop
-
-    def _queries(self, rows: list[Row]) -> int:
-        return sum(len(row.ids) for row in rows)
+        targets_of_all, queries_of_all = (totals[:2] / (self.tp * self.cp)).tolist()
+        return targets_of_all, queries_of_all, totals[2].item()
 
     def _train_step(self, rows: list[Row], targets: float, queries: float, logged: bool) -> dict[str, Any]:
         """One step of the optimizer; if `logged`, what the log says about it."""
         settings, step = self.settings, self.step + 1
         sparse = step > settings.warm_up_steps
         self.model.set_topk(settings.topk if sparse else None)
-        # Gradients are averaged over these processes, so that sums must be multiplied by their number.
+        # Gradients are averaged over these processes: what flexmsa.distributed.global_index_loss_count returns.
         averaged = self.data_parallel * self.cp
+        count = max(1, queries) * settings.num_kv_heads / averaged
         sums = torch.zeros(1 + 3 * settings.num_layers, dtype=torch.float64, device=self.device)
         for row in rows:
-            loss, index_loss, *recalls = self.model(*self._inputs(row), row.longest if logged else None)
-            # A layer's loss is a mean over the row's queries, and under context parallel averaged like gradients.
-            weight = self.data_parallel * self._queries([row]) / queries
+            loss, index_loss, *recalls = self.model(*self._inputs(row), count, row.longest if logged else None)
             loss = loss * (averaged / max(1, targets))
-            (loss + index_loss * (weight * settings.index_loss_weight)).backward()
+            (loss + index_loss * settings.index_loss_weight).backward()
             with torch.no_grad():
                 sums[0] += loss
-                sums[1 : 1 + settings.num_layers] += self.model.index_losses() * weight
+                sums[1 : 1 + settings.num_layers] += self.model.index_losses()
                 for found in recalls:
                     sums[1 + settings.num_layers :] += found.flatten() / len(rows)
         for group in self.optimizer.param_groups:
@@ -203,7 +203,8 @@ class Trainer:
         ids, labels = row.ids[None].to(self.device), row.labels[None].to(self.device)
         if self.cp_mesh is None:
             return ids, labels, row.cu_seqlens.to(self.device), None
-        shards = SequenceShards(len(row.ids), self.cp_mesh, cu_seqlens=row.cu_seqlens)
+        how = {"cu_seqlens": row.cu_seqlens, "length_multiple": math.lcm(self.tp, LENGTHS)}
+        shards = SequenceShards(len(row.ids), self.cp_mesh, **how)
         return shards.shard(ids), shards.shard(labels, fill=IGNORED), None, shards
 
     def _write(self, entries: dict[str, Any], seconds_left: float) -> None:
@@ -261,6 +262,8 @@ class Trainer:
         self.step = int(folder.name.removeprefix("step-"))
 
 
+# Documents that do not divide give parts of many lengths, of which few are compiled.
+LENGTHS = 16
 MESH = ("replicate", "shard", "tp")
 
 

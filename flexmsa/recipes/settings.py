@@ -76,8 +76,10 @@ class Settings:
             raise ValueError(f"warm_up: expected at most the {self.steps} steps, got {self.warm_up}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}")
-        if self.tp > 1 and self.cp > 1:
-            raise ValueError(f"tp, cp: expected one of them to be 1, as a layer cannot have both, got {self.tp, self.cp}")
+        if self.cp > 1 and self.num_kv_heads < self.tp:
+            raise ValueError(
+                f"num_kv_heads: expected at least tp = {self.tp} with context parallel, got {self.num_kv_heads}"
+            )
         if self.context % self.tp:
             raise ValueError(f"context: expected a multiple of tp, got {self.context} and {self.tp}")
         self.attention()

@@ -35,8 +35,8 @@ class Row(NamedTuple):
 class PackedText:
     """An endless sequence of rows: all files one after another, in another order in each epoch.
 
-    A row depends on its number alone. So a run that resumes, on other processes too, needs no state of the data. A row's
-    end cuts a document; the rest is a document of the next row.
+    A row depends on its number alone. So a run that resumes, on other processes too, needs no state of the data. The
+    end of a row cuts a document; the rest is a document of the next row.
 
     Args:
         folder: of the files that match `pattern`, at any depth.
