@@ -114,7 +114,8 @@ class Trainer:
             for dims, parameters in by_dims(branch).items()
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
-        self.step, self.log, self.stop_asked = 0, [], False
+        self.step, self.stop_asked = 0, False
+        self.log: list[dict[str, Any]] = []
         if last is not None:
             settings.check_same(last / "settings.json")
             self._load(last)
@@ -203,7 +204,7 @@ class Trainer:
         ids, labels = row.ids[None].to(self.device), row.labels[None].to(self.device)
         if self.cp_mesh is None:
             return ids, labels, row.cu_seqlens.to(self.device), None
-        how = {"cu_seqlens": row.cu_seqlens, "length_multiple": math.lcm(self.tp, LENGTHS)}
+        how: dict[str, Any] = {"cu_seqlens": row.cu_seqlens, "length_multiple": math.lcm(self.tp, LENGTHS)}
         shards = SequenceShards(len(row.ids), self.cp_mesh, **how)
         return shards.shard(ids), shards.shard(labels, fill=IGNORED), None, shards
 
