@@ -75,7 +75,7 @@ class Trainer:
     Attributes:
         step: the number of steps done.
         log: the entries of metrics.jsonl that this process made.
-        stop_asked: a signal has asked some process to stop.
+        stop_asked: a signal has asked some process to stop, and all know it.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: the settings do not fit the processes, the text or the folder.
@@ -114,7 +114,7 @@ class Trainer:
             for dims, parameters in by_dims(branch).items()
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
-        self.step, self.stop_asked = 0, False
+        self.step, self.saved_step, self.signalled, self.stop_asked = 0, -1, False, False
         self.log: list[dict[str, Any]] = []
         if last is not None:
             settings.check_same(last / "settings.json")
@@ -157,7 +157,7 @@ class Trainer:
         """Of all rows of a step, the targets, and the queries that see a key; and how many processes a signal asked."""
         targets = sum(int((row.labels != IGNORED).sum()) for row in rows)
         queries = sum(len(row.ids) for row in rows)
-        totals = torch.tensor([targets, queries, self.stop_asked], dtype=torch.float64)
+        totals = torch.tensor([targets, queries, self.signalled], dtype=torch.float64)
         dist.all_reduce(totals)
         # The processes that share tokens or heads have the same rows.
         targets_of_all, queries_of_all = (totals[:2] / (self.tp * self.cp)).tolist()
@@ -230,9 +230,9 @@ class Trainer:
         """Ctrl-C and SIGTERM end the run after the step; a second one ends a lone process at once."""
 
         def ask(number: int, frame: Any) -> None:
-            if self.stop_asked and dist.get_world_size() == 1:
+            if self.signalled and dist.get_world_size() == 1:
                 raise KeyboardInterrupt
-            self.stop_asked = True
+            self.signalled = True
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -243,9 +243,9 @@ class Trainer:
 
     def _save(self) -> None:
         """Save the state after this step, unless that is done."""
-        folder = self.out / f"step-{self.step:08d}"
-        if is_complete(folder):
+        if self.saved_step == self.step:
             return
+        folder = self.out / f"step-{self.step:08d}"
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -253,6 +253,7 @@ class Trainer:
         dist.barrier()
         model, optimizer = get_state_dict(self.model, self.optimizer)
         dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        self.saved_step = self.step
         self._say(f"saved {folder}")
 
     def _load(self, folder: Path) -> None:
@@ -260,7 +261,7 @@ class Trainer:
         state = {"model": model, "optimizer": optimizer}
         dcp.load(state, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-        self.step = int(folder.name.removeprefix("step-"))
+        self.step = self.saved_step = int(folder.name.removeprefix("step-"))
 
 
 # Documents that do not divide give parts of many lengths, of which few are compiled.

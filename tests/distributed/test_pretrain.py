@@ -90,19 +90,10 @@ def resume_all(folder):
     return found
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The results of one process, and those of two and four: all in two starts of processes."""
-    folder = tmp_path_factory.mktemp("runs")
+def train_alone(folder):
     write_text(folder / "text")
     with process_group():
-        alone = train(new_settings(folder, "one"))
-        stopped = train(new_settings(folder, "one then cp"), stop_after=3)
-    assert stopped["losses"] == alone["losses"][:2]
-    found = run(2, train_all, folder, 2)
-    with process_group():
-        resumed = train(new_settings(folder, "cp then one", resume=True))
-    return alone, [{**each, "cp then one": resumed} for each in found] + run(4, train_all, folder, 4)
+        return train(new_settings(folder, "one"))
 
 
 def assert_same(found, expected, first=0):
@@ -116,41 +107,43 @@ def assert_same(found, expected, first=0):
     assert found["squares"] == pytest.approx(expected["squares"], rel=1e-10)
 
 
-def test_one_process_learns(runs):
-    losses = torch.tensor(runs[0]["losses"])
-    assert losses[-1, 0] < losses[0, 0]
-    assert (losses[:, 3:] < 1).any()
+def test_two_processes_do_what_one_does(tmp_path):
+    """Also after resuming: all in one start of the processes, which takes longer than a run."""
+    alone = train_alone(tmp_path)
+    with process_group():
+        stopped = train(new_settings(tmp_path, "one then cp"), stop_after=3)
+    assert stopped["losses"] == alone["losses"][:2]
+    for found in run(2, train_all, tmp_path, 2):
+        for mesh in MESHES[2]:
+            assert_same(found[mesh], alone)
+        assert_same(found["fsdp then tp"], alone, first=2)
+        assert_same(found["one then cp"], alone, first=2)
+        assert found["cp then one"]["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-6)
+    with process_group():
+        assert_same(train(new_settings(tmp_path, "cp then one", resume=True)), alone, first=1)
 
 
-def test_blocks_are_compiled_once_per_phase(runs, tmp_path, monkeypatch):
-    graphs = []
+def test_four_processes_do_what_one_does(tmp_path):
+    alone = train_alone(tmp_path)
+    for found in run(4, train_all, tmp_path, 4):
+        for mesh in MESHES[4]:
+            assert_same(found[mesh], alone)
+
+
+def test_blocks_are_compiled_once_per_phase(tmp_path, monkeypatch):
+    alone, graphs = train_alone(tmp_path), []
+    losses = torch.tensor(alone["losses"])
+    assert losses[-1, 0] < losses[0, 0] and (losses[:, 3:] < 1).any()
 
     def backend(graph, inputs):
         graphs.append(graph)
         return aot_eager(graph, inputs)
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    write_text(tmp_path / "text")
     with process_group():
         found = train(new_settings(tmp_path, "compiled", compile=True, activation_checkpointing=True))
-    assert_same(found, runs[0])
+    assert_same(found, alone)
     assert len(graphs) == 2
-
-
-@pytest.mark.parametrize("mesh", [*MESHES[2], *MESHES[4]])
-def test_several_processes_do_what_one_does(mesh, runs):
-    alone, found = runs
-    each_process = [each[mesh] for each in found if mesh in each]
-    assert each_process
-    for each in each_process:
-        assert_same(each, alone)
-
-
-@pytest.mark.parametrize("meshes, first", [("fsdp then tp", 2), ("one then cp", 2), ("cp then one", 1)])
-def test_resumes_on_another_mesh(meshes, first, runs):
-    alone, found = runs
-    for each in found[:2]:
-        assert_same(each[meshes], alone, first)
 
 
 def test_ctrl_c_leaves_a_checkpoint(tmp_path):
