@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -225,7 +224,7 @@ def test_settings_from_a_file(tmp_path):
     path.write_text('data = "text"\nsteps = 8\nlearning_rate = 1\n')
     found = parse(["--config", str(path), "--steps", "9", "--no-compile"])
     assert (found.data, found.steps, found.learning_rate, found.compile) == ("text", 9, 1, False)
-    assert read(Path(path)) == {"data": "text", "steps": 8, "learning_rate": 1}
+    assert read(path) == {"data": "text", "steps": 8, "learning_rate": 1}
     for text, message in (("layers = 3", "expected settings, got layers"), ('steps = "3"', "expected steps to be int")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
