@@ -5,8 +5,11 @@ from typing import NoReturn, Self
 import torch
 from torch import Tensor
 
-from flexmsa import ops, validation
+from flexmsa import _core, ops, validation
+from flexmsa._sequences import Sequences
 from flexmsa.backends import choose_backend
+from flexmsa.kernels.rules import SelectionRule
+from flexmsa.types import AuxRequest
 
 __all__ = ["Cache", "MSACache"]
 
@@ -24,10 +27,12 @@ class Cache:
         kv_starts: [B] int32, the first key of each row.
         kv_lens: [B] int32, the end of the filled part of each row.
         capacity: the number of tokens that a row can hold.
+        block_size: by which a sharded cache is cut, otherwise None.
     """
 
     page_table: Tensor | None = None
     capacity: int
+    block_size: int | None = None
 
     def __init__(
         self,
@@ -78,18 +83,53 @@ class Cache:
                 cache is then unchanged. In compiled code on a GPU and in a CUDA graph, an append leaves full rows
                 unchanged, and `check` raises afterwards.
         """
-        count = k.shape[2] if isinstance(k, Tensor) and k.dim() == 4 else 0
-        for name, new, buffer in (("k", k, self.k), ("v", v, self.v), ("index_k", index_k, self.index_k)):
-            validation.check_cache_input(name, new, buffer, (self.batch_size, count))
-        self.check_room(count, lens)
+        count = self._check_new(k, v, index_k, lens)
         stored = self.k, self.v, self.index_k, self.k_scale, self.v_scale, self.index_k_scale, self.page_table
         state = self.kv_starts, self.kv_lens, self._sequences, self._status
         new_tokens = k.detach(), v.detach(), index_k.detach(), lens
         ops.append(*new_tokens, *stored, *state, choose_backend("decode", backend, k))
         self._newest = count, lens is not None
-        if not is_recorded(self.k):
-            counts = self._known_counts(count, lens)
-            self._bounds = [bound + more for bound, more in zip(self._bounds, counts, strict=True)]
+        self._grow_bounds(count, lens)
+
+    def _check_new(self, k: Tensor, v: Tensor, index_k: Tensor, lens: Tensor | None) -> int:
+        """Raise unless new tokens fit this cache, as `append` does; return their number per row."""
+        count = k.shape[2] if isinstance(k, Tensor) and k.dim() == 4 else 0
+        for name, new, buffer in (("k", k, self.k), ("v", v, self.v), ("index_k", index_k, self.index_k)):
+            validation.check_cache_input(name, new, buffer, (self.batch_size, count))
+        self.check_room(count, lens)
+        return count
+
+    def attend(
+        self,
+        q: Tensor,
+        choice: tuple[Tensor, SelectionRule] | None,
+        block_indices: Tensor | None,
+        block_size: int,
+        scale: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return out, lse and block_indices for checked arguments: `flexmsa.decode` without its checks.
+
+        Args:
+            choice: index_q and the rule to select by; None attends to block_indices, or to every block.
+        """
+        table, stored = self.newest(q.shape[2]), (self.page_table, self.k_scale, self.v_scale)
+        lse: Tensor | None
+        if backend == "reference":
+            k, v, index_k = self.contiguous()
+            sequences = Sequences(q, self.capacity, table=table)
+            if choice is not None:
+                block_indices = _core.select_blocks(choice[0], index_k, sequences, choice[1], backend)
+            settings = _core.Settings(block_size, scale, backend=backend)
+            out, lse = _core.main_branch(q, k, v, block_indices, sequences, settings, AuxRequest(lse=True))
+        elif choice is not None:
+            index_q, rule = choice
+            numbers = rule.block_size, rule.topk, rule.num_local_blocks, rule.num_init_blocks, scale
+            branches = q, index_q, self.k, self.v, self.index_k, table
+            out, lse, block_indices = ops.select_and_attend(*branches, *numbers, backend, *stored, self.index_k_scale)
+        else:
+            out, lse = ops.attend_blocks(q, self.k, self.v, block_indices, table, block_size, scale, backend, *stored)
+        return out, lse, block_indices
 
     def check_room(self, count: int, lens: Tensor | None = None) -> None:
         """Raise ValueError unless `count` more tokens fit into every row, or lens[b] more into row b.
@@ -116,6 +156,11 @@ class Cache:
             f"cache: expected at most {self.capacity - length} more tokens in row {row}, got {counts[row]}: it holds "
             f"{length} of {self.capacity}; make the cache with a larger capacity"
         )
+
+    def _grow_bounds(self, count: int, lens: Tensor | None) -> None:
+        if not is_recorded(self.k):
+            counts = self._known_counts(count, lens)
+            self._bounds = [bound + more for bound, more in zip(self._bounds, counts, strict=True)]
 
     def _known_counts(self, count: int, lens: Tensor | None) -> list[int]:
         """Return upper bounds of each row's number of new tokens, without waiting for a device."""
@@ -165,15 +210,19 @@ class Cache:
         Raises:
             ValueError, TypeError: counts is a negative int, or a tensor of wrong shape, dtype or device.
         """
-        if isinstance(counts, Tensor):
-            validation.check_row_counts("counts", counts, self.kv_lens)
-            counts = counts.clamp(min=0)
-        else:
-            validation.check_int("counts", counts, 0)
-            if not is_recorded(self.k):
-                self._bounds = [max(0, bound - counts) for bound in self._bounds]
+        counts = self._check_counts(counts)
+        if isinstance(counts, int) and not is_recorded(self.k):
+            self._bounds = [max(0, bound - counts) for bound in self._bounds]
         self.kv_lens.sub_(counts).clamp_(min=0)
         self._newest = None
+
+    def _check_counts(self, counts: int | Tensor) -> int | Tensor:
+        """Return the counts of `trim`, not negative."""
+        if isinstance(counts, Tensor):
+            validation.check_row_counts("counts", counts, self.kv_lens)
+            return counts.clamp(min=0)
+        validation.check_int("counts", counts, 0)
+        return counts
 
     def reset(self) -> None:
         """Remove all tokens."""

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from flexmsa import _core, ops, validation
-from flexmsa._sequences import Sequences
+from flexmsa import _core, validation
 from flexmsa.backends import choose_backend
 from flexmsa.cache import Cache
 from flexmsa.kernels.rules import SelectionRule
@@ -34,9 +33,10 @@ def decode(
     Args:
         q: [B, Hq, Sq, D], the tokens of the last append; if that had another number of tokens, the last Sq tokens of
             each row.
-        cache: filled by its `append`, including the keys of these tokens.
+        cache: filled by its `append`, including the keys of these tokens. With a `flexmsa.distributed.ShardedCache`,
+            each of its processes calls this with the same arguments, and gets the same results.
         index_q: [B, Hkv, Sq, Di]; may be None if nothing is selected.
-        block_size: as for `attention`; for a paged cache, its page size.
+        block_size: as for `attention`; for a paged cache its page size, for a sharded one its block_size.
         block_indices: [B, Hkv, Sq, topk] of another layer, used instead of a selection; -1 and blocks that the query
             does not see are ignored.
         Others: as for `attention`; "flex" has no kernel for this.
@@ -62,7 +62,6 @@ def decode(
     validation.check_decode_inputs(q, index_q, cache, block_size, scale)
     backend = choose_backend("decode", backend, q)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    table = cache.newest(q.shape[2])
     choice = None
     if block_indices is not None:
         validation.check_block_indices(block_indices, q.shape[0], cache.k.shape[1], q.shape[2], q.device)
@@ -70,22 +69,5 @@ def decode(
         if index_q is None:
             raise TypeError("index_q: expected a tensor to select with, got None; or pass block_indices or topk=None")
         choice = index_q.detach(), SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
-    lse: Tensor | None
-    if backend == "reference":
-        k, v, index_k = cache.contiguous()
-        sequences = Sequences(q, cache.capacity, table=table)
-        if choice is not None:
-            block_indices = _core.select_blocks(choice[0], index_k, sequences, choice[1], backend)
-        settings = _core.Settings(block_size, scale, backend=backend)
-        out, lse = _core.main_branch(q, k, v, block_indices, sequences, settings, aux)
-    elif choice is not None:
-        branches = q.detach(), choice[0], cache.k, cache.v, cache.index_k, table
-        numbers = block_size, topk, num_local_blocks, num_init_blocks, scale
-        scales = cache.k_scale, cache.v_scale, cache.index_k_scale
-        out, lse, block_indices = ops.select_and_attend(*branches, *numbers, backend, cache.page_table, *scales)
-    else:
-        stored = cache.page_table, cache.k_scale, cache.v_scale
-        out, lse = ops.attend_blocks(
-            q.detach(), cache.k, cache.v, block_indices, table, block_size, scale, backend, *stored
-        )
+    out, lse, block_indices = cache.attend(q.detach(), choice, block_indices, block_size, scale, backend)
     return out if return_aux is None else (out, _core.requested(aux, lse, block_indices))

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexmsa.types import AuxRequest
@@ -31,10 +32,12 @@ def reject_forward_ad(*tensors: Tensor) -> None:
 def reject_context_parallel() -> None:
     """Raise inside torch's `context_parallel()`, which cuts tensors and replaces only PyTorch's own attention."""
     module = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
-    if not torch.compiler.is_compiling() and getattr(module, "_replaced_functions", None):
+    # Functions that were replaced stay in the list after the region's end.
+    replaced = getattr(module, "_replaced_functions", ())
+    if not torch.compiler.is_compiling() and F.scaled_dot_product_attention in replaced:
         raise RuntimeError(
             "flexmsa inside torch's context_parallel(): it would take this process's part as the whole sequence; use "
-            "flexmsa.distributed.context_parallel_attention outside of it, with its SequenceShards"
+            "flexmsa.distributed.SequenceShards outside of it, with context_parallel_attention or a model's `shards`"
         )
 
 
@@ -251,6 +254,8 @@ def check_decode_inputs(
     if cache.k_scale is None:
         _check_same_dtype("q", q, "the cache's keys", cache.k)
     _check_scale("scale", scale)
+    if cache.block_size not in (None, block_size):
+        raise ValueError(f"block_size: expected that by which the cache is cut, {cache.block_size}, got {block_size}")
     if cache.page_table is not None and cache.k.shape[2] != block_size:
         raise ValueError(
             f"block_size: expected the page size of the cache, {cache.k.shape[2]}, got {block_size}; make the cache "

@@ -14,4 +14,7 @@ A rank of context parallel has all keys of a document and some of its queries: *
 overlap. Their table is [documents, fragments, 5]. The rows of a document have one batch row and one k_start, so that
 they share its blocks; each sees as far as its own k_end. Queries ascend through the rows, and within a document so do
 the keys that they see. A row without queries fills up a document of fewer fragments.
+
+A few queries that each have a row of their own, `q_end = q_start + 1`, may see any keys: `scored_blocks`, and
+`attend_blocks` of up to 16 queries per batch row, read the rows one by one. So decode processes that share a cache.
 """

@@ -7,7 +7,7 @@ from .deferred_loss import attention_and_index_loss, attention_and_index_loss_ba
 from .dispatch import expected_training_step
 from .flex import block_mask_lists, dense_mask_lists, pack_gqa, unpack_gqa
 from .index_loss import index_loss, index_loss_backward
-from .selection import select_blocks
+from .selection import scored_blocks, select_blocks
 from .sequences import fragment_table, next_positions, sequence_table
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "index_loss_backward",
     "next_positions",
     "pack_gqa",
+    "scored_blocks",
     "select_and_attend",
     "select_blocks",
     "sequence_table",

@@ -107,6 +107,15 @@ def dense_selection(index_q, index_k, sequences, rule):
     return reference.select_blocks(index_q, index_k, start, end, *astuple(rule))
 
 
+def dense_scored_blocks(index_q, index_k, sequences, block_size, topk):
+    """The topk best visible blocks and their scores by the dense definition, the best first; then -1 and -inf."""
+    start, end = visible(sequences, index_q.shape[0], index_q.shape[2])
+    scores = reference.block_scores(reference.token_scores(index_q, index_k), start, end, block_size)
+    scores = torch.nn.functional.pad(scores, (0, max(0, topk - scores.shape[-1])), value=-torch.inf)
+    values, ids = scores.sort(dim=-1, descending=True, stable=True)
+    return ids.masked_fill(values == -torch.inf, -1)[..., :topk].int(), values[..., :topk]
+
+
 def dense_attention(q, k, v, block_indices, sequences, block_size, scale, dtype=torch.float64):
     """The dense definition in dtype, for the kernels' table of sequences."""
     start, end = visible(sequences, q.shape[0], q.shape[2])

@@ -30,6 +30,9 @@ def test_opcheck_of_every_operator():
     opcheck(ops.sequence_table, (q, lengths(0, 1, 1, 33), None, None, 33, lengths(0, 5, 20, 33)))
     opcheck(ops.fragment_table, (torch.tensor([[[0, 0, 3, 0, 3], [0, 3, 33, 0, 33]]]), 1, 33, 33))
     opcheck(ops.select_blocks, (index_q, index_k, SEQUENCES, 8, 2, 1, 0, "torch"))
+    opcheck(ops.scored_blocks, (index_q, index_k, SEQUENCES, 8, 2, "torch"))
+    wide = [x.detach().double() for x in (index_q, index_k)]
+    opcheck(ops.scored_blocks, (*wide, SEQUENCES, 8, 9, "torch"))
     for indices in (ids, None):
         opcheck(ops.block_sparse_attention, (strided, k, v, indices, *main, "torch"))
         opcheck(ops.block_sparse_attention_backward, (out, lse, *frozen[:3], out, lse, indices, *main, "torch"))
@@ -72,6 +75,8 @@ def test_opcheck_of_the_cache_operators(paged, dtype):
     ids = ops.select_blocks(
         new.index_q, cache.index_k, table, 8, 2, 1, 0, "torch", cache.page_table, cache.index_k_scale
     )
+    stored = (cache.page_table, cache.index_k_scale)
+    check(ops.scored_blocks, (new.index_q, cache.index_k, table, 8, 2, "torch", *stored))
     scales = (cache.page_table, cache.k_scale, cache.v_scale)
     check(ops.attend_blocks, (new.q, cache.k, cache.v, ids, table, 8, 0.25, "torch", *scales))
     branches = (new.q, new.index_q, cache.k, cache.v, cache.index_k, table)

@@ -1,10 +1,13 @@
-"""All tokens of a tensor whose tokens are cut over processes, with gradients that are added in the order of ranks."""
+"""All tokens of a tensor whose tokens are cut over processes, with gradients that are added in the order of ranks.
+
+And, for results without a gradient, the tensors of all processes."""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh
 
 if TYPE_CHECKING:
     from flexmsa.distributed.shards import SequenceShards
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
 # PyTorch 2.13 renamed it.
 _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 
-__all__ = ["begin_to_gather", "finish_gathering", "gather_tokens"]
+__all__ = ["begin_to_gather", "finish_gathering", "gather_parts", "gather_tokens"]
 
 
 class _Finish(torch.autograd.Function):
@@ -55,3 +58,9 @@ def finish_gathering(x: Tensor, gathered: Tensor, shards: "SequenceShards") -> T
 def gather_tokens(x: Tensor, shards: "SequenceShards") -> Tensor:
     """Gather x [..., L, D] of all processes: [..., S, D]."""
     return finish_gathering(x, begin_to_gather(x, shards), shards)
+
+
+def gather_parts(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """x [...] of all processes, [W, ...], without a gradient."""
+    gathered = _all_gather(x.contiguous(), gather_dim=0, group=mesh.get_group())
+    return collectives.wait_tensor(gathered).unflatten(0, (mesh.size(), x.shape[0]))

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
-__all__ = ["redistribute", "with_total"]
+__all__ = ["redistribute", "summed", "total", "with_total"]
 
 
 def redistribute(x: Tensor, mesh: DeviceMesh, given: Sequence[Placement], wanted: Sequence[Placement]) -> DTensor:
@@ -36,6 +36,18 @@ class _Redistribute(torch.autograd.Function):
             return None, None, None, None
         grad = grad.redistribute(placements=ctx.placements)
         return grad.to_local() if ctx.is_plain else grad, None, None, None
+
+
+def summed(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """x, the same on every process, as a plain tensor whose gradient is summed over the mesh."""
+    # Summed here, not left as a DTensor of partial sums.
+    whole = redistribute(x, mesh, [Replicate()], [Replicate()])
+    return whole.to_local(grad_placements=[Partial()])
+
+
+def total(part: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum of the processes' scalars; each part's gradient is the sum's."""
+    return DTensor.from_local(part, mesh, [Partial()], run_check=False).full_tensor()
 
 
 def with_total(

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from flexmsa import functional
-from flexmsa.distributed.gradients import redistribute, with_total
+from flexmsa.distributed.gradients import redistribute, summed, total, with_total
 from flexmsa.distributed.mesh import check_mesh
 from flexmsa.modules import MSAttention, Projections
 from flexmsa.types import AuxRequest
@@ -122,9 +122,7 @@ class HeadShards:
         """
         own = {}
         for name, parameter in module.named_parameters():
-            # Its gradient is summed here, not left as a DTensor of partial sums.
-            whole = redistribute(parameter, self.mesh, [Replicate()], [Replicate()])
-            part = whole.to_local(grad_placements=[Partial()])
+            part = summed(parameter, self.mesh)
             if width is not None and part.shape[0] != width:
                 part = part.narrow(0, self.mesh.get_local_rank() // self.replicas * width, width)
             own[name] = part
@@ -167,8 +165,9 @@ class HeadShards:
             index_q, index_k = with_total(index_q, index_k, index_loss_value, [self.mesh.get_group()])
         request = AuxRequest(index_loss=True)
         out, aux = attend(q, k, v, index_q, index_k, **settings, **loss, return_aux=request)
+        assert aux.index_loss is not None
         # With a value, the loss is a 0 whose gradient is this process's part.
-        return out, self._total(aux.index_loss) if index_loss_value is None else aux.index_loss
+        return out, total(aux.index_loss, self.mesh) if index_loss_value is None else aux.index_loss
 
     def _attention_of_replicas(
         self,
@@ -188,13 +187,8 @@ class HeadShards:
         lse = self._whole_group(aux.lse.detach())
         given = {name: settings[name] for name in ("block_size", "cu_seqlens", "kv_starts", "backend")}
         given["count"] = index_loss_count * self.replicas
-        loss = self._total(functional.index_loss(*main, index_q, index_k, aux.block_indices, lse, **given))
+        loss = total(functional.index_loss(*main, index_q, index_k, aux.block_indices, lse, **given), self.mesh)
         if index_loss_value is None:
             return out, loss
         index_loss_value.copy_(loss.detach())
         return out, loss - loss.detach()
-
-    def _total(self, part: Tensor | None) -> Tensor:
-        """The sum of the processes' scalars; each part's gradient is the sum's."""
-        assert part is not None
-        return DTensor.from_local(part, self.mesh, [Partial()], run_check=False).full_tensor()

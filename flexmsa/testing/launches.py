@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexmsa.kernels import triton as kernels
+from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton.common.launch import Launch, record
 from flexmsa.kernels.triton.common.target import Target
 from flexmsa.kernels.triton.layer import CacheFormat, Layer, decode
@@ -100,6 +101,22 @@ def decode_launches(
     """
     with record(target) as launches:
         decode(layer, cache, tokens, batch, ragged, dense)
+    return launches
+
+
+def scored_launches(layer: Layer, target: Target, cache: CacheFormat = CONTIGUOUS, tokens: int = 1) -> list[Launch]:
+    """Of the scored blocks of `tokens` tokens, a sequence each, in a cache of layer.tokens keys."""
+    pages = layer.tokens // layer.block_size
+    rows, keys = (pages, layer.block_size) if cache.paged else (1, layer.tokens)
+    dtype = torch.float8_e4m3fn if cache.index_scaled else layer.dtype
+    index_k, scale = meta(rows, 1, keys, layer.index_head_dim, dtype=dtype), None
+    if cache.index_scaled:
+        scale = meta(rows, 1, keys, dtype=torch.uint8)
+    index_q = meta(1, layer.num_kv_heads, tokens, layer.index_head_dim, dtype=layer.dtype)
+    rule = SelectionRule(layer.block_size, layer.topk, num_local_blocks=0)
+    with record(target) as launches:
+        table = meta(1, pages) if cache.paged else None
+        kernels.scored_blocks(index_q, index_k, meta(tokens, 5), rule, table, scale)
     return launches
 
 

@@ -5,7 +5,7 @@ from flexmsa.kernels.torch.attention import block_sparse_attention_backward
 from flexmsa.kernels.torch.decode import attend_blocks, select_and_attend
 from flexmsa.kernels.torch.deferred_loss import attention_and_index_loss_backward
 from flexmsa.kernels.torch.index_loss import index_loss
-from flexmsa.kernels.torch.selection import select_blocks
+from flexmsa.kernels.torch.selection import scored_blocks, select_blocks
 
 __all__ = [
     "append",
@@ -13,6 +13,7 @@ __all__ = [
     "attention_and_index_loss_backward",
     "block_sparse_attention_backward",
     "index_loss",
+    "scored_blocks",
     "select_and_attend",
     "select_blocks",
 ]

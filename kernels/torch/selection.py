@@ -42,7 +42,7 @@ def select_blocks(
     if fp8.is_e4m3(index_q):
         index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
     batch, num_kv_heads, seqlen_q, _ = index_q.shape
-    tiles = _tiles(sequences, rule, num_kv_heads)
+    tiles = _tiles(sequences, rule, num_kv_heads, rule.topk)
     if sum(tile.stop - tile.start for tile in tiles) == batch * seqlen_q:
         block_indices = torch.empty(batch, num_kv_heads, seqlen_q, rule.topk, dtype=torch.int32)
     else:
@@ -51,22 +51,39 @@ def select_blocks(
         newest = torch.as_tensor(position // rule.block_size)[:, None, :, None]
         ids = torch.arange(rule.topk, dtype=torch.int32)
         block_indices = torch.where(ids <= newest, ids, -1).repeat(1, num_kv_heads, 1, 1)
-    sizes = [(tile.stop - tile.start, tile.num_blocks) for tile in tiles]
-    scratch = Scratch(compute_dtype(index_q.dtype))
-    for group in batch_by_size(sizes, max(1, SCORES_PER_STEP // (num_kv_heads * rule.block_size))):
-        members = [tiles[i] for i in group]
-        keys = IndexKeys(index_k, index_k_scale, page_table, members, num_kv_heads, rule, scratch)
-        _select(index_q, keys, members, rule, scratch, block_indices)
+    _select(index_q, index_k, tiles, rule, page_table, index_k_scale, block_indices)
     return block_indices
 
 
-def _tiles(sequences: Tensor, rule: SelectionRule, num_kv_heads: int) -> list[Queries]:
-    """Tiles of the queries that see more than topk blocks."""
+def scored_blocks(
+    index_q: Tensor,
+    index_k: Tensor,
+    sequences: Tensor,
+    rule: SelectionRule,
+    page_table: Tensor | None = None,
+    index_k_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """block_indices and scores [B,Hkv,Sq,topk], the best first, then -1 and -inf.
+
+    Arguments are those of ``select_blocks``; the rule forces no block.
+    """
+    if fp8.is_e4m3(index_q):
+        index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
+    shape = *index_q.shape[:3], rule.topk
+    block_indices = torch.full(shape, -1, dtype=torch.int32)
+    scores = torch.full(shape, -torch.inf, dtype=compute_dtype(index_q.dtype))
+    tiles = _tiles(sequences, rule, index_q.shape[1], 0)
+    _select(index_q, index_k, tiles, rule, page_table, index_k_scale, block_indices, scores)
+    return block_indices, scores
+
+
+def _tiles(sequences: Tensor, rule: SelectionRule, num_kv_heads: int, unscored: int) -> list[Queries]:
+    """Tiles of the queries that see more than `unscored` blocks."""
     tiles = []
     tokens = max(1, _VECTORS_PER_TILE // num_kv_heads)
     for batch, q_start, q_end, k_start, k_end in list_sequences(sequences):
         shift = k_end - k_start - q_end
-        first = max(q_start, rule.topk * rule.block_size - shift)
+        first = max(q_start, unscored * rule.block_size - shift)
         for stop in range(q_end, first, -tokens):
             start = max(first, stop - tokens)
             num_blocks = (stop - 1 + shift) // rule.block_size + 1
@@ -76,13 +93,34 @@ def _tiles(sequences: Tensor, rule: SelectionRule, num_kv_heads: int) -> list[Qu
 
 def _select(
     index_q: Tensor,
+    index_k: Tensor,
+    tiles: list[Queries],
+    rule: SelectionRule,
+    page_table: Tensor | None,
+    index_k_scale: Tensor | None,
+    block_indices: Tensor,
+    scores: Tensor | None = None,
+) -> None:
+    """Write the selection of the tiles' queries to block_indices, ascending, or, with its scores, the best first."""
+    num_kv_heads = index_q.shape[1]
+    sizes = [(tile.stop - tile.start, tile.num_blocks) for tile in tiles]
+    scratch = Scratch(compute_dtype(index_q.dtype))
+    for group in batch_by_size(sizes, max(1, SCORES_PER_STEP // (num_kv_heads * rule.block_size))):
+        members = [tiles[i] for i in group]
+        keys = IndexKeys(index_k, index_k_scale, page_table, members, num_kv_heads, rule, scratch)
+        _select_together(index_q, keys, members, rule, scratch, block_indices, scores)
+
+
+def _select_together(
+    index_q: Tensor,
     index_k: IndexKeys,
     tiles: list[Queries],
     rule: SelectionRule,
     scratch: Scratch,
     block_indices: Tensor,
+    scores: Tensor | None,
 ) -> None:
-    """Write the selection of the tiles' queries to block_indices.
+    """`_select` for tiles whose keys are in `index_k`.
 
     The query vectors of a tile are ordered by (token, group); short tiles repeat their last token.
     """
@@ -96,15 +134,23 @@ def _select(
     narrow = index_q.dtype == torch.bfloat16 and index_k.dtype in (torch.bfloat16, torch.float8_e4m3fn)
     if narrow and index_q.device.type == "cpu" and index_k.are_used_once and multiplies_bf16():
         best = best_blocks(queries[0], position[0], index_k, rule, scratch)
+    values = None
     if best is None:
-        best = _best_of_all(queries.to(scratch.dtype), position, index_k, rule, scratch)
+        every = _scores_of_all(queries.to(scratch.dtype), position, index_k, rule, scratch)
+        best, values = (_best(every, rule.topk), None) if scores is None else _ranked(every, rule.topk)
     tile, column = np.nonzero(start + offset < stop)
-    rows = best.view(*token.shape, num_kv_heads, rule.topk)[torch.as_tensor(tile), torch.as_tensor(column)]
-    block_indices[torch.as_tensor(batch[tile, 0]), :, torch.as_tensor(token[tile, column])] = rows
+    source = torch.as_tensor(tile), torch.as_tensor(column)
+    target = torch.as_tensor(batch[tile, 0]), slice(None), torch.as_tensor(token[tile, column])
+    block_indices[target] = best.view(*token.shape, num_kv_heads, rule.topk)[source]
+    if scores is not None:
+        assert values is not None
+        scores[target] = values.view(*token.shape, num_kv_heads, rule.topk)[source]
 
 
-def _best_of_all(queries: Tensor, position: Array, index_k: IndexKeys, rule: SelectionRule, scratch: Scratch) -> Tensor:
-    """The best blocks [C * R, topk] of queries [C, R, Di] at position [C, R], from the scores of all keys."""
+def _scores_of_all(
+    queries: Tensor, position: Array, index_k: IndexKeys, rule: SelectionRule, scratch: Scratch
+) -> Tensor:
+    """The scores [C * R, num_blocks] of queries [C, R, Di] at position [C, R]: inf of forced, -inf of hidden blocks."""
     forced, hidden = (torch.as_tensor(x).mT for x in forced_and_hidden(rule, position, index_k.num_blocks))
     newest_key = torch.as_tensor(position)[:, None]
     scores = _block_scores(queries, index_k, newest_key, rule, scratch, clean=False)
@@ -113,7 +159,7 @@ def _best_of_all(queries: Tensor, position: Array, index_k: IndexKeys, rule: Sel
     limit = torch.finfo(scores.dtype).max
     scores.clamp_(-limit, limit)
     scores.masked_fill_(forced, torch.inf).masked_fill_(hidden, -torch.inf)
-    return _best(scores.transpose(1, 2).flatten(0, 1), rule.topk)
+    return scores.transpose(1, 2).flatten(0, 1)
 
 
 def _block_scores(
@@ -166,6 +212,17 @@ def _best(scores: Tensor, topk: int) -> Tensor:
         ids[tied] = _first_best(scores[tied], values[tied, topk - 1, None], topk)
     ids = ids.sort(-1).values
     return ids.masked_fill_(ids == scores.shape[1], -1).to(torch.int32)
+
+
+def _ranked(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The topk best columns of scores [rows, num_blocks], the best first, and their scores; then -1 and -inf."""
+    missing = max(0, topk + 1 - scores.shape[1])
+    scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
+    ids = _best(scores, topk)
+    values = scores.gather(1, ids.clamp(min=0).long()).masked_fill_(ids < 0, -torch.inf)
+    # The ids ascend, and a stable sort keeps the smaller one first among equal scores.
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return ids.gather(1, order), values
 
 
 def _first_best(scores: Tensor, threshold: Tensor, topk: int) -> Tensor:

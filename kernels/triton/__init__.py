@@ -4,7 +4,7 @@ from flexmsa.kernels.triton.backward.launch import attention_and_index_loss_back
 from flexmsa.kernels.triton.common.launch import expected
 from flexmsa.kernels.triton.forward.launch import block_sparse_attention_forward
 from flexmsa.kernels.triton.loss.launch import index_loss
-from flexmsa.kernels.triton.selection.launch import select_blocks
+from flexmsa.kernels.triton.selection.launch import scored_blocks, select_blocks
 from flexmsa.kernels.triton.serving.append import append
 from flexmsa.kernels.triton.serving.launch import attend_blocks, select_and_attend
 from flexmsa.kernels.triton.step import short_training_step
@@ -17,6 +17,7 @@ __all__ = [
     "block_sparse_attention_forward",
     "expected",
     "index_loss",
+    "scored_blocks",
     "select_and_attend",
     "select_blocks",
     "short_training_step",

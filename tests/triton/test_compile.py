@@ -195,6 +195,15 @@ def test_decoding(target, tokens, cache):
     build(recorded.decode_launches(M3, target, cache, tokens), target)
 
 
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("cache", [CacheFormat(), E4M3], ids=["contiguous", "pages, e4m3"])
+@pytest.mark.parametrize("keys", [2048, 1 << 20])
+def test_scored_blocks(target, keys, cache, tokens):
+    """The best blocks with their scores, of caches whose keys are split and of one that is short."""
+    kernels = build(recorded.scored_launches(replace(M3, tokens=keys), target, cache, tokens), target)
+    assert "merge_kernel" in kernels
+
+
 def test_selection_of_e4m3_queries(target):
     kernels = build(recorded.selection_launches(M3, target, torch.float8_e4m3fn), target)
     if target.arch == 90:

@@ -13,7 +13,15 @@ from flexmsa.kernels.problem import Problem
 from flexmsa.kernels.triton.common.launch import choose, compile_key
 from flexmsa.kernels.triton.forward import launch as forward
 from flexmsa.kernels.triton.forward.config import default_config
-from flexmsa.testing.launches import TARGETS, TRAINING, CacheFormat, Layer, decode_launches, selection_launches
+from flexmsa.testing.launches import (
+    TARGETS,
+    TRAINING,
+    CacheFormat,
+    Layer,
+    decode_launches,
+    scored_launches,
+    selection_launches,
+)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
@@ -65,6 +73,16 @@ def test_a_cache_that_grows(batch, cache, name):
     keys = keys_by_kernel(launch for step in steps for launch in step)
     limits = {"append_kernel": 1, "combine_kernel": 1, "attend_kernel": 3, "merge_kernel": 1}
     assert {kernel: len(found) for kernel, found in keys.items() if len(found) > limits.get(kernel, 2)} == {}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("cache", FORMATS.values(), ids=FORMATS)
+def test_scored_blocks_of_a_cache_that_grows(cache, name):
+    """Lists are merged in any case, few or many of them."""
+    steps = (scored_launches(Layer(tokens=tokens), TARGETS[name], cache) for tokens in CAPACITIES)
+    keys = keys_by_kernel(launch for step in steps for launch in step)
+    assert set(keys) <= {"selection_kernel", "selection_sm90_kernel", "merge_kernel"}
+    assert {kernel: len(found) for kernel, found in keys.items() if len(found) > 2} == {}
 
 
 @pytest.mark.parametrize("name", TARGETS)

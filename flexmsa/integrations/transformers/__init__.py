@@ -2,8 +2,9 @@
 
 from flexmsa.integrations.transformers.convert import convert, msa_config, set_warm_up
 from flexmsa.integrations.transformers.loading import from_pretrained
-from flexmsa.integrations.transformers.losses import IndexLosses
+from flexmsa.integrations.transformers.losses import IndexLosses, index_loss_count
 from flexmsa.integrations.transformers.minimax_m3 import register
+from flexmsa.integrations.transformers.tensor_parallel import minimax_m3_tp_plan
 from flexmsa.integrations.transformers.training import (
     ConversionCallback,
     begin_sparse,
@@ -23,7 +24,9 @@ __all__ = [
     "clip_gradients",
     "convert",
     "from_pretrained",
+    "index_loss_count",
     "log_entries",
+    "minimax_m3_tp_plan",
     "msa_config",
     "parameter_groups",
     "register",

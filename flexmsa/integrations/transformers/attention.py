@@ -11,19 +11,25 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flexmsa import _core, ops, validation
+from flexmsa import _core, _loss, ops, validation
 from flexmsa._sequences import Sequences
 from flexmsa.backends import choose_backend
+from flexmsa.distributed.context_parallel import context_parallel_attention
+from flexmsa.distributed.gather import gather_tokens
+from flexmsa.distributed.gradients import total, with_total
+from flexmsa.distributed.shards import SequenceShards
 from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch
 from flexmsa.integrations.transformers.losses import IndexLosses
+from flexmsa.integrations.transformers.tensor_parallel import head_mesh
 from flexmsa.kernels.rules import SelectionRule
-from flexmsa.types import AuxRequest
+from flexmsa.types import AuxOutput, AuxRequest
 
-__all__ = ["IMPLEMENTATION", "Selection", "register_attention"]
+__all__ = ["IMPLEMENTATION", "Selection", "check_shards", "register_attention"]
 
 IMPLEMENTATION = "flexmsa"
 # In dense attention, the block size affects only the speed.
@@ -46,6 +52,35 @@ class Selection(NamedTuple):
     num_local_blocks: int = 1
     num_init_blocks: int = 0
     select: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+class LossRequest(NamedTuple):
+    """How a layer computes its index loss.
+
+    Attributes:
+        value: where the backward writes it; None if the forward computes it.
+        divisor: of the sum of the losses; None is their number, of all groups.
+        mesh: the processes over which the heads are sharded.
+    """
+
+    value: Tensor | None
+    divisor: Tensor | float | None
+    mesh: DeviceMesh | None
+
+    def groups(self, k: Tensor) -> int:
+        """Return the number of groups of all processes; k has this one's."""
+        return k.shape[1] * (1 if self.mesh is None else self.mesh.size())
+
+    def of_own_heads(self, index_q: Tensor, index_k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both; their backward adds up the processes' values."""
+        if self.mesh is None or self.value is None:
+            return index_q, index_k
+        return with_total(index_q, index_k, self.value, [self.mesh.get_group()])
+
+    def of_all_heads(self, loss: Tensor | None) -> Tensor:
+        """Return the loss of all processes' heads; with a value, it is a 0 with this process's part of the gradient."""
+        assert loss is not None
+        return loss if self.mesh is None or self.value is not None else total(loss, self.mesh)
 
 
 @functools.cache
@@ -85,12 +120,14 @@ def _attend(
     block_indices: Selection | None = None,
     index_losses: IndexLosses | None = None,
     observe: Callable[[Tensor, Tensor, Tensor | None, float], None] | None = None,
+    shards: SequenceShards | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D] to out [B, Sq, Hq, D], and None for weights.
 
     If `module.flexmsa_fallback` names another implementation, that one attends (in layers with a sliding window, for
-    example). `observe` is called with query, key, the table of sequences and scaling.
+    example). `observe` is called with query, key, the table of sequences and scaling. With `shards`, q, k and v are
+    this process's tokens.
     """
     if not hasattr(module, "flexmsa_fallback"):
         raise NotImplementedError(
@@ -98,6 +135,8 @@ def _attend(
             "call register() for the first, and convert(model) for others"
         )
     if module.flexmsa_fallback is not None:
+        if shards is not None:
+            raise ValueError("shards: expected full attention in all layers, got a layer with a sliding window")
         attend = ALL_ATTENTION_FUNCTIONS[module.flexmsa_fallback]
         return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if attention_mask is not None and attention_mask.dtype != torch.int32:
@@ -105,23 +144,41 @@ def _attend(
             f"attention_mask: expected the table of sequences, got {attention_mask.dtype} "
             f"{list(attention_mask.shape)}; call the model, not a layer of it"
         )
+    validation.reject_context_parallel()
     if block_indices is None and has_index_branch(module):
         raise RuntimeError(f"{type(module).__name__} does not pass keyword arguments to its attention function")
+    if has_index_branch(module):
+        _check_heads(module, key)
     if dropout:
         raise NotImplementedError(f"attention_dropout: expected 0, got {dropout}; set config.attention_dropout = 0")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if block_indices is None:
+    number: Any = module.layer_idx
+    request = loss = None
+    if index_losses is not None:
+        request = LossRequest(index_losses.deferred.get(number), index_losses.count, head_mesh(module))
+    if shards is not None:
+        out, loss = _attend_with_shards(query, key, value, block_indices, shards, scale, request)
+    elif block_indices is None:
         out = _attend_densely(query, key, value, attention_mask, scale)
     else:
-        number: Any = module.layer_idx
-        loss_value = None if index_losses is None else index_losses.deferred.get(number)
-        aux = AuxRequest(index_loss=index_losses is not None)
-        out, loss = _attend_sparsely(query, key, value, block_indices, attention_mask, scale, aux, loss_value)
-        if index_losses is not None and loss is not None:
-            index_losses.record(number, loss)
+        out, loss = _attend_sparsely(query, key, value, block_indices, attention_mask, scale, request)
+    if index_losses is not None and loss is not None:
+        index_losses.record(number, loss)
     if observe is not None:
         observe(query, key, attention_mask, scale)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_heads(module: Any, key: Tensor) -> None:
+    """Raise if heads are sharded without the styles that make the index loss and its gradients whole."""
+    config = module.config
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if key.shape[1] != groups and head_mesh(module) is None:
+        raise ValueError(
+            f"{type(module).__name__}: expected its {groups} groups of heads, got {key.shape[1]}: they are sharded "
+            "without their index branch; load a converted model by this package's from_pretrained with "
+            'tp_plan="auto", and MiniMax-M3 with minimax_m3_tp_plan()'
+        )
 
 
 def _attend_densely(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, scale: float) -> Tensor:
@@ -147,10 +204,9 @@ def _attend_sparsely(
     selection: Selection,
     table: Tensor | None,
     scale: float,
-    aux: AuxRequest,
-    loss_value: Tensor | None,
+    request: LossRequest | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the output [B, Hq, Sq, D] and, if requested, the index loss: 0 if the backward writes it to loss_value."""
+    """Return the output [B, Hq, Sq, D] and, if requested, the index loss: 0 if the backward writes its value."""
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, *(x.to(q.dtype) for x in selection.heads))
     validation.check_branches_match(q, k, index_q, index_k)
     _, block_size, topk, num_local_blocks, num_init_blocks, select = selection
@@ -169,8 +225,64 @@ def _attend_sparsely(
         rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
     settings = _settings(q, scale, is_plain, block_size, rule, index_q.shape[-1] ** -0.5)
     sequences = Sequences(q, k.shape[2], table=table)
-    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, block_indices, loss_value)
-    return out, found.index_loss
+    if request is None:
+        return _core.attention(q, k, v, index_q, index_k, sequences, settings, AuxRequest(), block_indices)[0], None
+    count = _loss.check_count("index_loss_count", request.divisor, q)
+    if count is None and request.mesh is not None:
+        count = sequences.count(request.groups(k)).clamp(min=1)
+    branches = q, k, v, *request.of_own_heads(index_q, index_k)
+    aux = AuxRequest(index_loss=True)
+    out, found = _core.attention(*branches, sequences, settings, aux, block_indices, request.value, count)
+    return out, request.of_all_heads(found.index_loss)
+
+
+def check_shards(shards: Any, attention_mask: Any, position_ids: Any) -> None:
+    """Check what a model is called with beside the shards of its tokens."""
+    if not isinstance(shards, SequenceShards):
+        raise TypeError(f"shards: expected SequenceShards, got {type(shards).__name__}")
+    if attention_mask is not None:
+        raise ValueError("attention_mask: expected None with shards, got one; pack documents in place of padding")
+    if position_ids is None:
+        raise ValueError("position_ids: expected shards.row_positions() with shards, got None")
+
+
+def _attend_with_shards(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection | None,
+    shards: SequenceShards,
+    scale: float,
+    request: LossRequest | None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `_attend_sparsely`, or for selection None `_attend_densely`, for this process's tokens of all."""
+    if selection is None:
+        q, k, v = ops.cast_to_autocast(q, k, v)
+        k, v = gather_tokens(k, shards), gather_tokens(v, shards)
+        sequences = Sequences(q, shards.seqlen, table=shards.fragments)
+        settings = _settings(q, scale, False, _DENSE_BLOCK_SIZE)
+        return _core.main_branch(q, k, v, None, sequences, settings, AuxRequest())[0], None
+    heads, block_size, topk, num_local_blocks, num_init_blocks, select = selection
+    if select is not None:
+        raise ValueError("select: expected None with shards, which are parts of sequences, got a function")
+    index_q, index_k = (x.to(q.dtype) for x in heads)
+    loss: dict[str, Any] = {}
+    if request is not None:
+        index_q, index_k = request.of_own_heads(index_q, index_k)
+        count = shards.index_loss_count(request.groups(k)) if request.divisor is None else request.divisor
+        loss = {"index_loss_count": count, "index_loss_value": request.value}
+    out, aux = context_parallel_attention(
+        *(q, k, v, index_q, index_k, shards),
+        block_size=block_size,
+        topk=topk,
+        num_local_blocks=num_local_blocks,
+        num_init_blocks=num_init_blocks,
+        scale=scale,
+        return_aux=AuxRequest(index_loss=request is not None),
+        **loss,
+    )
+    assert isinstance(aux, AuxOutput)
+    return out, None if request is None else request.of_all_heads(aux.index_loss)
 
 
 def _check_plain(q: Tensor, k: Tensor, v: Tensor, *index: Tensor) -> None:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmsa.config import MSAConfig
-from flexmsa.integrations.transformers.attention import IMPLEMENTATION, register_attention
+from flexmsa.integrations.transformers.attention import IMPLEMENTATION, check_shards, register_attention
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
+from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
 from flexmsa.integrations.transformers.index_branch import add_index_branch
 from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
 from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
+from flexmsa.integrations.transformers.tensor_parallel import add_to_plan
 
 __all__ = ["conversion_of", "convert", "install", "model_sizes", "msa_config", "set_warm_up"]
 
@@ -189,9 +191,10 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
             module.index_loss_value = IndexLossValue(weight.device)
         hook_attention(module, conversion, fallback=fallback if _is_local(module) else None)
     model.flexmsa = conversion
+    add_to_plan(model)
     text_config._attn_implementation = IMPLEMENTATION
     _store_settings(model)
-    prepare_outputs(model)
+    prepare_outputs(type(model))
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_after_forward, with_kwargs=True)
     return model
@@ -243,9 +246,17 @@ def _before_forward(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
             "index_losses: expected none, got some; the loss of a converted model already includes them, weighted"
         )
     conversion: Conversion = model.flexmsa
+    if kwargs.get("shards") is not None:
+        check_shards(kwargs["shards"], kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        if conversion.with_health:
+            raise ValueError("with_health: expected False with shards, which are parts of sequences, got True")
     trains = model.training and torch.is_grad_enabled()
-    losses = IndexLosses(conversion.loss_in_backward) if trains or conversion.with_health else None
+    losses = None
+    if trains or conversion.with_health:
+        losses = IndexLosses(conversion.loss_in_backward, conversion.index_loss_count)
     if trains and losses is not None:
+        check_replicas(model)
+        prepare_shards(model, returns_losses=True)
         prepare_checkpointing(model)
         if losses.in_backward:
             defer_losses(losses, model)
@@ -270,8 +281,9 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
     named = isinstance(output, Mapping)
     lm_loss = output.get("loss") if named else output[0] if kwargs.get("labels") is not None else None
     health = kwargs["msa_pass"].health
+    share = _share_of_step(kwargs) if lm_loss is not None else 1.0
     conversion.report = Report(
-        None if lm_loss is None else lm_loss.detach(),
+        None if lm_loss is None else _mean_of_batch(lm_loss.detach(), share),
         tuple(values[number] for number in conversion.layers),
         tuple(health[number] for number in conversion.layers if number in health),
     )
@@ -280,11 +292,18 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
         output = with_index_loss(output, index_loss)
     if lm_loss is None or not model.training:
         return output
-    loss = lm_loss + conversion.index_loss_weight * _share_of_step(kwargs) * index_loss.to(lm_loss.device)
+    if conversion.index_loss_count is not None or kwargs.get("shards") is not None:
+        share = 1.0
+    loss = lm_loss + conversion.index_loss_weight * share * index_loss.to(lm_loss.device)
     if not named:
         return (loss, *output[1:])
     output["loss"] = loss
     return output
+
+
+def _mean_of_batch(lm_loss: Tensor, share: Tensor | float) -> Tensor:
+    """Return the model's loss as a mean over the tokens of this forward; 0 without any."""
+    return lm_loss / share.clamp(min=torch.finfo(torch.float32).tiny) if isinstance(share, Tensor) else lm_loss / share
 
 
 def _share_of_step(kwargs: dict[str, Any]) -> Tensor | float:

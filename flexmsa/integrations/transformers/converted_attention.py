@@ -46,7 +46,7 @@ class Report(NamedTuple):
     """The results of the last forward pass, detached.
 
     Attributes:
-        lm_loss: scalar, the model's own loss; None without labels.
+        lm_loss: scalar, the model's own loss, as the mean over this batch's tokens; None without labels.
         values: the index losses of the converted layers; empty if they were not requested.
         health: of the converted layers; empty unless it was requested.
     """
@@ -71,6 +71,8 @@ class Conversion:
         fallback: the attention implementation of layers with a sliding window.
         warm_up: whether the main branch is dense.
         index_loss_weight: of the summed index losses in the loss of a model in training mode.
+        index_loss_count: what the sum of each layer's losses is divided by; None is their number in this forward. See
+            `flexmsa.integrations.transformers.index_loss_count`.
         loss_in_backward: whether the backward computes the index losses in training mode; `outputs.index_loss` is then
             a 0 that has their gradient.
         with_health: measure each forward pass.
@@ -85,6 +87,7 @@ class Conversion:
     fallback: str
     warm_up: bool = True
     index_loss_weight: float = 1.0
+    index_loss_count: Tensor | float | None = None
     loss_in_backward: bool = True
     with_health: bool = False
     select: Callable[[Tensor, Tensor, MSAConfig], Tensor] | None = None
@@ -121,7 +124,10 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple
         return args, kwargs
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    kwargs["attention_mask"] = _sequences(forward_pass, hidden_states, cache, module.layer_idx, kwargs)
+    whole = kwargs.get("shards") is None
+    kwargs["attention_mask"] = (
+        _sequences(forward_pass, hidden_states, cache, module.layer_idx, kwargs) if whole else None
+    )
     if not has_index_branch(module):
         return args, kwargs
     rope = kwargs["position_embeddings"]

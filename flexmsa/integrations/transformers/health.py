@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from flexmsa import functional, metrics
 from flexmsa.config import MSAConfig
 from flexmsa.integrations.transformers.index_branch import IndexHeads, add_index_branch, project_index
+from flexmsa.integrations.transformers.tensor_parallel import head_mesh
 
 __all__ = ["LayerHealth", "measure", "random_blocks", "untrained_heads", "window_blocks"]
 
@@ -33,7 +34,11 @@ def untrained_heads(
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
         torch.manual_seed(attention.layer_idx)
         add_index_branch(branch, config, config.hidden_size**-0.5, weight.dtype, weight.device)
-    return project_index(branch, attention, hidden_states, position_embeddings)
+    heads = project_index(branch, attention, hidden_states, position_embeddings)
+    mesh = head_mesh(attention)
+    if mesh is not None:
+        heads = heads._replace(index_q=heads.index_q.chunk(mesh.size(), dim=1)[mesh.get_local_rank()])
+    return heads
 
 
 @torch.no_grad()

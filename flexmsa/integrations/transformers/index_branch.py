@@ -1,6 +1,7 @@
 """The index branch of a transformers attention module: its weights, its heads, and its keys in the cache."""
 
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ __all__ = [
     "cache_index_keys",
     "has_index_branch",
     "is_index_weight",
+    "numbers_inside",
     "project_index",
     "trains_index_branch",
 ]
@@ -56,6 +58,12 @@ def trains_index_branch(module: nn.Module) -> bool:
     """Return whether weights of the index branch of an attention module get gradients."""
     parts = (module._modules.get(name) for name in ("indexer", *sorted(_PARTS)))
     return any(parameter.requires_grad for part in parts if part is not None for parameter in part.parameters())
+
+
+def numbers_inside(module: nn.Module) -> list[int]:
+    """Return the layer numbers of the attention modules inside `module` that have an index branch."""
+    modules: Iterable[Any] = module.modules()
+    return [inner.layer_idx for inner in modules if has_index_branch(inner)]
 
 
 def is_index_weight(name: str) -> bool:

@@ -8,12 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flexmsa.checkpoint import save_selection_policy
-from flexmsa.integrations.transformers.index_branch import has_index_branch, trains_index_branch
+from flexmsa.integrations.transformers.index_branch import has_index_branch, numbers_inside, trains_index_branch
 
-__all__ = ["IndexLossValue", "IndexLosses", "defer_losses", "prepare_checkpointing"]
+__all__ = ["IndexLossValue", "IndexLosses", "defer_losses", "index_loss_count", "prepare_checkpointing"]
 
 
 class IndexLossValue(nn.Module):
@@ -50,6 +51,8 @@ class IndexLosses:
 
     Args:
         in_backward: whether the backward computes the losses of a model in training mode.
+        count: what the sum of each layer's losses is divided by, as for `flexmsa.attention`; default: their number in
+            this forward. See `flexmsa.integrations.transformers.index_loss_count`.
 
     >>> losses = IndexLosses()
     >>> losses.record(3, torch.tensor(0.5, requires_grad=True))
@@ -57,8 +60,8 @@ class IndexLosses:
     ({3: tensor(0.5000)}, tensor(2.0500, grad_fn=<AddBackward0>))
     """
 
-    def __init__(self, in_backward: bool = True) -> None:
-        self.in_backward = in_backward
+    def __init__(self, in_backward: bool = True, count: Tensor | float | None = None) -> None:
+        self.in_backward, self.count = in_backward, count
         self.deferred: dict[int, Tensor] = {}
         self._losses: dict[int, Tensor] = {}
 
@@ -70,8 +73,15 @@ class IndexLosses:
     def record(self, layer: int, loss: Tensor) -> None:
         """Store the loss of `layer`, a scalar."""
         if layer in self._losses:
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                # A layer in torch's checkpoint_wrapper runs again in the backward: the first loss has the gradient.
+                return
             raise ValueError("index_losses: expected an empty IndexLosses, got a used one; make one for each forward")
         self._losses[layer] = loss
+
+    def of(self, layers: Iterable[int]) -> tuple[Tensor, ...]:
+        """Return the losses of those of these layers that have one, with their gradients."""
+        return tuple(self._losses[layer] for layer in layers if layer in self._losses)
 
     def sum(self) -> Tensor:
         """Return the sum over layers, a scalar with a gradient for the index weights.
@@ -103,6 +113,24 @@ class IndexLosses:
         return loss + weight * total.to(loss.device)
 
 
+def index_loss_count(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Return the number of losses of each layer with an index branch: of its groups, and the queries that see a key.
+
+    Where processes or micro-batches have unequal numbers of tokens, add these counts up for the mean over all of them:
+    see `flexmsa.distributed.global_index_loss_count`.
+
+    Args:
+        input_ids: [B, S]; attention_mask: [B, S], 0 for padding.
+
+    Returns:
+        Scalar int64.
+    """
+    config = model.config.get_text_config()
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return groups * mask.sum()
+
+
 def defer_losses(losses: IndexLosses, model: nn.Module) -> None:
     """Let the backward compute the losses of the layers whose index branches train."""
     modules: Iterable[Any] = model.modules()
@@ -125,7 +153,7 @@ def prepare_checkpointing(model: nn.Module) -> None:
             checkpoint: Any = layer._gradient_checkpointing_func
             if isinstance(checkpoint, _Checkpoint):
                 continue
-            numbers = _numbers_inside(layer)
+            numbers = numbers_inside(layer)
             if numbers:
                 layer._gradient_checkpointing_func = _Checkpoint(_saving_selection(checkpoint), numbers)  # type: ignore[assignment]
 
@@ -139,12 +167,6 @@ def _saving_selection(checkpoint: Any) -> Any:
     if given.get("use_reentrant") is not False or "context_fn" in given:
         return checkpoint
     return partial(checkpoint, context_fn=partial(create_selective_checkpoint_contexts, save_selection_policy))
-
-
-def _numbers_inside(layer: nn.Module) -> list[int]:
-    """Return the layer numbers of the attention modules inside `layer` that have an index branch."""
-    modules: Iterable[Any] = layer.modules()
-    return [module.layer_idx for module in modules if has_index_branch(module)]
 
 
 class _Checkpoint:
@@ -162,12 +184,12 @@ class _Checkpoint:
             return self.checkpoint(layer, *args)
 
         def run(*args: Any) -> tuple[Tensor, ...]:
-            inside = IndexLosses()
+            inside = IndexLosses(count=losses.count)
             inside.deferred = losses.deferred
             out = layer(*args, index_losses=inside)
             if not isinstance(out, Tensor):
                 raise TypeError(f"model: expected checkpointed layers that return a tensor, got {type(out).__name__}")
-            return out, *(inside._losses[number] for number in self.numbers if number in inside._losses)
+            return out, *inside.of(self.numbers)
 
         out, *found = self.checkpoint(run, *args)
         for number, loss in zip(self.numbers, found, strict=False):

@@ -1,15 +1,16 @@
 """MiniMax-M3 of transformers through flexmsa, with packed documents, padding and a trainable indexer; no tensor has
 Sq x Sk elements.
 
-With `attn_implementation="flexmsa"`, three parts of transformers' model change:
+With `attn_implementation="flexmsa"`, four parts of transformers' model change:
 
 - the text model makes the table of sequences once and passes it to all layers as their mask;
 - the indexer computes its heads with its weights, norms, RoPE and cache, but does not select;
-- the attention function selects, attends, and computes the index loss if requested.
+- the attention function selects, attends, and computes the index loss if requested;
+- the outputs of the whole model have the sum of these losses, as index_loss.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as modeling
 
-from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection, register_attention
+from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection, check_shards, register_attention
+from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
 from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch
 from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
+from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
 from flexmsa.integrations.transformers.sequences import find_sequences
 
 __all__ = ["register"]
@@ -47,8 +50,12 @@ def register() -> None:
     for changed, wrap in (
         (modeling.MiniMaxM3VLIndexer, _indexer_forward),
         (modeling.MiniMaxM3VLTextModel, _text_model_forward),
+        (modeling.MiniMaxM3VLForCausalLM, _causal_model_forward),
+        (modeling.MiniMaxM3SparseForConditionalGeneration, _causal_model_forward),
     ):
         changed.forward = wrap(changed.forward)  # type: ignore[method-assign]
+    for model in (modeling.MiniMaxM3VLForCausalLM, modeling.MiniMaxM3SparseForConditionalGeneration):
+        prepare_outputs(model)
 
 
 def _attention_init(init: Callable) -> Callable:
@@ -80,9 +87,12 @@ def _text_model_forward(forward: Callable) -> Callable:
         if self.config._attn_implementation == IMPLEMENTATION and tokens is not None:
             padding = next(iter(attention_mask.values())) if isinstance(attention_mask, dict) else attention_mask
             documents = kwargs.get("cu_seq_lens_q")
-            attention_mask = {
-                "full_attention": find_sequences(tokens, padding, position_ids, documents, past_key_values)
-            }
+            table = None
+            if kwargs.get("shards") is None:
+                table = find_sequences(tokens, padding, position_ids, documents, past_key_values)
+            else:
+                check_shards(kwargs["shards"], padding, position_ids)
+            attention_mask = {"full_attention": table}
             if self.training and torch.is_grad_enabled():
                 prepare_checkpointing(self)
                 losses: IndexLosses | None = kwargs.get("index_losses")
@@ -97,6 +107,25 @@ def _text_model_forward(forward: Callable) -> Callable:
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+
+    return wrapped
+
+
+def _causal_model_forward(forward: Callable) -> Callable:
+    """Wrap the whole model's `forward`: the index losses are outputs too, so that data parallel finds their weights."""
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        losses: IndexLosses | None = kwargs.get("index_losses")
+        if losses is None or self.config.get_text_config()._attn_implementation != IMPLEMENTATION:
+            return forward(self, *args, **kwargs)
+        if self.training and torch.is_grad_enabled():
+            check_replicas(self)
+            prepare_shards(self, returns_losses=False)
+        output = forward(self, *args, **kwargs)
+        if not losses.values:
+            return output
+        return with_index_loss(output, losses.sum()) if isinstance(output, Mapping) else (*output, losses.sum())
 
     return wrapped
 

@@ -1,4 +1,4 @@
-"""The outputs of a converted model: transformers' own class, with the field index_loss.
+"""The outputs of a model with index losses: transformers' own class, with the field index_loss.
 
 A field, because an entry beside the fields is lost or refused where outputs are taken apart and made anew, as by
 DistributedDataParallel.
@@ -17,9 +17,9 @@ __all__ = ["prepare_outputs", "with_index_loss"]
 _EXTENDED: dict[type, Any] = {}
 
 
-def prepare_outputs(model: Any) -> None:
-    """Make the classes that the model's forward is annotated with; torch.compile cannot make classes."""
-    annotation = inspect.signature(type(model).forward).return_annotation
+def prepare_outputs(model: type) -> None:
+    """Make the classes that the forward of a class of models is annotated with; torch.compile cannot make classes."""
+    annotation = inspect.signature(model.forward).return_annotation  # type: ignore[attr-defined]
     for kind in get_args(annotation) or (annotation,):
         if isinstance(kind, type) and issubclass(kind, ModelOutput):
             _extend(kind)

@@ -13,11 +13,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from flexmsa.integrations.transformers.convert import conversion_of, set_warm_up
+from flexmsa.integrations.transformers.data_parallel import is_sharded_flat, prepare_shards, renew_shards
 from flexmsa.integrations.transformers.health import LayerHealth
 from flexmsa.integrations.transformers.index_branch import is_index_weight
 
@@ -36,6 +39,8 @@ def begin_warm_up(model: nn.Module) -> None:
     """Enter phase 1: dense attention, and only the index weights train."""
     conversion = conversion_of(model)
     set_warm_up(model, True)
+    # Here too, as a compiled forward cannot.
+    prepare_shards(model, returns_losses=True)
     for name, parameter in model.named_parameters():
         if is_index_weight(name):
             parameter.requires_grad_(True)
@@ -51,6 +56,8 @@ def begin_sparse(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name in conversion.frozen:
             parameter.requires_grad_(True)
+    if conversion.frozen:
+        renew_shards(model)
     conversion.frozen.clear()
 
 
@@ -68,14 +75,30 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 def clip_gradients(model: nn.Module, max_norm: float) -> tuple[Tensor, Tensor]:
     """Clip the gradients of the base and of the index weights separately, so that neither loss scales the other's step.
 
+    Gradients may be sharded by FSDP2, tensor parallel, or both: call it on every process.
+
     Returns:
-        The norms of both before clipping.
+        The norms of both before clipping, of whole gradients.
     """
-    base, index = (
-        torch.nn.utils.clip_grad_norm_([p for p in group["params"] if p.grad is not None], max_norm)
-        for group in parameter_groups(model)
-    )
+    base, index = (_clip(group["params"], max_norm) for group in parameter_groups(model))
     return base, index
+
+
+def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Clip as `clip_grad_norm_`, which takes DTensors of one mesh, or plain tensors, but not both."""
+    by_placement: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            placement = getattr(parameter.grad, "device_mesh", None), getattr(parameter.grad, "placements", None)
+            by_placement.setdefault(placement, []).append(parameter)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in by_placement.values()]  # type: ignore[misc]
+    if not norms:
+        return torch.zeros(())
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(whole[0].device) for norm in whole]))
+    for group in by_placement.values():
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
+    return total
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, resumed: bool = False) -> None:
@@ -114,8 +137,11 @@ def _refuse(names: list[str], expected: str, advice: str) -> None:
         raise ValueError(f"optimizer: expected {expected}: {names[0]}{more}; {advice}")
 
 
-def log_entries(model: nn.Module) -> dict[str, float]:
+def log_entries(model: nn.Module, group: dist.ProcessGroup | None = None) -> dict[str, float]:
     """Return the results of the last forward pass in training mode and of its backward, for a log.
+
+    Args:
+        group: processes to average over, such as `torch.distributed.group.WORLD`; each of them must call it.
 
     Returns:
         lm_loss; kl, the sum over the layers, and kl/layer_N, NaN before the backward. If `model.flexmsa.with_health`
@@ -134,7 +160,11 @@ def log_entries(model: nn.Module) -> dict[str, float]:
         entries |= {f"kl/layer_{layer}": kl for layer, kl in zip(conversion.layers, by_layer, strict=True)}
     if health:
         entries |= _recalls(conversion.layers, health)
-    return entries
+    if group is None or not entries:
+        return entries
+    means = torch.tensor(list(entries.values()), dtype=torch.float64).to(next(model.parameters()).device)
+    dist.all_reduce(means, group=group)
+    return dict(zip(entries, (means / dist.get_world_size(group)).tolist(), strict=True))
 
 
 def _recalls(layers: Iterable[int], health: tuple[LayerHealth, ...]) -> dict[str, float]:
@@ -152,10 +182,10 @@ class ConversionCallback(TrainerCallback, ExportableState):
     """Both phases of a conversion in one run of `transformers.Trainer`, on a model that `convert` made.
 
     It freezes and unfreezes weights, switches the selection on, clips the gradients of the base and of the index
-    branches separately, and adds `log_entries` to every log, with the norms before clipping as grad_norm/base and
-    grad_norm/index. Each gradient is clipped to `TrainingArguments.max_grad_norm`; with fp16, FSDP or DeepSpeed, whose
-    gradients the callback cannot read, Trainer clips both jointly. A run that resumes from a checkpoint of either phase
-    continues as without the interruption.
+    branches separately, and adds `log_entries`, averaged over all processes, to every log, with the norms before
+    clipping as grad_norm/base and grad_norm/index. Each gradient is clipped to `TrainingArguments.max_grad_norm`; with
+    fp16, FSDP1 or DeepSpeed, whose gradients the callback cannot read, Trainer clips both jointly. A run that resumes
+    from a checkpoint of either phase continues as without the interruption.
 
     Args:
         warm_up_steps: optimizer steps of phase 1; the rest of the run is phase 2.
@@ -187,7 +217,7 @@ class ConversionCallback(TrainerCallback, ExportableState):
         conversion.index_loss_weight = self.index_loss_weight
         self._enter(model, state.global_step)
         check_optimizer(model, optimizer, resumed=state.global_step > 0)
-        if args.max_grad_norm and not (args.fp16 or args.fsdp or args.deepspeed):
+        if args.max_grad_norm and not (args.fp16 or args.deepspeed or is_sharded_flat(model)):
             self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
 
     def _compare(self, before: dict[str, Any] | None) -> None:
@@ -235,7 +265,7 @@ class ConversionCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Add the entries to the log and to the history in checkpoints."""
         if logs is not None and "loss" in logs:
-            entries = log_entries(kwargs["model"])
+            entries = log_entries(kwargs["model"], dist.group.WORLD if dist.is_initialized() else None)
             if self._norms is not None:
                 entries |= {
                     f"grad_norm/{part}": x.item() for part, x in zip(("base", "index"), self._norms, strict=True)

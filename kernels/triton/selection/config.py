@@ -216,8 +216,9 @@ def most_rows(target: Target, element_size: int, decoded: bool, columns: int, de
 class SelectionConstants:
     """Constants of the scorers.
 
-    tokens: per tile; depth: Di, padded; native: the GPU converts e4m3 numbers by itself; stages: blocks of keys in
-    flight in `kernel_sm90`; the other fields are the problem's and those of `SelectionConfig`.
+    tokens: per tile; depth: Di, padded; unscored: a query that sees no more blocks than these keeps all of them without
+    scores; native: the GPU converts e4m3 numbers by itself; stages: blocks of keys in flight in `kernel_sm90`; the
+    other fields are the problem's and those of `SelectionConfig`.
     """
 
     num_kv_heads: int
@@ -229,6 +230,7 @@ class SelectionConstants:
     tokens: int
     columns: int
     kept: int
+    unscored: int
     period: int
     stages: int
     clear: bool
@@ -242,9 +244,17 @@ class SelectionConstants:
 
 @functools.lru_cache
 def selection_constants(
-    config: SelectionConfig, num_kv_heads: int, index_head_dim: int, rule: SelectionRule, target: Target
+    config: SelectionConfig,
+    num_kv_heads: int,
+    index_head_dim: int,
+    rule: SelectionRule,
+    target: Target,
+    with_scores: bool = False,
 ) -> SelectionConstants:
-    """The constants of a configuration; of the rule only block_size and topk are constants."""
+    """The constants of a configuration; of the rule only block_size and topk are constants.
+
+    with_scores: every block is scored, however few there are.
+    """
     as_chosen = "rows", "columns", "kept", "period", "clear", "halves", "use_tma", "swap", "fp8_product"
     return SelectionConstants(
         num_kv_heads=num_kv_heads,
@@ -253,6 +263,7 @@ def selection_constants(
         head_dim=index_head_dim,
         depth=padded(index_head_dim),
         tokens=config.tokens(num_kv_heads),
+        unscored=0 if with_scores else rule.topk,
         stages=config.num_stages,
         native=target.has_e4m3,
         overlap=target.overlaps,

@@ -68,7 +68,7 @@ def selection_kernel(
     num_blocks = tl.cdiv(tl.maximum(num_keys - q_end + tl.minimum(first + C.tokens, q_end), 0), C.block_size)
     clear_end = tl.minimum(first_visible // C.block_size, forced_from(forced, (first_visible - 1) // C.block_size))
 
-    unscored = first_kept(forced, num_blocks, C.topk)
+    unscored = first_kept(forced, num_blocks, C.unscored)
     share = tl.cdiv(tl.maximum(num_blocks - unscored, 0), outputs.num_splits)
     begin = unscored + tl.program_id(1) * share
     end = tl.minimum(begin + share, num_blocks)

@@ -86,10 +86,12 @@ def rank_blocks(
     page_table: torch.Tensor | None = None,
     index_k_scale: torch.Tensor | None = None,
     config: SelectionConfig | None = None,
+    with_scores: bool = False,
 ) -> tuple[torch.Tensor, Lists | None]:
     """(block_indices, None), or, where the keys are split, (block_indices to be written, Lists to merge).
 
-    `config` overrides the choice of tiles, for tests and tuning.
+    `config` overrides the choice of tiles, for tests and tuning. with_scores: there are Lists in any case, and all of
+    their blocks are scored.
     """
     batch, num_kv_heads, seqlen_q, _ = index_q.shape
     ids = torch.empty(batch, num_kv_heads, seqlen_q, rule.topk, dtype=torch.int32, device=index_q.device)
@@ -99,7 +101,7 @@ def rank_blocks(
     if index_q.dtype == torch.float8_e4m3fn and not config.fp8_product:
         index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
     lists = None
-    if config.num_splits > 1:
+    if config.num_splits > 1 or with_scores:
         num_rows = table_rows(sequences).shape[0] * seqlen_q * num_kv_heads
         keys = ids.new_empty(num_rows, config.num_splits, config.kept, dtype=torch.int64)
         lists = Lists(keys, config.num_splits, config.kept, most_splits(config, target_of(ids.device)))
@@ -116,7 +118,7 @@ def rank_blocks(
         "forced": ForcedBlocks(rule.num_local_blocks, rule.num_init_blocks),
         "outputs": Outputs(ids, None if lists is None else lists.keys, config.num_splits),
     }
-    constants = selection_constants(config, num_kv_heads, index_q.shape[3], rule, target)
+    constants = selection_constants(config, num_kv_heads, index_q.shape[3], rule, target, with_scores)
     options = Options(config.num_warps, config.num_stages, overlap=target.overlaps)
     grid = num_tiles, config.num_splits, 1
     Launch(implementation.KERNEL, grid, arguments, {"C": constants}, options).run()
@@ -143,6 +145,36 @@ def select_blocks(
     if lists is not None:
         merge_splits(lists, ids, sequences)
     return ids
+
+
+def scored_blocks(
+    index_q: torch.Tensor,
+    index_k: torch.Tensor,
+    sequences: torch.Tensor,
+    rule: SelectionRule,
+    page_table: torch.Tensor | None = None,
+    index_k_scale: torch.Tensor | None = None,
+    config: SelectionConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(block_indices, scores) [B, Hkv, Sq, topk], the best first, of a rule without forced blocks; then -1 and -inf."""
+    if is_ahead() and config is None:
+        vectors, table = (on_meta(index_q), index_k, index_k_scale), on_meta(sequences)
+        for number in VARIANTS:
+            scored_on_meta(vectors, page_table, table, rule, number)
+    ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, config, with_scores=True)
+    scores = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
+    if lists is not None:
+        merge_splits(lists, ids, sequences, scores)
+    return ids, scores
+
+
+def scored_on_meta(vectors: Any, page_table: Any, sequences: Any, rule: SelectionRule, num_blocks: int) -> None:
+    """`scored_blocks` on meta tensors, for caches whose rows have room for num_blocks blocks."""
+    index_q, index_k, scale = vectors
+    keys = num_blocks * rule.block_size if page_table is None else None
+    table = None if page_table is None else sequences.new_empty(page_table.shape[0], num_blocks)
+    with for_one_length():
+        scored_blocks(index_q, on_meta(index_k, keys), sequences, rule, table, on_meta(scale, keys))
 
 
 def select_on_meta(

@@ -18,7 +18,7 @@ from ..common.overlap import await_previous
 from ..common.records import load_sequence
 from ..common.target import target_of
 from ..common.tiles import find_tile, tile_table
-from .topk import EMPTY_KEY, ID_MASK, ORDERED_NEG_INF, ascending_ids, list_row, merge_bitonic
+from .topk import EMPTY_KEY, ID_MASK, ORDERED_NEG_INF, ascending_ids, key_scores, list_row, merge_bitonic
 
 # Keys of longer lists are too many to compare all pairs.
 COMPARED = 64
@@ -180,6 +180,16 @@ def merge_lists(lists_ptr, num_lists, topk: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def merge_keys(lists_ptr, num_lists, C: tl.constexpr):
+    """The `kept` best keys, descending, of the lists of `merge_lists`."""
+    splits = best_splits(lists_ptr, num_lists, C)
+    best = tl.load(lists_ptr + splits * C.kept, mask=(splits >= 0) & (splits < num_lists), other=EMPTY_KEY)
+    for first in range(0, C.kept // 2, C.lines):
+        best = keep_first(best, load_lines(lists_ptr, splits, num_lists, first, C))
+    return best
+
+
+@triton.jit
 def merge_long_lists(lists_ptr, num_lists, kept: tl.constexpr):
     """The `kept` best keys, descending, `[kept, 1]`, of a query's lists [num_lists, kept], each descending."""
     rank = tl.arange(0, kept)[:, None]
@@ -208,8 +218,11 @@ class MergeKernelConstants:
 
 
 @triton.jit
-def merge_kernel(lists, ids_ptr, sequences_ptr, tiles, C: tl.constexpr):
-    """ids of one query and group, ascending, from its lists. Grid (queries, num_kv_heads)."""
+def merge_kernel(lists, ids_ptr, scores_ptr, sequences_ptr, tiles, C: tl.constexpr):
+    """ids of one query and group from its lists: ascending, or, with scores, the best first.
+
+    Grid (queries, num_kv_heads).
+    """
     await_previous(C.overlap)
     tile = find_tile(tl.program_id(0), tiles, 1)
     if tile.sequence >= tiles.num_sequences:
@@ -220,7 +233,15 @@ def merge_kernel(lists, ids_ptr, sequences_ptr, tiles, C: tl.constexpr):
     kept: tl.constexpr = C.lists.kept
     group = tl.program_id(1)
     lists_ptr = query_lists(lists.keys, lists.num_lists, tile, group, tiles.seqlen_q, C.num_kv_heads, kept)
-    if C.lists.heads > 0:
+    if scores_ptr is not None:
+        if C.lists.heads > 0:
+            keys = merge_keys(lists_ptr, lists.num_lists, merging)
+            slot = tl.arange(0, kept)
+        else:
+            keys = merge_long_lists(lists_ptr, lists.num_lists, kept)
+            slot = tl.arange(0, kept)[:, None]
+        ids = block_ids(keys)
+    elif C.lists.heads > 0:
         ids = sort_ids(merge_lists(lists_ptr, lists.num_lists, C.topk, merging))
         slot = tl.arange(0, kept)
     else:
@@ -229,14 +250,19 @@ def merge_kernel(lists, ids_ptr, sequences_ptr, tiles, C: tl.constexpr):
     if sequence.q_start + tile.number < sequence.q_end:
         row = (sequence.batch * C.num_kv_heads + group) * tiles.seqlen_q + sequence.q_start + tile.number
         tl.store(ids_ptr + row * C.topk + slot, ids, mask=slot < C.topk)
+        if scores_ptr is not None:
+            tl.store(scores_ptr + row * C.topk + slot, key_scores(keys), mask=slot < C.topk)
 
 
-def merge_splits(lists: Lists, block_indices: torch.Tensor, sequences: torch.Tensor) -> None:
-    """Write block_indices [B, Hkv, Sq, topk] from the lists of `launch.rank_blocks`."""
+def merge_splits(
+    lists: Lists, block_indices: torch.Tensor, sequences: torch.Tensor, scores: torch.Tensor | None = None
+) -> None:
+    """Write block_indices [B, Hkv, Sq, topk] from the lists of `launch.rank_blocks`; with scores, the best first."""
     batch, num_kv_heads, seqlen_q, topk = block_indices.shape
     tiles, num_queries = tile_table(sequences, batch, seqlen_q, 1)
     overlap = target_of(block_indices.device).overlaps
-    arguments = {"lists": lists, "ids_ptr": block_indices, "sequences_ptr": sequences, "tiles": tiles}
+    results = {"ids_ptr": block_indices, "scores_ptr": scores}
+    arguments = {"lists": lists, **results, "sequences_ptr": sequences, "tiles": tiles}
     constants = MergeKernelConstants(num_kv_heads, topk, lists.constants, overlap)
     options = Options(num_warps=4, overlap=overlap)
     Launch(merge_kernel, (num_queries, num_kv_heads, 1), arguments, {"C": constants}, options).run()

@@ -21,9 +21,9 @@ class ForcedBlocks(NamedTuple):
 
 
 @triton.jit
-def first_kept(forced, num_blocks, topk: tl.constexpr):
-    """How many of the oldest blocks are kept without being scored: all num_blocks, if there are at most topk."""
-    return tl.where(num_blocks <= topk, num_blocks, forced.num_init)
+def first_kept(forced, num_blocks, unscored: tl.constexpr):
+    """How many of the oldest blocks are kept without being scored: all num_blocks, if there are at most `unscored`."""
+    return tl.where(num_blocks <= unscored, num_blocks, forced.num_init)
 
 
 @triton.jit
