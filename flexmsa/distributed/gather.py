@@ -22,9 +22,9 @@ class _Finish(torch.autograd.Function):
     """The gathered tokens in order; the gradient is each process's sum over all processes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gathered: Tensor, order: Tensor, length: int, group: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gathered: Tensor, order: Tensor, group: Any) -> Tensor:
         ctx.save_for_backward(order)
-        ctx.length, ctx.group, ctx.dtype = length, group, x.dtype
+        ctx.length, ctx.group, ctx.dtype = x.shape[-2], group, x.dtype
         parts = collectives.wait_tensor(gathered).unflatten(0, (-1, x.shape[0]))
         # [W, ..., L, D] to [..., W L, D].
         return parts.movedim(0, -3).flatten(-3, -2).index_select(-2, order)
@@ -39,7 +39,7 @@ class _Finish(torch.autograd.Function):
         parts = parts.index_copy(-2, order, wide).unflatten(-2, (world, ctx.length)).movedim(-3, 0).contiguous()
         shares = collectives.all_to_all_single(parts.flatten(0, 1), None, None, ctx.group)
         total = collectives.wait_tensor(shares).unflatten(0, (world, -1)).sum(0)
-        return total.to(ctx.dtype), None, None, None, None
+        return total.to(ctx.dtype), None, None, None
 
 
 def begin_to_gather(x: Tensor, shards: "SequenceShards") -> Tensor:
@@ -50,7 +50,7 @@ def begin_to_gather(x: Tensor, shards: "SequenceShards") -> Tensor:
 
 def finish_gathering(x: Tensor, gathered: Tensor, shards: "SequenceShards") -> Tensor:
     """[..., S, D] of all processes, in the order of the tokens, with a gradient for x."""
-    out = _Finish.apply(x, gathered, shards.order, shards.length, shards.mesh.get_group())
+    out = _Finish.apply(x, gathered, shards.order, shards.mesh.get_group())
     assert isinstance(out, Tensor)
     return out
 

@@ -28,6 +28,8 @@ class SequenceShards:
         batch_size: B, rows that are all cut alike.
         cu_seqlens: [documents + 1] int32, on a CPU, offsets of documents packed along S (B = 1).
         layout: "head-tail" or "contiguous".
+        length_multiple: of which each process's number of tokens, with padding, is a multiple: for sequence parallel,
+            or so that few lengths are compiled.
         device: of the tensors; default: the mesh's.
 
     Attributes:
@@ -50,6 +52,7 @@ class SequenceShards:
         batch_size: int = 1,
         cu_seqlens: Tensor | None = None,
         layout: Literal["head-tail", "contiguous"] = "head-tail",
+        length_multiple: int = 1,
         device: torch.device | str | None = None,
     ) -> None:
         check_mesh(mesh)
@@ -60,7 +63,7 @@ class SequenceShards:
         world, rank = mesh.size(), mesh.get_local_rank()
         parts = [_parts(offsets, process, world, layout) for process in range(world)]
         lengths = [sum(stop - start for document in found for start, stop in document) for found in parts]
-        self.length = max(lengths)
+        self.length = -(-max(lengths) // length_multiple) * length_multiple
         order = torch.empty(seqlen, dtype=torch.int64)
         for process, found in enumerate(parts):
             place = process * self.length

@@ -59,6 +59,7 @@ def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
             process.kill()
     found.sort(key=lambda answer: answer[0])
     failures = [failure for _, failure, _ in found if failure]
-    assert not failures, failures[0]
+    exits = [process.exitcode for process in processes]
+    assert not failures, "\n".join([*failures, f"exit codes {exits}"])
     assert len(found) == world, f"{world - len(found)} of {world} processes died: {[p.exitcode for p in processes]}"
     return [result for _, _, result in found]
