@@ -2,6 +2,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+# The newest transformers that is supported; constraints.txt has the oldest.
+NEWEST = $(VENV)/transformers-5.24.0
+
+# Tests of what flexmsa wraps of transformers, and of its caches and loaders.
+HOOKED = auto convert m3_compile m3_logits m3_sequences trainers versions
 
 .PHONY: help demo convert-demo test lint types check bench bench-gpu sanitize-gpu compile-all clean
 
@@ -11,8 +16,11 @@ help:  ## say what each target does
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,plot,transformers]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,plot,transformers,trainers]'
 	@touch $@
+
+$(NEWEST): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers==$(@:$(VENV)/transformers-%=%)
 
 demo: $(INSTALLED)  ## train a small language model, dense warm-up then sparse, and generate from it (about 4 minutes)
 	$(BIN)/python -m flexmsa demo
@@ -20,9 +28,10 @@ demo: $(INSTALLED)  ## train a small language model, dense warm-up then sparse, 
 convert-demo: $(INSTALLED)  ## train a dense transformers model, convert it, and compare (about 10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m flexmsa convert-demo
 
-test: $(INSTALLED)  ## run the tests, then those that interpret the Triton kernels
+test: $(INSTALLED) $(NEWEST)  ## run the tests, those that interpret the Triton kernels, and those of the newest transformers
 	$(BIN)/python -m pytest -n auto
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto tests/triton/interpreted
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -n auto $(patsubst %,tests/integrations/test_%.py,$(HOOKED))
 
 lint: $(INSTALLED)  ## check style
 	$(BIN)/ruff check

@@ -48,7 +48,7 @@ EVEN = {"vocab_size": 62}
 
 
 def whole(tensors):
-    return {name: x.full_tensor() if isinstance(x, DTensor) else x.clone() for name, x in tensors.items()}
+    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).clone() for name, x in tensors.items()}
 
 
 def gradients_of(model):

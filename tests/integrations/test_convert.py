@@ -84,7 +84,7 @@ def test_static_cache_beams_and_chunks(name):
 def test_a_cache_that_another_model_filled_is_refused():
     model, cache = make_converted(), DynamicCache()
     make_dense()(tokens(1, 5), past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match=r"past_key_values: .* no index keys"):
+    with pytest.raises(ValueError, match=r"cache: .* no index keys"):
         model(tokens(1, 1), past_key_values=cache, use_cache=True)
 
 

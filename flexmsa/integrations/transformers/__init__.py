@@ -1,10 +1,12 @@
 """flexmsa in Hugging Face transformers (`pip install flexmsa[transformers]`)."""
 
 from flexmsa.integrations.transformers.convert import convert, msa_config, set_warm_up
+from flexmsa.integrations.transformers.index_branch import INDEX_MODULES
 from flexmsa.integrations.transformers.loading import from_pretrained
 from flexmsa.integrations.transformers.losses import IndexLosses, index_loss_count
 from flexmsa.integrations.transformers.minimax_m3 import register
 from flexmsa.integrations.transformers.tensor_parallel import minimax_m3_tp_plan
+from flexmsa.integrations.transformers.trainer import IndexLossMixin
 from flexmsa.integrations.transformers.training import (
     ConversionCallback,
     begin_sparse,
@@ -16,7 +18,9 @@ from flexmsa.integrations.transformers.training import (
 )
 
 __all__ = [
+    "INDEX_MODULES",
     "ConversionCallback",
+    "IndexLossMixin",
     "IndexLosses",
     "begin_sparse",
     "begin_warm_up",

@@ -14,12 +14,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmsa.config import MSAConfig
 from flexmsa.integrations.transformers.attention import IMPLEMENTATION, check_shards, register_attention
+from flexmsa.integrations.transformers.auto import PREFIX, converted_config
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
 from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
 from flexmsa.integrations.transformers.index_branch import add_index_branch
 from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
 from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
 from flexmsa.integrations.transformers.tensor_parallel import add_to_plan
+from flexmsa.integrations.transformers.trainer import watch_gradients
 
 __all__ = ["conversion_of", "convert", "install", "model_sizes", "msa_config", "set_warm_up"]
 
@@ -91,6 +93,12 @@ def convert(
         raise ValueError(
             "model: expected a dense model, got the checkpoint of a converted model without its index branch; "
             "load it with flexmsa.integrations.transformers.from_pretrained"
+        )
+    adapted = next((name for name, _ in model.named_modules() if name.rpartition(".")[2] == "base_layer"), None)
+    if adapted is not None:
+        raise ValueError(
+            f"model: expected one without adapters, got {adapted}; convert first, then give PEFT's configuration "
+            "modules_to_save=[*INDEX_MODULES], without which it would not save the index branches"
         )
     config = settings if isinstance(settings, MSAConfig) else msa_config(model, **(settings or {}))
     _check_settings(config, model_sizes(model.config.get_text_config()))
@@ -197,13 +205,17 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
     prepare_outputs(type(model))
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_after_forward, with_kwargs=True)
+    watch_gradients(model)
     return model
 
 
 def _own_config(model: Any) -> None:
-    """Copy the model's configuration, because other models may share it."""
+    """Give the model a copy of its configuration, since others may share it, that is saved as a converted model's."""
     shared = model.config, model.config.get_text_config()
     own = copy.deepcopy(model.config)
+    if PREFIX not in type(own).__name__:
+        kind: Any = type(own)
+        own.__class__ = converted_config(kind)
     owned = own, own.get_text_config()
     for module in model.modules():
         for theirs, ours in zip(shared, owned, strict=True):
@@ -290,7 +302,12 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
     index_loss = losses.sum()
     if named:
         output = with_index_loss(output, index_loss)
-    if lm_loss is None or not model.training:
+    if not model.training:
+        return output
+    conversion.waits = index_loss.requires_grad
+    if conversion.collected is not None and index_loss.requires_grad:
+        conversion.collected.append(index_loss)
+    if lm_loss is None or conversion.collected is not None:
         return output
     if conversion.index_loss_count is not None or kwargs.get("shards") is not None:
         share = 1.0

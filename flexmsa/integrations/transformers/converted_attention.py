@@ -19,6 +19,7 @@ from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selectio
 from flexmsa.integrations.transformers.health import LayerHealth, measure, untrained_heads
 from flexmsa.integrations.transformers.index_branch import IndexHeads, cache_index_keys, has_index_branch, project_index
 from flexmsa.integrations.transformers.sequences import find_sequences
+from flexmsa.integrations.transformers.versions import CACHE, cache_of, check_parameters
 
 __all__ = ["Conversion", "ForwardPass", "Report", "hook_attention"]
 
@@ -80,6 +81,9 @@ class Conversion:
             [B, Hkv, Sq, topk], such as `random_blocks`; for rows of one sequence each.
         report: the results of the last forward pass.
         frozen: the parameters that the warm-up froze and the sparse phase trains again.
+        collected: where forward passes in training mode put their index losses instead of adding them to
+            `outputs.loss`; None: they add them.
+        waits: an index loss was computed whose backward has not been seen by an optimizer.
     """
 
     config: MSAConfig
@@ -93,6 +97,8 @@ class Conversion:
     select: Callable[[Tensor, Tensor, MSAConfig], Tensor] | None = None
     report: Report = field(default_factory=Report)
     frozen: set[str] = field(default_factory=set)
+    collected: list[Tensor] | None = None
+    waits: bool = False
 
     def selection(self, heads: IndexHeads) -> Selection:
         """Return the `Selection` of a layer with these index heads."""
@@ -109,6 +115,7 @@ class Conversion:
 
 def hook_attention(module: nn.Module, conversion: Conversion, fallback: str | None) -> None:
     """Let `module`, with or without an index branch, attend through flexmsa, or through `fallback` if not None."""
+    check_parameters(type(module).forward, "hidden_states", CACHE)
     # As attributes of the module, both are copied together with the model.
     module.msa = conversion  # type: ignore[assignment]
     module.flexmsa_fallback = fallback  # type: ignore[assignment]
@@ -123,7 +130,7 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple
         kwargs.pop("index_losses", None)
         return args, kwargs
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    cache = cache_of(kwargs)
     whole = kwargs.get("shards") is None
     kwargs["attention_mask"] = (
         _sequences(forward_pass, hidden_states, cache, module.layer_idx, kwargs) if whole else None

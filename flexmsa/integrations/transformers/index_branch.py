@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, S
 from flexmsa.config import MSAConfig
 
 __all__ = [
+    "INDEX_MODULES",
     "IndexHeads",
     "add_index_branch",
     "cache_index_keys",
@@ -21,7 +22,11 @@ __all__ = [
     "trains_index_branch",
 ]
 
-_PARTS = frozenset({"index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"})
+# The modules of an index branch, by name; for PEFT's `modules_to_save`.
+INDEX_MODULES = ("index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm")
+_PARTS = frozenset(INDEX_MODULES)
+# PEFT keeps these beside what it trains.
+_FROZEN_COPIES = frozenset({"original_module", "base_layer"})
 
 
 class IndexHeads(NamedTuple):
@@ -67,12 +72,15 @@ def numbers_inside(module: nn.Module) -> list[int]:
 
 
 def is_index_weight(name: str) -> bool:
-    """Return whether a parameter of this name belongs to an index branch.
+    """Return whether a parameter of this name belongs to an index branch, and is not a copy that PEFT keeps frozen.
 
     >>> is_index_weight("model.layers.0.self_attn.index_q_proj.weight"), is_index_weight("lm_head.weight")
     (True, False)
+    >>> is_index_weight("model.layers.0.self_attn.index_q_proj.original_module.weight")
+    False
     """
-    return not _PARTS.isdisjoint(name.split("."))
+    parts = name.split(".")
+    return not _PARTS.isdisjoint(parts) and _FROZEN_COPIES.isdisjoint(parts)
 
 
 def project_index(
@@ -126,7 +134,7 @@ def cache_index_keys(cache: Cache, layer_idx: int, index_k: Tensor) -> Tensor:
     if not hasattr(layer, "update_indexer"):
         if type(layer) not in (DynamicLayer, StaticLayer) or layer.is_initialized:
             raise ValueError(
-                f"past_key_values: expected an empty DynamicCache or StaticCache, or one that this model filled, got "
+                f"cache: expected an empty DynamicCache or StaticCache, or one that this model filled, got "
                 f"{layer} in layer {layer_idx} of a {type(cache).__name__}; it has no index keys of the earlier tokens"
             )
         static = isinstance(layer, StaticLayer)

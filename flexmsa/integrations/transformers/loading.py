@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from flexmsa.config import MSAConfig
+from flexmsa.integrations.transformers.attention import IMPLEMENTATION
+from flexmsa.integrations.transformers.auto import converted_config, dense_architecture
 from flexmsa.integrations.transformers.convert import install, model_sizes, msa_config
 from flexmsa.integrations.transformers.index_branch import is_index_weight
 
-__all__ = ["from_pretrained"]
+__all__ = ["from_pretrained", "register_loader"]
+
+# The end of an architecture's name -> the class that loads it.
+_AUTO: dict[str, Any] = {
+    "ForCausalLM": AutoModelForCausalLM,
+    "ForConditionalGeneration": AutoModelForImageTextToText,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+}
 
 # Arguments that select the files, for config.json too.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -25,17 +44,23 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """Load a converted model that `save_pretrained` wrote.
 
+    transformers' `AutoModelForCausalLM.from_pretrained` loads it as well, with these checks but for `settings`.
+
     Args:
         path: a folder, or a name on the Hub.
         settings: the expected settings of the checkpoint; default: not checked.
-        kwargs: for transformers' own `from_pretrained`: dtype, device_map, ...
+        kwargs: for transformers' own `from_pretrained`: dtype, device_map, ... An `attn_implementation` other than
+            "flexmsa" gives the model dense attention by it.
 
     Raises:
         ValueError: the checkpoint is of a dense model, has no index weights, or has other settings; the message names
             the differences.
     """
     where = {name: kwargs[name] for name in _WHERE if name in kwargs}
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **where)
+    config = kwargs.pop("config", None)
+    if config is None:
+        # Others may be fields of the configuration.
+        config, kwargs = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
     stored = getattr(config.get_text_config(), "flexmsa", None)
     if stored is None:
         raise ValueError(
@@ -44,26 +69,52 @@ def from_pretrained(
         )
     if settings is not None:
         _check_same_settings(path, {**stored, **model_sizes(config.get_text_config())}, settings)
-    name = (config.architectures or [""])[0]
-    architecture = getattr(transformers, name, None)
-    if architecture is None:
-        raise ValueError(f"{path}: expected an architecture of transformers, got {name!r} in its config.json")
-    own = {key: value for key, value in stored.items() if key not in ("layers", "fallback", "warm_up")}
+    return _loader(dense_architecture(path, config)).from_pretrained(path, config=config, **{**where, **kwargs})
+
+
+def register_loader(config: Any) -> None:
+    """Let the Auto class of a converted model's architecture load models with this kind of configuration."""
+    kind = next((suffix for suffix in _AUTO if (config.architectures or [""])[0].endswith(suffix)), None)
+    if kind is not None:
+        _AUTO[kind].register(type(config), _loader(dense_architecture("config.json", config)), exist_ok=True)
+
+
+@functools.cache
+def _loader(architecture: Any) -> Any:
+    """A class whose constructor adds the index branch, so that from_pretrained loads its weights like all others."""
 
     def init(self: Any, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
+        stored = config.get_text_config().flexmsa
         architecture.__init__(self, config, *args, **options)
+        own = {key: value for key, value in stored.items() if key not in ("layers", "fallback", "warm_up")}
         install(self, msa_config(self, **own), tuple(stored["layers"]), stored["warm_up"])
 
-    # A class whose constructor adds the index branch, so that from_pretrained loads its weights like all others.
-    loader: Any = type(
-        architecture.__name__, (architecture,), {"__init__": init, "__module__": architecture.__module__}
-    )
-    model, found = loader.from_pretrained(
-        path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-    )
-    _check_loaded(path, found)
-    model.__class__ = architecture
-    return model
+    def load(cls: Any, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        config = kwargs.get("config")
+        wanted = kwargs.pop("attn_implementation", None) or getattr(config, "_attn_implementation_internal", None)
+        dense = None if wanted == IMPLEMENTATION else wanted
+        if config is not None:
+            kwargs["config"] = config = copy.deepcopy(config)
+            config._attn_implementation = dense
+        # Weights of other shapes are found below, with a message of their own, unless the user allows them.
+        allowed = kwargs.pop("ignore_mismatched_sizes", False)
+        how = {"output_loading_info": True, "ignore_mismatched_sizes": True, "attn_implementation": dense}
+        model, found = super(kind, cls).from_pretrained(path, *args, **kwargs, **how)
+        _check_loaded(path, found, allowed)
+        model.__class__ = architecture
+        if dense is not None:
+            model.set_attn_implementation(dense)
+        return (model, found) if output_loading_info else model
+
+    own: dict[str, Any] = {
+        "__init__": init,
+        "__module__": architecture.__module__,
+        "config_class": converted_config(architecture.config_class),
+        "from_pretrained": classmethod(load),
+    }
+    # transformers looks up how weights are renamed by the name of the class.
+    kind: Any = type(architecture.__name__, (architecture,), own)
+    return kind
 
 
 def _check_same_settings(path: str | Path, stored: dict[str, Any], settings: MSAConfig | Mapping[str, Any]) -> None:
@@ -84,13 +135,13 @@ def _check_same_settings(path: str | Path, stored: dict[str, Any], settings: MSA
         raise ValueError(f"{path}: expected a checkpoint with the settings given, but {'; '.join(differences)}")
 
 
-def _check_loaded(path: str | Path, found: dict[str, Any]) -> None:
+def _check_loaded(path: str | Path, found: dict[str, Any], other_shapes: bool) -> None:
     missing = sorted(name for name in found["missing_keys"] if is_index_weight(name))
     if missing:
         raise ValueError(
             f"{path}: expected the weights of every index branch, but {len(missing)} are missing, such as {missing[0]}"
         )
-    if found["mismatched_keys"]:
+    if found["mismatched_keys"] and not other_shapes:
         name, there, here = sorted(found["mismatched_keys"])[0]
         raise ValueError(
             f"{path}: expected weights of the shapes that its config.json asks for, but {name} is {list(there)} there "

@@ -24,8 +24,13 @@ from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index
 from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
 from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
 from flexmsa.integrations.transformers.sequences import find_sequences
+from flexmsa.integrations.transformers.versions import CACHE, cache_name, check_parameters
 
 __all__ = ["register"]
+
+
+INDEXER = ("hidden_states", "position_embeddings", CACHE, "position_ids")
+TEXT_MODEL = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds")
 
 
 @functools.cache
@@ -47,12 +52,13 @@ def register() -> None:
     modeling.MiniMaxM3VLAttention.__init__ = _attention_init(  # type: ignore[method-assign]
         modeling.MiniMaxM3VLAttention.__init__
     )
-    for changed, wrap in (
-        (modeling.MiniMaxM3VLIndexer, _indexer_forward),
-        (modeling.MiniMaxM3VLTextModel, _text_model_forward),
-        (modeling.MiniMaxM3VLForCausalLM, _causal_model_forward),
-        (modeling.MiniMaxM3SparseForConditionalGeneration, _causal_model_forward),
+    for changed, wrap, parameters in (
+        (modeling.MiniMaxM3VLIndexer, _indexer_forward, INDEXER),
+        (modeling.MiniMaxM3VLTextModel, _text_model_forward, TEXT_MODEL),
+        (modeling.MiniMaxM3VLForCausalLM, _causal_model_forward, ()),
+        (modeling.MiniMaxM3SparseForConditionalGeneration, _causal_model_forward, ()),
     ):
+        check_parameters(changed.forward, "self", *parameters)
         changed.forward = wrap(changed.forward)  # type: ignore[method-assign]
     for model in (modeling.MiniMaxM3VLForCausalLM, modeling.MiniMaxM3SparseForConditionalGeneration):
         prepare_outputs(model)
@@ -72,6 +78,7 @@ def _attention_init(init: Callable) -> Callable:
 
 def _text_model_forward(forward: Callable) -> Callable:
     """Wrap the text model's `forward`: pass the table in a dict of masks, which it gives to every layer unchanged."""
+    name = cache_name(forward)
 
     @functools.wraps(forward)
     def wrapped(
@@ -79,17 +86,20 @@ def _text_model_forward(forward: Callable) -> Callable:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        *,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
+        cache = past_key_values if cache is None else cache
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if self.config._attn_implementation == IMPLEMENTATION and tokens is not None:
             padding = next(iter(attention_mask.values())) if isinstance(attention_mask, dict) else attention_mask
             documents = kwargs.get("cu_seq_lens_q")
             table = None
             if kwargs.get("shards") is None:
-                table = find_sequences(tokens, padding, position_ids, documents, past_key_values)
+                table = find_sequences(tokens, padding, position_ids, documents, cache)
             else:
                 check_shards(kwargs["shards"], padding, position_ids)
             attention_mask = {"full_attention": table}
@@ -103,8 +113,8 @@ def _text_model_forward(forward: Callable) -> Callable:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{name: cache},
             **kwargs,
         )
 
@@ -138,11 +148,11 @@ def _indexer_forward(forward: Callable) -> Callable:
         self: Any,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: Tensor,
     ) -> Tensor | Selection:
         if self.config._attn_implementation != IMPLEMENTATION:
-            return forward(self, hidden_states, position_embeddings, past_key_values, position_ids)
+            return forward(self, hidden_states, position_embeddings, cache, position_ids)
         detached = hidden_states.detach()
 
         def heads(projection: nn.Module, norm: nn.Module) -> Tensor:
@@ -152,8 +162,8 @@ def _indexer_forward(forward: Callable) -> Callable:
         index_q, index_k = modeling.apply_rotary_pos_emb(
             heads(self.q_proj, self.q_norm), heads(self.k_proj, self.k_norm), cos, sin
         )
-        if past_key_values is not None:
-            index_k = past_key_values.layers[self.layer_idx].update_index(index_k)
+        if cache is not None:
+            index_k = cache.layers[self.layer_idx].update_index(index_k)
         return Selection(IndexHeads(index_q, index_k), self.block_size, self.topk_blocks, self.local_blocks)
 
     return wrapped

@@ -122,19 +122,23 @@ def _padding(mask: Tensor, seqlen: int, past: int | Tensor) -> tuple[Tensor, Ten
     filled = mask.bool() & (key < past + seqlen)
     end = torch.where(filled, key + 1, 0).amax(1)
     start = torch.minimum(torch.where(filled, key, len(key)).amin(1), end)
-    _check_no_gap(filled.sum(1) == end - start)
+    _check_no_gap(filled.sum(1) == end - start, seqlen)
     return start, (end - past).clamp(0, seqlen)
 
 
-def _check_no_gap(is_whole: Tensor) -> None:
-    """Raise if a row has padding between tokens. On a GPU this is an asynchronous assertion on the device."""
+def _check_no_gap(is_whole: Tensor, seqlen: int) -> None:
+    """Raise if a row has padding between tokens.
+
+    Where the host must not wait for a GPU, in a single token's step and in graphs, it is an assertion on the device.
+    """
     message = (
         "attention_mask: expected padding on the left or the right of a row, got padding between tokens; "
         "pad prompts on the left to generate from them"
     )
-    if torch.compiler.is_compiling() or is_whole.is_cuda:
+    on_gpu = is_whole.is_cuda
+    if torch.compiler.is_compiling() or (on_gpu and (seqlen == 1 or torch.cuda.is_current_stream_capturing())):
         torch._assert_async(is_whole.all(), message)
-    elif is_whole.device.type == "cpu" and not is_whole.all():
+    elif not is_whole.is_meta and not is_whole.all():
         raise ValueError(message)
 
 

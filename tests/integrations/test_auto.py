@@ -1,0 +1,91 @@
+"""Checkpoints of converted models through transformers' own loaders: they give the converted model, or say why not."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+
+from flexmsa.integrations.transformers import from_pretrained
+
+from .converted import DEVICE, MODELS, make_converted, make_dense, tokens
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    make_converted().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_auto_class_loads_what_was_saved(name, tmp_path):
+    model, ids = make_converted(name, layers=[1]), tokens(2, 40)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.flexmsa.layers == (1,) and type(loaded) is type(model)
+    assert loaded.config.model_type == make_dense(name).config.model_type
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").to(DEVICE).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_pipeline_generates_with_the_converted_model(checkpoint):
+    model = pipeline("text-generation", model=str(checkpoint), tokenizer=_Tokenizer()).model
+    assert hasattr(model, "flexmsa")
+
+
+class _Tokenizer:
+    """Enough of one for a pipeline to be made."""
+
+    pad_token_id = eos_token_id = 0
+    padding_side, chat_template = "left", None
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, from_pretrained], ids=["auto", "flexmsa"])
+def test_options_of_from_pretrained(load, checkpoint):
+    ids = tokens(2, 40)
+    dense = load(checkpoint, attn_implementation="sdpa").to(DEVICE).eval()
+    torch.testing.assert_close(dense(ids).logits, make_dense()(ids).logits)
+    dense.set_attn_implementation("flexmsa")
+    assert torch.equal(dense(ids).logits, make_converted()(ids).logits)
+    assert load(checkpoint, attn_implementation="flexmsa").config._attn_implementation == "flexmsa"
+    assert load(checkpoint, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load(checkpoint, rms_norm_eps=0.5).config.rms_norm_eps == 0.5
+    model, found = load(checkpoint, output_loading_info=True)
+    assert hasattr(model, "flexmsa") and not found["missing_keys"]
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.vocab_size += 1
+    with pytest.raises(ValueError, match="expected weights of the shapes"):
+        load(checkpoint, config=config)
+    assert load(checkpoint, config=config, ignore_mismatched_sizes=True).lm_head.out_features == config.vocab_size
+
+
+def test_index_weights_that_are_missing_are_found_by_the_auto_class(tmp_path):
+    model = make_converted()
+    state = {name: x for name, x in model.state_dict().items() if "layers.1.self_attn.index_k" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match="expected the weights of every index branch, but 2 are missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_without_flexmsa_the_error_names_it(checkpoint):
+    code = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
+    found = subprocess.run([sys.executable, "-c", code, str(checkpoint)], capture_output=True, text=True, check=False)
+    assert found.returncode and "has model type `flexmsa`" in found.stderr
+
+
+def test_another_head_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="FlexMSAQwen3Config"):
+        AutoModelForSequenceClassification.from_pretrained(checkpoint)
+
+
+def test_configurations_are_copied(checkpoint):
+    config = AutoConfig.from_pretrained(checkpoint)
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), make_converted().config):
+        assert type(other) is type(config) and other.flexmsa == config.flexmsa
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.flexmsa.config.topk == 3
