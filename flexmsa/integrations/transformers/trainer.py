@@ -91,6 +91,7 @@ def _lacks_gradients(model: Any, optimizer: Any) -> bool:
     index: list[bool] = []
     others: list[bool] = []
     for name, parameter in model.named_parameters():
-        if parameter in known and parameter.requires_grad:
+        # With FSDP1, a process has empty parameters without gradients in place of those that others hold.
+        if parameter in known and parameter.requires_grad and parameter.numel() > 0:
             (index if is_index_weight(name) else others).append(parameter.grad is not None)
     return bool(index) and not any(index) and any(others)
