@@ -7,11 +7,19 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
+    pipeline,
+)
 
-from flexmsa.integrations.transformers import from_pretrained
+from flexmsa.integrations.transformers import convert, from_pretrained, set_warm_up
 
-from .converted import DEVICE, MODELS, make_converted, make_dense, tokens
+from .converted import DEVICE, MODELS, SETTINGS, make_converted, make_dense, tokens
 
 
 @pytest.fixture
@@ -81,6 +89,21 @@ def test_without_flexmsa_the_error_names_it(checkpoint):
 def test_another_head_is_refused(checkpoint):
     with pytest.raises(ValueError, match="FlexMSAQwen3Config"):
         AutoModelForSequenceClassification.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("kind", [Qwen3ForSequenceClassification, Qwen3ForTokenClassification])
+@torch.no_grad()
+def test_classifiers_load(kind, tmp_path):
+    torch.manual_seed(0)
+    model, ids = convert(kind(make_dense().config), SETTINGS).to(DEVICE).eval(), tokens(1, 40)
+    set_warm_up(model, False)
+    model.save_pretrained(tmp_path)
+    auto = getattr(transformers, kind.__name__.replace("Qwen3", "AutoModel"))
+    for load in (auto.from_pretrained, from_pretrained):
+        loaded = load(tmp_path).to(DEVICE).eval()
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert type(loaded) is kind and loaded.flexmsa.layers == model.flexmsa.layers
+        assert loaded.model.config is loaded.config and type(loaded.config).__name__ == "FlexMSAQwen3Config"
 
 
 def test_configurations_are_copied(checkpoint):

@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
-from integrations.converted import assert_same, make_converted, tokens
+from integrations.converted import assert_same, make_converted, make_dense, tokens
 from integrations.device import DEVICE
+from transformers import Qwen3ForSequenceClassification, Qwen3ForTokenClassification
 
 from flexmsa.integrations.transformers import (
     begin_sparse,
     begin_warm_up,
     check_optimizer,
     clip_gradients,
+    convert,
     converted_attention,
     from_pretrained,
     log_entries,
@@ -134,6 +136,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     whole = gradients(model, model(ids, labels=ids, num_items_in_batch=count).loss)
     halves = sum(model(part, labels=part, num_items_in_batch=count).loss for part in ids.split(2))
     assert_same(gradients(model, halves), whole)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 30)])
+def test_labels_of_classifiers_are_counted_whole(shape):
+    kind = Qwen3ForSequenceClassification if len(shape) == 1 else Qwen3ForTokenClassification
+    model, ids = convert(kind(make_dense().config), {"block_size": 4, "topk": 3}).to(DEVICE).train(), tokens(1, 30)
+    labels = torch.ones(shape, dtype=torch.long, device=DEVICE)
+    alone = index_part(gradients(model, model(ids).index_loss))
+    counted = model(ids, labels=labels, num_items_in_batch=torch.tensor(labels.numel(), device=DEVICE)).loss
+    assert_same(index_part(gradients(model, counted)), alone)
 
 
 @pytest.mark.filterwarnings("error:Mismatch dtype")

@@ -93,6 +93,16 @@ def test_trl_makes_the_steps_of_transformers(tmp_path):
     assert_same_weights(train(SFTWithLosses, tmp_path, **more), train(Trainer, tmp_path, **more))
 
 
+def test_trl_trains_a_checkpoint(tmp_path):
+    make_converted().save_pretrained(tmp_path)
+    assert "auto_map" not in (tmp_path / "config.json").read_text()
+    arguments = SFTConfig(tmp_path, max_steps=1, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)
+    data = Dataset.from_dict({"input_ids": ROWS})
+    trainer = SFTWithLosses(str(tmp_path), arguments, train_dataset=data, processing_class=TOKENIZER)
+    trainer.train()
+    assert log_entries(trainer.model)["kl"] > 0
+
+
 def test_both_phases_with_trl(tmp_path):
     warm = train(SFTWithLosses, tmp_path, steps=2, callbacks=[ConversionCallback(warm_up_steps=2)])
     assert len(moved(warm, "index_")) == 8 and not moved(warm, "mlp")

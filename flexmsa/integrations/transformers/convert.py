@@ -293,7 +293,7 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
     named = isinstance(output, Mapping)
     lm_loss = output.get("loss") if named else output[0] if kwargs.get("labels") is not None else None
     health = kwargs["msa_pass"].health
-    share = _share_of_step(kwargs) if lm_loss is not None else 1.0
+    share = _share_of_step(model, kwargs) if lm_loss is not None else 1.0
     conversion.report = Report(
         None if lm_loss is None else _mean_of_batch(lm_loss.detach(), share),
         tuple(values[number] for number in conversion.layers),
@@ -323,7 +323,7 @@ def _mean_of_batch(lm_loss: Tensor, share: Tensor | float) -> Tensor:
     return lm_loss / share.clamp(min=torch.finfo(torch.float32).tiny) if isinstance(share, Tensor) else lm_loss / share
 
 
-def _share_of_step(kwargs: dict[str, Any]) -> Tensor | float:
+def _share_of_step(model: Any, kwargs: dict[str, Any]) -> Tensor | float:
     """Return this forward pass's share of the tokens of the optimizer step.
 
     Trainer divides the summed loss of each micro-batch by the tokens of the whole step. The index loss is a mean, so it
@@ -332,6 +332,9 @@ def _share_of_step(kwargs: dict[str, Any]) -> Tensor | float:
     count = kwargs.get("num_items_in_batch")
     if count is None:
         return 1.0
-    shifted = kwargs.get("shift_labels")
-    labels = kwargs["labels"][..., 1:] if shifted is None else shifted
+    labels = kwargs.get("shift_labels")
+    if labels is None:
+        labels = kwargs["labels"]
+        if labels.dim() > 1 and type(model).__name__.endswith(("ForCausalLM", "ForConditionalGeneration")):
+            labels = labels[..., 1:]
     return labels.ne(-100).sum() / count

@@ -21,7 +21,7 @@ from transformers import (
 
 from flexmsa.config import MSAConfig
 from flexmsa.integrations.transformers.attention import IMPLEMENTATION
-from flexmsa.integrations.transformers.auto import converted_config, dense_architecture
+from flexmsa.integrations.transformers.auto import PREFIX, converted_config, dense_architecture
 from flexmsa.integrations.transformers.convert import install, model_sizes, msa_config
 from flexmsa.integrations.transformers.index_branch import is_index_weight
 
@@ -85,7 +85,11 @@ def _loader(architecture: Any) -> Any:
 
     def init(self: Any, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
         stored = config.get_text_config().flexmsa
-        architecture.__init__(self, config, *args, **options)
+        # Some constructors make an inner model by the Auto class of the configuration, which has to be a dense one.
+        dense = copy.deepcopy(config)
+        if PREFIX in type(dense).__name__:
+            dense.__class__ = type(dense).__base__
+        architecture.__init__(self, dense, *args, **options)
         own = {key: value for key, value in stored.items() if key not in ("layers", "fallback", "warm_up")}
         install(self, msa_config(self, **own), tuple(stored["layers"]), stored["warm_up"])
 
