@@ -11,7 +11,10 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Qwen3ForSequenceClassification,
     Qwen3ForTokenClassification,
     pipeline,
@@ -19,7 +22,7 @@ from transformers import (
 
 from flexmsa.integrations.transformers import convert, from_pretrained, set_warm_up
 
-from .converted import DEVICE, MODELS, SETTINGS, make_converted, make_dense, tokens
+from .converted import DEVICE, GROUPED, MODELS, SETTINGS, SLIDING, make_converted, make_dense, tokens
 
 
 @pytest.fixture
@@ -104,6 +107,27 @@ def test_classifiers_load(kind, tmp_path):
         assert torch.equal(loaded(ids).logits, model(ids).logits)
         assert type(loaded) is kind and loaded.flexmsa.layers == model.flexmsa.layers
         assert loaded.model.config is loaded.config and type(loaded.config).__name__ == "FlexMSAQwen3Config"
+
+
+@torch.no_grad()
+def test_a_model_with_images_loads_for_text_and_refuses_images(tmp_path):
+    text = {**GROUPED, **SLIDING, "head_dim": 16, "pad_token_id": 0}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=60)
+    model, ids = convert(Gemma3ForConditionalGeneration(config), SETTINGS).to(DEVICE).eval(), tokens(1, 40) % 60
+    set_warm_up(model, False)
+    model.save_pretrained(tmp_path)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        loaded = auto.from_pretrained(tmp_path).to(DEVICE).eval()
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    image = torch.zeros_like(ids)
+    image[:, 3:7] = 1
+    with pytest.raises(NotImplementedError, match="mask_function: expected causal attention, got or_masks"):
+        model(ids, token_type_ids=image)
+    positions = torch.arange(20, device=DEVICE).repeat(2)[None]
+    with pytest.raises(NotImplementedError, match="mask_function: expected causal attention, got or_masks"):
+        model(ids, position_ids=positions, token_type_ids=image, use_cache=False)
 
 
 def test_configurations_are_copied(checkpoint):

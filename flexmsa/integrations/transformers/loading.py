@@ -27,12 +27,12 @@ from flexmsa.integrations.transformers.index_branch import is_index_weight
 
 __all__ = ["from_pretrained", "register_loader"]
 
-# The end of an architecture's name -> the class that loads it.
-_AUTO: dict[str, Any] = {
-    "ForCausalLM": AutoModelForCausalLM,
-    "ForConditionalGeneration": AutoModelForImageTextToText,
-    "ForSequenceClassification": AutoModelForSequenceClassification,
-    "ForTokenClassification": AutoModelForTokenClassification,
+# The end of an architecture's name -> the classes that load it.
+_AUTO: dict[str, tuple[Any, ...]] = {
+    "ForCausalLM": (AutoModelForCausalLM,),
+    "ForConditionalGeneration": (AutoModelForImageTextToText, AutoModelForCausalLM),
+    "ForSequenceClassification": (AutoModelForSequenceClassification,),
+    "ForTokenClassification": (AutoModelForTokenClassification,),
 }
 
 # Arguments that select the files, for config.json too.
@@ -73,10 +73,10 @@ def from_pretrained(
 
 
 def register_loader(config: Any) -> None:
-    """Let the Auto class of a converted model's architecture load models with this kind of configuration."""
+    """Let the Auto classes of a converted model's architecture load models with this kind of configuration."""
     kind = next((suffix for suffix in _AUTO if (config.architectures or [""])[0].endswith(suffix)), None)
-    if kind is not None:
-        _AUTO[kind].register(type(config), _loader(dense_architecture("config.json", config)), exist_ok=True)
+    for auto in () if kind is None else _AUTO[kind]:
+        auto.register(type(config), _loader(dense_architecture("config.json", config)), exist_ok=True)
 
 
 @functools.cache
