@@ -6,6 +6,7 @@ import pytest
 import torch
 from integrations.converted import assert_same, make_converted, make_dense, tokens
 from integrations.device import DEVICE
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Qwen3ForSequenceClassification, Qwen3ForTokenClassification
 
 from flexmsa.integrations.transformers import (
@@ -205,6 +206,27 @@ def test_what_was_frozen_before_stays_frozen():
     begin_warm_up(model)
     begin_sparse(model)
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("wrapped_first", [False, True])
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
+def test_phases_reach_the_model_inside_wrappers(wrap, wrapped_first):
+    model = make_converted()
+    wrapper = wrap(model)
+    begin_warm_up(wrapper if wrapped_first else model)
+    model.model.layers[0] = wrap(model.model.layers[0])
+    check_optimizer(wrapper, torch.optim.SGD(model.parameters()))
+    assert not model.lm_head.weight.requires_grad
+    begin_sparse(model if wrapped_first else wrapper)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_frozen_weight_that_is_gone_is_named():
+    model = make_converted()
+    begin_warm_up(model)
+    model.model.layers[0].mlp = torch.nn.Sequential(model.model.layers[0].mlp)
+    with pytest.raises(ValueError, match=r"3 are not in it, such as model\.layers\.0\.mlp\.down_proj\.weight"):
+        begin_sparse(model)
 
 
 def test_mistakes_with_the_optimizer_are_named():

@@ -17,7 +17,7 @@ from flexmsa.integrations.transformers.attention import IMPLEMENTATION, check_sh
 from flexmsa.integrations.transformers.auto import PREFIX, converted_config
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
 from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
-from flexmsa.integrations.transformers.index_branch import add_index_branch
+from flexmsa.integrations.transformers.index_branch import add_index_branch, first_adapted
 from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
 from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
 from flexmsa.integrations.transformers.tensor_parallel import add_to_plan
@@ -94,7 +94,7 @@ def convert(
             "model: expected a dense model, got the checkpoint of a converted model without its index branch; "
             "load it with flexmsa.integrations.transformers.from_pretrained"
         )
-    adapted = next((name for name, _ in model.named_modules() if name.rpartition(".")[2] == "base_layer"), None)
+    adapted = first_adapted(model)
     if adapted is not None:
         raise ValueError(
             f"model: expected one without adapters, got {adapted}; convert first, then give PEFT's configuration "
