@@ -136,3 +136,18 @@ def test_configurations_are_copied(checkpoint):
         assert type(other) is type(config) and other.flexmsa == config.flexmsa
     model = AutoModelForCausalLM.from_config(config)
     assert model.flexmsa.config.topk == 3
+
+
+def test_the_configuration_of_a_model_that_was_not_saved_makes_another():
+    model = AutoModelForCausalLM.from_config(make_converted("phi3").config)
+    assert model.flexmsa.layers == (0, 1) and type(model).__name__ == "Phi3ForCausalLM"
+
+
+def test_a_pickled_model_runs_in_another_process(tmp_path):
+    model, ids = make_converted(), tokens(1, 30)
+    torch.save((model, ids), tmp_path / "model.pt")
+    code = """import sys, torch
+model, ids = torch.load(sys.argv[1], weights_only=False)
+torch.save(model(ids).logits, sys.argv[1])"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+    assert torch.equal(torch.load(tmp_path / "model.pt"), model(ids).logits)

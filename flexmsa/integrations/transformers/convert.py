@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -183,8 +184,14 @@ def _choose_layers(modules: dict[int, Any], layers: Iterable[int] | None) -> tup
 
 def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: bool) -> PreTrainedModel:
     """Convert as `convert` does, without its checks."""
+    from flexmsa.integrations.transformers.loading import register_loader
+
     register_attention()
     _own_config(model)
+    if not model.config.architectures:
+        model.config.architectures = [type(model).__name__]
+    if hasattr(transformers, model.config.architectures[0].removeprefix(PREFIX)):
+        register_loader(model.config)
     text_config = model.config.get_text_config()
     modules = _attention_modules(model)
     dense = text_config._attn_implementation
@@ -205,7 +212,6 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
     prepare_outputs(type(model))
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_after_forward, with_kwargs=True)
-    watch_gradients(model)
     return model
 
 
@@ -304,7 +310,9 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
         output = with_index_loss(output, index_loss)
     if not model.training:
         return output
-    conversion.waits = index_loss.requires_grad
+    conversion.waits = index_loss.requires_grad and conversion.index_loss_weight != 0
+    if conversion.waits:
+        watch_gradients(model)
     if conversion.collected is not None and index_loss.requires_grad:
         conversion.collected.append(index_loss)
     if lm_loss is None or conversion.collected is not None:
