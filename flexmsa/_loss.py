@@ -38,7 +38,8 @@ def check_count(name: str, count: Tensor | float | None, q: Tensor) -> Tensor | 
     if count.dim() != 0 or count.requires_grad or count.dtype in (torch.bool, torch.float16, torch.bfloat16):
         raise ValueError(
             f"{name}: expected a scalar without a gradient, of integers or float32 or float64, got {count.dtype} "
-            f"{list(count.shape)}, requires_grad={count.requires_grad}"
+            f"{list(count.shape)}, requires_grad={count.requires_grad}; fully_shard casts tensors that a module takes: "
+            "give it float(count)"
         )
     if count.device != q.device:
         raise ValueError(f"{name}: expected on {q.device}, where q is, got {count.device}")

@@ -146,16 +146,17 @@ class MSAttention(nn.Module):
             with `config.loss_in_backward` it is 0, with the loss's gradient.
 
         Raises:
-            ValueError: x has a wrong shape, the cache is full, a cache was given with cu_seqlens, kv_starts or a loss,
+            ValueError: x has a wrong shape, the cache is full, a cache was given with other sequences or a loss,
                 lens or block_indices were given without a cache, or cu_seqlens with shards.
         """
         if x.dim() != 3 or x.shape[-1] != self.config.hidden_size:
             raise ValueError(f"x: expected [B, S, hidden_size={self.config.hidden_size}], got {list(x.shape)}")
         if with_index_loss is None:
             with_index_loss = self.training and cache is None
-        if cache is not None and (cu_seqlens is not None or kv_starts is not None or with_index_loss):
+        others = cu_seqlens, kv_starts, shards, index_loss_count
+        if cache is not None and (with_index_loss or any(x is not None for x in others)):
             raise ValueError(
-                "cache: expected alone, got it with cu_seqlens, kv_starts or the index loss; "
+                "cache: expected alone, got it with cu_seqlens, kv_starts, shards, index_loss_count or the index loss; "
                 "give kv_starts to the cache, and train without one"
             )
         if cache is not None:
@@ -179,8 +180,9 @@ class MSAttention(nn.Module):
             inputs = self.project(x, positions=shards.row_positions(kv_starts))
         if with_index_loss and self.head_shards is not None:
             if index_loss_count is None:
-                count = self.index_loss_count(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts, shards=shards)
-                index_loss_count = count.clamp(min=1)
+                index_loss_count = self.index_loss_count(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts, shards=shards)
+                # Those of shards are at least 1, divided by the number of processes.
+                index_loss_count = index_loss_count.clamp(min=1) if shards is None else index_loss_count
             out, loss = self.head_shards.attention(attend, inputs, settings, index_loss_count, value)
             return self._merge(out), loss
         settings.update(index_loss_value=value, index_loss_count=index_loss_count)

@@ -109,6 +109,7 @@ def context_parallel_attention(
 
 def _with_starts(shards: SequenceShards, kv_starts: Tensor | None, q: Tensor) -> Sequences:
     """The sequences of rows that start at kv_starts."""
+    shards.check_starts(kv_starts)
     if kv_starts is None:
         return Sequences(q, shards.seqlen, table=shards.fragments)
     validation.check_lengths("kv_starts", kv_starts, q.device)

@@ -19,6 +19,7 @@ from flexmsa.types import AuxOutput, AuxRequest
 __all__ = ["call"]
 
 _HEADS = ("q", "k", "v", "index_q", "block_indices", "lse")
+_DOCUMENTS = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
 _ROWS = ("kv_starts", "kv_lens")
 
 
@@ -47,8 +48,8 @@ def _give_count(given: dict[str, Any], own: dict[str, Any]) -> None:
         return
     q, k = given["q"], given["k"]
     queries = torch.empty((*q.shape[:3], 0), device=q.device)
-    lengths = [_whole(given.get(name)) for name in ("cu_seqlens", *_ROWS)]
-    own[name] = check_sequences(queries, k.shape[2], *lengths).count(k.shape[1]).clamp(min=1)
+    lengths = {name: _whole(given.get(name)) for name in (*_DOCUMENTS, *_ROWS)}
+    own[name] = check_sequences(queries, k.shape[2], **lengths).count(k.shape[1]).clamp(min=1)
 
 
 def _whole(x: Any) -> Any:
@@ -73,12 +74,12 @@ class _Split:
 
     def own(self, name: str, x: Any) -> Any:
         """This process's part of an argument."""
-        if x is None or name not in (*_HEADS, *_ROWS, "index_k", "cu_seqlens", "index_loss_value"):
+        if x is None or name not in (*_HEADS, *_ROWS, *_DOCUMENTS, "index_k", "index_loss_value"):
             return _whole(x)
         if name == "index_loss_value" and isinstance(x, DTensor):
             raise TypeError("index_loss_value: expected a plain tensor, the same on every process, got a DTensor")
-        if name == "cu_seqlens" and Shard(0) in self.placements:
-            raise ValueError("cu_seqlens: expected whole batch rows with packed documents, got them sharded, Shard(0)")
+        if name in _DOCUMENTS and Shard(0) in self.placements:
+            raise ValueError(f"{name}: expected whole batch rows with packed documents, got them sharded, Shard(0)")
         rows = [p if p == Shard(0) else Replicate() for p in self.placements]
         if name in _ROWS:
             return distribute_tensor(_whole(x), self.mesh, rows, src_data_rank=None).to_local()

@@ -33,13 +33,13 @@ class _Finish(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (order,) = grads, ctx.saved_tensors
         world = ctx.group.size()
-        # In 16 bits, sums of many processes would lose what each has computed.
-        wide = grad.float() if grad.dtype.itemsize == 2 else grad
-        parts = wide.new_zeros((*grad.shape[:-2], world * ctx.length, grad.shape[-1]))
-        parts = parts.index_copy(-2, order, wide).unflatten(-2, (world, ctx.length)).movedim(-3, 0).contiguous()
+        parts = grad.new_zeros((*grad.shape[:-2], world * ctx.length, grad.shape[-1]))
+        parts = parts.index_copy(-2, order, grad).unflatten(-2, (world, ctx.length)).movedim(-3, 0).contiguous()
         shares = collectives.all_to_all_single(parts.flatten(0, 1), None, None, ctx.group)
-        total = collectives.wait_tensor(shares).unflatten(0, (world, -1)).sum(0)
-        return total.to(ctx.dtype), None, None, None
+        shares = collectives.wait_tensor(shares).unflatten(0, (world, -1))
+        # Sums in 16 bits would lose what each process has computed.
+        wide = torch.float32 if grad.dtype.itemsize == 2 else grad.dtype
+        return shares.sum(0, dtype=wide).to(ctx.dtype), None, None, None
 
 
 def begin_to_gather(x: Tensor, shards: "SequenceShards") -> Tensor:

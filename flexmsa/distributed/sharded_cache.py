@@ -164,7 +164,8 @@ class ShardedCache(Cache):
         # One collective takes both: the lse as more numbers of out's dtype.
         both = torch.cat([out, lse[..., None].view(out.dtype)], dim=-1)
         outs, rest = gather_parts(both, self.mesh).split([out.shape[3], both.shape[3] - out.shape[3]], dim=-1)
-        return *_merge_outputs(outs, rest.contiguous().view(lse.dtype)[..., 0]), block_indices
+        lses = rest.clone(memory_format=torch.contiguous_format).view(lse.dtype)[..., 0]
+        return *_merge_outputs(outs, lses), block_indices
 
     def _select(
         self, index_q: Tensor, rule: SelectionRule, visible: Tensor, tables: list[tuple[slice, Tensor]], backend: str
@@ -179,7 +180,8 @@ class ShardedCache(Cache):
         # One collective takes both: the scores as integers.
         both = gather_parts(torch.cat([ids, scores.view(torch.int32)], dim=-1), self.mesh)
         ids, bits = both.split([rule.topk, both.shape[4] - rule.topk], dim=-1)
-        scores = bits.contiguous().view(scores.dtype)
+        # contiguous() may keep an offset that a wider type cannot have.
+        scores = bits.clone(memory_format=torch.contiguous_format).view(scores.dtype)
         newest = (visible - 1).div(rule.block_size, rounding_mode="floor")
         ids, scores = (x.movedim(0, -2).flatten(-2) for x in (ids, scores))
         return _merge_scored(ids, scores, newest[:, None, :, None], rule)

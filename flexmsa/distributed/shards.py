@@ -18,9 +18,10 @@ class SequenceShards:
     """A cut of sequences over the processes of a mesh, made on the host once per batch shape.
 
     With the layout "head-tail" each document is cut into 2 W parts, W being the number of processes, and process r has
-    parts r and 2 W - 1 - r: later queries see more keys, and so all processes have the same work. With "contiguous"
-    process r has the r-th of W parts of the whole row. If lengths do not divide, the parts differ by a token, and
-    processes with fewer tokens are padded at the end.
+    parts r and 2 W - 1 - r: later queries see more keys, and in this way all processes have the same work. If lengths
+    do not divide, these pairs of parts differ by a token or two, and the larger ones go to the processes that have
+    fewer tokens of earlier documents. With "contiguous" process r has the r-th of W parts of the whole row. Processes
+    with fewer tokens than others are padded at the end.
 
     Args:
         seqlen: S, the tokens of a row of the whole batch.
@@ -59,9 +60,9 @@ class SequenceShards:
         if layout not in ("head-tail", "contiguous"):
             raise ValueError(f'layout: expected "head-tail" or "contiguous", got {layout!r}')
         offsets = [0, seqlen] if cu_seqlens is None else _offsets(cu_seqlens, seqlen, batch_size)
-        self.seqlen, self.batch_size, self.mesh = seqlen, batch_size, mesh
+        self.seqlen, self.batch_size, self.mesh, self.is_packed = seqlen, batch_size, mesh, cu_seqlens is not None
         world, rank = mesh.size(), mesh.get_local_rank()
-        parts = [_parts(offsets, process, world, layout) for process in range(world)]
+        parts = _parts(offsets, world, layout)
         lengths = [sum(stop - start for document in found for start, stop in document) for found in parts]
         self.length = -(-max(lengths) // length_multiple) * length_multiple
         order = torch.empty(seqlen, dtype=torch.int64)
@@ -84,16 +85,23 @@ class SequenceShards:
 
     def row_positions(self, kv_starts: Tensor | None = None) -> Tensor:
         """[B, L] int64: positions of this process's tokens, counted from the rows' starts kv_starts [B] if given."""
+        self.check_starts(kv_starts)
         positions = self.positions.expand(self.batch_size, -1)
         return positions if kv_starts is None else (positions - kv_starts[:, None]).clamp(min=0)
+
+    def check_starts(self, kv_starts: Tensor | None) -> None:
+        """Raise ValueError if rows of packed documents are to start later."""
+        if kv_starts is not None and self.is_packed:
+            raise ValueError("kv_starts: expected None with cu_seqlens, got both; either pack documents or pad rows")
 
     def index_loss_count(self, num_kv_heads: int, kv_starts: Tensor | None = None) -> Tensor:
         """The number of groups and queries of all processes that see a key, at least 1, divided by W: a scalar float64.
 
         By so much each process divides the sum of its index losses, for gradients that are averaged over processes.
         """
+        self.check_starts(kv_starts)
         if kv_starts is None:
-            queries = self.order.new_tensor(self.seqlen * self.batch_size)
+            queries = self.order.new_full((), self.seqlen * self.batch_size)
         else:
             queries = (self.seqlen - kv_starts.clamp(0, self.seqlen)).sum()
         return (queries * num_kv_heads).double().clamp(min=1) / self.mesh.size()
@@ -118,7 +126,9 @@ class SequenceShards:
         """
         if x.shape[dim] != self.length:
             raise ValueError(f"x: expected {self.length} tokens along dimension {dim}, got {list(x.shape)}")
-        return gather_tokens(x.movedim(dim, -2) if x.dim() > 1 else x[:, None], self).movedim(-2, dim)
+        if x.dim() == 1:
+            return gather_tokens(x[:, None], self)[:, 0]
+        return gather_tokens(x.movedim(dim, -2), self).movedim(-2, dim)
 
 
 def _offsets(cu_seqlens: Tensor, seqlen: int, batch_size: int) -> list[int]:
@@ -131,18 +141,26 @@ def _offsets(cu_seqlens: Tensor, seqlen: int, batch_size: int) -> list[int]:
     return offsets
 
 
-def _parts(offsets: list[int], process: int, world: int, layout: str) -> list[list[tuple[int, int]]]:
-    """For each document the parts (start, stop) that a process has, in order."""
-    found = []
-    begin, end = (offsets[-1] * number // world for number in (process, process + 1))
+def _parts(offsets: list[int], world: int, layout: str) -> list[list[list[tuple[int, int]]]]:
+    """For each process, and each document, the parts (start, stop) that it has, in order."""
+    if layout == "contiguous":
+        bounds = [offsets[-1] * number // world for number in range(world + 1)]
+        return [
+            [[(min(max(start, begin), stop), max(min(stop, end), start))] for start, stop in pairwise(offsets)]
+            for begin, end in pairwise(bounds)
+        ]
+    found: list[list[list[tuple[int, int]]]] = [[] for _ in range(world)]
+    counts = [0] * world
     for start, stop in pairwise(offsets):
-        if layout == "contiguous":
-            found.append([(min(max(start, begin), stop), max(min(stop, end), start))])
-            continue
         cuts = [start + (stop - start) * number // (2 * world) for number in range(2 * world + 1)]
-        last = 2 * world - 1 - process
-        found.append([(cuts[process], cuts[process + 1]), (cuts[last], cuts[last + 1])])
-    return [[(start, max(start, stop)) for start, stop in document] for document in found]
+        parts = list(pairwise(cuts))
+        pairs = [(parts[number], parts[-1 - number]) for number in range(world)]
+        # The pairs of a document differ by a token or two: the largest go to the processes with the fewest tokens.
+        pairs.sort(key=lambda pair: -sum(end - begin for begin, end in pair))
+        for process, pair in zip(sorted(range(world), key=counts.__getitem__), pairs, strict=True):
+            found[process].append(list(pair))
+            counts[process] += sum(end - begin for begin, end in pair)
+    return found
 
 
 def _fragments(

@@ -128,7 +128,7 @@ class HeadShards:
             own[name] = part
         return torch.func.functional_call(module, own, (x,))
 
-    def _whole_group(self, heads: Tensor) -> Tensor:
+    def whole_group(self, heads: Tensor) -> Tensor:
         """The heads [B, H, ...] of all processes that share this process's group, without a gradient."""
         operators = torch.ops._c10d_functional
         gathered = operators.all_gather_into_tensor(heads.contiguous(), self.replicas, self._group_name)
@@ -182,9 +182,9 @@ class HeadShards:
         """
         out, aux = functional.attention(*inputs, **settings, return_aux=AuxRequest(lse=True, block_indices=True))
         q, k, _, index_q, index_k = inputs
-        main = self._whole_group(q.detach()), k.detach()
+        main = self.whole_group(q.detach()), k.detach()
         assert aux.lse is not None
-        lse = self._whole_group(aux.lse.detach())
+        lse = self.whole_group(aux.lse.detach())
         given = {name: settings[name] for name in ("block_size", "cu_seqlens", "kv_starts", "backend")}
         given["count"] = index_loss_count * self.replicas
         loss = total(functional.index_loss(*main, index_q, index_k, aux.block_indices, lse, **given), self.mesh)

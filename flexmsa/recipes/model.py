@@ -32,6 +32,8 @@ __all__ = ["GPT", "Block", "parallelize"]
 VOCABULARY = 256
 # The newest queries of the longest document: enough for a mean, at a cost that is linear in its length.
 MEASURED_QUERIES = 128
+# Of queries, heads and keys at a time: some hundred MiB.
+MEASURED_PRODUCTS = 1 << 24
 
 
 class MLP(nn.Module):
@@ -104,8 +106,13 @@ class Block(nn.Module):
             return (y if shards is None else shards.unshard(y, dim=2))[:, :, start:stop]
 
         q, k, index_q, index_k = newest(q), keys(k), newest(index_q), keys(index_k)
+        head_shards = self.attention.head_shards
+        if head_shards is not None and head_shards.replicas > 1:
+            # A group's best blocks are those of all its heads.
+            q = head_shards.whole_group(q)
         ids = select_blocks(index_q, index_k, block_size=config.block_size, topk=config.topk)
-        return torch.stack(metrics.recall(q, k, ids, block_size=config.block_size))
+        chunk = max(1, MEASURED_PRODUCTS // (q.shape[1] * k.shape[2]))
+        return torch.stack(metrics.recall(q, k, ids, block_size=config.block_size, chunk=chunk))
 
 
 class GPT(nn.Module):

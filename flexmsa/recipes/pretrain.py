@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ def process_group() -> Iterator[None]:
     """The processes that torchrun started, or this one alone."""
     # Counts of a step are summed on the host, so that it does not wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" not in os.environ:
+        raise SystemExit(
+            "WORLD_SIZE: expected torchrun, which sets LOCAL_RANK too, or one process; start it by torchrun"
+        )
     if "LOCAL_RANK" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -82,11 +87,10 @@ class Trainer:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.out = settings, Path(settings.out)
+        self.out = Path(settings.out)
         replicate, fsdp, self.tp, self.cp = settings.mesh_sizes(dist.get_world_size())
         self.data_parallel = replicate * fsdp
-        self.text = PackedText(settings.data, settings.pattern, settings.context, settings.seed)
-        last = newest_checkpoint(self.out)
+        last = self._begin(settings)
         if last is not None and not settings.resume:
             raise FileExistsError(f"out: expected a folder without checkpoints, got {last}; continue it with --resume")
         kind = settings.device
@@ -102,7 +106,9 @@ class Trainer:
         # All processes make the same weights, and keep their parts.
         torch.manual_seed(settings.seed)
         self.model = GPT(settings.attention(), settings.num_layers, settings.mlp_size)
-        name = settings.dtype if settings.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+        if settings.dtype == "auto":
+            settings = replace(settings, dtype="bfloat16" if kind == "cuda" else "float32")
+        self.settings, name = settings, settings.dtype
         precision: torch.dtype = getattr(torch, name)
         self.model.to(torch.promote_types(precision, torch.float32))
         options = {"checkpointing": settings.activation_checkpointing, "compiled": settings.compile}
@@ -117,11 +123,37 @@ class Trainer:
         self.step, self.saved_step, self.signalled, self.stop_asked = 0, -1, False, False
         self.log: list[dict[str, Any]] = []
         if last is not None:
-            settings.check_same(last / "settings.json")
+            settings.check_same(last / "settings.json", self.text.digest)
             self._load(last)
         self._say(f"{self.text}; {sum(p.numel() for p in self.model.parameters()):,} parameters in {name} on {kind}")
         sizes = f"replicate {replicate} x fsdp {fsdp} x tp {self.tp} x cp {self.cp}"
         self._say(f"{sizes} processes; {'starting' if last is None else f'continuing after step {self.step}'}")
+
+    def _begin(self, settings: Settings) -> Path | None:
+        """Find the text, and return the newest checkpoint.
+
+        All processes raise together: one that went on would wait for the others.
+        """
+        found: Any = None
+        try:
+            self.text = PackedText(settings.data, settings.pattern, settings.context, settings.seed, self.out)
+            last = newest_checkpoint(self.out)
+            found = self.text.digest, None if last is None else last.name
+        except OSError as error:
+            found = error
+        all_found = [None] * dist.get_world_size()
+        dist.all_gather_object(all_found, found)
+        for other in all_found:
+            if isinstance(other, OSError):
+                raise other
+        if any(other != found for other in all_found):
+            raise ValueError(
+                f"data, out: expected the same files and the same newest checkpoint on every process, got {all_found}; "
+                "use folders that all processes share"
+            )
+        if last is not None and step_of(last) > settings.steps:
+            raise ValueError(f"steps: expected at least those of {last}, got {settings.steps}")
+        return last
 
     def train(self) -> None:
         """Train to the end, or to a signal, and save a checkpoint."""
@@ -249,7 +281,7 @@ class Trainer:
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            self.settings.save(folder / "settings.json")
+            self.settings.save(folder / "settings.json", self.text.digest)
         dist.barrier()
         model, optimizer = get_state_dict(self.model, self.optimizer)
         dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
@@ -261,7 +293,12 @@ class Trainer:
         state = {"model": model, "optimizer": optimizer}
         dcp.load(state, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-        self.step = self.saved_step = int(folder.name.removeprefix("step-"))
+        self.step = self.saved_step = step_of(folder)
+        metrics = self.out / "metrics.jsonl"
+        if dist.get_rank() == 0 and metrics.exists():
+            # Steps after it are made again.
+            kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            metrics.write_text("".join(line + "\n" for line in kept))
 
 
 # Documents that do not divide give parts of many lengths, of which few are compiled.
@@ -288,6 +325,11 @@ def by_dims(parameters: list[nn.Parameter]) -> dict[int, list[nn.Parameter]]:
 def is_complete(folder: Path) -> bool:
     """Whether all processes have written their parts of a checkpoint: this file is written last."""
     return (folder / ".metadata").exists()
+
+
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint was saved."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest_checkpoint(out: Path) -> Path | None:

@@ -113,21 +113,22 @@ class Settings:
             )
         return sizes
 
-    def save(self, path: Path) -> None:
-        """Write the settings as JSON, for `check_same`."""
-        path.write_text(json.dumps({**asdict(self), "warm_up": self.warm_up_steps}, indent=1))
+    def save(self, path: Path, files: str) -> None:
+        """Write the settings as JSON, for `check_same`; files: the text's digest."""
+        path.write_text(json.dumps({**asdict(self), "warm_up": self.warm_up_steps, "files": files}, indent=1))
 
-    def check_same(self, path: Path) -> None:
-        """Raise ValueError if a run with the settings in a file cannot continue with these."""
+    def check_same(self, path: Path, files: str) -> None:
+        """Raise ValueError if a run with the settings and the text in a file cannot continue with these."""
         there = json.loads(path.read_text())
-        here = {**asdict(self), "warm_up": self.warm_up_steps}
+        here = {**asdict(self), "warm_up": self.warm_up_steps, "files": files}
         changed = [
             f"{name} is {there.get(name)} there and {here[name]} here"
             for name in here
             if name not in MAY_CHANGE and there.get(name) != here[name]
         ]
         if changed:
-            raise ValueError(f"resume: expected the settings of {path}, but {'; '.join(changed)}")
+            advice = "; by default warm_up is a quarter of the steps" if "warm_up is" in "".join(changed) else ""
+            raise ValueError(f"resume: expected the settings and text of {path}, but {'; '.join(changed)}{advice}")
 
 
 def parse(argv: list[str]) -> Settings:

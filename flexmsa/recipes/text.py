@@ -1,5 +1,6 @@
 """Rows of bytes from text files, in which whole documents and parts of documents are packed."""
 
+import hashlib
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -41,18 +42,25 @@ class PackedText:
     Args:
         folder: of the files that match `pattern`, at any depth.
         context: bytes of a row.
+        outside: a folder whose files are no text, such as that of the run's own results.
+
+    Attributes:
+        digest: of the files' names and sizes: runs with the same one have the same rows.
 
     Raises:
         FileNotFoundError: no file has a byte.
     """
 
-    def __init__(self, folder: str, pattern: str, context: int, seed: int) -> None:
-        paths = sorted(path for path in Path(folder).rglob(pattern) if path.is_file())
+    def __init__(self, folder: str, pattern: str, context: int, seed: int, outside: Path) -> None:
+        found = (path for path in Path(folder).rglob(pattern) if path.is_file())
+        paths = sorted(path for path in found if not path.resolve().is_relative_to(outside.resolve()))
         sizes = [path.stat().st_size for path in paths]
         self.files = [(path, size) for path, size in zip(paths, sizes, strict=True) if size]
         if not self.files:
             raise FileNotFoundError(f"data: expected text files {pattern} in {folder}, got none with a byte")
         self.context, self.seed, self.num_bytes = context, seed, sum(sizes)
+        names = [(path.relative_to(folder).as_posix(), size) for path, size in self.files]
+        self.digest = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
         self._order = lru_cache(maxsize=2)(self._new_order)
 
     def __repr__(self) -> str:

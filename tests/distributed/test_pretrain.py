@@ -166,7 +166,7 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path):
 
 def test_rows_hold_whole_files_and_parts(tmp_path):
     write_text(tmp_path)
-    text = PackedText(str(tmp_path), "*.txt", 48, seed=1)
+    text = PackedText(str(tmp_path), "*.txt", 48, seed=1, outside=tmp_path / "out")
     files = {path.read_bytes() for path in tmp_path.rglob("*.txt")} - {b""}
     rows = [text.row(number) for number in range(2 * text.num_bytes // 48)]
     documents, targets = [b""], 0
