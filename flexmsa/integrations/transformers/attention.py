@@ -117,9 +117,9 @@ def _check_causal(function: Any) -> None:
         return
     if getattr(function, "__qualname__", "").startswith(or_masks.__qualname__):
         raise NotImplementedError(
-            f"mask_function: expected causal attention, got {function.__qualname__}: tokens of an image, or all tokens, "
-            "see each other in this model's layers with full attention; call it without token_type_ids for text, or "
-            "keep the model dense"
+            f"mask_function: expected causal attention, got {function.__qualname__}: tokens of an image, or all "
+            "tokens, see each other in this model's layers with full attention; call it without token_type_ids for "
+            "text, or keep the model dense"
         )
     # Documents in a row come as and_masks of several functions.
     for cell in getattr(function, "__closure__", None) or ():

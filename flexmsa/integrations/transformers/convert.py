@@ -212,6 +212,7 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
     prepare_outputs(type(model))
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_after_forward, with_kwargs=True)
+    watch_gradients(model)
     return model
 
 
@@ -312,6 +313,7 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
         return output
     conversion.waits = index_loss.requires_grad and conversion.index_loss_weight != 0
     if conversion.waits:
+        # A copy, or a model that was pickled, is not watched yet.
         watch_gradients(model)
     if conversion.collected is not None and index_loss.requires_grad:
         conversion.collected.append(index_loss)

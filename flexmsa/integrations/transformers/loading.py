@@ -88,7 +88,7 @@ def _loader(architecture: Any) -> Any:
         # Some constructors make an inner model by the Auto class of the configuration, which has to be a dense one.
         dense = copy.deepcopy(config)
         if PREFIX in type(dense).__name__:
-            dense.__class__ = type(dense).__base__
+            dense.__class__ = type(dense).__bases__[0]
         architecture.__init__(self, dense, *args, **options)
         own = {key: value for key, value in stored.items() if key not in ("layers", "fallback", "warm_up")}
         install(self, msa_config(self, **own), tuple(stored["layers"]), stored["warm_up"])
