@@ -116,6 +116,7 @@ def test_a_model_with_images_loads_for_text_and_refuses_images(tmp_path):
     vision |= {"image_size": 8, "patch_size": 4}
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=60)
     model, ids = convert(Gemma3ForConditionalGeneration(config), SETTINGS).to(DEVICE).eval(), tokens(1, 40) % 60
+    assert model.model.vision_tower.config is model.config.vision_config is not config.vision_config
     set_warm_up(model, False)
     model.save_pretrained(tmp_path)
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
@@ -141,6 +142,14 @@ def test_configurations_are_copied(checkpoint):
 def test_the_configuration_of_a_model_that_was_not_saved_makes_another():
     model = AutoModelForCausalLM.from_config(make_converted("phi3").config)
     assert model.flexmsa.layers == (0, 1) and type(model).__name__ == "Phi3ForCausalLM"
+
+
+def test_outputs_are_pickled():
+    ids = tokens(1, 20)
+    output = make_converted().train()(ids, labels=ids, use_cache=False)
+    again = pickle.loads(pickle.dumps(output))
+    assert type(again) is type(output) and again.keys() == output.keys()
+    assert torch.equal(again.logits, output.logits) and again.index_loss == 0
 
 
 def test_a_pickled_model_runs_in_another_process(tmp_path):

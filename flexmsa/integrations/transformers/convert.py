@@ -148,6 +148,7 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, Any]:
             "attn_logit_softcapping": getattr(module, "attn_logit_softcapping", None),
             "sinks": getattr(module, "sinks", None),
             "own indexer": getattr(module, "indexer", None),
+            "differential attention": getattr(module, "lambda_q1", None),
         }
         for name, value in refused.items():
             if isinstance(value, Tensor | nn.Module) or value:
@@ -218,16 +219,15 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
 
 def _own_config(model: Any) -> None:
     """Give the model a copy of its configuration, since others may share it, that is saved as a converted model's."""
-    shared = model.config, model.config.get_text_config()
-    own = copy.deepcopy(model.config)
+    copies: dict[int, Any] = {}
+    own = copy.deepcopy(model.config, copies)
     if PREFIX not in type(own).__name__:
         kind: Any = type(own)
         own.__class__ = converted_config(kind)
-    owned = own, own.get_text_config()
     for module in model.modules():
-        for theirs, ours in zip(shared, owned, strict=True):
-            if getattr(module, "config", None) is theirs:
-                module.config = ours
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and id(config) in copies:
+            module.config = copies[id(config)]
 
 
 def set_warm_up(model: Any, warm_up: bool) -> None:
