@@ -7,11 +7,22 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
+    pipeline,
+)
 
-from flexmsa.integrations.transformers import from_pretrained
+from flexmsa.integrations.transformers import convert, from_pretrained, set_warm_up
 
-from .converted import DEVICE, MODELS, make_converted, make_dense, tokens
+from .converted import DEVICE, GROUPED, MODELS, SETTINGS, SLIDING, make_converted, make_dense, tokens
 
 
 @pytest.fixture
@@ -83,9 +94,69 @@ def test_another_head_is_refused(checkpoint):
         AutoModelForSequenceClassification.from_pretrained(checkpoint)
 
 
+@pytest.mark.parametrize("kind", [Qwen3ForSequenceClassification, Qwen3ForTokenClassification])
+@torch.no_grad()
+def test_classifiers_load(kind, tmp_path):
+    torch.manual_seed(0)
+    model, ids = convert(kind(make_dense().config), SETTINGS).to(DEVICE).eval(), tokens(1, 40)
+    set_warm_up(model, False)
+    model.save_pretrained(tmp_path)
+    auto = getattr(transformers, kind.__name__.replace("Qwen3", "AutoModel"))
+    for load in (auto.from_pretrained, from_pretrained):
+        loaded = load(tmp_path).to(DEVICE).eval()
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert type(loaded) is kind and loaded.flexmsa.layers == model.flexmsa.layers
+        assert loaded.model.config is loaded.config and type(loaded.config).__name__ == "FlexMSAQwen3Config"
+
+
+@torch.no_grad()
+def test_a_model_with_images_loads_for_text_and_refuses_images(tmp_path):
+    text = {**GROUPED, **SLIDING, "head_dim": 16, "pad_token_id": 0}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=60)
+    model, ids = convert(Gemma3ForConditionalGeneration(config), SETTINGS).to(DEVICE).eval(), tokens(1, 40) % 60
+    assert model.model.vision_tower.config is model.config.vision_config is not config.vision_config
+    set_warm_up(model, False)
+    model.save_pretrained(tmp_path)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        loaded = auto.from_pretrained(tmp_path).to(DEVICE).eval()
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    image = torch.zeros_like(ids)
+    image[:, 3:7] = 1
+    with pytest.raises(NotImplementedError, match="mask_function: expected causal attention, got or_masks"):
+        model(ids, token_type_ids=image)
+    positions = torch.arange(20, device=DEVICE).repeat(2)[None]
+    with pytest.raises(NotImplementedError, match="mask_function: expected causal attention, got or_masks"):
+        model(ids, position_ids=positions, token_type_ids=image, use_cache=False)
+
+
 def test_configurations_are_copied(checkpoint):
     config = AutoConfig.from_pretrained(checkpoint)
     for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), make_converted().config):
         assert type(other) is type(config) and other.flexmsa == config.flexmsa
     model = AutoModelForCausalLM.from_config(config)
     assert model.flexmsa.config.topk == 3
+
+
+def test_the_configuration_of_a_model_that_was_not_saved_makes_another():
+    model = AutoModelForCausalLM.from_config(make_converted("phi3").config)
+    assert model.flexmsa.layers == (0, 1) and type(model).__name__ == "Phi3ForCausalLM"
+
+
+def test_outputs_are_pickled():
+    ids = tokens(1, 20)
+    output = make_converted().train()(ids, labels=ids, use_cache=False)
+    again = pickle.loads(pickle.dumps(output))
+    assert type(again) is type(output) and again.keys() == output.keys()
+    assert torch.equal(again.logits, output.logits) and again.index_loss == 0
+
+
+def test_a_pickled_model_runs_in_another_process(tmp_path):
+    model, ids = make_converted(), tokens(1, 30)
+    torch.save((model, ids), tmp_path / "model.pt")
+    code = """import sys, torch
+model, ids = torch.load(sys.argv[1], weights_only=False)
+torch.save(model(ids).logits, sys.argv[1])"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+    assert torch.equal(torch.load(tmp_path / "model.pt"), model(ids).logits)

@@ -8,6 +8,8 @@ import torch
 from integrations.converted import GROUPED, MODELS, SETTINGS, make_converted, make_dense, tokens
 from integrations.device import DEVICE
 from transformers import (
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
@@ -267,6 +269,8 @@ def test_settings_that_do_not_fit_are_named():
         convert(make_dense(), SETTINGS, layers=[7])
     with pytest.raises(ValueError, match="every layer has a sliding window"):
         convert(make_dense("mistral", sliding_window=8), SETTINGS)
+    with pytest.raises(ValueError, match="no differential attention"):
+        convert(DiffLlamaForCausalLM(DiffLlamaConfig(**GROUPED)), SETTINGS)
     with pytest.raises(ValueError, match="no attention_dropout"):
         convert(make_dense(attention_dropout=0.1), SETTINGS)
     with pytest.raises(ValueError, match="index_losses: expected none"):

@@ -4,14 +4,17 @@ import copy
 
 import pytest
 import torch
-from integrations.converted import assert_same, make_converted, tokens
+from integrations.converted import assert_same, make_converted, make_dense, tokens
 from integrations.device import DEVICE
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import Qwen3ForSequenceClassification, Qwen3ForTokenClassification
 
 from flexmsa.integrations.transformers import (
     begin_sparse,
     begin_warm_up,
     check_optimizer,
     clip_gradients,
+    convert,
     converted_attention,
     from_pretrained,
     log_entries,
@@ -136,6 +139,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     assert_same(gradients(model, halves), whole)
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 30)])
+def test_labels_of_classifiers_are_counted_whole(shape):
+    kind = Qwen3ForSequenceClassification if len(shape) == 1 else Qwen3ForTokenClassification
+    model, ids = convert(kind(make_dense().config), {"block_size": 4, "topk": 3}).to(DEVICE).train(), tokens(1, 30)
+    labels = torch.ones(shape, dtype=torch.long, device=DEVICE)
+    alone = index_part(gradients(model, model(ids).index_loss))
+    counted = model(ids, labels=labels, num_items_in_batch=torch.tensor(labels.numel(), device=DEVICE)).loss
+    assert_same(index_part(gradients(model, counted)), alone)
+
+
 @pytest.mark.filterwarnings("error:Mismatch dtype")
 def test_autocast():
     model, ids = make_converted().train(), tokens(2, 30)
@@ -193,6 +206,27 @@ def test_what_was_frozen_before_stays_frozen():
     begin_warm_up(model)
     begin_sparse(model)
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("wrapped_first", [False, True])
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
+def test_phases_reach_the_model_inside_wrappers(wrap, wrapped_first):
+    model = make_converted()
+    wrapper = wrap(model)
+    begin_warm_up(wrapper if wrapped_first else model)
+    model.model.layers[0] = wrap(model.model.layers[0])
+    check_optimizer(wrapper, torch.optim.SGD(model.parameters()))
+    assert not model.lm_head.weight.requires_grad
+    begin_sparse(model if wrapped_first else wrapper)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_frozen_weight_that_is_gone_is_named():
+    model = make_converted()
+    begin_warm_up(model)
+    model.model.layers[0].mlp = torch.nn.Sequential(model.model.layers[0].mlp)
+    with pytest.raises(ValueError, match=r"3 are not in it, such as model\.layers\.0\.mlp\.down_proj\.weight"):
+        begin_sparse(model)
 
 
 def test_mistakes_with_the_optimizer_are_named():

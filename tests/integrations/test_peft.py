@@ -72,6 +72,21 @@ def test_what_is_trained_is_saved_loaded_and_merged(model, tmp_path):
     assert (trained - untrained).abs().max() > 1e-2
 
 
+def test_phases_of_the_model_and_of_its_peft_model_are_the_same(model):
+    all_of_both = training(model)
+    begin_warm_up(model)
+    begin_sparse(model.base_model.model)
+    assert training(model) == all_of_both
+
+
+def test_index_branches_that_peft_would_not_save_do_not_train():
+    adapted = get_peft_model(make_converted(), LoraConfig(target_modules=["q_proj"])).train()
+    with pytest.raises(ValueError, match=r"0\.self_attn\.index_q_proj\.weight outside .* modules_to_save"):
+        begin_warm_up(adapted)
+    with pytest.raises(ValueError, match="modules_to_save"):
+        check_optimizer(adapted, torch.optim.SGD(adapted.parameters()))
+
+
 def test_a_model_with_adapters_is_not_converted():
     adapted = get_peft_model(make_dense(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(

@@ -1,5 +1,7 @@
 """The index losses in trainers that make their own loss: transformers' with label smoothing, and TRL's."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -68,6 +70,20 @@ def test_the_mixin_changes_nothing_where_the_loss_has_them(accumulated, tmp_path
     assert_same_weights(train(WithLosses, tmp_path, **more), train(Trainer, tmp_path, **more))
 
 
+class Twice(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        losses = [super(Twice, self).compute_loss(model, inputs, False, num_items_in_batch) for _ in range(2)]
+        return (losses[0] + losses[1]) / 2
+
+
+class TwiceWithLosses(IndexLossMixin, Twice):
+    pass
+
+
+def test_forward_passes_of_one_loss_count_as_one(tmp_path):
+    assert_same_weights(train(TwiceWithLosses, tmp_path, optim="sgd"), train(WithLosses, tmp_path, optim="sgd"))
+
+
 def test_label_smoothing_with_the_mixin(tmp_path):
     """The index weights train as without smoothing, the base does not."""
     more = {"optim": "sgd", "max_grad_norm": 0.0, "steps": 1}
@@ -93,6 +109,16 @@ def test_trl_makes_the_steps_of_transformers(tmp_path):
     assert_same_weights(train(SFTWithLosses, tmp_path, **more), train(Trainer, tmp_path, **more))
 
 
+def test_trl_trains_a_checkpoint(tmp_path):
+    make_converted().save_pretrained(tmp_path)
+    assert "auto_map" not in (tmp_path / "config.json").read_text()
+    arguments = SFTConfig(tmp_path, max_steps=1, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)
+    data = Dataset.from_dict({"input_ids": ROWS})
+    trainer = SFTWithLosses(str(tmp_path), arguments, train_dataset=data, processing_class=TOKENIZER)
+    trainer.train()
+    assert log_entries(trainer.model)["kl"] > 0
+
+
 def test_both_phases_with_trl(tmp_path):
     warm = train(SFTWithLosses, tmp_path, steps=2, callbacks=[ConversionCallback(warm_up_steps=2)])
     assert len(moved(warm, "index_")) == 8 and not moved(warm, "mlp")
@@ -113,4 +139,35 @@ def test_a_forward_without_a_backward_does_not_raise():
     for parameter in model.parameters():
         parameter.requires_grad_(parameter is model.lm_head.weight)
     model(ids, labels=ids).loss.backward()
+    optimizer.step()
+
+
+def logits_only(model):
+    """A backward without the index losses."""
+    model(tokens(2, 20)).logits.sum().backward()
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_the_check_sees_copies_and_other_optimizers():
+    model, other = copy.deepcopy(make_converted()).train(), make_converted().train()
+    optimizer = logits_only(model)
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="expected gradients of the index branches"):
+        optimizer.step()
+
+
+def test_index_losses_of_weight_0_need_no_gradients():
+    model = make_converted().train()
+    model.flexmsa.index_loss_weight = 0.0
+    logits_only(model).step()
+
+
+def test_empty_parts_of_weights_need_no_gradients():
+    """As FSDP1 leaves them on a process whose part has no index weights."""
+    model = make_converted().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(tokens(2, 20)).logits.sum().backward()
+    for name, parameter in model.named_parameters():
+        if "index_" in name:
+            parameter.data = parameter.data.new_empty(0)
     optimizer.step()

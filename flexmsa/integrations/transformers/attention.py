@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, or_masks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flexmsa import _core, _loss, ops, validation
@@ -103,10 +103,29 @@ def _mask(
     if "local_size" in kwargs and fallback is not None:
         given = {"config": config, "attention_mask": attention_mask, "q_offset": q_offset, "kv_length": kv_length}
         return ALL_MASK_ATTENTION_FUNCTIONS[fallback](*args, **given, **kwargs)
+    _check_causal(kwargs.get("mask_function"))
     if attention_mask is None or not isinstance(q_offset, Tensor):
         return attention_mask
     # A static cache: generate's mask grows by one token per step, so a compiled step would compile again each time.
     return F.pad(attention_mask, (0, kv_length - attention_mask.shape[1]))
+
+
+def _check_causal(function: Any) -> None:
+    """Raise if queries may see later keys, as those of the same image do in some models."""
+    # A traced function's parts cannot be seen.
+    if function is None or function is causal_mask_function or torch.compiler.is_compiling():
+        return
+    if getattr(function, "__qualname__", "").startswith(or_masks.__qualname__):
+        raise NotImplementedError(
+            f"mask_function: expected causal attention, got {function.__qualname__}: tokens of an image, or all "
+            "tokens, see each other in this model's layers with full attention; call it without token_type_ids for "
+            "text, or keep the model dense"
+        )
+    # Documents in a row come as and_masks of several functions.
+    for cell in getattr(function, "__closure__", None) or ():
+        parts = cell.cell_contents
+        for part in parts if isinstance(parts, tuple) else ():
+            _check_causal(part)
 
 
 def _attend(

@@ -61,6 +61,8 @@ def converted_config(base: Any) -> Any:
     own: dict[str, Any] = {
         # transformers registers no models for configurations of its own modules.
         "__module__": __name__,
+        # TRL reads it of every configuration. As it is the class's, it is not saved.
+        "auto_map": {},
         "__reduce__": lambda self: (_restore, (base, self.__dict__)),
         "from_dict": classmethod(from_dict),
         "to_json_string": to_json_string,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -17,7 +18,7 @@ from flexmsa.integrations.transformers.attention import IMPLEMENTATION, check_sh
 from flexmsa.integrations.transformers.auto import PREFIX, converted_config
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
 from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
-from flexmsa.integrations.transformers.index_branch import add_index_branch
+from flexmsa.integrations.transformers.index_branch import add_index_branch, first_adapted
 from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
 from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
 from flexmsa.integrations.transformers.tensor_parallel import add_to_plan
@@ -94,7 +95,7 @@ def convert(
             "model: expected a dense model, got the checkpoint of a converted model without its index branch; "
             "load it with flexmsa.integrations.transformers.from_pretrained"
         )
-    adapted = next((name for name, _ in model.named_modules() if name.rpartition(".")[2] == "base_layer"), None)
+    adapted = first_adapted(model)
     if adapted is not None:
         raise ValueError(
             f"model: expected one without adapters, got {adapted}; convert first, then give PEFT's configuration "
@@ -147,6 +148,7 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, Any]:
             "attn_logit_softcapping": getattr(module, "attn_logit_softcapping", None),
             "sinks": getattr(module, "sinks", None),
             "own indexer": getattr(module, "indexer", None),
+            "differential attention": getattr(module, "lambda_q1", None),
         }
         for name, value in refused.items():
             if isinstance(value, Tensor | nn.Module) or value:
@@ -183,8 +185,14 @@ def _choose_layers(modules: dict[int, Any], layers: Iterable[int] | None) -> tup
 
 def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: bool) -> PreTrainedModel:
     """Convert as `convert` does, without its checks."""
+    from flexmsa.integrations.transformers.loading import register_loader
+
     register_attention()
     _own_config(model)
+    if not model.config.architectures:
+        model.config.architectures = [type(model).__name__]
+    if hasattr(transformers, model.config.architectures[0].removeprefix(PREFIX)):
+        register_loader(model.config)
     text_config = model.config.get_text_config()
     modules = _attention_modules(model)
     dense = text_config._attn_implementation
@@ -211,16 +219,15 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
 
 def _own_config(model: Any) -> None:
     """Give the model a copy of its configuration, since others may share it, that is saved as a converted model's."""
-    shared = model.config, model.config.get_text_config()
-    own = copy.deepcopy(model.config)
+    copies: dict[int, Any] = {}
+    own = copy.deepcopy(model.config, copies)
     if PREFIX not in type(own).__name__:
         kind: Any = type(own)
         own.__class__ = converted_config(kind)
-    owned = own, own.get_text_config()
     for module in model.modules():
-        for theirs, ours in zip(shared, owned, strict=True):
-            if getattr(module, "config", None) is theirs:
-                module.config = ours
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and id(config) in copies:
+            module.config = copies[id(config)]
 
 
 def set_warm_up(model: Any, warm_up: bool) -> None:
@@ -293,7 +300,7 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
     named = isinstance(output, Mapping)
     lm_loss = output.get("loss") if named else output[0] if kwargs.get("labels") is not None else None
     health = kwargs["msa_pass"].health
-    share = _share_of_step(kwargs) if lm_loss is not None else 1.0
+    share = _share_of_step(model, kwargs) if lm_loss is not None else 1.0
     conversion.report = Report(
         None if lm_loss is None else _mean_of_batch(lm_loss.detach(), share),
         tuple(values[number] for number in conversion.layers),
@@ -304,7 +311,10 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
         output = with_index_loss(output, index_loss)
     if not model.training:
         return output
-    conversion.waits = index_loss.requires_grad
+    conversion.waits = index_loss.requires_grad and conversion.index_loss_weight != 0
+    if conversion.waits:
+        # A copy, or a model that was pickled, is not watched yet.
+        watch_gradients(model)
     if conversion.collected is not None and index_loss.requires_grad:
         conversion.collected.append(index_loss)
     if lm_loss is None or conversion.collected is not None:
@@ -323,7 +333,7 @@ def _mean_of_batch(lm_loss: Tensor, share: Tensor | float) -> Tensor:
     return lm_loss / share.clamp(min=torch.finfo(torch.float32).tiny) if isinstance(share, Tensor) else lm_loss / share
 
 
-def _share_of_step(kwargs: dict[str, Any]) -> Tensor | float:
+def _share_of_step(model: Any, kwargs: dict[str, Any]) -> Tensor | float:
     """Return this forward pass's share of the tokens of the optimizer step.
 
     Trainer divides the summed loss of each micro-batch by the tokens of the whole step. The index loss is a mean, so it
@@ -332,6 +342,9 @@ def _share_of_step(kwargs: dict[str, Any]) -> Tensor | float:
     count = kwargs.get("num_items_in_batch")
     if count is None:
         return 1.0
-    shifted = kwargs.get("shift_labels")
-    labels = kwargs["labels"][..., 1:] if shifted is None else shifted
+    labels = kwargs.get("shift_labels")
+    if labels is None:
+        labels = kwargs["labels"]
+        if labels.dim() > 1 and type(model).__name__.endswith(("ForCausalLM", "ForConditionalGeneration")):
+            labels = labels[..., 1:]
     return labels.ne(-100).sum() / count

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from flexmsa.config import MSAConfig
-from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection
+from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection, register_attention
 from flexmsa.integrations.transformers.health import LayerHealth, measure, untrained_heads
 from flexmsa.integrations.transformers.index_branch import IndexHeads, cache_index_keys, has_index_branch, project_index
 from flexmsa.integrations.transformers.sequences import find_sequences
@@ -99,6 +99,11 @@ class Conversion:
     frozen: set[str] = field(default_factory=set)
     collected: list[Tensor] | None = None
     waits: bool = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A model that was pickled may arrive in a process that has converted none.
+        register_attention()
+        self.__dict__.update(state)
 
     def selection(self, heads: IndexHeads) -> Selection:
         """Return the `Selection` of a layer with these index heads."""

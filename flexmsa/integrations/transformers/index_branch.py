@@ -15,6 +15,7 @@ __all__ = [
     "IndexHeads",
     "add_index_branch",
     "cache_index_keys",
+    "first_adapted",
     "has_index_branch",
     "is_index_weight",
     "numbers_inside",
@@ -69,6 +70,11 @@ def numbers_inside(module: nn.Module) -> list[int]:
     """Return the layer numbers of the attention modules inside `module` that have an index branch."""
     modules: Iterable[Any] = module.modules()
     return [inner.layer_idx for inner in modules if has_index_branch(inner)]
+
+
+def first_adapted(model: nn.Module) -> str | None:
+    """Return the name of the first module that an adapter of PEFT wraps, or None."""
+    return next((name for name, _ in model.named_modules() if name.rpartition(".")[2] == "base_layer"), None)
 
 
 def is_index_weight(name: str) -> bool:

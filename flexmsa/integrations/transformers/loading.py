@@ -21,18 +21,18 @@ from transformers import (
 
 from flexmsa.config import MSAConfig
 from flexmsa.integrations.transformers.attention import IMPLEMENTATION
-from flexmsa.integrations.transformers.auto import converted_config, dense_architecture
+from flexmsa.integrations.transformers.auto import PREFIX, converted_config, dense_architecture
 from flexmsa.integrations.transformers.convert import install, model_sizes, msa_config
 from flexmsa.integrations.transformers.index_branch import is_index_weight
 
 __all__ = ["from_pretrained", "register_loader"]
 
-# The end of an architecture's name -> the class that loads it.
-_AUTO: dict[str, Any] = {
-    "ForCausalLM": AutoModelForCausalLM,
-    "ForConditionalGeneration": AutoModelForImageTextToText,
-    "ForSequenceClassification": AutoModelForSequenceClassification,
-    "ForTokenClassification": AutoModelForTokenClassification,
+# The end of an architecture's name -> the classes that load it.
+_AUTO: dict[str, tuple[Any, ...]] = {
+    "ForCausalLM": (AutoModelForCausalLM,),
+    "ForConditionalGeneration": (AutoModelForImageTextToText, AutoModelForCausalLM),
+    "ForSequenceClassification": (AutoModelForSequenceClassification,),
+    "ForTokenClassification": (AutoModelForTokenClassification,),
 }
 
 # Arguments that select the files, for config.json too.
@@ -73,10 +73,10 @@ def from_pretrained(
 
 
 def register_loader(config: Any) -> None:
-    """Let the Auto class of a converted model's architecture load models with this kind of configuration."""
+    """Let the Auto classes of a converted model's architecture load models with this kind of configuration."""
     kind = next((suffix for suffix in _AUTO if (config.architectures or [""])[0].endswith(suffix)), None)
-    if kind is not None:
-        _AUTO[kind].register(type(config), _loader(dense_architecture("config.json", config)), exist_ok=True)
+    for auto in () if kind is None else _AUTO[kind]:
+        auto.register(type(config), _loader(dense_architecture("config.json", config)), exist_ok=True)
 
 
 @functools.cache
@@ -85,7 +85,11 @@ def _loader(architecture: Any) -> Any:
 
     def init(self: Any, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
         stored = config.get_text_config().flexmsa
-        architecture.__init__(self, config, *args, **options)
+        # Some constructors make an inner model by the Auto class of the configuration, which has to be a dense one.
+        dense = copy.deepcopy(config)
+        if PREFIX in type(dense).__name__:
+            dense.__class__ = type(dense).__bases__[0]
+        architecture.__init__(self, dense, *args, **options)
         own = {key: value for key, value in stored.items() if key not in ("layers", "fallback", "warm_up")}
         install(self, msa_config(self, **own), tuple(stored["layers"]), stored["warm_up"])
 

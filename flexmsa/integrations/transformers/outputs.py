@@ -39,5 +39,10 @@ def with_index_loss(output: Any, index_loss: Tensor) -> Any:
 def _extend(kind: type) -> None:
     if kind not in _EXTENDED:
         field = "index_loss", Tensor | None, None
-        place = {"__module__": kind.__module__}
-        _EXTENDED[kind] = dataclasses.make_dataclass(kind.__name__, [field], bases=(kind,), namespace=place)
+        own = {"__module__": kind.__module__, "__reduce__": lambda self: (_restore, (kind, dict(self)))}
+        _EXTENDED[kind] = dataclasses.make_dataclass(kind.__name__, [field], bases=(kind,), namespace=own)
+
+
+def _restore(kind: type, entries: dict[str, Any]) -> Any:
+    _extend(kind)
+    return _EXTENDED[kind](**entries)

@@ -38,7 +38,9 @@ class IndexLossMixin:
             divides = num_items_in_batch is None or not self.model_accepts_loss_kwargs
             divides = (divides and self.compute_loss_func is None) or converted.flexmsa.index_loss_count is not None
             steps = 1 if divides else self.current_gradient_accumulation_steps
-            total = torch.stack([x.to(loss.device) for x in losses]).sum()
+            # Without a count each forward pass has a mean; a loss of several passes gets the mean of these.
+            each = torch.stack([x.to(loss.device) for x in losses])
+            total = each.mean() if converted.flexmsa.index_loss_count is None else each.sum()
             loss = loss + converted.flexmsa.index_loss_weight / steps * total
         return (loss, *outputs) if return_outputs else loss
 
@@ -57,12 +59,13 @@ _WATCHED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def watch_gradients(model: Any) -> None:
-    """Raise in the first optimizer step of a converted model whose index losses were computed, but not differentiated.
+    """Raise in the next optimizer step of a model whose index losses were computed, if they were not differentiated.
 
     This happens where a loss is made of the model's logits instead of `outputs.loss`.
     """
-    _WATCHED.add(model)
-    _register()
+    if not torch.compiler.is_compiling():
+        _WATCHED.add(model)
+        _register()
 
 
 @functools.cache
@@ -73,10 +76,13 @@ def _register() -> None:
 def _check(optimizer: Any, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    for model in _WATCHED:
+    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for model in list(_WATCHED):
         conversion: Conversion = model.flexmsa
-        waits, conversion.waits = conversion.waits, False
-        if waits and _lacks_gradients(model, optimizer):
+        if not conversion.waits or known.isdisjoint(model.parameters()):
+            continue
+        conversion.waits = False
+        if _lacks_gradients(model, known):
             raise RuntimeError(
                 "optimizer.step(): expected gradients of the index branches, got none: the forward pass computed their "
                 "losses, but what was differentiated does not include them, as outputs.loss does. In a Trainer, put "
@@ -85,12 +91,12 @@ def _check(optimizer: Any, args: Any, kwargs: Any) -> None:
             )
 
 
-def _lacks_gradients(model: Any, optimizer: Any) -> bool:
-    """Whether the optimizer has gradients of the model's weights, but of no index weight that it trains."""
-    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+def _lacks_gradients(model: Any, known: set[Tensor]) -> bool:
+    """Whether these parameters, an optimizer's, have gradients, but no index weight of the model among them has one."""
     index: list[bool] = []
     others: list[bool] = []
     for name, parameter in model.named_parameters():
-        if parameter in known and parameter.requires_grad:
+        # With FSDP1, a process has empty parameters without gradients in place of those that others hold.
+        if parameter in known and parameter.requires_grad and parameter.numel() > 0:
             (index if is_index_weight(name) else others).append(parameter.grad is not None)
     return bool(index) and not any(index) and any(others)

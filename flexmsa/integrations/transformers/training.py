@@ -9,7 +9,7 @@ In training mode, `outputs.loss` of a converted model has the gradient of this s
 backward computes the KL, so the value of `outputs.loss` is the model's own loss; `log_entries` returns both.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState
 from flexmsa.integrations.transformers.convert import conversion_of, set_warm_up
 from flexmsa.integrations.transformers.data_parallel import is_sharded_flat, prepare_shards, renew_shards
 from flexmsa.integrations.transformers.health import LayerHealth
-from flexmsa.integrations.transformers.index_branch import is_index_weight
+from flexmsa.integrations.transformers.index_branch import INDEX_MODULES, first_adapted, is_index_weight
 
 __all__ = [
     "ConversionCallback",
@@ -34,14 +34,19 @@ __all__ = [
     "parameter_groups",
 ]
 
+# The names by which wrappers hold the module inside.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
 
 def begin_warm_up(model: nn.Module) -> None:
     """Enter phase 1: dense attention, and only the index weights train."""
+    model = _inside_wrappers(model)
+    _check_adapters(model)
     conversion = conversion_of(model)
     set_warm_up(model, True)
     # Here too, as a compiled forward cannot.
     prepare_shards(model, returns_losses=True)
-    for name, parameter in model.named_parameters():
+    for name, parameter in _named_parameters(model):
         if is_index_weight(name):
             parameter.requires_grad_(True)
         elif parameter.requires_grad:
@@ -50,15 +55,51 @@ def begin_warm_up(model: nn.Module) -> None:
 
 
 def begin_sparse(model: nn.Module) -> None:
-    """Enter phase 2: sparse attention, and the weights that `begin_warm_up` froze train again."""
+    """Enter phase 2: sparse attention, and the weights that `begin_warm_up` froze train again.
+
+    Raises:
+        ValueError: such a weight is not in the model any more.
+    """
+    model = _inside_wrappers(model)
     conversion = conversion_of(model)
+    found = dict(_named_parameters(model))
+    lost = sorted(conversion.frozen - found.keys())
+    if lost:
+        raise ValueError(
+            f"model: expected the {len(conversion.frozen)} weights that begin_warm_up froze, but {len(lost)} are not "
+            f"in it, such as {lost[0]}; add or merge adapters, and shard by FSDP1, before begin_warm_up or after "
+            "begin_sparse"
+        )
     set_warm_up(model, False)
-    for name, parameter in model.named_parameters():
-        if name in conversion.frozen:
-            parameter.requires_grad_(True)
+    for name in conversion.frozen:
+        found[name].requires_grad_(True)
     if conversion.frozen:
         renew_shards(model)
     conversion.frozen.clear()
+
+
+def _check_adapters(model: nn.Module) -> None:
+    """Raise if PEFT adapts the model without the index weights, which train all the same."""
+    if first_adapted(model) is None:
+        return
+    raw = next((name for name, _ in _named_parameters(model) if name.split(".")[-2] in INDEX_MODULES), None)
+    if raw is not None:
+        raise ValueError(
+            f"model: expected index branches that PEFT saves, got {raw} outside its modules; give PEFT's "
+            "configuration modules_to_save=[*INDEX_MODULES]"
+        )
+
+
+def _inside_wrappers(model: nn.Module) -> nn.Module:
+    """Return the converted model inside wrappers that hand on its attributes: torch.compile's, FSDP's, PEFT's."""
+    conversion = conversion_of(model)
+    return next(module for module in model.modules() if module.__dict__.get("flexmsa") is conversion)
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of the converted model by their names without wrappers; FSDP2 replaces the parameters."""
+    for name, parameter in _inside_wrappers(model).named_parameters(remove_duplicate=False):
+        yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), parameter
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -113,10 +154,12 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, resum
     """
     known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     conversion = conversion_of(model)
-    index = [(name, parameter) for name, parameter in model.named_parameters() if is_index_weight(name)]
+    _check_adapters(model)
+    parameters = list(_named_parameters(model))
+    index = [(name, parameter) for name, parameter in parameters if is_index_weight(name)]
     frozen = [name for name, parameter in index if not parameter.requires_grad]
     _refuse(frozen, "index weights that train, got frozen ones", "call begin_warm_up or begin_sparse")
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad or name in conversion.frozen]
+    trained = [(name, p) for name, p in parameters if p.requires_grad or name in conversion.frozen]
     outside = [name for name, parameter in trained if parameter not in known]
     _refuse(outside, "every weight that a phase trains, got one without some", "make it after convert, before freezing")
     if resumed and not _keeps_no_state(optimizer):
