@@ -14,6 +14,11 @@ NAMES = ("q", "k", "v", "index_q", "index_k")
 LENGTHS = {
     "plain": {},
     "packed": {"cu_seqlens": torch.tensor([0, 5, 24], dtype=torch.int32)},
+    "ragged": {
+        # More queries than keys.
+        "cu_seqlens_q": torch.tensor([0, 20, 24], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 9, 24], dtype=torch.int32),
+    },
     "ranges": {
         "kv_starts": torch.tensor([0, 7, 2, 0], dtype=torch.int32),
         "kv_lens": torch.tensor([24, 20, 11, 0], dtype=torch.int32),
@@ -25,7 +30,7 @@ SETTINGS = {"block_size": 4, "topk": 2}
 
 def inputs(lengths):
     torch.manual_seed(0)
-    rows = 1 if lengths == "packed" else 4
+    rows = 1 if lengths in ("packed", "ragged") else 4
     shapes = [(8, 8), (4, 8), (4, 8), (4, 6), (1, 6)]
     return [torch.randn(rows, heads, 24, size, dtype=torch.float64, requires_grad=True) for heads, size in shapes]
 
@@ -153,7 +158,7 @@ ONE = [("heads", [HEADS]), ("rows", [ROWS]), ("whole", [WHOLE])]
 CASES = {
     f"{name} {topk} {lengths}{' in backward' * in_backward}": (check_attention, placements, topk, lengths, in_backward)
     for (name, placements), topk, lengths, in_backward in product(ONE, [2, None], LENGTHS, [False, True])
-    if (name, lengths) != ("rows", "packed")
+    if name != "rows" or lengths not in ("packed", "ragged")
 }
 CASES["reference"] = (lambda mesh: check_attention(mesh, [HEADS], 2, "ranges", False, backend="reference"),)
 CASES["a count"] = (lambda mesh: check_attention(mesh, [ROWS], 2, "ranges", False, index_loss_count=50.0),)

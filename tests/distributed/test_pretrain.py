@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,6 +218,50 @@ def test_wrong_settings_raise(tmp_path, capsys):
             Trainer(settings)
         with pytest.raises(ValueError, match="topk is 2 there and 3 here"):
             Trainer(replace(settings, resume=True, topk=3, warm_up=0))
+
+
+def test_a_run_resumes_with_its_text_its_steps_and_its_log(tmp_path):
+    write_text(tmp_path / "text")
+    # Its results, in the folder of the text, are no text.
+    settings = new_settings(tmp_path, "text/out", steps=4, save_every=2, dtype="auto")
+    with process_group():
+        Trainer(settings).train()
+        out = tmp_path / "text/out"
+        assert json.loads((out / "step-00000004/settings.json").read_text())["dtype"] == "float32"
+        with pytest.raises(ValueError, match=r"steps: expected at least those of .*step-00000004, got 3"):
+            Trainer(replace(settings, resume=True, steps=3))
+        # As after a crash in step 4.
+        shutil.rmtree(out / "step-00000004")
+        resumed = Trainer(replace(settings, resume=True))
+        resumed.train()
+        assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+        (tmp_path / "text/more.txt").write_text("more")
+        with pytest.raises(ValueError, match=r"expected the settings and text of .*, but files is"):
+            Trainer(replace(settings, resume=True))
+        with pytest.raises(ValueError, match="by default warm_up is a quarter of the steps"):
+            Trainer(replace(settings, resume=True, warm_up=2))
+
+
+def differ(folder):
+    """What a process says whose text is another one's."""
+    try:
+        Trainer(new_settings(folder / str(dist.get_rank()), "out", fsdp=2))
+    except ValueError as error:
+        return str(error)
+
+
+def test_processes_that_see_other_files_raise_together(tmp_path):
+    for rank in range(2):
+        write_text(tmp_path / str(rank) / "text")
+    (tmp_path / "1/text/more.txt").write_text("more")
+    for message in run(2, differ, tmp_path):
+        assert message.startswith("data, out: expected the same files and the same newest checkpoint on every process")
+
+
+def test_several_processes_without_torchrun_raise(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="WORLD_SIZE: expected torchrun"), process_group():
+        pass
 
 
 def test_settings_from_a_file(tmp_path):
