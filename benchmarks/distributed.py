@@ -33,6 +33,8 @@ BLOCK, TOPK = 128, 16
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 LOSS = AuxRequest(index_loss=True)
+# What `differentiate` returns beside the loss.
+RESULTS = "out", "grad q", "grad k", "grad v", "grad index_q", "grad index_k"
 # Largest difference from one process, relative: rounding of 16 bits, and of sums in another order.
 TOLERANCE = 1e-2 if GPU else 1e-4
 
@@ -105,10 +107,9 @@ def check(heads: Heads, tokens: int, mesh: DeviceMesh) -> list[str]:
         shards = SequenceShards(tokens, mesh, layout=layout)  # type: ignore[arg-type]
         out, loss, grads = step(whole, shards)()
         dist.all_reduce(loss)
-        names = "out", "grad q", "grad k", "grad v", "grad index_q", "grad index_k"
         # The index loss is W times a process's part.
         factors = 1, 1, 1, 1, mesh.size(), mesh.size()
-        for name, part, x, factor in zip(names, (out, *grads), (right_out, *right), factors, strict=True):
+        for name, part, x, factor in zip(RESULTS, (out, *grads), (right_out, *right), factors, strict=True):
             difference = (shards.unshard(part, dim=2).float() / factor - x.float()).norm() / x.float().norm()
             if not difference < TOLERANCE:
                 wrong.append(f"{heads}, {tokens}, {layout}: {name} off by {difference:.1e}")

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from flexmsa.distributed import SequenceShards
 
-from .distributed import Heads, differentiate, make_inputs, share, sparse
+from .distributed import DEVICE, GPU, RESULTS, Heads, differentiate, make_inputs, share, sparse
 from .gpu_training import Timer
 
 CHECKED = Heads(8, 2, 64)
@@ -45,8 +45,7 @@ def shards_of(tokens: int, rank: int, world: int, cu_seqlens: Tensor | None) -> 
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        yield SequenceShards(tokens, init_device_mesh(device, (world,)), cu_seqlens=cu_seqlens)
+        yield SequenceShards(tokens, init_device_mesh(DEVICE, (world,)), cu_seqlens=cu_seqlens)
     finally:
         dist.destroy_process_group()
 
@@ -83,8 +82,7 @@ def share_errors(heads: Heads = CHECKED, tokens: int = 3000, world: int = 3) -> 
                     x[:, :, places] += part[:, :, seen]
                 else:
                     x += part
-        names = "out", "grad q", "grad k", "grad v", "grad index_q", "grad index_k"
-        for name, x, y in zip(names, (found_out, *found), (out.detach(), *grads), strict=True):
+        for name, x, y in zip(RESULTS, (found_out, *found), (out.detach(), *grads), strict=True):
             error = float((x.double() - y.double()).norm() / y.double().norm())
             if not error < 1e-2:
                 yield f"shares, {'plain' if cu_seqlens is None else 'packed'}, {name}: off by {error:.1e}"
@@ -95,12 +93,11 @@ def share_errors(heads: Heads = CHECKED, tokens: int = 3000, world: int = 3) -> 
 def measured(call: Callable[[], object], timer: Timer) -> tuple[float, float]:
     """Milliseconds of a call, and its peak memory in GiB with its inputs."""
     gc.collect()
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    if GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     ms = timer(call)
-    return ms, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    return ms, torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
 
 
 def share_times(

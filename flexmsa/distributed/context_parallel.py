@@ -93,7 +93,7 @@ def context_parallel_attention(
     _loss.check_value(index_loss_value, aux, q)
     sequences = _with_starts(shards, kv_starts, q)
     count = _loss.check_count("index_loss_count", index_loss_count, q)
-    if count is None:
+    if count is None and aux.any_loss:
         count = shards.index_loss_count(k.shape[1], kv_starts)
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
     pending = [begin_to_gather(x, shards) for x in (index_k, k, v)]

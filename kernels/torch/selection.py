@@ -39,8 +39,6 @@ def select_blocks(
     ``num_local_blocks`` and the oldest ``num_init_blocks`` visible blocks rank above all others, equal scores rank
     by block id, NaN is the lowest score. Only visible blocks are selected, whatever the scores.
     """
-    if fp8.is_e4m3(index_q):
-        index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
     batch, num_kv_heads, seqlen_q, _ = index_q.shape
     tiles = _tiles(sequences, rule, num_kv_heads, rule.topk)
     if sum(tile.stop - tile.start for tile in tiles) == batch * seqlen_q:
@@ -67,8 +65,6 @@ def scored_blocks(
 
     Arguments are those of ``select_blocks``; the rule forces no block.
     """
-    if fp8.is_e4m3(index_q):
-        index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
     shape = *index_q.shape[:3], rule.topk
     block_indices = torch.full(shape, -1, dtype=torch.int32)
     scores = torch.full(shape, -torch.inf, dtype=compute_dtype(index_q.dtype))
@@ -102,6 +98,8 @@ def _select(
     scores: Tensor | None = None,
 ) -> None:
     """Write the selection of the tiles' queries to block_indices, ascending, or, with its scores, the best first."""
+    if fp8.is_e4m3(index_q):
+        index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
     num_kv_heads = index_q.shape[1]
     sizes = [(tile.stop - tile.start, tile.num_blocks) for tile in tiles]
     scratch = Scratch(compute_dtype(index_q.dtype))

@@ -23,7 +23,7 @@ from flexmsa.distributed.context_parallel import context_parallel_attention
 from flexmsa.distributed.gather import gather_tokens
 from flexmsa.distributed.gradients import total, with_total
 from flexmsa.distributed.shards import SequenceShards
-from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch
+from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch, num_groups
 from flexmsa.integrations.transformers.losses import IndexLosses
 from flexmsa.integrations.transformers.tensor_parallel import head_mesh
 from flexmsa.kernels.rules import SelectionRule
@@ -190,8 +190,7 @@ def _attend(
 
 def _check_heads(module: Any, key: Tensor) -> None:
     """Raise if heads are sharded without the styles that make the index loss and its gradients whole."""
-    config = module.config
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    groups = num_groups(module.config)
     if key.shape[1] != groups and head_mesh(module) is None:
         raise ValueError(
             f"{type(module).__name__}: expected its {groups} groups of heads, got {key.shape[1]}: they are sharded "

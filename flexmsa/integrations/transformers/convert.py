@@ -18,7 +18,7 @@ from flexmsa.integrations.transformers.attention import IMPLEMENTATION, check_sh
 from flexmsa.integrations.transformers.auto import PREFIX, converted_config
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
 from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
-from flexmsa.integrations.transformers.index_branch import add_index_branch, first_adapted
+from flexmsa.integrations.transformers.index_branch import add_index_branch, first_adapted, num_groups
 from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
 from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
 from flexmsa.integrations.transformers.tensor_parallel import add_to_plan
@@ -50,7 +50,7 @@ def model_sizes(config: PreTrainedConfig) -> dict[str, int]:
     return {
         "hidden_size": config.hidden_size,
         "num_heads": heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "num_kv_heads": num_groups(config),
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
     }
 

@@ -18,6 +18,7 @@ __all__ = [
     "first_adapted",
     "has_index_branch",
     "is_index_weight",
+    "num_groups",
     "numbers_inside",
     "project_index",
     "trains_index_branch",
@@ -64,6 +65,11 @@ def trains_index_branch(module: nn.Module) -> bool:
     """Return whether weights of the index branch of an attention module get gradients."""
     parts = (module._modules.get(name) for name in ("indexer", *sorted(_PARTS)))
     return any(parameter.requires_grad for part in parts if part is not None for parameter in part.parameters())
+
+
+def num_groups(config: Any) -> int:
+    """Return the number of KV heads of a model with this configuration, which need not name it."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def numbers_inside(module: nn.Module) -> list[int]:

@@ -12,7 +12,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flexmsa.checkpoint import save_selection_policy
-from flexmsa.integrations.transformers.index_branch import has_index_branch, numbers_inside, trains_index_branch
+from flexmsa.integrations.transformers.index_branch import (
+    has_index_branch,
+    num_groups,
+    numbers_inside,
+    trains_index_branch,
+)
 
 __all__ = ["IndexLossValue", "IndexLosses", "defer_losses", "index_loss_count", "prepare_checkpointing"]
 
@@ -125,8 +130,7 @@ def index_loss_count(model: PreTrainedModel, input_ids: Tensor, attention_mask: 
     Returns:
         Scalar int64.
     """
-    config = model.config.get_text_config()
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    groups = num_groups(model.config.get_text_config())
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     return groups * mask.sum()
 
