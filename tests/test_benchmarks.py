@@ -270,6 +270,27 @@ def test_reports_of_code_that_triton_makes_are_set_aside():
     assert gpu_sanitize.verdict(9, made + END, "initcheck").startswith("1 reports")
 
 
+def test_the_first_report_counts():
+    """It follows the tool's own line."""
+    start = "========= COMPUTE-SANITIZER\n"
+    made = RACE.format(*min(sanitizer_reports.GENERATED["racecheck"]))
+    assert gpu_sanitize.verdict(9, start + made + END, "racecheck") == ""
+    assert gpu_sanitize.verdict(9, start + RACE.format("other.py", 7) + END, "racecheck").startswith("1 reports")
+
+
+def test_reports_that_a_sanitizer_dropped():
+    """They count, unless reports that are set aside filled its memory."""
+    read = "========= Uninitialized __global__ memory read\n=========     at k+0x10 in {}:{}\n========= \n"
+    known, other = (read.format(*at) for at in (min(sanitizer_reports.UNTRACKED["initcheck"]), ("other.py", 7)))
+    dropped = (
+        "========= Warning: Error buffer overflow has been detected.\n========= \n========= ERROR SUMMARY: 9 errors"
+    )
+    assert gpu_sanitize.verdict(9, known + dropped, "initcheck", blind=True) == ""
+    assert "2 reports" in gpu_sanitize.verdict(9, known + dropped, "initcheck")
+    assert "2 reports" in gpu_sanitize.verdict(9, known + other + dropped, "initcheck", blind=True)
+    assert "1 reports" in gpu_sanitize.verdict(9, dropped, "initcheck", blind=True)
+
+
 FAKE_TOOL = """#!/bin/sh
 while [ "$1" != "-m" ]; do test "$1" = --tool && tool=$2; shift; done
 test -n "$PYTORCH_NO_CUDA_MEMORY_CACHING" || exit 3
