@@ -1,0 +1,92 @@
+"""One forward of transformers' continuous batching: tokens of several requests in a row, and their pages of a cache.
+
+transformers' cache has keys and values. The index keys of its tokens are beside it, one tensor per layer, in the order
+of its pages: requests that share pages of the cache share their index keys too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.continuous_batching import PagedAttentionCache
+
+from flexmsa import ops
+
+__all__ = ["PagedBatch", "paged_batch"]
+
+# The attribute of transformers' cache with the index keys: layer number -> [slots, Di].
+_INDEX_KEYS = "flexmsa_index_keys"
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """The arguments of a forward.
+
+    Attributes:
+        cache: transformers' cache, of one kind of layers.
+        table: the table of sequences, one per request: its new tokens, and all its keys.
+        written: [tokens], where `cache` has the new tokens.
+        read: [keys of all requests], where it has all tokens; empty if there are no earlier ones.
+    """
+
+    cache: PagedAttentionCache
+    table: Tensor
+    written: Tensor
+    read: Tensor
+
+    def update(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append key and value [1, Hkv, tokens, D] to the cache; return those of all keys.
+
+        For transformers up to 5.21, whose modules leave this to the attention function.
+        """
+        found = self.cache.update(key, value, layer_idx, read_index=[self.read], write_index=[self.written])
+        key, value = (x.transpose(0, 1).unsqueeze(0) for x in found)
+        return key, value
+
+    def update_index(self, layer_idx: int, index_k: Tensor) -> Tensor:
+        """Append index_k [1, 1, tokens, Di] to the index keys; return those of all keys, [1, 1, keys, Di]."""
+        by_layer = vars(self.cache).setdefault(_INDEX_KEYS, {})
+        if layer_idx not in by_layer:
+            by_layer[layer_idx] = index_k.new_empty(self._layout[0], index_k.shape[3])
+        by_layer[layer_idx].index_copy_(0, self._slots(self.written), index_k[0, 0])
+        return by_layer[layer_idx].index_select(0, self._slots(self.read))[None, None] if len(self.read) else index_k
+
+    def _slots(self, places: Tensor) -> Tensor:
+        """Return the rows of the index keys of tokens at these places of the cache."""
+        _, stride, page = self._layout
+        return places if stride == page else places // stride * page + places % stride
+
+    @cached_property
+    def _layout(self) -> tuple[int, int, int]:
+        """The number of tokens that the cache has room for; how far its blocks are apart; the tokens of a block."""
+        if not hasattr(self.cache, "cache_allocators"):
+            return self.cache.cache_shape[0], 1, 1
+        (allocator,) = self.cache.cache_allocators.values()
+        # The first two sectors are the cache's own.
+        blocks = allocator.num_blocks + 2 * allocator.blocks_per_sector
+        return blocks * allocator.tokens_per_page, allocator.block_physical_stride, allocator.tokens_per_page
+
+
+def paged_batch(tokens: Tensor, cache: Any, arguments: Mapping[str, Any]) -> PagedBatch | None:
+    """Return the batch of a forward that continuous batching calls, or None for another forward.
+
+    Args:
+        tokens: [1, tokens] or [1, tokens, width]; only its shape and device are read.
+        cache: the cache among the arguments.
+        arguments: the other keyword arguments.
+    """
+    if not isinstance(cache, PagedAttentionCache):
+        return None
+    if arguments.get("block_table") is not None:
+        raise ValueError("block_table: expected None, got one; set max_blocks_per_request=0")
+    q_offsets, k_offsets = arguments["cu_seq_lens_q"], arguments["cu_seq_lens_k"]
+    if isinstance(k_offsets, Mapping):
+        (k_offsets,) = k_offsets.values()
+    (read,), (written,) = arguments["read_index"], arguments["write_index"]
+    keys = len(read) or tokens.shape[1]
+    offsets = q_offsets.to(torch.int32), k_offsets.to(torch.int32)
+    table = ops.sequence_table(tokens[:, None], offsets[0], None, None, keys, offsets[1])
+    return PagedBatch(cache, table, written, read)
