@@ -40,11 +40,14 @@ def _init_continuous_batching(init: Callable) -> Callable:
         workload_hints: Any = None,
     ) -> ContinuousBatchingManager:
         kept = getattr(self, "_cached_continuous_batching_manager", None)
-        if _implementation(self) != IMPLEMENTATION and not isinstance(kept, BatchingManager):
+        implementation = self.config.get_text_config()._attn_implementation
+        if kept is not None and isinstance(kept, BatchingManager) != (implementation == IMPLEMENTATION):
+            raise ValueError(
+                f'attn_implementation: expected the one that the kept manager was made for, got "{implementation}"; '
+                "call model.destroy_cached_continuous_batching_manager() first"
+            )
+        if kept is not None or implementation != IMPLEMENTATION:
             return init(self, generation_config, continuous_batching_config, workload_hints)
-        if kept is not None:
-            kept.switch_to_cb_friendly_attn(self)
-            return kept
         generation_config = self.generation_config if generation_config is None else generation_config
         if continuous_batching_config is None:
             given = getattr(generation_config, "continuous_batching_config", None)
@@ -80,16 +83,7 @@ class BatchingManager(ContinuousBatchingManager):
         _check_eager(self.continuous_batching_config)
 
     def switch_to_cb_friendly_attn(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        """Keep the model's attention implementation, which must be flexmsa's.
-
-        Raises:
-            ValueError: it is another one, for which a manager that is kept on the model has no cache.
-        """
-        if _implementation(model) != IMPLEMENTATION:
-            raise ValueError(
-                f'attn_implementation: expected "{IMPLEMENTATION}", as the manager kept on the model was made for, got '
-                f'"{_implementation(model)}"; call model.destroy_cached_continuous_batching_manager() first'
-            )
+        """Keep the model's attention implementation, which is flexmsa's."""
 
     def warmup(self) -> None:
         """Make the cache, as transformers does."""
@@ -101,10 +95,6 @@ class BatchingManager(ContinuousBatchingManager):
         if self.batch_processor is None:
             self.warmup()
         super().start()
-
-
-def _implementation(model: Any) -> str:
-    return model.config.get_text_config()._attn_implementation
 
 
 @contextlib.contextmanager

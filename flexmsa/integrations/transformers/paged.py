@@ -7,7 +7,7 @@ of its pages: requests that share pages of the cache share their index keys too.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,14 @@ __all__ = ["PagedBatch", "paged_batch"]
 
 # The attribute of transformers' cache with the index keys: layer number -> [slots, Di].
 _INDEX_KEYS = "flexmsa_index_keys"
+
+
+class _Slots(NamedTuple):
+    """The number of tokens that a cache has room for, and which of them a forward writes and reads."""
+
+    number: int
+    written: Tensor
+    read: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class PagedBatch:
     def update(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append key and value [1, Hkv, tokens, D] to the cache; return those of all keys.
 
-        For transformers up to 5.21, whose modules leave this to the attention function.
+        For versions of transformers whose modules leave this to the attention function.
         """
         found = self.cache.update(key, value, layer_idx, read_index=[self.read], write_index=[self.written])
         key, value = (x.transpose(0, 1).unsqueeze(0) for x in found)
@@ -50,24 +58,22 @@ class PagedBatch:
         """Append index_k [1, 1, tokens, Di] to the index keys; return those of all keys, [1, 1, keys, Di]."""
         by_layer = vars(self.cache).setdefault(_INDEX_KEYS, {})
         if layer_idx not in by_layer:
-            by_layer[layer_idx] = index_k.new_empty(self._layout[0], index_k.shape[3])
-        by_layer[layer_idx].index_copy_(0, self._slots(self.written), index_k[0, 0])
-        return by_layer[layer_idx].index_select(0, self._slots(self.read))[None, None] if len(self.read) else index_k
-
-    def _slots(self, places: Tensor) -> Tensor:
-        """Return the rows of the index keys of tokens at these places of the cache."""
-        _, stride, page = self._layout
-        return places if stride == page else places // stride * page + places % stride
+            by_layer[layer_idx] = index_k.new_empty(self._slots.number, index_k.shape[3])
+        by_layer[layer_idx].index_copy_(0, self._slots.written, index_k[0, 0])
+        return by_layer[layer_idx].index_select(0, self._slots.read)[None, None] if len(self.read) else index_k
 
     @cached_property
-    def _layout(self) -> tuple[int, int, int]:
-        """The number of tokens that the cache has room for; how far its blocks are apart; the tokens of a block."""
-        if not hasattr(self.cache, "cache_allocators"):
-            return self.cache.cache_shape[0], 1, 1
-        (allocator,) = self.cache.cache_allocators.values()
+    def _slots(self) -> "_Slots":
+        cache: Any = self.cache
+        if not hasattr(cache, "cache_allocators"):
+            return _Slots(cache.cache_shape[0], self.written, self.read)
+        # Layers share one tensor: a block of it has a page of each layer's keys, and one of its values.
+        (allocator,) = cache.cache_allocators.values()
+        page, stride = allocator.tokens_per_page, allocator.block_physical_stride
         # The first two sectors are the cache's own.
         blocks = allocator.num_blocks + 2 * allocator.blocks_per_sector
-        return blocks * allocator.tokens_per_page, allocator.block_physical_stride, allocator.tokens_per_page
+        written, read = (places // stride * page + places % stride for places in (self.written, self.read))
+        return _Slots(blocks * page, written, read)
 
 
 def paged_batch(tokens: Tensor, cache: Any, arguments: Mapping[str, Any]) -> PagedBatch | None:
