@@ -181,12 +181,12 @@ def _sequences(
     if forward_pass.has_sequences:
         found = forward_pass.sequences
         return None if found is None else found.to(hidden_states.device)
-    forward_pass.paged = paged_batch(hidden_states, cache, kwargs)
-    if forward_pass.paged is not None:
+    paged = paged_batch(hidden_states, cache, kwargs)
+    if paged is not None:
         if forward_pass.with_health:
-            raise ValueError("with_health: expected False in generate_batch, got True")
-        forward_pass.sequences, forward_pass.has_sequences = forward_pass.paged.table, True
-        return forward_pass.sequences
+            raise ValueError("with_health: expected False in generate_batch, got True; measure with generate")
+        forward_pass.paged, forward_pass.sequences, forward_pass.has_sequences = paged, paged.table, True
+        return paged.table
     position_ids = kwargs.get("position_ids") if forward_pass.has_positions else None
     mask, cu_seqlens = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
     sequences = find_sequences(hidden_states, mask, position_ids, cu_seqlens, cache, layer_idx)
