@@ -9,6 +9,7 @@ from flexmsa import _core, ops, validation
 from flexmsa._sequences import Sequences
 from flexmsa.backends import choose_backend
 from flexmsa.kernels.rules import SelectionRule
+from flexmsa.ops.checks import check_range
 from flexmsa.types import AuxRequest
 
 __all__ = ["Cache", "MSACache"]
@@ -75,10 +76,12 @@ class Cache:
         Args:
             k, v: [B, Hkv, n, D].
             index_k: [B, 1, n, Di].
-            lens: [B] int, 0 to n; only the first lens[b] tokens of row b are appended. None: all n.
+            lens: [B] int, 0 to n; only the first lens[b] tokens of row b are appended. None: all n. Others raise on
+                a CPU, and are pulled into range on a GPU, because reading them would wait for the device.
             backend: as for `flexmsa.decode`.
 
         Raises:
+            RuntimeError: the tokens need a gradient, which a cache loses.
             ValueError, TypeError: a shape, dtype or device differs from the cache's, or the tokens do not fit. The
                 cache is then unchanged. In compiled code on a GPU and in a CUDA graph, an append leaves full rows
                 unchanged, and `check` raises afterwards.
@@ -86,8 +89,7 @@ class Cache:
         count = self._check_new(k, v, index_k, lens)
         stored = self.k, self.v, self.index_k, self.k_scale, self.v_scale, self.index_k_scale, self.page_table
         state = self.kv_starts, self.kv_lens, self._sequences, self._status
-        new_tokens = k.detach(), v.detach(), index_k.detach(), lens
-        ops.append(*new_tokens, *stored, *state, choose_backend("decode", backend, k))
+        ops.append(k, v, index_k, lens, *stored, *state, choose_backend("decode", backend, k))
         self._newest = count, lens is not None
         self._grow_bounds(count, lens)
 
@@ -96,6 +98,7 @@ class Cache:
         count = k.shape[2] if isinstance(k, Tensor) and k.dim() == 4 else 0
         for name, new, buffer in (("k", k, self.k), ("v", v, self.v), ("index_k", index_k, self.index_k)):
             validation.check_cache_input(name, new, buffer, (self.batch_size, count))
+        validation.reject_gradients(k=k, v=v, index_k=index_k)
         self.check_room(count, lens)
         return count
 
@@ -137,6 +140,9 @@ class Cache:
         Also raises TypeError or ValueError if lens has a wrong shape, dtype or device.
         """
         validation.check_row_counts("lens", lens, self.kv_lens)
+        if lens is not None and not torch.compiler.is_compiling():
+            # Compiled code checks them in the operator.
+            check_range("lens", lens, 0, count)
         if is_recorded(self.k):
             # How often a graph will run is unknown here; the kernels check the room in each run.
             self._bounds = [self.capacity] * self.batch_size
@@ -224,6 +230,13 @@ class Cache:
         validation.check_int("counts", counts, 0)
         return counts
 
+    def _check_rows(self, rows: Tensor) -> Tensor:
+        """Return the rows of `reorder`, all of which exist."""
+        validation.check_row_counts("rows", rows, self.kv_lens)
+        if not torch.compiler.is_compiling():
+            check_range("rows", rows, 0, self.batch_size - 1)
+        return rows if rows.device.type == "cpu" else rows.clamp(0, self.batch_size - 1)
+
     def reset(self) -> None:
         """Remove all tokens."""
         self.kv_lens.zero_()
@@ -295,8 +308,12 @@ class MSACache(Cache):
 
         Args:
             rows: [B] int. Reads and writes every buffer once.
+
+        Raises:
+            ValueError, TypeError: rows is not as described, or, on a CPU, names a row that there is not. A GPU takes
+                the nearest row instead.
         """
-        validation.check_row_counts("rows", rows, self.kv_lens)
+        rows = self._check_rows(rows)
         for buffer in (*self.buffers, self.kv_starts, self.kv_lens):
             raw = as_bits(buffer)
             raw.copy_(raw.index_select(0, rows))

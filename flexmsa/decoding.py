@@ -1,16 +1,30 @@
 """Attention from new tokens to a cache; `functional` attends within a batch."""
 
+from typing import Unpack, overload
+
 from torch import Tensor
 
 from flexmsa import _core, validation
 from flexmsa.backends import choose_backend
 from flexmsa.cache import Cache
 from flexmsa.kernels.rules import SelectionRule
-from flexmsa.types import AuxOutput, AuxRequest
+from flexmsa.types import AuxOutput, AuxRequest, DecodeOptions
 
 __all__ = ["decode"]
 
 
+@overload
+def decode(
+    q: Tensor, cache: Cache, index_q: Tensor | None, *, return_aux: None = None, **options: Unpack[DecodeOptions]
+) -> Tensor: ...
+@overload
+def decode(
+    q: Tensor, cache: Cache, index_q: Tensor | None, *, return_aux: AuxRequest, **options: Unpack[DecodeOptions]
+) -> tuple[Tensor, AuxOutput]: ...
+@overload
+def decode(
+    q: Tensor, cache: Cache, index_q: Tensor | None, *, return_aux: AuxRequest | None, **options: Unpack[DecodeOptions]
+) -> Tensor | tuple[Tensor, AuxOutput]: ...
 def decode(
     q: Tensor,
     cache: Cache,
@@ -25,7 +39,8 @@ def decode(
     backend: str | None = None,
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
-    """Attend from new tokens to a cache that already holds their keys; for inference, without gradients.
+    """Attend from new tokens to a cache that already holds their keys; for inference, without gradients: it raises
+    RuntimeError for tensors that need one, except under torch.no_grad().
 
     Gives the results of `attention` on the filled part of each row, for one token, a few speculative tokens, or a part
     of a prompt. After an append with `lens`, row b's queries are the first lens[b]; the others give 0.
@@ -60,6 +75,7 @@ def decode(
         raise ValueError("return_aux: expected lse or block_indices, got index_loss, which decode does not compute")
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     validation.check_decode_inputs(q, index_q, cache, block_size, scale)
+    validation.reject_gradients(q=q, index_q=index_q)
     backend = choose_backend("decode", backend, q)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     choice = None
@@ -68,6 +84,6 @@ def decode(
     elif topk is not None:
         if index_q is None:
             raise TypeError("index_q: expected a tensor to select with, got None; or pass block_indices or topk=None")
-        choice = index_q.detach(), SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
-    out, lse, block_indices = cache.attend(q.detach(), choice, block_indices, block_size, scale, backend)
+        choice = index_q, SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
+    out, lse, block_indices = cache.attend(q, choice, block_indices, block_size, scale, backend)
     return out if return_aux is None else (out, _core.requested(aux, lse, block_indices))

@@ -8,7 +8,7 @@ mask_mod tests each token's own selection, so it is exact with and without the l
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -194,6 +194,39 @@ def _flex_attention(q: Tensor, *args: Any, **settings: Any) -> Any:
         return _compiled_flex_attention(q.device.type)(q, *args, **settings)
 
 
+@overload
+def packed_flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    *,
+    score_mod: Callable[..., Tensor] | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def packed_flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    *,
+    score_mod: Callable[..., Tensor] | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def packed_flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    *,
+    score_mod: Callable[..., Tensor] | None = None,
+    scale: float | None = None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def packed_flex_attention(
     q: Tensor,
     k: Tensor,

@@ -1,42 +1,54 @@
 """Attention and its single steps: check the input, fill in the defaults, and call the core."""
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Unpack, overload
 
 from torch import Tensor
-from torch.nn import Parameter
 
 from flexmsa import _core, _loss, ops, validation
+from flexmsa._dtensors import takes_dtensors
+from flexmsa._layouts import reject_wrong_layouts
 from flexmsa._sequences import check_sequences
+from flexmsa._settings import checked_settings, default_scale
 from flexmsa.backends import choose_backend
 from flexmsa.kernels.rules import SelectionRule
-from flexmsa.types import AuxOutput, AuxRequest
+from flexmsa.types import AttentionOptions, AuxOutput, AuxRequest, BlockAttentionOptions
 
 __all__ = ["attention", "block_sparse_attention", "index_loss", "select_blocks"]
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
-
-def takes_dtensors(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Let a function of plain tensors take DTensors: see `flexmsa.distributed`."""
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        # Tested by its attribute, because the class's import takes a second.
-        if type(first) in (Tensor, Parameter) or not hasattr(first, "device_mesh"):
-            return function(*args, **kwargs)
-        from flexmsa.distributed import dtensors
-
-        return dtensors.call(function, signature.bind(*args, **kwargs).arguments)
-
-    return call
-
-
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    *,
+    return_aux: None = None,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    *,
+    return_aux: AuxRequest,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, AuxOutput]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    *,
+    return_aux: AuxRequest | None,
+    **options: Unpack[AttentionOptions],
+) -> Tensor | tuple[Tensor, AuxOutput]: ...
 @takes_dtensors
 def attention(
     q: Tensor,
@@ -124,29 +136,6 @@ def attention(
     return out if return_aux is None else (out, found)
 
 
-def checked_settings(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index_q: Tensor,
-    index_k: Tensor,
-    block_size: int,
-    topk: int | None,
-    num_local_blocks: int,
-    num_init_blocks: int,
-    scale: float | None,
-    index_scale: float | None,
-    backend: str | None,
-) -> _core.Settings:
-    """Check both branches and the settings of an attention to them, and return these with their defaults."""
-    validation.check_main_inputs(q, k, v, scale)
-    validation.check_index_inputs(index_q, index_k, index_scale)
-    validation.check_branches_match(q, k, index_q, index_k)
-    validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
-    rule = None if topk is None else SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
-    return _core.Settings(block_size, _scale(scale, q), _scale(index_scale, index_q), rule, backend)
-
-
 @takes_dtensors
 def select_blocks(
     index_q: Tensor,
@@ -188,6 +177,7 @@ def select_blocks(
     """
     validation.reject_context_parallel()
     validation.reject_forward_ad(index_q, index_k)
+    reject_wrong_layouts(index_q=index_q, index_k=index_k)
     validation.check_index_inputs(index_q, index_k, e4m3=True)
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     if topk is None:
@@ -200,6 +190,36 @@ def select_blocks(
     return _core.select_blocks(index_q, index_k, sequences, rule, backend)
 
 
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor | None,
+    *,
+    return_aux: None = None,
+    **options: Unpack[BlockAttentionOptions],
+) -> Tensor: ...
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor | None,
+    *,
+    return_aux: AuxRequest,
+    **options: Unpack[BlockAttentionOptions],
+) -> tuple[Tensor, AuxOutput]: ...
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor | None,
+    *,
+    return_aux: AuxRequest | None,
+    **options: Unpack[BlockAttentionOptions],
+) -> Tensor | tuple[Tensor, AuxOutput]: ...
 @takes_dtensors
 def block_sparse_attention(
     q: Tensor,
@@ -242,6 +262,7 @@ def block_sparse_attention(
     """
     validation.reject_context_parallel()
     validation.reject_forward_ad(q, k, v)
+    reject_wrong_layouts(q=q, k=k, v=v, **({} if block_indices is None else {"index_q": block_indices}))
     validation.check_main_inputs(q, k, v, scale)
     aux = validation.check_aux(return_aux)
     if aux.any_loss:
@@ -252,7 +273,7 @@ def block_sparse_attention(
         validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
     choose_backend("block_sparse_attention", backend, q)
     q, k, v = ops.cast_to_autocast(q, k, v)
-    settings = _core.Settings(block_size, _scale(scale, q), backend=backend)
+    settings = _core.Settings(block_size, default_scale(scale, q), backend=backend)
     out, lse = _core.main_branch(q, k, v, block_indices, sequences, settings, aux)
     return out if return_aux is None else (out, _core.requested(aux, lse, block_indices))
 
@@ -301,6 +322,7 @@ def index_loss(
     """
     validation.reject_context_parallel()
     validation.reject_forward_ad(q, k, index_q, index_k)
+    reject_wrong_layouts(q=q, k=k, index_q=index_q, index_k=index_k)
     validation.check_main_inputs(q, k, k, scale)
     validation.check_index_inputs(index_q, index_k, index_scale)
     validation.check_branches_match(q, k, index_q, index_k)
@@ -311,11 +333,6 @@ def index_loss(
         validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
     backend = choose_backend("index_loss", backend, q)
     q, k, index_q, index_k = ops.cast_to_autocast(q.detach(), k.detach(), index_q, index_k)
-    settings = _core.Settings(block_size, _scale(scale, q), _scale(index_scale, index_q), backend=backend)
+    settings = _core.Settings(block_size, default_scale(scale, q), default_scale(index_scale, index_q), backend=backend)
     divisor = _loss.check_count("count", count, q)
     return _core.index_loss(q, k, index_q, index_k, block_indices, lse, sequences, settings, count=divisor)
-
-
-def _scale(scale: float | None, x: Tensor) -> float:
-    """Return `scale`, by default 1 / sqrt(the head dim of x)."""
-    return x.shape[3] ** -0.5 if scale is None else scale

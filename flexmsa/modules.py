@@ -3,16 +3,20 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from flexmsa import decoding, functional, validation
+from flexmsa._phase import PhaseOfTraining
+from flexmsa._profiling import step
+from flexmsa._rope import rotate
 from flexmsa._sequences import Sequences, check_sequences
 from flexmsa.cache import Cache, MSACache
 from flexmsa.config import MSAConfig
-from flexmsa.types import AuxRequest
+from flexmsa.paged_cache import PagedMSACache
+from flexmsa.types import AuxRequest, CacheDtypes, Projections, Requested
 
 if TYPE_CHECKING:
     from flexmsa.distributed import SequenceShards
@@ -21,37 +25,13 @@ if TYPE_CHECKING:
 __all__ = ["MSAttention", "Projections", "rotate"]
 
 
-def rotate(x: Tensor, positions: Tensor, rotary_dim: int, theta: float) -> Tensor:
-    """Apply rotary position embedding to the first `rotary_dim` dimensions, in pairs (i, i + rotary_dim / 2).
-
-    Args:
-        x: [B, H, S, D]; positions: [B, S] int, counted from each sequence's first token.
-    """
-    if rotary_dim == 0:
-        return x
-    exponent = torch.arange(0, rotary_dim, 2, device=x.device, dtype=torch.float32) / rotary_dim
-    angle = positions[:, None, :, None].float() * theta**-exponent
-    cos, sin = angle.cos(), angle.sin()
-    left, right = x[..., :rotary_dim].to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    rotated = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
-    return torch.cat([rotated.to(x.dtype), x[..., rotary_dim:]], dim=-1)
-
-
-class Projections(NamedTuple):
-    """q [B, Hq, S, D]; k, v [B, Hkv, S, D]; index_q [B, Hkv, S, Di]; index_k [B, 1, S, Di]; after norms and RoPE."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    index_q: Tensor
-    index_k: Tensor
-
-
-class MSAttention(nn.Module):
+class MSAttention(PhaseOfTraining):
     """Causal self-attention with a learned selection of key blocks (arXiv 2606.13392).
 
     The index branch reads the layer's input detached, so its loss trains only the index projections. Set
-    `layer.topk = None` for the dense warm-up, and an int to select blocks.
+    `layer.topk = None` for the dense warm-up, and an int to select blocks. A state_dict has the phase, which loading
+    restores: a layer that selects becomes dense by that of a warm-up, and a dense one selects `config.topk` blocks by
+    that of sparse training. A state_dict without it, of an older version, leaves the layer's own.
 
     With `config.loss_in_backward`, the index loss of a layer in training costs little, and nothing twice under
     activation checkpointing: the forward returns a 0 that has the loss's gradient, to be added to the model's loss, and
@@ -67,9 +47,7 @@ class MSAttention(nn.Module):
     """
 
     def __init__(self, config: MSAConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.topk = config.topk
+        super().__init__(config)
         width, bias = config.hidden_size, config.bias
         self.q_proj = nn.Linear(width, config.num_heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
@@ -94,6 +72,7 @@ class MSAttention(nn.Module):
         self.index_loss_value = self.index_loss_value.float()
         return self
 
+    @overload
     def new_cache(
         self,
         batch_size: int,
@@ -101,15 +80,55 @@ class MSAttention(nn.Module):
         kv_starts: Tensor | None = None,
         index_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
-    ) -> MSACache:
+        *,
+        paged: Literal[False] = False,
+    ) -> MSACache: ...
+    @overload
+    def new_cache(
+        self,
+        batch_size: int,
+        capacity: int,
+        *,
+        paged: Literal[True],
+        num_pages: int | None = None,
+        **dtypes: Unpack[CacheDtypes],
+    ) -> PagedMSACache: ...
+    def new_cache(
+        self,
+        batch_size: int,
+        capacity: int,
+        kv_starts: Tensor | None = None,
+        index_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        paged: bool = False,
+        num_pages: int | None = None,
+    ) -> MSACache | PagedMSACache:
         """Return an empty cache for this layer, on its device; its dtype is the layer's unless `dtype` is given.
 
         Under autocast, pass the region's dtype. Under tensor parallel it is for the process's own groups.
+
+        Args:
+            capacity: the number of tokens that a row can hold; in a paged cache rounded up to whole pages.
+            kv_starts, index_dtype, dtype: as for `MSACache`; a paged cache takes no kv_starts.
+            paged: return a `PagedMSACache`, whose pages are this layer's blocks.
+            num_pages: of a paged cache, for all rows together; default: as many as full rows need.
         """
         weight, config = self.k_proj.weight, self.config
-        sizes = batch_size, self._num_groups, config.head_dim, config.index_head_dim, capacity
+        sizes = batch_size, self._num_groups, config.head_dim, config.index_head_dim
         dtype = weight.dtype if dtype is None else dtype
-        return MSACache(*sizes, kv_starts=kv_starts, dtype=dtype, index_dtype=index_dtype, device=weight.device)
+        options: dict[str, Any] = {"dtype": dtype, "index_dtype": index_dtype, "device": weight.device}
+        if not paged:
+            if num_pages is not None:
+                raise ValueError("num_pages: expected None without paged=True")
+            return MSACache(*sizes, capacity, kv_starts=kv_starts, **options)
+        if kv_starts is not None:
+            raise ValueError("kv_starts: expected None with paged=True, whose rows need no padding; append with lens")
+        validation.check_int("capacity", capacity, 1)
+        max_pages = -(-capacity // config.block_size)
+        num_pages = batch_size * max_pages if num_pages is None else num_pages
+        options.update(num_pages=num_pages, max_pages=max_pages, page_size=config.block_size)
+        return PagedMSACache(*sizes, **options)
 
     def forward(
         self,
@@ -124,12 +143,13 @@ class MSAttention(nn.Module):
         index_loss_count: Tensor | float | None = None,
         shards: "SequenceShards | None" = None,
         backend: str | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Requested]:
         """Project x, attend, and project the output.
 
         Args:
             x: [B, S, hidden_size]; with a cache, the tokens that follow those in the cache.
-            cache: the new keys are appended to it in place, and the tokens attend to all of it. For inference.
+            cache: the new keys are appended to it in place, and the tokens attend to all of it. For inference, under
+                torch.no_grad(), except for a layer without gradients.
             lens: [B] int; with a cache, only the first lens[b] tokens of row b are new tokens.
             block_indices: [B, Hkv, S, topk] of another layer, used instead of a selection; with a cache.
             cu_seqlens, kv_starts: packed documents, or padding on the left, as for `flexmsa.attention`; a cache has
@@ -146,6 +166,7 @@ class MSAttention(nn.Module):
             with `config.loss_in_backward` it is 0, with the loss's gradient.
 
         Raises:
+            RuntimeError: a cache was given where gradients are expected, which would be lost.
             ValueError: x has a wrong shape, the cache is full, a cache was given with other sequences or a loss,
                 lens or block_indices were given without a cache, or cu_seqlens with shards.
         """
@@ -239,6 +260,7 @@ class MSAttention(nn.Module):
             raise ValueError(f"cache: expected an MSACache or a PagedMSACache of x's {x.shape[0]} rows, got {got}")
         cache.check_room(x.shape[1], lens)
         q, k, v, index_q, index_k = self.project(x, positions=cache.next_positions(x.shape[1]))
+        validation.reject_gradients(q=q, k=k, v=v, index_q=index_q, index_k=index_k)
         # Checked before the append, so that an error leaves the cache unchanged.
         validation.check_decode_inputs(q, index_q, cache, self.config.block_size, None)
         if block_indices is not None:
@@ -268,6 +290,12 @@ class MSAttention(nn.Module):
             cu_seqlens, kv_starts: the sequences, as for `flexmsa.attention`; RoPE positions count from their starts.
             positions: [B, S] int, RoPE positions that replace these.
         """
+        with step("project"):
+            return self._project(x, cu_seqlens, kv_starts, positions)
+
+    def _project(
+        self, x: Tensor, cu_seqlens: Tensor | None, kv_starts: Tensor | None, positions: Tensor | None
+    ) -> Projections:
         config, shards = self.config, self.head_shards
         if shards is not None:
             x = shards.gather(x)
@@ -312,5 +340,10 @@ class MSAttention(nn.Module):
         return max(1, self.config.num_kv_heads // self._num_shards)
 
     def _merge(self, out: Tensor) -> Tensor:
-        out = out.transpose(1, 2).flatten(2)
-        return self.o_proj(out) if self.head_shards is None else self.head_shards.project(self.o_proj, out)
+        with step("project the output"):
+            out = out.transpose(1, 2).flatten(2)
+            return self.o_proj(out) if self.head_shards is None else self.head_shards.project(self.o_proj, out)
+
+    if TYPE_CHECKING:
+        # `nn.Module.__call__` returns Any.
+        __call__ = forward

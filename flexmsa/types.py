@@ -1,8 +1,71 @@
 """Small types of the public API."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
+import torch
 from torch import Tensor
+
+# A tensor if it was requested, otherwise None. Any, because who requested it need not ask a type checker whether.
+Requested: TypeAlias = Tensor | Any
+
+
+class Lengths(TypedDict, total=False):
+    """Arguments of the public functions that say which keys a query sees."""
+
+    cu_seqlens: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    kv_starts: Tensor | None
+    kv_lens: Tensor | None
+
+
+class Selection(TypedDict, total=False):
+    """Arguments of the public functions that say which blocks a query selects, and where that is computed."""
+
+    block_size: int
+    topk: int | None
+    num_local_blocks: int
+    num_init_blocks: int
+    scale: float | None
+    backend: str | None
+
+
+class AttentionOptions(Lengths, Selection, total=False):
+    """The keyword arguments of `attention` that do not change the type of its result."""
+
+    index_scale: float | None
+    index_loss_value: Tensor | None
+    index_loss_count: Tensor | float | None
+
+
+class BlockAttentionOptions(Lengths, total=False):
+    """Those of `block_sparse_attention`."""
+
+    block_size: int
+    scale: float | None
+    backend: str | None
+
+
+class DecodeOptions(Selection, total=False):
+    """Those of `decode`."""
+
+    block_indices: Tensor | None
+
+
+class CacheDtypes(TypedDict, total=False):
+    """Arguments of `MSAttention.new_cache`, for every kind of cache."""
+
+    index_dtype: torch.dtype | None
+    dtype: torch.dtype | None
+
+
+class ShardedAttentionOptions(Selection, total=False):
+    """Those of `context_parallel_attention`."""
+
+    index_scale: float | None
+    kv_starts: Tensor | None
+    index_loss_value: Tensor | None
+    index_loss_count: Tensor | float | None
 
 
 class AuxRequest(NamedTuple):
@@ -36,8 +99,18 @@ class AuxOutput(NamedTuple):
             key; or the count that was given.
     """
 
-    lse: Tensor | None = None
-    block_indices: Tensor | None = None
-    index_loss: Tensor | None = None
-    index_loss_sum: Tensor | None = None
-    index_loss_count: Tensor | None = None
+    lse: Requested = None
+    block_indices: Requested = None
+    index_loss: Requested = None
+    index_loss_sum: Requested = None
+    index_loss_count: Requested = None
+
+
+class Projections(NamedTuple):
+    """q [B, Hq, S, D]; k, v [B, Hkv, S, D]; index_q [B, Hkv, S, Di]; index_k [B, 1, S, Di]; after norms and RoPE."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    index_q: Tensor
+    index_k: Tensor

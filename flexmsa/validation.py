@@ -41,6 +41,19 @@ def reject_context_parallel() -> None:
         )
 
 
+def reject_gradients(**tensors: Tensor | None) -> None:
+    """Raise if autograd would expect gradients of what goes into a cache, or is attended to it: they would be lost."""
+    if not torch.is_grad_enabled():
+        return
+    wrong = [name for name, x in tensors.items() if isinstance(x, Tensor) and x.requires_grad]
+    if wrong:
+        raise RuntimeError(
+            f"{', '.join(wrong)}: expected no gradient with a cache, which is for inference and would lose it, got "
+            "requires_grad=True; call under torch.no_grad() or torch.inference_mode(), pass detached tensors, or train "
+            "without a cache"
+        )
+
+
 def check_int(name: str, value: object, least: int, advice: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}{advice}")
@@ -87,7 +100,8 @@ def _check_tensor(name: str, x: Any, layout: str, e4m3: bool = False) -> None:
         raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
     if x.dtype.itemsize == 1 and not (e4m3 and x.dtype == torch.float8_e4m3fn):
         also = ", or float8_e4m3fn" if e4m3 else ""
-        raise TypeError(f"{name}: expected a floating dtype of 16 bits or more{also}, got {x.dtype}; cast it")
+        hint = "" if e4m3 or x.dtype != torch.float8_e4m3fn else "; select_blocks and the caches take e4m3"
+        raise TypeError(f"{name}: expected a floating dtype of 16 bits or more{also}, got {x.dtype}; cast it{hint}")
 
 
 def _check_alike(tensors: dict[str, Tensor]) -> None:

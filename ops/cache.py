@@ -9,7 +9,7 @@ import torch
 from flexmsa.kernels.rules import SelectionRule
 
 from .attention import empty_out_and_lse
-from .checks import check_append, check_page_table, check_topk
+from .checks import check_append, check_page_table, check_range, check_topk
 from .dispatch import run_kernel
 from .library import operator
 
@@ -29,8 +29,10 @@ def append(*args):
     The schema names the arguments.
     """
     *inputs, backend = args
+    k, lens, cache, page_table, kv_lens = (args[i] for i in (0, 3, 4, 10, 12))
+    if lens is not None:
+        check_range("lens", lens, 0, k.shape[2])
     if backend == "torch":
-        k, lens, cache, page_table, kv_lens = (args[i] for i in (0, 3, 4, 10, 12))
         check_append(k.shape[2], lens, kv_lens, page_table, cache)
     run_kernel(backend, "append", *inputs)
 

@@ -83,6 +83,15 @@ def check_kv_ranges(kv_starts: Tensor | None, kv_lens: Tensor | None, seqlen_k: 
             )
 
 
+def check_range(name: str, values: Tensor, low: int, high: int) -> None:
+    """Raise ValueError unless low <= values[b] <= high for each row b of a cache."""
+    if values.device.type != "cpu":
+        return
+    for row, value in enumerate(values.tolist()):
+        if not low <= value <= high:
+            raise ValueError(f"{name}: expected {low} to {high}, got {value} in row {row} of {values.tolist()}")
+
+
 def check_append(num_new: int, lens: Tensor | None, kv_lens: Tensor, page_table: Tensor | None, cache: Tensor) -> None:
     """Raise ValueError unless every row has room for its new tokens, and pages that they go to.
 

@@ -13,7 +13,7 @@ import torch
 from .attention import block_sparse_attention_backward, empty_out_and_lse, statistics_dtype
 from .checks import check_block_indices
 from .dispatch import run_kernel
-from .index_loss import index_loss, index_loss_backward
+from .index_loss import index_loss, scaled_gradient
 from .library import operator
 
 
@@ -21,9 +21,9 @@ def _loss_gradients(value, grad_loss, needed, branches, count, numbers):
     """Write the loss to `value`; return the gradients of index_q and index_k, each if `needed` says so."""
     *scales, backend = numbers
     loss, *unit_grads = index_loss(*branches, count, *scales, True, backend)
-    value.copy_(loss)
+    value.copy_(loss.detach())
     return [
-        index_loss_backward(grad_loss, unit_grad, x.dtype) if is_needed else None
+        scaled_gradient(grad_loss, unit_grad, x.dtype) if is_needed else None
         for unit_grad, x, is_needed in zip(unit_grads, branches[2:4], needed, strict=True)
     ]
 
@@ -69,7 +69,7 @@ def _attention_backward(ctx, grad_out, grad_lse, grad_loss):
         grad_out = torch.zeros_like(out)
     if with_main and with_loss:
         *grads, loss = attention_and_index_loss_backward(grad_out, grad_lse, grad_loss, *saved, *ctx.numbers)
-        ctx.value.copy_(loss)
+        ctx.value.copy_(loss.detach())
         main, index = grads[:3], grads[3:]
     elif with_main:
         main = block_sparse_attention_backward(

@@ -5,6 +5,8 @@ computes the gradient (if `with_grad`), in float32 so that it does not underflow
 backward operator multiplies it by the gradient of the loss.
 """
 
+import torch
+
 from .attention import statistics_dtype
 from .checks import check_block_indices
 from .dispatch import run_kernel
@@ -29,6 +31,13 @@ def index_loss_backward(grad_loss, unit_grad, dtype):
     return (unit_grad * grad_loss).to(dtype, copy=True)
 
 
+def scaled_gradient(grad_loss, unit_grad, dtype):
+    """`index_loss_backward`, through which no second backward passes without an error: unit_grad is no constant."""
+    if torch.is_grad_enabled():
+        unit_grad = unit_grad.detach().requires_grad_()
+    return index_loss_backward(grad_loss, unit_grad, dtype)
+
+
 def _setup_context(ctx, inputs, output):
     _, _, index_q, index_k, *_, ctx.with_grad, _ = inputs
     _, grad_index_q, grad_index_k = output
@@ -44,7 +53,7 @@ def _backward(ctx, grad_loss, *_):
     if not ctx.with_grad:
         raise RuntimeError("index_loss: expected with_grad=True to compute a gradient, got with_grad=False")
     grads = [
-        index_loss_backward(grad_loss, unit_grad, dtype) if needed else None
+        scaled_gradient(grad_loss, unit_grad, dtype) if needed else None
         for unit_grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[2:4], strict=True)
     ]
     return (None, None, *grads, *(None,) * 9)

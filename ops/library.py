@@ -75,7 +75,10 @@ def _autograd_rule(op: torch._ops.OpOverload, backward: Function | None, setup_c
 
     def differentiate(ctx: Any, *grads: Any) -> Any:
         if backward is None:
-            raise RuntimeError(f"{op} has no gradient: call it with detached tensors, or under torch.no_grad()")
+            advice = "call it with detached tensors, or under torch.no_grad()"
+            if op._opname.endswith("_backward"):
+                advice = "second derivatives (create_graph=True) are not supported; backend='reference' has them"
+            raise RuntimeError(f"{op} has no gradient: {advice}")
         return *backward(ctx, *grads), None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
@@ -83,6 +86,12 @@ def _autograd_rule(op: torch._ops.OpOverload, backward: Function | None, setup_c
 
     def rule(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+            # Read for each call, because `Function.apply` raises about itself in these cases.
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(
+                    f"{op}: torch.func transforms (grad, vjp, jacrev, ...) are not supported; use backward() or "
+                    "torch.autograd.grad, or backend='reference'"
+                )
             return gradient.apply(*args, keyset)
         return op.redispatch(keyset & _after_autograd_keyset, *args)
 

@@ -1,6 +1,6 @@
 """Context parallel: each process has some queries of every document, and gathers all keys."""
 
-from typing import Any
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,10 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from flexmsa import _core, _loss, ops, validation
 from flexmsa._sequences import Sequences
+from flexmsa._settings import checked_settings
 from flexmsa.distributed.gather import begin_to_gather, finish_gathering
 from flexmsa.distributed.shards import SequenceShards
-from flexmsa.functional import checked_settings
-from flexmsa.types import AuxOutput, AuxRequest
+from flexmsa.types import AuxOutput, AuxRequest, ShardedAttentionOptions
 
 __all__ = ["ContextParallel", "context_parallel_attention"]
 
@@ -39,6 +39,42 @@ class ContextParallel(ParallelStyle):
         return module
 
 
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    shards: SequenceShards,
+    *,
+    return_aux: None = None,
+    **options: Unpack[ShardedAttentionOptions],
+) -> Tensor: ...
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    shards: SequenceShards,
+    *,
+    return_aux: AuxRequest,
+    **options: Unpack[ShardedAttentionOptions],
+) -> tuple[Tensor, AuxOutput]: ...
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    shards: SequenceShards,
+    *,
+    return_aux: AuxRequest | None,
+    **options: Unpack[ShardedAttentionOptions],
+) -> Tensor | tuple[Tensor, AuxOutput]: ...
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,

@@ -76,7 +76,7 @@ class ShardedCache(Cache):
         token = torch.arange(count, dtype=torch.int32, device=self.kv_lens.device)
         block = (self.kv_lens[:, None] + token) // self.block_size
         own = (block % self.mesh.size() == self.mesh.get_local_rank()) & (token < counts[:, None])
-        new: tuple[Tensor, ...] = (k.detach(), v.detach(), index_k.detach())
+        new: tuple[Tensor, ...] = (k, v, index_k)
         if count > 1:
             # So many of `count` tokens can be a process's, wherever they begin.
             rounds, rest = divmod(count, self.mesh.size() * self.block_size)
@@ -104,6 +104,7 @@ class ShardedCache(Cache):
     def reorder(self, rows: Tensor) -> "ShardedCache":
         """As the local cache's `reorder`: rows may be copied, since a block's process does not depend on its row."""
         assert isinstance(self.local, MSACache | PagedMSACache)
+        rows = self._check_rows(rows)
         self.local.reorder(rows)
         self.kv_lens.copy_(self.kv_lens[rows])
         self._bounds = [max(self._bounds)] * self.batch_size
