@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexmsa import dense, flex, ops, reference
+from flexmsa._profiling import profiled
 from flexmsa._sequences import Sequences
 from flexmsa.backends import choose_backend, dense_backend, step_backend
 from flexmsa.kernels.rules import FEW_QUERIES, SelectionRule
@@ -86,6 +87,7 @@ def attention(
         return out, requested(aux, lse, block_indices, loss, number)
 
 
+@profiled("select and attend")
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, index_q: Tensor, index_k: Tensor, sequences: Sequences, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -116,6 +118,7 @@ def _expected_step(
     return ops.expected_training_step(*branches, sequences.table, rule, *scales, with_loss, deferred)
 
 
+@profiled("select blocks")
 def select_blocks(
     index_q: Tensor, index_k: Tensor, sequences: Sequences, rule: SelectionRule, backend: str | None
 ) -> Tensor:
@@ -127,6 +130,7 @@ def select_blocks(
     return ops.select_blocks(index_q.detach(), index_k.detach(), sequences.table, *numbers, backend)
 
 
+@profiled("attend")
 def main_branch(
     q: Tensor,
     k: Tensor,
@@ -158,6 +162,7 @@ def main_branch(
     return ops.block_sparse_attention(q, k, v, block_indices, sequences.table, block_size, scale, backend)
 
 
+@profiled("index loss")
 def index_loss(
     q: Tensor,
     k: Tensor,

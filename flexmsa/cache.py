@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from flexmsa import _core, ops, validation
+from flexmsa._buffers import FP8, as_bits, dequantised, is_recorded
+from flexmsa._profiling import profiled
 from flexmsa._sequences import Sequences
 from flexmsa.backends import choose_backend
 from flexmsa.kernels.rules import SelectionRule
@@ -13,8 +15,6 @@ from flexmsa.ops.checks import check_range
 from flexmsa.types import AuxRequest
 
 __all__ = ["Cache", "MSACache"]
-
-FP8 = torch.float8_e4m3fn
 
 
 class Cache:
@@ -57,6 +57,21 @@ class Cache:
         self._bounds = [0] * batch_size
         self._newest: tuple[int, bool] | None = None
 
+    def __repr__(self) -> str:
+        """Sizes, dtypes, device, and the tokens of each row; their most where reading them would wait for a device."""
+        sizes = {
+            **{"batch_size": self.batch_size, "num_kv_heads": self.k.shape[1], "head_dim": self.k.shape[3]},
+            **{"index_head_dim": self.index_k.shape[3], "capacity": self.capacity, **self._own_sizes()},
+            **{"dtype": self.k.dtype, "index_dtype": self.index_k.dtype, "device": str(self.k.device)},
+        }
+        here = self.k.device.type == "cpu" and not is_recorded(self.k)
+        held = f"kv_lens={self.kv_lens.tolist()}" if here else f"longest<={max(self._bounds)}"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in sizes.items())}, {held})"
+
+    def _own_sizes(self) -> dict[str, int]:
+        """The sizes that only caches of this class have."""
+        return {}
+
     @property
     def batch_size(self) -> int:
         """The number of rows."""
@@ -68,6 +83,7 @@ class Cache:
         every = (self.k, self.v, self.index_k, self.k_scale, self.v_scale, self.index_k_scale)
         return [x for x in every if x is not None]
 
+    @profiled("append")
     def append(
         self, k: Tensor, v: Tensor, index_k: Tensor, *, lens: Tensor | None = None, backend: str | None = None
     ) -> None:
@@ -320,20 +336,3 @@ class MSACache(Cache):
         self._bounds = [max(self._bounds)] * self.batch_size
         self._newest = None
         return self
-
-
-def as_bits(buffer: Tensor) -> Tensor:
-    """Return e4m3 buffers as uint8, because not every device can copy rows of e4m3; others unchanged."""
-    return buffer.view(torch.uint8) if buffer.dtype == FP8 else buffer
-
-
-def dequantised(buffer: Tensor, scale: Tensor) -> Tensor:
-    """Return e4m3 vectors times their scales, in float32."""
-    return buffer.float() * scale.view(torch.float8_e8m0fnu).float()[..., None]
-
-
-def is_recorded(x: Tensor) -> bool:
-    """Return whether code for the device of x is being compiled or captured, so that no value can be read."""
-    if torch.compiler.is_compiling():
-        return True
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()

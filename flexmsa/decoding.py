@@ -5,6 +5,7 @@ from typing import Unpack, overload
 from torch import Tensor
 
 from flexmsa import _core, validation
+from flexmsa._profiling import profiled
 from flexmsa.backends import choose_backend
 from flexmsa.cache import Cache
 from flexmsa.kernels.rules import SelectionRule
@@ -25,6 +26,7 @@ def decode(
 def decode(
     q: Tensor, cache: Cache, index_q: Tensor | None, *, return_aux: AuxRequest | None, **options: Unpack[DecodeOptions]
 ) -> Tensor | tuple[Tensor, AuxOutput]: ...
+@profiled("decode")
 def decode(
     q: Tensor,
     cache: Cache,

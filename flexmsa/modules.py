@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flexmsa import decoding, functional, validation
 from flexmsa._phase import PhaseOfTraining
-from flexmsa._profiling import step
+from flexmsa._profiling import profiled
 from flexmsa._rope import rotate
 from flexmsa._sequences import Sequences, check_sequences
 from flexmsa.cache import Cache, MSACache
@@ -181,7 +181,9 @@ class MSAttention(PhaseOfTraining):
                 "give kv_starts to the cache, and train without one"
             )
         if cache is not None:
-            return self.generate(x, cache, lens=lens, block_indices=block_indices, backend=backend)[0], None
+            # Not self.generate, which with FSDP2 may be a function that would part the weights again before this ends.
+            decoded = type(self).generate(self, x, cache, lens=lens, block_indices=block_indices, backend=backend)
+            return decoded[0], None
         if lens is not None or block_indices is not None:
             raise ValueError("lens, block_indices: expected None without a cache")
         deferred = with_index_loss and self.training and self.config.loss_in_backward
@@ -189,7 +191,7 @@ class MSAttention(PhaseOfTraining):
         settings = {**self._selection(), "kv_starts": kv_starts, "backend": backend}
         attend: Callable[..., Any] = functional.attention
         if shards is None:
-            inputs = self.project(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
+            inputs = type(self).project(self, x, cu_seqlens=cu_seqlens, kv_starts=kv_starts)
             settings["cu_seqlens"] = cu_seqlens
         else:
             if cu_seqlens is not None:
@@ -198,7 +200,7 @@ class MSAttention(PhaseOfTraining):
             from flexmsa.distributed import context_parallel_attention
 
             attend = functools.partial(context_parallel_attention, shards=shards)
-            inputs = self.project(x, positions=shards.row_positions(kv_starts))
+            inputs = type(self).project(self, x, positions=shards.row_positions(kv_starts))
         if with_index_loss and self.head_shards is not None:
             if index_loss_count is None:
                 index_loss_count = self.index_loss_count(x, cu_seqlens=cu_seqlens, kv_starts=kv_starts, shards=shards)
@@ -259,12 +261,12 @@ class MSAttention(PhaseOfTraining):
             got = f"one of {cache.batch_size}" if isinstance(cache, Cache) else type(cache).__name__
             raise ValueError(f"cache: expected an MSACache or a PagedMSACache of x's {x.shape[0]} rows, got {got}")
         cache.check_room(x.shape[1], lens)
-        q, k, v, index_q, index_k = self.project(x, positions=cache.next_positions(x.shape[1]))
-        validation.reject_gradients(q=q, k=k, v=v, index_q=index_q, index_k=index_k)
+        q, k, v, index_q, index_k = type(self).project(self, x, positions=cache.next_positions(x.shape[1]))
         # Checked before the append, so that an error leaves the cache unchanged.
         validation.check_decode_inputs(q, index_q, cache, self.config.block_size, None)
         if block_indices is not None:
             validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
+        validation.reject_gradients(q=q, k=k, v=v, index_q=index_q, index_k=index_k)
         cache.append(k, v, index_k, lens=lens, backend=backend)
         settings = {**self._selection(), "backend": backend, "return_aux": AuxRequest(block_indices=True)}
         out, aux = decoding.decode(q, cache, index_q, block_indices=block_indices, **settings)
@@ -275,6 +277,7 @@ class MSAttention(PhaseOfTraining):
         forced = {"num_local_blocks": config.num_local_blocks, "num_init_blocks": config.num_init_blocks}
         return {"block_size": config.block_size, "topk": self.topk, **forced}
 
+    @profiled("project")
     def project(
         self,
         x: Tensor,
@@ -290,12 +293,6 @@ class MSAttention(PhaseOfTraining):
             cu_seqlens, kv_starts: the sequences, as for `flexmsa.attention`; RoPE positions count from their starts.
             positions: [B, S] int, RoPE positions that replace these.
         """
-        with step("project"):
-            return self._project(x, cu_seqlens, kv_starts, positions)
-
-    def _project(
-        self, x: Tensor, cu_seqlens: Tensor | None, kv_starts: Tensor | None, positions: Tensor | None
-    ) -> Projections:
         config, shards = self.config, self.head_shards
         if shards is not None:
             x = shards.gather(x)
@@ -339,10 +336,10 @@ class MSAttention(PhaseOfTraining):
     def _num_groups(self) -> int:
         return max(1, self.config.num_kv_heads // self._num_shards)
 
+    @profiled("project the output")
     def _merge(self, out: Tensor) -> Tensor:
-        with step("project the output"):
-            out = out.transpose(1, 2).flatten(2)
-            return self.o_proj(out) if self.head_shards is None else self.head_shards.project(self.o_proj, out)
+        out = out.transpose(1, 2).flatten(2)
+        return self.o_proj(out) if self.head_shards is None else self.head_shards.project(self.o_proj, out)
 
     if TYPE_CHECKING:
         # `nn.Module.__call__` returns Any.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from flexmsa import validation
-from flexmsa.cache import Cache, as_bits, dequantised, is_recorded
+from flexmsa._buffers import as_bits, dequantised, is_recorded
+from flexmsa.cache import Cache
 from flexmsa.pages import Pages
 
 __all__ = ["PagedMSACache"]
@@ -98,6 +99,9 @@ class PagedMSACache(Cache):
         Cache.__init__(cache, k, v, index_k, page_table.shape[0], (k_scale, v_scale, index_k_scale))
         cache.page_table, cache.kv_lens, cache._pages = page_table, kv_lens, None
         return cache
+
+    def _own_sizes(self) -> dict[str, int]:
+        return {"num_pages": self.k.shape[0], "max_pages": self.page_table.shape[1], "page_size": self.page_size}
 
     @property
     def page_size(self) -> int:

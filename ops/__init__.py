@@ -6,6 +6,7 @@ from .cache import append, attend_blocks, select_and_attend
 from .deferred_loss import attention_and_index_loss, attention_and_index_loss_backward, deferred_index_loss
 from .dispatch import expected_training_step
 from .flex import block_mask_lists, dense_mask_lists, pack_gqa, unpack_gqa
+from .flops import register_formulas
 from .index_loss import index_loss, index_loss_backward
 from .selection import scored_blocks, select_blocks
 from .sequences import fragment_table, next_positions, sequence_table
@@ -33,3 +34,5 @@ __all__ = [
     "sequence_table",
     "unpack_gqa",
 ]
+
+register_formulas()

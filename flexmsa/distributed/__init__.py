@@ -1,6 +1,7 @@
 """flexmsa on several GPUs, by torch.distributed: see docs/distributed.md."""
 
 from flexmsa.distributed.context_parallel import ContextParallel, context_parallel_attention
+from flexmsa.distributed.fsdp import register_fsdp_methods
 from flexmsa.distributed.loss import global_index_loss, global_index_loss_count
 from flexmsa.distributed.sharded_cache import ShardedCache
 from flexmsa.distributed.shards import SequenceShards
@@ -13,5 +14,6 @@ __all__ = [
     "context_parallel_attention",
     "global_index_loss",
     "global_index_loss_count",
+    "register_fsdp_methods",
     "tensor_parallel_plan",
 ]

@@ -65,6 +65,9 @@ class ShardedCache(Cache):
         self._counts = torch.zeros_like(self.kv_lens)
         self._row = torch.arange(local.batch_size, dtype=torch.int32, device=self.kv_lens.device)
 
+    def _own_sizes(self) -> dict[str, int]:
+        return {"block_size": self.block_size, "processes": self.mesh.size()}
+
     def append(
         self, k: Tensor, v: Tensor, index_k: Tensor, *, lens: Tensor | None = None, backend: str | None = None
     ) -> None:

@@ -4,10 +4,15 @@
 `strategies.schedules` draws the operations on a cache during serving, and `check_schedule` runs and checks them.
 """
 
-from flexmsa.testing import oracle, strategies
-from flexmsa.testing.assertions import assert_close
-from flexmsa.testing.cases import Case
-from flexmsa.testing.check import check_case
-from flexmsa.testing.schedules import Schedule, check_schedule
+from flexmsa._extras import missing
+
+try:
+    from flexmsa.testing import oracle, strategies
+    from flexmsa.testing.assertions import assert_close
+    from flexmsa.testing.cases import Case
+    from flexmsa.testing.check import check_case
+    from flexmsa.testing.schedules import Schedule, check_schedule
+except ModuleNotFoundError as error:
+    raise missing("flexmsa.testing", "test", error) from error
 
 __all__ = ["Case", "Schedule", "assert_close", "check_case", "check_schedule", "oracle", "strategies"]
