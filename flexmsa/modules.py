@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flexmsa import decoding, functional, validation
-from flexmsa._phase import PhaseOfTraining
+from flexmsa._layer import Layer
 from flexmsa._profiling import profiled
 from flexmsa._rope import rotate
 from flexmsa._sequences import Sequences, check_sequences
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["MSAttention", "Projections", "rotate"]
 
 
-class MSAttention(PhaseOfTraining):
+class MSAttention(Layer):
     """Causal self-attention with a learned selection of key blocks (arXiv 2606.13392).
 
     The index branch reads the layer's input detached, so its loss trains only the index projections. Set
@@ -340,7 +340,3 @@ class MSAttention(PhaseOfTraining):
     def _merge(self, out: Tensor) -> Tensor:
         out = out.transpose(1, 2).flatten(2)
         return self.o_proj(out) if self.head_shards is None else self.head_shards.project(self.o_proj, out)
-
-    if TYPE_CHECKING:
-        # `nn.Module.__call__` returns Any.
-        __call__ = forward

@@ -1,17 +1,22 @@
-"""The phase of an MSA layer's training, dense warm-up or sparse, as part of its state."""
+"""What an MSA layer is apart from its computation: the phase of training as part of its state, and a typed call."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from flexmsa import validation
 from flexmsa.config import MSAConfig
+from flexmsa.types import Requested
 
-__all__ = ["PhaseOfTraining"]
+if TYPE_CHECKING:
+    from flexmsa.cache import Cache
+    from flexmsa.distributed import SequenceShards
+
+__all__ = ["Layer"]
 
 
-class PhaseOfTraining(nn.Module):
+class Layer(nn.Module):
     """A layer with `config` and `topk`, whose state_dict and repr have the phase."""
 
     def __init__(self, config: MSAConfig) -> None:
@@ -49,3 +54,20 @@ class PhaseOfTraining(nn.Module):
         missing = args[2]
         if prefix + "_extra_state" in missing:
             missing.remove(prefix + "_extra_state")
+
+    if TYPE_CHECKING:
+        # The arguments of `MSAttention.forward`; `nn.Module.__call__` takes and returns anything.
+        def __call__(
+            self,
+            x: Tensor,
+            *,
+            cache: Cache | None = None,
+            lens: Tensor | None = None,
+            block_indices: Tensor | None = None,
+            cu_seqlens: Tensor | None = None,
+            kv_starts: Tensor | None = None,
+            with_index_loss: bool | None = None,
+            index_loss_count: Tensor | float | None = None,
+            shards: SequenceShards | None = None,
+            backend: str | None = None,
+        ) -> tuple[Tensor, Requested]: ...
