@@ -17,6 +17,8 @@ _TOGETHER = (
 def reject_wrong_layouts(**tensors: Tensor) -> None:
     """Raise ValueError if the tensors are those of an attention but for the order of heads and tokens in some.
 
+    For tensors that another check refuses, whose message would name one shape of many.
+
     Args:
         tensors: q, k, v, index_q and index_k, as far as they are known. Block indices [B, Hkv, Sq, topk] can be given
             in place of index_q. What is no tensor of four dimensions is left to other checks.

@@ -24,10 +24,13 @@ def checked_settings(
     backend: str | None,
 ) -> _core.Settings:
     """Check both branches and the settings of an attention to them, and return these with their defaults."""
-    reject_wrong_layouts(q=q, k=k, v=v, index_q=index_q, index_k=index_k)
-    validation.check_main_inputs(q, k, v, scale)
-    validation.check_index_inputs(index_q, index_k, index_scale)
-    validation.check_branches_match(q, k, index_q, index_k)
+    try:
+        validation.check_main_inputs(q, k, v, scale)
+        validation.check_index_inputs(index_q, index_k, index_scale)
+        validation.check_branches_match(q, k, index_q, index_k)
+    except ValueError:
+        reject_wrong_layouts(q=q, k=k, v=v, index_q=index_q, index_k=index_k)
+        raise
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     rule = None if topk is None else SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
     return _core.Settings(block_size, default_scale(scale, q), default_scale(index_scale, index_q), rule, backend)

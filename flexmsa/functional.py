@@ -177,8 +177,11 @@ def select_blocks(
     """
     validation.reject_context_parallel()
     validation.reject_forward_ad(index_q, index_k)
-    reject_wrong_layouts(index_q=index_q, index_k=index_k)
-    validation.check_index_inputs(index_q, index_k, e4m3=True)
+    try:
+        validation.check_index_inputs(index_q, index_k, e4m3=True)
+    except ValueError:
+        reject_wrong_layouts(index_q=index_q, index_k=index_k)
+        raise
     validation.check_settings(block_size, topk, num_local_blocks, num_init_blocks)
     if topk is None:
         raise TypeError("topk: expected an int, got None; the dense warm-up selects nothing")
@@ -262,15 +265,19 @@ def block_sparse_attention(
     """
     validation.reject_context_parallel()
     validation.reject_forward_ad(q, k, v)
-    reject_wrong_layouts(q=q, k=k, v=v, **({} if block_indices is None else {"index_q": block_indices}))
-    validation.check_main_inputs(q, k, v, scale)
+    try:
+        validation.check_main_inputs(q, k, v, scale)
+        if block_indices is not None:
+            validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
+    except ValueError:
+        given = {} if block_indices is None else {"index_q": block_indices}
+        reject_wrong_layouts(q=q, k=k, v=v, **given)
+        raise
     aux = validation.check_aux(return_aux)
     if aux.any_loss:
         raise ValueError("return_aux: expected lse or block_indices, got the loss; call flexmsa.index_loss for it")
     validation.check_settings(block_size)
     sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k)
-    if block_indices is not None:
-        validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
     choose_backend("block_sparse_attention", backend, q)
     q, k, v = ops.cast_to_autocast(q, k, v)
     settings = _core.Settings(block_size, default_scale(scale, q), backend=backend)
@@ -322,10 +329,13 @@ def index_loss(
     """
     validation.reject_context_parallel()
     validation.reject_forward_ad(q, k, index_q, index_k)
-    reject_wrong_layouts(q=q, k=k, index_q=index_q, index_k=index_k)
-    validation.check_main_inputs(q, k, k, scale)
-    validation.check_index_inputs(index_q, index_k, index_scale)
-    validation.check_branches_match(q, k, index_q, index_k)
+    try:
+        validation.check_main_inputs(q, k, k, scale)
+        validation.check_index_inputs(index_q, index_k, index_scale)
+        validation.check_branches_match(q, k, index_q, index_k)
+    except ValueError:
+        reject_wrong_layouts(q=q, k=k, index_q=index_q, index_k=index_k)
+        raise
     validation.check_settings(block_size)
     sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k)
     validation.check_lse(lse, q)

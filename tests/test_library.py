@@ -23,8 +23,9 @@ aux = flexmsa.AuxRequest(index_loss=True)
 out, aux = flexmsa.attention(q, q[:, :1], q[:, :1], index, index, block_size=4, topk=2, return_aux=aux)
 (out.sum() + aux.index_loss).backward()
 cache = flexmsa.MSACache(1, 1, 16, 16, capacity=8)
-cache.append(q[:, :1], q[:, :1], index)
-flexmsa.decode(q, cache, index, block_size=4, topk=2)
+with torch.no_grad():
+    cache.append(q[:, :1], q[:, :1], index)
+    flexmsa.decode(q, cache, index, block_size=4, topk=2)
 assert q.grad is not None and index.grad is not None
 print(*(name for name in sys.argv[1:] if name in set(sys.modules) - before))
 """
@@ -76,7 +77,7 @@ def test_operators_without_a_gradient_raise_in_the_backward():
         out.sum().backward()
     out, _ = ops.block_sparse_attention(q, k, v, None, SEQUENCES, 4, 0.25, "torch")
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"block_sparse_attention_backward.* has no gradient"):
+    with pytest.raises(RuntimeError, match=r"block_sparse_attention_backward.* has no gradient: second derivatives"):
         grad.sum().backward()
     ids = ops.select_blocks(index_q, index_k, SEQUENCES, 4, 2, 1, 0, "torch")
     assert not ids.requires_grad

@@ -1,5 +1,7 @@
 """A user's file passes a strict type checker: README's examples, and `user_types.py`."""
 
+import ast
+import inspect
 import os
 import re
 import subprocess
@@ -29,3 +31,10 @@ def test_a_users_file_is_strictly_typed(tmp_path):
     command = [sys.executable, "-m", "mypy", *options, cache, *map(str, files)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_typed_call_has_the_arguments_of_the_forward():
+    tree = ast.parse((Path(flexmsa.__file__).parent / "_layer.py").read_text())
+    (call,) = [x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef) and x.name == "__call__"]
+    typed = [argument.arg for argument in (*call.args.args, *call.args.kwonlyargs)]
+    assert typed == list(inspect.signature(flexmsa.MSAttention.forward).parameters)

@@ -283,16 +283,21 @@ class Trainer:
             folder.mkdir(parents=True)
             self.settings.save(folder / "settings.json", self.text.digest)
         dist.barrier()
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        dcp.save(self._state(), checkpoint_id=folder)
         self.saved_step = self.step
         self._say(f"saved {folder}")
 
-    def _load(self, folder: Path) -> None:
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint has of the model, but for the layers' phases, which follow from the step."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        state = {"model": model, "optimizer": optimizer}
+        weights = {name: x for name, x in model.items() if not name.endswith("_extra_state")}
+        return {"model": weights, "optimizer": optimizer}
+
+    def _load(self, folder: Path) -> None:
+        state = self._state()
         dcp.load(state, checkpoint_id=folder)
-        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        given = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **given)
         self.step = self.saved_step = step_of(folder)
         metrics = self.out / "metrics.jsonl"
         if dist.get_rank() == 0 and metrics.exists():

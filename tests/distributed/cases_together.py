@@ -15,6 +15,7 @@ from flexmsa.distributed import (
     SequenceShards,
     context_parallel_attention,
     global_index_loss_count,
+    register_fsdp_methods,
     tensor_parallel_plan,
 )
 
@@ -172,7 +173,31 @@ def check_pipeline(mesh, schedule):
     assert_same({name: p.grad for name, p in stages[here].named_parameters()}, expected)
 
 
+def check_methods_under_fsdp(mesh):
+    """`project` and `generate` gather the weights, and let a forward that calls them have the weights to its end."""
+    layer, (x, _, _) = new_layer().eval(), inputs("plain")
+    x = x.detach()
+
+    def results(layer, cache):
+        with torch.no_grad():
+            found = [*layer.project(x), layer.generate(x[:, :20], cache)[0], layer(x[:, 20:21], cache=cache)[0]]
+        return [*found, layer(x)[0]]
+
+    expected = results(layer, layer.new_cache(2, 24))
+    with pytest.raises(ValueError, match="call this after fully_shard"):
+        register_fsdp_methods(layer)
+    caches = [layer.new_cache(2, 24) for _ in range(2)]
+    fully_shard(layer, mesh=mesh)
+    with pytest.raises(RuntimeError, match="DTensor"), torch.no_grad():
+        layer.project(x)
+    layer(x)
+    register_fsdp_methods(layer)
+    for cache in caches:
+        torch.testing.assert_close(results(layer, cache), expected, rtol=1e-12, atol=1e-13)
+
+
 CASES = {
+    "methods under FSDP2": (check_methods_under_fsdp,),
     "bytes": (check_bytes,),
     **{f"pipeline {schedule.__name__}": (check_pipeline, schedule) for schedule in (ScheduleGPipe, Schedule1F1B)},
 }
