@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, StaticIndexedLayer, StaticLayer
 
 from flexmsa.config import MSAConfig
+from flexmsa.integrations.transformers.gathered import GatheredRows
 
 __all__ = [
     "INDEX_MODULES",
@@ -36,6 +37,10 @@ class IndexHeads(NamedTuple):
 
     index_q: Tensor
     index_k: Tensor
+
+    def gathered(self, rows: GatheredRows) -> "IndexHeads":
+        """Return those of rows with their tokens in front."""
+        return IndexHeads(rows.gather_queries(self.index_q), rows.gather_keys(self.index_k))
 
 
 def add_index_branch(
