@@ -103,15 +103,15 @@ def test_generation_from_pad_ids_in_a_prompt(model, cache):
 
 def test_a_chat_whose_answers_have_different_lengths(model):
     """What follows an answer that ended early is padding in the kept cache."""
-    first, second = tokens(2, 20), tokens(2, 15, seed=1)
+    # With other tokens, logits are as good as equal, and rounding decides between them.
+    first, second = tokens(2, 20, seed=1), tokens(2, 15, seed=2)
     settings = {"max_new_tokens": 10, "do_sample": False}
     cache = DynamicCache(config=model.config)
     answered = model.generate(first, past_key_values=cache, **settings)
     mask = torch.ones(2, 45, dtype=torch.bool, device=DEVICE)
     mask[1, 24:30] = False
     ids = torch.cat([answered, second], dim=1)
-    kept = copy.deepcopy(cache)
-    together = model.generate(ids, attention_mask=mask.long(), past_key_values=kept, **settings)
+    together = model.generate(ids, attention_mask=mask.long(), past_key_values=cache, **settings)
     for row in range(2):
         expected = model.generate(ids[row : row + 1, mask[row]], **settings)[0, -10:]
         assert together[row, 45:].equal(expected)
@@ -137,11 +137,11 @@ def test_positions_that_count_the_padding_or_start_anew_behind_it():
 
 
 def test_more_of_minimax_m3_against_its_own_attention():
-    """With all blocks selected, transformers' own M3 does not count blocks, so it is right with padding anywhere."""
+    """With all blocks selected, transformers' own M3 does not count blocks, so it is right with padding anywhere where
+    positions count it."""
     eager, model = (m3.make_m3(name, index_topk_blocks=99) for name in ("eager", "flexmsa"))
     ids, mask = tokens(5, LENGTH), gaps()
-    expected = eager(ids, attention_mask=mask, position_ids=counted(mask)).logits
-    assert_close(model(ids, attention_mask=mask, position_ids=counted(mask)).logits[mask], expected[mask])
+    assert_close(model(ids, attention_mask=mask).logits[mask], eager(ids, attention_mask=mask).logits[mask])
 
 
 def test_documents_with_padding_between_and_inside_them(model):

@@ -92,8 +92,8 @@ def has_gaps(filled: Tensor, start: Tensor, end: Tensor, seqlen: int, past: int 
         will_be = (end > start) & (end < past + seqlen)
         found, later, is_new = torch.stack([has_gap.any(), will_be.any(), end.new_zeros(()) + past == 0]).tolist()
         if cache is not None:
-            setattr(cache, _GAPS, found or later)
-            setattr(cache, _DOCUMENTS, not is_new and getattr(cache, _DOCUMENTS, False))
+            _remember(cache, _GAPS, found or later)
+            _remember(cache, _DOCUMENTS, not is_new and getattr(cache, _DOCUMENTS, False))
     if found and getattr(cache, _DOCUMENTS, False):
         raise ValueError(
             "attention_mask: expected no padding between tokens after several documents of a row in the cache, got "
@@ -109,4 +109,12 @@ def note_documents(cache: Cache, table: Tensor, batch: int) -> None:
         # Padding on the right has rows of the table too.
         several = int((table[:, 4] > table[:, 3]).sum()) > batch
     if several:
-        setattr(cache, _DOCUMENTS, True)
+        _remember(cache, _DOCUMENTS, True)
+
+
+def _remember(cache: Cache, name: str, value: bool) -> None:
+    """Set an attribute that is there only if it is True: an exported graph wants caches with the same attributes."""
+    if value:
+        setattr(cache, name, True)
+    elif hasattr(cache, name):
+        delattr(cache, name)
