@@ -56,7 +56,7 @@ def token_bounds(filled: Tensor) -> tuple[Tensor, Tensor]:
     """
     key = torch.arange(filled.shape[1], device=filled.device)
     end = torch.where(filled, key + 1, 0).amax(1)
-    return torch.minimum(torch.where(filled, key, len(key)).amin(1), end), end
+    return torch.minimum(torch.where(filled, key, filled.shape[1]).amin(1), end), end
 
 
 def has_gaps(filled: Tensor, start: Tensor, end: Tensor, seqlen: int, past: int | Tensor, cache: Cache | None) -> bool:

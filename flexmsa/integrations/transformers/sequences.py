@@ -62,7 +62,7 @@ def find_sequences(
     table = row_table(bounds, position_ids, tokens, past)
     _note_documents(cache, table, tokens)
     is_whole = mask is None and ends_with_last_key and isinstance(past, int) and past == 0
-    return None if is_whole and len(table) == len(tokens) else table
+    return None if is_whole and table.shape[0] == tokens.shape[0] else table
 
 
 def document_table(cu_seqlens: Tensor, tokens: Tensor, past: int | Tensor) -> Tensor:
@@ -165,7 +165,8 @@ def _table(
     else:
         begins = rows * seqlen
     num_tokens = torch.full_like(rows, seqlen) if num_tokens is None else num_tokens
-    ends = torch.cat([begins[1:], torch.full_like(begins[:1], batch * seqlen)])
+    # Not of begins[1:], which in a traced graph would be of one row less than the batch.
+    ends = torch.cat([begins, torch.full_like(begins[:1], batch * seqlen)])[1:]
     row = (begins // seqlen).clamp(max=batch - 1)
     q_start, q_end = begins - row * seqlen, ends - row * seqlen
     sees_keys = (q_start < num_tokens[row]) & (q_start < q_end)
