@@ -172,15 +172,15 @@ def _with_index_keys(cache: Cache, layer_idx: int) -> Any:
         kind = _quantized_layer(type(layer))
         made = kind.__new__(kind)
         DynamicIndexedLayer.__init__(made)
-    length = layer.get_seq_length() if layer.is_initialized else 0
-    in_graph = isinstance(length, Tensor) and torch.compiler.is_compiling()
-    if made is None or (not in_graph and length != 0):
+    length: Any = layer.get_seq_length() if layer.is_initialized else 0
+    if isinstance(length, Tensor) and torch.compiler.is_compiling():
+        torch._assert_async(length == 0, "cache: expected an empty StaticCache, got one without index keys")
+        length = 0
+    if made is None or length != 0:
         raise ValueError(
             f"cache: expected an empty DynamicCache, StaticCache or QuantizedCache, or one that this model filled, got "
             f"{layer} in layer {layer_idx} of a {type(cache).__name__}; it has no index keys of the earlier tokens"
         )
-    if in_graph:
-        torch._assert_async(length == 0, "cache: expected an empty StaticCache, got one without index keys")
     # Its settings, and what `early_initialization` allocated.
     for name, value in vars(layer).items():
         setattr(made, name, value)
