@@ -184,8 +184,7 @@ def _attend(
     request = loss = None
     if index_losses is not None:
         request = LossRequest(index_losses.deferred.get(number), index_losses.count, head_mesh(module))
-    if observe is not None:
-        observe(query, key, attention_mask, scale)
+    observed = query, key
     rows = attention_mask if isinstance(attention_mask, GatheredRows) else None
     if rows is not None:
         query, key, value = rows.gather_queries(query), rows.gather_keys(key), rows.gather_keys(value)
@@ -200,6 +199,9 @@ def _attend(
         out, loss = _attend_sparsely(query, key, value, block_indices, table, scale, request)
     if index_losses is not None and loss is not None:
         index_losses.record(number, loss)
+    if observe is not None:
+        # After the attention: a checkpointed layer, which is not measured again, recomputes what it saved in order.
+        observe(*observed, attention_mask, scale)
     if rows is not None:
         out = rows.restore(out)
     return out.transpose(1, 2).contiguous(), None
