@@ -22,7 +22,8 @@ from transformers import (
 from flexmsa.config import MSAConfig
 from flexmsa.integrations.transformers.attention import IMPLEMENTATION
 from flexmsa.integrations.transformers.auto import PREFIX, converted_config, dense_architecture
-from flexmsa.integrations.transformers.convert import install, model_sizes, msa_config
+from flexmsa.integrations.transformers.convert import install, msa_config
+from flexmsa.integrations.transformers.dense_models import model_sizes
 from flexmsa.integrations.transformers.index_branch import is_index_weight
 
 __all__ = ["from_pretrained", "register_loader"]
@@ -55,6 +56,7 @@ def from_pretrained(
     Raises:
         ValueError: the checkpoint is of a dense model, has no index weights, or has other settings; the message names
             the differences.
+        RuntimeError: weights of the dense model have other shapes.
     """
     where = {name: kwargs[name] for name in _WHERE if name in kwargs}
     config = kwargs.pop("config", None)
@@ -146,8 +148,10 @@ def _check_loaded(path: str | Path, found: dict[str, Any], other_shapes: bool) -
             f"{path}: expected the weights of every index branch, but {len(missing)} are missing, such as {missing[0]}"
         )
     if found["mismatched_keys"] and not other_shapes:
-        name, there, here = sorted(found["mismatched_keys"])[0]
-        raise ValueError(
+        name, there, here = min(found["mismatched_keys"], key=lambda key: (not is_index_weight(key[0]), key))
+        # transformers raises a RuntimeError for weights of the dense model.
+        error = ValueError if is_index_weight(name) else RuntimeError
+        raise error(
             f"{path}: expected weights of the shapes that its config.json asks for, but {name} is {list(there)} there "
             f"and {list(here)} here"
         )

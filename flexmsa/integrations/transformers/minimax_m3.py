@@ -21,7 +21,13 @@ from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as modeling
 from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection, check_shards, register_attention
 from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
 from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch
-from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
+from flexmsa.integrations.transformers.losses import (
+    IndexLosses,
+    IndexLossValue,
+    defer_losses,
+    prepare_checkpointing,
+    prepare_init_weights,
+)
 from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
 from flexmsa.integrations.transformers.sequences import find_sequences
 from flexmsa.integrations.transformers.versions import CACHE, cache_name, check_parameters
@@ -52,6 +58,7 @@ def register() -> None:
     modeling.MiniMaxM3VLAttention.__init__ = _attention_init(  # type: ignore[method-assign]
         modeling.MiniMaxM3VLAttention.__init__
     )
+    prepare_init_weights(modeling.MiniMaxM3VLPreTrainedModel)
     for changed, wrap, parameters in (
         (modeling.MiniMaxM3VLIndexer, _indexer_forward, INDEXER),
         (modeling.MiniMaxM3VLTextModel, _text_model_forward, TEXT_MODEL),
