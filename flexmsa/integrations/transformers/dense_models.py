@@ -69,7 +69,9 @@ def attention_modules(model: PreTrainedModel) -> dict[int, Any]:
 def _check_attention(module: Any) -> None:
     """Raise if an attention module does what flexmsa cannot."""
     kind = type(module)
-    has_rope = hasattr(sys.modules[kind.__module__], "apply_rotary_pos_emb")
+    rope = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
+    # Of q, k, cos and sin; in some models it rotates one tensor, in some the attention does not call it.
+    has_rope = rope is not None and len(inspect.signature(rope).parameters) >= 4
     if not has_rope or "position_embeddings" not in inspect.signature(kind.forward).parameters:
         raise ValueError(f"model: expected attention with RoPE, got {kind.__name__} without it")
     if hasattr(module, "indexer"):

@@ -71,19 +71,29 @@ def from_pretrained(
         )
     if settings is not None:
         _check_same_settings(path, {**stored, **model_sizes(config.get_text_config())}, settings)
-    return _loader(dense_architecture(path, config)).from_pretrained(path, config=config, **{**where, **kwargs})
+    return _loader_of(path, config).from_pretrained(path, config=config, **{**where, **kwargs})
 
 
 def register_loader(config: Any) -> None:
     """Let the Auto classes of a converted model's architecture load models with this kind of configuration."""
     kind = next((suffix for suffix in _AUTO if (config.architectures or [""])[0].endswith(suffix)), None)
     for auto in () if kind is None else _AUTO[kind]:
-        auto.register(type(config), _loader(dense_architecture("config.json", config)), exist_ok=True)
+        auto.register(type(config), _loader_of("config.json", config), exist_ok=True)
+
+
+def _loader_of(path: Any, config: Any) -> Any:
+    kind = type(config)
+    return _loader(dense_architecture(path, config), kind if PREFIX in kind.__name__ else converted_config(kind))
 
 
 @functools.cache
-def _loader(architecture: Any) -> Any:
-    """A class whose constructor adds the index branch, so that from_pretrained loads its weights like all others."""
+def _loader(architecture: Any, config_class: Any) -> Any:
+    """A class whose constructor adds the index branch, so that from_pretrained loads its weights like all others.
+
+    Args:
+        architecture: the class of the dense model, which several classes of configurations may share.
+        config_class: a class of converted configurations.
+    """
 
     def init(self: Any, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
         stored = config.get_text_config().flexmsa
@@ -115,7 +125,7 @@ def _loader(architecture: Any) -> Any:
     own: dict[str, Any] = {
         "__init__": init,
         "__module__": architecture.__module__,
-        "config_class": converted_config(architecture.config_class),
+        "config_class": config_class,
         "from_pretrained": classmethod(load),
     }
     # transformers looks up how weights are renamed by the name of the class.
