@@ -1,6 +1,7 @@
 """Launches on a GPU: nothing compiles after the first use of a problem, on any device, whatever the addresses."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 import flexmsa
 from flexmsa.kernels.triton.common.launch import num_compiled
+from flexmsa.kernels.triton.selection import work_counters
 from flexmsa.testing import assert_close
 
 HEADS, KV_HEADS, DEPTH, TOPK = 16, 2, 128, 4
@@ -61,6 +63,7 @@ def launch_errors() -> Iterator[str]:
         print(f"{name}: {first} kernels compiled by the first call, {later} by other lengths", flush=True)
         if later:
             yield f"{name}: {later} kernels compiled again for other lengths"
+    yield from graph_errors()
     expected = train(inputs(1000))
     if not all(map(torch.equal, train(inputs(1000, offset=8)), expected)):
         yield "tensors 16 bytes behind an address: other results"
@@ -69,6 +72,20 @@ def launch_errors() -> Iterator[str]:
         found = train(inputs(1000, f"cuda:{number}"))
         if not all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(found, expected, strict=True)):
             yield f"cuda:{number}: other results than on cuda:0"
+
+
+def graph_errors() -> Iterator[str]:
+    """A decoding step whose first run is the one before torch.compile captures a graph, beside the eager step."""
+    q, k, v, index_q, index_k = (x.detach() for x in inputs(3000))
+    newest = q[:, :, -1:].contiguous(), k, v, index_q[:, :, -1:].contiguous(), index_k
+    work_counters._counters_of.cache_clear()
+    work_counters._reserves.clear()
+    step = torch.compile(partial(flexmsa.attention, topk=TOPK), mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for run in range(4):
+            out = step(*newest).clone()
+            if not torch.equal(out, flexmsa.attention(*newest, topk=TOPK)):
+                yield f"run {run} of a captured decoding step: other results than the eager step"
 
 
 def unaligned_errors() -> Iterator[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from flexmsa import dense, flex, ops, reference
 from flexmsa._sequences import Sequences
 from flexmsa.backends import choose_backend, dense_backend, step_backend
-from flexmsa.kernels.rules import SelectionRule
+from flexmsa.kernels.rules import FEW_QUERIES, SelectionRule
 from flexmsa.types import AuxOutput, AuxRequest
 
 __all__ = ["Settings", "attention", "index_loss", "main_branch", "requested", "select_blocks"]
@@ -57,6 +57,11 @@ def attention(
     lse: Tensor | None
     loss: Tensor | None = None
     with_loss = aux.any_loss
+    if block_indices is None and not with_loss:
+        decoded = _decode(*branches, sequences, settings)
+        if decoded is not None:
+            out, lse, block_indices = decoded
+            return out, requested(aux, lse, block_indices)
     number = loss_count
     if aux.index_loss_sum and loss_count is None:
         number = sequences.count(k.shape[1])
@@ -79,6 +84,23 @@ def attention(
             main = q, k, index_q, index_k
             loss = index_loss(*main, block_indices, lse, sequences, settings, loss_value, loss_count)
         return out, requested(aux, lse, block_indices, loss, number)
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, index_q: Tensor, index_k: Tensor, sequences: Sequences, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return out, lse and block_indices of a few queries without gradients, by one operator with fewer launches.
+
+    None if that does not take these inputs.
+    """
+    rule = settings.rule
+    if rule is None or q.shape[2] > FEW_QUERIES or _needs_grad(q, k, v, index_q, index_k):
+        return None
+    backend = choose_backend("block_sparse_attention", settings.backend, q)
+    if backend not in ("torch", "triton"):
+        return None
+    numbers = rule.block_size, rule.topk, rule.num_local_blocks, rule.num_init_blocks, settings.scale
+    return ops.select_and_attend(q, index_q, k, v, index_k, sequences.table, *numbers, backend)
 
 
 def _expected_step(

@@ -5,6 +5,8 @@ from typing import Any
 
 # The largest topk of the Triton kernels: longer lists take minutes to compile, and do not fit the shared memory.
 MOST_BLOCKS = 512
+# The most queries per row that gather their own blocks: a few share hardly any.
+FEW_QUERIES = 16
 
 
 @dataclass(frozen=True)

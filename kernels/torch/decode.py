@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmsa.kernels.rules import SelectionRule
+from flexmsa.kernels.rules import FEW_QUERIES, SelectionRule
 from flexmsa.kernels.torch import fp8
 from flexmsa.kernels.torch.attention import block_sparse_attention_forward
 from flexmsa.kernels.torch.packing import (
@@ -22,8 +22,6 @@ from flexmsa.kernels.torch.packing import (
 )
 from flexmsa.kernels.torch.selection import select_blocks
 
-# The most queries per row that gather their blocks.
-FEW_QUERIES = 16
 # Dtypes for the fused kernel: conversion to float32 would take longer than everything else. For float32 itself, plain
 # products are as fast.
 _FUSED = (torch.bfloat16, torch.float16)

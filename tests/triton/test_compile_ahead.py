@@ -23,7 +23,7 @@ from flexmsa.kernels.triton.common.target import assume_target
 from flexmsa.kernels.triton.layer import decode, train
 from flexmsa.kernels.triton.selection.launch import TRAINING_VARIANTS, VARIANTS, select_blocks, select_on_meta
 from flexmsa.kernels.triton.selection.merge import merge_kernel
-from flexmsa.kernels.triton.serving.launch import attend_on_meta
+from flexmsa.kernels.triton.serving.launch import attend_blocks, attend_on_meta, select_and_attend
 from flexmsa.testing import fuzz
 from flexmsa.testing.launches import (
     TARGETS,
@@ -95,6 +95,7 @@ def events(monkeypatch):
     """What a GPU's process compiles and launches, in order, on meta tensors."""
     found = []
     monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_begun", set())
     for module in (launch, compiled):
         monkeypatch.setattr(module, "Compiled", lambda name: Compiled(name, found))
     monkeypatch.setattr(compiled.Source, "compile", lambda self, target: self.name)
@@ -140,6 +141,44 @@ def test_the_first_launch_compiles_the_whole_step(events, sizes, loss_in_backwar
     assert count > 15 and "compiled" not in kinds[count:]
     step()
     assert kinds.count("compiled") == count
+
+
+@pytest.mark.parametrize("after_selection", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"num_heads": 16, "num_kv_heads": 8}, {"num_heads": 6, "block_size": 48}], ids=str
+)
+def test_decoding_compiles_nothing_after_its_first_token(events, sizes, tokens, batch, after_selection):
+    """From keys that are made anew for each token, as transformers' DynamicCache does, or that keep their room.
+
+    after_selection: other calls have compiled the kernels of the first token.
+    """
+    layer = Layer(**({"num_kv_heads": 2} | sizes))
+
+    def step(keys):
+        def vectors(heads, count):
+            return meta(batch, heads, count, 128, dtype=layer.dtype)
+
+        queries = vectors(layer.num_heads, tokens), vectors(layer.num_kv_heads, tokens)
+        k, index_k = vectors(layer.num_kv_heads, keys), vectors(1, keys)
+        call = partial(select_and_attend, *queries, k, k, index_k, meta(batch, 5), layer.rule, 0.1)
+        with launch.expected(call):
+            call()
+
+    if after_selection:
+        k, index_k = (meta(batch, heads, tokens, 128, dtype=layer.dtype) for heads in (layer.num_kv_heads, 1))
+        q, index_q = (
+            meta(batch, heads, tokens, 128, dtype=layer.dtype) for heads in (layer.num_heads, layer.num_kv_heads)
+        )
+        ids = select_blocks(index_q, index_k, meta(batch, 5), layer.rule)
+        attend_blocks(q, k, k, ids, meta(batch, 5), layer.block_size, 0.1)
+    step(tokens)
+    count = len(names(events, "compiled"))
+    assert count >= 3
+    for keys in (*range(tokens, 700), *range(700, 12000, 333), *(1 << n for n in range(12, 21))):
+        step(keys)
+        assert len(names(events, "compiled")) == count, keys
 
 
 def test_without_an_expected_step_a_launch_compiles_its_own_kernel(events):

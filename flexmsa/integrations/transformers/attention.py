@@ -25,6 +25,7 @@ from flexmsa.distributed.gradients import total, with_total
 from flexmsa.distributed.shards import SequenceShards
 from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch, num_groups
 from flexmsa.integrations.transformers.losses import IndexLosses
+from flexmsa.integrations.transformers.paged import PagedBatch
 from flexmsa.integrations.transformers.tensor_parallel import head_mesh
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.types import AuxOutput, AuxRequest
@@ -140,13 +141,15 @@ def _attend(
     index_losses: IndexLosses | None = None,
     observe: Callable[[Tensor, Tensor, Tensor | None, float], None] | None = None,
     shards: SequenceShards | None = None,
+    paged: PagedBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D] to out [B, Sq, Hq, D], and None for weights.
 
     If `module.flexmsa_fallback` names another implementation, that one attends (in layers with a sliding window, for
     example). `observe` is called with query, key, the table of sequences and scaling. With `shards`, q, k and v are
-    this process's tokens.
+    this process's tokens. With `paged`, they are tokens of several requests; some versions of transformers have their
+    earlier keys and values in k and v already.
     """
     if not hasattr(module, "flexmsa_fallback"):
         raise NotImplementedError(
@@ -172,6 +175,11 @@ def _attend(
         raise NotImplementedError(f"attention_dropout: expected 0, got {dropout}; set config.attention_dropout = 0")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     number: Any = module.layer_idx
+    if paged is not None and "cache" in kwargs:
+        key, value = paged.update(number, key, value)
+    if paged is not None and block_indices is not None:
+        index_q, index_k = block_indices.heads
+        block_indices = block_indices._replace(heads=IndexHeads(index_q, paged.update_index(number, index_k)))
     request = loss = None
     if index_losses is not None:
         request = LossRequest(index_losses.deferred.get(number), index_losses.count, head_mesh(module))

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmsa.config import MSAConfig
-from flexmsa.integrations.transformers.attention import IMPLEMENTATION, check_shards, register_attention
+from flexmsa.integrations.transformers.attention import IMPLEMENTATION, check_shards
 from flexmsa.integrations.transformers.auto import PREFIX, converted_config
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
 from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
@@ -121,7 +121,6 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
     """Convert as `convert` does, without its checks."""
     from flexmsa.integrations.transformers.loading import register_loader
 
-    register_attention()
     _own_config(model)
     if not model.config.architectures:
         model.config.architectures = [type(model).__name__]

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from flexmsa.config import MSAConfig
-from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection, register_attention
+from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection
+from flexmsa.integrations.transformers.batching import register_implementation
 from flexmsa.integrations.transformers.health import LayerHealth, measure, untrained_heads
 from flexmsa.integrations.transformers.index_branch import IndexHeads, cache_index_keys, has_index_branch, project_index
+from flexmsa.integrations.transformers.paged import PagedBatch, paged_batch
 from flexmsa.integrations.transformers.sequences import find_sequences
 from flexmsa.integrations.transformers.versions import CACHE, cache_of, check_parameters
 
@@ -34,6 +36,7 @@ class ForwardPass:
         health: layer number -> the result.
         sequences: the table of sequences, None if every row is one sequence; valid if `has_sequences`, which the first
             layer sets.
+        paged: the batch of requests of continuous batching, which the first layer sets.
     """
 
     has_positions: bool = True
@@ -41,6 +44,7 @@ class ForwardPass:
     health: dict[int, LayerHealth] = field(default_factory=dict)
     sequences: Tensor | None = None
     has_sequences: bool = False
+    paged: PagedBatch | None = None
 
 
 class Report(NamedTuple):
@@ -102,7 +106,7 @@ class Conversion:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A model that was pickled may arrive in a process that has converted none.
-        register_attention()
+        register_implementation()
         self.__dict__.update(state)
 
     def selection(self, heads: IndexHeads) -> Selection:
@@ -120,6 +124,7 @@ class Conversion:
 
 def hook_attention(module: nn.Module, conversion: Conversion, fallback: str | None) -> None:
     """Let `module`, with or without an index branch, attend through flexmsa, or through `fallback` if not None."""
+    register_implementation()
     check_parameters(type(module).forward, "hidden_states", CACHE)
     # As attributes of the module, both are copied together with the model.
     module.msa = conversion  # type: ignore[assignment]
@@ -140,11 +145,13 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple
     kwargs["attention_mask"] = (
         _sequences(forward_pass, hidden_states, cache, module.layer_idx, kwargs) if whole else None
     )
+    if forward_pass.paged is not None:
+        kwargs["paged"] = forward_pass.paged
     if not has_index_branch(module):
         return args, kwargs
     rope = kwargs["position_embeddings"]
     heads = project_index(module, module, hidden_states, rope)
-    if cache is not None:
+    if cache is not None and forward_pass.paged is None:
         heads = IndexHeads(heads.index_q, cache_index_keys(cache, module.layer_idx, heads.index_k))
     kwargs["block_indices"] = module.msa.selection(heads)
     # A checkpointed layer runs again in the backward pass, but is measured only once.
@@ -174,6 +181,12 @@ def _sequences(
     if forward_pass.has_sequences:
         found = forward_pass.sequences
         return None if found is None else found.to(hidden_states.device)
+    paged = paged_batch(hidden_states, cache, kwargs)
+    if paged is not None:
+        if forward_pass.with_health:
+            raise ValueError("with_health: expected False in generate_batch, got True; measure with generate")
+        forward_pass.paged, forward_pass.sequences, forward_pass.has_sequences = paged, paged.table, True
+        return paged.table
     position_ids = kwargs.get("position_ids") if forward_pass.has_positions else None
     mask, cu_seqlens = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
     sequences = find_sequences(hidden_states, mask, position_ids, cu_seqlens, cache, layer_idx)

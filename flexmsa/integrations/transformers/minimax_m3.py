@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as modeling
 
-from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection, check_shards, register_attention
+from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection, check_shards
+from flexmsa.integrations.transformers.batching import register_implementation
 from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
 from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch
 from flexmsa.integrations.transformers.losses import (
@@ -29,6 +31,7 @@ from flexmsa.integrations.transformers.losses import (
     prepare_init_weights,
 )
 from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
+from flexmsa.integrations.transformers.paged import paged_batch
 from flexmsa.integrations.transformers.sequences import find_sequences
 from flexmsa.integrations.transformers.versions import CACHE, cache_name, check_parameters
 
@@ -51,7 +54,7 @@ def register() -> None:
     >>> "flexmsa" in AttentionInterface().valid_keys()
     True
     """
-    register_attention()
+    register_implementation()
     modeling.MiniMaxM3VLAttention.flexmsa_fallback = None  # type: ignore[attr-defined]
     # The vision tower is not causal.
     modeling.MiniMaxM3VLVisionAttention.flexmsa_fallback = "sdpa"  # type: ignore[attr-defined]
@@ -105,7 +108,14 @@ def _text_model_forward(forward: Callable) -> Callable:
             padding = next(iter(attention_mask.values())) if isinstance(attention_mask, dict) else attention_mask
             documents = kwargs.get("cu_seq_lens_q")
             table = None
-            if kwargs.get("shards") is None:
+            paged = paged_batch(tokens, cache, kwargs)
+            if paged is not None:
+                table = paged.table
+                kwargs["paged"] = paged
+                if name != CACHE:
+                    # The attention function takes it from there, as transformers' own do.
+                    kwargs[CACHE], cache = cache, None
+            elif kwargs.get("shards") is None:
                 table = find_sequences(tokens, padding, position_ids, documents, cache)
             else:
                 check_shards(kwargs["shards"], padding, position_ids)
@@ -169,7 +179,7 @@ def _indexer_forward(forward: Callable) -> Callable:
         index_q, index_k = modeling.apply_rotary_pos_emb(
             heads(self.q_proj, self.q_norm), heads(self.k_proj, self.k_norm), cos, sin
         )
-        if cache is not None:
+        if cache is not None and not isinstance(cache, PagedAttentionCache):
             index_k = cache.layers[self.layer_idx].update_index(index_k)
         return Selection(IndexHeads(index_q, index_k), self.block_size, self.topk_blocks, self.local_blocks)
 

@@ -8,7 +8,7 @@ and for the first launch of a step that is `expected`.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextvars import ContextVar, Token
 from typing import Any, NamedTuple
 
@@ -140,6 +140,7 @@ def signature_of(x: Any, place: tuple[int, ...], constants: dict[tuple[int, ...]
 
 
 _compiled: dict[Any, Compiled] = {}
+_begun: set[Hashable] = set()
 _recording: ContextVar[Any] = ContextVar("recording", default=None)
 _is_ahead: ContextVar[bool] = ContextVar("is_ahead", default=False)
 _step: ContextVar[Callable[[], object] | None] = ContextVar("step", default=None)
@@ -183,6 +184,18 @@ def for_one_length() -> Iterator[None]:
         yield
     finally:
         _is_ahead.reset(token)
+
+
+def compile_other_lengths(key: Hashable) -> None:
+    """Compile all that the expected step launches, for other lengths too, if none with this key did yet.
+
+    A step whose first launches were compiled by another one would otherwise compile the rest when it needs it.
+    """
+    step = _step.get()
+    if step is None or key in _begun or _recording.get() is not None or torch.cuda.is_current_stream_capturing():
+        return
+    _begun.add(key)
+    compile_ahead([step])
 
 
 def num_compiled() -> int:

@@ -7,6 +7,7 @@ other, have the same counters. A captured graph runs on any stream at any time, 
 
 import functools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -32,16 +33,29 @@ def work_counters(number: int, device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _counters_of(device: torch.device, stream: int, number: int) -> torch.Tensor:
-    return torch.zeros(number, dtype=torch.int32, device=device)
+    return _zeros(number, device)
 
 
 def _fill_reserve(device: torch.device) -> None:
     """Fill the reserve, outside of captures: in one, the memory would be the graph's, and each run would zero it."""
-    counters = torch.zeros(RESERVE, dtype=torch.int32, device=device)
-    # Any stream may use them from now on.
-    torch.cuda.current_stream(device).synchronize()
+    counters = _zeros(RESERVE, device)
     with _lock:
         _reserves[device] = counters
+
+
+def _zeros(number: int, device: torch.device) -> torch.Tensor:
+    """That many zeros, which any stream may use.
+
+    Made by another thread: before torch.compile captures a graph, memory of this thread and stream is that graph's.
+    """
+
+    def make() -> torch.Tensor:
+        counters = torch.zeros(number, dtype=torch.int32, device=device)
+        torch.cuda.current_stream(device).synchronize()
+        return counters
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(make).result()
 
 
 def _own_counters(number: int, device: torch.device) -> torch.Tensor:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ...problem import Problem
-from ...rules import MOST_BLOCKS, SelectionRule
+from ...rules import FEW_QUERIES, MOST_BLOCKS, SelectionRule
 from ..common.fp8 import Cache
-from ..common.launch import Launch, Options, for_one_length, is_ahead, on_meta, view
+from ..common.launch import Launch, Options, compile_other_lengths, for_one_length, is_ahead, on_meta, view
 from ..common.records import Scales, pages_of
 from ..common.target import target_of
 from ..common.tiles import tile_table
@@ -19,9 +19,9 @@ from .attend import Results, attend_constants, attend_kernel
 from .combine import combine_constants, combine_splits
 from .config import AttendConfig, default_config
 
-# With more queries per sequence, and more pairs of a query and a group in all, the tiles of `forward` gain more from
-# sharing the loads of neighbours than their many launches cost: measured on an H200 at M3's shape.
-FEW_QUERIES, FEW_ROWS = 16, 4000
+# With more than FEW_QUERIES per row, and more pairs of a query and a group than these, the tiles of `forward` gain more
+# from sharing the loads of neighbours than their many launches cost: measured on an H200 at M3's shape.
+FEW_ROWS = 4000
 # Longer lists are merged once, in a kernel of its own, and not by each program of the attention.
 LONGEST_MERGED = 32
 
@@ -148,6 +148,9 @@ def select_and_attend(
         queries, stored = (on_meta(q), on_meta(index_q)), (k, v, index_k, k_scale, v_scale, index_k_scale)
         for number in VARIANTS:
             attend_on_meta(queries, stored, page_table, on_meta(sequences), rule, scale, number)
+    else:
+        sizes = q.shape[1:], index_q.shape[1:], q.dtype, k.dtype, index_k.dtype, page_table is None
+        compile_other_lengths((q.device, *sizes, rule))
     ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale)
     cache = Cache(page_table, k_scale, v_scale)
     out, lse = attend(q, k, v, cache, Chosen(ids, lists), sequences, rule.block_size, scale)
