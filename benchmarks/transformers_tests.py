@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .gpu_tables import ROOT, load_result, markdown
+from benchmarks.gpu_tables import ROOT, load_result, markdown
 
 FILES = {
     "m3": "tests/models/minimax_m3_vl/test_modeling_minimax_m3_vl.py",
@@ -55,6 +55,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=FILES, default=list(FILES))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--reuse", action="store_true", help="do not run tests again whose outcomes are there")
+    parser.add_argument("--tests", help="what the tests are of, where it is not one version of transformers")
     parser.add_argument("pytest", nargs="*", help="arguments of pytest, such as -- -k generate; writes no summary")
     found = parser.parse_args(arguments)
     for model in found.models:
@@ -74,7 +75,7 @@ def run(model: str, with_flexmsa: bool, options: argparse.Namespace) -> dict[str
         command = [sys.executable, "-m", "pytest", FILES[model], "-q", "-W", "ignore", "--tb=no", "--show-capture=no"]
         command += ["-p", "no:cacheprovider", "-p", "benchmarks.transformers_plugin", f"--flexmsa-results={path}"]
         command += ["-k", f"not ({aside})", *options.pytest]
-        if importlib.util.find_spec("xdist"):
+        if options.processes > 1 and importlib.util.find_spec("xdist"):
             command += ["-n", str(options.processes)]
         if with_flexmsa:
             command.append(f"--flexmsa-model={model}")
@@ -139,7 +140,7 @@ def transformers_tests() -> str:
         for name, row in result["models"].items()
         for test, error in row["failed"].items()
     ]
-    versions = "transformers {transformers}, its tests of {tests}, torch {torch}.\n\n".format(**result["versions"])
+    versions = "transformers {transformers}, tests of {tests}, torch {torch}.\n\n".format(**result["versions"])
     return versions + markdown(head, rows) + "\n\n" + markdown(["tests of", "test that fails", "why"], failed)
 
 
@@ -167,7 +168,10 @@ def main(arguments: list[str] | None = None) -> int:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     if not options.pytest:
         before = json.loads(RESULT.read_text())["models"] if RESULT.exists() else {}
-        summary = {"versions": {**versions, "tests": tests_version(options.path)}, "models": {**before, **models}}
+        summary = {
+            "versions": {**versions, "tests": options.tests or tests_version(options.path)},
+            "models": {**before, **models},
+        }
         RESULT.write_text(json.dumps(summary, indent=1) + "\n")
     return 1 if unexplained else 0
 
