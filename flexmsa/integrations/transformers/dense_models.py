@@ -92,6 +92,19 @@ def _check_attention(module: Any) -> None:
             raise ValueError(f"model: expected no {name}, which flexmsa cannot do, in {kind.__name__}")
 
 
+class _Calls(ast.NodeVisitor):
+    """Finds whether each call of `callee` hands on keyword arguments."""
+
+    def __init__(self, callee: str) -> None:
+        self.callee = callee
+        self.hand_on: list[bool] = []
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if ast.unparse(node.func) == self.callee:
+            self.hand_on.append(any(keyword.arg is None for keyword in node.keywords))
+        self.generic_visit(node)
+
+
 @functools.cache
 def _check_keywords(forward: Callable, callee: str) -> None:
     """Raise unless `forward` hands its keyword arguments on to `callee`: they hold the index heads, and documents."""
@@ -100,9 +113,9 @@ def _check_keywords(forward: Callable, callee: str) -> None:
     except OSError:
         # A class without a file: then the first forward pass raises.
         return
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    called = [call for call in calls if ast.unparse(call.func) == callee]
-    if not called or not all(any(keyword.arg is None for keyword in call.keywords) for call in called):
+    found = _Calls(callee)
+    found.visit(ast.parse(source))
+    if not found.hand_on or not all(found.hand_on):
         raise ValueError(
             f"model: expected {forward.__qualname__} to call {callee}(..., **kwargs), got one that does not pass "
             "keyword arguments to its attention: flexmsa cannot reach it, and this model has to stay dense"

@@ -82,8 +82,9 @@ def register_loader(config: Any) -> None:
 
 
 def _loader_of(path: Any, config: Any) -> Any:
-    kind = type(config)
-    return _loader(dense_architecture(path, config), kind if PREFIX in kind.__name__ else converted_config(kind))
+    kind: Any = type(config)
+    converted: Any = kind if PREFIX in kind.__name__ else converted_config(kind)
+    return _loader(dense_architecture(path, config), converted)
 
 
 @functools.cache
