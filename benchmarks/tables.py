@@ -93,6 +93,25 @@ def kernels_targets() -> str:
     return markdown(["kernel", *targets], [[name, *(cells[name, target] for target in targets)] for name in names])
 
 
+def gpu_generation() -> str:
+    found = load_result("generation-h200.json")
+    times = {(row["model"], row["keys"], row["way"], row["kind"]): row["ms"] for row in found["rows"]}
+    rows = []
+    for (model, keys, way, kind), ms in times.items():
+        dense = times.get((model, keys, way, "dense"))
+        if kind == "flexmsa" and dense is not None:
+            rows.append([model, f"{keys // 1024}K", way, f"{ms:.2f} ms", f"{dense:.2f} ms", f"{dense / ms:.1f}x"])
+    machine = "{gpu}, torch {torch}, triton {triton}, transformers {transformers}.\n\n".format(**found["machine"])
+    table = markdown(["model", "keys", "way", "flexmsa", "dense", "speedup"], rows)
+    host = [
+        f"- {row['model']}: {row['ms']:.2f} ms of the host per layer (goal {row['bar']:g}), on one where `x + 1` takes "
+        f"{row['op_us']:.1f} us."
+        for row in found["rows"]
+        if row["kind"] == "attention function"
+    ]
+    return "\n".join([machine + table, "", "flexmsa's attention function in an eager step:", "", *host])
+
+
 def fp8_selection() -> str:
     rows = [
         [f"{row['seqlen'] // 1024}K", row["in e4m3"], f"{row['ids_that_differ']:.1%}", f"{row['score_recall']:.2%}"]
@@ -143,7 +162,7 @@ def summary() -> str:
 
 
 CPU_TABLES = cpu_machine, cpu_table, cpu_memory, cpu_decode, cpu_few
-OWN_TABLES = *CPU_TABLES, transformers_tests, fp8_selection, kernels_sm_90, kernels_targets, summary
+OWN_TABLES = *CPU_TABLES, gpu_generation, transformers_tests, fp8_selection, kernels_sm_90, kernels_targets, summary
 # Name on the pages -> the function that makes the table: "gpu peers" -> gpu_peers.
 TABLES = {make.__name__.replace("_", " ", 1): make for make in (*OWN_TABLES, *GPU_TABLES)}
 

@@ -9,6 +9,7 @@ import torch
 
 from flexmsa import __main__, ops, reference
 from flexmsa.testing import Case, assert_close, check_case, fuzz
+from flexmsa.testing.check import teacher_term
 
 
 def test_assert_close_reports_an_error_and_its_index():
@@ -177,6 +178,22 @@ def test_a_wrong_gradient_is_found_without_the_oracle(monkeypatch, values):
     case = Case(seqlen_q=60, seqlen_k=60, values=values, dtype="bfloat16")
     with pytest.raises(AssertionError, match="gradient of k: got 0 for"):
         check_case(case, numpy_oracle=False)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 400])
+def test_the_loss_may_be_off_by_the_rounding_of_the_teacher(rows):
+    """P in float16, as the backward leaves it; the other rounding errors of the loss are far smaller."""
+    case, lse = Case(group_size=4), torch.zeros(rows * 4)
+    torch.manual_seed(rows)
+    shares = []
+    for _ in range(200):
+        teacher, student = (torch.randn(rows, 3, dtype=torch.float64) * size for size in (0.3, 3))
+        teacher, student = teacher.softmax(-1), student.softmax(-1)
+        rounded = (teacher * 2**15).half().double() / 2**15
+        exact, loss = ((p * (p / student).log() + student - p).sum(-1).mean() for p in (teacher, rounded))
+        allowed = 8 * torch.finfo(torch.float32).eps * teacher_term(case, lse, exact)
+        shares.append(float((loss - exact).abs()) / allowed)
+    assert 0.1 < max(shares) < 1
 
 
 def test_inputs_are_laid_out_as_the_case_says():
