@@ -5,9 +5,9 @@
 PATH is a checkout of transformers, at the version installed, whose tests need `pip install parameterized`. The models
 that a test makes without naming an implementation then attend through flexmsa: MiniMax-M3 by
 `attn_implementation="flexmsa"`, Qwen3 converted, with the selection on; see `transformers_plugin`. Each outcome is
-written to out/transformers-tests as it comes, so Ctrl-C keeps those so far, and `--reuse` goes on from there. The
-summary is benchmarks/results/transformers.json, which `python -m benchmarks.tables` writes into docs/transformers.md.
-Exits with 1 if a test fails for a reason that `EXPLAINED` does not name.
+written to out/transformers-tests as it comes. Ctrl-C prints what is known so far, and `--reuse` runs no model's tests
+again that were completed. The summary is benchmarks/results/transformers.json, which `python -m benchmarks.tables`
+writes into docs/transformers.md. Exits with 1 if a test fails for a reason that `EXPLAINED` does not name.
 """
 
 import argparse
@@ -64,9 +64,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return found
 
 
-def run(model: str, with_flexmsa: bool, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Run a model's tests, unless they are to be reused; return each test's outcome."""
-    path = FOLDER / f"{model}-{'flexmsa' if with_flexmsa else 'plain'}.jsonl"
+def results(model: str, with_flexmsa: bool) -> Path:
+    """Where the outcomes of a model's tests are."""
+    return FOLDER / f"{model}-{'flexmsa' if with_flexmsa else 'plain'}.jsonl"
+
+
+def run(model: str, with_flexmsa: bool, options: argparse.Namespace) -> bool:
+    """Run a model's tests, unless they are to be reused; return whether their outcomes are complete."""
+    path = results(model, with_flexmsa)
     done = path.with_suffix(".done")
     if not (options.reuse and done.exists()):
         path.unlink(missing_ok=True)
@@ -84,7 +89,7 @@ def run(model: str, with_flexmsa: bool, options: argparse.Namespace) -> dict[str
         print(f"{NAMES[model]}, {'with flexmsa' if with_flexmsa else 'as it is'}", flush=True)
         if subprocess.run(command, cwd=options.path, env={**os.environ, **offline}, check=False).returncode in (0, 1):
             done.touch()
-    return read(path)
+    return done.exists()
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -148,13 +153,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the tests, and print what only flexmsa fails."""
     options = parse(arguments)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    models: dict[str, Any] = {}
+    complete = True
     try:
         for model in options.models:
-            models[model] = compare(*(run(model, with_flexmsa, options) for with_flexmsa in (False, True)))
+            for with_flexmsa in (False, True):
+                complete &= run(model, with_flexmsa, options)
     except KeyboardInterrupt:
-        print("stopped; --reuse goes on from here")
-        return 130
+        complete = False
+    models = {model: compare(*(read(results(model, x)) for x in (False, True))) for model in options.models}
     unexplained = 0
     for model, found in models.items():
         print(f"\n{NAMES[model]}: {found['passed']} pass with both, {found['attended']} of them through flexmsa")
@@ -166,14 +172,14 @@ def main(arguments: list[str] | None = None) -> int:
         for name in found["skipped"]:
             print(f"  skipped only with flexmsa: {name}")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    if not options.pytest:
+    if complete and not options.pytest:
         before = json.loads(RESULT.read_text())["models"] if RESULT.exists() else {}
         summary = {
             "versions": {**versions, "tests": options.tests or tests_version(options.path)},
             "models": {**before, **models},
         }
         RESULT.write_text(json.dumps(summary, indent=1) + "\n")
-    return 1 if unexplained else 0
+    return 1 if unexplained or not complete else 0
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ CONVERTED: dict[str, dict[str, dict[str, Any]]] = {
 # What `convert` refuses: why -> a part of the message, and the model types.
 REFUSED: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "their layers keep keyword arguments from the attention, and so index losses and documents": (
-        "does not pass keyword arguments",
+        "to hand its keyword arguments on to self.self_attn",
         each("nemotron stablelm"),
     ),
     "latent attention": ("no latent attention", each("axk1 deepseek_v3 glm4_moe_lite minicpm3 youtu", **LATENT)),

@@ -15,8 +15,6 @@ from flexmsa.integrations.transformers.index_branch import num_groups
 
 __all__ = ["attention_modules", "choose_layers", "is_local", "model_sizes"]
 
-# What transformers' attention modules call the function of their attn_implementation.
-_ATTEND = "attention_interface"
 _FULL, _SPARSE = "full_attention", "minimax_m3_sparse"
 
 
@@ -57,7 +55,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, Any]:
         found[number] = module
         parent, _, child = name.rpartition(".")
         _check_attention(module)
-        _check_keywords(kind.forward, _ATTEND)
+        _check_keywords(kind.forward)
         _check_keywords(type(model.get_submodule(parent)).forward, f"self.{child}")
     if not found:
         raise ValueError(
@@ -93,32 +91,37 @@ def _check_attention(module: Any) -> None:
 
 
 class _Calls(ast.NodeVisitor):
-    """Finds whether each call of `callee` hands on keyword arguments."""
+    """Finds whether each call hands on keyword arguments: of `callee`, or for None of any function."""
 
-    def __init__(self, callee: str) -> None:
+    def __init__(self, callee: str | None) -> None:
         self.callee = callee
         self.hand_on: list[bool] = []
 
     def visit_Call(self, node: ast.Call) -> None:
-        if ast.unparse(node.func) == self.callee:
+        if self.callee in (None, ast.unparse(node.func)):
             self.hand_on.append(any(keyword.arg is None for keyword in node.keywords))
         self.generic_visit(node)
 
 
 @functools.cache
-def _check_keywords(forward: Callable, callee: str) -> None:
-    """Raise unless `forward` hands its keyword arguments on to `callee`: they hold the index heads, and documents."""
+def _check_keywords(forward: Callable, callee: str | None = None) -> None:
+    """Raise unless `forward` hands its keyword arguments on: they hold index heads, index losses and documents.
+
+    Args:
+        callee: to what; default: to any function, as attention modules name their attention function as they like.
+    """
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
     except OSError:
-        # A class without a file: then the first forward pass raises.
+        # A class without a file: the first forward pass in training mode raises.
         return
-    found = _Calls(callee)
-    found.visit(ast.parse(source))
-    if not found.hand_on or not all(found.hand_on):
+    calls = _Calls(callee)
+    calls.visit(ast.parse(source))
+    if not (any(calls.hand_on) if callee is None else all(calls.hand_on)):
         raise ValueError(
-            f"model: expected {forward.__qualname__} to call {callee}(..., **kwargs), got one that does not pass "
-            "keyword arguments to its attention: flexmsa cannot reach it, and this model has to stay dense"
+            f"model: expected {forward.__qualname__} to hand its keyword arguments on to "
+            f"{callee or 'an attention function'}, got one that keeps them, so that flexmsa cannot reach the attention; "
+            "this model has to stay dense"
         )
 
 
