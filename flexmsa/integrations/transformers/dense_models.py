@@ -120,7 +120,7 @@ def _check_keywords(forward: Callable, callee: str | None = None) -> None:
     if not (any(calls.hand_on) if callee is None else all(calls.hand_on)):
         raise ValueError(
             f"model: expected {forward.__qualname__} to hand its keyword arguments on to "
-            f"{callee or 'an attention function'}, got one that keeps them, so that flexmsa cannot reach the attention; "
+            f"{callee or 'an attention function'}, got one that keeps them, so flexmsa cannot reach the attention; "
             "this model has to stay dense"
         )
 
