@@ -40,7 +40,6 @@ SET_ASIDE = {
 # A part of a test's name, or of its error -> why it fails.
 EXPLAINED = {
     "a mask for each query needs": "a mask for each query is refused",
-    "got padding between tokens": "padding between tokens is refused",
     "test_can_init_all_missing_weights": "`convert` draws the index weights after all others, so that one seed gives "
     "others than in `from_pretrained`; checkpoints without index weights are refused",
 }

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from flexmsa.config import MSAConfig
 from flexmsa.integrations.transformers.attention import IMPLEMENTATION, check_shards
 from flexmsa.integrations.transformers.auto import PREFIX, converted_config
-from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_attention
+from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_modules
 from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
 from flexmsa.integrations.transformers.dense_models import attention_modules, choose_layers, is_local, model_sizes
 from flexmsa.integrations.transformers.index_branch import add_index_branch, first_adapted
@@ -132,13 +132,15 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
     fallback = dense if dense not in (None, "eager", IMPLEMENTATION) else "sdpa"
     conversion = Conversion(config, layers, fallback, warm_up)
     std = config.hidden_size**-0.5
+    fallbacks: dict[Any, str | None] = {}
     for number, module in modules.items():
         if number in layers:
             weight = next(module.parameters())
             dtype = weight.dtype if weight.is_floating_point() else model.dtype
             add_index_branch(module, config, std, dtype, weight.device)
             module.index_loss_value = IndexLossValue(weight.device)
-        hook_attention(module, conversion, fallback=fallback if is_local(module) else None)
+        fallbacks[module] = fallback if is_local(module) else None
+    hook_modules(model.base_model, fallbacks, conversion)
     model.flexmsa = conversion
     add_to_plan(model)
     text_config._attn_implementation = IMPLEMENTATION
@@ -194,7 +196,7 @@ def _store_settings(model: Any) -> None:
 
 
 def _before_forward(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Add this forward pass's `ForwardPass` and `IndexLosses` to the keyword arguments."""
+    """Add this forward pass's `IndexLosses`, and its `ForwardPass` with them, to the keyword arguments, if any."""
     if model.config.get_text_config()._attn_implementation != IMPLEMENTATION:
         return args, kwargs
     if kwargs.get("index_losses") is not None:
@@ -207,19 +209,16 @@ def _before_forward(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
         if conversion.with_health:
             raise ValueError("with_health: expected False with shards, which are parts of sequences, got True")
     trains = model.training and torch.is_grad_enabled()
-    losses = None
-    if trains or conversion.with_health:
-        losses = IndexLosses(conversion.loss_in_backward, conversion.index_loss_count)
-    if trains and losses is not None:
+    if not (trains or conversion.with_health):
+        return args, kwargs
+    losses = IndexLosses(conversion.loss_in_backward, conversion.index_loss_count)
+    if trains:
         check_replicas(model)
         prepare_shards(model, returns_losses=True)
         prepare_checkpointing(model)
         if losses.in_backward:
             defer_losses(losses, model)
-    # A positional argument after the tokens may be position_ids.
-    has_positions = len(args) > 1 or kwargs.get("position_ids") is not None
-    forward_pass = ForwardPass(has_positions, with_health=conversion.with_health)
-    return args, {**kwargs, "msa_pass": forward_pass, "index_losses": losses}
+    return args, {**kwargs, "msa_pass": ForwardPass.of(args, kwargs, conversion.with_health), "index_losses": losses}
 
 
 def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

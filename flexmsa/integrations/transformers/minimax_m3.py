@@ -107,7 +107,7 @@ def _text_model_forward(forward: Callable) -> Callable:
         if self.config._attn_implementation == IMPLEMENTATION and tokens is not None:
             padding = next(iter(attention_mask.values())) if isinstance(attention_mask, dict) else attention_mask
             documents = kwargs.get("cu_seq_lens_q")
-            table = None
+            table: Any = None
             paged = paged_batch(tokens, cache, kwargs)
             if paged is not None:
                 table = paged.table
