@@ -55,8 +55,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--reuse", action="store_true", help="do not run tests again whose outcomes are there")
     parser.add_argument("--tests", help="what the tests are of, where it is not one version of transformers")
-    parser.add_argument("pytest", nargs="*", help="arguments of pytest, such as -- -k generate; writes no summary")
-    found = parser.parse_args(arguments)
+    parser.epilog = "What follows -- are arguments of pytest, such as -k generate; then no summary is written."
+    given = sys.argv[1:] if arguments is None else arguments
+    end = given.index("--") if "--" in given else len(given)
+    found = parser.parse_args(given[:end])
+    found.pytest = given[end + 1 :]
     for model in found.models:
         if not (found.path / FILES[model]).exists():
             parser.error(f"PATH: expected a checkout of transformers, got {found.path} without {FILES[model]}")

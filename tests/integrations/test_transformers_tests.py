@@ -74,6 +74,12 @@ def test_it_finds_what_only_flexmsa_fails(checkout, tmp_path, capsys):
     assert json.loads((tmp_path / "transformers.json").read_text())["models"]["qwen3"] == found
 
 
+def test_what_follows_two_dashes_is_for_pytest(checkout):
+    options = transformers_tests.parse([str(checkout), "--models", "qwen3", "--", "-k", "generate"])
+    assert (options.models, options.pytest) == (["qwen3"], ["-k", "generate"])
+    assert transformers_tests.parse([str(checkout), "--models", "qwen3"]).pytest == []
+
+
 def test_a_folder_without_tests_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         transformers_tests.parse([str(tmp_path)])
