@@ -7,8 +7,16 @@ makes from benchmarks/results/*.json, so that nobody types a figure. A test chec
 import re
 
 from benchmarks.gpu_tables import GPU_TABLES, ROOT, gpu_rows, layer_times, load_result, markdown
+from benchmarks.transformers_tests import transformers_tests
 
-PAGES = ("README.md", "docs/performance.md", "docs/distributed.md", "docs/serving.md", "docs/notes/kernels.md")
+PAGES = (
+    "README.md",
+    "docs/performance.md",
+    "docs/distributed.md",
+    "docs/serving.md",
+    "docs/transformers.md",
+    "docs/notes/kernels.md",
+)
 
 
 def cpu_machine() -> str:
@@ -154,7 +162,7 @@ def summary() -> str:
 
 
 CPU_TABLES = cpu_machine, cpu_table, cpu_memory, cpu_decode, cpu_few
-OWN_TABLES = *CPU_TABLES, gpu_generation, fp8_selection, kernels_sm_90, kernels_targets, summary
+OWN_TABLES = *CPU_TABLES, gpu_generation, transformers_tests, fp8_selection, kernels_sm_90, kernels_targets, summary
 # Name on the pages -> the function that makes the table: "gpu peers" -> gpu_peers.
 TABLES = {make.__name__.replace("_", " ", 1): make for make in (*OWN_TABLES, *GPU_TABLES)}
 
