@@ -1,17 +1,18 @@
 """Attention and its single steps: check the input, fill in the defaults, and call the core."""
 
-from typing import Unpack, overload
+from typing import Literal, Unpack, overload
 
 from torch import Tensor
 
 from flexmsa import _core, _loss, ops, validation
 from flexmsa._dtensors import takes_dtensors
 from flexmsa._layouts import reject_wrong_layouts
+from flexmsa._loss import index_loss
 from flexmsa._sequences import check_sequences
 from flexmsa._settings import checked_settings, default_scale
 from flexmsa.backends import choose_backend
 from flexmsa.kernels.rules import SelectionRule
-from flexmsa.types import AttentionOptions, AuxOutput, AuxRequest, BlockAttentionOptions
+from flexmsa.types import AttentionOptions, AuxOutput, AuxRequest, BlockAttentionOptions, SelectOptions
 
 __all__ = ["attention", "block_sparse_attention", "index_loss", "select_blocks"]
 
@@ -72,6 +73,7 @@ def attention(
     return_aux: AuxRequest | None = None,
     index_loss_value: Tensor | None = None,
     index_loss_count: Tensor | float | None = None,
+    block_indices: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """MiniMax Sparse Attention (arXiv 2606.13392): the index branch selects blocks of keys, the main branch attends to
     them exactly.
@@ -105,6 +107,8 @@ def attention(
         index_loss_count: a number or a scalar by which the sum of the losses is divided, instead of the number of
             groups and queries of this call that see a key: of all micro-batches, or of all processes
             (`flexmsa.distributed`).
+        block_indices: [B, Hkv, Sq, topk] of another layer or of your own, as for `block_sparse_attention`, used instead
+            of a selection; topk, num_local_blocks and num_init_blocks then have no meaning.
 
     Returns:
         out [B, Hq, Sq, D], contiguous, or (out, AuxOutput) if `return_aux` is given. `out` has gradients for q, k and
@@ -130,12 +134,26 @@ def attention(
     _loss.check_value(index_loss_value, aux, q)
     count = _loss.check_count("index_loss_count", index_loss_count, q)
     sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k)
+    if block_indices is not None:
+        validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
     loss = {"loss_value": index_loss_value, "loss_count": count}
-    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, **loss)
+    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, block_indices, **loss)
     return out if return_aux is None else (out, found)
 
 
+@overload
+def select_blocks(
+    index_q: Tensor, index_k: Tensor, *, return_scores: Literal[False] = False, **options: Unpack[SelectOptions]
+) -> Tensor: ...
+@overload
+def select_blocks(
+    index_q: Tensor, index_k: Tensor, *, return_scores: Literal[True], **options: Unpack[SelectOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def select_blocks(
+    index_q: Tensor, index_k: Tensor, *, return_scores: bool, **options: Unpack[SelectOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @takes_dtensors
 def select_blocks(
     index_q: Tensor,
@@ -151,7 +169,8 @@ def select_blocks(
     kv_starts: Tensor | None = None,
     kv_lens: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+    return_scores: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Select, for each query and group, the blocks of keys with the highest index scores (paper, index branch).
 
     The score of a block is the maximum of <index_q[i, r], index_k[j]> over its visible keys j; of equal scores, the
@@ -162,10 +181,13 @@ def select_blocks(
             multiply it (Hopper, Blackwell) and ranks blocks slightly differently. Cast `index_q * c` and `index_k * d`,
             with positive numbers c and d that bring all values within +-448; such factors do not change the selection.
         Others: as for `attention`; "flex" has no kernel for this.
+        return_scores: also return the score of each selected block. They are computed apart from the selection, for
+            analysis and for rules of your own: on a GPU this takes many times as long.
 
     Returns:
         block_indices [B, Hkv, Sq, topk] int32, ascending, padded on the right with -1. Id 0 is the first block of
-        the query's own sequence.
+        the query's own sequence. With return_scores (block_indices, scores), scores float32 (float64 for float64
+        inputs) of the same shape, -inf for -1.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -190,7 +212,10 @@ def select_blocks(
     backend = choose_backend("select_blocks", backend, index_q)
     index_q, index_k = ops.cast_to_autocast(index_q, index_k)
     rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
-    return _core.select_blocks(index_q, index_k, sequences, rule, backend)
+    block_indices = _core.select_blocks(index_q, index_k, sequences, rule, backend)
+    if not return_scores:
+        return block_indices
+    return block_indices, _core.chosen_scores(index_q.detach(), index_k.detach(), block_indices, sequences, block_size)
 
 
 @overload
@@ -283,66 +308,3 @@ def block_sparse_attention(
     settings = _core.Settings(block_size, default_scale(scale, q), backend=backend)
     out, lse = _core.main_branch(q, k, v, block_indices, sequences, settings, aux)
     return out if return_aux is None else (out, _core.requested(aux, lse, block_indices))
-
-
-@takes_dtensors
-def index_loss(
-    q: Tensor,
-    k: Tensor,
-    index_q: Tensor,
-    index_k: Tensor,
-    block_indices: Tensor | None,
-    lse: Tensor,
-    *,
-    block_size: int = 128,
-    scale: float | None = None,
-    index_scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    kv_starts: Tensor | None = None,
-    kv_lens: Tensor | None = None,
-    count: Tensor | float | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """The KL loss of the index branch against the main branch (paper, training).
-
-    For each query and group, the loss is sum P (log P - log P_idx). P is the mean over the G heads of the main branch's
-    probabilities, P_idx the softmax of index_scale * <index_q, index_k>, both over the visible keys of the selected
-    blocks. The result is the mean over batch, groups and the queries that see a key. Only index_q and index_k get a
-    gradient; with respect to the scores it is P_idx - P.
-
-    Args:
-        q, k: of the main branch, [B, Hq, Sq, D] and [B, Hkv, Sk, D].
-        index_q, index_k: [B, Hkv, Sq, Di] and [B, 1, Sk, Di].
-        block_indices: [B, Hkv, Sq, topk] as given to the main branch; None (every visible block) is the warm-up.
-        lse: [B, Hq, Sq], of the main branch for the same blocks.
-        count: a number or a scalar by which the sum is divided, instead of the number of groups and queries.
-        Others: as for `attention`.
-
-    Returns:
-        Scalar float32 (float64 for float64 inputs).
-
-    Raises:
-        ValueError, TypeError: an argument is not as described.
-        NotImplementedError: the named backend cannot run this.
-    """
-    validation.reject_context_parallel()
-    validation.reject_forward_ad(q, k, index_q, index_k)
-    try:
-        validation.check_main_inputs(q, k, k, scale)
-        validation.check_index_inputs(index_q, index_k, index_scale)
-        validation.check_branches_match(q, k, index_q, index_k)
-    except ValueError:
-        reject_wrong_layouts(q=q, k=k, index_q=index_q, index_k=index_k)
-        raise
-    validation.check_settings(block_size)
-    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k)
-    validation.check_lse(lse, q)
-    if block_indices is not None:
-        validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
-    backend = choose_backend("index_loss", backend, q)
-    q, k, index_q, index_k = ops.cast_to_autocast(q.detach(), k.detach(), index_q, index_k)
-    settings = _core.Settings(block_size, default_scale(scale, q), default_scale(index_scale, index_q), backend=backend)
-    divisor = _loss.check_count("count", count, q)
-    return _core.index_loss(q, k, index_q, index_k, block_indices, lse, sequences, settings, count=divisor)

@@ -36,6 +36,17 @@ class AttentionOptions(Lengths, Selection, total=False):
     index_scale: float | None
     index_loss_value: Tensor | None
     index_loss_count: Tensor | float | None
+    block_indices: Tensor | None
+
+
+class SelectOptions(Lengths, total=False):
+    """Those of `select_blocks`."""
+
+    block_size: int
+    topk: int
+    num_local_blocks: int
+    num_init_blocks: int
+    backend: str | None
 
 
 class BlockAttentionOptions(Lengths, total=False):

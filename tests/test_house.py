@@ -26,7 +26,7 @@ KERNELS = [path for path in SOURCES if path.is_relative_to(TRITON)]
 MOST_PARAMETERS = 15
 # Public functions of keyword arguments, and operators, whose schema is their parameter list.
 FREE_LISTS = {
-    *("flexmsa/functional.py", "flexmsa/distributed/context_parallel.py", "flexmsa/tuning.py"),
+    *("flexmsa/functional.py", "flexmsa/_loss.py", "flexmsa/distributed/context_parallel.py", "flexmsa/tuning.py"),
     "flexmsa/testing/oracle.py",
     *("ops/cache.py", "ops/attention.py", "ops/index_loss.py"),
 }
