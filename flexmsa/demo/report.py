@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexmsa.demo.train import Settings, Training
-from flexmsa.plotting import plot_selection
+from flexmsa.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, decorate, plot_selection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Colours of Okabe and Ito, which colour-blind readers can distinguish.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#888888"
 
 
 def save(training: Training, results: dict[str, Any]) -> list[Path]:
@@ -88,13 +85,6 @@ def draw_curves(training: Training) -> Figure:
     losses.legend(frameon=False)
     recalls.legend(frameon=False, loc="lower right")
     return figure
-
-
-def decorate(axes: Axes, title: str) -> None:
-    """Give a panel its title and grid."""
-    axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_phases(axes: Axes, warm_up_steps: int) -> None:

@@ -1,0 +1,98 @@
+"""What mkdocs needs beyond the pages: README as the front page, the reference from docstrings, formulas as MathML."""
+
+import ast
+import html
+import re
+import tomllib
+from pathlib import Path, PurePosixPath
+from posixpath import normpath, relpath
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[2]
+# Files beside docs/ that become pages.
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+REFERENCE = {
+    "flexmsa": "flexmsa",
+    "metrics": "flexmsa.metrics",
+    "plotting": "flexmsa.plotting",
+    "distributed": "flexmsa.distributed",
+    "transformers": "flexmsa.integrations.transformers",
+    "testing": "flexmsa.testing",
+}
+LINK = re.compile(r"(?<=\]\()(?!#|[a-z]+:)([^)#\s]+)")
+LINKED = re.compile(r"(?<!!)\[([^\]]+)\]\(\x00[^)]*\)")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
+
+
+def on_files(files, config):
+    """Add the pages that are not in docs/."""
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+    for page, module in REFERENCE.items():
+        files.append(File.generated(config, f"reference/{page}.md", content=reference(module)))
+    return files
+
+
+def reference(module: str) -> str:
+    """The page of a module: a directive for each name of its `__all__`, in that order."""
+    file = ROOT.joinpath(*module.split("."))
+    tree = ast.parse((file / "__init__.py" if file.is_dir() else file.with_suffix(".py")).read_text())
+    assigned = (node for node in tree.body if isinstance(node, ast.Assign))
+    names = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "__all__")
+    public = [name for name in ast.literal_eval(names) if f"{module}.{name}" not in REFERENCE.values()]
+    return "\n\n".join([f"# {module}", *(f"::: {module}.{name}" for name in public)]) + "\n"
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Let links to files of the repository lead to their page, or to the repository."""
+    sources = {page: source for source, page in PAGES.items()}
+    source = PurePosixPath(sources.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
+    return rewrite_links(markdown, source, page.file.src_uri, repository())
+
+
+def repository() -> str | None:
+    """The address of the files of the repository, if pyproject.toml names one."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
+    address = next((urls[name] for name in ("Repository", "Source", "Homepage") if name in urls), None)
+    return address and address.rstrip("/") + "/blob/main"
+
+
+def rewrite_links(markdown: str, source: PurePosixPath, page: str, address: str | None) -> str:
+    """Return a page whose links fit its place on the site.
+
+    Args:
+        source: its path in the repository, which its links are relative to.
+        page: its path on the site.
+        address: where the repository's files are; None turns links to them into plain text.
+    """
+    if address:
+        # README has full links where PyPI shows it.
+        up = relpath(".", str(source.parent))
+        markdown = markdown.replace(f"]({address}/", f"]({up}/")
+
+    def place(link: re.Match) -> str:
+        target = normpath(source.parent / link[0])
+        if target in PAGES:
+            return relpath(PAGES[target], str(PurePosixPath(page).parent))
+        if target.startswith("docs/") and (ROOT / target).is_file() and not target.endswith(".py"):
+            return relpath(target.removeprefix("docs/"), str(PurePosixPath(page).parent))
+        return f"{address}/{target}" if address else "\x00"
+
+    return LINKED.sub(r"\1", LINK.sub(place, markdown))
+
+
+def on_page_content(content, page, config, files):
+    """Turn formulas into MathML, which browsers draw by themselves."""
+    return FORMULA.sub(lambda found: formula(found[2], found[1] == "div"), content)
+
+
+def formula(latex: str, displayed: bool) -> str:
+    """MathML of a formula, in a box that scrolls where it is displayed apart.
+
+    >>> formula("x^2", False)[:40]
+    '<math xmlns="http://www.w3.org/1998/Math'
+    """
+    drawn = convert(html.unescape(latex).strip(), display="block" if displayed else "inline")
+    return f'<div class="formula">{drawn}</div>' if displayed else drawn
