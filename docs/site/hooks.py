@@ -24,6 +24,8 @@ REFERENCE = {
 LINK = re.compile(r"(?<=\]\()(?!#|[a-z]+:)([^)#\s]+)")
 LINKED = re.compile(r"(?<!!)\[([^\]]+)\]\(\x00[^)]*\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
+FUNCTION = re.compile(r"<m[io]>(log|ln|max)</m[io]>")
+PRIME = re.compile(r"<mi>(?:&#x02032;|\u2032)</mi>")
 
 
 def on_files(files, config):
@@ -95,4 +97,7 @@ def formula(latex: str, displayed: bool) -> str:
     '<math xmlns="http://www.w3.org/1998/Math'
     """
     drawn = convert(html.unescape(latex).strip(), display="block" if displayed else "inline")
+    # As operators, names of functions and primes get their space and their size.
+    drawn = FUNCTION.sub(r'<mo lspace="0.17em" rspace="0.17em">\1</mo>', drawn)
+    drawn = PRIME.sub("<mo>&#x02032;</mo>", drawn)
     return f'<div class="formula">{drawn}</div>' if displayed else drawn

@@ -100,8 +100,8 @@ def _draw_training(axes: Axes, results: dict[str, Any]) -> None:
     axes.axhline(unigram, color=GREY, linestyle=":", linewidth=1.5, label="unigram baseline")
     axes.set(xlabel="step", ylabel="nats per byte")
     axes.legend(frameon=False)
-    last = f"it ends at {smooth(losses, 10)[-1]:.2f} nats per byte" if losses else ""
-    _title(axes, "The dense model, before its conversion", last)
+    last = f"ends at {smooth(losses, 10)[-1]:.2f} nats per byte" if losses else ""
+    _title(axes, "Dense model before conversion", last)
 
 
 def _draw_excess(axes: Axes, results: dict[str, Any]) -> None:
@@ -130,7 +130,7 @@ def _draw_answers(axes: Axes, results: dict[str, Any]) -> None:
     axes.set_xticks(range(len(WAYS)), WAYS)
     axes.set(ylim=(0, 1.1), ylabel="share of keys answered", xlabel="pale: before further training")
     after = results["retrained"]
-    found = " and ".join(f"{name} {after[name]['answers']:.0%}" for name in ("MSA", "window") if name in after)
+    found = ", ".join(f"{name} {after[name]['answers']:.0%}" for name in ("dense", "MSA", "window") if name in after)
     _title(axes, "Retrieval of a far key", found)
 
 
