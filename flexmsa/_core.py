@@ -3,6 +3,7 @@ share them.
 """
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,11 @@ from flexmsa.backends import choose_backend, dense_backend, step_backend
 from flexmsa.kernels.rules import FEW_QUERIES, SelectionRule
 from flexmsa.types import AuxOutput, AuxRequest
 
-__all__ = ["Settings", "attention", "index_loss", "main_branch", "requested", "select_blocks"]
+__all__ = ["Settings", "attention", "chosen_scores", "index_loss", "main_branch", "requested", "select_blocks"]
+
+
+# The most numbers of gathered index keys that are held at once.
+_HELD = 2**25
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,29 @@ def select_blocks(
     if backend == "reference":
         return reference.select_blocks(index_q, index_k, *sequences.key_ranges(), *numbers)
     return ops.select_blocks(index_q.detach(), index_k.detach(), sequences.table, *numbers, backend)
+
+
+def chosen_scores(
+    index_q: Tensor, index_k: Tensor, block_indices: Tensor, sequences: Sequences, block_size: int
+) -> Tensor:
+    """Return the scores [B, Hkv, Sq, topk] of blocks that were selected, -inf for -1: each gathered by its queries."""
+    start, end = sequences.key_ranges()
+    dtype = torch.float64 if index_q.dtype == torch.float64 else torch.float32
+    finite = torch.finfo(dtype)
+    scores = torch.full(block_indices.shape, -torch.inf, dtype=dtype, device=index_q.device)
+    offset = torch.arange(block_size, device=index_q.device)
+    batch, groups, seqlen, topk = block_indices.shape
+    rows = max(1, _HELD // max(1, groups * topk * block_size * index_q.shape[3]))
+    for row, first in itertools.product(range(batch), range(0, seqlen, rows)):
+        part = slice(first, first + rows)
+        ids = block_indices[row, :, part].long()
+        key = start[row, part, None, None] + ids[..., None] * block_size + offset
+        seen = (ids >= 0)[..., None] & (key < end[row, part, None, None])
+        keys = index_k[row, 0][key.clamp(0, index_k.shape[2] - 1)].to(dtype)
+        found = torch.einsum("gnd,gntkd->gntk", index_q[row, :, part].to(dtype), keys)
+        found = found.nan_to_num(nan=finite.min, posinf=finite.max, neginf=finite.min)
+        scores[row, :, part] = found.masked_fill(~seen, -torch.inf).amax(-1)
+    return scores
 
 
 def main_branch(

@@ -1,40 +1,17 @@
 """Attention and its single steps: check the input, fill in the defaults, and call the core."""
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Literal, overload
 
 from torch import Tensor
-from torch.nn import Parameter
 
 from flexmsa import _core, _loss, ops, validation
+from flexmsa._dtensors import takes_dtensors
 from flexmsa._sequences import check_sequences
 from flexmsa.backends import choose_backend
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.types import AuxOutput, AuxRequest
 
 __all__ = ["attention", "block_sparse_attention", "index_loss", "select_blocks"]
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-
-def takes_dtensors(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Let a function of plain tensors take DTensors: see `flexmsa.distributed`."""
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        # Tested by its attribute, because the class's import takes a second.
-        if type(first) in (Tensor, Parameter) or not hasattr(first, "device_mesh"):
-            return function(*args, **kwargs)
-        from flexmsa.distributed import dtensors
-
-        return dtensors.call(function, signature.bind(*args, **kwargs).arguments)
-
-    return call
 
 
 @takes_dtensors
@@ -60,6 +37,7 @@ def attention(
     return_aux: AuxRequest | None = None,
     index_loss_value: Tensor | None = None,
     index_loss_count: Tensor | float | None = None,
+    block_indices: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """MiniMax Sparse Attention (arXiv 2606.13392): the index branch selects blocks of keys, the main branch attends to
     them exactly.
@@ -93,6 +71,8 @@ def attention(
         index_loss_count: a number or a scalar by which the sum of the losses is divided, instead of the number of
             groups and queries of this call that see a key: of all micro-batches, or of all processes
             (`flexmsa.distributed`).
+        block_indices: [B, Hkv, Sq, topk] of another layer or of your own, as for `block_sparse_attention`, used instead
+            of a selection; topk, num_local_blocks and num_init_blocks then have no meaning.
 
     Returns:
         out [B, Hq, Sq, D], contiguous, or (out, AuxOutput) if `return_aux` is given. `out` has gradients for q, k and
@@ -118,9 +98,11 @@ def attention(
     _loss.check_value(index_loss_value, aux, q)
     count = _loss.check_count("index_loss_count", index_loss_count, q)
     sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens, cu_seqlens_q, cu_seqlens_k)
+    if block_indices is not None:
+        validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
     loss = {"loss_value": index_loss_value, "loss_count": count}
-    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, **loss)
+    out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, block_indices, **loss)
     return out if return_aux is None else (out, found)
 
 
@@ -147,6 +129,44 @@ def checked_settings(
     return _core.Settings(block_size, _scale(scale, q), _scale(index_scale, index_q), rule, backend)
 
 
+@overload
+def select_blocks(
+    index_q: Tensor,
+    index_k: Tensor,
+    *,
+    block_size: int = 128,
+    topk: int = 16,
+    num_local_blocks: int = 1,
+    num_init_blocks: int = 0,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    backend: str | None = None,
+    return_scores: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def select_blocks(
+    index_q: Tensor,
+    index_k: Tensor,
+    *,
+    block_size: int = 128,
+    topk: int = 16,
+    num_local_blocks: int = 1,
+    num_init_blocks: int = 0,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    backend: str | None = None,
+    return_scores: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
 @takes_dtensors
 def select_blocks(
     index_q: Tensor,
@@ -162,7 +182,8 @@ def select_blocks(
     kv_starts: Tensor | None = None,
     kv_lens: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+    return_scores: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Select, for each query and group, the blocks of keys with the highest index scores (paper, index branch).
 
     The score of a block is the maximum of <index_q[i, r], index_k[j]> over its visible keys j; of equal scores, the
@@ -173,10 +194,13 @@ def select_blocks(
             multiply it (Hopper, Blackwell) and ranks blocks slightly differently. Cast `index_q * c` and `index_k * d`,
             with positive numbers c and d that bring all values within +-448; such factors do not change the selection.
         Others: as for `attention`; "flex" has no kernel for this.
+        return_scores: also return the score of each selected block. They are computed apart from the selection, for
+            analysis and for rules of your own: on a GPU this takes many times as long.
 
     Returns:
         block_indices [B, Hkv, Sq, topk] int32, ascending, padded on the right with -1. Id 0 is the first block of
-        the query's own sequence.
+        the query's own sequence. With return_scores (block_indices, scores), scores float32 (float64 for float64
+        inputs) of the same shape, -inf for -1.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -197,7 +221,10 @@ def select_blocks(
     backend = choose_backend("select_blocks", backend, index_q)
     index_q, index_k = ops.cast_to_autocast(index_q, index_k)
     rule = SelectionRule(block_size, topk, num_local_blocks, num_init_blocks)
-    return _core.select_blocks(index_q, index_k, sequences, rule, backend)
+    block_indices = _core.select_blocks(index_q, index_k, sequences, rule, backend)
+    if not return_scores:
+        return block_indices
+    return block_indices, _core.chosen_scores(index_q.detach(), index_k.detach(), block_indices, sequences, block_size)
 
 
 @takes_dtensors

@@ -1,112 +1,193 @@
 """Health figures of the index branch: how well its selection matches the attention of the main branch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flexmsa import reference, validation
-from flexmsa._sequences import check_sequences
+from flexmsa import validation
+from flexmsa._sequences import Sequences, check_sequences
+from flexmsa.kernels.sequences import list_sequences
 
-__all__ = ["Recall", "block_recall", "recall", "score_recall"]
+__all__ = ["Recall", "block_recall", "random_blocks", "recall", "recalls", "score_recall", "window_blocks"]
+
+# The most probabilities that are held at once: 256 MiB in float32.
+_HELD = 2**26
 
 
 class Recall(NamedTuple):
-    """Two scalars from 0 to 1: the selected share of the best blocks, and the selected share of their mass."""
+    """Two numbers from 0 to 1: the selected share of the best blocks, and the selected share of their mass.
+
+    Scalars, or [Hkv] where each group has its own.
+    """
 
     block: Tensor
     score: Tensor
 
 
-@torch.no_grad()
-def recall(
-    q: Tensor,
-    k: Tensor,
-    block_indices: Tensor,
-    *,
-    block_size: int = 128,
-    scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    kv_starts: Tensor | None = None,
-    kv_lens: Tensor | None = None,
-    chunk: int = 256,
-) -> Recall:
+def recall(q: Tensor, k: Tensor, block_indices: Tensor, **settings) -> Recall:
     """Compare a selection with the blocks that have the most of the main branch's dense attention (paper, health
-    figures).
-
-    For each query and group, I is the selection and I* the |I| blocks with the greatest attention mass, averaged over
-    the heads of the group. block = |I and I*| / |I*|; score = mass of (I and I*) / mass of I*. The results are means
-    over the queries with a choice (they see more blocks than they select), and 1 if no query has one.
-
-    Time is quadratic because of the dense attention, so call this for single batches. Memory is linear: `chunk`
-    queries are compared at a time.
-
-    Args:
-        q: [B, Hq, Sq, D]; k: [B, Hkv, Sk, D]; block_indices: [B, Hkv, Sq, topk].
-        Others: as for `flexmsa.attention`.
-
-    Raises:
-        ValueError, TypeError: an argument is not as described.
+    figures): `recalls` of one selection.
 
     >>> q, k = torch.randn(1, 2, 32, 8), torch.randn(1, 1, 32, 8)
     >>> everything = torch.arange(4).expand(1, 1, 32, 4)
     >>> recall(q, k, everything, block_size=8)
     Recall(block=tensor(1.), score=tensor(1.))
     """
-    validation.check_main_inputs(q, k, k, scale)
-    validation.check_settings(block_size)
-    validation.check_block_indices(block_indices, q.shape[0], k.shape[1], q.shape[2], q.device)
-    start, end = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens).key_ranges()
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-
-    sums = torch.zeros(3, dtype=torch.float64, device=q.device)
-    for here in _chunks(q.shape[2], chunk):
-        mass = _block_mass(q[:, :, here], k, start[:, here], end[:, here], block_size, scale)
-        sums += _compare(mass, block_indices[:, :, here].long(), (end - start)[:, here], block_size)
-    queries, block, score = sums.float()
-    one = torch.ones_like(queries)
-    return Recall(*(torch.where(queries > 0, x / queries.clamp(min=1), one) for x in (block, score)))
+    return recalls(q, k, {"": block_indices}, **settings)[""]
 
 
 def block_recall(q: Tensor, k: Tensor, block_indices: Tensor, **settings) -> Tensor:
-    """Return only the block recall of `recall`, a scalar."""
+    """Return only the block recall of `recall`."""
     return recall(q, k, block_indices, **settings).block
 
 
 def score_recall(q: Tensor, k: Tensor, block_indices: Tensor, **settings) -> Tensor:
-    """Return only the score recall of `recall`, a scalar."""
+    """Return only the score recall of `recall`."""
     return recall(q, k, block_indices, **settings).score
 
 
-def _chunks(length: int, chunk: int) -> Iterator[slice]:
-    for first in range(0, length, chunk):
-        yield slice(first, min(first + chunk, length))
+@torch.no_grad()
+def recalls(
+    q: Tensor,
+    k: Tensor,
+    selections: Mapping[str, Tensor],
+    *,
+    block_size: int = 128,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    num_queries: int | None = None,
+    per_group: bool = False,
+) -> dict[str, Recall]:
+    """Compare selections with the blocks that have the most of the main branch's dense attention (paper, health
+    figures). Baselines make the numbers readable: `window_blocks` and `random_blocks`.
+
+    For each query and group, I is the selection and I* the |I| blocks with the greatest attention mass, averaged over
+    the heads of the group. block = |I and I*| / |I*|; score = mass of (I and I*) / mass of I*. The results are means
+    over the queries with a choice (they see more blocks than they select), and 1 if there is none.
+
+    The attention is dense: with every query the time is quadratic, and a few hundred queries are enough for a mean.
+    Memory is linear. Waits for a GPU to read the lengths of the sequences.
+
+    Args:
+        q: [B, Hq, Sq, D]; k: [B, Hkv, Sk, D].
+        selections: by name, block_indices [B, Hkv, Sq, topk].
+        num_queries: measure so many queries of each row, spread evenly; None: all.
+        per_group: return a number for each group, [Hkv], instead of the mean over the groups.
+        Others: as for `flexmsa.attention`.
+
+    Returns:
+        By name, the `Recall` of each selection, in float32.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+
+    >>> q, k = torch.randn(1, 4, 64, 8), torch.randn(1, 2, 64, 8)
+    >>> ids = window_blocks(q, k, block_size=8, topk=3)
+    >>> recalls(q, k, {"window": ids}, block_size=8, per_group=True)["window"].score.shape
+    torch.Size([2])
+    """
+    validation.check_main_inputs(q, k, k, scale)
+    validation.check_settings(block_size)
+    for ids in selections.values():
+        validation.check_block_indices(ids, q.shape[0], k.shape[1], q.shape[2], q.device)
+    if num_queries is not None:
+        validation.check_int("num_queries", num_queries, 1)
+    sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    sums = {name: torch.zeros(3, k.shape[1], dtype=torch.float64, device=q.device) for name in selections}
+    for batch, queries, keys, num_visible in _parts(q, sequences, num_queries):
+        for group in range(k.shape[1]):
+            heads = q[batch].unflatten(0, (k.shape[1], -1))[group, :, queries]
+            mass = _block_mass(heads, k[batch, group, keys], num_visible, block_size, scale)
+            for name, ids in selections.items():
+                sums[name][:, group] += _compare(mass, ids[batch, group, queries].long(), num_visible, block_size)
+    return {name: _means(total if per_group else total.sum(1)) for name, total in sums.items()}
 
 
-def _block_mass(q: Tensor, k: Tensor, start: Tensor, end: Tensor, block_size: int, scale: float) -> Tensor:
-    """Return [B, Hkv, Sq, blocks]: the attention mass of each block, averaged over the heads of the group."""
-    seqlen_k = k.shape[2]
-    visible = reference.visible_keys(start, end, seqlen_k)[:, None]
-    probabilities = reference.softmax(reference.main_scores(q, k, visible, scale)).mean(2)
-    block = reference.key_blocks(start, seqlen_k, block_size)[:, None].clamp(min=0).expand_as(probabilities)
-    blocks = -(-seqlen_k // block_size)
-    return probabilities.new_zeros((*probabilities.shape[:-1], blocks)).scatter_add(-1, block, probabilities)
+def window_blocks(q: Tensor, k: Tensor, *, block_size: int = 128, topk: int = 16, num_init_blocks: int = 0) -> Tensor:
+    """Select the `num_init_blocks` oldest blocks, as an attention sink, and the newest: topk in total.
+
+    Args:
+        q: [B, any, Sq, any]; k: [B, Hkv, Sk, any]; only their shapes and device are read. Each row is one sequence.
+
+    Returns:
+        block_indices [B, Hkv, Sq, topk] int32; a query that sees fewer blocks has -1 in some places.
+
+    >>> x = torch.empty(1, 1, 5, 1)
+    >>> window_blocks(x, x, block_size=1, topk=3, num_init_blocks=1)[0, 0, 4]
+    tensor([0, 3, 4], dtype=torch.int32)
+    """
+    newest = _own_block(q, k, block_size)[:, None]
+    place = torch.arange(topk, device=q.device)
+    window = newest - topk + 1 + place
+    ids = torch.where(place < num_init_blocks, place, window.masked_fill(window < num_init_blocks, -1))
+    ids = ids.masked_fill(ids > newest, -1)
+    return ids.to(torch.int32).expand(q.shape[0], k.shape[1], -1, -1)
 
 
-def _compare(mass: Tensor, ids: Tensor, visible_keys: Tensor, block_size: int) -> Tensor:
+def random_blocks(q: Tensor, k: Tensor, *, block_size: int = 128, topk: int = 16) -> Tensor:
+    """Select the query's own block and random others, topk in total; arguments and result as for `window_blocks`.
+
+    >>> random_blocks(torch.empty(1, 1, 9, 1), torch.empty(1, 1, 9, 1), block_size=1, topk=3)[0, 0, 0]
+    tensor([ 0, -1, -1], dtype=torch.int32)
+    """
+    newest = _own_block(q, k, block_size)[:, None]
+    blocks = torch.arange(-(-k.shape[2] // block_size), device=q.device)
+    scores = torch.rand(q.shape[0], k.shape[1], q.shape[2], len(blocks), device=q.device)
+    scores = scores.masked_fill(blocks == newest, 2.0).masked_fill(blocks > newest, -1.0)
+    best = scores.topk(min(topk, len(blocks)), dim=-1)
+    ids = best.indices.masked_fill(best.values < 0, -1).to(torch.int32)
+    return torch.nn.functional.pad(ids, (0, topk - ids.shape[-1]), value=-1)
+
+
+def _own_block(q: Tensor, k: Tensor, block_size: int) -> Tensor:
+    return torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device) // block_size
+
+
+def _parts(q: Tensor, sequences: Sequences, num_queries: int | None) -> Iterator[tuple[int, Tensor, slice, Tensor]]:
+    """Yield a batch row, some queries of a sequence, its keys up to the last that they see, and how many each sees."""
+    heads, seqlen_q = q.shape[1:3]
+    step = 1.0 if num_queries is None else max(1.0, seqlen_q / num_queries)
+    # The newest query of each stretch: a row's last one has the most to choose from.
+    chosen = (seqlen_q - 1 - torch.arange(0, seqlen_q, step).long()).flip(0)
+    for batch, q_start, q_end, k_start, k_end in list_sequences(sequences.table):
+        queries = chosen[(chosen >= q_start) & (chosen < q_end) & (k_end - q_end + chosen >= k_start)]
+        rows = max(1, _HELD // max(1, heads * (k_end - k_start)))
+        for part in queries.split(rows):
+            if len(part):
+                num_visible = k_end - q_end + part + 1 - k_start
+                yield batch, part.to(q.device), slice(k_start, k_start + int(num_visible[-1])), num_visible.to(q.device)
+
+
+def _block_mass(q: Tensor, k: Tensor, num_visible: Tensor, block_size: int, scale: float) -> Tensor:
+    """Return [queries, blocks]: the attention mass of each block of keys, averaged over the heads q [G, queries, D]."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = (q.to(dtype) * scale) @ k.to(dtype).T
+    hidden = torch.arange(k.shape[0], device=q.device) >= num_visible[:, None]
+    mass = scores.masked_fill_(hidden, -torch.inf).softmax(-1).mean(0)
+    return torch.nn.functional.pad(mass, (0, -k.shape[0] % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
+
+
+def _compare(mass: Tensor, ids: Tensor, num_visible: Tensor, block_size: int) -> Tensor:
     """Return the number of queries with a choice, and the sums of both recalls over them."""
     blocks = mass.shape[-1]
-    ids = ids.masked_fill(ids >= blocks, -1)
-    selected = torch.zeros((*ids.shape[:-1], blocks + 1), dtype=torch.bool, device=ids.device)
-    selected = selected.scatter(-1, ids.masked_fill(ids < 0, blocks), True)[..., :blocks]
-    count = selected.sum(-1, keepdim=True)
-    rank = mass.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
-    best = rank < count
-    both = best & selected
-    visible_blocks = (visible_keys + block_size - 1).div(block_size, rounding_mode="floor")[:, None]
-    has_choice = (visible_blocks > count.squeeze(-1)) & (count.squeeze(-1) > 0)
-    block = both.sum(-1) / count.squeeze(-1).clamp(min=1)
-    best_mass = (mass * best).sum(-1)
-    score = (mass * both).sum(-1) / best_mass.clamp(min=torch.finfo(mass.dtype).tiny)
-    return torch.stack([has_choice.sum(), block[has_choice].sum(), score[has_choice].sum()]).double()
+    ids = ids.masked_fill((ids < 0) | (ids >= blocks), blocks)
+    selected = torch.zeros(len(ids), blocks + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)[:, :blocks]
+    count = selected.sum(1)
+    sorted_mass, order = mass.sort(dim=1, descending=True, stable=True)
+    best = torch.arange(blocks, device=ids.device) < count[:, None]
+    both = best & selected.gather(1, order)
+    has_choice = ((num_visible + block_size - 1).div(block_size, rounding_mode="floor") > count) & (count > 0)
+    block = both.sum(1) / count.clamp(min=1)
+    score = (sorted_mass * both).sum(1) / (sorted_mass * best).sum(1).clamp(min=torch.finfo(mass.dtype).tiny)
+    return torch.stack([has_choice.sum(), (block * has_choice).sum(), (score * has_choice).sum()]).double()
+
+
+def _means(sums: Tensor) -> Recall:
+    queries, block, score = sums.float()
+    one = torch.ones_like(queries)
+    return Recall(*(torch.where(queries > 0, x / queries.clamp(min=1), one) for x in (block, score)))

@@ -131,7 +131,7 @@ class MSAttention(nn.Module):
             x: [B, S, hidden_size]; with a cache, the tokens that follow those in the cache.
             cache: the new keys are appended to it in place, and the tokens attend to all of it. For inference.
             lens: [B] int; with a cache, only the first lens[b] tokens of row b are new tokens.
-            block_indices: [B, Hkv, S, topk] of another layer, used instead of a selection; with a cache.
+            block_indices: [B, Hkv, S, topk] of another layer or of your own, used instead of a selection.
             cu_seqlens, kv_starts: packed documents, or padding on the left, as for `flexmsa.attention`; a cache has
                 its own kv_starts.
             with_index_loss: compute the loss of the index branch; default: in training mode without a cache.
@@ -147,7 +147,8 @@ class MSAttention(nn.Module):
 
         Raises:
             ValueError: x has a wrong shape, the cache is full, a cache was given with other sequences or a loss,
-                lens or block_indices were given without a cache, or cu_seqlens with shards.
+                lens were given without a cache, block_indices under tensor or context parallel, or cu_seqlens with
+                shards.
         """
         if x.dim() != 3 or x.shape[-1] != self.config.hidden_size:
             raise ValueError(f"x: expected [B, S, hidden_size={self.config.hidden_size}], got {list(x.shape)}")
@@ -161,8 +162,10 @@ class MSAttention(nn.Module):
             )
         if cache is not None:
             return self.generate(x, cache, lens=lens, block_indices=block_indices, backend=backend)[0], None
-        if lens is not None or block_indices is not None:
-            raise ValueError("lens, block_indices: expected None without a cache")
+        if lens is not None:
+            raise ValueError("lens: expected None without a cache")
+        if block_indices is not None and (shards is not None or self.head_shards is not None):
+            raise ValueError("block_indices: expected None under context and tensor parallel, which select")
         deferred = with_index_loss and self.training and self.config.loss_in_backward
         value = self.index_loss_value if deferred else None
         settings = {**self._selection(), "kv_starts": kv_starts, "backend": backend}
@@ -186,6 +189,8 @@ class MSAttention(nn.Module):
             out, loss = self.head_shards.attention(attend, inputs, settings, index_loss_count, value)
             return self._merge(out), loss
         settings.update(index_loss_value=value, index_loss_count=index_loss_count)
+        if block_indices is not None:
+            settings["block_indices"] = block_indices
         out, extra = attend(*inputs, **settings, return_aux=AuxRequest(index_loss=with_index_loss))
         return self._merge(out), extra.index_loss
 

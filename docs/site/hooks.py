@@ -1,4 +1,4 @@
-"""What mkdocs needs beyond the pages: README as the front page, the reference from docstrings, formulas as MathML."""
+"""What mkdocs needs beyond docs/: README as front page, examples, the reference from docstrings, formulas as MathML."""
 
 import ast
 import html
@@ -11,8 +11,9 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
-# Files beside docs/ that become pages.
+# Files that become pages.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+EXAMPLES = {f"docs/examples/{path.name}": f"examples/{path.stem}.md" for path in ROOT.glob("docs/examples/*.py")}
 REFERENCE = {
     "flexmsa": "flexmsa",
     "metrics": "flexmsa.metrics",
@@ -21,7 +22,8 @@ REFERENCE = {
     "transformers": "flexmsa.integrations.transformers",
     "testing": "flexmsa.testing",
 }
-LINK = re.compile(r"(?<=\]\()(?!#|[a-z]+:)([^)#\s]+)")
+# Code has brackets too: it is matched first, and left as it is.
+LINK = re.compile(r"^ *```.*?^ *```|`[^`\n]*`|(?<=\]\()(?!#|[a-z]+:)(?P<target>[^)#\s]+)", re.DOTALL | re.MULTILINE)
 LINKED = re.compile(r"(?<!!)\[([^\]]+)\]\(\x00[^)]*\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
 FUNCTION = re.compile(r"<m[io]>(log|ln|max)</m[io]>")
@@ -32,9 +34,19 @@ def on_files(files, config):
     """Add the pages that are not in docs/."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+    for source, page in EXAMPLES.items():
+        files.append(File.generated(config, page, content=example(ROOT / source)))
     for page, module in REFERENCE.items():
         files.append(File.generated(config, f"reference/{page}.md", content=reference(module)))
     return files
+
+
+def example(path: Path) -> str:
+    """The page of a program: its docstring, then its code."""
+    code = path.read_text()
+    said = ast.get_docstring(ast.parse(code))
+    body = code.split('"""', 2)[2].strip()
+    return f"# {path.stem.replace('_', ' ').capitalize()}\n\n{said}\n\n```python\n{body}\n```\n"
 
 
 def reference(module: str) -> str:
@@ -49,7 +61,7 @@ def reference(module: str) -> str:
 
 def on_page_markdown(markdown, page, config, files):
     """Let links to files of the repository lead to their page, or to the repository."""
-    sources = {page: source for source, page in PAGES.items()}
+    sources = {page: source for source, page in (PAGES | EXAMPLES).items()}
     source = PurePosixPath(sources.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
     return rewrite_links(markdown, source, page.file.src_uri, repository())
 
@@ -75,10 +87,12 @@ def rewrite_links(markdown: str, source: PurePosixPath, page: str, address: str 
         markdown = markdown.replace(f"]({address}/", f"]({up}/")
 
     def place(link: re.Match) -> str:
-        target = normpath(source.parent / link[0])
-        if target in PAGES:
-            return relpath(PAGES[target], str(PurePosixPath(page).parent))
-        if target.startswith("docs/") and (ROOT / target).is_file() and not target.endswith(".py"):
+        if not link["target"]:
+            return link[0]
+        target = normpath(source.parent / link["target"])
+        if own := PAGES.get(target) or EXAMPLES.get(target):
+            return relpath(own, str(PurePosixPath(page).parent))
+        if target.startswith("docs/") and (ROOT / target).is_file():
             return relpath(target.removeprefix("docs/"), str(PurePosixPath(page).parent))
         return f"{address}/{target}" if address else "\x00"
 

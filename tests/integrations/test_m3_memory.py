@@ -26,23 +26,28 @@ def high_water():
 def peak(length):
     before = high_water()
     with torch.no_grad():
-        model(tokens(1, length), logits_to_keep=1, use_cache=False)
+        mask = None
+        if sys.argv[3] == "gap":
+            mask = torch.ones(1, length, device=DEVICE)
+            mask[:, length // 3 : length // 2] = 0
+        model(tokens(1, length), attention_mask=mask, logits_to_keep=1, use_cache=False)
     return high_water() - before
 peak(512)
-print(*(peak(int(length)) for length in sys.argv[3:]))
+print(*(peak(int(length)) for length in sys.argv[4:]))
 """
 
 
-def peaks(implementation, *lengths):
+def peaks(implementation, *lengths, padding="none"):
     """By how many MiB each length raises the most memory that the process ever held."""
-    arguments = [implementation, str(Path(__file__).parents[1]), *map(str, lengths)]
+    arguments = [implementation, str(Path(__file__).parents[1]), padding, *map(str, lengths)]
     run = subprocess.run([sys.executable, "-c", _PROBE, *arguments], capture_output=True, text=True, check=True)
     return [float(part) for part in run.stdout.split()]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much memory a process held")
-def test_peak_memory_is_linear_in_the_length():
-    first, second = peaks("flexmsa", 16384, 32768)
+@pytest.mark.parametrize("padding", ["none", "gap"])
+def test_peak_memory_is_linear_in_the_length(padding):
+    first, second = peaks("flexmsa", 16384, 32768, padding=padding)
     # One bool for each query and key would be 1024 MiB.
     assert first + second < 400
     assert second < 1.5 * first + 16

@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 from integrations.device import DEVICE
-from integrations.m3 import error, make_m3, tokens
+from integrations.m3 import error, tokens
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
+from flexmsa.integrations.transformers.gathered import token_bounds
 from flexmsa.integrations.transformers.sequences import row_table
 
 LENGTHS = [30, 1, 41, 28]
@@ -120,22 +121,14 @@ def test_masks_that_cannot_be_followed_are_refused(model):
         model(x.repeat(2, 1), cu_seq_lens_q=torch.tensor([0, 20], dtype=torch.int32, device=DEVICE))
 
 
-def test_padding_between_tokens_is_refused():
-    # On a GPU it would fail on the device, and nothing could run there any more.
-    model, x = make_m3("flexmsa").cpu(), tokens(1, 20).cpu()
-    gap = torch.ones_like(x)
-    gap[:, 8:11] = 0
-    with pytest.raises(ValueError, match="padding between tokens; pad prompts on the left"):
-        model(x, attention_mask=gap)
-
-
 def test_a_table_of_rows():
     """Two rows behind 4 cached keys: padding in the cache; a document that ends, one that starts, and padding."""
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]], device=DEVICE)
     position_ids = torch.tensor([[2, 3, 4], [4, 0, 0]], device=DEVICE)
-    table = row_table(mask, position_ids, tokens(2, 3), past=4)
+    bounds = token_bounds(mask.bool())
+    table = row_table(bounds, position_ids, tokens(2, 3), past=4)
     assert table.tolist() == [[0, 0, 3, 2, 7], [1, 0, 1, 0, 5], [1, 1, 2, 5, 6], [1, 2, 3, 0, 0]]
-    assert row_table(mask, None, tokens(2, 3), past=4).tolist() == [
+    assert row_table(bounds, None, tokens(2, 3), past=4).tolist() == [
         [0, 0, 3, 2, 7],
         [1, 0, 0, 0, 0],
         [1, 0, 2, 0, 6],
@@ -146,4 +139,5 @@ def test_a_table_of_rows():
 def test_positions_within_padding_start_no_sequences():
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0, 0]], device=DEVICE)
     position_ids = torch.tensor([[0, 0, 0, 0, 1, 2, 0, 0, 0]], device=DEVICE)
-    assert row_table(mask, position_ids, tokens(1, 9), past=0).tolist() == [[0, 0, 6, 3, 6], [0, 6, 9, 0, 0]]
+    table = row_table(token_bounds(mask.bool()), position_ids, tokens(1, 9), past=0)
+    assert table.tolist() == [[0, 0, 6, 3, 6], [0, 6, 9, 0, 0]]

@@ -1,7 +1,7 @@
 """`attn_implementation="flexmsa"`: the attention and the mask function that transformers calls.
 
-MiniMax-M3's modules and converted modules pass the same arguments to them: the table of sequences as `attention_mask`,
-and a `Selection` (index heads and settings, not ids) as `block_indices`.
+MiniMax-M3's modules and converted modules pass the same arguments to them: as `attention_mask` the table of sequences,
+or `GatheredRows` with one, and a `Selection` (index heads and settings, not ids) as `block_indices`.
 """
 
 import functools
@@ -23,6 +23,7 @@ from flexmsa.distributed.context_parallel import context_parallel_attention
 from flexmsa.distributed.gather import gather_tokens
 from flexmsa.distributed.gradients import total, with_total
 from flexmsa.distributed.shards import SequenceShards
+from flexmsa.integrations.transformers.gathered import GatheredRows
 from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch, num_groups
 from flexmsa.integrations.transformers.losses import IndexLosses
 from flexmsa.integrations.transformers.paged import PagedBatch
@@ -134,12 +135,12 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | GatheredRows | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     block_indices: Selection | None = None,
     index_losses: IndexLosses | None = None,
-    observe: Callable[[Tensor, Tensor, Tensor | None, float], None] | None = None,
+    observe: Callable[[Tensor, Tensor, Tensor | GatheredRows | None, float], None] | None = None,
     shards: SequenceShards | None = None,
     paged: PagedBatch | None = None,
     **kwargs: Any,
@@ -161,7 +162,7 @@ def _attend(
             raise ValueError("shards: expected full attention in all layers, got a layer with a sliding window")
         attend = ALL_ATTENTION_FUNCTIONS[module.flexmsa_fallback]
         return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if attention_mask is not None and attention_mask.dtype != torch.int32:
+    if isinstance(attention_mask, Tensor) and attention_mask.dtype != torch.int32:
         raise ValueError(
             f"attention_mask: expected the table of sequences, got {attention_mask.dtype} "
             f"{list(attention_mask.shape)}; call the model, not a layer of it"
@@ -183,16 +184,26 @@ def _attend(
     request = loss = None
     if index_losses is not None:
         request = LossRequest(index_losses.deferred.get(number), index_losses.count, head_mesh(module))
+    observed = query, key
+    rows = attention_mask if isinstance(attention_mask, GatheredRows) else None
+    if rows is not None:
+        query, key, value = rows.gather_queries(query), rows.gather_keys(key), rows.gather_keys(value)
+        if block_indices is not None:
+            block_indices = block_indices._replace(heads=block_indices.heads.gathered(rows))
+    table = attention_mask if rows is None else rows.table
     if shards is not None:
         out, loss = _attend_with_shards(query, key, value, block_indices, shards, scale, request)
     elif block_indices is None:
-        out = _attend_densely(query, key, value, attention_mask, scale)
+        out = _attend_densely(query, key, value, table, scale)
     else:
-        out, loss = _attend_sparsely(query, key, value, block_indices, attention_mask, scale, request)
+        out, loss = _attend_sparsely(query, key, value, block_indices, table, scale, request)
     if index_losses is not None and loss is not None:
         index_losses.record(number, loss)
     if observe is not None:
-        observe(query, key, attention_mask, scale)
+        # After the attention: a checkpointed layer, which is not measured again, recomputes what it saved in order.
+        observe(*observed, attention_mask, scale)
+    if rows is not None:
+        out = rows.restore(out)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -2,13 +2,15 @@
 
 A transformers attention module keeps its projections, norms, RoPE and cache. A forward pre-hook adds keyword arguments,
 which the module passes to the attention function (see attention.py); so that function gets the index heads together
-with q, k and v. Each call of the model makes one `ForwardPass` and passes it to the hooks in the same way.
+with q, k and v. Each call of the model makes one `ForwardPass` and passes it to the hooks in the same way: the whole
+model where there are index losses or a measurement, and else the model below its head. transformers' exporters take
+what the whole model is called with for inputs of its graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +19,14 @@ from transformers.cache_utils import Cache
 from flexmsa.config import MSAConfig
 from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selection
 from flexmsa.integrations.transformers.batching import register_implementation
+from flexmsa.integrations.transformers.gathered import GatheredRows
 from flexmsa.integrations.transformers.health import LayerHealth, measure, untrained_heads
 from flexmsa.integrations.transformers.index_branch import IndexHeads, cache_index_keys, has_index_branch, project_index
 from flexmsa.integrations.transformers.paged import PagedBatch, paged_batch
 from flexmsa.integrations.transformers.sequences import find_sequences
 from flexmsa.integrations.transformers.versions import CACHE, cache_of, check_parameters
 
-__all__ = ["Conversion", "ForwardPass", "Report", "hook_attention"]
+__all__ = ["Conversion", "ForwardPass", "Report", "hook_modules"]
 
 
 @dataclass
@@ -34,17 +37,23 @@ class ForwardPass:
         has_positions: the caller passed position_ids, which may separate documents.
         with_health: compare the selection of each index branch with the attention of the main branch.
         health: layer number -> the result.
-        sequences: the table of sequences, None if every row is one sequence; valid if `has_sequences`, which the first
-            layer sets.
+        sequences: the table of sequences or `GatheredRows`, None if every row is one sequence; valid if
+            `has_sequences`, which the first layer sets.
         paged: the batch of requests of continuous batching, which the first layer sets.
     """
 
     has_positions: bool = True
     with_health: bool = False
     health: dict[int, LayerHealth] = field(default_factory=dict)
-    sequences: Tensor | None = None
+    sequences: Tensor | GatheredRows | None = None
     has_sequences: bool = False
     paged: PagedBatch | None = None
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: Mapping[str, Any], with_health: bool = False) -> Self:
+        """Return that of a model that is called with these arguments."""
+        # A positional argument after the tokens may be position_ids.
+        return cls(len(args) > 1 or kwargs.get("position_ids") is not None, with_health)
 
 
 class Report(NamedTuple):
@@ -122,14 +131,29 @@ class Conversion:
         )
 
 
-def hook_attention(module: nn.Module, conversion: Conversion, fallback: str | None) -> None:
-    """Let `module`, with or without an index branch, attend through flexmsa, or through `fallback` if not None."""
+def hook_modules(decoder: nn.Module, attention: Mapping[nn.Module, str | None], conversion: Conversion) -> None:
+    """Let attention modules attend through flexmsa, or through what they are mapped to if it is not None.
+
+    Args:
+        decoder: the model below its head.
+        attention: its attention modules, with or without an index branch.
+        conversion: the state of the model.
+    """
     register_implementation()
-    check_parameters(type(module).forward, "hidden_states", CACHE)
-    # As attributes of the module, both are copied together with the model.
-    module.msa = conversion  # type: ignore[assignment]
-    module.flexmsa_fallback = fallback  # type: ignore[assignment]
-    module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+    for module, fallback in attention.items():
+        check_parameters(type(module).forward, "hidden_states", CACHE)
+        # As attributes of the module, both are copied together with the model.
+        module.msa = conversion  # type: ignore[assignment]
+        module.flexmsa_fallback = fallback  # type: ignore[assignment]
+        module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+    decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True)
+
+
+def _before_decoder(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Add a `ForwardPass` to the keyword arguments, unless the whole model's hook did."""
+    if module.config.get_text_config()._attn_implementation != IMPLEMENTATION or "msa_pass" in kwargs:
+        return args, kwargs
+    return args, {**kwargs, "msa_pass": ForwardPass.of(args, kwargs)}
 
 
 def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -168,15 +192,19 @@ def _observe(
     untrained: IndexHeads,
     q: Tensor,
     k: Tensor,
-    sequences: Tensor | None,
+    sequences: Tensor | GatheredRows | None,
     scale: float,
 ) -> None:
+    if isinstance(sequences, GatheredRows):
+        q, k = sequences.gather_queries(q), sequences.gather_keys(k)
+        heads, untrained = heads.gathered(sequences), untrained.gathered(sequences)
+        sequences = sequences.table
     forward_pass.health[module.layer_idx] = measure(q, k, heads, untrained, sequences, module.msa.config, scale)
 
 
 def _sequences(
     forward_pass: ForwardPass, hidden_states: Tensor, cache: Cache | None, layer_idx: int, kwargs: dict[str, Any]
-) -> Tensor | None:
+) -> Tensor | GatheredRows | None:
     """Return the table of sequences on the device of this layer; the first layer of a forward pass makes it."""
     if forward_pass.has_sequences:
         found = forward_pass.sequences

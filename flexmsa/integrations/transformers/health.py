@@ -26,7 +26,7 @@ class LayerHealth(NamedTuple):
 
 @torch.no_grad()
 def untrained_heads(
-    attention: Any, config: MSAConfig, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    attention: Any, config: MSAConfig, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
 ) -> IndexHeads:
     """Return the index heads of an untrained branch as `convert` makes it, with the same weights in every call."""
     weight = attention.index_q_proj.weight
@@ -59,15 +59,12 @@ def measure(
     row, queries, keys = _longest(q, k, sequences)
     q, k = q[row, :, queries], k[row, :, keys]
 
-    def recall(block_indices: Tensor) -> metrics.Recall:
-        return metrics.recall(q, k, block_indices, block_size=config.block_size, scale=scale)
-
     def selected(branch: IndexHeads) -> Tensor:
         return select(branch.index_q[row, :, queries], branch.index_k[row, :, keys], config)
 
-    trained = selected(heads)
-    window = window_blocks(heads.index_q[row, :, queries], heads.index_k[row, :, keys], config)
-    return LayerHealth(recall(trained), recall(selected(untrained)), recall(window))
+    own = heads.index_q[row, :, queries], heads.index_k[row, :, keys]
+    selections = {"learned": selected(heads), "untrained": selected(untrained), "window": window_blocks(*own, config)}
+    return LayerHealth(**metrics.recalls(q, k, selections, block_size=config.block_size, scale=scale))
 
 
 def _longest(q: Tensor, k: Tensor, sequences: Tensor | None) -> tuple[slice, slice, slice]:
@@ -87,32 +84,15 @@ def select(index_q: Tensor, index_k: Tensor, config: MSAConfig) -> Tensor:
 
 
 def window_blocks(index_q: Tensor, index_k: Tensor, config: MSAConfig, num_init_blocks: int = 0) -> Tensor:
-    """Select the `num_init_blocks` oldest blocks, as an attention sink, and the newest: `config.topk` in total.
-
-    Returns:
-        block_indices [B, Hkv, Sq, topk] int32 for one causal sequence per row, like those of `select`.
-    """
-    newest = _own_block(index_q, index_k, config)[:, None]
+    """Return `metrics.window_blocks` of `config.topk` blocks, [B, Hkv, Sq, topk]."""
     assert config.topk is not None
-    ids = torch.arange(config.topk, device=newest.device)
-    reach = config.topk - num_init_blocks
-    window = torch.where(ids < num_init_blocks, ids, newest - reach + 1 + ids - num_init_blocks)
-    window = window.masked_fill((ids >= num_init_blocks) & (window < num_init_blocks), -1)
-    window = window.masked_fill(window > newest, -1)
-    return window.to(torch.int32).expand(*index_q.shape[:3], -1)
+    groups = index_k.expand(-1, index_q.shape[1], -1, -1)
+    sizes = {"block_size": config.block_size, "topk": config.topk}
+    return metrics.window_blocks(index_q, groups, **sizes, num_init_blocks=num_init_blocks)
 
 
 def random_blocks(index_q: Tensor, index_k: Tensor, config: MSAConfig) -> Tensor:
-    """Select the query's own block and random others, `config.topk` in total; the shape is that of `window_blocks`."""
-    newest = _own_block(index_q, index_k, config)[:, None]
-    blocks = torch.arange(-(-index_k.shape[2] // config.block_size), device=newest.device)
-    scores = torch.rand(*index_q.shape[:3], len(blocks), device=newest.device)
-    scores = scores.masked_fill(blocks == newest, 2.0).masked_fill(blocks > newest, -1.0)
+    """Return `metrics.random_blocks` of `config.topk` blocks, [B, Hkv, Sq, topk]."""
     assert config.topk is not None
-    best = scores.topk(min(config.topk, len(blocks)), dim=-1)
-    return best.indices.masked_fill(best.values < 0, -1).to(torch.int32)
-
-
-def _own_block(index_q: Tensor, index_k: Tensor, config: MSAConfig) -> Tensor:
-    seqlen_q, seqlen_k = index_q.shape[2], index_k.shape[2]
-    return torch.arange(seqlen_k - seqlen_q, seqlen_k, device=index_q.device) // config.block_size
+    groups = index_k.expand(-1, index_q.shape[1], -1, -1)
+    return metrics.random_blocks(index_q, groups, block_size=config.block_size, topk=config.topk)

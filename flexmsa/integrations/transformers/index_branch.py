@@ -1,14 +1,23 @@
 """The index branch of a transformers attention module: its weights, its heads, and its keys in the cache."""
 
+import functools
 import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, StaticIndexedLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    QuantizedLayer,
+    StaticIndexedLayer,
+    StaticLayer,
+)
 
 from flexmsa.config import MSAConfig
+from flexmsa.integrations.transformers.gathered import GatheredRows
 
 __all__ = [
     "INDEX_MODULES",
@@ -36,6 +45,10 @@ class IndexHeads(NamedTuple):
 
     index_q: Tensor
     index_k: Tensor
+
+    def gathered(self, rows: GatheredRows) -> "IndexHeads":
+        """Return those of rows with their tokens in front."""
+        return IndexHeads(rows.gather_queries(self.index_q), rows.gather_keys(self.index_k))
 
 
 def add_index_branch(
@@ -96,9 +109,9 @@ def is_index_weight(name: str) -> bool:
 
 
 def project_index(
-    branch: Any, attention: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    branch: Any, attention: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
 ) -> IndexHeads:
-    """Return the index heads of `hidden_states` [B, S, hidden_size], with the RoPE of `attention`'s own model.
+    """Return the index heads of `hidden_states` [B, S, hidden_size], with the RoPE of `attention`'s own model, if any.
 
     The input is detached, so the loss of the index branch trains only the weights of `branch`.
     """
@@ -112,7 +125,7 @@ def project_index(
 
     index_q = heads(branch.index_q_proj, branch.index_q_norm)
     index_k = heads(branch.index_k_proj, branch.index_k_norm)
-    if getattr(attention, "use_rope", True):
+    if position_embeddings is not None and getattr(attention, "use_rope", True):
         index_q, index_k = _rotate(attention, index_q, index_k, *position_embeddings)
     return IndexHeads(index_q, index_k)
 
@@ -138,17 +151,43 @@ def cache_index_keys(cache: Cache, layer_idx: int, index_k: Tensor) -> Tensor:
     """Append index_k [B, 1, S, Di] to the layer's index keys in `cache`; return all of them, [B, 1, capacity, Di].
 
     This replaces an empty layer by transformers' own kind of layer with index keys, which supports beam search and
-    cropping.
+    cropping. Beside quantized keys and values, index keys are not quantized.
     """
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
-    layer: Any = cache.layers[layer_idx]
-    if not hasattr(layer, "update_indexer"):
-        if type(layer) not in (DynamicLayer, StaticLayer) or layer.is_initialized:
-            raise ValueError(
-                f"cache: expected an empty DynamicCache or StaticCache, or one that this model filled, got "
-                f"{layer} in layer {layer_idx} of a {type(cache).__name__}; it has no index keys of the earlier tokens"
-            )
-        static = isinstance(layer, StaticLayer)
-        cache.layers[layer_idx] = StaticIndexedLayer(layer.max_cache_len) if static else DynamicIndexedLayer()
+    if not hasattr(cache.layers[layer_idx], "update_indexer"):
+        cache.layers[layer_idx] = _with_index_keys(cache, layer_idx)
     return cache.update_indexer(index_k.squeeze(1), layer_idx).unsqueeze(1)
+
+
+def _with_index_keys(cache: Cache, layer_idx: int) -> Any:
+    """Return an empty layer of the cache as one that has index keys too."""
+    layer: Any = cache.layers[layer_idx]
+    made: Any = None
+    if type(layer) is DynamicLayer:
+        made = DynamicIndexedLayer()
+    elif type(layer) is StaticLayer:
+        made = StaticIndexedLayer(layer.max_cache_len)
+    elif isinstance(layer, QuantizedLayer):
+        kind = _quantized_layer(type(layer))
+        made = kind.__new__(kind)
+        DynamicIndexedLayer.__init__(made)
+    length: Any = layer.get_seq_length() if layer.is_initialized else 0
+    if isinstance(length, Tensor) and torch.compiler.is_compiling():
+        torch._assert_async(length == 0, "cache: expected an empty StaticCache, got one without index keys")
+        length = 0
+    if made is None or length != 0:
+        raise ValueError(
+            f"cache: expected an empty DynamicCache, StaticCache or QuantizedCache, or one that this model filled, got "
+            f"{layer} in layer {layer_idx} of a {type(cache).__name__}; it has no index keys of the earlier tokens"
+        )
+    # Its settings, and what `early_initialization` allocated.
+    for name, value in vars(layer).items():
+        setattr(made, name, value)
+    return made
+
+
+@functools.cache
+def _quantized_layer(kind: Any) -> Any:
+    """The class of layers of the class `kind` with index keys."""
+    return type(kind.__name__, (kind, DynamicIndexedLayer), {"__module__": __name__})
