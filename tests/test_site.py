@@ -63,6 +63,16 @@ def test_formulas_become_mathml():
     assert "&amp;" not in found and ">log</mo>" in found
 
 
+def test_equations_are_aligned():
+    assert hooks.formula(r"\begin{aligned} a &= b \\ c &= d \end{aligned}", True).count("<mtr>") == 2
+
+
+@pytest.mark.parametrize("latex", [r"a & b", r"\unheard x"])
+def test_a_formula_that_would_be_drawn_wrong_raises(latex):
+    with pytest.raises(ValueError, match="formula: expected LaTeX that latex2mathml knows"):
+        hooks.formula(latex, True)
+
+
 def test_each_public_name_has_an_entry():
     page = hooks.reference("flexmsa")
     assert page.startswith("# flexmsa\n") and "::: flexmsa.attention\n" in page

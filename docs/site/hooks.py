@@ -27,6 +27,7 @@ LINK = re.compile(r"^ *```.*?^ *```|`[^`\n]*`|(?<=\]\()(?!#|[a-z]+:)(?P<target>[
 LINKED = re.compile(r"(?<!!)\[([^\]]+)\]\(\x00[^)]*\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
 FUNCTION = re.compile(r"<m[io]>(log|ln|max)</m[io]>")
+UNKNOWN = re.compile(r"<m[io]>(&|\\[a-zA-Z]*)</m[io]>")
 PRIME = re.compile(r"<mi>(?:&#x02032;|\u2032)</mi>")
 
 
@@ -110,8 +111,12 @@ def formula(latex: str, displayed: bool) -> str:
     >>> formula("x^2", False)[:40]
     '<math xmlns="http://www.w3.org/1998/Math'
     """
-    drawn = convert(html.unescape(latex).strip(), display="block" if displayed else "inline")
-    # As operators, names of functions and primes get their space and their size.
+    # The converter knows align*, which GitHub does not draw within a block.
+    latex = html.unescape(latex).strip().replace("{aligned}", "{align*}")
+    drawn = convert(latex, display="block" if displayed else "inline")
+    if unknown := UNKNOWN.search(drawn):
+        raise ValueError(f"formula: expected LaTeX that latex2mathml knows, got {unknown[1]} in {latex}")
+    # As operators, names of functions and primes get their space and their size; infinity is none.
     drawn = FUNCTION.sub(r'<mo lspace="0.17em" rspace="0.17em">\1</mo>', drawn)
-    drawn = PRIME.sub("<mo>&#x02032;</mo>", drawn)
+    drawn = PRIME.sub("<mo>&#x02032;</mo>", drawn).replace("<mo>&#x0221E;</mo>", "<mi>&#x0221E;</mi>")
     return f'<div class="formula">{drawn}</div>' if displayed else drawn
