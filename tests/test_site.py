@@ -78,6 +78,9 @@ def test_each_public_name_has_an_entry():
     assert page.startswith("# flexmsa\n") and "::: flexmsa.attention\n" in page
     # The metrics have a page of their own.
     assert "::: flexmsa.metrics" not in page
+    # The function, not the module.
+    name = "flexmsa.integrations.transformers"
+    assert f"::: {name}.convert.convert\n" in hooks.reference(name)
 
 
 @pytest.mark.parametrize("name", ["hooks", "docstrings"])
