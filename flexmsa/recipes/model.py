@@ -32,8 +32,6 @@ __all__ = ["GPT", "Block", "parallelize"]
 VOCABULARY = 256
 # The newest queries of the longest document: enough for a mean, at a cost that is linear in its length.
 MEASURED_QUERIES = 128
-# Of queries, heads and keys at a time: some hundred MiB.
-MEASURED_PRODUCTS = 1 << 24
 
 
 class MLP(nn.Module):
@@ -111,8 +109,7 @@ class Block(nn.Module):
             # A group's best blocks are those of all its heads.
             q = head_shards.whole_group(q)
         ids = select_blocks(index_q, index_k, block_size=config.block_size, topk=config.topk)
-        chunk = max(1, MEASURED_PRODUCTS // (q.shape[1] * k.shape[2]))
-        return torch.stack(metrics.recall(q, k, ids, block_size=config.block_size, chunk=chunk))
+        return torch.stack(metrics.recall(q, k, ids, block_size=config.block_size))
 
 
 class GPT(nn.Module):
