@@ -156,6 +156,16 @@ def test_documents_with_padding_between_and_inside_them(model):
     assert_close(torch.cat([logits[:, 27:40], logits[:, 43:]], dim=1), model(second).logits)
 
 
+@each_cache
+def test_padding_behind_rows_without_positions_is_not_behind_documents(model, new_cache):
+    ids, mask, cache = tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.bool, device=DEVICE), new_cache(model)
+    mask[0, :5] = mask[1, 35:40] = False
+    model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+    logits = model(ids[:, 30:], attention_mask=mask, past_key_values=cache).logits
+    expected = model(ids, attention_mask=mask, use_cache=False).logits
+    assert_close(logits[mask[:, 30:]], expected[:, 30:][mask[:, 30:]])
+
+
 @pytest.mark.parametrize("on_the_right", [False, True])
 def test_padding_behind_several_documents_in_a_cache_is_refused(model, on_the_right):
     ids, cache = tokens(1, 40), DynamicCache(config=model.config)

@@ -104,11 +104,8 @@ def has_gaps(filled: Tensor, start: Tensor, end: Tensor, seqlen: int, past: int 
 
 def note_documents(cache: Cache, table: Tensor, batch: int) -> None:
     """Let `cache` remember if a row of the `table` that was made for its new keys holds several documents."""
-    several = len(table) > batch
-    if several and getattr(cache, _GAPS, False):
-        # Padding on the right has rows of the table too.
-        several = int((table[:, 4] > table[:, 3]).sum()) > batch
-    if several:
+    # Padding on the right, also where there is none, has rows of the table too.
+    if len(table) > batch and int((table[:, 4] > table[:, 3]).sum()) > batch:
         _remember(cache, _DOCUMENTS, True)
 
 
