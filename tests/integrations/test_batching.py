@@ -95,6 +95,8 @@ def test_a_kept_manager_keeps_its_index_keys(sizes):
     cache = model.init_continuous_batching().batch_processor.cache
     # Two blocks are transformers' own.
     assert [x.shape for x in vars(cache)[_INDEX_KEYS].values()] == [((BLOCKS + 2) * PAGE, 16)] * 2
+    with pytest.raises(NotImplementedError, match="num_return_sequences: expected 1, got 2"):
+        generate_batch(model, prompts, {"num_return_sequences": 2, "do_sample": True})
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager"):
         generate_batch(model, prompts)

@@ -211,6 +211,20 @@ def test_measuring_a_selection():
     torch.testing.assert_close(reports[0].health, reports[1].health)
 
 
+def test_measuring_a_checkpointed_layer():
+    model, ids, mask = converted.make_converted().train(), tokens(2, LENGTH), gaps()[:2]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    gradients = []
+    for model.flexmsa.with_health in (False, True):
+        model.zero_grad()
+        with torch.enable_grad():
+            out = model(ids, attention_mask=mask, position_ids=counted(mask), use_cache=False)
+            (out.logits.sum() + out.index_loss).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert len(model.flexmsa.report.health) == 2
+    converted.assert_same(*gradients)
+
+
 SMALL = {
     "num_hidden_layers": 2,
     "layer_types": ["full_attention", "minimax_m3_sparse"],

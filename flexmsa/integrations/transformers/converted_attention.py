@@ -195,6 +195,7 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple
     return args, kwargs
 
 
+@torch.no_grad()
 def _observe(
     forward_pass: ForwardPass,
     module: Any,
