@@ -46,6 +46,11 @@ def _init_continuous_batching(init: Callable) -> Callable:
                 f'attn_implementation: expected the one that the kept manager was made for, got "{implementation}"; '
                 "call model.destroy_cached_continuous_batching_manager() first"
             )
+        if isinstance(kept, BatchingManager) and kept.warm_up != _is_in_warm_up(self):
+            raise ValueError(
+                "warm_up: expected that of the kept manager, whose cache has tokens as the other phase computes them; "
+                "call model.destroy_cached_continuous_batching_manager() first"
+            )
         if implementation != IMPLEMENTATION:
             return init(self, generation_config, continuous_batching_config, workload_hints)
         generation_config = self.generation_config if generation_config is None else generation_config
@@ -78,6 +83,7 @@ class BatchingManager(ContinuousBatchingManager):
         workload_hints: Any = None,
     ) -> None:
         _check(model, continuous_batching_config)
+        self.warm_up = _is_in_warm_up(model)
         if generation_config.eos_token_id is None:
             # No token; transformers writes it into the model's own configuration.
             generation_config = copy.deepcopy(generation_config)
@@ -114,6 +120,10 @@ def _full_attention(model: Any) -> Iterator[None]:
         yield
     finally:
         config.layer_types = kinds
+
+
+def _is_in_warm_up(model: Any) -> bool:
+    return getattr(getattr(model, "flexmsa", None), "warm_up", False)
 
 
 def _check_number(generation: GenerationConfig) -> None:
