@@ -13,7 +13,8 @@ from torch import Tensor
 def cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors in the dtype of the enclosing autocast region, unchanged outside one."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # PyTorch has no autocast for meta tensors, and raises.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     kept = (torch.float64, torch.float8_e4m3fn)
