@@ -177,6 +177,31 @@ def test_padding_behind_several_documents_in_a_cache_is_refused(model, on_the_ri
         model(ids[:, 30:], attention_mask=mask, position_ids=at[:, 30:], past_key_values=cache)
 
 
+@each_cache
+@pytest.mark.parametrize("with_offsets", [False, True])
+def test_documents_that_came_one_by_one_or_by_offsets_are_refused_too(model, new_cache, with_offsets):
+    """Until the cache is used for other tokens."""
+    ids, cache = tokens(1, 40), new_cache(model)
+    at = torch.cat([torch.arange(n, device=DEVICE) for n in (13, 27)])[None]
+    if with_offsets:
+        offsets = torch.tensor([0, 13, 30], dtype=torch.int32, device=DEVICE)
+        documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 17, "max_length_k": 17}
+        model(ids[:, :30], position_ids=at[:, :30], past_key_values=cache, **documents)
+    else:
+        model(ids[:, :13], past_key_values=cache)
+        model(ids[:, 13:30], position_ids=at[:, 13:30], past_key_values=cache)
+    mask = torch.ones_like(ids)
+    mask[0, 33:35] = 0
+    with pytest.raises(ValueError, match="after several documents of a row in the cache"):
+        model(ids[:, 30:], attention_mask=mask, position_ids=at[:, 30:], past_key_values=cache)
+    if isinstance(cache, StaticCache):
+        cache.reset()
+        model(ids[:, :30], past_key_values=cache)
+        logits = model(ids[:, 30:], attention_mask=mask, past_key_values=cache).logits
+        expected = model(ids, attention_mask=mask, use_cache=False).logits[:, 30:]
+        assert_close(logits[mask[:, 30:] == 1], expected[mask[:, 30:] == 1])
+
+
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_losses_and_gradients(make):
     """Those of the same rows padded on the right."""
