@@ -171,7 +171,7 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple
     if module.flexmsa_fallback is not None or module.config._attn_implementation != IMPLEMENTATION:
         kwargs.pop("index_losses", None)
         # The steps that follow may select again, among all keys.
-        if has_index_branch(module) and has_index_keys(cache, module.layer_idx):
+        if cache is not None and has_index_branch(module) and has_index_keys(cache, module.layer_idx):
             heads = project_index(module, module, hidden_states, kwargs["position_embeddings"])
             cache_index_keys(cache, module.layer_idx, heads.index_k)
         return args, kwargs

@@ -161,7 +161,7 @@ def cache_index_keys(cache: Cache, layer_idx: int, index_k: Tensor) -> Tensor:
     return cache.update_indexer(index_k.squeeze(1), layer_idx).unsqueeze(1)
 
 
-def has_index_keys(cache: Any, layer_idx: int) -> bool:
+def has_index_keys(cache: Cache, layer_idx: int) -> bool:
     """Return whether a layer of a cache of any kind has index keys."""
     layers = getattr(cache, "layers", ())
     return layer_idx < len(layers) and getattr(layers[layer_idx], "is_indexer_initialized", False)
