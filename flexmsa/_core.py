@@ -152,7 +152,9 @@ def chosen_scores(
         key = start[row, part, None, None] + ids[..., None] * block_size + offset
         seen = (ids >= 0)[..., None] & (key < end[row, part, None, None])
         keys = index_k[row, 0][key.clamp(0, index_k.shape[2] - 1)].to(dtype)
-        found = torch.einsum("gnd,gntkd->gntk", index_q[row, :, part].to(dtype), keys)
+        # Autocast would round the scores.
+        with torch.autocast(keys.device.type, enabled=False):
+            found = torch.einsum("gnd,gntkd->gntk", index_q[row, :, part].to(dtype), keys)
         found = found.nan_to_num(nan=finite.min, posinf=finite.max, neginf=finite.min)
         scores[row, :, part] = found.masked_fill(~seen, -torch.inf).amax(-1)
     return scores

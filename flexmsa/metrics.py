@@ -166,7 +166,9 @@ def _parts(q: Tensor, sequences: Sequences, num_queries: int | None) -> Iterator
 def _block_mass(q: Tensor, k: Tensor, num_visible: Tensor, block_size: int, scale: float) -> Tensor:
     """Return [queries, blocks]: the attention mass of each block of keys, averaged over the heads q [G, queries, D]."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = (q.to(dtype) * scale) @ k.to(dtype).T
+    # Autocast would round the scores.
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q.to(dtype) * scale) @ k.to(dtype).T
     hidden = torch.arange(k.shape[0], device=q.device) >= num_visible[:, None]
     mass = scores.masked_fill_(hidden, -torch.inf).softmax(-1).mean(0)
     return torch.nn.functional.pad(mass, (0, -k.shape[0] % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
@@ -175,13 +177,14 @@ def _block_mass(q: Tensor, k: Tensor, num_visible: Tensor, block_size: int, scal
 def _compare(mass: Tensor, ids: Tensor, num_visible: Tensor, block_size: int) -> Tensor:
     """Return the number of queries with a choice, and the sums of both recalls over them."""
     blocks = mass.shape[-1]
-    ids = ids.masked_fill((ids < 0) | (ids >= blocks), blocks)
+    visible = (num_visible + block_size - 1).div(block_size, rounding_mode="floor")
+    ids = ids.masked_fill((ids < 0) | (ids >= visible[:, None]), blocks)
     selected = torch.zeros(len(ids), blocks + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)[:, :blocks]
     count = selected.sum(1)
     sorted_mass, order = mass.sort(dim=1, descending=True, stable=True)
     best = torch.arange(blocks, device=ids.device) < count[:, None]
     both = best & selected.gather(1, order)
-    has_choice = ((num_visible + block_size - 1).div(block_size, rounding_mode="floor") > count) & (count > 0)
+    has_choice = (visible > count) & (count > 0)
     block = both.sum(1) / count.clamp(min=1)
     score = (sorted_mass * both).sum(1) / (sorted_mass * best).sum(1).clamp(min=torch.finfo(mass.dtype).tiny)
     return torch.stack([has_choice.sum(), (block * has_choice).sum(), (score * has_choice).sum()]).double()

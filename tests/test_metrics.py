@@ -72,6 +72,21 @@ def test_recalls_are_those_of_the_definition(lengths, num_queries, monkeypatch):
     assert found["all"] == (1.0, 1.0)
 
 
+def test_blocks_that_a_query_does_not_see_are_not_selected():
+    q, k = randn(1, 4, 90, 16), randn(1, GROUPS, 90, 16, seed=1)
+    ids = torch.tensor([0, 5, 9]).expand(1, GROUPS, 90, 3)
+    right, _ = defined(q, k, ids, range(90), {})
+    torch.testing.assert_close(torch.stack(metrics.recall(q, k, ids, block_size=BLOCK, per_group=True)), right.float())
+
+
+def test_autocast_does_not_round_recalls():
+    q, k = 5 * randn(1, 4, 90, 16), randn(1, GROUPS, 90, 16, seed=1)
+    ids = metrics.window_blocks(q, k, block_size=BLOCK, topk=3)
+    expected = metrics.recall(q, k, ids, block_size=BLOCK)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.stack(metrics.recall(q, k, ids, block_size=BLOCK)), torch.stack(expected))
+
+
 def test_baselines():
     q, k = torch.empty(2, 4, 50, 16), torch.empty(2, GROUPS, 90, 16)
     sizes = {"block_size": BLOCK, "topk": 4}

@@ -18,6 +18,15 @@ SEQUENCES = torch.tensor([[0, 0, 33, 0, 33]], dtype=torch.int32)
 CONFIG = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=16, index_head_dim=8, block_size=8, topk=2)
 
 
+def test_functions_on_meta_tensors():
+    tensors = [x.to("meta").requires_grad_() for x in make_inputs(33)]
+    value = torch.zeros((), device="meta")
+    out, aux = flexmsa.attention(*tensors, block_size=8, topk=2, return_aux=EVERYTHING, index_loss_value=value)
+    (out.sum() + aux.index_loss).backward()
+    assert out.is_meta and out.shape == tensors[0].shape and all(x.grad.shape == x.shape for x in tensors)
+    assert flexmsa.select_blocks(*tensors[3:], block_size=8, topk=2).shape == aux.block_indices.shape
+
+
 def test_opcheck_of_every_operator():
     q, k, v, index_q, index_k = make_inputs(33, requires_grad=True)
     ids = ops.select_blocks(index_q, index_k, SEQUENCES, 8, 2, 1, 0, "torch")

@@ -43,6 +43,16 @@ def test_scores_of_the_selected_blocks(dtype, lengths, monkeypatch):
     torch.testing.assert_close(scores.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_autocast_does_not_round_scores(dtype):
+    index_q, index_k = randn(2, 2, 90, 16).to(dtype), randn(2, 1, 90, 16, seed=1).to(dtype)
+    settings = {"block_size": BLOCK, "topk": 5, "return_scores": True}
+    expected = flexmsa.select_blocks(index_q, index_k, **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = flexmsa.select_blocks(index_q, index_k, **settings)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 def layer_and_ids():
     torch.manual_seed(0)
     layer = MSAttention(MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=8, index_head_dim=8, block_size=8, topk=2))

@@ -96,7 +96,7 @@ def check_steps(mesh):
     placed[1:4] = [distribute_tensor(x.detach(), mesh, [WHOLE]).requires_grad_() for x in plain[1:4]]
     found = []
     for q, k, v, index_q, index_k in (plain, placed):
-        given_ids = flexmsa.select_blocks(index_q, index_k, **SETTINGS)
+        given_ids = flexmsa.select_blocks(**SETTINGS, index_q=index_q, index_k=index_k)
         out, aux = flexmsa.block_sparse_attention(q, k, v, given_ids, block_size=4, return_aux=AuxRequest(lse=True))
         loss = flexmsa.index_loss(q, k, index_q, index_k, given_ids, aux.lse, block_size=4)
         full((out * out).sum()).backward()

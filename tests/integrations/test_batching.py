@@ -8,6 +8,7 @@ from integrations.m3 import make_m3, make_vision_m3
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import continuous_api
 
+from flexmsa.integrations.transformers import set_warm_up
 from flexmsa.integrations.transformers.batching import BatchingManager
 from flexmsa.integrations.transformers.paged import _INDEX_KEYS
 
@@ -95,6 +96,11 @@ def test_a_kept_manager_keeps_its_index_keys(sizes):
     cache = model.init_continuous_batching().batch_processor.cache
     # Two blocks are transformers' own.
     assert [x.shape for x in vars(cache)[_INDEX_KEYS].values()] == [((BLOCKS + 2) * PAGE, 16)] * 2
+    with pytest.raises(NotImplementedError, match="num_return_sequences: expected 1, got 2"):
+        generate_batch(model, prompts, {"num_return_sequences": 2, "do_sample": True})
+    set_warm_up(model, True)
+    with pytest.raises(ValueError, match="warm_up: expected that of the kept manager"):
+        generate_batch(model, prompts)
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager"):
         generate_batch(model, prompts)

@@ -86,6 +86,19 @@ def test_minimax_m3_has_no_quantized_cache(quantized):
         quantized(m3.make_m3("flexmsa", **SMALL))
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_the_index_keys_of_steps_that_another_attention_computes(kind):
+    """Those of the first layer, which depend on no attention."""
+    model, ids, kept = converted.make_converted(), converted.tokens(2, 40), []
+    for between in ("flexmsa", "sdpa"):
+        cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=50)
+        for chunk, attention in zip(ids.split([20, 8, 12], dim=1), ("flexmsa", between, "flexmsa"), strict=True):
+            model.set_attn_implementation(attention)
+            model(chunk, past_key_values=cache)
+        kept.append(cache.layers[0].indexer_keys)
+    assert kept[0].equal(kept[1]) and kept[0][:, :40].all()
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static", "quantized"])
 def test_a_cache_that_another_model_filled_is_refused(quantized, kind):
     model, dense, ids = converted.make_converted(), converted.make_dense(), converted.tokens(1, 12)

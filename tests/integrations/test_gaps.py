@@ -156,6 +156,16 @@ def test_documents_with_padding_between_and_inside_them(model):
     assert_close(torch.cat([logits[:, 27:40], logits[:, 43:]], dim=1), model(second).logits)
 
 
+@each_cache
+def test_padding_behind_rows_without_positions_is_not_behind_documents(model, new_cache):
+    ids, mask, cache = tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.bool, device=DEVICE), new_cache(model)
+    mask[0, :5] = mask[1, 35:40] = False
+    model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+    logits = model(ids[:, 30:], attention_mask=mask, past_key_values=cache).logits
+    expected = model(ids, attention_mask=mask, use_cache=False).logits
+    assert_close(logits[mask[:, 30:]], expected[:, 30:][mask[:, 30:]])
+
+
 @pytest.mark.parametrize("on_the_right", [False, True])
 def test_padding_behind_several_documents_in_a_cache_is_refused(model, on_the_right):
     ids, cache = tokens(1, 40), DynamicCache(config=model.config)
@@ -165,6 +175,31 @@ def test_padding_behind_several_documents_in_a_cache_is_refused(model, on_the_ri
     model(ids[:, :30], attention_mask=mask[:, :30], position_ids=at[:, :30], past_key_values=cache)
     with pytest.raises(ValueError, match="after several documents of a row in the cache"):
         model(ids[:, 30:], attention_mask=mask, position_ids=at[:, 30:], past_key_values=cache)
+
+
+@each_cache
+@pytest.mark.parametrize("with_offsets", [False, True])
+def test_documents_that_came_one_by_one_or_by_offsets_are_refused_too(model, new_cache, with_offsets):
+    """Until the cache is used for other tokens."""
+    ids, cache = tokens(1, 40), new_cache(model)
+    at = torch.cat([torch.arange(n, device=DEVICE) for n in (13, 27)])[None]
+    if with_offsets:
+        offsets = torch.tensor([0, 13, 30], dtype=torch.int32, device=DEVICE)
+        documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 17, "max_length_k": 17}
+        model(ids[:, :30], position_ids=at[:, :30], past_key_values=cache, **documents)
+    else:
+        model(ids[:, :13], past_key_values=cache)
+        model(ids[:, 13:30], position_ids=at[:, 13:30], past_key_values=cache)
+    mask = torch.ones_like(ids)
+    mask[0, 33:35] = 0
+    with pytest.raises(ValueError, match="after several documents of a row in the cache"):
+        model(ids[:, 30:], attention_mask=mask, position_ids=at[:, 30:], past_key_values=cache)
+    if isinstance(cache, StaticCache):
+        cache.reset()
+        model(ids[:, :30], past_key_values=cache)
+        logits = model(ids[:, 30:], attention_mask=mask, past_key_values=cache).logits
+        expected = model(ids, attention_mask=mask, use_cache=False).logits[:, 30:]
+        assert_close(logits[mask[:, 30:] == 1], expected[mask[:, 30:] == 1])
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -199,6 +234,20 @@ def test_measuring_a_selection():
         reports.append(model.flexmsa.report)
     assert reports[0].health
     torch.testing.assert_close(reports[0].health, reports[1].health)
+
+
+def test_measuring_a_checkpointed_layer():
+    model, ids, mask = converted.make_converted().train(), tokens(2, LENGTH), gaps()[:2]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    gradients = []
+    for model.flexmsa.with_health in (False, True):
+        model.zero_grad()
+        with torch.enable_grad():
+            out = model(ids, attention_mask=mask, position_ids=counted(mask), use_cache=False)
+            (out.logits.sum() + out.index_loss).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert len(model.flexmsa.report.health) == 2
+    converted.assert_same(*gradients)
 
 
 SMALL = {

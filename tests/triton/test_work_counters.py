@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from flexmsa.kernels.triton.selection import work_counters as module
 from flexmsa.kernels.triton.selection.work_counters import work_counters
@@ -21,6 +22,7 @@ def stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(module, "RESERVE", 32)
     monkeypatch.setattr(module, "_reserves", {})
+    monkeypatch.setattr(module, "_given", [])
     yield state
     module._counters_of.cache_clear()
 
@@ -56,6 +58,15 @@ def test_the_reserve_is_made_outside_of_captures_and_before_it_is_used_up(stream
     made = len(stream.threads)
     module._reserves.clear()
     assert not work_counters(3, CPU).any() and len(stream.threads) == made
+
+
+def test_the_counters_of_a_graph_are_kept_when_the_reserve_is_filled_again(stream):
+    work_counters(1, CPU)
+    stream.capturing = True
+    memory = StorageWeakRef(work_counters(20, CPU).untyped_storage())
+    stream.capturing = False
+    work_counters(1, CPU)
+    assert len(module._reserves[CPU]) == 32 and not memory.expired()
 
 
 def test_counters_are_not_made_by_the_thread_whose_memory_may_be_that_of_a_graph(stream):

@@ -46,9 +46,18 @@ def _init_continuous_batching(init: Callable) -> Callable:
                 f'attn_implementation: expected the one that the kept manager was made for, got "{implementation}"; '
                 "call model.destroy_cached_continuous_batching_manager() first"
             )
-        if kept is not None or implementation != IMPLEMENTATION:
+        if isinstance(kept, BatchingManager) and kept.warm_up != _is_in_warm_up(self):
+            raise ValueError(
+                "warm_up: expected that of the kept manager, whose cache has tokens as the other phase computes them; "
+                "call model.destroy_cached_continuous_batching_manager() first"
+            )
+        if implementation != IMPLEMENTATION:
             return init(self, generation_config, continuous_batching_config, workload_hints)
         generation_config = self.generation_config if generation_config is None else generation_config
+        # With a kept manager too, which would never give the other sequences.
+        _check_number(generation_config)
+        if kept is not None:
+            return init(self, generation_config, continuous_batching_config, workload_hints)
         if continuous_batching_config is None:
             given = getattr(generation_config, "continuous_batching_config", None)
             continuous_batching_config = given if isinstance(given, ContinuousBatchingConfig) else None
@@ -73,7 +82,8 @@ class BatchingManager(ContinuousBatchingManager):
         continuous_batching_config: ContinuousBatchingConfig,
         workload_hints: Any = None,
     ) -> None:
-        _check(model, generation_config, continuous_batching_config)
+        _check(model, continuous_batching_config)
+        self.warm_up = _is_in_warm_up(model)
         if generation_config.eos_token_id is None:
             # No token; transformers writes it into the model's own configuration.
             generation_config = copy.deepcopy(generation_config)
@@ -112,7 +122,20 @@ def _full_attention(model: Any) -> Iterator[None]:
         config.layer_types = kinds
 
 
-def _check(model: Any, generation: GenerationConfig, batching: ContinuousBatchingConfig) -> None:
+def _is_in_warm_up(model: Any) -> bool:
+    return getattr(getattr(model, "flexmsa", None), "warm_up", False)
+
+
+def _check_number(generation: GenerationConfig) -> None:
+    number = getattr(generation, "num_return_sequences", None) or 1
+    if number > 1:
+        raise NotImplementedError(
+            f"num_return_sequences: expected 1, got {number}: transformers copies pages of keys and values, but not "
+            "their index keys; pass the prompt several times"
+        )
+
+
+def _check(model: Any, batching: ContinuousBatchingConfig) -> None:
     """Raise for what would be wrong, or was never tried."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
@@ -126,12 +149,6 @@ def _check(model: Any, generation: GenerationConfig, batching: ContinuousBatchin
     mesh = getattr(model, "_device_mesh", None)
     if mesh is not None and mesh.size() > 1:
         raise NotImplementedError("generate_batch: expected a model on one process, got a sharded one; call generate")
-    number = getattr(generation, "num_return_sequences", None) or 1
-    if number > 1:
-        raise NotImplementedError(
-            f"num_return_sequences: expected 1, got {number}: transformers copies pages of keys and values, but not "
-            "their index keys; pass the prompt several times"
-        )
     if batching.cpu_offload_space != 0:
         raise NotImplementedError(
             f"cpu_offload_space: expected 0, got {batching.cpu_offload_space}: transformers moves pages of keys and "

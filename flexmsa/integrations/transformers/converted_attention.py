@@ -21,7 +21,13 @@ from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selectio
 from flexmsa.integrations.transformers.batching import register_implementation
 from flexmsa.integrations.transformers.gathered import GatheredRows
 from flexmsa.integrations.transformers.health import LayerHealth, measure, untrained_heads
-from flexmsa.integrations.transformers.index_branch import IndexHeads, cache_index_keys, has_index_branch, project_index
+from flexmsa.integrations.transformers.index_branch import (
+    IndexHeads,
+    cache_index_keys,
+    has_index_branch,
+    has_index_keys,
+    project_index,
+)
 from flexmsa.integrations.transformers.paged import PagedBatch, paged_batch
 from flexmsa.integrations.transformers.sequences import find_sequences
 from flexmsa.integrations.transformers.versions import CACHE, cache_of, check_parameters
@@ -160,11 +166,15 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple
     """Add the table of sequences, the index heads and the function that measures them to the keyword arguments."""
     kwargs = dict(kwargs)
     forward_pass = kwargs.pop("msa_pass", None) or ForwardPass()
-    if module.flexmsa_fallback is not None or module.config._attn_implementation != IMPLEMENTATION:
-        kwargs.pop("index_losses", None)
-        return args, kwargs
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = cache_of(kwargs)
+    if module.flexmsa_fallback is not None or module.config._attn_implementation != IMPLEMENTATION:
+        kwargs.pop("index_losses", None)
+        # The steps that follow may select again, among all keys.
+        if cache is not None and has_index_branch(module) and has_index_keys(cache, module.layer_idx):
+            heads = project_index(module, module, hidden_states, kwargs["position_embeddings"])
+            cache_index_keys(cache, module.layer_idx, heads.index_k)
+        return args, kwargs
     whole = kwargs.get("shards") is None
     kwargs["attention_mask"] = (
         _sequences(forward_pass, hidden_states, cache, module.layer_idx, kwargs) if whole else None
@@ -185,6 +195,7 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple
     return args, kwargs
 
 
+@torch.no_grad()
 def _observe(
     forward_pass: ForwardPass,
     module: Any,

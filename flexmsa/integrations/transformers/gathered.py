@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-__all__ = ["GatheredRows", "has_gaps", "note_documents", "token_bounds"]
+__all__ = ["GatheredRows", "has_gaps", "may_hold_documents", "note_documents", "token_bounds"]
 
 # What a cache is known to hold, as attributes of it: so a copy of the cache knows too, and no step reads a GPU.
 _GAPS, _DOCUMENTS = "flexmsa_has_gaps", "flexmsa_has_documents"
@@ -93,8 +93,8 @@ def has_gaps(filled: Tensor, start: Tensor, end: Tensor, seqlen: int, past: int 
         found, later, is_new = torch.stack([has_gap.any(), will_be.any(), end.new_zeros(()) + past == 0]).tolist()
         if cache is not None:
             _remember(cache, _GAPS, found or later)
-            _remember(cache, _DOCUMENTS, not is_new and getattr(cache, _DOCUMENTS, False))
-    if found and getattr(cache, _DOCUMENTS, False):
+            _remember(cache, _DOCUMENTS, not is_new and may_hold_documents(cache))
+    if found and cache is not None and may_hold_documents(cache):
         raise ValueError(
             "attention_mask: expected no padding between tokens after several documents of a row in the cache, got "
             "some; begin with an empty cache, or without padding"
@@ -102,14 +102,25 @@ def has_gaps(filled: Tensor, start: Tensor, end: Tensor, seqlen: int, past: int 
     return found
 
 
-def note_documents(cache: Cache, table: Tensor, batch: int) -> None:
-    """Let `cache` remember if a row of the `table` that was made for its new keys holds several documents."""
-    several = len(table) > batch
-    if several and getattr(cache, _GAPS, False):
-        # Padding on the right has rows of the table too.
-        several = int((table[:, 4] > table[:, 3]).sum()) > batch
-    if several:
-        _remember(cache, _DOCUMENTS, True)
+def note_documents(cache: Cache, table: Tensor, batch: int, first_key: Tensor | None, past: int | Tensor) -> None:
+    """Let `cache` remember if a row will hold several documents.
+
+    Args:
+        table: that of the new tokens. Padding on the right, also where there is none, has rows of it too.
+        first_key: [B], the first token of each row; None: 0.
+        past: int or one-element tensor, the number of keys before the new tokens.
+    """
+    row, _, _, k_start, k_end = table.long().unbind(1)
+    sees_keys = k_end > k_start
+    starts = sees_keys & (k_start > (0 if first_key is None else first_key[row]))
+    several = (sees_keys.sum() > batch) | starts.any()
+    found, is_new = torch.stack([several, several.new_zeros(()) + past == 0]).tolist()
+    _remember(cache, _DOCUMENTS, found or (not is_new and may_hold_documents(cache)))
+
+
+def may_hold_documents(cache: Cache) -> bool:
+    """Return whether a row of the `cache` held several documents, if it was not emptied since."""
+    return getattr(cache, _DOCUMENTS, False)
 
 
 def _remember(cache: Cache, name: str, value: bool) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "cache_index_keys",
     "first_adapted",
     "has_index_branch",
+    "has_index_keys",
     "is_index_weight",
     "num_groups",
     "numbers_inside",
@@ -158,6 +159,12 @@ def cache_index_keys(cache: Cache, layer_idx: int, index_k: Tensor) -> Tensor:
     if not hasattr(cache.layers[layer_idx], "update_indexer"):
         cache.layers[layer_idx] = _with_index_keys(cache, layer_idx)
     return cache.update_indexer(index_k.squeeze(1), layer_idx).unsqueeze(1)
+
+
+def has_index_keys(cache: Cache, layer_idx: int) -> bool:
+    """Return whether a layer of a cache of any kind has index keys."""
+    layers = getattr(cache, "layers", ())
+    return layer_idx < len(layers) and getattr(layers[layer_idx], "is_indexer_initialized", False)
 
 
 def _with_index_keys(cache: Cache, layer_idx: int) -> Any:

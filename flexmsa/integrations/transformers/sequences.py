@@ -11,7 +11,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from flexmsa import ops
-from flexmsa.integrations.transformers.gathered import GatheredRows, has_gaps, note_documents, token_bounds
+from flexmsa.integrations.transformers.gathered import (
+    GatheredRows,
+    has_gaps,
+    may_hold_documents,
+    note_documents,
+    token_bounds,
+)
 
 __all__ = ["document_table", "find_sequences", "gathered_rows", "row_table"]
 
@@ -46,7 +52,9 @@ def find_sequences(
     if isinstance(past, Tensor):
         past = past.to(tokens.device)
     if cu_seqlens is not None:
-        return document_table(cu_seqlens, tokens, past)
+        table = document_table(cu_seqlens, tokens, past)
+        _note_documents(cache, table, tokens, None, past)
+        return table
     if mask is None and position_ids is None and ends_with_last_key:
         return None
     bounds = None
@@ -57,10 +65,12 @@ def find_sequences(
             keys = seqlen if cache is None else cache.get_mask_sizes(seqlen, layer_idx)[0]
             filled = F.pad(filled, (0, keys - filled.shape[1]))
             rows = gathered_rows(filled, position_ids, tokens, past)
-            _note_documents(cache, rows.table, tokens)
+            if position_ids is not None:
+                _note_documents(cache, rows.table, tokens, None, past)
             return rows
     table = row_table(bounds, position_ids, tokens, past)
-    _note_documents(cache, table, tokens)
+    if position_ids is not None or (cache is not None and may_hold_documents(cache)):
+        _note_documents(cache, table, tokens, None if bounds is None else bounds[0], past)
     is_whole = mask is None and ends_with_last_key and isinstance(past, int) and past == 0
     return None if is_whole and table.shape[0] == tokens.shape[0] else table
 
@@ -80,10 +90,13 @@ def document_table(cu_seqlens: Tensor, tokens: Tensor, past: int | Tensor) -> Te
     return torch.cat([sequences[:, :3], sequences[:, 3:] + past], dim=1).to(torch.int32)
 
 
-def _note_documents(cache: Cache | None, table: Tensor, tokens: Tensor) -> None:
+def _note_documents(
+    cache: Cache | None, table: Tensor, tokens: Tensor, first_key: Tensor | None, past: int | Tensor
+) -> None:
     batch, seqlen = tokens.shape[:2]
+    # The host does not wait for a GPU to find that a single token begins a document.
     if cache is not None and seqlen > 1 and not torch.compiler.is_compiling() and not table.is_meta:
-        note_documents(cache, table, batch)
+        note_documents(cache, table, batch, first_key, past)
 
 
 def row_table(

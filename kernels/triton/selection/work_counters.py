@@ -16,6 +16,8 @@ import triton
 RESERVE = 1 << 20
 
 _reserves: dict[torch.device, torch.Tensor] = {}
+# All that were ever a reserve: graphs write to them for as long as they run, but do not hold their memory.
+_given: list[torch.Tensor] = []
 _lock = threading.Lock()
 
 
@@ -40,6 +42,7 @@ def _fill_reserve(device: torch.device) -> None:
     """Fill the reserve, outside of captures: in one, the memory would be the graph's, and each run would zero it."""
     counters = _zeros(RESERVE, device)
     with _lock:
+        _given.append(counters)
         _reserves[device] = counters
 
 
