@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flexmsa._progress import Progress, clock
-from flexmsa.demo.command import INTERRUPTED, exit_code, find_problem, read_options
+from flexmsa._command import INTERRUPTED, exit_code, find_problem, read_options
 from flexmsa.demo.generate import generate
 from flexmsa.demo.report import save
 from flexmsa.demo.text import Text, read_standard_library

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from flexmsa._progress import clock
-from flexmsa.demo.command import INTERRUPTED
+from flexmsa._command import INTERRUPTED
 from flexmsa.demo.train import learning_rate
 from flexmsa.distributed import SequenceShards
 from flexmsa.recipes.model import GPT, parallelize

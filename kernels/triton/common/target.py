@@ -12,7 +12,7 @@ import triton
 from ...problem import Problem
 
 # Gluon is an experimental part of Triton: what is written in it is launched by versions that it has run with.
-GLUON = triton.__version__.startswith(("3.6.", "3.7."))
+GLUON = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from flexmsa._progress import Progress, clock
-from flexmsa.demo.command import INTERRUPTED, exit_code, find_problem, read_options
+from flexmsa._command import INTERRUPTED, exit_code, find_problem, read_options
 from flexmsa.demo.text import Text, read_standard_library
 from flexmsa.integrations.transformers.demo.report import draw_table, save
 from flexmsa.integrations.transformers.demo.retrieval import KEY_LENGTH
