@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from itertools import pairwise
 from typing import TextIO
 
 # Lines per run if the output is not a terminal.
@@ -52,7 +53,7 @@ class Progress:
             return None
         cuts = [steps * number // STRETCHES for number in range(STRETCHES + 1)]
         return statistics.median(
-            (self.ends[last] - self.ends[first]) / (last - first) for first, last in zip(cuts, cuts[1:], strict=False)
+            (self.ends[last] - self.ends[first]) / (last - first) for first, last in pairwise(cuts)
         )
 
     def close(self) -> None:

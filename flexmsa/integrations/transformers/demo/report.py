@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FILES = ("convert.json", "convert.md", "convert.png")
 COLOURS = {"dense": ORANGE, "MSA": BLUE, "window": GREEN, "random": PURPLE}
 NAMES = {"dense": "dense", "MSA": "MSA", "window": "sliding window and a sink block", "random": "random blocks"}
 COLUMNS = (
@@ -31,7 +32,7 @@ def save(demo: Demo, results: dict[str, Any]) -> list[Path]:
     """Write the files into the run's folder; returns the paths."""
     folder = demo.settings.out
     text = json.dumps({**results, "losses": demo.losses, "index_branch": demo.entries}, indent=1)
-    written = [folder / "convert.json", folder / "convert.md"]
+    written = [folder / name for name in FILES[:2]]
     write_whole(written[0], lambda path: path.write_text(text + "\n"))
     write_whole(written[1], lambda path: path.write_text(draw_table(demo, results["unigram_loss"])))
     try:
@@ -39,7 +40,7 @@ def save(demo: Demo, results: dict[str, Any]) -> list[Path]:
     except ImportError:
         print("No picture, as matplotlib is not installed: pip install flexmsa[plot]")
         return written
-    written.append(folder / "convert.png")
+    written.append(folder / FILES[2])
     write_whole(written[-1], partial(figure.savefig, format="png"))
     return written
 
