@@ -6,7 +6,7 @@ INSTALLED = $(VENV)/.installed
 NEWEST = $(VENV)/transformers-5.24.0
 
 # Tests of what flexmsa wraps of transformers, and of its caches and loaders.
-HOOKED = auto convert m3_compile m3_logits m3_sequences trainers versions
+HOOKED = auto convert dense_models families m3_compile m3_logits m3_sequences trainers versions
 
 .PHONY: help demo convert-demo test lint types check bench bench-gpu sanitize-gpu compile-all clean
 

@@ -7,8 +7,17 @@ makes from benchmarks/results/*.json, so that nobody types a figure. A test chec
 import re
 
 from benchmarks.gpu_tables import GPU_TABLES, ROOT, gpu_rows, layer_times, load_result, markdown
+from benchmarks.transformers_tests import transformers_tests
 
-PAGES = ("README.md", "docs/performance.md", "docs/distributed.md", "docs/serving.md", "docs/notes/kernels.md")
+PAGES = (
+    "README.md",
+    "docs/performance.md",
+    "docs/distributed.md",
+    "docs/serving.md",
+    "docs/training.md",
+    "docs/transformers.md",
+    "docs/notes/kernels.md",
+)
 
 
 def cpu_machine() -> str:
@@ -104,6 +113,30 @@ def gpu_generation() -> str:
     return "\n".join([machine + table, "", "flexmsa's attention function in an eager step:", "", *host])
 
 
+# Layers, width, MLP, heads, KV heads, head dim.
+TRAINED_SHAPES = {"Qwen3-0.6B": (28, 1024, 3072, 16, 8, 128), "Llama 8B": (32, 4096, 14336, 32, 8, 128)}
+
+
+def training_memory() -> str:
+    """GiB of a training step under activation checkpointing, by the shapes: bf16, topk 16, index head dim 128."""
+    rows = []
+    for name, (layers, width, mlp, heads, groups, size) in TRAINED_SHAPES.items():
+        index = (groups + 1) * size * width
+        weights = layers * (2 * (heads + groups) * size * width + 3 * mlp * width + index)
+        for tokens in (32768, 131072):
+            per_token = {
+                "hidden states": 2 * width * layers,
+                "selection": 4 * groups * 16 * layers,
+                "out and lse": (2 * heads * size + 4 * heads) * layers,
+                "one layer": 2 * ((2 * heads + 3 * groups + 1) * size + 4 * width + 3 * mlp),
+            }
+            cells = [f"{number * tokens / 2**30:.1f}" for number in per_token.values()]
+            own = f"{weights * 16 / 2**30:.0f}", f"{index * layers / weights:.1%}"
+            rows.append([name, f"{tokens // 1024}K", *own, *cells])
+    head = ["model", "tokens", "parameters", "of them index", "hidden states", "selection", "out and lse", "one layer"]
+    return markdown(head, rows)
+
+
 def fp8_selection() -> str:
     rows = [
         [f"{row['seqlen'] // 1024}K", row["in e4m3"], f"{row['ids_that_differ']:.1%}", f"{row['score_recall']:.2%}"]
@@ -154,7 +187,16 @@ def summary() -> str:
 
 
 CPU_TABLES = cpu_machine, cpu_table, cpu_memory, cpu_decode, cpu_few
-OWN_TABLES = *CPU_TABLES, gpu_generation, fp8_selection, kernels_sm_90, kernels_targets, summary
+OWN_TABLES = (
+    *CPU_TABLES,
+    training_memory,
+    gpu_generation,
+    transformers_tests,
+    fp8_selection,
+    kernels_sm_90,
+    kernels_targets,
+    summary,
+)
 # Name on the pages -> the function that makes the table: "gpu peers" -> gpu_peers.
 TABLES = {make.__name__.replace("_", " ", 1): make for make in (*OWN_TABLES, *GPU_TABLES)}
 

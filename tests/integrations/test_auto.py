@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
     Qwen3ForSequenceClassification,
     Qwen3ForTokenClassification,
     pipeline,
@@ -70,7 +72,8 @@ def test_options_of_from_pretrained(load, checkpoint):
     assert hasattr(model, "flexmsa") and not found["missing_keys"]
     config = AutoConfig.from_pretrained(checkpoint)
     config.vocab_size += 1
-    with pytest.raises(ValueError, match="expected weights of the shapes"):
+    # As transformers raises it.
+    with pytest.raises(RuntimeError, match="expected weights of the shapes"):
         load(checkpoint, config=config)
     assert load(checkpoint, config=config, ignore_mismatched_sizes=True).lm_head.out_features == config.vocab_size
 
@@ -142,6 +145,23 @@ def test_configurations_are_copied(checkpoint):
 def test_the_configuration_of_a_model_that_was_not_saved_makes_another():
     model = AutoModelForCausalLM.from_config(make_converted("phi3").config)
     assert model.flexmsa.layers == (0, 1) and type(model).__name__ == "Phi3ForCausalLM"
+
+
+class LlamaLikeConfig(LlamaConfig):
+    model_type = "llama_like"
+
+
+def test_configurations_that_share_an_architecture(tmp_path):
+    """As some that transformers loads with Llama's classes."""
+    AutoConfig.register(LlamaLikeConfig.model_type, LlamaLikeConfig, exist_ok=True)
+    model, ids = convert(LlamaForCausalLM(LlamaLikeConfig(**GROUPED)), SETTINGS).to(DEVICE).eval(), tokens(1, 30)
+    model.save_pretrained(tmp_path / "like")
+    make_converted("llama").save_pretrained(tmp_path / "llama")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "like").to(DEVICE).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert type(loaded.config) is type(model.config) is not type(make_converted("llama").config)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").to(DEVICE).eval()
+    assert torch.equal(other(ids).logits, make_converted("llama")(ids).logits)
 
 
 def test_outputs_are_pickled():

@@ -15,8 +15,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    StableLmConfig,
-    StableLmForCausalLM,
 )
 
 from flexmsa import MSAConfig
@@ -277,13 +275,6 @@ def test_settings_that_do_not_fit_are_named():
         make_converted()(tokens(1, 5), index_losses=IndexLosses())
     with pytest.raises(ValueError, match="index_head_dim: expected at least the 16 dimensions"):
         convert(make_dense(), {**SETTINGS, "index_head_dim": 8})(tokens(1, 5))
-
-
-def test_a_model_that_keeps_keyword_arguments_to_itself_is_refused():
-    settings = {key: value for key, value in GROUPED.items() if key != "pad_token_id"}
-    model = convert(StableLmForCausalLM(StableLmConfig(**settings)).to(DEVICE), SETTINGS)
-    with pytest.raises(RuntimeError, match="does not pass keyword arguments"):
-        model.train()(tokens(1, 20))
 
 
 def test_the_checkpoint_of_a_converted_model_loads_as_a_dense_one(tmp_path):

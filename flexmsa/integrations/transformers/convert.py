@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmsa.config import MSAConfig
@@ -18,13 +17,20 @@ from flexmsa.integrations.transformers.attention import IMPLEMENTATION, check_sh
 from flexmsa.integrations.transformers.auto import PREFIX, converted_config
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_modules
 from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
-from flexmsa.integrations.transformers.index_branch import add_index_branch, first_adapted, num_groups
-from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
+from flexmsa.integrations.transformers.dense_models import attention_modules, choose_layers, is_local, model_sizes
+from flexmsa.integrations.transformers.index_branch import add_index_branch, first_adapted
+from flexmsa.integrations.transformers.losses import (
+    IndexLosses,
+    IndexLossValue,
+    defer_losses,
+    prepare_checkpointing,
+    prepare_init_weights,
+)
 from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
 from flexmsa.integrations.transformers.tensor_parallel import add_to_plan
 from flexmsa.integrations.transformers.trainer import watch_gradients
 
-__all__ = ["conversion_of", "convert", "install", "model_sizes", "msa_config", "set_warm_up"]
+__all__ = ["conversion_of", "convert", "install", "msa_config", "set_warm_up"]
 
 # Settings that the model's own configuration has, and how to train: they are not saved.
 _NOT_SAVED = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "rotary_dim", "rope_theta", "loss_in_backward")
@@ -42,17 +48,6 @@ def msa_config(model: PreTrainedModel, **settings: Any) -> MSAConfig:
     sizes = model_sizes(config)
     epsilon = getattr(config, "rms_norm_eps", getattr(config, "layer_norm_eps", 1e-6))
     return MSAConfig(**{**sizes, "index_head_dim": sizes["head_dim"], "norm_eps": epsilon, **settings})
-
-
-def model_sizes(config: PreTrainedConfig) -> dict[str, int]:
-    """Return the settings of `MSAConfig` that a model's own configuration has."""
-    heads = config.num_attention_heads
-    return {
-        "hidden_size": config.hidden_size,
-        "num_heads": heads,
-        "num_kv_heads": num_groups(config),
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-    }
 
 
 def convert(
@@ -103,8 +98,8 @@ def convert(
         )
     config = settings if isinstance(settings, MSAConfig) else msa_config(model, **(settings or {}))
     _check_settings(config, model_sizes(model.config.get_text_config()))
-    modules = _attention_modules(model)
-    chosen = _choose_layers(modules, layers)
+    modules = attention_modules(model)
+    chosen = choose_layers(modules, layers)
     return install(model, config, chosen, warm_up=True)
 
 
@@ -122,67 +117,6 @@ def _check_settings(config: MSAConfig, sizes: dict[str, int]) -> None:
         raise ValueError("settings: expected no rotary_dim and rope_theta; the model's RoPE rotates the index heads")
 
 
-def _attention_modules(model: PreTrainedModel) -> dict[int, Any]:
-    """Return the causal self-attention modules by layer number.
-
-    Raises:
-        ValueError: there are none, or they have a feature that flexmsa does not support.
-    """
-    found: Iterable[Any] = model.modules()
-    modules = {
-        module.layer_idx: module
-        for module in found
-        if type(module).__name__.endswith("Attention")
-        and getattr(module, "is_causal", False)
-        and isinstance(getattr(module, "layer_idx", None), int)
-    }
-    if not modules:
-        raise ValueError(
-            f"model: expected causal attention modules with a layer_idx, found none in {type(model).__name__}"
-        )
-    for module in modules.values():
-        if not hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb"):
-            raise ValueError(f"model: expected attention with RoPE, got {type(module).__name__} without it")
-        refused = {
-            "attention_dropout": getattr(module, "attention_dropout", 0),
-            "attn_logit_softcapping": getattr(module, "attn_logit_softcapping", None),
-            "sinks": getattr(module, "sinks", None),
-            "own indexer": getattr(module, "indexer", None),
-            "differential attention": getattr(module, "lambda_q1", None),
-        }
-        for name, value in refused.items():
-            if isinstance(value, Tensor | nn.Module) or value:
-                raise ValueError(f"model: expected no {name}, which flexmsa cannot do, in {type(module).__name__}")
-    return modules
-
-
-def _is_local(module: Any) -> bool:
-    """Return whether an attention module sees only a window or chunk; some classes have that in the configuration."""
-    kinds = getattr(module.config, "layer_types", None)
-    if kinds is not None:
-        return kinds[module.layer_idx] != "full_attention"
-    return getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)) is not None
-
-
-def _choose_layers(modules: dict[int, Any], layers: Iterable[int] | None) -> tuple[int, ...]:
-    full = [number for number, module in sorted(modules.items()) if not _is_local(module)]
-    if layers is None:
-        if not full:
-            raise ValueError(
-                "layers: expected layers with full attention, got a model whose every layer has a sliding window; "
-                "set config.sliding_window = None if the model was not trained with one"
-            )
-        return tuple(full)
-    chosen = tuple(sorted(set(layers)))
-    for number in chosen:
-        if number not in full:
-            kind = "has a sliding window" if number in modules else "does not exist"
-            raise ValueError(f"layers: expected some of {full}, got {number}, which {kind}")
-    if not chosen:
-        raise ValueError("layers: expected at least one layer, got none")
-    return chosen
-
-
 def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: bool) -> PreTrainedModel:
     """Convert as `convert` does, without its checks."""
     from flexmsa.integrations.transformers.loading import register_loader
@@ -193,7 +127,7 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
     if hasattr(transformers, model.config.architectures[0].removeprefix(PREFIX)):
         register_loader(model.config)
     text_config = model.config.get_text_config()
-    modules = _attention_modules(model)
+    modules = attention_modules(model)
     dense = text_config._attn_implementation
     fallback = dense if dense not in (None, "eager", IMPLEMENTATION) else "sdpa"
     conversion = Conversion(config, layers, fallback, warm_up)
@@ -205,13 +139,17 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
             dtype = weight.dtype if weight.is_floating_point() else model.dtype
             add_index_branch(module, config, std, dtype, weight.device)
             module.index_loss_value = IndexLossValue(weight.device)
-        fallbacks[module] = fallback if _is_local(module) else None
+        fallbacks[module] = fallback if is_local(module) else None
     hook_modules(model.base_model, fallbacks, conversion)
     model.flexmsa = conversion
     add_to_plan(model)
     text_config._attn_implementation = IMPLEMENTATION
     _store_settings(model)
     prepare_outputs(type(model))
+    for part in model.modules():
+        # Each initializes the modules inside it.
+        if isinstance(part, PreTrainedModel):
+            prepare_init_weights(type(part))
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_after_forward, with_kwargs=True)
     watch_gradients(model)

@@ -26,7 +26,7 @@ class LayerHealth(NamedTuple):
 
 @torch.no_grad()
 def untrained_heads(
-    attention: Any, config: MSAConfig, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    attention: Any, config: MSAConfig, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
 ) -> IndexHeads:
     """Return the index heads of an untrained branch as `convert` makes it, with the same weights in every call."""
     weight = attention.index_q_proj.weight

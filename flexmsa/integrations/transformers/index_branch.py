@@ -109,9 +109,9 @@ def is_index_weight(name: str) -> bool:
 
 
 def project_index(
-    branch: Any, attention: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    branch: Any, attention: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
 ) -> IndexHeads:
-    """Return the index heads of `hidden_states` [B, S, hidden_size], with the RoPE of `attention`'s own model.
+    """Return the index heads of `hidden_states` [B, S, hidden_size], with the RoPE of `attention`'s own model, if any.
 
     The input is detached, so the loss of the index branch trains only the weights of `branch`.
     """
@@ -125,7 +125,7 @@ def project_index(
 
     index_q = heads(branch.index_q_proj, branch.index_q_norm)
     index_k = heads(branch.index_k_proj, branch.index_k_norm)
-    if getattr(attention, "use_rope", True):
+    if position_embeddings is not None and getattr(attention, "use_rope", True):
         index_q, index_k = _rotate(attention, index_q, index_k, *position_embeddings)
     return IndexHeads(index_q, index_k)
 

@@ -22,7 +22,8 @@ from transformers import (
 from flexmsa.config import MSAConfig
 from flexmsa.integrations.transformers.attention import IMPLEMENTATION
 from flexmsa.integrations.transformers.auto import PREFIX, converted_config, dense_architecture
-from flexmsa.integrations.transformers.convert import install, model_sizes, msa_config
+from flexmsa.integrations.transformers.convert import install, msa_config
+from flexmsa.integrations.transformers.dense_models import model_sizes
 from flexmsa.integrations.transformers.index_branch import is_index_weight
 
 __all__ = ["from_pretrained", "register_loader"]
@@ -55,6 +56,7 @@ def from_pretrained(
     Raises:
         ValueError: the checkpoint is of a dense model, has no index weights, or has other settings; the message names
             the differences.
+        RuntimeError: weights of the dense model have other shapes.
     """
     where = {name: kwargs[name] for name in _WHERE if name in kwargs}
     config = kwargs.pop("config", None)
@@ -69,19 +71,30 @@ def from_pretrained(
         )
     if settings is not None:
         _check_same_settings(path, {**stored, **model_sizes(config.get_text_config())}, settings)
-    return _loader(dense_architecture(path, config)).from_pretrained(path, config=config, **{**where, **kwargs})
+    return _loader_of(path, config).from_pretrained(path, config=config, **{**where, **kwargs})
 
 
 def register_loader(config: Any) -> None:
     """Let the Auto classes of a converted model's architecture load models with this kind of configuration."""
     kind = next((suffix for suffix in _AUTO if (config.architectures or [""])[0].endswith(suffix)), None)
     for auto in () if kind is None else _AUTO[kind]:
-        auto.register(type(config), _loader(dense_architecture("config.json", config)), exist_ok=True)
+        auto.register(type(config), _loader_of("config.json", config), exist_ok=True)
+
+
+def _loader_of(path: Any, config: Any) -> Any:
+    kind: Any = type(config)
+    converted: Any = kind if PREFIX in kind.__name__ else converted_config(kind)
+    return _loader(dense_architecture(path, config), converted)
 
 
 @functools.cache
-def _loader(architecture: Any) -> Any:
-    """A class whose constructor adds the index branch, so that from_pretrained loads its weights like all others."""
+def _loader(architecture: Any, config_class: Any) -> Any:
+    """A class whose constructor adds the index branch, so that from_pretrained loads its weights like all others.
+
+    Args:
+        architecture: the class of the dense model, which several classes of configurations may share.
+        config_class: a class of converted configurations.
+    """
 
     def init(self: Any, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
         stored = config.get_text_config().flexmsa
@@ -113,7 +126,7 @@ def _loader(architecture: Any) -> Any:
     own: dict[str, Any] = {
         "__init__": init,
         "__module__": architecture.__module__,
-        "config_class": converted_config(architecture.config_class),
+        "config_class": config_class,
         "from_pretrained": classmethod(load),
     }
     # transformers looks up how weights are renamed by the name of the class.
@@ -146,8 +159,10 @@ def _check_loaded(path: str | Path, found: dict[str, Any], other_shapes: bool) -
             f"{path}: expected the weights of every index branch, but {len(missing)} are missing, such as {missing[0]}"
         )
     if found["mismatched_keys"] and not other_shapes:
-        name, there, here = sorted(found["mismatched_keys"])[0]
-        raise ValueError(
+        name, there, here = min(found["mismatched_keys"], key=lambda key: (not is_index_weight(key[0]), key))
+        # transformers raises a RuntimeError for weights of the dense model.
+        error = ValueError if is_index_weight(name) else RuntimeError
+        raise error(
             f"{path}: expected weights of the shapes that its config.json asks for, but {name} is {list(there)} there "
             f"and {list(here)} here"
         )

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flexmsa.checkpoint import save_selection_policy
@@ -19,7 +20,14 @@ from flexmsa.integrations.transformers.index_branch import (
     trains_index_branch,
 )
 
-__all__ = ["IndexLossValue", "IndexLosses", "defer_losses", "index_loss_count", "prepare_checkpointing"]
+__all__ = [
+    "IndexLossValue",
+    "IndexLosses",
+    "defer_losses",
+    "index_loss_count",
+    "prepare_checkpointing",
+    "prepare_init_weights",
+]
 
 
 class IndexLossValue(nn.Module):
@@ -28,7 +36,7 @@ class IndexLossValue(nn.Module):
     def __init__(self, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.value: Tensor
-        self.register_buffer("value", torch.full((), math.nan, dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer("value", torch.zeros((), dtype=torch.float32, device=device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.bfloat16()` and the like leave it in float32.
@@ -44,6 +52,22 @@ class IndexLossValue(nn.Module):
         # The scalars of earlier forwards, whose backwards may come later, are left alone.
         self.value = torch.full_like(self.value, math.nan)
         return self.value
+
+
+def prepare_init_weights(model: type) -> None:
+    """Let a class of models initialize the `IndexLossValue`s in it, which `from_pretrained` makes without a value."""
+    initialize: Any = model._init_weights  # type: ignore[attr-defined]
+    if getattr(initialize, "knows_index_losses", False):
+        return
+
+    @wraps(initialize)
+    def wrapped(self: Any, module: nn.Module) -> None:
+        initialize(self, module)
+        if isinstance(module, IndexLossValue):
+            init.zeros_(module.value)
+
+    wrapped.knows_index_losses = True  # type: ignore[attr-defined]
+    model._init_weights = wrapped  # type: ignore[attr-defined]
 
 
 class IndexLosses:

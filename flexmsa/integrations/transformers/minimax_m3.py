@@ -23,7 +23,13 @@ from flexmsa.integrations.transformers.attention import IMPLEMENTATION, Selectio
 from flexmsa.integrations.transformers.batching import register_implementation
 from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
 from flexmsa.integrations.transformers.index_branch import IndexHeads, has_index_branch
-from flexmsa.integrations.transformers.losses import IndexLosses, IndexLossValue, defer_losses, prepare_checkpointing
+from flexmsa.integrations.transformers.losses import (
+    IndexLosses,
+    IndexLossValue,
+    defer_losses,
+    prepare_checkpointing,
+    prepare_init_weights,
+)
 from flexmsa.integrations.transformers.outputs import prepare_outputs, with_index_loss
 from flexmsa.integrations.transformers.paged import paged_batch
 from flexmsa.integrations.transformers.sequences import find_sequences
@@ -55,6 +61,7 @@ def register() -> None:
     modeling.MiniMaxM3VLAttention.__init__ = _attention_init(  # type: ignore[method-assign]
         modeling.MiniMaxM3VLAttention.__init__
     )
+    prepare_init_weights(modeling.MiniMaxM3VLPreTrainedModel)
     for changed, wrap, parameters in (
         (modeling.MiniMaxM3VLIndexer, _indexer_forward, INDEXER),
         (modeling.MiniMaxM3VLTextModel, _text_model_forward, TEXT_MODEL),
