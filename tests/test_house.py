@@ -22,9 +22,8 @@ TRITON = ROOT / "kernels" / "triton"
 FLOORS = [{"common"}, {"schedule"}, {"selection", "forward", "loss"}, {"backward", "serving"}, {"tuning"}]
 SOURCES = [path for room in ("kernels", "ops", "flexmsa", "benchmarks") for path in sorted((ROOT / room).rglob("*.py"))]
 # Links in a checkout, copies in a source distribution.
-SOURCES = [
-    path for path in SOURCES if path.relative_to(ROOT).parts[:2] not in (("flexmsa", "kernels"), ("flexmsa", "ops"))
-]
+COPIES = (ROOT / "flexmsa" / "kernels", ROOT / "flexmsa" / "ops")
+SOURCES = [path for path in SOURCES if not any(path.is_relative_to(folder) for folder in COPIES)]
 KERNELS = [path for path in SOURCES if path.is_relative_to(TRITON)]
 MOST_PARAMETERS = 15
 # Public functions of keyword arguments, and operators, whose schema is their parameter list.

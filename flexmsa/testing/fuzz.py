@@ -250,6 +250,8 @@ def _find_problem(options: argparse.Namespace) -> str | None:
         choose_backend("block_sparse_attention", options.backend, torch.empty(0, device=options.device))
     except (ValueError, NotImplementedError) as error:
         return f"--{error}"
+    if options.backend == "flex" and torch.device(options.device).type == "cpu":
+        return "--backend: FlexAttention on a CPU computes no gradient: expected torch or reference, got 'flex'"
     return None
 
 
