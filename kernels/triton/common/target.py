@@ -13,7 +13,7 @@ import triton
 from ...problem import Problem
 
 # Gluon is an experimental part of Triton, whose names change: what is written in it is compiled and launched by these
-# versions. On GPUs it has run with 3.6 and 3.7; what 3.9 makes of it waits at the same places.
+# versions. On GPUs it has run with 3.6 and 3.7; compiled by 3.9, it meets before each arrival at a barrier as before.
 GLUON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
 GLUON = triton.__version__.startswith(tuple(f"{version}." for version in GLUON_VERSIONS))
 
