@@ -10,7 +10,7 @@ NEWEST_TRITON = $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-3.9.0)
 # Tests of what flexmsa wraps of transformers, and of its caches and loaders.
 HOOKED = auto convert dense_models families m3_compile m3_logits m3_sequences trainers versions
 
-.PHONY: help demo convert-demo test lint types check bench bench-gpu sanitize-gpu compile-all clean
+.PHONY: help demo convert-demo test lint types docs check bench bench-gpu sanitize-gpu compile-all clean
 
 help:  ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -18,7 +18,7 @@ help:  ## say what each target does
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,plot,transformers,trainers]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,docs,plot,transformers,trainers]'
 	@touch $@
 
 $(NEWEST) $(NEWEST_TRITON): $(INSTALLED)
@@ -42,6 +42,9 @@ lint: $(INSTALLED)  ## check style
 
 types: $(INSTALLED)  ## check types
 	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## build the site of the documents into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: $(INSTALLED)  ## compare with the oracle on random inputs, on this machine's GPU if it has one
 	$(BIN)/python -m flexmsa check

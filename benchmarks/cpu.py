@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import flexmsa
+from benchmarks import cpu_plot
 from flexmsa import AuxRequest
 
 
@@ -180,35 +181,6 @@ def print_table(rows: list[dict]) -> None:
         print(columns.format(row["seqlen"], row["heads"], row["variant"], *times, *ratios, share, verdict))
 
 
-def draw(rows: list[dict], machine: dict, path: Path) -> None:
-    """Draw the ratios as bars, with a line for each limit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    labels = [f"{row['variant']}\n{row['seqlen'] // 1024}K tokens, heads {row['heads']}" for row in rows]
-    places = range(len(rows))
-    axis.barh(places, [row["ratio"] for row in rows], color="#0072b2", height=0.6, label="measured")
-    limits = [row["limit"] for row in rows]
-    axis.vlines(
-        limits, [y - 0.38 for y in places], [y + 0.38 for y in places], color="#d55e00", lw=3, label="FLOP limit"
-    )
-    for y, row in zip(places, rows, strict=True):
-        axis.text(row["ratio"], y, f" {row['ratio']:.1f}x", va="center", ha="left", fontsize=9)
-    axis.axvline(1.0, color="0.4", lw=1, ls=":")
-    axis.set_yticks(places, labels, fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel("times faster than dense scaled_dot_product_attention")
-    axis.set_title(
-        f"flexmsa on a CPU: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}", fontsize=10
-    )
-    axis.legend(loc="lower right")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3, about 15 minutes on 2 cores)")
@@ -236,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         json.dumps({"machine": machine, "rows": rows, "memory_mib": memory}, indent=1)
     )
     try:
-        draw(rows, machine, options.out / "cpu.png")
+        cpu_plot.draw(rows, machine, options.out / "cpu.png")
     except ImportError:
         print("no picture: pip install flexmsa[plot]")
     print(f"written to {options.out}/")

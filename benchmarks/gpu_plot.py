@@ -1,6 +1,6 @@
-"""Plot layer time (ms) against sequence length, for MSA and dense attention: `python -m benchmarks.gpu_plot`.
+"""Plot layer time against sequence length, for MSA and dense attention.
 
-Uses the rows of the part training of `benchmarks/gpu.py`. Writes docs/images/gpu.png from the committed results.
+Uses the rows of the part training of `benchmarks/gpu.py`. `python -m benchmarks.pictures` draws the committed results.
 """
 
 import math
@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from flexmsa.plotting import BLUE, GREY, decorate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,15 +19,12 @@ Line = dict[int, float]
 DENSE, SPARSE = "dense cuDNN", ("random", "neighbours share")
 # Panel -> the steps whose times it adds up: ours (in addition to the selection), and those of dense attention.
 PANELS = {
-    "Training: selection, forward, backward, KL loss": (
+    "Training (selection, forward, backward, KL loss)": (
         ("main branch, forward", "main branch, backward", "KL value and gradient"),
         ("forward", "backward"),
     ),
-    "Prefill: selection, forward": (("main branch, forward",), ("forward",)),
+    "Prefill (selection, forward)": (("main branch, forward",), ("forward",)),
 }
-COLOURS = {DENSE: "0.35", "random": "#0072b2", "neighbours share": "#009e73"}
-# Labels are above (1) or below (-1) the line.
-SIDES = {DENSE: 0, "random": 1, "neighbours share": -1}
 
 
 def panel_lines(rows: Iterable[dict]) -> dict[str, dict[str, Line]]:
@@ -62,15 +61,14 @@ def draw(rows: Iterable[dict], gpu: str, path: Path) -> None:
         raise ValueError("needs the part training at two lengths or more")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, (title, lines) in zip((left, right), panels.items(), strict=True):
-        draw_panel(axes, lines)
-        axes.set_title(title, fontsize=11, loc="left")
+        draw_panel(axes, title, lines)
     left.set_yscale("log")
-    left.set_ylim(bottom=0.25)
     left.set_yticks([1, 10, 100, 1e3, 1e4], ["1 ms", "10 ms", "0.1 s", "1 s", "10 s"])
-    figure.suptitle(f"An attention layer on one {gpu}: 64 query and 4 KV heads of 128, bf16", fontsize=12)
+    left.set_ylabel("time of one layer")
+    figure.suptitle(f"One attention layer on one {gpu}: 64 query and 4 KV heads of 128, bf16", fontsize=11)
     figure.savefig(path, dpi=130)
 
 
@@ -83,37 +81,22 @@ def draw_if_possible(rows: Iterable[dict], gpu: str, path: Path) -> None:
         print(f"no picture: {error}")
 
 
-def draw_panel(axes: "Axes", lines: dict[str, Line]) -> None:
-    dense, last = lines[DENSE], max(lines[DENSE])
-    for name, line in lines.items():
-        colour, side = COLOURS[name], SIDES[name]
-        axes.plot(list(line), list(line.values()), "o-", ms=4, lw=2, color=colour)
-        label = name if name == DENSE else f"flexmsa, {name}:\n{dense[last] / line[last]:.0f} times faster"
-        write(axes, label, (last, line[last]), (10, 8 * side), colour, va=("top", "center", "bottom")[side + 1])
-        point = crossover(line, dense)
-        if point:
-            axes.plot(*point, "o", ms=9, mfc="white", mec=colour, mew=2, zorder=3)
-            label = f"even at\n{point[0] / 1024:.1f}K"
-            write(axes, label, point, (-14 * side, 32 * side), colour, va="center", ha="center")
+def draw_panel(axes: "Axes", title: str, lines: dict[str, Line]) -> None:
+    """Draw dense attention as a line, and ours as the band between both kinds of selection, which nearly coincide."""
+    dense, (slow, fast) = lines[DENSE], (lines[name] for name in SPARSE)
+    lengths, last = list(dense), max(dense)
+    axes.plot(lengths, list(dense.values()), "o-", ms=4, lw=2, color=GREY, label=DENSE)
+    axes.fill_between(lengths, list(fast.values()), list(slow.values()), color=BLUE, alpha=0.3, lw=0)
+    for name, style in zip(SPARSE, ("o-", "s--"), strict=True):
+        axes.plot(lengths, list(lines[name].values()), style, ms=4, lw=1.5, color=BLUE, label=f"flexmsa, {name}")
+    point = crossover(slow, dense)
+    if point:
+        even = f"as fast as dense at {point[0] / 1024:.1f}K tokens"
+        axes.plot(*point, "o", ms=10, mfc="none", mec=BLUE, mew=2, label=even)
+    ratios = sorted(dense[last] / ours[last] for ours in (slow, fast))
+    found = f"{ratios[0]:.0f} to {ratios[1]:.0f} times faster at {last // 1024}K tokens"
+    decorate(axes, f"{title}:\n{found}")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(list(dense), [f"{n // 1024}K" for n in dense])
-    # Room for labels at the left end.
-    axes.set_xlim(left=min(dense) / 3)
-    axes.set_xlabel("tokens")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-
-
-def write(axes: "Axes", text: str, point: tuple[float, float], offset: tuple[int, int], colour: str, **where) -> None:
-    axes.annotate(text, point, offset, textcoords="offset points", color=colour, fontsize=10.5, **where)
-
-
-def main() -> None:
-    from benchmarks.gpu_tables import ROOT, gpu_rows, load_result
-
-    gpu = load_result("gpu-h200.json")["parts"]["training"]["gpu"]
-    draw(gpu_rows().values(), gpu, ROOT / "docs" / "images" / "gpu.png")
-
-
-if __name__ == "__main__":
-    main()
+    axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
+    axes.set_xlabel("sequence length (tokens)")
+    axes.legend(frameon=False, loc="upper left")

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_selection", "selection_share"]
 
+# Colours of Okabe and Ito, which colour-blind readers can distinguish, for all pictures of the project.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+
 # The most panels in a row.
 COLUMNS = 4
 # The most blocks that are drawn with sharp edges, several pixels each.
@@ -115,6 +118,14 @@ def selection_share(block_indices: Tensor, *, batch: int = 0, max_rows: int = 12
     share = selected / torch.bincount(row)[:, None]
     newest = torch.full((groups * rows,), -1).scatter_reduce(0, first.flatten(), ids[..., -1].flatten(), "amax")
     return share.masked_fill(torch.arange(blocks) > newest.view(groups, rows, 1), torch.nan)
+
+
+def decorate(axes: Axes, title: str, size: str = "medium") -> None:
+    """Give a panel its title and grid, and no frame."""
+    axes.set_title(title, loc="left", fontsize=size, fontweight="bold")
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _check_selection(block_indices: Tensor, batch: int) -> None:

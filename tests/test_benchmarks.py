@@ -1,5 +1,6 @@
 """The parts of the benchmarks that need no GPU."""
 
+import doctest
 import json
 import sys
 from types import ModuleType
@@ -11,6 +12,7 @@ pytest.importorskip("triton")
 
 import flexmsa
 from benchmarks import (
+    cpu_plot,
     gpu,
     gpu_model,
     gpu_peer_steps,
@@ -19,6 +21,7 @@ from benchmarks import (
     gpu_sanitize,
     gpu_shares,
     gpu_tables,
+    pictures,
     sanitizer_reports,
 )
 from benchmarks.distributed import Heads, share
@@ -467,6 +470,16 @@ def test_the_picture_is_written(tmp_path):
     pytest.importorskip("matplotlib")
     gpu_plot.draw(gpu_tables.gpu_rows().values(), "GPU", tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
+
+
+def test_the_pictures_of_the_documents_are_drawn_from_the_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("transformers")
+    pictures.main(tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {"gpu.png", "cpu.png", "conversion-ways.png", "conversion-index.png"}
+    assert drawn <= {path.name for path in (gpu_tables.ROOT / "docs" / "images").iterdir()}
+    assert doctest.testmod(cpu_plot) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexmsa.demo.train import Settings, Training
-from flexmsa.plotting import plot_selection
+from flexmsa.plotting import BLUE, GREEN, GREY, ORANGE, decorate, plot_selection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FILES = ("metrics.json", "curves.png", "selection.png")
-# Colours of Okabe and Ito, which colour-blind readers can distinguish.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#888888"
 
 
 def save(training: Training, results: dict[str, Any]) -> list[Path]:
@@ -76,26 +74,20 @@ def draw_curves(training: Training) -> Figure:
     _draw_smoothed(divergence, steps, index, GREEN)
     divergence.set(ylabel="nats per query", ylim=(0, None))
     _draw_recalls(recalls, training)
-    for axes, title in (
-        (losses, "Training loss (each batch pale, smoothed bold)"),
-        (gap, "How far MSA is above dense on the same batch"),
-        (divergence, "Index branch: KL from the main branch's attention, mean over the layers"),
-        (recalls, f"Index branch: share of the best {training.settings.topk} blocks that it finds (each layer pale)"),
+    last = [smooth(values, len(values) // 60)[-1] for values in (msa, dense, index)]
+    for axes, title, found in (
+        (losses, "Training loss (each batch pale, smoothed bold)", f"MSA {last[0]:.2f}, dense {last[1]:.2f}"),
+        (gap, "How far MSA is above dense on the same batch", f"{last[0] - last[1]:+.3f}"),
+        (divergence, "Index branch: KL from the main branch's attention, mean over the layers", f"{last[2]:.2f}"),
+        (recalls, f"Share of the best {training.settings.topk} blocks that the index branch finds (layers pale)", ""),
     ):
-        decorate(axes, title)
+        decorate(axes, f"{title}{found and ': at the end '}{found}")
         draw_phases(axes, training.settings.warmup)
     recalls.set(xlabel="step", xlim=(0, steps[-1] + 1))
     _name_phases(losses, training.settings)
     losses.legend(frameon=False)
     recalls.legend(frameon=False, loc="lower right")
     return figure
-
-
-def decorate(axes: Axes, title: str) -> None:
-    """Give a panel its title and grid."""
-    axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_phases(axes: Axes, warm_up_steps: int) -> None:
@@ -118,13 +110,13 @@ def _draw_recalls(axes: Axes, training: Training) -> None:
     steps = [probe.step for probe in training.probes]
     for name, colour, label in (
         ("score_recall", BLUE, "by attention mass (score recall)"),
-        ("block_recall", PURPLE, "by number (block recall)"),
+        ("block_recall", ORANGE, "by number (block recall)"),
     ):
         recalls = [getattr(probe, name) for probe in training.probes]
         for layer in zip(*recalls, strict=True):
             axes.plot(steps, layer, color=colour, alpha=0.3, linewidth=1)
         mean = [sum(layers) / len(layers) for layers in recalls]
-        axes.plot(steps, mean, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
+        axes.plot(steps, mean, color=colour, linewidth=1.8, marker="o", markersize=3, label=f"{label}: {mean[-1]:.2f}")
     axes.set(ylabel="share", ylim=(0, 1.02))
 
 

@@ -56,7 +56,10 @@ def test_the_index_branch_learns_where_an_untrained_one_does_not(quick_run):
 def test_it_leaves_whole_files_only(quick_run):
     pytest.importorskip("matplotlib")
     out, results = quick_run
-    assert sorted(path.name for path in out.iterdir()) == ["convert.json", "convert.md", "convert.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("convert-index.png", "convert-ways.png"),
+        *("convert.json", "convert.md"),
+    ]
     rows = (out / "convert.md").read_text().splitlines()
     assert rows[3].split("|")[2:6] == [
         " 24 ",

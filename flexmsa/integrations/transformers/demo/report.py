@@ -1,20 +1,24 @@
-"""Save a run of convert-demo: all numbers as JSON, the table as text, and a picture if matplotlib is installed."""
+"""Save a run of convert-demo: all numbers as JSON, the table as text, and pictures if matplotlib is installed."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexmsa.demo.report import BLUE, GREEN, GREY, ORANGE, PURPLE, decorate, draw_phases, smooth, write_whole
+from flexmsa.demo.report import draw_phases, smooth, write_whole
 from flexmsa.integrations.transformers.demo.train import WAYS, Demo, Score
+from flexmsa.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, decorate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FILES = ("convert.json", "convert.md", "convert.png")
+FILES = ("convert.json", "convert.md", "convert-ways.png", "convert-index.png")
+# Lines differ in style too.
+STYLES = {"dense": ":", "MSA": "-", "window": "--", "random": "-."}
 COLOURS = {"dense": ORANGE, "MSA": BLUE, "window": GREEN, "random": PURPLE}
 NAMES = {"dense": "dense", "MSA": "MSA", "window": "sliding window and a sink block", "random": "random blocks"}
 COLUMNS = (
@@ -31,17 +35,19 @@ COLUMNS = (
 def save(demo: Demo, results: dict[str, Any]) -> list[Path]:
     """Write the files into the run's folder; returns the paths."""
     folder = demo.settings.out
-    text = json.dumps({**results, "losses": demo.losses, "index_branch": demo.entries}, indent=1)
+    results = {**results, "losses": demo.losses, "index_branch": demo.entries}
+    text = json.dumps(results, indent=1)
     written = [folder / name for name in FILES[:2]]
     write_whole(written[0], lambda path: path.write_text(text + "\n"))
     write_whole(written[1], lambda path: path.write_text(draw_table(demo, results["unigram_loss"])))
     try:
-        figure = draw_figure(demo, results["unigram_loss"])
+        figures = draw_figures(results)
     except ImportError:
-        print("No picture, as matplotlib is not installed: pip install flexmsa[plot]")
+        print("No pictures, as matplotlib is not installed: pip install flexmsa[plot]")
         return written
-    written.append(folder / FILES[2])
-    write_whole(written[-1], partial(figure.savefig, format="png"))
+    for name, figure in figures.items():
+        written.append(folder / f"convert-{name}.png")
+        write_whole(written[-1], partial(figure.savefig, format="png"))
     return written
 
 
@@ -69,78 +75,98 @@ def _above(score: Score | None, dense: Score | None) -> str:
     return f"{score.loss / dense.loss - 1:+.1%}"
 
 
-def draw_figure(demo: Demo, unigram_loss: float) -> Figure:
-    """Draw the training losses, the index branch's KL and recalls, and the retrieval of each way to attend."""
+def draw_figures(results: dict[str, Any]) -> dict[str, Figure]:
+    """Draw what convert.json holds: the ways to attend, and the index branches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 8), dpi=90, layout="constrained")
-    panels = figure.subplots(2, 2)
-    _draw_losses(panels[0, 0], demo, unigram_loss)
-    _draw_answers(panels[0, 1], demo)
-    _draw_divergence(panels[1, 0], demo)
-    _draw_recalls(panels[1, 1], demo)
-    return figure
+    ways, index = (Figure(figsize=(11, 3.9), dpi=110, layout="constrained") for _ in range(2))
+    training, excess, answers = ways.subplots(1, 3)
+    _draw_training(training, results)
+    _draw_excess(excess, results)
+    _draw_answers(answers, results)
+    divergence, score, block = index.subplots(1, 3)
+    _draw_divergence(divergence, results)
+    _draw_recalls(score, results, "score")
+    _draw_recalls(block, results, "block")
+    return {"ways": ways, "index": index}
 
 
-def _draw_losses(axes: Axes, demo: Demo, unigram_loss: float) -> None:
-    training = demo.losses.get("dense training", [])
-    axes.plot(range(1, len(training) + 1), smooth(training, 10), color=GREY, label="dense training")
-    axes.axhline(unigram_loss, color=GREY, linestyle=":", linewidth=1, label="unigram baseline")
-    axes.set(xlabel="step", ylabel="nats per byte", ylim=(min(training, default=0.0) - 0.1, 1.7 * unigram_loss))
-    axes.legend(frameon=False, fontsize="small", loc="center right", bbox_to_anchor=(1.0, 0.37))
-    decorate(axes, "Loss in training, smoothed")
-    _draw_excess(axes.inset_axes((0.3, 0.71, 0.68, 0.19)), demo)
+def _title(axes: Axes, what: str, found: str) -> None:
+    decorate(axes, f"{what}{':' if found else ''}\n{found}")
 
 
-def _draw_excess(axes: Axes, demo: Demo) -> None:
+def _draw_training(axes: Axes, results: dict[str, Any]) -> None:
+    losses, unigram = results["losses"].get("dense training", []), results["unigram_loss"]
+    axes.plot(range(1, len(losses) + 1), smooth(losses, 10), color=ORANGE, label="dense model")
+    axes.axhline(unigram, color=GREY, linestyle=":", linewidth=1.5, label="unigram baseline")
+    axes.set(xlabel="step", ylabel="nats per byte")
+    axes.legend(frameon=False)
+    last = f"ends at {smooth(losses, 10)[-1]:.2f} nats per byte" if losses else ""
+    _title(axes, "Dense model before conversion", last)
+
+
+def _draw_excess(axes: Axes, results: dict[str, Any]) -> None:
     """Draw the loss of each way to attend minus that of the dense model on the same batches."""
-    dense = demo.losses.get("dense", [])
+    losses, means = results["losses"], {}
     for way in WAYS:
-        excess = [loss - other for loss, other in zip(demo.losses.get(way, []), dense, strict=False)]
+        excess = [loss - other for loss, other in zip(losses.get(way, []), losses.get("dense", []), strict=False)]
         if excess:
-            axes.plot(range(1, len(excess) + 1), smooth(excess, 10), color=COLOURS[way], label=way)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize="small")
-    axes.set_title("further training: loss minus dense loss, by step", fontsize="small", loc="left")
+            means[way] = sum(excess) / len(excess)
+            line = smooth(excess, 10)
+            axes.plot(range(1, len(line) + 1), line, STYLES[way], color=COLOURS[way], linewidth=2, label=way)
+    axes.set(xlabel="step of further training", ylabel="nats per byte")
     if axes.lines:
-        axes.legend(frameon=False, fontsize="small", ncols=4, loc="upper right", bbox_to_anchor=(1.03, -0.25))
+        axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.55))
+    found = f"MSA {means['MSA']:+.3f}, a window {means['window']:+.3f}" if {"MSA", "window"} <= means.keys() else ""
+    _title(axes, "Loss above the dense model", found)
 
 
-def _draw_answers(axes: Axes, demo: Demo) -> None:
+def _draw_answers(axes: Axes, results: dict[str, Any]) -> None:
     for place, way in enumerate(WAYS):
-        for shift, scores, alpha in ((-0.2, demo.swapped, 0.4), (0.2, demo.trained, 1.0)):
+        for shift, scores, alpha in ((-0.2, results["not_retrained"], 0.4), (0.2, results["retrained"], 1.0)):
             if way in scores:
-                share = scores[way].answers
+                share = scores[way]["answers"]
                 axes.bar(place + shift, share, width=0.38, color=COLOURS[way], alpha=alpha)
                 axes.annotate(f"{share:.0%}", (place + shift, share), ha="center", va="bottom", fontsize="small")
     axes.set_xticks(range(len(WAYS)), WAYS)
-    axes.set(ylim=(0, 1.1), ylabel="share of keys answered")
-    decorate(axes, "Retrieval: before (pale) and after further training")
+    axes.set(ylim=(0, 1.1), ylabel="share of keys answered", xlabel="pale: before further training")
+    after = results["retrained"]
+    found = ", ".join(f"{name} {after[name]['answers']:.0%}" for name in ("dense", "MSA", "window") if name in after)
+    _title(axes, "Retrieval of a far key", found)
 
 
-def _draw_divergence(axes: Axes, demo: Demo) -> None:
-    steps = [entry["step"] for entry in demo.entries]
-    for layer in range(demo.settings.num_layers):
-        axes.plot(steps, [entry[f"kl/layer_{layer}"] for entry in demo.entries], label=f"layer {layer}", alpha=0.8)
-    draw_phases(axes, demo.settings.warm_up_steps)
-    axes.set(xlabel="step after the conversion", ylabel="nats per query", ylim=(0, None))
+def _draw_divergence(axes: Axes, results: dict[str, Any]) -> None:
+    entries, settings = results["index_branch"], results["settings"]
+    steps = [entry["step"] for entry in entries]
+    for layer, style in zip(range(settings["num_layers"]), itertools.cycle(("-", "--", "-.", ":"))):
+        values = [entry[f"kl/layer_{layer}"] for entry in entries]
+        axes.plot(steps, values, style, color=GREEN, linewidth=2, label=f"layer {layer}")
+    _draw_steps(axes, settings, "nats per query")
+    axes.set(ylim=(0, None))
     if steps:
-        axes.legend(frameon=False, fontsize="small")
-    decorate(axes, "KL of each index branch; dashed: phase 2 begins")
+        axes.legend(frameon=False)
+    found = f"{entries[0]['kl']:.1f} at first, {entries[-1]['kl']:.1f} at the end, all layers" if steps else ""
+    _title(axes, "KL of the index branches", found)
 
 
-def _draw_recalls(axes: Axes, demo: Demo) -> None:
-    steps = [entry["step"] for entry in demo.entries]
-    for suffix, colour, name in (
-        ("", BLUE, "index branch"),
-        ("_untrained", PURPLE, "untrained"),
-        ("_window", GREEN, "window"),
+def _draw_recalls(axes: Axes, results: dict[str, Any], kind: str) -> None:
+    entries, last = results["index_branch"], {}
+    for suffix, name, colour, style in (
+        ("", "index branch", BLUE, "-"),
+        ("_window", "window", GREEN, "--"),
+        ("_untrained", "untrained", PURPLE, "-."),
     ):
-        for kind, style in (("score", "-"), ("block", ":")):
-            recalls = [entry[f"{kind}_recall{suffix}"] for entry in demo.entries]
-            axes.plot(steps, recalls, color=colour, linestyle=style, label=f"{name}, {kind} recall")
-    draw_phases(axes, demo.settings.warm_up_steps)
-    axes.set(xlabel="step after the conversion", ylabel="share", ylim=(0, 1.02))
-    if steps:
-        axes.legend(frameon=False, fontsize="small", loc="lower right")
-    decorate(axes, f"Recall of the best {demo.settings.topk} blocks")
+        recalls = [entry[f"{kind}_recall{suffix}"] for entry in entries]
+        last[name] = recalls[-1] if recalls else None
+        axes.plot([entry["step"] for entry in entries], recalls, style, color=colour, linewidth=2, label=name)
+    _draw_steps(axes, results["settings"], "share")
+    axes.set(ylim=(0, 1.02))
+    if entries:
+        axes.legend(frameon=False, loc="lower right")
+    found = f"{last['index branch']:.2f} at the end, a window {last['window']:.2f}" if entries else ""
+    _title(axes, f"{kind.capitalize()} recall, best {results['settings']['topk']} blocks", found)
+
+
+def _draw_steps(axes: Axes, settings: dict[str, Any], unit: str) -> None:
+    draw_phases(axes, settings["warm_up_steps"])
+    axes.set(xlabel="step after the conversion (dashed: phase 2)", ylabel=unit)
