@@ -4,6 +4,8 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 # The newest transformers that is supported; constraints.txt has the oldest.
 NEWEST = $(VENV)/transformers-5.24.0
+# The newest Triton whose names the kernels in Gluon know; it has no packages for other systems.
+NEWEST_TRITON = $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-3.9.0)
 
 # Tests of what flexmsa wraps of transformers, and of its caches and loaders.
 HOOKED = auto convert dense_models families m3_compile m3_logits m3_sequences trainers versions
@@ -19,8 +21,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,docs,plot,transformers,trainers]'
 	@touch $@
 
-$(NEWEST): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers==$(@:$(VENV)/transformers-%=%)
+$(NEWEST) $(NEWEST_TRITON): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ $(subst -,==,$(notdir $@))
 
 demo: $(INSTALLED)  ## train a small language model, dense warm-up then sparse, and generate from it (about 4 minutes)
 	$(BIN)/python -m flexmsa demo
@@ -28,10 +30,11 @@ demo: $(INSTALLED)  ## train a small language model, dense warm-up then sparse, 
 convert-demo: $(INSTALLED)  ## train a dense transformers model, convert it, and compare (about 10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m flexmsa convert-demo
 
-test: $(INSTALLED) $(NEWEST)  ## run the tests, those that interpret the Triton kernels, and those of the newest transformers
+test: $(INSTALLED) $(NEWEST) $(NEWEST_TRITON)  ## run the tests, those of interpreted kernels, and those of the newest transformers and Triton
 	$(BIN)/python -m pytest -n auto
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto tests/triton/interpreted
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -n auto $(patsubst %,tests/integrations/test_%.py,$(HOOKED))
+	$(if $(NEWEST_TRITON),PYTHONPATH=$(NEWEST_TRITON) $(BIN)/python -m pytest -n auto tests/triton/test_target.py tests/triton/test_compile.py -k "target or test_gluon_kernels")
 
 lint: $(INSTALLED)  ## check style
 	$(BIN)/ruff check

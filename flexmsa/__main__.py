@@ -1,8 +1,10 @@
-"""`python -m flexmsa COMMAND`: each command is imported only when it runs."""
+"""`python -m flexmsa COMMAND`, or `flexmsa COMMAND`: each command is imported only when it runs."""
 
 import argparse
 import importlib
 import sys
+
+import flexmsa
 
 # Command -> module with `main(argv) -> exit code`, and summary.
 COMMANDS = {
@@ -27,11 +29,17 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flexmsa", description="MiniMax Sparse Attention for PyTorch, from the command line."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"flexmsa {flexmsa.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         # The command's own parser answers --help.
         commands.add_parser(name, help=summary, add_help=False)
     chosen, rest = parser.parse_known_args(argv)
+    if chosen.command is None:
+        if rest:
+            parser.error(f"expected a command before {rest[0]}")
+        parser.print_help()
+        return 0
     try:
         module = importlib.import_module(COMMANDS[chosen.command][0])
     except ModuleNotFoundError as error:
@@ -42,5 +50,10 @@ def main(argv: list[str]) -> int:
     return module.main(rest)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `flexmsa`."""
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run()

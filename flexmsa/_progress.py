@@ -1,13 +1,18 @@
 """A progress line: rewritten in place on a terminal, printed a limited number of times into a file."""
 
 import shutil
+import statistics
 import sys
 import time
+from collections import deque
+from itertools import pairwise
 from typing import TextIO
 
 # Lines per run if the output is not a terminal.
 LINES = 20
 BAR = 20
+# The newest steps, from which the remaining time is estimated, and the stretches that they are cut into.
+NEWEST, STRETCHES = 50, 5
 
 
 class Progress:
@@ -17,19 +22,18 @@ class Progress:
         self.total = total
         self.stream = sys.stderr if stream is None else stream
         self.terminal = self.stream.isatty()
-        self.started = self.latest = time.monotonic()
-        self.pace = 0.0
+        self.started = time.monotonic()
+        # The first step also imports, allocates and compiles: what it took says nothing about the others.
+        self.ends: deque[float] = deque(maxlen=NEWEST + 1)
 
     def update(self, step: int, text: str) -> None:
         """Show that `step` steps are done, with `text`."""
         now = time.monotonic()
-        # The newest steps count most, as the cost of a step may change during training.
-        newest = now - self.latest
-        self.pace = newest if step == 1 else 0.95 * self.pace + 0.05 * newest
-        self.latest = now
-        left = self.pace * (self.total - step)
+        self.ends.append(now)
+        pace = self._pace()
+        left = "" if pace is None else f", {clock(pace * (self.total - step))} left"
         width = len(str(self.total))
-        line = f"{step:>{width}}/{self.total} {clock(now - self.started)}, {clock(left)} left {text}"
+        line = f"{step:>{width}}/{self.total} {clock(now - self.started)}{left} {text}"
         if self.terminal:
             room = shutil.get_terminal_size().columns - 1
             done = BAR * step // self.total
@@ -38,6 +42,19 @@ class Progress:
         elif step == 1 or step == self.total or step % max(1, self.total // LINES) == 0:
             self.stream.write(line + "\n")
         self.stream.flush()
+
+    def _pace(self) -> float | None:
+        """Seconds per step: of the newest steps in stretches, the middle one, which a stall in another does not change.
+
+        A stretch, not a step, because some steps also measure, and kernels that are compiled side by side end together.
+        """
+        steps = len(self.ends) - 1
+        if steps < STRETCHES:
+            return None
+        cuts = [steps * number // STRETCHES for number in range(STRETCHES + 1)]
+        return statistics.median(
+            (self.ends[last] - self.ends[first]) / (last - first) for first, last in pairwise(cuts)
+        )
 
     def close(self) -> None:
         """End the line, so that later output starts on a new one."""

@@ -1,7 +1,9 @@
 """The demo from end to end with its quick settings, and after Ctrl-C."""
 
+import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +80,30 @@ def test_ctrl_c_saves_the_results_so_far(last_step, tmp_path, monkeypatch, capsy
     said = capsys.readouterr().out
     assert f"Stopped after {last_step} of" in said
     assert ("not yet sparse" in said) == (last_step == 1)
+
+
+def test_each_demo_has_a_folder_of_its_own():
+    from flexmsa.recipes.settings import Settings as Pretraining
+
+    folders = [demo.parse([]).out, Path(Pretraining.out)]
+    if importlib.util.find_spec("transformers"):
+        from flexmsa.integrations.transformers.demo import parse
+
+        folders.append(parse([]).out)
+    assert len(set(folders)) == len(folders)
+    assert {folder.parent for folder in folders} == {Path("out")}
+
+
+def test_it_says_what_it_overwrites(tmp_path, capsys):
+    command = ["--quick", "--steps", "1", "--warmup", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert demo.main(command) == 0
+    assert "overwrites" not in capsys.readouterr().out
+    (tmp_path / "curves.png").unlink(missing_ok=True)
+    (tmp_path / "selection.png").unlink(missing_ok=True)
+    (tmp_path / "notes.txt").touch()
+    assert demo.main(command) == 0
+    printed = capsys.readouterr().out.splitlines()[0]
+    assert printed == f"{tmp_path} has the results of an earlier run, which this run overwrites: metrics.json."
 
 
 def test_without_matplotlib_there_are_no_pictures(tmp_path, monkeypatch, capsys):

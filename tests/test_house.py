@@ -21,7 +21,9 @@ TRITON = ROOT / "kernels" / "triton"
 # Each floor may import those before it.
 FLOORS = [{"common"}, {"schedule"}, {"selection", "forward", "loss"}, {"backward", "serving"}, {"tuning"}]
 SOURCES = [path for room in ("kernels", "ops", "flexmsa", "benchmarks") for path in sorted((ROOT / room).rglob("*.py"))]
-SOURCES = [path for path in SOURCES if not any(part.is_symlink() for part in path.parents)]
+# Links in a checkout, copies in a source distribution.
+COPIES = (ROOT / "flexmsa" / "kernels", ROOT / "flexmsa" / "ops")
+SOURCES = [path for path in SOURCES if not any(path.is_relative_to(folder) for folder in COPIES)]
 KERNELS = [path for path in SOURCES if path.is_relative_to(TRITON)]
 MOST_PARAMETERS = 15
 # Public functions of keyword arguments, and operators, whose schema is their parameter list.

@@ -1,5 +1,6 @@
 """The testing tools for users find errors and report them."""
 
+import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -58,6 +59,44 @@ def test_check_prints_the_cases_it_tried(capsys):
     assert fuzz.main(["--device", "cpu", "--seconds", "2", "--dtype", "bfloat16"]) == 0
     printed = capsys.readouterr().out
     assert "every case agreed with the oracle" in printed and "bfloat16" in printed
+    assert "\r" not in printed
+
+
+def test_check_says_nothing_of_cases_that_it_did_not_try(monkeypatch, capsys):
+    monkeypatch.setattr(fuzz._Progress, "seconds_left", 0.0)
+    assert fuzz.main(["--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    assert "no case was compared to its end" in printed and "agreed" not in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seconds", "0"], "--seconds: expected more than 0, got 0"),
+        (["--seconds", "nan"], "--seconds: expected more than 0, got nan"),
+        (["--device", "meta"], "--device: expected a device of this machine, got meta"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device: expected a device of this machine, got cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+        ),
+        (["--device", "cpu", "--backend", "abacus"], "--backend: expected None or one of"),
+        (["--device", "cpu", "--backend", "flex"], "--backend: FlexAttention on a CPU computes no gradient"),
+        pytest.param(
+            ["--device", "cpu", "--backend", "triton"],
+            "--backend='triton' runs on CUDA tensors, got cpu",
+            marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs it"),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_check_cannot_do_is_a_usage_error_of_one_line(options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        fuzz.main(options)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert printed.err.startswith(f"python -m flexmsa check: {message}")
 
 
 def test_check_prints_a_summary_when_interrupted(monkeypatch, capsys):
@@ -65,9 +104,9 @@ def test_check_prints_a_summary_when_interrupted(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fuzz, "check_case", interrupted)
-    assert fuzz.main(["--device", "cpu", "--seconds", "60"]) == 0
+    assert fuzz.main(["--device", "cpu", "--seconds", "60"]) == 1
     printed = capsys.readouterr().out
-    assert "stopped" in printed and "1 cases of 1 shapes" in printed
+    assert "stopped" in printed and "1 cases of 1 shapes" in printed and "agreed" not in printed
 
 
 class TwoShapes:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from flexmsa._command import INTERRUPTED, exit_code, find_problem, prepare_folder, read_options
 from flexmsa._progress import Progress, clock
-from flexmsa.demo.command import INTERRUPTED, exit_code, find_problem, read_options
 from flexmsa.demo.generate import generate
-from flexmsa.demo.report import save
+from flexmsa.demo.report import FILES, save
 from flexmsa.demo.text import Text, read_standard_library
 from flexmsa.demo.train import Settings, Training
 
@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> Settings:
 def run(settings: Settings) -> int:
     """Train, compare, generate and save, with messages; after Ctrl-C, only a brief comparison and saving follow."""
     started = time.monotonic()
-    settings.out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(settings.out, FILES)
     text = read_standard_library()
     training = Training(settings, text)
     introduce(settings, text, training)

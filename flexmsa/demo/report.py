@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FILES = ("metrics.json", "curves.png", "selection.png")
+
 
 def save(training: Training, results: dict[str, Any]) -> list[Path]:
     """Write metrics.json and the pictures into the run's folder; returns the paths.
@@ -29,12 +31,12 @@ def save(training: Training, results: dict[str, Any]) -> list[Path]:
         "probes": [probe._asdict() for probe in training.probes],
     }
     text = json.dumps({**results, **history}, indent=1)
-    written = [settings.out / "metrics.json"]
+    written = [settings.out / FILES[0]]
     write_whole(written[0], lambda path: path.write_text(text + "\n"))
     if not training.steps:
         return written
     try:
-        pictures = {"curves.png": draw_curves(training), "selection.png": draw_selection(training)}
+        pictures = dict(zip(FILES[1:], (draw_curves(training), draw_selection(training)), strict=True))
     except ImportError:
         print("No pictures, as matplotlib is not installed: pip install flexmsa[plot]")
         return written

@@ -26,7 +26,7 @@ class Settings:
     context: int = 512
     seed: int = 0
     device: str = "cpu"
-    out: Path = Path("out")
+    out: Path = Path("out/demo")
     prompt: str = "import os\nimport sys\n\n\ndef "
     generated_bytes: int = 300
     temperature: float = 0.8

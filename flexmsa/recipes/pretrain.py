@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from flexmsa._command import INTERRUPTED
 from flexmsa._progress import clock
-from flexmsa.demo.command import INTERRUPTED
 from flexmsa.demo.train import learning_rate
 from flexmsa.distributed import SequenceShards
 from flexmsa.recipes.model import GPT, parallelize

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 import flexmsa
-from flexmsa.backends import default_backend
+from flexmsa._command import USAGE_ERROR, find_device_problem
+from flexmsa.backends import choose_backend
 from flexmsa.testing import strategies
 from flexmsa.testing.cases import Case
 from flexmsa.testing.check import check_case
@@ -64,6 +65,7 @@ class _Progress:
     values: Counter[str] = field(default_factory=Counter)
     shapes: set[tuple] = field(default_factory=set)
     failed: list[tuple[Tested, str]] = field(default_factory=list)
+    agreed: int = 0
     device_lost: bool = False
 
     @property
@@ -210,11 +212,14 @@ def main(argv: list[str]) -> int:
     print("of layers: " + ", ".join(f"{times} {kind}" for kind, times in sorted(progress.values.items())))
     tried = f"{sum(progress.kinds.values())} cases of {len(progress.shapes)} shapes"
     print(f"{tried} in {time.monotonic() - start:.0f} s" + (f"; {found}" if found else ""))
-    if not progress.failed:
-        print("every case agreed with the oracle")
-        return 0
-    _print_failure(*progress.failed[-1], options)
-    return 1
+    if progress.failed:
+        _print_failure(*progress.failed[-1], options)
+        return 1
+    if not progress.agreed:
+        print("no case was compared to its end: nothing is known; give it more --seconds")
+        return 1
+    print("every case agreed with the oracle")
+    return 0
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -229,14 +234,32 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--backend", default=None, help="as for flexmsa.attention (default: the device's default)")
     parser.add_argument("--dtype", action="append", choices=["float32", "float16", "bfloat16"], help="may be repeated")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random cases (default 0)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if problem := _find_problem(options):
+        parser.exit(USAGE_ERROR, f"{parser.prog}: {problem}\n")
+    return options
+
+
+def _find_problem(options: argparse.Namespace) -> str | None:
+    """Return a message if these options leave nothing to try on this machine."""
+    if not options.seconds > 0:
+        return f"--seconds: expected more than 0, got {options.seconds:g}"
+    if problem := find_device_problem(options.device):
+        return problem
+    try:
+        choose_backend("block_sparse_attention", options.backend, torch.empty(0, device=options.device))
+    except (ValueError, NotImplementedError) as error:
+        return f"--{error}"
+    if options.backend == "flex" and torch.device(options.device).type == "cpu":
+        return "--backend: FlexAttention on a CPU computes no gradient: expected torch or reference, got 'flex'"
+    return None
 
 
 def _describe(options: argparse.Namespace, dtypes: tuple[str, ...]) -> bool:
     """Print what is tried, and return whether its kernels are compiled for each shape."""
     device = torch.device(options.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    backend = options.backend or default_backend("block_sparse_attention", torch.empty(0, device=device))
+    backend = choose_backend("block_sparse_attention", options.backend, torch.empty(0, device=device))
     print(f"flexmsa {flexmsa.__version__}, torch {torch.__version__}, on {where}")
     print(f"main branch: {backend}; dtypes: {', '.join(dtypes)}; for {options.seconds:g} s, seed {options.seed}")
     return backend == "triton" and device.type == "cuda"
@@ -264,6 +287,7 @@ def _try_round(strategy: SearchStrategy[Tested], options: argparse.Namespace, nu
         progress.show()
         try:
             _checker(case)(case, **_arguments(case, options))
+            progress.agreed += 1
         except Exception as error:
             message = f"{type(error).__name__}: {error}" if str(error) else traceback.format_exc()
             progress.failed.append((case, message))

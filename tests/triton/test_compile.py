@@ -35,6 +35,9 @@ SPILLS = {
     # Numbers of a work item, while its steps run.
     "given_teacher_sm90_kernel": 88,
 }
+if not triton.__version__.startswith(("3.6.", "3.7.")):
+    # With Triton 3.9 more numbers live in memory; nobody has timed it.
+    SPILLS |= {"gradient_sm90_kernel": 344, "query_major_kernel": 64, "key_major_kernel": 248}
 # What this process has compiled: layers share many kernels.
 COMPILED = {}
 # What sm_86 runs fits into sm_80, whose shared memory is larger: there, M3's layer and the sample are enough.

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ..common.gluon_sm90 import HALF, copy_block, gather_rows, meet
+from ..common.gluon_sm90 import HALF, copy_block, gather_rows, load_box, load_each, meet
 from ..schedule.work_items import load_item
 from .workspace import TileSizes
 
@@ -143,7 +143,7 @@ def copy_vectors(x, batch, first_head, query, head, present, buffer, shape: gl.c
     rows = base + query.to(gl.int64) * x.stride_s + head.to(gl.int64) * x.stride_h
     # The kernel takes tensors that the bulk copy engine reads: their rows are multiples of 16 bytes apart.
     rows = gl.multiple_of(rows, 16)
-    async_copy.async_copy_global_to_shared(buffer, rows[:, None] + d[None, :], mask=present[:, None])
+    load_each(buffer, rows[:, None] + d[None, :], mask=present[:, None])
 
 
 @gluon.jit
@@ -166,7 +166,7 @@ def copy_rows(q, grad_out, boxes, buffers, barriers, work, shape: gl.constexpr):
             meet()
             mbarrier.expect(barriers.known.index(0), boxes.queries.block_type.nbytes)
             place = [tile_of(tiles, 0) * ROWS]
-            tma.async_copy_global_to_shared(boxes.queries, place, barriers.known.index(0), buffers.queries.index(0))
+            load_box(boxes.queries, place, barriers.known.index(0), buffers.queries.index(0))
         for step in range(tiles.number):
             tile, stage = tile_of(tiles, step), step % STAGES
             ready = barriers.full.index(stage)
@@ -180,7 +180,7 @@ def copy_rows(q, grad_out, boxes, buffers, barriers, work, shape: gl.constexpr):
                 if step + 1 < tiles.number:
                     mbarrier.expect(barriers.known.index(following), boxes.queries.block_type.nbytes)
                     place, known = [tile_of(tiles, step + 1) * ROWS], barriers.known.index(following)
-                    tma.async_copy_global_to_shared(boxes.queries, place, known, buffers.queries.index(following))
+                    load_box(boxes.queries, place, known, buffers.queries.index(following))
                 mbarrier.wait(barriers.known.index(step % 2), step // 2 & 1)
                 for part in gl.static_range(ROWS // PART):
                     query = buffers.queries.index(step % 2).slice(part * PART, PART).load(gl.SliceLayout(1, layout))
@@ -194,5 +194,5 @@ def copy_rows(q, grad_out, boxes, buffers, barriers, work, shape: gl.constexpr):
                     grad_part = buffers.grad.index(stage).slice(part * PART, PART)
                     copy_vectors(grad_out, item.batch, first_head, query, head, present, grad_part, shape)
                 async_copy.mbarrier_arrive(ready, increment_count=False)
-            tma.async_copy_global_to_shared(boxes.lse2, [tile * ROWS], ready, buffers.lse2.index(stage))
-            tma.async_copy_global_to_shared(boxes.delta, [tile * ROWS], ready, buffers.delta.index(stage))
+            load_box(boxes.lse2, [tile * ROWS], ready, buffers.lse2.index(stage))
+            load_box(boxes.delta, [tile * ROWS], ready, buffers.delta.index(stage))

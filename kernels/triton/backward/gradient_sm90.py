@@ -20,7 +20,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ...problem import Problem
-from ..common.gluon_sm90 import HALF, SIDE_BY_SIDE, clear_rows, make_barriers, meet, shared_box, store_sum
+from ..common.gluon_sm90 import (
+    HALF,
+    SIDE_BY_SIDE,
+    clear_rows,
+    make_barriers,
+    meet,
+    reinterpret,
+    shared_box,
+    store_box,
+    store_sum,
+)
 from ..common.launch import Launch, Options, view
 from ..common.softmax import LOG2_E
 from ..common.target import Target, fits_gather_sm90
@@ -97,8 +107,8 @@ def fold_rows(
     k, v = buffers.k.reshape([BLOCK, HEAD_DIM]), buffers.v.reshape([BLOCK, HEAD_DIM])
     q_tiles, grad_tiles = buffers.q, buffers.grad
     if shape.bulk:
-        q_tiles = q_tiles._reinterpret(dtype, [shape.stages, ROWS, HEAD_DIM], SIDE_BY_SIDE)
-        grad_tiles = grad_tiles._reinterpret(dtype, [shape.stages, ROWS, HEAD_DIM], SIDE_BY_SIDE)
+        q_tiles = reinterpret(q_tiles, dtype, [shape.stages, ROWS, HEAD_DIM], SIDE_BY_SIDE)
+        grad_tiles = reinterpret(grad_tiles, dtype, [shape.stages, ROWS, HEAD_DIM], SIDE_BY_SIDE)
     q, grad = q_tiles.index(stage), grad_tiles.index(stage)
 
     if not masked:  # Before the products, which read shared memory too and would delay it.
@@ -234,9 +244,9 @@ def multiply_rows(boxes, buffers, barriers, work, scale, shape: gl.constexpr):
             fence_async_shared()
             # The step before this one had a product in flight until this one's first was done.
             mbarrier.arrive(barriers.empty.index((later + STAGES - 1) % STAGES), count=1)
-            tma.async_copy_shared_to_global(boxes.grad_q, [tile * ROWS, 0], buffers.grad_q)
+            store_box(boxes.grad_q, [tile * ROWS, 0], buffers.grad_q)
             if buffers.teacher is not None:
-                tma.async_copy_shared_to_global(boxes.teacher, [tile * shape.teacher_rows, 0], buffers.teacher)
+                store_box(boxes.teacher, [tile * shape.teacher_rows, 0], buffers.teacher)
         grad_k = warpgroup_mma_wait(0, deps=[grad_k])
         tma.store_wait(0)
         # Loaded again: the loops leave no register to keep it in.

@@ -9,6 +9,7 @@ import functools
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -18,6 +19,13 @@ HALF = gl.constexpr(64)
 SIDE_BY_SIDE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 # All warps of a part of a kernel wait for each other; Triton 3.7 changed the name.
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+# Copies of boxes, and of elements whose addresses a thread computes; Triton 3.8 changed the names.
+load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_box = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+load_each = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+# A buffer of shared memory, taken as of another shape and layout; Triton 3.9 changed the name.
+Buffer = gl.shared_memory_descriptor
+reinterpret = Buffer.reinterpret if hasattr(Buffer, "reinterpret") else Buffer._reinterpret
 
 
 @gluon.constexpr_function
@@ -39,8 +47,8 @@ def make_barriers(number: gl.constexpr, count: gl.constexpr):
 def copy_block(k_boxes, v_boxes, at, ready, k, v):
     """Begin to copy a block's keys and values from `at` to the buffers k and v; barrier `ready` counts their bytes."""
     mbarrier.expect(ready, k_boxes.block_type.nbytes + v_boxes.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_boxes, at, ready, k)
-    tma.async_copy_global_to_shared(v_boxes, at, ready, v)
+    load_box(k_boxes, at, ready, k)
+    load_box(v_boxes, at, ready, v)
 
 
 @gluon.jit
@@ -53,7 +61,7 @@ def gather_rows(boxes, buffers, queries, batch, head, stage, ready, halves: gl.c
     for number in gl.static_range(ENTRIES):
         for half in gl.static_range(halves):
             box = buffers.index((stage * halves + half) * ENTRIES + number)
-            tma.async_copy_global_to_shared(boxes, [batch, head, queries[number], half * HALF], ready, box)
+            load_box(boxes, [batch, head, queries[number], half * HALF], ready, box)
 
 
 @gluon.jit

@@ -69,7 +69,8 @@ class Options(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """The options by Triton's names."""
-        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        # From Triton 3.10 on, products are added in one rounding only where this is asked for.
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         if self.max_registers is not None:
             options["maxnreg"] = self.max_registers
         if self.overlap:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ import triton
 
 from ...problem import Problem
 
-# Gluon is an experimental part of Triton: what is written in it is launched by versions that it has run with.
-GLUON = triton.__version__.startswith(("3.6.", "3.7."))
+# Gluon is an experimental part of Triton, whose names change: what is written in it is compiled and launched by these
+# versions. On GPUs it has run with 3.6 and 3.7; compiled by 3.9, it meets before each arrival at a barrier as before.
+GLUON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
+GLUON = triton.__version__.startswith(tuple(f"{version}." for version in GLUON_VERSIONS))
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,20 @@ def _device_target(device: torch.device) -> Target:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
-    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
+    target = Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
+    if target.arch == 90 and not GLUON:
+        _warn_without_gluon(triton.__version__)
+    return target
+
+
+@functools.cache
+def _warn_without_gluon(version: str) -> None:
+    warnings.warn(
+        f"flexmsa: the kernels in Gluon, which are the faster ones on Hopper, are known to work with Triton "
+        f"{', '.join(GLUON_VERSIONS)}, and not with {version}: the kernels in Triton run instead; install one of these "
+        "versions, or a newer flexmsa",
+        stacklevel=2,
+    )
 
 
 def padded(size: int, least: int = 16) -> int:

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from ..common.gluon_sm90 import HALF, copy_block, gather_rows
+from ..common.gluon_sm90 import HALF, copy_block, gather_rows, load_each, store_box
 from ..common.sizes import Sizes
 from ..schedule.inverse_index import find_token_range
 from ..schedule.work_items import item_entries, load_item
@@ -138,7 +138,7 @@ def store_outputs(tensors, buffers, barriers, work, shape: gl.constexpr):
         for number in gl.static_range(ENTRIES):
             for half in gl.static_range(HALVES):
                 box = buffers.out.index(half * ENTRIES + number)
-                tma.async_copy_shared_to_global(tensors.out, [rows[number], half * HALF], box)
+                store_box(tensors.out, [rows[number], half * HALF], box)
         tma.store_wait(0)
         mbarrier.arrive(barriers.out_empty.index(0), count=1)
 
@@ -198,5 +198,5 @@ def exchange_rows(q, partial_out, tensors, buffers, barriers, work, shape: gl.co
                 vectors = base + gl.convert_layout(offset, row.type.layout)
                 # The kernel takes tensors that the bulk copy engine reads: their rows are multiples of 16 bytes apart.
                 vectors = gl.multiple_of(vectors, 16)
-                async_copy.async_copy_global_to_shared(buffer, vectors[:, None] + d)
+                load_each(buffer, vectors[:, None] + d)
                 async_copy.mbarrier_arrive(barriers.full.index(stage), increment_count=False)

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ...problem import Problem
-from ..common.gluon_sm90 import HALF, SIDE_BY_SIDE, clear_rows, hide_unseen, make_barriers, shared_box
+from ..common.gluon_sm90 import HALF, SIDE_BY_SIDE, clear_rows, hide_unseen, make_barriers, reinterpret, shared_box
 from ..common.launch import Launch, Options, view
 from ..common.sizes import sizes_of
 from ..common.softmax import LOG2_E, softmax_rows
@@ -70,7 +70,7 @@ def attend_rows(buffers, barriers, work, lse_ptr, scale, shape: gl.constexpr):
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     q_rows = buffers.q
     if shape.bulk:
-        q_rows = q_rows._reinterpret(dtype, [STAGES, ROWS, HEAD_DIM], SIDE_BY_SIDE)
+        q_rows = reinterpret(q_rows, dtype, [STAGES, ROWS, HEAD_DIM], SIDE_BY_SIDE)
     k, v = buffers.k.reshape([BLOCK, HEAD_DIM]), buffers.v.reshape([BLOCK, HEAD_DIM])
     row = gl.arange(0, ROWS, gl.SliceLayout(1, scored))
     item = load_item(work.items, work.first_range, gl.program_id(1))
@@ -113,7 +113,7 @@ def attend_rows(buffers, barriers, work, lse_ptr, scale, shape: gl.constexpr):
             out = warpgroup_mma_wait(0, deps=[out])
             if shape.bulk:
                 mbarrier.wait(barriers.out_empty.index(0), (step & 1) ^ 1)
-                out_rows = buffers.out._reinterpret(dtype, [ROWS, HEAD_DIM], SIDE_BY_SIDE)
+                out_rows = reinterpret(buffers.out, dtype, [ROWS, HEAD_DIM], SIDE_BY_SIDE)
                 hand_over(out, normal, out_rows, barriers.out_full.index(0))
             else:
                 hand_over(out, normal, q_rows.index(stage), barriers.out_full.index(stage))

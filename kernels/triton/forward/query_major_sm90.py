@@ -16,13 +16,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from ...problem import Problem
-from ..common.gluon_sm90 import clear_rows, hide_unseen, make_barriers, shared_box
+from ..common.gluon_sm90 import clear_rows, hide_unseen, load_box, make_barriers, shared_box
 from ..common.launch import Launch, Options
 from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LN_2, LOG2_E
@@ -77,7 +76,7 @@ def copy_tiles(tensors, buffers, barriers, unions, shape: gl.constexpr):
             mbarrier.expect(barriers.q_full, 2 * tensors.q.block_type.nbytes)
             for half in gl.static_range(2):
                 at = [tile.batch, group * shape.group_size + half * (shape.group_size // 2), tile.first, 0]
-                tma.async_copy_global_to_shared(tensors.q, at, barriers.q_full, buffers.q.index(half))
+                load_box(tensors.q, at, barriers.q_full, buffers.q.index(half))
             blocks = unions.blocks + gl.cast(number, gl.int64) * unions.limit
             for index in range(tile.length):
                 stage, phase = step % shape.stages, (step // shape.stages & 1) ^ 1
@@ -85,10 +84,10 @@ def copy_tiles(tensors, buffers, barriers, unions, shape: gl.constexpr):
                 mbarrier.wait(barriers.empty.index(stage), phase)
                 ready = barriers.k_full.index(stage)
                 mbarrier.expect(ready, tensors.k.block_type.nbytes)
-                tma.async_copy_global_to_shared(tensors.k, at, ready, buffers.k.index(stage))
+                load_box(tensors.k, at, ready, buffers.k.index(stage))
                 ready = barriers.v_full.index(stage)
                 mbarrier.expect(ready, tensors.v.block_type.nbytes)
-                tma.async_copy_global_to_shared(tensors.v, at, ready, buffers.v.index(stage))
+                load_box(tensors.v, at, ready, buffers.v.index(stage))
                 step += 1
             turn += 1
 

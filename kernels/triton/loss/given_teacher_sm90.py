@@ -14,13 +14,21 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
-from ..common.gluon_sm90 import SIDE_BY_SIDE, clear_rows, make_barriers, meet, shared_box, store_sum
+from ..common.gluon_sm90 import (
+    SIDE_BY_SIDE,
+    clear_rows,
+    load_box,
+    load_each,
+    make_barriers,
+    meet,
+    shared_box,
+    store_sum,
+)
 from ..common.launch import Launch, Options
 from ..common.softmax import LN_2, LOG2_E
 from ..common.target import GLUON, Target
@@ -105,7 +113,7 @@ def load_entries(entries_ptr, origin, place, stop):
 def copy_vectors(rows, buffer, live, layout: gl.constexpr):
     """Begin to copy vectors from addresses rows [N] to a buffer [N, depth]; zeros where not live."""
     d = gl.arange(0, buffer.shape[1], gl.SliceLayout(0, layout))
-    async_copy.async_copy_global_to_shared(buffer, rows[:, None] + d[None, :], mask=live[:, None])
+    load_each(buffer, rows[:, None] + d[None, :], mask=live[:, None])
 
 
 @gluon.constexpr_function
@@ -143,8 +151,8 @@ def copy_step(tensors, stages, stage, x_base, first_query, first, stop, parts, a
         copy_vectors(rows, stages.teacher.index(stage).slice(part * PART, PART), place < stop, teachers)
     place = first + gl.arange(0, ROWS, all_entries.type.layout)
     lse = tensors.buffers.index_lse + all_entries // tensors.index.topk
-    async_copy.async_copy_global_to_shared(stages.lse.index(stage), lse, mask=place < stop)
-    async_copy.async_copy_global_to_shared(stages.limits.index(stage), tensors.limits + place, mask=place < stop)
+    load_each(stages.lse.index(stage), lse, mask=place < stop)
+    load_each(stages.limits.index(stage), tensors.limits + place, mask=place < stop)
 
 
 @gluon.jit
@@ -168,7 +176,7 @@ def copy_items(tensors, stages, barriers, C: gl.constexpr):
         mbarrier.wait(barriers.keys_empty.index(taken % 2), (taken // 2 & 1) ^ 1)
         mbarrier.expect(full, tensors.k_boxes.block_type.nbytes)
         at = [gl.cast(item.batch, gl.int32), 0, item.first_key, 0]
-        tma.async_copy_global_to_shared(tensors.k_boxes, at, full, stages.y.index(taken % 2))
+        load_box(tensors.k_boxes, at, full, stages.y.index(taken % 2))
         taken += 1
         x_base = group_base + item.batch * index_q.stride_b
         first_query = gl.cast(tokens.first_token - item.batch * tensors.sizes.seqlen_q, gl.int32)

@@ -15,13 +15,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from ..common.fp8 import decode_scales, join_pairs, split_e4m3
-from ..common.gluon_sm90 import lanes, make_barriers, meet, shared_box
+from ..common.gluon_sm90 import lanes, load_box, make_barriers, meet, shared_box
 from ..common.overlap import announce_next, await_previous
 from ..common.records import load_sequence, locate_block
 from ..common.tiles import find_tile
@@ -138,9 +137,9 @@ def copy_block(keys, tile, buffers, barriers, step, block, C: gl.constexpr):
     else:
         mbarrier.expect(ready, keys.tiles.block_type.nbytes + keys.scale.block_type.nbytes)
         first = (place.row * keys.seqlen_k + place.key).to(gl.int32)
-        tma.async_copy_global_to_shared(keys.scale, [first], ready, scale_buffer(buffers, stage, C.stages))
+        load_box(keys.scale, [first], ready, scale_buffer(buffers, stage, C.stages))
     at = [place.row.to(gl.int32), place.key, 0]
-    tma.async_copy_global_to_shared(keys.tiles, at, ready, buffers.keys.index(stage))
+    load_box(keys.tiles, at, ready, buffers.keys.index(stage))
 
 
 @gluon.jit

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import transformers
 
+from flexmsa._command import INTERRUPTED, exit_code, find_problem, prepare_folder, read_options
 from flexmsa._progress import Progress, clock
-from flexmsa.demo.command import INTERRUPTED, exit_code, find_problem, read_options
 from flexmsa.demo.text import Text, read_standard_library
-from flexmsa.integrations.transformers.demo.report import draw_table, save
+from flexmsa.integrations.transformers.demo.report import FILES, draw_table, save
 from flexmsa.integrations.transformers.demo.retrieval import KEY_LENGTH
 from flexmsa.integrations.transformers.demo.train import WAYS, Demo, Settings, unigram_loss
 
@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> Settings:
 def run(settings: Settings) -> int:
     """Train, convert, compare and save, with messages; after Ctrl-C, only saving follows."""
     started = time.monotonic()
-    settings.out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(settings.out, FILES)
     text = read_standard_library()
     demo = Demo(settings, text)
     results: dict[str, Any] = {"settings": {**dataclasses.asdict(settings), "out": str(settings.out)}}

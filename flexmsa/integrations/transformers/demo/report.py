@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FILES = ("convert.json", "convert.md", "convert-ways.png", "convert-index.png")
 # Lines differ in style too.
 STYLES = {"dense": ":", "MSA": "-", "window": "--", "random": "-."}
 COLOURS = {"dense": ORANGE, "MSA": BLUE, "window": GREEN, "random": PURPLE}
@@ -36,7 +37,7 @@ def save(demo: Demo, results: dict[str, Any]) -> list[Path]:
     folder = demo.settings.out
     results = {**results, "losses": demo.losses, "index_branch": demo.entries}
     text = json.dumps(results, indent=1)
-    written = [folder / "convert.json", folder / "convert.md"]
+    written = [folder / name for name in FILES[:2]]
     write_whole(written[0], lambda path: path.write_text(text + "\n"))
     write_whole(written[1], lambda path: path.write_text(draw_table(demo, results["unigram_loss"])))
     try:

@@ -34,7 +34,7 @@ class Settings:
     context: int = 256
     seed: int = 0
     device: str = "cpu"
-    out: Path = Path("out")
+    out: Path = Path("out/convert-demo")
     hidden_size: int = 96
     num_layers: int = 3
     num_heads: int = 4

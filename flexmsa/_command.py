@@ -1,14 +1,15 @@
-"""The command line of a demo: its options, its exit codes, and what Ctrl-C does."""
+"""What commands share: the options of demos, problems with options, folders of results, exit codes, and Ctrl-C."""
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 INTERRUPTED = 130
+USAGE_ERROR = 2
 
 
 def exit_code(run: Callable[[], int]) -> int:
@@ -55,8 +56,20 @@ def find_problem(settings: Any, least: dict[str, int]) -> str | None:
         value = getattr(settings, name)
         if value < bound:
             return f"--{name.replace('_', '-')}: expected at least {bound}, got {value}"
+    return find_device_problem(settings.device)
+
+
+def find_device_problem(device: str) -> str | None:
+    """Return a message if torch has no such device here, or if it holds no numbers, as "meta"."""
     try:
-        torch.empty(0, device=settings.device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        return f"--device: {str(error).splitlines()[0]}"
+        return f"--device: expected a device of this machine, got {device}: {str(error).splitlines()[0]}"
     return None
+
+
+def prepare_folder(folder: Path, names: Sequence[str]) -> None:
+    """Make the folder of a run's results, and say if the results of an earlier run are in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if old := [name for name in names if (folder / name).exists()]:
+        print(f"{folder} has the results of an earlier run, which this run overwrites: {', '.join(old)}.", flush=True)
