@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tomllib
 import venv
 from pathlib import Path
@@ -41,8 +40,7 @@ def unpacked(tmp_path_factory):
     run(sys.executable, "-c", build, cwd=folder / "checkout")
     shutil.rmtree(folder / "checkout")
     (archive,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as file:
-        file.extractall(folder, filter="data")
+    shutil.unpack_archive(archive, folder)
     return folder / archive.name.removesuffix(".tar.gz")
 
 

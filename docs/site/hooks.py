@@ -58,7 +58,7 @@ def reference(module: str) -> str:
     names = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "__all__")
     public = [name for name in ast.literal_eval(names) if f"{module}.{name}" not in REFERENCE.values()]
     # Beside a module of the same name, a function is asked for by its full name.
-    sources = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    sources = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     places = (f"{module}.{name}" for name in public)
     full = (f"{place}.{name}" if place in sources else place for place, name in zip(places, public, strict=True))
     return "\n\n".join([f"# {module}", *(f"::: {place}" for place in full)]) + "\n"
