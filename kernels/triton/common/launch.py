@@ -193,7 +193,9 @@ def compile_other_lengths(key: Hashable) -> None:
     A step whose first launches were compiled by another one would otherwise compile the rest when it needs it.
     """
     step = _step.get()
-    if step is None or key in _begun or _recording.get() is not None or torch.cuda.is_current_stream_capturing():
+    if step is None or key in _begun or knobs.runtime.interpret or _recording.get() is not None:
+        return
+    if torch.cuda.is_current_stream_capturing():
         return
     _begun.add(key)
     compile_ahead([step])
