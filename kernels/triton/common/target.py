@@ -80,7 +80,7 @@ def _device_target(device: torch.device) -> Target:
 @functools.cache
 def _warn_without_gluon(version: str) -> None:
     warnings.warn(
-        f"flexmsa: the kernels in Gluon, which are the faster ones on Hopper, are known to work with Triton "
+        "flexmsa: the kernels in Gluon, which are the faster ones on Hopper, are used with Triton "
         f"{', '.join(GLUON_VERSIONS)}, and not with {version}: the kernels in Triton run instead; install one of these "
         "versions, or a newer flexmsa",
         stacklevel=2,
