@@ -9,6 +9,7 @@ from torch import Tensor
 from flexmsa import validation
 from flexmsa._sequences import Sequences, check_sequences
 from flexmsa.kernels.sequences import list_sequences
+from flexmsa.ops.checks import check_block_indices
 
 __all__ = ["Recall", "block_recall", "random_blocks", "recall", "recalls", "score_recall", "window_blocks"]
 
@@ -92,8 +93,11 @@ def recalls(
     """
     validation.check_main_inputs(q, k, k, scale)
     validation.check_settings(block_size)
+    if isinstance(selections, Tensor):
+        raise TypeError("selections: expected block_indices by name, got a Tensor; call `recall` for one selection")
     for ids in selections.values():
         validation.check_block_indices(ids, q.shape[0], k.shape[1], q.shape[2], q.device)
+        check_block_indices(ids, -(-k.shape[2] // block_size))
     if num_queries is not None:
         validation.check_int("num_queries", num_queries, 1)
     sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens)

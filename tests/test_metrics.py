@@ -113,3 +113,7 @@ def test_recalls_refuse_what_they_cannot_measure():
         metrics.recall(q, k, ids, num_queries=0)
     with pytest.raises(ValueError, match="block_indices"):
         metrics.recall(q, k, ids[:, :, :5])
+    with pytest.raises(ValueError, match=r"ids from -1 \(no block\) to 2"):
+        metrics.recall(q, k, ids + 3, block_size=4)
+    with pytest.raises(TypeError, match="selections: expected block_indices by name, got a Tensor"):
+        metrics.recalls(q, k, ids)

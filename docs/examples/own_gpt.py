@@ -34,7 +34,8 @@ def rope(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     frequency = theta ** -(torch.arange(0, x.shape[-1], 2, device=x.device) / x.shape[-1])
     angle = positions[:, None] * frequency
     left, right = x.chunk(2, dim=-1)
-    return torch.cat([left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()], dim=-1)
+    rotated = torch.cat([left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()], dim=-1)
+    return rotated.to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -188,17 +188,13 @@ def for_one_length() -> Iterator[None]:
 
 
 def compile_other_lengths(key: Hashable) -> None:
-    """Compile all that the expected step launches, for other lengths too, if none with this key did yet.
-
-    A step whose first launches were compiled by another one would otherwise compile the rest when it needs it.
-    """
+    """Compile the expected step for all lengths, unless one with this key was: others may have compiled its start."""
     step = _step.get()
     if step is None or key in _begun or knobs.runtime.interpret or _recording.get() is not None:
         return
-    if torch.cuda.is_current_stream_capturing():
-        return
-    _begun.add(key)
-    compile_ahead([step])
+    if not torch.cuda.is_current_stream_capturing():
+        _begun.add(key)
+        compile_ahead([step])
 
 
 def num_compiled() -> int:
