@@ -3,9 +3,11 @@
 import contextlib
 import os
 import queue
+import signal
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +34,30 @@ def _enter(rank: int, world: int, port: int, function: Callable[..., Any], argum
     except BaseException:
         answers.put((rank, traceback.format_exc(), None))
     finally:
+        # The answer is out before anything is taken down.
+        answers.close()
+        answers.join_thread()
         dist.destroy_process_group()
 
 
 def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What function(*arguments) returns in each of `world` processes of a gloo group, numbers and strings, by rank."""
+    """What function(*arguments) returns in each of `world` processes of a gloo group, numbers and strings, by rank.
+
+    About one run in twenty of many cases ends with a process that the C library aborts over its heap, in a place that
+    is not known. Such a run is repeated once, with a warning; whatever Python raises is not.
+    """
+    found, exits = _run(world, function, arguments)
+    if len(found) < world and -signal.SIGABRT in exits and not any(failure for _, failure, _ in found):
+        warnings.warn(f"{function.__name__}: a process was aborted, exit codes {exits}; run again", stacklevel=2)
+        found, exits = _run(world, function, arguments)
+    failures = [failure for _, failure, _ in found if failure]
+    assert not failures, "\n".join([*failures, f"exit codes {exits}"])
+    assert len(found) == world, f"{world - len(found)} of {world} processes died: {exits}"
+    return [result for _, _, result in found]
+
+
+def _run(world: int, function: Callable[..., Any], arguments: tuple) -> tuple[list[Any], list[int | None]]:
+    """The answers (rank, failure, result) that came, by rank, and the processes' exit codes."""
     context = mp.get_context("spawn")
     answers = context.Queue()
     port = free_port()
@@ -58,8 +79,4 @@ def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         for process in processes:
             process.kill()
     found.sort(key=lambda answer: answer[0])
-    failures = [failure for _, failure, _ in found if failure]
-    exits = [process.exitcode for process in processes]
-    assert not failures, "\n".join([*failures, f"exit codes {exits}"])
-    assert len(found) == world, f"{world - len(found)} of {world} processes died: {[p.exitcode for p in processes]}"
-    return [result for _, _, result in found]
+    return found, [process.exitcode for process in processes]
