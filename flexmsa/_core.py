@@ -15,6 +15,7 @@ from flexmsa._profiling import profiled
 from flexmsa._sequences import Sequences
 from flexmsa.backends import choose_backend, dense_backend, step_backend
 from flexmsa.kernels.rules import FEW_QUERIES, SelectionRule
+from flexmsa.ops.attention import statistics_dtype
 from flexmsa.types import AuxOutput, AuxRequest
 
 __all__ = ["Settings", "attention", "chosen_scores", "index_loss", "main_branch", "requested", "select_blocks"]
@@ -140,7 +141,7 @@ def chosen_scores(
 ) -> Tensor:
     """Return the scores [B, Hkv, Sq, topk] of blocks that were selected, -inf for -1: each gathered by its queries."""
     start, end = sequences.key_ranges()
-    dtype = torch.float64 if index_q.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(index_q)
     finite = torch.finfo(dtype)
     scores = torch.full(block_indices.shape, -torch.inf, dtype=dtype, device=index_q.device)
     offset = torch.arange(block_size, device=index_q.device)

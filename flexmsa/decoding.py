@@ -6,6 +6,7 @@ from torch import Tensor
 
 from flexmsa import _core, validation
 from flexmsa._profiling import profiled
+from flexmsa._settings import default_scale
 from flexmsa.backends import choose_backend
 from flexmsa.cache import Cache
 from flexmsa.kernels.rules import SelectionRule
@@ -79,7 +80,7 @@ def decode(
     validation.check_decode_inputs(q, index_q, cache, block_size, scale)
     validation.reject_gradients(q=q, index_q=index_q)
     backend = choose_backend("decode", backend, q)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = default_scale(scale, q)
     choice = None
     if block_indices is not None:
         validation.check_block_indices(block_indices, q.shape[0], cache.k.shape[1], q.shape[2], q.device)

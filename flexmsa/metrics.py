@@ -8,7 +8,9 @@ from torch import Tensor
 
 from flexmsa import validation
 from flexmsa._sequences import Sequences, check_sequences
+from flexmsa._settings import default_scale
 from flexmsa.kernels.sequences import list_sequences
+from flexmsa.ops.attention import statistics_dtype
 from flexmsa.ops.checks import check_block_indices
 
 __all__ = ["Recall", "block_recall", "random_blocks", "recall", "recalls", "score_recall", "window_blocks"]
@@ -101,7 +103,7 @@ def recalls(
     if num_queries is not None:
         validation.check_int("num_queries", num_queries, 1)
     sequences = check_sequences(q, k.shape[2], cu_seqlens, kv_starts, kv_lens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(scale, q)
     sums = {name: torch.zeros(3, k.shape[1], dtype=torch.float64, device=q.device) for name in selections}
     for batch, queries, keys, num_visible in _parts(q, sequences, num_queries):
         for group in range(k.shape[1]):
@@ -169,7 +171,7 @@ def _parts(q: Tensor, sequences: Sequences, num_queries: int | None) -> Iterator
 
 def _block_mass(q: Tensor, k: Tensor, num_visible: Tensor, block_size: int, scale: float) -> Tensor:
     """Return [queries, blocks]: the attention mass of each block of keys, averaged over the heads q [G, queries, D]."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(q)
     # Autocast would round the scores.
     with torch.autocast(q.device.type, enabled=False):
         scores = (q.to(dtype) * scale) @ k.to(dtype).T

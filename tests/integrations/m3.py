@@ -15,6 +15,12 @@ from flexmsa.integrations.transformers import register
 
 VOCABULARY = 97
 IMAGE_TOKEN = VOCABULARY - 1
+# The settings of one layer of each kind, without experts.
+SMALL = {
+    "num_hidden_layers": 2,
+    "layer_types": ["full_attention", "minimax_m3_sparse"],
+    "mlp_layer_types": ["dense", "dense"],
+}
 
 
 def m3_text_config(**settings) -> MiniMaxM3VLTextConfig:

@@ -8,12 +8,7 @@ from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCach
 from transformers.cache_utils import QuantizedLayer
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-SMALL = {
-    "num_hidden_layers": 2,
-    "layer_types": ["full_attention", "minimax_m3_sparse"],
-    "mlp_layer_types": ["dense", "dense"],
-}
-MODELS = {"m3": lambda: m3.make_m3("flexmsa", **SMALL), "converted": converted.make_converted}
+MODELS = {"m3": lambda: m3.make_m3("flexmsa", **m3.SMALL), "converted": converted.make_converted}
 each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
@@ -83,7 +78,7 @@ def test_generation_with_a_quantized_cache(quantized):
 
 def test_minimax_m3_has_no_quantized_cache(quantized):
     with pytest.raises(ValueError, match="minimax_m3_sparse"):
-        quantized(m3.make_m3("flexmsa", **SMALL))
+        quantized(m3.make_m3("flexmsa", **m3.SMALL))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

@@ -10,12 +10,7 @@ from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.exporters.utils import decompose_for_generation
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-SMALL = {
-    "num_hidden_layers": 2,
-    "layer_types": ["full_attention", "minimax_m3_sparse"],
-    "mlp_layer_types": ["dense", "dense"],
-}
-MODELS = {"m3": lambda: m3.make_m3("flexmsa", **SMALL), "converted": converted.make_converted}
+MODELS = {"m3": lambda: m3.make_m3("flexmsa", **m3.SMALL), "converted": converted.make_converted}
 STATIC = GenerationConfig(cache_implementation="static", max_cache_len=64, pad_token_id=0)
 DYNAMIC = GenerationConfig(pad_token_id=0)
 

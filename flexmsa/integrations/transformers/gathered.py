@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from flexmsa._buffers import is_recorded
+
 __all__ = ["GatheredRows", "has_gaps", "may_hold_documents", "note_documents", "token_bounds"]
 
 # What a cache is known to hold, as attributes of it: so a copy of the cache knows too, and no step reads a GPU.
@@ -76,8 +78,7 @@ def has_gaps(filled: Tensor, start: Tensor, end: Tensor, seqlen: int, past: int 
         ValueError: a row has several documents in the cache, whose first tokens could not be found.
     """
     has_gap = filled.sum(1) < end - start
-    on_gpu = filled.is_cuda
-    if torch.compiler.is_compiling() or (on_gpu and (seqlen == 1 or torch.cuda.is_current_stream_capturing())):
+    if is_recorded(filled) or (filled.is_cuda and seqlen == 1):
         found = getattr(cache, _GAPS, False)
         if not found:
             message = (
