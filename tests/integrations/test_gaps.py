@@ -250,14 +250,7 @@ def test_measuring_a_checkpointed_layer():
     converted.assert_same(*gradients)
 
 
-SMALL = {
-    "num_hidden_layers": 2,
-    "layer_types": ["full_attention", "minimax_m3_sparse"],
-    "mlp_layer_types": ["dense"] * 2,
-}
-
-
-@pytest.mark.parametrize("make", [lambda: m3.make_m3("flexmsa", **SMALL), converted.make_converted], ids=MODELS)
+@pytest.mark.parametrize("make", [lambda: m3.make_m3("flexmsa", **m3.SMALL), converted.make_converted], ids=MODELS)
 def test_generating_into_a_static_cache_compiles_once(make):
     model, ids, mask = make(), tokens(3, LENGTH), gaps()[:3].long()
     settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
