@@ -36,11 +36,12 @@ class StepMetadata(AttentionMetadata):
     Attributes:
         num_tokens: without those that pad a CUDA graph.
         slot_mapping: [num_tokens], where the new tokens are written; -1 for none.
+        batch: their sequences; None for index keys, which share those of the keys and values.
     """
 
-    batch: PagedBatch
-    slot_mapping: Tensor
     num_tokens: int
+    slot_mapping: Tensor
+    batch: PagedBatch | None = None
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
@@ -58,11 +59,14 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         """Return the metadata of a step."""
         given = common_attn_metadata
         count, rows = given.num_actual_tokens, given.num_reqs
+        slots = given.slot_mapping[:count]
+        if isinstance(self.kv_cache_spec, MLAAttentionSpec):
+            return StepMetadata(count, slots)
         # Draft tokens of one length, which padded requests have too.
         uniform = given.max_query_len <= self.reorder_batch_threshold and count == rows * given.max_query_len
         starts = None if uniform else given.query_start_loc[: rows + 1]
         batch = PagedBatch(given.block_table_tensor[:rows], given.seq_lens[:rows], starts, num_tokens=count)
-        return StepMetadata(batch, given.slot_mapping[:count], count)
+        return StepMetadata(count, slots, batch)
 
 
 @functools.cache
@@ -202,8 +206,8 @@ def _attention(
         out.zero_()
         return
     step, index_step = metadata[name], metadata[layer.index_keys.layer_name]
-    if step.batch.page_table.data_ptr() != index_step.batch.page_table.data_ptr():
-        raise RuntimeError(f"{name}: expected one block table for keys and index keys, got two; file an issue")
+    # vLLM has one slot mapping, and the same block tables, for all layers of a group.
+    assert step.slot_mapping.data_ptr() == index_step.slot_mapping.data_ptr()
     layer.attend(step, q, k, v, (index_q, index_k), out)
 
 

@@ -6,12 +6,22 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from flexmsa.integrations.transformers import convert, set_warm_up
 
 VOCABULARY = 512
+# That each prompt is continued with.
+TOKENS = 24
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
@@ -31,16 +41,18 @@ FAMILIES = {
 }
 # Layer 0 stays dense.
 LAYERS = [1, 2]
+SETTINGS = ("block_size", "index_head_dim", "qk_norm", "bias", "num_init_blocks")
 
 
-def save(folder: Path, family: str = "qwen3", *, warm_up: bool | None = False, settings=None, **sizes) -> Path:
+def save(folder: Path, family: str = "qwen3", *, warm_up: bool | None = False, layers=LAYERS, **sizes) -> Path:
     """Save a random model with a tokenizer; with warm_up None it is not converted. Return the folder."""
     config, model_class, own = FAMILIES[family]
     torch.manual_seed(0)
+    settings = {name: sizes.pop(name) for name in SETTINGS if name in sizes}
     model = model_class(config(**{**SIZES, **own, **sizes})).eval()
     _sharpen(model, "")
     if warm_up is not None:
-        convert(model, {"topk": 2, **(settings or {})}, layers=LAYERS)
+        convert(model, {"topk": 2, **settings}, layers=layers)
         _sharpen(model, "index_")
         set_warm_up(model, warm_up)
     model.save_pretrained(folder)
