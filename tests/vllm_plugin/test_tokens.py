@@ -43,11 +43,8 @@ def test_a_model_that_is_not_converted_stays_that_of_vllm(checkpoint, expected):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"index_head_dim": 16, "head_dim": 32, "partial_rotary_factor": 0.5},
-        {"index_head_dim": 64},
-        {"qk_norm": False, "bias": True},
-        {"block_size": 64, "num_init_blocks": 1, "layers": [0, 1, 2]},
-        {"num_attention_heads": 4, "num_key_value_heads": 4},
+        {"index_head_dim": 64, "qk_norm": False, "bias": True},
+        {"block_size": 64, "num_init_blocks": 1, "num_key_value_heads": 4, "layers": [0, 1, 2]},
     ],
     ids=str,
 )
