@@ -1,4 +1,4 @@
-"""The command `vllm serve`, whose processes find flexmsa by its entry point."""
+"""The server of `vllm serve`, whose processes find flexmsa by its entry point."""
 
 import contextlib
 import json
@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 from vllm_plugin.checkpoints import TOKENS, prompts
@@ -29,7 +28,8 @@ def server(folder, log, processes):
     if processes > 1:
         options += ["--tensor-parallel-size", str(processes)]
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(processes)))
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), *options]
+    # vllm-cpu's own command looks for a package named vllm, and fails.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *options]
     with log.open("w") as output:
         running = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -39,7 +39,8 @@ def server(folder, log, processes):
             _wait(running, f"{address}/health", log)
             yield address
         finally:
-            os.killpg(running.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGTERM)
             running.wait(60)
 
 

@@ -23,7 +23,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
-from flexmsa.integrations.vllm._stand_in import PagedBatch, PagePools, attend_pages, write_pages
+from flexmsa import PagedBatch, PagePools, attend_pages, write_pages
 from flexmsa.integrations.vllm.settings import SparseSettings
 
 __all__ = ["SparseAttention", "backend"]
@@ -52,6 +52,10 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        # In place, for CUDA graphs. A step has at most one sequence per token.
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        rows = max(vllm_config.scheduler_config.max_num_batched_tokens, captured) + 1
+        self.table = torch.empty(rows, 5, dtype=torch.int32, device=device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -65,7 +69,14 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         # Draft tokens of one length, which padded requests have too.
         uniform = given.max_query_len <= self.reorder_batch_threshold and count == rows * given.max_query_len
         starts = None if uniform else given.query_start_loc[: rows + 1]
-        batch = PagedBatch(given.block_table_tensor[:rows], given.seq_lens[:rows], starts, num_tokens=count)
+        batch = PagedBatch(
+            given.block_table_tensor[:rows],
+            given.seq_lens[:rows],
+            starts,
+            num_tokens=count,
+            page_size=self.kv_cache_spec.block_size,
+            table=self.table[: rows if uniform else rows + 1],
+        )
         return StepMetadata(count, slots, batch)
 
 
