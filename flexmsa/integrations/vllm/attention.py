@@ -193,6 +193,7 @@ class SparseAttention(CachedLayer):
     def attend(self, step: StepMetadata, q: Tensor, k: Tensor, v: Tensor, index: tuple[Tensor, Tensor], out: Tensor):
         """Do what `forward` says, for the tokens of `step`."""
         (index_q, index_k), n, settings = index, step.num_tokens, self.settings
+        assert step.batch is not None
         write_pages(k[:n], v[:n], index_k[:n], self.pools, step.slot_mapping)
         attend_pages(
             q[:n],

@@ -75,7 +75,7 @@ class IndexBranch(nn.Module):
         module, kind = name.split(".")
         if module.endswith("_norm"):
             own = f"{module.removeprefix('index_')}.{kind}"
-            target = self.get_parameter(own)
+            target: Tensor = self.get_parameter(own)
         else:
             own = f"proj.{kind}"
             parameter = self.get_parameter(own)

@@ -59,7 +59,8 @@ class _Converted(nn.Module):
         config = vllm_config.model_config.hf_config
         settings = SparseSettings.of(config)
         self.branches: dict[str, IndexBranch] = {}
-        layers: Any = self.model.layers
+        model: Any = self.model
+        layers = model.layers
         for number in settings.layers:
             dense = layers[number].self_attn
             _check_attention(dense, config)
@@ -87,7 +88,7 @@ class _Converted(nn.Module):
                     found.add((module, own))
 
         found: set[tuple[str, str]] = set()
-        loaded |= super().load_weights(others())
+        loaded |= super().load_weights(others())  # type: ignore[misc]
         self._check_loaded(found)
         return loaded
 
