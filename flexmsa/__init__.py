@@ -10,6 +10,7 @@ from flexmsa.flex import create_block_mask, pack_gqa, packed_flex_attention, unp
 from flexmsa.functional import attention, block_sparse_attention, index_loss, select_blocks
 from flexmsa.kernels.workspace import set_workspace_limit
 from flexmsa.modules import MSAttention
+from flexmsa.paged import PagedBatch, PagePools, attend_pages, select_pages, write_pages
 from flexmsa.paged_cache import PagedMSACache
 from flexmsa.tuning import autotune, clear_tuning, load_tuning
 from flexmsa.types import AuxOutput, AuxRequest
@@ -22,7 +23,10 @@ __all__ = [
     "MSACache",
     "MSAConfig",
     "MSAttention",
+    "PagePools",
+    "PagedBatch",
     "PagedMSACache",
+    "attend_pages",
     "attention",
     "autotune",
     "block_sparse_attention",
@@ -37,7 +41,9 @@ __all__ = [
     "save_attention_policy",
     "save_selection_policy",
     "select_blocks",
+    "select_pages",
     "set_workspace_limit",
     "unpack_gqa",
     "warm_up",
+    "write_pages",
 ]

@@ -10,6 +10,7 @@ BACKENDS = {
     "block_sparse_attention": ("torch", "flex", "triton", "reference"),
     "index_loss": ("torch", "triton", "reference"),
     "decode": ("torch", "triton", "reference"),
+    "paged": ("torch", "triton"),
 }
 _ALL = ("torch", "flex", "triton", "reference")
 

@@ -15,6 +15,10 @@ overlap. Their table is [documents, fragments, 5]. The rows of a document have o
 they share its blocks; each sees as far as its own k_end. Queries ascend through the rows, and within a document so do
 the keys that they see. A row without queries fills up a document of fewer fragments.
 
+In a paged cache, keys are numbered through the rows of page_table: key j of batch row b is in page page_table[0].flat[
+b * stride + j // block_size] for rows `stride` numbers apart. A batch row has a row of the table, and k_start 0. Packed
+sequences, all of batch row 0, have a row each: sequence r begins at key r * stride * block_size.
+
 A few queries that each have a row of their own, `q_end = q_start + 1`, may see any keys: `scored_blocks`, and
 `attend_blocks` of up to 16 queries per batch row, read the rows one by one. So decode processes that share a cache.
 """

@@ -21,6 +21,15 @@ def table_rows(sequences: Tensor) -> Tensor:
     return sequences.flatten(0, -2)
 
 
+def page_place(page_table: Tensor, batch: Any, k_start: Any, block_size: int) -> tuple[Any, Any]:
+    """Return row and column of page_table [rows, max_pages] where the pages of a sequence begin; ints or arrays.
+
+    Page tables are numbered through their rows, as `k_start` of a paged cache says (see flexmsa.kernels).
+    """
+    stride = max(1, page_table.stride(0))
+    return batch + k_start // block_size // stride, k_start // block_size % stride
+
+
 def num_fragments(sequences: Tensor) -> int:
     """Return how many neighbouring rows of a table share their keys, 1 unless it is one of fragments."""
     return sequences.shape[1] if sequences.dim() == 3 else 1
@@ -109,3 +118,30 @@ def key_ranges(sequences: Tensor, batch: int, seqlen_q: int) -> tuple[Tensor, Te
 def next_positions(kv_lens: Tensor, kv_starts: Tensor, count: int) -> Tensor:
     """Return [B, count] int64: the positions of each row's next tokens, counted from the row's first key."""
     return ((kv_lens - kv_starts)[:, None] + torch.arange(count, device=kv_lens.device)).clamp(min=0)
+
+
+def paged_table(
+    cu_seqlens_q: Tensor | None, kv_lens: Tensor, page_table: Tensor, num_tokens: int, page_size: int, table: Tensor
+) -> None:
+    """Write the table of sequences of num_tokens queries, whose keys are in pages, as PyTorch operations.
+
+    Without cu_seqlens_q, table is [R, 5]: each sequence is a batch row, with num_tokens // R queries. With it, table is
+    [R + 1, 5]: all sequences are of batch row 0, as are the queries past the last of them, which see no key. Values out
+    of range are pulled into it.
+    """
+    count = kv_lens.shape[0]
+    table.zero_()
+    column = Sequence(*table[:count].unbind(1))
+    order = torch.arange(count, dtype=torch.int32, device=kv_lens.device)
+    if cu_seqlens_q is None:
+        column.batch.copy_(order)
+        column.q_end.fill_(num_tokens // count)
+    else:
+        offsets = cu_seqlens_q.to(torch.int32).clamp(0, num_tokens).cummax(0).values
+        column.q_start.copy_(offsets[:-1])
+        column.q_start[0] = 0
+        column.q_end.copy_(offsets[1:])
+        column.k_start.copy_(order * (page_table.stride(0) * page_size))
+        table[count, 1:2] = offsets[-1:]
+        table[count, 2] = num_tokens
+    column.k_end.copy_(column.k_start + kv_lens.clamp(0, page_table.shape[1] * page_size))

@@ -8,12 +8,14 @@ from .dispatch import expected_training_step
 from .flex import block_mask_lists, dense_mask_lists, pack_gqa, unpack_gqa
 from .flops import register_formulas
 from .index_loss import index_loss, index_loss_backward
+from .pages import attend_pages, paged_table, select_pages, write_pages
 from .selection import scored_blocks, select_blocks
 from .sequences import fragment_table, next_positions, sequence_table
 
 __all__ = [
     "append",
     "attend_blocks",
+    "attend_pages",
     "attention_and_index_loss",
     "attention_and_index_loss_backward",
     "block_mask_lists",
@@ -28,11 +30,14 @@ __all__ = [
     "index_loss_backward",
     "next_positions",
     "pack_gqa",
+    "paged_table",
     "scored_blocks",
     "select_and_attend",
     "select_blocks",
+    "select_pages",
     "sequence_table",
     "unpack_gqa",
+    "write_pages",
 ]
 
 register_formulas()

@@ -5,7 +5,7 @@ import itertools
 from torch import Tensor
 
 from flexmsa.kernels.rules import MOST_BLOCKS
-from flexmsa.kernels.sequences import list_sequences
+from flexmsa.kernels.sequences import list_sequences, page_place
 
 
 def check_block_indices(block_indices: Tensor, num_blocks: int) -> None:
@@ -20,12 +20,15 @@ def check_block_indices(block_indices: Tensor, num_blocks: int) -> None:
         )
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, seqlen: int) -> None:
-    """Raise ValueError unless the offsets rise from 0 to `seqlen`, or stay for a document without tokens."""
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, seqlen: int, padded: bool = False) -> None:
+    """Raise ValueError unless the offsets rise from 0 to `seqlen`, or stay for a document without tokens.
+
+    padded: they may end before `seqlen`.
+    """
     if cu_seqlens.device.type != "cpu":
         return
     offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != seqlen:
+    if offsets[0] != 0 or not (offsets[-1] == seqlen or (padded and offsets[-1] < seqlen)):
         raise ValueError(
             f"{name}: expected offsets from 0 to the sequence length {seqlen}, "
             f"got {offsets[0]} to {offsets[-1]}; make padding the last document, or remove it"
@@ -117,7 +120,9 @@ def check_page_table(
     if page_table is not None and backend == "torch":
         for sequence in list_sequences(sequences):
             num_keys = sequence.k_end - sequence.k_start if sequence.q_end > sequence.q_start else 0
-            _check_pages(page_table, sequence.batch, range(-(-max(num_keys, 0) // block_size)), num_pages)
+            row, column = page_place(page_table, sequence.batch, sequence.k_start, block_size)
+            blocks = range(column, column - (-max(num_keys, 0) // block_size))
+            _check_pages(page_table, row, blocks, num_pages)
 
 
 def _check_pages(page_table: Tensor, row: int, blocks: range, num_pages: int) -> None:

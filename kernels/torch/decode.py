@@ -91,6 +91,45 @@ def select_and_attend(
     return *attend_blocks(q, k, v, ids, sequences, rule.block_size, scale, page_table, k_scale, v_scale), ids
 
 
+def select_pages(
+    index_q: Tensor,
+    index_k: Tensor,
+    sequences: Tensor,
+    rule: SelectionRule,
+    page_table: Tensor,
+    index_k_scale: Tensor | None,
+    ids: Tensor,
+) -> None:
+    """Write the block_indices of ``select_blocks`` to ids; index_k_scale may be [block_size], of each page."""
+    scale = fp8.each_scale(index_k_scale, index_k)
+    ids.copy_(select_blocks(index_q, index_k, sequences, rule, page_table, scale))
+
+
+def attend_pages(
+    q: Tensor,
+    index_q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    index_k: Tensor,
+    page_table: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    index_k_scale: Tensor | None,
+    sequences: Tensor,
+    rule: SelectionRule | None,
+    scale: float,
+    out: Tensor,
+    ids: Tensor | None,
+) -> Tensor:
+    """Write ``out``, and with a rule the ids of its selection; return the lse. Scales may be [block_size]."""
+    if index_q is not None and rule is not None and ids is not None:
+        select_pages(index_q, index_k, sequences, rule, page_table, index_k_scale, ids)
+    scales = fp8.each_scale(k_scale, k), fp8.each_scale(v_scale, v)
+    found, lse = attend_blocks(q, k, v, ids, sequences, k.shape[2], scale, page_table, *scales)
+    out.copy_(found)
+    return lse
+
+
 def _attend_fused(
     rows: Tensor, k: Tensor, v: Tensor, scale: float, keys: "_ChosenKeys", scratch: Scratch
 ) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,11 @@ def as_scales(codes: Tensor) -> Tensor:
     return codes.view(torch.float8_e8m0fnu)
 
 
+def each_scale(codes: Tensor | None, stored: Tensor) -> Tensor | None:
+    """The codes of the vectors stored [P,H,S,D], as [P,H,S]: codes [S] are those of each page and head."""
+    return codes if codes is None or codes.dim() > 1 else codes.expand(stored.shape[:-1])
+
+
 def factors(scales: Tensor) -> Tensor:
     """The factors that turn numbers of ``as_float16`` back into the original ones."""
     return scales.to(torch.float32) * SHIFT

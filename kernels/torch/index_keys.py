@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexmsa.kernels.rules import SelectionRule
+from flexmsa.kernels.sequences import page_place
 from flexmsa.kernels.torch import fp8
 from flexmsa.kernels.torch.packing import Array, Scratch, array
 
@@ -122,7 +123,8 @@ class IndexKeys:
             place, key = np.full_like(numbers, tile.batch), tile.k_start + numbers
         else:
             block, key = np.divmod(numbers, self._rule.block_size)
-            place = array(self._page_table)[tile.batch, block]
+            row, column = page_place(self._page_table, tile.batch, tile.k_start, self._rule.block_size)
+            place = array(self._page_table)[row, column + block]
         stored = self._keys[torch.as_tensor(place), torch.as_tensor(key)]
         return self._scratch.widen(stored, self._scratch.take("keys", *stored.shape))
 
@@ -138,9 +140,15 @@ class IndexKeys:
         """Whole blocks ``first .. stop - 1`` of the only sequence in their own dtype, [n * block_size, Di]."""
         (tile,) = self._tiles
         if self._page_table is not None:
-            return self._take(self._keys, self._page_table[tile.batch, first:stop])
+            return self._take(self._keys, self._pages(tile, first, stop))
         start, end = (tile.k_start + block * self._rule.block_size for block in (first, stop))
         return self._keys[tile.batch, start:end]
+
+    def _pages(self, tile: Queries, first: int, stop: int) -> Tensor:
+        """The pages of blocks ``first .. stop - 1`` of a sequence."""
+        assert self._page_table is not None
+        row, column = page_place(self._page_table, tile.batch, tile.k_start, self._rule.block_size)
+        return self._page_table[row, column + first : column + stop]
 
     def _take(self, blocks: Tensor, numbers: Tensor) -> Tensor:
         """The given ones of blocks [N, block_size, ...], one after another in a buffer."""
@@ -156,7 +164,7 @@ class IndexKeys:
             if self._page_table is None:
                 stored = x[tile.batch, tile.k_start + start : tile.k_start + start + count]
             else:
-                pages = self._page_table[tile.batch, first : first - (-count // self._rule.block_size)]
+                pages = self._pages(tile, first, first - (-count // self._rule.block_size))
                 stored = self._take(x, pages)[:count]
             self._scratch.widen(stored, part[:count])
             if count < num_keys:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmsa.kernels.sequences import Sequence, num_fragments, table_rows
+from flexmsa.kernels.sequences import Sequence, num_fragments, page_place, table_rows
 from flexmsa.kernels.torch import fp8
 
 Array = np.ndarray
@@ -117,7 +117,8 @@ def locate_block(
     """The index of a cache's first dimension (batch row or page) where block ``block`` is, and its first key there."""
     if page_table is None:
         return batch, k_start + block * block_size
-    return array(page_table)[batch, block].astype(np.int64), np.zeros_like(block)
+    row, column = page_place(page_table, batch, k_start, block_size)
+    return array(page_table)[row, column + block].astype(np.int64), np.zeros_like(block)
 
 
 def sequence_columns(sequences: Tensor) -> Sequence:

@@ -10,10 +10,13 @@ from ...sequences import Sequence
 
 
 class Pages(NamedTuple):
-    """Where a cache keeps its blocks: table [B, max_pages] int32 of page numbers; None for a contiguous cache."""
+    """Where a cache keeps its blocks: table, int32 page numbers in rows that are row_stride numbers apart.
+
+    None for a contiguous cache. Key j of batch row b is in page table[b * row_stride + j // block_size].
+    """
 
     table: Any
-    max_pages: Any
+    row_stride: Any
     num_pages: Any
 
 
@@ -25,7 +28,10 @@ class Place(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """The scales [.., Hkv, seqlen_k] of a cache's e4m3 keys and values, None without any."""
+    """The scales [.., Hkv, seqlen_k] of a cache's e4m3 keys and values, None without any.
+
+    seqlen_k is 0 for scales [block_size] of every page and head.
+    """
 
     k: Any
     v: Any
@@ -69,7 +75,7 @@ def locate_block(pages, batch, k_start, block, block_size: tl.constexpr):
     if pages.table is None:
         return Place(batch, k_start + block * block_size)
     else:
-        page = tl.load(pages.table + batch * pages.max_pages + block)
+        page = tl.load(pages.table + batch * pages.row_stride + k_start // block_size + block)
         return Place(tl.minimum(tl.maximum(page, 0), pages.num_pages - 1).to(tl.int64), block * 0)
 
 
@@ -77,9 +83,14 @@ def pages_of(page_table: torch.Tensor | None, cache: torch.Tensor) -> Pages:
     """The Pages of a cache [B or num_pages, .., keys, ..]."""
     if page_table is None:
         return Pages(None, 0, 0)
-    return Pages(page_table, page_table.shape[1], cache.shape[0])
+    return Pages(page_table, page_table.stride(0), cache.shape[0])
 
 
 def capacity_of(page_table: torch.Tensor | None, cache: torch.Tensor) -> int:
     """Keys that a row of a cache [.., .., capacity or block_size, D] has room for."""
     return cache.shape[2] * (1 if page_table is None else page_table.shape[1])
+
+
+def keys_per_row(scale: torch.Tensor | None, stored: torch.Tensor) -> int:
+    """By how many numbers the scales of two rows of stored [.., .., keys, D] lie apart; 0 if all rows have the same."""
+    return 0 if scale is not None and scale.dim() == 1 else stored.shape[2]

@@ -14,7 +14,7 @@ from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LN_2
 from ..common.target import Target
 from ..schedule.inverse_index import InverseIndex, find_token_range
-from .records import Partial, Results, result_row
+from .records import Partial, Results, result_place
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,12 @@ def combine_kernel(partial, skip_ptr, results, index, first_range, C: tl.constex
         out, lse = combine_rows(partial, numbers, first_place, live, index.none, index.topk, C)
         position = index.first_token + begin + local
         batch, query = position // results.seqlen_q, position % results.seqlen_q
-        place = result_row(results, batch, token_range.group, head, query, C.group_size)
+        place = result_place(results, batch, token_range.group, head, query, C.group_size)
         d = tl.arange(0, C.depth)[None, :]
         mask = live[:, None] & (d < C.head_dim)
-        tl.store(results.out + place[:, None] * C.head_dim + d, out.to(results.out.dtype.element_ty), mask=mask)
-        tl.store(results.lse + place, lse * LN_2, mask=live)
+        out_ptr = results.out.ptr
+        tl.store(out_ptr + place.out[:, None] + d, out.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(results.lse + place.lse, lse * LN_2, mask=live)
 
 
 @functools.lru_cache

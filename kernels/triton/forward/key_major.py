@@ -21,7 +21,7 @@ from ...problem import Problem
 from ..common.fp8 import dequantize, load_scales
 from ..common.launch import Launch, Options, view
 from ..common.overlap import await_previous
-from ..common.records import Place, Scales, locate_block, pages_of
+from ..common.records import Scales, keys_per_row, locate_block, pages_of
 from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LOG2_E, softmax_rows
 from ..common.target import Target, padded
@@ -115,10 +115,7 @@ def key_major_kernel(
     tokens = find_token_range(index, first_range + range_number, C.topk)
     origin = find_token_range(index, first_range, C.topk).first_entry
     num_keys = item.stop_key - item.first_key
-    if pages.table is None:
-        place = Place(item.batch, item.first_key)
-    else:
-        place = locate_block(pages, item.batch, 0, item.first_key // C.block_size, C.block_size)
+    place = locate_block(pages, item.batch, item.first_key, tl.cast(0, tl.int32), C.block_size)
     k = load_vectors(keys, place, tokens.group, num_kv_heads, num_keys, dtype, C)
     v = load_vectors(values, place, tokens.group, num_kv_heads, num_keys, dtype, C)
     base = q.ptr + item.batch * q.stride_b + tokens.group * C.group_size * q.stride_h
@@ -200,7 +197,7 @@ def launch(
     constants = key_major_constants(config, problem, target)
     cache, items = inputs.cache, cut_into_items(index, config.length)
     vectors = {"q": view(inputs.q), "keys": view(inputs.k), "values": view(inputs.v)}
-    scales = Scales(cache.k_scale, cache.v_scale, inputs.k.shape[2])
+    scales = Scales(cache.k_scale, cache.v_scale, keys_per_row(cache.k_scale, inputs.k))
     stored = {"scales": scales, "pages": pages_of(cache.page_table, inputs.k)}
     work = {"index": index, "items": items, "partial": partial, "first_range": 0}
     sizes = {"seqlen_q": inputs.q.shape[2], "num_kv_heads": problem.num_kv_heads, "scale": inputs.scale * LOG2_E.value}

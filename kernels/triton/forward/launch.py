@@ -17,9 +17,8 @@ from ...problem import Problem
 from ...tuning import tuned_config
 from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.fp8 import Cache
-from ..common.launch import choose
+from ..common.launch import choose, view
 from ..common.passes import of_passes, run_pass
-from ..common.records import capacity_of
 from ..common.target import GLUON, Target, target_of
 from ..common.tiles import tma_ready
 from ..schedule.make_index import inverse_index
@@ -54,6 +53,12 @@ def problem_of(inputs: Inputs, block_indices: torch.Tensor | None, block_size: i
     )
 
 
+def total_keys(inputs: Inputs, batch: int) -> int:
+    """Keys that the sequences of a batch row have room for, all together."""
+    table = inputs.cache.page_table
+    return inputs.k.shape[2] * (1 if table is None else table.numel() // batch)
+
+
 def attend_key_major(
     inputs: Inputs,
     block_indices: torch.Tensor,
@@ -76,7 +81,7 @@ def attend_key_major(
         batch=batch,
         num_kv_heads=problem.num_kv_heads,
         seqlen_q=results.seqlen_q,
-        seqlen_k=capacity_of(inputs.cache.page_table, inputs.k),
+        seqlen_k=total_keys(inputs, batch),
         block_size=problem.block_size,
         range_tokens=range_tokens,
         skip=tiles.skip,
@@ -104,14 +109,15 @@ def block_sparse_attention_forward(
     scale: float,
     config: ForwardConfig | None = None,
     cache: Cache | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, Hq, Sq, D] and lse [B, Hq, Sq], as the module's docstring defines them.
 
     block_indices [B, Hkv, Sq, topk] may be in any order and hold -1, repeats, ids out of range and blocks that the
     query does not see; None stands for every visible block. `cache` says how k and v are kept, contiguous and in q's
-    dtype by default; `config` overrides the choice of tiles.
+    dtype by default; `config` overrides the choice of tiles; `out` is written where it is given, with any strides.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() == 0 or (block_indices is not None and block_indices.shape[3] == 0):
         return out.zero_(), lse.fill_(-torch.inf)
@@ -123,7 +129,7 @@ def block_sparse_attention_forward(
         # Tokens without a block to see are in no tile's union.
         out.zero_()
         lse.fill_(-torch.inf)
-    results = Results(out, lse, problem.num_kv_heads, q.shape[2])
+    results = Results(view(out), lse, problem.num_kv_heads, q.shape[2])
     implementation = choose(QUERY_MAJOR, problem, target, config)
     implementation.launch(inputs, tiles, results, problem, config, target).run()
     if block_indices is not None and not config.query_major_only:

@@ -22,13 +22,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...problem import Problem
 from ..common.fp8 import as_bits, dequantize, load_scales
 from ..common.launch import Launch, Options, view
-from ..common.records import Scales, load_sequence, locate_block, pages_of
+from ..common.records import Scales, keys_per_row, load_sequence, locate_block, pages_of
 from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LN_2, LOG2_E
 from ..common.target import Target, padded
 from ..common.tiles import TileTable, find_tile, load_tile
 from .config import ForwardConfig
-from .records import Inputs, Results, Vectors, result_row
+from .records import Inputs, Results, Vectors, result_place
 from .tile_unions import Tiles, load_tile_union
 
 
@@ -135,11 +135,12 @@ def store_tile(softmax, number, group, sequences_ptr, tiles, results, C: tl.cons
     sequence = load_sequence(sequences_ptr, tile.sequence)
     query = sequence.q_start + tile.number * C.tokens + token
     live = (token < C.tokens) & (query < sequence.q_end)
-    place = result_row(results, sequence.batch, group, head, query, C.group_size)
+    place = result_place(results, sequence.batch, group, head, query, C.group_size)
     out = softmax.acc * tl.where(softmax.row_sum > 0, 1.0 / softmax.row_sum, 0.0)[:, None]
     mask = live[:, None] & (d < C.head_dim)[None, :]
-    tl.store(results.out + place[:, None] * C.head_dim + d[None, :], out.to(results.out.dtype.element_ty), mask=mask)
-    tl.store(results.lse + place, (softmax.row_max + tl.log2(softmax.row_sum)) * LN_2, mask=live)
+    out_ptr = results.out.ptr
+    tl.store(out_ptr + place.out[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(results.lse + place.lse, (softmax.row_max + tl.log2(softmax.row_sum)) * LN_2, mask=live)
 
 
 @triton.jit
@@ -249,7 +250,7 @@ def launch(
     constants = query_major_constants(problem, config, target)
     k, v, cache = inputs.k, inputs.v, inputs.cache
     bulk = config.query_major_bulk_copies and problem.bulk_copies and constants.head_dim == constants.depth
-    scales = Scales(cache.k_scale, cache.v_scale, k.shape[2])
+    scales = Scales(cache.k_scale, cache.v_scale, keys_per_row(cache.k_scale, k))
     vectors = {"q": view(inputs.q), "keys": view(k), "values": view(v), "scales": scales}
     k_boxes, v_boxes = (boxes_of(as_bits(x), constants.columns) if bulk else None for x in (k, v))
     stored = {"k_boxes": k_boxes, "v_boxes": v_boxes, "pages": pages_of(cache.page_table, k)}

@@ -27,7 +27,7 @@ from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LN_2, LOG2_E
 from ..common.target import Target
 from .config import ForwardConfig, fits_query_major_sm90
-from .records import Inputs, Results, result_row
+from .records import Inputs, Results, result_place
 from .tile_unions import Tiles, load_tile_union
 
 ROWS = gl.constexpr(64)
@@ -105,15 +105,16 @@ def fold_scores(scores, row_max, row_sum, chosen, scale):
 
 @gluon.jit
 def store_rows(results, place, live, acc, row_max, row_sum):
-    """Write out, from sums acc [ROWS, D], and lse of the live rows to rows `place` [ROWS] of the results."""
+    """Write out, from sums acc [ROWS, D], and lse of the live rows to a ResultPlace [ROWS]."""
     layout: gl.constexpr = acc.type.layout
     per_sum: gl.constexpr = gl.SliceLayout(1, layout)
-    gl.store(results.lse + place, (row_max + gl.log2(row_sum)) * LN_2, mask=live)
+    gl.store(results.lse + place.lse, (row_max + gl.log2(row_sum)) * LN_2, mask=live)
     normal = gl.convert_layout(gl.where(row_sum > 0, 1.0 / row_sum, 0.0), per_sum)
-    place, live = gl.convert_layout(place, per_sum), gl.convert_layout(live, per_sum)
+    place, live = gl.convert_layout(place.out, per_sum), gl.convert_layout(live, per_sum)
     depth = gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
-    out = (acc * normal[:, None]).to(results.out.dtype.element_ty)
-    gl.store(results.out + place[:, None] * acc.shape[1] + depth[None, :], out, mask=live[:, None])
+    out_ptr = results.out.ptr
+    out = (acc * normal[:, None]).to(out_ptr.dtype.element_ty)
+    gl.store(out_ptr + place[:, None] + depth[None, :], out, mask=live[:, None])
 
 
 @gluon.jit
@@ -128,7 +129,7 @@ def attend_tiles(half, buffers, barriers, unions, results, scale, shape: gl.cons
     summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     per_row: gl.constexpr = gl.SliceLayout(1, scored)
     per_sum: gl.constexpr = gl.SliceLayout(1, summed)
-    dtype: gl.constexpr = results.out.dtype.element_ty
+    dtype: gl.constexpr = results.out.ptr.dtype.element_ty
     TOKENS: gl.constexpr = 2 * ROWS // shape.group_size
     row = gl.arange(0, ROWS, per_row)
     q = buffers.q.index(half).reshape([ROWS, HEAD_DIM])
@@ -185,14 +186,14 @@ def attend_tiles(half, buffers, barriers, unions, results, scale, shape: gl.cons
             turn += 1
             head = half * (shape.group_size // 2) + row // TOKENS
             group = number // unions.num_tiles
-            place = result_row(results, tile.batch, group, head, query, shape.group_size)
+            place = result_place(results, tile.batch, group, head, query, shape.group_size)
             store_rows(results, place, query < tile.stop, acc, row_max, row_sum)
 
 
 @gluon.jit
 def query_major_sm90_kernel(q_boxes, k_boxes, v_boxes, unions, results, scale, shape: gl.constexpr):
     """out and lse of the query-major tiles, of 128 rows each."""
-    dtype: gl.constexpr = results.out.dtype.element_ty
+    dtype: gl.constexpr = results.out.ptr.dtype.element_ty
     halves: gl.constexpr = [2, 1, shape.group_size // 2, 2 * ROWS // shape.group_size, shape.head_dim]
     stages: gl.constexpr = [shape.stages, 1, 1, shape.block_size, shape.head_dim]
     buffers = Boxes(

@@ -21,7 +21,7 @@ class Inputs(NamedTuple):
 
 
 class Results(NamedTuple):
-    """out [B, Hq, Sq, D] and lse [B, Hq, Sq] fp32, both contiguous."""
+    """out, a View [B, Hq, Sq, D], and lse [B, Hq, Sq] fp32, contiguous."""
 
     out: Any
     lse: Any
@@ -47,8 +47,18 @@ class Vectors(NamedTuple):
     seqlen_k: Any
 
 
+class ResultPlace(NamedTuple):
+    """Where a query's out begins, and where its lse is, in elements; int64."""
+
+    out: Any
+    lse: Any
+
+
 @triton.jit
-def result_row(results, batch, group, head, query, group_size):
-    """The row of out and lse of a query, for head `head` of its group, as int64."""
-    batch = tl.cast(batch, tl.int64)
-    return ((batch * results.num_kv_heads + group) * group_size + head) * results.seqlen_q + query
+def result_place(results, batch, group, head, query, group_size):
+    """The ResultPlace of a query, for head `head` of its group."""
+    batch, query = tl.cast(batch, tl.int64), tl.cast(query, tl.int64)
+    head = tl.cast(group, tl.int64) * group_size + head
+    out = results.out
+    lse_place = (batch * results.num_kv_heads * group_size + head) * results.seqlen_q + query
+    return ResultPlace(batch * out.stride_b + head * out.stride_h + query * out.stride_s, lse_place)

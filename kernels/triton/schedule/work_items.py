@@ -155,7 +155,7 @@ def work_items_kernel(index, items, length: tl.constexpr):
 def cut_into_items(index: InverseIndex, length: int) -> WorkItems:
     """Cut every list into work items of at most `length` entries."""
     num_entries = index.range_tokens * index.topk
-    num_items = index.num_blocks + num_entries // length
+    num_items = min(index.num_blocks, num_entries) + num_entries // length
     # Only lists of more than one item have slots: at most two for every `length` entries.
     num_slots = min(num_items, 2 * num_entries // length) if num_entries > length else 0
     table = index.blocks.new_empty(index.num_ranges, num_items, 8)

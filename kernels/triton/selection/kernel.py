@@ -41,7 +41,7 @@ from .scoring import (
     score_halves,
     score_keys,
 )
-from .topk import collect, list_row, start_topk, store_topk
+from .topk import collect, ids_place, list_row, start_topk, store_topk
 
 
 @triton.jit
@@ -95,8 +95,8 @@ def selection_kernel(
             best = any_maximum(q, keys, tile, found, block, visible, forced, C)
             found = look_ahead(keys, tile, block + 1, end - 1, C)
             topk = collect(topk, best, block, block == end - 1, C)
-    ids_row = (tile.batch * C.num_kv_heads + row % C.num_kv_heads) * tiles.seqlen_q + token
     group = row % C.num_kv_heads
+    ids_row = ids_place(outputs.ids, tile.batch, group, token)
     lists_row = list_row(tile.sequence, token - tile.q_start, group, tiles.seqlen_q, C.num_kv_heads)
     store_topk(topk, outputs, ids_row, lists_row, live, C)
 

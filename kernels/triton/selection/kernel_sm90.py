@@ -27,7 +27,7 @@ from ..common.tiles import find_tile
 from .config import SelectionConfig
 from .rule import first_kept, is_forced
 from .scoring import IndexKeys, QueryTile
-from .topk import FLT_MAX, first_blocks, insert_block, list_row, store_topk
+from .topk import FLT_MAX, first_blocks, ids_place, insert_block, list_row, store_topk
 from .work_counters import work_counters
 
 # One of so many steps takes its block from a counter: programs that memory serves slower take fewer.
@@ -245,7 +245,7 @@ def rank_keys(index_q, buffers, barriers, work, outputs, scaled: gl.constexpr, C
     announce_next(C.overlap)
     seqlen_q = work.tiles.seqlen_q
     lists_row = list_row(queries.sequence, token - queries.q_start, group, seqlen_q, C.num_kv_heads)
-    ids_row = (queries.batch * C.num_kv_heads + group) * seqlen_q + token
+    ids_row = ids_place(outputs.ids, queries.batch, group, token)
     store_topk(topk, outputs, ids_row, lists_row, live, C)
 
 

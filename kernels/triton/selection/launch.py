@@ -27,14 +27,14 @@ from ...rules import SelectionRule
 from ...sequences import table_rows
 from ...tuning import tuned_config
 from ..common.launch import Launch, Options, for_one_length, is_ahead, on_meta, view
-from ..common.records import capacity_of, pages_of
+from ..common.records import capacity_of, keys_per_row, pages_of
 from ..common.target import GLUON, target_of
 from ..common.tiles import tile_table, tma_ready
 from . import kernel
 from .config import DEPENDS_ON, SelectionConfig, default_config, most_splits, selection_constants
 from .merge import Lists, merge_splits
 from .rule import ForcedBlocks
-from .topk import Outputs
+from .topk import Ids, Outputs
 
 # The first that supports a configuration runs. Other versions of Triton may lack what the kernel in Gluon needs.
 IMPLEMENTATIONS: tuple[Any, ...] = (kernel,)
@@ -87,14 +87,16 @@ def rank_blocks(
     index_k_scale: torch.Tensor | None = None,
     config: SelectionConfig | None = None,
     with_scores: bool = False,
+    ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Lists | None]:
     """(block_indices, None), or, where the keys are split, (block_indices to be written, Lists to merge).
 
     `config` overrides the choice of tiles, for tests and tuning. with_scores: there are Lists in any case, and all of
-    their blocks are scored.
+    their blocks are scored. `ids` are written where they are given, with any strides but the last.
     """
     batch, num_kv_heads, seqlen_q, _ = index_q.shape
-    ids = torch.empty(batch, num_kv_heads, seqlen_q, rule.topk, dtype=torch.int32, device=index_q.device)
+    if ids is None:
+        ids = torch.empty(batch, num_kv_heads, seqlen_q, rule.topk, dtype=torch.int32, device=index_q.device)
     if ids.numel() == 0:
         return ids, None
     config = config or choose_config(index_q, index_k, sequences, rule, page_table, index_k_scale)
@@ -112,11 +114,11 @@ def rank_blocks(
         "index_q": view(index_q),
         **implementation.key_arguments(index_k, index_k_scale, config, rule.block_size, num_tiles),
         "pages": pages_of(page_table, index_k),
-        "seqlen_k": index_k.shape[2],
+        "seqlen_k": keys_per_row(index_k_scale, index_k),
         "sequences_ptr": sequences,
         "tiles": tiles,
         "forced": ForcedBlocks(rule.num_local_blocks, rule.num_init_blocks),
-        "outputs": Outputs(ids, None if lists is None else lists.keys, config.num_splits),
+        "outputs": Outputs(Ids(ids, *ids.stride()[:3]), None if lists is None else lists.keys, config.num_splits),
     }
     constants = selection_constants(config, num_kv_heads, index_q.shape[3], rule, target, with_scores)
     options = Options(config.num_warps, config.num_stages, overlap=target.overlaps)
@@ -133,18 +135,32 @@ def select_blocks(
     page_table: torch.Tensor | None = None,
     index_k_scale: torch.Tensor | None = None,
     config: SelectionConfig | None = None,
+    ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """block_indices [B, Hkv, Sq, topk] int32, as the module's docstring defines them; `config` as for `rank_blocks`."""
+    """block_indices [B, Hkv, Sq, topk] int32, as the module's docstring defines them; others as for `rank_blocks`."""
     if is_ahead() and page_table is None and config is None:
         vectors, table = (index_q, index_k, index_k_scale), on_meta(sequences)
         for number in VARIANTS:
             select_on_meta(vectors, table, rule, number)
         for number in TRAINING_VARIANTS if index_q.shape[2] == index_k.shape[2] else ():
             select_on_meta(vectors, table, rule, number, number)
-    ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, config)
+    ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, config, ids=ids)
     if lists is not None:
         merge_splits(lists, ids, sequences)
     return ids
+
+
+def select_pages(
+    index_q: torch.Tensor,
+    index_k: torch.Tensor,
+    sequences: torch.Tensor,
+    rule: SelectionRule,
+    page_table: torch.Tensor,
+    index_k_scale: torch.Tensor | None,
+    ids: torch.Tensor,
+) -> None:
+    """`select_blocks` from pages, to ids; index_k_scale may be [block_size], of each page."""
+    select_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, ids=ids)
 
 
 def scored_blocks(

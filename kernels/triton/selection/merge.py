@@ -18,7 +18,17 @@ from ..common.overlap import await_previous
 from ..common.records import load_sequence
 from ..common.target import target_of
 from ..common.tiles import find_tile, tile_table
-from .topk import EMPTY_KEY, ID_MASK, ORDERED_NEG_INF, ascending_ids, key_scores, list_row, merge_bitonic
+from .topk import (
+    EMPTY_KEY,
+    ID_MASK,
+    ORDERED_NEG_INF,
+    Ids,
+    ascending_ids,
+    ids_place,
+    key_scores,
+    list_row,
+    merge_bitonic,
+)
 
 # Keys of longer lists are too many to compare all pairs.
 COMPARED = 64
@@ -218,7 +228,7 @@ class MergeKernelConstants:
 
 
 @triton.jit
-def merge_kernel(lists, ids_ptr, scores_ptr, sequences_ptr, tiles, C: tl.constexpr):
+def merge_kernel(lists, ids_to, scores_ptr, sequences_ptr, tiles, C: tl.constexpr):
     """ids of one query and group from its lists: ascending, or, with scores, the best first.
 
     Grid (queries, num_kv_heads).
@@ -248,20 +258,24 @@ def merge_kernel(lists, ids_ptr, scores_ptr, sequences_ptr, tiles, C: tl.constex
         ids = ascending_ids(merge_long_lists(lists_ptr, lists.num_lists, kept), C.topk)
         slot = tl.arange(0, kept)[:, None]
     if sequence.q_start + tile.number < sequence.q_end:
-        row = (sequence.batch * C.num_kv_heads + group) * tiles.seqlen_q + sequence.q_start + tile.number
-        tl.store(ids_ptr + row * C.topk + slot, ids, mask=slot < C.topk)
+        token = sequence.q_start + tile.number
+        tl.store(ids_to.ptr + ids_place(ids_to, sequence.batch, group, token) + slot, ids, mask=slot < C.topk)
         if scores_ptr is not None:
+            row = (sequence.batch * C.num_kv_heads + group) * tiles.seqlen_q + token
             tl.store(scores_ptr + row * C.topk + slot, key_scores(keys), mask=slot < C.topk)
 
 
 def merge_splits(
     lists: Lists, block_indices: torch.Tensor, sequences: torch.Tensor, scores: torch.Tensor | None = None
 ) -> None:
-    """Write block_indices [B, Hkv, Sq, topk] from the lists of `launch.rank_blocks`; with scores, the best first."""
+    """Write block_indices [B, Hkv, Sq, topk] from the lists of `launch.rank_blocks`; with scores, the best first.
+
+    block_indices may have any strides but the last, scores are contiguous.
+    """
     batch, num_kv_heads, seqlen_q, topk = block_indices.shape
     tiles, num_queries = tile_table(sequences, batch, seqlen_q, 1)
     overlap = target_of(block_indices.device).overlaps
-    results = {"ids_ptr": block_indices, "scores_ptr": scores}
+    results = {"ids_to": Ids(block_indices, *block_indices.stride()[:3]), "scores_ptr": scores}
     arguments = {"lists": lists, **results, "sequences_ptr": sequences, "tiles": tiles}
     constants = MergeKernelConstants(num_kv_heads, topk, lists.constants, overlap)
     options = Options(num_warps=4, overlap=overlap)

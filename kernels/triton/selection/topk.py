@@ -45,10 +45,22 @@ class TopkTile(NamedTuple):
     worst: Any
 
 
-class Outputs(NamedTuple):
-    """Where the top-k goes: ids [B, Hkv, Sq, topk], or, if not None, lists [sequences * Sq * Hkv, num_splits, kept]."""
+class Ids(NamedTuple):
+    """block_indices [B, Hkv, Sq, topk] int32 and its strides, but for the last, which is 1.
 
-    ids_ptr: Any
+    Kernels are not compiled for these strides, other than for those of a View.
+    """
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_s: Any
+
+
+class Outputs(NamedTuple):
+    """Where the top-k goes: `Ids`, or, if not None, lists [sequences * Sq * Hkv, num_splits, kept]."""
+
+    ids: Any
     lists_ptr: Any
     num_splits: Any
 
@@ -230,19 +242,25 @@ def list_row(sequence, offset, group, seqlen_q, num_kv_heads: tl.constexpr):
 
 
 @triton.jit
+def ids_place(ids, batch, group, token):
+    """Where the ids of queries and groups begin, in elements; int64."""
+    batch, group, token = tl.cast(batch, tl.int64), tl.cast(group, tl.int64), tl.cast(token, tl.int64)
+    return batch * ids.stride_b + group * ids.stride_h + token * ids.stride_s
+
+
+@triton.jit
 def store_topk(topk, outputs, ids_row, lists_row, live, C: tl.constexpr):
-    """Write each live row's ids, ascending; or, to lists, its kept keys, descending, for `merge.merge_lists`."""
+    """Write each live row's ids, ascending, to where `ids_place` says; or, to lists, its kept keys, descending."""
     count: tl.constexpr = C.topk
     kept: tl.constexpr = C.kept
-    if outputs.lists_ptr is None:
-        place = ids_row * C.topk
-    else:
+    place = ids_row
+    if outputs.lists_ptr is not None:
         place = (lists_row * outputs.num_splits + tl.program_id(1)) * C.kept
     if C.period == 1:
         if outputs.lists_ptr is None:
             ids = ascending(topk.ids, count)
             for rank in tl.static_range(count):
-                tl.store(outputs.ids_ptr + place + rank, tl.where(ids[rank] == ID_MASK, -1, ids[rank]), mask=live)
+                tl.store(outputs.ids.ptr + place + rank, tl.where(ids[rank] == ID_MASK, -1, ids[rank]), mask=live)
         else:
             for rank in tl.static_range(kept):
                 tl.store(outputs.lists_ptr + place + rank, pack_keys(topk.scores[rank], topk.ids[rank]), mask=live)
@@ -250,6 +268,6 @@ def store_topk(topk, outputs, ids_row, lists_row, live, C: tl.constexpr):
         rank = tl.arange(0, C.kept)[:, None]
         if outputs.lists_ptr is None:
             ids = ascending_ids(topk.keys, C.topk)
-            tl.store(outputs.ids_ptr + place[None, :] + rank, ids, mask=live[None, :] & (rank < C.topk))
+            tl.store(outputs.ids.ptr + place[None, :] + rank, ids, mask=live[None, :] & (rank < C.topk))
         else:
             tl.store(outputs.lists_ptr + place[None, :] + rank, topk.keys, mask=live[None, :])

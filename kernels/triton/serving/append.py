@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.fp8 import quantize
+from ..common.fp8 import encode_e4m3, quantize
 from ..common.launch import Launch, Options, view
 from ..common.overlap import announce_next, await_previous
 from ..common.records import Sequence, capacity_of, locate_block, pages_of, store_sequence
@@ -41,11 +41,15 @@ class Rows(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """New vectors, the cache that they go to, both as Views, and the cache's scales, None where it has none."""
+    """New vectors, the cache that they go to, both as Views, and the cache's scales, None where it has none.
+
+    factor: what numbers are multiplied by that become e4m3 numbers without scales.
+    """
 
     new: Any
     cache: Any
     scale: Any
+    factor: Any
 
 
 class Growth(NamedTuple):
@@ -89,7 +93,7 @@ def grow(row, live, rows, pages, C: tl.constexpr):
     if pages.table is not None:
         needs = live & fits & (count > 0)
         stop = tl.cdiv(filled + count, C.block_size)
-        table = pages.table + row.to(tl.int64) * pages.max_pages
+        table = pages.table + row.to(tl.int64) * pages.row_stride
         for first in range(0, rows.num_tokens // C.block_size + 2, C.pages):
             block = (filled // C.block_size)[:, None] + first + tl.arange(0, C.pages)[None, :]
             needed = needs[:, None] & (block < stop[:, None])
@@ -136,6 +140,10 @@ def copy_vectors(vectors, batch, head, token, place, key, number, live, head_dim
     if vectors.scale is not None:
         x, scale = quantize(x)
         tl.store(vectors.scale + number, scale, mask=live)
+    elif cache.ptr.dtype.element_ty == tl.uint8:
+        x = x.to(tl.float32) * vectors.factor
+        # Comparisons keep NaN.
+        x = encode_e4m3(tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x)))
     target = cache.ptr + (place * cache.stride_b + head * cache.stride_h + key * cache.stride_s)[:, None]
     tl.store(target + d * cache.stride_d, x, mask=mask)
 
@@ -231,9 +239,9 @@ def append(
         append_kernel,
         (batch, max(1, -(-num_tokens // constants.tokens)), 1),
         {
-            "keys": Vectors(view(k), view(cache_k), cache_k_scale),
-            "values": Vectors(view(v), view(cache_v), cache_v_scale),
-            "index_keys": Vectors(view(index_k), view(cache_index_k), cache_index_k_scale),
+            "keys": Vectors(view(k), view(cache_k), cache_k_scale, 1.0),
+            "values": Vectors(view(v), view(cache_v), cache_v_scale, 1.0),
+            "index_keys": Vectors(view(index_k), view(cache_index_k), cache_index_k_scale, 1.0),
             "rows": rows,
             "pages": pages_of(page_table, cache_k),
             "sequences_ptr": sequences,

@@ -65,7 +65,10 @@ class AttendConstants:
 
 
 class Results(NamedTuple):
-    """Where out [B*Hq*Sq, num_splits, D] and lse [B*Hq*Sq, num_splits] go."""
+    """Where out, a View [B, Hq, Sq, D] or of partial results [B, Hq, Sq, num_splits, D], and lse go.
+
+    lse [B*Hq*Sq, num_splits] is contiguous, and so are partial results.
+    """
 
     out: Any
     lse: Any
@@ -226,12 +229,14 @@ def attend_kernel(
     seen = row_sum > 0.0
     total = tl.where(seen, row_sum, 1.0)
     lse = tl.where(seen, (row_max + tl.log2(total)) * LN_2, float("-inf"))
-    query_head = (sequence.batch * C.num_kv_heads + group) * C.group_size + head
-    place = (query_head * tiles.seqlen_q + token) * num_splits + tl.program_id(2)
-    out = (acc / total[:, None]).to(results.out.dtype.element_ty)
+    head_number = group * C.group_size + head
+    place = (sequence.batch * C.num_kv_heads * C.group_size + head_number) * tiles.seqlen_q + token
+    to = results.out
+    out_ptr = to.ptr + sequence.batch * to.stride_b + token * to.stride_s + tl.program_id(2) * C.head_dim
+    out = (acc / total[:, None]).to(to.ptr.dtype.element_ty)
     announce_next(C.overlap)
-    tl.store(results.out + place[:, None] * C.head_dim + depth[None, :], out, mask=live)
-    tl.store(results.lse + place, lse, mask=head < C.group_size)
+    tl.store(out_ptr + head_number[:, None] * to.stride_h + depth[None, :], out, mask=live)
+    tl.store(results.lse + place * num_splits + tl.program_id(2), lse, mask=head < C.group_size)
     if merged:
         for slot in range(tl.cdiv(begin, PARTS), tl.minimum(tl.cdiv(begin + share, PARTS), C.topk)):
             store_id(ids_ptr, ids, slot)

@@ -2,9 +2,9 @@
 
     lse = log sum_s exp(lse_s),  out = sum_s exp(lse_s - lse) out_s     over the splits s of a query head
 
-Layouts: partial out [B*Hq*Sq, num_splits, D] and lse [B*Hq*Sq, num_splits], out [B, Hq, Sq, D], lse [B, Hq, Sq],
-contiguous; lse and partial results are fp32. A program owns one query head. Cost: num_splits * D numbers are read per
-query head, from L2, where they have just been written.
+Layouts: partial out [B, Hq, Sq, num_splits, D] and lse [B, Hq, Sq, num_splits], and lse [B, Hq, Sq], contiguous; out
+[B, Hq, Sq, D], any strides but the last; lse and partial results are fp32. A program owns one query head. Cost:
+num_splits * D numbers are read per query head, from L2, where they have just been written.
 """
 
 import functools
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ...problem import Problem
-from ..common.launch import Launch, Options
+from ..common.launch import Launch, Options, view
 from ..common.overlap import announce_next, await_previous
 from ..common.softmax import LN_2, LOG2_E
 from ..common.target import Target, padded
@@ -36,11 +36,12 @@ class CombineConstants:
 
 
 @triton.jit
-def combine_kernel(partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, num_splits, C: tl.constexpr):
-    """See the module's docstring. Grid (query heads,)."""
+def combine_kernel(partial_out_ptr, partial_lse_ptr, out, lse_ptr, num_splits, C: tl.constexpr):
+    """See the module's docstring. Grid (Sq, Hq, B)."""
     announce_next(C.overlap)
     await_previous(C.overlap)
-    row = tl.program_id(0).to(tl.int64)
+    query, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + query
     split = tl.arange(0, C.splits)
     depth = tl.arange(0, C.depth)
     place = row * num_splits + split
@@ -51,8 +52,9 @@ def combine_kernel(partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, num_split
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     weights = tl.exp2((lse - shift) * LOG2_E)
     total = tl.sum(weights, axis=0)
-    out = tl.sum(partial * weights[:, None], axis=0) / tl.where(total > 0.0, total, 1.0)
-    tl.store(out_ptr + row * C.head_dim + depth, out.to(out_ptr.dtype.element_ty), mask=depth < C.head_dim)
+    mean = tl.sum(partial * weights[:, None], axis=0) / tl.where(total > 0.0, total, 1.0)
+    to = out.ptr + batch * out.stride_b + head * out.stride_h + query * out.stride_s
+    tl.store(to + depth, mean.to(out.ptr.dtype.element_ty), mask=depth < C.head_dim)
     tl.store(lse_ptr + row, tl.where(total > 0.0, shift + tl.log2(total) * LN_2, float("-inf")))
 
 
@@ -72,8 +74,9 @@ def combine_splits(
     constants: CombineConstants,
 ) -> None:
     """Write out and lse from the partial results, as the module's docstring says."""
-    num_rows, num_splits = partial_lse.shape
-    arguments = {"partial_out_ptr": partial_out, "partial_lse_ptr": partial_lse, "out_ptr": out, "lse_ptr": lse}
+    batch, num_heads, seqlen_q, num_splits = partial_lse.shape
+    arguments = {"partial_out_ptr": partial_out, "partial_lse_ptr": partial_lse, "out": view(out), "lse_ptr": lse}
     # As few warps as hold the partial results, because one warp does not wait for others.
     options = Options(max(1, constants.splits * constants.depth // 4096), overlap=constants.overlap)
-    Launch(combine_kernel, (num_rows, 1, 1), arguments | {"num_splits": num_splits}, {"C": constants}, options).run()
+    grid = seqlen_q, num_heads, batch
+    Launch(combine_kernel, grid, arguments | {"num_splits": num_splits}, {"C": constants}, options).run()

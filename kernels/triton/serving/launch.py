@@ -9,7 +9,7 @@ from ...problem import Problem
 from ...rules import FEW_QUERIES, MOST_BLOCKS, SelectionRule
 from ..common.fp8 import Cache
 from ..common.launch import Launch, Options, compile_other_lengths, for_one_length, is_ahead, on_meta, view
-from ..common.records import Scales, pages_of
+from ..common.records import Scales, keys_per_row, pages_of
 from ..common.target import target_of
 from ..common.tiles import tile_table
 from ..forward.launch import block_sparse_attention_forward
@@ -57,11 +57,12 @@ def attend(
     block_size: int,
     scale: float,
     config: AttendConfig | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of attention to the chosen blocks; ids that are no visible block are skipped.
 
     A few queries are taken one by one, more queries in the tiles of `forward`. `config` replaces the configuration of
-    the former, for tests.
+    the former, for tests; `out` is written where it is given, with any strides.
     """
     block_indices, lists = chosen
     few = are_few(q, k, block_indices)
@@ -70,10 +71,11 @@ def attend(
         merge_splits(lists, block_indices, sequences)
         lists = None
     if block_indices is None or not few:
-        return block_sparse_attention_forward(q, k, v, block_indices, sequences, block_size, scale, cache=cache)
+        inputs = q, k, v, block_indices, sequences, block_size, scale
+        return block_sparse_attention_forward(*inputs, cache=cache, out=out)
     batch, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads, topk = k.shape[1], block_indices.shape[3]
-    out = torch.empty(batch, num_heads, seqlen_q, head_dim, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
@@ -82,9 +84,10 @@ def attend(
     problem = attend_problem(num_kv_heads, q.dtype, *sizes, block_size=block_size, topk=topk, key_dtype=k.dtype)
     config = config or default_config(problem, target, batch * seqlen_q * num_kv_heads)
     splits = config.num_splits
-    results = Results(out, lse, splits)
+    results = Results(view(out), lse, splits)
     if splits > 1:
-        results = Results(lse.new_empty(lse.numel(), splits, head_dim), lse.new_empty(lse.numel(), splits), splits)
+        partial_out, partial_lse = lse.new_empty(*lse.shape, splits, head_dim), lse.new_empty(*lse.shape, splits)
+        results = Results(view(partial_out[:, :, :, 0]), partial_lse, splits)
     tiles, num_queries = tile_table(sequences, batch, seqlen_q, 1)
     constants = attend_constants(problem, target, config, None if lists is None else lists.constants)
     Launch(
@@ -94,7 +97,7 @@ def attend(
             "q": view(q),
             "keys": view(k),
             "values": view(v),
-            "scales": Scales(cache.k_scale, cache.v_scale, k.shape[2]),
+            "scales": Scales(cache.k_scale, cache.v_scale, keys_per_row(cache.k_scale, k)),
             "pages": pages_of(cache.page_table, k),
             "ids_view": view(block_indices),
             "lists": lists,
@@ -107,7 +110,7 @@ def attend(
         Options(config.num_warps, config.num_stages, overlap=constants.overlap),
     ).run()
     if splits > 1:
-        combine_splits(results.out, results.lse, out, lse, combine_constants(problem, target, config))
+        combine_splits(partial_out, partial_lse, out, lse, combine_constants(problem, target, config))
     return out, lse
 
 
@@ -155,6 +158,30 @@ def select_and_attend(
     cache = Cache(page_table, k_scale, v_scale)
     out, lse = attend(q, k, v, cache, Chosen(ids, lists), sequences, rule.block_size, scale)
     return out, lse, ids
+
+
+def attend_pages(
+    q: torch.Tensor,
+    index_q: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    index_k_scale: torch.Tensor | None,
+    sequences: torch.Tensor,
+    rule: SelectionRule | None,
+    scale: float,
+    out: torch.Tensor,
+    ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """Write `out`, and with a rule the ids of its selection; return lse. Scales may be [block_size], of each page."""
+    lists = None
+    if index_q is not None and rule is not None:
+        ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, ids=ids)
+    cache = Cache(page_table, k_scale, v_scale)
+    return attend(q, k, v, cache, Chosen(ids, lists), sequences, k.shape[2], scale, out=out)[1]
 
 
 def attend_on_meta(

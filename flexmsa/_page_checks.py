@@ -1,0 +1,74 @@
+"""Checks of what an engine passes with its pages; they read no values."""
+
+import torch
+from torch import Tensor
+
+from flexmsa import validation
+
+__all__ = ["check_buffer", "check_paged_batch", "check_tokens"]
+
+_NUMBERS = 2**31
+
+
+def check_tokens(name: str, x: Tensor, num_tokens: int, pool: Tensor, num_heads: int, groups: bool = False) -> None:
+    """Check new tokens or queries [T, H, D] against the pool that they meet; groups: H is a multiple of num_heads."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor [T, H, D], got {type(x).__name__}")
+    head_dim, heads = pool.shape[3], x.shape[1] if x.dim() == 3 else 0
+    matches = heads > 0 and heads % num_heads == 0 if groups else heads == num_heads
+    if x.dim() != 3 or (x.shape[0], x.shape[2]) != (num_tokens, head_dim) or not matches:
+        multiple = "a multiple of " if groups else ""
+        raise ValueError(
+            f"{name}: expected [T={num_tokens}, H={multiple}{num_heads}, D={head_dim}] for these pages, got "
+            f"{list(x.shape)}"
+        )
+    if x.device != pool.device:
+        raise ValueError(f"{name}: expected the device of the pages, {pool.device}, got {x.device}")
+    if x.dtype.itemsize == 1 or not x.is_floating_point() or (pool.element_size() > 1 and x.dtype != pool.dtype):
+        wanted = "a floating dtype of 16 bits or more" if pool.element_size() == 1 else str(pool.dtype)
+        raise TypeError(f"{name}: expected {wanted} for pages of {pool.dtype}, got {x.dtype}; cast it")
+
+
+def check_buffer(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Check a tensor [T, H, n] that a kernel writes, or ids that it reads."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {list(shape)}, got {type(x).__name__}")
+    validation.check_shape(name, x, shape, "[T, H, n]")
+    if x.dtype != dtype or x.device != device or x.stride(2) != 1:
+        raise TypeError(
+            f"{name}: expected {dtype} on {device} with a dense last dimension, got {x.dtype} on {x.device} with "
+            f"strides {list(x.stride())}"
+        )
+
+
+def check_paged_batch(
+    page_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor | None, num_tokens: int, page_size: int
+) -> None:
+    """Check the arguments of a `PagedBatch`."""
+    validation.check_int("num_tokens", num_tokens, 1)
+    validation.check_int("page_size", page_size, 1)
+    validation.check_lengths("page_table", page_table, kv_lens.device)
+    validation.check_lengths("kv_lens", kv_lens, page_table.device)
+    if page_table.dtype != torch.int32 or page_table.dim() != 2 or 0 in page_table.shape:
+        raise ValueError(f"page_table: expected int32 [R, max_pages], got {page_table.dtype} {list(page_table.shape)}")
+    count, max_pages = page_table.shape
+    if page_table.stride(1) != 1 or (count > 1 and page_table.stride(0) < max_pages):
+        raise ValueError(
+            f"page_table: expected dense rows that do not overlap, got strides {list(page_table.stride())} for "
+            f"{list(page_table.shape)}"
+        )
+    validation.check_shape("kv_lens", kv_lens, (count,), "[R] with page_table's R")
+    if cu_seqlens_q is None:
+        if num_tokens % count:
+            raise ValueError(
+                f"num_tokens: expected a multiple of {count} sequences without cu_seqlens_q, got {num_tokens}"
+            )
+        return
+    validation.check_lengths("cu_seqlens_q", cu_seqlens_q, page_table.device)
+    validation.check_shape("cu_seqlens_q", cu_seqlens_q, (count + 1,), "[R + 1] with page_table's R")
+    # Kernels number the keys of all sequences, in 32 bits.
+    if count * page_table.stride(0) * page_size >= _NUMBERS:
+        raise ValueError(
+            f"page_table: expected R * row stride * page_size below 2^31, got {count} * {page_table.stride(0)} * "
+            f"{page_size}; pass a narrower table"
+        )

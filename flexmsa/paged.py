@@ -1,0 +1,301 @@
+"""Attention to pages that a server assigns: stateless functions for a step of an engine.
+
+Tokens come first, as engines have them: T tokens of R sequences, in a row. Chunks of prompts, drafts and single tokens
+may be mixed. Everything stays on the device, and in a CUDA graph the same tensors are written anew before a replay.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexmsa import _core, ops, validation
+from flexmsa._buffers import FP8
+from flexmsa._page_checks import check_buffer, check_paged_batch, check_tokens
+from flexmsa._profiling import profiled
+from flexmsa.backends import choose_backend
+from flexmsa.types import AuxOutput, AuxRequest
+
+__all__ = ["PagePools", "PagedBatch", "attend_pages", "select_pages", "write_pages"]
+
+
+@dataclass(frozen=True)
+class PagePools:
+    """The pages of one layer: k, v [P, Hkv, page_size, D], index_k [P, 1, page_size, Di], of any strides but the last.
+
+    Attributes:
+        k, v, index_k: views of an engine's memory.
+        k_scale, v_scale, index_k_scale: for e4m3 pages. A float: number = scale * stored, for all of them. uint8
+            [P, heads, page_size], contiguous: a power of two for each token and head; view it as float8_e8m0fnu. None:
+            the numbers are as they are stored.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not match.
+
+    >>> k, v = torch.zeros(2, 6, 1, 16, 32).unbind(0)
+    >>> PagePools(k, v, torch.zeros(6, 1, 16, 8)).page_size
+    16
+    """
+
+    k: Tensor
+    v: Tensor
+    index_k: Tensor
+    k_scale: Tensor | float | None = None
+    v_scale: Tensor | float | None = None
+    index_k_scale: Tensor | float | None = None
+
+    def __post_init__(self) -> None:
+        given = {"k_scale": self.k_scale, "v_scale": self.v_scale, "index_k_scale": self.index_k_scale}
+        pools = {"k": self.k, "v": self.v, "index_k": self.index_k}
+        tensors = {name: scale if isinstance(scale, Tensor) else None for name, scale in given.items()}
+        validation.check_pools(pools, tensors)
+        for (name, scale), (of, pool) in zip(given.items(), pools.items(), strict=True):
+            if pool.stride(3) != 1:
+                raise ValueError(f"{of}: expected a dense last dimension, got strides {list(pool.stride())}")
+            if isinstance(scale, Tensor) or scale is None:
+                continue
+            if pool.dtype != FP8 or not (isinstance(scale, float) and 0 < scale < float("inf")):
+                raise ValueError(f"{name}: expected a positive float, for an e4m3 pool, got {scale} for {pool.dtype}")
+        if isinstance(self.k_scale, Tensor) != isinstance(self.v_scale, Tensor):
+            raise ValueError("k_scale, v_scale: expected scales for each token in both or in neither")
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page, which are a block of the attention."""
+        return self.k.shape[2]
+
+    @property
+    def factors(self) -> tuple[float, float, float]:
+        """What numbers of k, v and index_k are multiplied by before they are stored as e4m3."""
+        scales = self.k_scale, self.v_scale, self.index_k_scale
+        k, v, index_k = (1.0 / scale if isinstance(scale, float) else 1.0 for scale in scales)
+        return k, v, index_k
+
+    @functools.cached_property
+    def scales(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The scales as kernels take them: [page_size] ones for e4m3 pages without scales for each token."""
+        pairs = (self.k, self.k_scale), (self.v, self.v_scale), (self.index_k, self.index_k_scale)
+        k, v, index_k = (
+            scale if isinstance(scale, Tensor) else _ones(pool.device, self.page_size) if pool.dtype == FP8 else None
+            for pool, scale in pairs
+        )
+        return k, v, index_k
+
+
+@functools.lru_cache
+def _ones(device: torch.device, page_size: int) -> Tensor:
+    """The codes of scales 1."""
+    return torch.full((page_size,), 127, dtype=torch.uint8, device=device)
+
+
+class PagedBatch:
+    """Which tokens each sequence of a step has, and its pages; made once per step, and used by every layer.
+
+    Attributes:
+        table: [R, 5] or [R + 1, 5] int32, the table of sequences (see `flexmsa.kernels`).
+        page_table, num_tokens, page_size: as given.
+        rows, seqlen_q: how tokens are arranged: `rows` sequences of seqlen_q tokens, or all T tokens in one row.
+
+    >>> page_table = torch.tensor([[3, 1], [0, -1]], dtype=torch.int32)
+    >>> kv_lens, offsets = torch.tensor([20, 7], dtype=torch.int32), torch.tensor([0, 4, 5], dtype=torch.int32)
+    >>> batch = PagedBatch(page_table, kv_lens, offsets, num_tokens=5, page_size=16)
+    >>> batch.rows, batch.seqlen_q
+    (1, 5)
+    """
+
+    def __init__(
+        self,
+        page_table: Tensor,
+        kv_lens: Tensor,
+        cu_seqlens_q: Tensor | None = None,
+        *,
+        num_tokens: int,
+        page_size: int = 128,
+        table: Tensor | None = None,
+    ) -> None:
+        """Make the table of sequences; nothing is read back from the device.
+
+        Args:
+            page_table: [R, max_pages] int32, the pages of each sequence; rows may be strided.
+            kv_lens: [R] int32, the keys of each sequence, its new tokens among them.
+            cu_seqlens_q: [R + 1] int32, where the tokens of each sequence begin, from 0 on; tokens past the last offset
+                are padding, and get out 0. None: each sequence has num_tokens // R tokens, as in a decoding step,
+                which then takes fewest launches; a sequence that is padding has kv_lens 0.
+            num_tokens: T.
+            page_size: tokens per page.
+            table: where to write the table, for a graph that was captured with it: that of an earlier batch of the same
+                sizes.
+
+        Raises:
+            ValueError, TypeError: a shape, dtype, device or, on a CPU, a value is not as described.
+        """
+        check_paged_batch(page_table, kv_lens, cu_seqlens_q, num_tokens, page_size)
+        count = kv_lens.shape[0]
+        uniform = cu_seqlens_q is None
+        shape = (count if uniform else count + 1), 5
+        if table is None:
+            table = torch.empty(shape, dtype=torch.int32, device=kv_lens.device)
+        elif table.shape != shape or table.dtype != torch.int32 or not table.is_contiguous():
+            raise ValueError(f"table: expected contiguous int32 {list(shape)}, got {table.dtype} {list(table.shape)}")
+        ops.paged_table(cu_seqlens_q, kv_lens, page_table, num_tokens, page_size, table)
+        self.table, self.page_table, self.num_tokens, self.page_size = table, page_table, num_tokens, page_size
+        self.rows = count if uniform else 1
+        self.seqlen_q = num_tokens // self.rows
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Return x [T, H, D] as [rows, H, seqlen_q, D], a view."""
+        return x.unflatten(0, (self.rows, self.seqlen_q)).transpose(1, 2)
+
+
+@profiled("write pages")
+def write_pages(
+    k: Tensor, v: Tensor, index_k: Tensor, pools: PagePools, slots: Tensor, *, backend: str | None = None
+) -> None:
+    """Write new tokens to their slots, in place: slot s is place s % page_size of page s // page_size.
+
+    Args:
+        k, v: [T, Hkv, D]; index_k: [T, 1, Di].
+        pools: e4m3 pages with a scale for each token get new scales; others keep numbers within e4m3's range.
+        slots: [T] int32 or int64; a negative slot, or one past the last page, is skipped. Slots differ.
+        backend: as for `flexmsa.decode`.
+
+    Raises:
+        RuntimeError: a token needs a gradient. ValueError, TypeError: an argument is not as described.
+
+    >>> pools = PagePools(*torch.zeros(2, 6, 1, 16, 32).unbind(0), torch.zeros(6, 1, 16, 8))
+    >>> write_pages(torch.ones(2, 1, 32), torch.ones(2, 1, 32), torch.ones(2, 1, 8), pools, torch.tensor([35, -1]))
+    >>> pools.k[2, 0, :5].amax(-1).tolist()
+    [0.0, 0.0, 0.0, 1.0, 0.0]
+    """
+    for name, x, pool in (("k", k, pools.k), ("v", v, pools.v), ("index_k", index_k, pools.index_k)):
+        check_tokens(name, x, k.shape[0], pool, pool.shape[1])
+    validation.reject_gradients(k=k, v=v, index_k=index_k)
+    validation.check_lengths("slots", slots, pools.k.device)
+    validation.check_shape("slots", slots, (k.shape[0],), "[T]")
+    new = (x.transpose(0, 1).unsqueeze(0) for x in (k, v, index_k))
+    stored = pools.k, pools.v, pools.index_k, *pools.scales
+    ops.write_pages(*new, slots, *stored, *pools.factors, choose_backend("paged", backend, k))
+
+
+@profiled("select from pages")
+def select_pages(
+    index_q: Tensor,
+    pools: PagePools,
+    batch: PagedBatch,
+    *,
+    topk: int = 16,
+    num_local_blocks: int = 1,
+    num_init_blocks: int = 0,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Select blocks for each token and group, as `flexmsa.select_blocks` does.
+
+    Args:
+        index_q: [T, Hkv, Di].
+        out: [T, Hkv, topk] int32 to write to, of any strides but the last.
+        Others: as for `flexmsa.decode`; "reference" has no kernel for this.
+
+    Returns:
+        block_indices [T, Hkv, topk] int32, ascending, then -1; `out` if it is given.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+
+    >>> pools = PagePools(*torch.randn(2, 6, 1, 16, 32).unbind(0), torch.randn(6, 1, 16, 8))
+    >>> batch = PagedBatch(torch.tensor([[3, 1]]).int(), torch.tensor([20]).int(), num_tokens=1, page_size=16)
+    >>> select_pages(torch.randn(1, 1, 8), pools, batch, topk=3)
+    tensor([[[ 0,  1, -1]]], dtype=torch.int32)
+    """
+    validation.check_settings(pools.page_size, topk, num_local_blocks, num_init_blocks)
+    _check_queries("index_q", index_q, pools, batch)
+    shape = batch.num_tokens, pools.k.shape[1], topk
+    if out is None:
+        out = torch.empty(shape, dtype=torch.int32, device=index_q.device)
+    check_buffer("out", out, shape, torch.int32, index_q.device)
+    arranged = batch.arrange(index_q), pools.index_k, batch.table, batch.page_table, pools.scales[2]
+    backend = choose_backend("paged", backend, index_q)
+    ops.select_pages(*arranged, batch.arrange(out), num_local_blocks, num_init_blocks, backend)
+    return out
+
+
+@profiled("attend to pages")
+def attend_pages(
+    q: Tensor,
+    index_q: Tensor | None,
+    pools: PagePools,
+    batch: PagedBatch,
+    *,
+    topk: int | None = 16,
+    num_local_blocks: int = 1,
+    num_init_blocks: int = 0,
+    scale: float | None = None,
+    block_indices: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Select blocks and attend to them, as `flexmsa.decode` does: a token sees its sequence up to itself.
+
+    Args:
+        q: [T, Hq, D], the newest tokens of each sequence, whose keys have been written.
+        index_q: [T, Hkv, Di]; may be None if nothing is selected.
+        topk: None attends to every block.
+        block_indices: [T, Hkv, topk] int32, attended to instead of a selection.
+        out: [T, Hq, D] of q's dtype to write to, of any strides but the last.
+        Others: as for `flexmsa.decode`; "reference" has no kernel for this.
+
+    Returns:
+        [T, Hq, D], which is `out` if it is given; or with `return_aux` also an AuxOutput, lse [T, Hq] and block_indices
+        [T, Hkv, topk]. A token that sees no key gets 0.
+
+    Raises:
+        RuntimeError: q or index_q needs a gradient. ValueError, TypeError: an argument is not as described.
+
+    >>> pools = PagePools(*torch.randn(2, 6, 1, 16, 32).unbind(0), torch.randn(6, 1, 16, 8))
+    >>> batch = PagedBatch(torch.tensor([[3, 1]]).int(), torch.tensor([20]).int(), num_tokens=1, page_size=16)
+    >>> attend_pages(torch.randn(1, 4, 32), torch.randn(1, 1, 8), pools, batch, topk=1).shape
+    torch.Size([1, 4, 32])
+    """
+    aux = validation.check_aux(return_aux)
+    if aux.any_loss:
+        raise ValueError("return_aux: expected lse or block_indices, got index_loss, which training has")
+    validation.check_settings(pools.page_size, topk, num_local_blocks, num_init_blocks)
+    _check_queries("q", q, pools, batch)
+    backend = choose_backend("paged", backend, q)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    check_buffer("out", out, tuple(q.shape), q.dtype, q.device)
+    num_kv_heads, ids = pools.k.shape[1], block_indices
+    if ids is not None:
+        index_q = None
+        check_buffer("block_indices", ids, (batch.num_tokens, num_kv_heads, ids.shape[-1]), torch.int32, q.device)
+    elif topk is None:
+        index_q = None
+    elif index_q is None:
+        raise TypeError("index_q: expected a tensor to select with, got None; or pass block_indices or topk=None")
+    else:
+        _check_queries("index_q", index_q, pools, batch)
+        ids = torch.empty(batch.num_tokens, num_kv_heads, topk, dtype=torch.int32, device=q.device)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    if isinstance(pools.k_scale, float):
+        scale *= pools.k_scale
+    arranged = (None if x is None else batch.arrange(x) for x in (q, index_q))
+    stored = pools.k, pools.v, pools.index_k, batch.table, batch.page_table, *pools.scales
+    written = batch.arrange(out), None if ids is None else batch.arrange(ids)
+    lse = ops.attend_pages(*arranged, *stored, *written, num_local_blocks, num_init_blocks, scale, backend)
+    if isinstance(pools.v_scale, float) and pools.v_scale != 1.0:
+        out.mul_(pools.v_scale)
+    if return_aux is None:
+        return out
+    return out, _core.requested(aux, lse.transpose(1, 2).flatten(0, 1), ids)
+
+
+def _check_queries(name: str, x: Tensor, pools: PagePools, batch: PagedBatch) -> None:
+    """Check q or index_q against the pages that it is multiplied with."""
+    pool = pools.index_k if name == "index_q" else pools.k
+    if batch.page_size != pools.page_size:
+        raise ValueError(f"batch: expected page_size={pools.page_size}, that of the pools, got {batch.page_size}")
+    check_tokens(name, x, batch.num_tokens, pool, pools.k.shape[1], groups=name == "q")
+    validation.reject_gradients(**{name: x})

@@ -1,0 +1,89 @@
+"""Operators on the pages of a server that assigns them itself: what a step of an engine calls.
+
+- flexmsa::paged_table: the table of sequences of a step;
+- flexmsa::write_pages: new tokens to their slots;
+- flexmsa::select_pages, flexmsa::attend_pages: selection, and attention, into the caller's buffers.
+
+All are for inference and have no gradient.
+"""
+
+from flexmsa.kernels import sequences as kernel
+from flexmsa.kernels.rules import SelectionRule
+
+from .attention import statistics_dtype
+from .checks import check_cu_seqlens, check_page_table, check_range, check_topk
+from .dispatch import run_kernel
+from .library import operator
+
+
+@operator(
+    "paged_table(Tensor? cu_seqlens_q, Tensor kv_lens, Tensor page_table, int num_tokens, int page_size, "
+    "Tensor(a!) table) -> ()",
+    fake=lambda *args: None,
+    has_gradient=False,
+)
+def paged_table(cu_seqlens_q, kv_lens, page_table, num_tokens, page_size, table):
+    """Write `sequences` (see flexmsa.kernels) of kv_lens [R] to table: [R, 5], or [R + 1, 5] with cu_seqlens_q."""
+    check_range("kv_lens", kv_lens, 0, page_table.shape[1] * page_size)
+    if cu_seqlens_q is not None:
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, num_tokens, padded=True)
+    kernel.paged_table(cu_seqlens_q, kv_lens, page_table, num_tokens, page_size, table)
+
+
+@operator(
+    "write_pages(Tensor k, Tensor v, Tensor index_k, Tensor slots, Tensor(a!) pages_k, Tensor(b!) pages_v, "
+    "Tensor(c!) pages_index_k, Tensor(d!)? k_scale, Tensor(e!)? v_scale, Tensor(f!)? index_k_scale, float k_factor, "
+    "float v_factor, float index_k_factor, str backend) -> ()",
+    fake=lambda *args: None,
+    has_gradient=False,
+)
+def write_pages(*args):
+    """Write k, v [1, Hkv, T, D] and index_k [1, 1, T, Di] to slots [T]; the schema names the arguments.
+
+    A scale of one dimension belongs to e4m3 pages without scales, whose numbers are multiplied by the factor.
+    """
+    *inputs, k_factor, v_factor, index_k_factor, backend = args
+    tensors = inputs[:7] + [None if x is None or x.dim() == 1 else x for x in inputs[7:]]
+    run_kernel(backend, "write_pages", *tensors, (k_factor, v_factor, index_k_factor))
+
+
+@operator(
+    "select_pages(Tensor index_q, Tensor index_k, Tensor sequences, Tensor page_table, Tensor? index_k_scale, "
+    "Tensor(a!) ids, int num_local_blocks, int num_init_blocks, str backend) -> ()",
+    fake=lambda *args: None,
+    has_gradient=False,
+)
+def select_pages(index_q, index_k, sequences, page_table, scale, ids, num_local, num_init, backend):
+    """Write the block_indices of `select_blocks` to ids [B, Hkv, Sq, topk], of any strides but the last."""
+    block_size, topk = index_k.shape[2], ids.shape[3]
+    check_topk(topk, backend)
+    check_page_table(page_table, sequences, block_size, index_k.shape[0], backend)
+    rule = SelectionRule(block_size, topk, num_local, num_init)
+    run_kernel(backend, "select_pages", index_q, index_k, sequences, rule, page_table, scale, ids)
+
+
+def _empty_lse(q, *_):
+    return q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
+
+
+@operator(
+    "attend_pages(Tensor q, Tensor? index_q, Tensor k, Tensor v, Tensor index_k, Tensor sequences, Tensor page_table, "
+    "Tensor? k_scale, Tensor? v_scale, Tensor? index_k_scale, Tensor(a!) out, Tensor(b!)? ids, int num_local_blocks, "
+    "int num_init_blocks, float scale, str backend) -> Tensor",
+    fake=_empty_lse,
+    has_gradient=False,
+)
+def attend_pages(*args):
+    """Write out [B, Hq, Sq, D], of any strides but the last; return lse [B, Hq, Sq].
+
+    With index_q, the blocks are selected and written to ids [B, Hkv, Sq, topk]; else they are ids, or with None all.
+    The schema names the arguments.
+    """
+    q, index_q, k, v, index_k, sequences, page_table, *scales, out, ids, num_local, num_init, scale, backend = args
+    check_page_table(page_table, sequences, k.shape[2], k.shape[0], backend)
+    rule = None
+    if index_q is not None:
+        check_topk(ids.shape[3], backend)
+        rule = SelectionRule(k.shape[2], ids.shape[3], num_local, num_init)
+    stored = k, v, index_k, page_table, *scales
+    return run_kernel(backend, "attend_pages", q, index_q, *stored, sequences, rule, scale, out, ids)
