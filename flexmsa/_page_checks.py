@@ -42,11 +42,12 @@ def check_buffer(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
 
 
 def check_paged_batch(
-    page_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor | None, num_tokens: int, page_size: int
+    page_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor | None, num_tokens: int, num_decodes: int, page_size: int
 ) -> None:
     """Check the arguments of a `PagedBatch`."""
     validation.check_int("num_tokens", num_tokens, 1)
     validation.check_int("page_size", page_size, 1)
+    validation.check_int("num_decodes", num_decodes, 0)
     validation.check_lengths("page_table", page_table, kv_lens.device)
     validation.check_lengths("kv_lens", kv_lens, page_table.device)
     if page_table.dtype != torch.int32 or page_table.dim() != 2 or 0 in page_table.shape:
@@ -58,6 +59,11 @@ def check_paged_batch(
             f"{list(page_table.shape)}"
         )
     validation.check_shape("kv_lens", kv_lens, (count,), "[R] with page_table's R")
+    if num_decodes > (0 if cu_seqlens_q is None else min(count, num_tokens)):
+        raise ValueError(
+            f"num_decodes: expected cu_seqlens_q, and at most its {count} sequences and {num_tokens} tokens, got "
+            f"{num_decodes}"
+        )
     if cu_seqlens_q is None:
         if num_tokens % count:
             raise ValueError(

@@ -6,6 +6,7 @@ may be mixed. Everything stays on the device, and in a CUDA graph the same tenso
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,19 +90,31 @@ def _ones(device: torch.device, page_size: int) -> Tensor:
     return torch.full((page_size,), 127, dtype=torch.uint8, device=device)
 
 
+class _Part(NamedTuple):
+    """Tokens that are computed together: `rows` sequences of seqlen_q tokens each, or packed ones in a single row."""
+
+    tokens: slice
+    rows: int
+    seqlen_q: int
+    table: Tensor
+    page_table: Tensor
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Return the part of x [T, H, D] as [rows, H, seqlen_q, D], a view."""
+        return x[self.tokens].unflatten(0, (self.rows, self.seqlen_q)).transpose(1, 2)
+
+
 class PagedBatch:
     """Which tokens each sequence of a step has, and its pages; made once per step, and used by every layer.
 
     Attributes:
-        table: [R, 5] or [R + 1, 5] int32, the table of sequences (see `flexmsa.kernels`).
-        page_table, num_tokens, page_size: as given.
-        rows, seqlen_q: how tokens are arranged: `rows` sequences of seqlen_q tokens, or all T tokens in one row.
+        table: [R, 5] or [R + 1, 5] int32, the sequences as kernels take them.
+        num_tokens, page_size: as given.
 
     >>> page_table = torch.tensor([[3, 1], [0, -1]], dtype=torch.int32)
     >>> kv_lens, offsets = torch.tensor([20, 7], dtype=torch.int32), torch.tensor([0, 4, 5], dtype=torch.int32)
-    >>> batch = PagedBatch(page_table, kv_lens, offsets, num_tokens=5, page_size=16)
-    >>> batch.rows, batch.seqlen_q
-    (1, 5)
+    >>> PagedBatch(page_table, kv_lens, offsets, num_tokens=5, page_size=16)
+    PagedBatch(num_sequences=2, num_tokens=5, num_decodes=0, page_size=16)
     """
 
     def __init__(
@@ -111,6 +124,7 @@ class PagedBatch:
         cu_seqlens_q: Tensor | None = None,
         *,
         num_tokens: int,
+        num_decodes: int = 0,
         page_size: int = 128,
         table: Tensor | None = None,
     ) -> None:
@@ -123,6 +137,8 @@ class PagedBatch:
                 are padding, and get out 0. None: each sequence has num_tokens // R tokens, as in a decoding step,
                 which then takes fewest launches; a sequence that is padding has kv_lens 0.
             num_tokens: T.
+            num_decodes: the first sequences of cu_seqlens_q that have one token each; they are computed as a decoding
+                step, and not in the tiles of many tokens that others share. 0 is right for any batch.
             page_size: tokens per page.
             table: where to write the table, for a graph that was captured with it: that of an earlier batch of the same
                 sizes.
@@ -130,22 +146,32 @@ class PagedBatch:
         Raises:
             ValueError, TypeError: a shape, dtype, device or, on a CPU, a value is not as described.
         """
-        check_paged_batch(page_table, kv_lens, cu_seqlens_q, num_tokens, page_size)
-        count = kv_lens.shape[0]
-        uniform = cu_seqlens_q is None
+        check_paged_batch(page_table, kv_lens, cu_seqlens_q, num_tokens, num_decodes, page_size)
+        count, uniform = kv_lens.shape[0], cu_seqlens_q is None
+        if num_decodes == count:
+            # What is left is padding: without sequences there is nothing to compute apart.
+            num_decodes = 0
         shape = (count if uniform else count + 1), 5
         if table is None:
             table = torch.empty(shape, dtype=torch.int32, device=kv_lens.device)
         elif table.shape != shape or table.dtype != torch.int32 or not table.is_contiguous():
             raise ValueError(f"table: expected contiguous int32 {list(shape)}, got {table.dtype} {list(table.shape)}")
-        ops.paged_table(cu_seqlens_q, kv_lens, page_table, num_tokens, page_size, table)
-        self.table, self.page_table, self.num_tokens, self.page_size = table, page_table, num_tokens, page_size
-        self.rows = count if uniform else 1
-        self.seqlen_q = num_tokens // self.rows
+        ops.paged_table(cu_seqlens_q, kv_lens, page_table, num_tokens, page_size, num_decodes, table)
+        self.table, self.num_tokens, self.page_size = table, num_tokens, page_size
+        self._sizes = count, num_decodes
+        rows, others = count if uniform else 1, num_tokens - num_decodes
+        tables = table[num_decodes:], page_table[num_decodes:]
+        self._parts = [_Part(slice(num_decodes, num_tokens), rows, others // rows, *tables)] if others else []
+        if num_decodes:
+            tables = table[:num_decodes], page_table[:num_decodes]
+            self._parts.insert(0, _Part(slice(0, num_decodes), num_decodes, 1, *tables))
 
-    def arrange(self, x: Tensor) -> Tensor:
-        """Return x [T, H, D] as [rows, H, seqlen_q, D], a view."""
-        return x.unflatten(0, (self.rows, self.seqlen_q)).transpose(1, 2)
+    def __repr__(self) -> str:
+        count, num_decodes = self._sizes
+        return (
+            f"PagedBatch(num_sequences={count}, num_tokens={self.num_tokens}, num_decodes={num_decodes}, "
+            f"page_size={self.page_size})"
+        )
 
 
 @profiled("write pages")
@@ -214,9 +240,10 @@ def select_pages(
     if out is None:
         out = torch.empty(shape, dtype=torch.int32, device=index_q.device)
     check_buffer("out", out, shape, torch.int32, index_q.device)
-    arranged = batch.arrange(index_q), pools.index_k, batch.table, batch.page_table, pools.scales[2]
     backend = choose_backend("paged", backend, index_q)
-    ops.select_pages(*arranged, batch.arrange(out), num_local_blocks, num_init_blocks, backend)
+    for part in batch._parts:
+        keys = pools.index_k, part.table, part.page_table, pools.scales[2]
+        ops.select_pages(part.arrange(index_q), *keys, part.arrange(out), num_local_blocks, num_init_blocks, backend)
     return out
 
 
@@ -281,15 +308,17 @@ def attend_pages(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if isinstance(pools.k_scale, float):
         scale *= pools.k_scale
-    arranged = (None if x is None else batch.arrange(x) for x in (q, index_q))
-    stored = pools.k, pools.v, pools.index_k, batch.table, batch.page_table, *pools.scales
-    written = batch.arrange(out), None if ids is None else batch.arrange(ids)
-    lse = ops.attend_pages(*arranged, *stored, *written, num_local_blocks, num_init_blocks, scale, backend)
+    numbers, found = (num_local_blocks, num_init_blocks, scale, backend), []
+    for part in batch._parts:
+        q_part, index_part, to, chosen = (None if x is None else part.arrange(x) for x in (q, index_q, out, ids))
+        stored = pools.k, pools.v, pools.index_k, part.table, part.page_table, *pools.scales
+        found.append(ops.attend_pages(q_part, index_part, *stored, to, chosen, *numbers))
     if isinstance(pools.v_scale, float) and pools.v_scale != 1.0:
         out.mul_(pools.v_scale)
     if return_aux is None:
         return out
-    return out, _core.requested(aux, lse.transpose(1, 2).flatten(0, 1), ids)
+    lse = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in found])
+    return out, _core.requested(aux, lse, ids)
 
 
 def _check_queries(name: str, x: Tensor, pools: PagePools, batch: PagedBatch) -> None:

@@ -127,7 +127,7 @@ def paged_table(
 
     Without cu_seqlens_q, table is [R, 5]: each sequence is a batch row, with num_tokens // R queries. With it, table is
     [R + 1, 5]: all sequences are of batch row 0, as are the queries past the last of them, which see no key. Values out
-    of range are pulled into it.
+    of range are pulled into it; offsets count from the first.
     """
     count = kv_lens.shape[0]
     table.zero_()
@@ -137,9 +137,8 @@ def paged_table(
         column.batch.copy_(order)
         column.q_end.fill_(num_tokens // count)
     else:
-        offsets = cu_seqlens_q.to(torch.int32).clamp(0, num_tokens).cummax(0).values
+        offsets = (cu_seqlens_q - cu_seqlens_q[:1]).to(torch.int32).clamp(0, num_tokens).cummax(0).values
         column.q_start.copy_(offsets[:-1])
-        column.q_start[0] = 0
         column.q_end.copy_(offsets[1:])
         column.k_start.copy_(order * (page_table.stride(0) * page_size))
         table[count, 1:2] = offsets[-1:]

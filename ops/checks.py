@@ -41,6 +41,15 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, seqlen: int, padded: bool = 
             )
 
 
+def check_decodes(cu_seqlens_q: Tensor, num_decodes: int) -> None:
+    """Raise ValueError unless the first num_decodes sequences have one token each."""
+    if cu_seqlens_q.device.type == "cpu" and cu_seqlens_q[: num_decodes + 1].tolist() != list(range(num_decodes + 1)):
+        raise ValueError(
+            f"num_decodes: expected one token in each of the first {num_decodes} sequences, got offsets "
+            f"{cu_seqlens_q[: num_decodes + 1].tolist()}; order decoding sequences first"
+        )
+
+
 def check_fragments(fragments: Tensor, batch: int, seqlen_q: int, seqlen_k: int) -> None:
     """Raise ValueError unless a table of fragments [documents, fragments, 5] is as `flexmsa.kernels` describes it."""
     if fragments.device.type != "cpu":

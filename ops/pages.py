@@ -11,23 +11,32 @@ from flexmsa.kernels import sequences as kernel
 from flexmsa.kernels.rules import SelectionRule
 
 from .attention import statistics_dtype
-from .checks import check_cu_seqlens, check_page_table, check_range, check_topk
+from .checks import check_cu_seqlens, check_decodes, check_page_table, check_range, check_topk
 from .dispatch import run_kernel
 from .library import operator
 
 
 @operator(
     "paged_table(Tensor? cu_seqlens_q, Tensor kv_lens, Tensor page_table, int num_tokens, int page_size, "
-    "Tensor(a!) table) -> ()",
+    "int num_decodes, Tensor(a!) table) -> ()",
     fake=lambda *args: None,
     has_gradient=False,
 )
-def paged_table(cu_seqlens_q, kv_lens, page_table, num_tokens, page_size, table):
-    """Write `sequences` (see flexmsa.kernels) of kv_lens [R] to table: [R, 5], or [R + 1, 5] with cu_seqlens_q."""
+def paged_table(cu_seqlens_q, kv_lens, page_table, num_tokens, page_size, num_decodes, table):
+    """Write `sequences` (see flexmsa.kernels) of kv_lens [R] to table: [R, 5], or [R + 1, 5] with cu_seqlens_q.
+
+    The first num_decodes rows are a table of their own, of sequences of one query each.
+    """
     check_range("kv_lens", kv_lens, 0, page_table.shape[1] * page_size)
     if cu_seqlens_q is not None:
         check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, num_tokens, padded=True)
-    kernel.paged_table(cu_seqlens_q, kv_lens, page_table, num_tokens, page_size, table)
+        check_decodes(cu_seqlens_q, num_decodes)
+    if num_decodes:
+        first = kv_lens[:num_decodes], page_table[:num_decodes], num_decodes, page_size
+        kernel.paged_table(None, *first, table[:num_decodes])
+        cu_seqlens_q = cu_seqlens_q[num_decodes:]
+    others = kv_lens[num_decodes:], page_table[num_decodes:], num_tokens - num_decodes, page_size
+    kernel.paged_table(cu_seqlens_q, *others, table[num_decodes:])
 
 
 @operator(

@@ -16,6 +16,8 @@ FP8, FP64 = torch.float8_e4m3fn, torch.float64
 class Step:
     """queries, kv_lens: of each sequence; padding: tokens past the last sequence; uniform: without offsets.
 
+    num_decodes: of the first sequences.
+
     scales: of e4m3 pages: "token", "tensor" or "none"; None for pages in the dtype of the queries.
     """
 
@@ -23,6 +25,7 @@ class Step:
     kv_lens: tuple[int, ...]
     padding: int = 0
     uniform: bool = False
+    num_decodes: int = 0
     scales: str | None = None
     dtype: torch.dtype = torch.float32
     page_size: int = 16
@@ -46,6 +49,8 @@ CASES = {
     "drafts": Step((3, 3), (50, 9), uniform=True),
     "drafts of several lengths": Step((2, 1, 4), (50, 9, 33), padding=3),
     "chunks and decodes": Step((1, 21, 1, 0, 17), (90, 100, 3, 0, 17), padding=2),
+    "decodes first": Step((1, 1, 21, 5), (90, 100, 30, 77), padding=3, num_decodes=2),
+    "decodes and padding": Step((1, 1), (90, 100), padding=3, num_decodes=2),
     "one chunk": Step((40,), (95,)),
     "fewer keys than queries": Step((5, 20), (3, 90)),
     "odd pages": Step((1, 18), (40, 50), page_size=12),
@@ -110,7 +115,7 @@ def run(step, backend, seed=0):
     index_q = torch.randn(step.num_tokens, step.num_kv_heads, step.index_head_dim).to(step.dtype)
     lens = torch.tensor(step.kv_lens, dtype=torch.int32)
     offsets = torch.tensor([0, *step.queries], dtype=torch.int32).cumsum(0).int()
-    sizes = {"num_tokens": step.num_tokens, "page_size": step.page_size}
+    sizes = {"num_tokens": step.num_tokens, "num_decodes": step.num_decodes, "page_size": step.page_size}
     batch = flexmsa.PagedBatch(page_table, lens, None if step.uniform else offsets, **sizes)
     out = torch.full((step.num_tokens, 2 * num_heads, step.head_dim), float("nan")).to(step.dtype)[:, ::2]
     aux = AuxRequest(lse=True, block_indices=step.topk is not None)

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..common.gluon_sm90 import HALF, copy_block, gather_rows, load_each, store_box
+from ..common.records import locate_block
 from ..common.sizes import Sizes
 from ..schedule.inverse_index import find_token_range
 from ..schedule.work_items import item_entries, load_item
@@ -47,10 +48,13 @@ class Barriers(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a launch works on: the index, its work items, a pass's first range, and the rows of all partial results."""
+    """What a launch works on: the index, its work items, the pages of the keys, a pass's first range, and the rows of
+    all partial results.
+    """
 
     index: Any
     items: Any
+    pages: Any
     first_range: Any
     seqlen_q: Any
     num_rows: Any
@@ -88,6 +92,13 @@ def load_entry(entries_ptr, number, origin, last):
 
 
 @gluon.jit
+def block_place(pages, item, group, shape: gl.constexpr):
+    """Where the keys of a work item's block begin, for the bulk copy engine."""
+    place = locate_block(pages, item.batch, item.first_key, item.first_key * 0, shape.block_size)
+    return gl.cast(place.row, gl.int32), group, place.key, 0
+
+
+@gluon.jit
 def copy_queries(tensors, buffers, barriers, work, shape: gl.constexpr):
     """The copying warp's work: the block's keys and values, then the queries of every step."""
     ENTRIES: gl.constexpr = shape.entries
@@ -101,7 +112,7 @@ def copy_queries(tensors, buffers, barriers, work, shape: gl.constexpr):
     before = gl.program_id(1) * work.index.range_tokens
     first_query = gl.cast(tokens.first_token - item.batch * work.seqlen_q, gl.int32) - before
     if item.begin < item.stop:
-        at = [batch, group, item.first_key, 0]
+        at = block_place(work.pages, item, group, shape)
         copy_block(tensors.k, tensors.v, at, barriers.keys_full, buffers.k, buffers.v)
         entries_ptr = item_entries(work.index, work.items, work.first_range, gl.program_id(1), item.begin)
         last = item.stop - item.begin - 1
@@ -166,7 +177,7 @@ def exchange_rows(q, partial_out, tensors, buffers, barriers, work, shape: gl.co
     if item.begin < item.stop:
         tokens = find_token_range(work.index, work.first_range + gl.program_id(1), shape.topk)
         origin = find_token_range(work.index, work.first_range, shape.topk).first_entry
-        at = [gl.cast(item.batch, gl.int32), gl.cast(tokens.group, gl.int32), item.first_key, 0]
+        at = block_place(work.pages, item, gl.cast(tokens.group, gl.int32), shape)
         copy_block(tensors.k, tensors.v, at, barriers.keys_full, buffers.k, buffers.v)
         # Entries are counted through the pass.
         before = gl.program_id(1) * work.index.range_tokens

@@ -115,7 +115,7 @@ def key_major_kernel(
     tokens = find_token_range(index, first_range + range_number, C.topk)
     origin = find_token_range(index, first_range, C.topk).first_entry
     num_keys = item.stop_key - item.first_key
-    place = locate_block(pages, item.batch, item.first_key, tl.cast(0, tl.int32), C.block_size)
+    place = locate_block(pages, item.batch, item.first_key, item.first_key * 0, C.block_size)
     k = load_vectors(keys, place, tokens.group, num_kv_heads, num_keys, dtype, C)
     v = load_vectors(values, place, tokens.group, num_kv_heads, num_keys, dtype, C)
     base = q.ptr + item.batch * q.stride_b + tokens.group * C.group_size * q.stride_h

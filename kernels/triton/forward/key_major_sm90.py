@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ...problem import Problem
 from ..common.gluon_sm90 import HALF, SIDE_BY_SIDE, clear_rows, hide_unseen, make_barriers, reinterpret, shared_box
 from ..common.launch import Launch, Options, view
+from ..common.records import pages_of
 from ..common.sizes import sizes_of
 from ..common.softmax import LOG2_E, softmax_rows
 from ..common.target import Target
@@ -121,7 +122,7 @@ def attend_rows(buffers, barriers, work, lse_ptr, scale, shape: gl.constexpr):
 
 @gluon.jit
 def key_major_sm90_kernel(
-    q, q_boxes, k_boxes, v_boxes, out_boxes, index, items, partial, first_range, seqlen_q, num_rows, scale,
+    q, q_boxes, k_boxes, v_boxes, out_boxes, pages, index, items, partial, first_range, seqlen_q, num_rows, scale,
     shape: gl.constexpr,
 ):  # fmt: skip
     """Fill the partial results of one work item; see the module's docstring. Grid (work items, ranges of a pass)."""
@@ -132,7 +133,7 @@ def key_major_sm90_kernel(
     v = gl.allocate_shared_memory(dtype, keys, v_boxes.layout)
     keys_full = make_barriers(1, 1)
     tensors = Boxes(q_boxes, k_boxes, v_boxes, out_boxes)
-    work = Work(index, items, first_range, seqlen_q, num_rows)
+    work = Work(index, items, pages, first_range, seqlen_q, num_rows)
     if shape.bulk:
         queries: gl.constexpr = [STAGES * shape.halves * shape.entries, 1, shape.group_size, 1, HALF]
         outputs: gl.constexpr = [shape.halves * shape.entries, shape.group_size, HALF]
@@ -173,7 +174,7 @@ def is_bulk(problem: Problem) -> bool:
 
 def supports(problem: Problem, target: Target, config: ForwardConfig) -> bool:
     """Whether the kernel takes this problem: its shape, and the bulk copy engine reads queries and keys."""
-    reads = problem.bulk_copies and not problem.paged and problem.positive_scale
+    reads = problem.bulk_copies and problem.positive_scale
     return config.key_major_sm90 and reads and fits_key_major_sm90(problem, target)
 
 
@@ -192,7 +193,8 @@ def launch(
         "v_boxes": shared_box(inputs.v, keys),
         "out_boxes": shared_box(partial.out.view(-1, head_dim), [group_size, HALF.value]) if bulk else None,
     }
-    work = {"index": index, "items": items, "partial": partial, "first_range": 0}
+    pages = pages_of(inputs.cache.page_table, inputs.k)
+    work = {"pages": pages, "index": index, "items": items, "partial": partial, "first_range": 0}
     sizes = {"seqlen_q": inputs.q.shape[2], "num_rows": partial.lse.numel(), "scale": inputs.scale * LOG2_E.value}
     arguments, options = {**boxes, **work, **sizes}, Options(4, max_registers=REGISTERS)
     return Launch(key_major_sm90_kernel, (items.num_items, 1, 1), arguments, {"shape": shape}, options)

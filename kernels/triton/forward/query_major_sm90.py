@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ...problem import Problem
 from ..common.gluon_sm90 import clear_rows, hide_unseen, load_box, make_barriers, shared_box
 from ..common.launch import Launch, Options
+from ..common.records import locate_block, pages_of
 from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LN_2, LOG2_E
 from ..common.target import Target
@@ -65,7 +66,7 @@ class Folded(NamedTuple):
 
 
 @gluon.jit
-def copy_tiles(tensors, buffers, barriers, unions, shape: gl.constexpr):
+def copy_tiles(tensors, pages, buffers, barriers, unions, shape: gl.constexpr):
     """The copying warp's work: every tile's queries, then the blocks of its union."""
     step, turn = 0, 0
     for number in range(gl.program_id(0), unions.num_unions, gl.num_programs(0)):
@@ -80,7 +81,8 @@ def copy_tiles(tensors, buffers, barriers, unions, shape: gl.constexpr):
             blocks = unions.blocks + gl.cast(number, gl.int64) * unions.limit
             for index in range(tile.length):
                 stage, phase = step % shape.stages, (step // shape.stages & 1) ^ 1
-                at = [tile.batch, group, tile.k_start + gl.load(blocks + index) * shape.block_size, 0]
+                place = locate_block(pages, tile.batch, tile.k_start, gl.load(blocks + index), shape.block_size)
+                at = [gl.cast(place.row, gl.int32), group, place.key, 0]
                 mbarrier.wait(barriers.empty.index(stage), phase)
                 ready = barriers.k_full.index(stage)
                 mbarrier.expect(ready, tensors.k.block_type.nbytes)
@@ -191,7 +193,7 @@ def attend_tiles(half, buffers, barriers, unions, results, scale, shape: gl.cons
 
 
 @gluon.jit
-def query_major_sm90_kernel(q_boxes, k_boxes, v_boxes, unions, results, scale, shape: gl.constexpr):
+def query_major_sm90_kernel(q_boxes, k_boxes, v_boxes, pages, unions, results, scale, shape: gl.constexpr):
     """out and lse of the query-major tiles, of 128 rows each."""
     dtype: gl.constexpr = results.out.ptr.dtype.element_ty
     halves: gl.constexpr = [2, 1, shape.group_size // 2, 2 * ROWS // shape.group_size, shape.head_dim]
@@ -211,7 +213,7 @@ def query_major_sm90_kernel(q_boxes, k_boxes, v_boxes, unions, results, scale, s
         [
             (attend_tiles, (0, buffers, barriers, unions, results, scale, shape)),
             (attend_tiles, (1, buffers, barriers, unions, results, scale, shape)),
-            (copy_tiles, (Boxes(q_boxes, k_boxes, v_boxes), buffers, barriers, unions, shape)),
+            (copy_tiles, (Boxes(q_boxes, k_boxes, v_boxes), pages, buffers, barriers, unions, shape)),
         ],
         [4, 1],
         [240, 24],
@@ -227,7 +229,7 @@ class TileShape(Sizes):
 
 def supports(problem: Problem, target: Target, config: ForwardConfig) -> bool:
     """Whether the kernel takes this problem: tiles of 128 rows, and the bulk copy engine reads queries and keys."""
-    reads = problem.bulk_copies and not problem.paged and problem.positive_scale
+    reads = problem.bulk_copies and problem.positive_scale
     full = problem.topk is not None and config.tile_tokens(problem) * problem.group_size == 2 * ROWS.value
     return config.query_major_sm90 and reads and full and fits_query_major_sm90(problem, target)
 
@@ -242,6 +244,7 @@ def launch(
     # A box has half the heads of a tile's tokens.
     q_boxes = shared_box(inputs.q, [1, heads, ROWS.value // heads, problem.head_dim])
     boxes = {"q_boxes": q_boxes, "k_boxes": shared_box(inputs.k, keys), "v_boxes": shared_box(inputs.v, keys)}
-    arguments = {**boxes, "unions": tiles.unions, "results": results, "scale": inputs.scale * LOG2_E.value}
+    work = {"pages": pages_of(inputs.cache.page_table, inputs.k), "unions": tiles.unions, "results": results}
+    arguments = {**boxes, **work, "scale": inputs.scale * LOG2_E.value}
     grid = min(tiles.unions.num_unions, target.num_sms), 1, 1
     return Launch(query_major_sm90_kernel, grid, arguments, {"shape": shape}, Options(4))

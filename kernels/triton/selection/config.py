@@ -110,7 +110,7 @@ def fits_sm90(problem: Problem, target: Target) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def default_config(
-    problem: Problem, target: Target, num_sequences: int, seqlen_q: int, seqlen_k: int
+    problem: Problem, target: Target, num_sequences: int, seqlen_q: int, seqlen_k: int, packed: bool = False
 ) -> SelectionConfig:
     """Tiles of the scorer: the largest row tile that registers and shared memory hold, no more than there are rows.
 
@@ -119,7 +119,8 @@ def default_config(
     both are to be brought to fp16. On Hopper `kernel_sm90` takes a few rows of a problem that it fits.
 
     The lengths decide two things: rows, of the few sizes of `row_tile`, with all that follows them; and num_splits,
-    which kernels take at run time, except that they are compiled once for one split and once for more.
+    which kernels take at run time, except that they are compiled once for one split and once for more. packed: the
+    sequences have seqlen_q queries together.
     """
     assert problem.topk is not None
     kept = kept_blocks(problem.topk)
@@ -131,11 +132,17 @@ def default_config(
         columns, fp8_product = padded(problem.block_size), problem.key_size == 1
         # More copies in flight than the default's four would only be in each other's way.
         return SelectionConfig(few, columns, kept, num_splits, fp8_product=fp8_product, sm90=True)
-    return tile_config(problem, target, num_sequences, seqlen_q, num_blocks, kept)
+    return tile_config(problem, target, num_sequences, seqlen_q, num_blocks, kept, packed)
 
 
 def tile_config(
-    problem: Problem, target: Target, num_sequences: int, seqlen_q: int, num_blocks: int, kept: int
+    problem: Problem,
+    target: Target,
+    num_sequences: int,
+    seqlen_q: int,
+    num_blocks: int,
+    kept: int,
+    packed: bool = False,
 ) -> SelectionConfig:
     """The configuration of `kernel`."""
     num_kv_heads, dtype, key_size = problem.num_kv_heads, problem.dtype, problem.key_size
@@ -175,7 +182,8 @@ def tile_config(
     if target.backend == "hip":
         num_stages = min(num_stages, 2)
 
-    tiles = num_sequences * triton.cdiv(seqlen_q, rows // num_kv_heads)
+    tiles = triton.cdiv(seqlen_q, rows // num_kv_heads)
+    tiles = tiles + num_sequences if packed else tiles * num_sequences
     num_splits = split_count(tiles, num_blocks, target.num_sms, split_limit(kept), per_sm)
     # Without the swap, ptxas spills a few bytes of a small tile with TMA.
     copies = large and problem.bulk_copies and (swap or rows >= 64)

@@ -72,9 +72,12 @@ def choose_config(
     )
     # Of the two sequences of a row whose queries are not all new, one has no keys to score.
     num_sequences = table_rows(sequences).shape[0]
-    num_sequences = batch if num_sequences <= 2 * batch else num_sequences
+    packed = num_sequences > 2 * batch
+    num_sequences = num_sequences if packed else batch
     target = target_of(index_q.device)
-    shipped = default_config(problem, target, num_sequences, seqlen_q, capacity_of(page_table, index_k))
+    keys = capacity_of(page_table, index_k)
+    # The length of packed documents is not known here.
+    shipped = default_config(problem, target, num_sequences, seqlen_q, keys, packed and problem.paged)
     return tuned_config("selection", problem, target, shipped, DEPENDS_ON)
 
 

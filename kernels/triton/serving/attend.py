@@ -159,6 +159,24 @@ def attend_step(acc, row_max, row_sum, heads, keys, values, step, group, scale, 
 
 
 @triton.jit
+def store_results(results, acc, row_max, row_sum, batch, group, token, seqlen_q, C: tl.constexpr):
+    """Write out and lse of a query's heads, or of a split of them, from the state of `softmax_update`."""
+    head, depth = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
+    live = (head < C.group_size)[:, None] & (depth < C.head_dim)[None, :]
+    seen = row_sum > 0.0
+    total = tl.where(seen, row_sum, 1.0)
+    lse = tl.where(seen, (row_max + tl.log2(total)) * LN_2, float("-inf"))
+    number = group * C.group_size + head
+    place = (batch * C.num_kv_heads * C.group_size + number) * seqlen_q + token
+    to = results.out
+    out_ptr = to.ptr + batch * to.stride_b + token * to.stride_s + tl.program_id(2) * C.head_dim
+    out = (acc / total[:, None]).to(to.ptr.dtype.element_ty)
+    announce_next(C.overlap)
+    tl.store(out_ptr + number[:, None] * to.stride_h + depth[None, :], out, mask=live)
+    tl.store(results.lse + place * results.num_splits + tl.program_id(2), lse, mask=head < C.group_size)
+
+
+@triton.jit
 def attend_kernel(
     q, keys, values, scales, pages, ids_view, lists, sequences_ptr, tiles, results, scale, C: tl.constexpr
 ):
@@ -226,17 +244,7 @@ def attend_kernel(
         if not C.single:
             at = find_step(ids, tl.minimum(step + 1, end - 1), visible, sequence, pages, scales, merged, C)
 
-    seen = row_sum > 0.0
-    total = tl.where(seen, row_sum, 1.0)
-    lse = tl.where(seen, (row_max + tl.log2(total)) * LN_2, float("-inf"))
-    head_number = group * C.group_size + head
-    place = (sequence.batch * C.num_kv_heads * C.group_size + head_number) * tiles.seqlen_q + token
-    to = results.out
-    out_ptr = to.ptr + sequence.batch * to.stride_b + token * to.stride_s + tl.program_id(2) * C.head_dim
-    out = (acc / total[:, None]).to(to.ptr.dtype.element_ty)
-    announce_next(C.overlap)
-    tl.store(out_ptr + head_number[:, None] * to.stride_h + depth[None, :], out, mask=live)
-    tl.store(results.lse + place * num_splits + tl.program_id(2), lse, mask=head < C.group_size)
+    store_results(results, acc, row_max, row_sum, sequence.batch, group, token, tiles.seqlen_q, C)
     if merged:
         for slot in range(tl.cdiv(begin, PARTS), tl.minimum(tl.cdiv(begin + share, PARTS), C.topk)):
             store_id(ids_ptr, ids, slot)
