@@ -32,10 +32,10 @@ VOCABULARY = 512
 SIZES = {"vocab_size": VOCABULARY, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
 SIZES |= {"max_position_embeddings": 16384, "tie_word_embeddings": False}
 SMALL = {**SIZES, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
-LARGE = {**SIZES, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8}
+LARGE = {**SIZES, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4}
 TOKENS, SEQUENCES, GENERATED = 1536, 4, 24
 # (tokens of each prompt, prompts); up to 2,048 tokens, 16 blocks are all.
-LOADS = ((1024, 8), (8192, 4))
+LOADS = ((1024, 8), (8192, 1))
 STEPS, ROUNDS = 32, 3
 
 
