@@ -142,18 +142,12 @@ def vllm_agreement() -> str:
 
 def vllm_speed() -> str:
     found = load_result("vllm.json")["speed"]
-    times = {(row["dtype"], row["keys"], row["model"]): row for row in found["rows"]}
     rows = []
-    for (dtype, keys, model), sparse in times.items():
-        if model == "sparse":
-            dense = times[dtype, keys, "dense"]
-            cells = []
-            for name in ("prompt", "step"):
-                cells += [f"{1e3 * row[name]:.0f} ms" for row in (sparse, dense)]
-                cells.append(f"{sparse[name] / dense[name]:.2f}")
-            rows.append([dtype, f"{sparse['prompts']} x {keys // 1024}K", *cells])
-    head = ["dtype", "prompts", "prompts, flexmsa", "dense", "of dense", "step, flexmsa", "dense", "of dense"]
-    return _vllm_machine(found) + markdown(head, rows)
+    for row in found["rows"]:
+        times = [row["prompt"], row["step"], row["attention"], row["step"] - row["attention"]]
+        cells = f"{row['prompts']} x {row['keys'] // 1024}K", row["model"]
+        rows.append([*cells, f"{times[0]:.2f} s", *(f"{1e3 * seconds:.1f} ms" for seconds in times[1:])])
+    return _vllm_machine(found) + markdown(["prompts", "model", "prompts", "step", "attention", "rest of the step"], rows)
 
 
 # Layers, width, MLP, heads, KV heads, head dim.

@@ -1,7 +1,7 @@
 """Compare vLLM's engine with transformers, and a converted model in it with a dense one: `make bench-vllm`.
 
 Random models on a CPU. *Agreement*: log-probabilities of given tokens in bf16, beside those of transformers in float32.
-*Speed*: seconds of prompts and of decoding steps, of the same model with and without index branches.
+*Speed*: processor seconds of prompts and of decoding steps, of the same model with and without index branches.
 """
 
 import argparse
@@ -13,12 +13,14 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+# One thread, whose time another program on the machine does not change.
+os.environ["OMP_NUM_THREADS"], os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "1", "nobind"
 
 import torch
 from torch import Tensor
@@ -32,10 +34,10 @@ VOCABULARY = 512
 SIZES = {"vocab_size": VOCABULARY, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
 SIZES |= {"max_position_embeddings": 16384, "tie_word_embeddings": False}
 SMALL = {**SIZES, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
-LARGE = {**SIZES, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4}
+LARGE = {**SIZES, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2}
 TOKENS, SEQUENCES, GENERATED = 1536, 4, 24
 # (tokens of each prompt, prompts); up to 2,048 tokens, 16 blocks are all.
-LOADS = ((1024, 8), (8192, 1))
+LOADS = ((1024, 4), (8192, 2))
 STEPS, ROUNDS = 32, 3
 
 
@@ -197,16 +199,16 @@ def measure_agreement(folder: Path) -> list[dict[str, Any]]:
 
 
 def measure_speed(folder: Path) -> list[dict[str, Any]]:
-    """Seconds of each load with both models, in turns: the medians of several rounds."""
+    """Processor seconds of each load with both models, in turns: the medians of several rounds."""
     paths = {kind: save(folder / f"{kind}-large", LARGE, topk) for kind, topk in (("dense", None), ("sparse", 16))}
     found: dict[tuple[str, int, str], dict[str, list[float]]] = {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("bfloat16",):
         for length, count in LOADS:
             for _ in range(ROUNDS):
                 for kind, path in paths.items():
-                    times = found.setdefault((dtype, length, kind), {"prompt": [], "step": []})
-                    with engine(path, dtype, length) as llm:
-                        _time_load(llm, token_ids(length, count), times)
+                    times = found.setdefault((dtype, length, kind), {"prompt": [], "step": [], "attention": []})
+                    with engine(path, dtype, length) as llm, timed_attention() as spent:
+                        _time_load(llm, token_ids(length, count), times, spent)
     counts = dict(LOADS)
     return [
         {
@@ -220,17 +222,52 @@ def measure_speed(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _time_load(llm: Any, prompts: list[list[int]], times: dict[str, list[float]]) -> None:
-    def seconds(call: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+@contextlib.contextmanager
+def timed_attention() -> Iterator[list[float]]:
+    """A list to which each call of an attention kernel, flexmsa's or vLLM's dense one, appends its processor seconds."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-    run(llm, [prompts[0][:256]], max_tokens=2)
-    first = seconds(lambda: run(llm, prompts, max_tokens=1))
-    whole = seconds(lambda: run(llm, prompts, max_tokens=1 + STEPS))
-    times["prompt"].append(first)
-    times["step"].append((whole - first) / STEPS)
+    from flexmsa.integrations.vllm import attention
+
+    spent: list[float] = []
+
+    def timed(function: Any) -> Any:
+        def call(*args: Any, **settings: Any) -> Any:
+            start = time.process_time()
+            result = function(*args, **settings)
+            spent.append(time.process_time() - start)
+            return result
+
+        return call
+
+    sparse, dense = attention.attend_pages, CPUAttentionBackendImpl.forward
+    attention.attend_pages, CPUAttentionBackendImpl.forward = timed(sparse), timed(dense)
+    try:
+        yield spent
+    finally:
+        attention.attend_pages, CPUAttentionBackendImpl.forward = sparse, dense
+
+
+def _time_load(llm: Any, prompts: list[list[int]], times: dict[str, list[float]], spent: list[float]) -> None:
+    """Add the time of the prompts, which take one step each, the median of the steps that follow, and of their
+    attention."""
+    from vllm import SamplingParams
+
+    how = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, max_tokens=STEPS + len(prompts))
+    for name, warm in (("warm", True), ("measured", False)):
+        for number, ids in enumerate(prompts):
+            llm.llm_engine.add_request(f"{name} {number}", {"prompt_token_ids": ids[:256] if warm else ids}, how)
+        seconds, in_attention = [], []
+        while llm.llm_engine.has_unfinished_requests():
+            spent.clear()
+            start = time.process_time()
+            llm.llm_engine.step()
+            seconds.append(time.process_time() - start)
+            in_attention.append(sum(spent))
+    first, stop = len(prompts), len(prompts) + STEPS - 1
+    times["prompt"].append(sum(seconds[:first]))
+    times["step"].append(statistics.median(seconds[first:stop]))
+    times["attention"].append(statistics.median(in_attention[first:stop]))
 
 
 def main() -> int:
