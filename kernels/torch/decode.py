@@ -229,11 +229,14 @@ class _ChosenKeys:
     def gather_stored(self, x: Tensor, scratch: Scratch, name: str) -> Tensor:
         """x [B,Hkv,S,...], or its pages, to [J, L, ...] in x's dtype, in the buffer of that name."""
         stored = x.view(torch.int8) if fp8.is_e4m3(x) else x
-        if stored.is_contiguous():
-            gathered = scratch.take(name, self._place.numel(), *x.shape[3:], dtype=stored.dtype)
-            torch.index_select(stored.flatten(0, 2), 0, self._place, out=gathered)
-        else:
+        try:
+            # Equal steps between tokens, as in contiguous memory, or where an engine keeps values beside keys.
+            rows = stored.view(-1, *x.shape[3:])
+        except RuntimeError:
             gathered = stored[torch.unravel_index(self._place, x.shape[:3])]
+        else:
+            gathered = scratch.take(name, self._place.numel(), *x.shape[3:], dtype=stored.dtype)
+            torch.index_select(rows, 0, self._place, out=gathered)
         return gathered.view(x.dtype).view(*self._shape, *x.shape[3:])
 
     def gather(self, x: Tensor, scratch: Scratch) -> Tensor:

@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, MLAAttentionSpec
 
 from flexmsa import PagedBatch, PagePools, attend_pages, write_pages
 from flexmsa.integrations.vllm.settings import SparseSettings
@@ -104,6 +104,11 @@ def backend(block_size: int) -> type[AttentionBackend]:
         @staticmethod
         def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
             return [block_size]
+
+        @classmethod
+        def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+            # Kernels read a page of one head at once, so its tokens are best side by side.
+            return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC, KVCacheLayout.LBNHC, KVCacheLayout.BLNHC
 
         @classmethod
         def is_sparse(cls) -> bool:
