@@ -5,7 +5,7 @@ may be mixed. Everything stays on the device, and in a CUDA graph the same tenso
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from flexmsa._buffers import FP8
 from flexmsa._page_checks import check_buffer, check_paged_batch, check_tokens
 from flexmsa._profiling import profiled
 from flexmsa.backends import choose_backend
+from flexmsa.ops.checks import check_decodes
 from flexmsa.types import AuxOutput, AuxRequest
 
 __all__ = ["PagePools", "PagedBatch", "attend_pages", "select_pages", "write_pages"]
@@ -45,6 +46,8 @@ class PagePools:
     k_scale: Tensor | float | None = None
     v_scale: Tensor | float | None = None
     index_k_scale: Tensor | float | None = None
+    # As kernels take them: [page_size] ones for e4m3 pages without scales for each token.
+    scales: tuple[Tensor | None, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         given = {"k_scale": self.k_scale, "v_scale": self.v_scale, "index_k_scale": self.index_k_scale}
@@ -60,6 +63,11 @@ class PagePools:
                 raise ValueError(f"{name}: expected a positive float, for an e4m3 pool, got {scale} for {pool.dtype}")
         if isinstance(self.k_scale, Tensor) != isinstance(self.v_scale, Tensor):
             raise ValueError("k_scale, v_scale: expected scales for each token in both or in neither")
+        scales = (
+            scale if isinstance(scale, Tensor) else _ones(pool.device, self.page_size) if pool.dtype == FP8 else None
+            for pool, scale in zip(pools.values(), given.values(), strict=True)
+        )
+        object.__setattr__(self, "scales", tuple(scales))
 
     @property
     def page_size(self) -> int:
@@ -71,16 +79,6 @@ class PagePools:
         """What numbers of k, v and index_k are multiplied by before they are stored as e4m3."""
         scales = self.k_scale, self.v_scale, self.index_k_scale
         k, v, index_k = (1.0 / scale if isinstance(scale, float) else 1.0 for scale in scales)
-        return k, v, index_k
-
-    @functools.cached_property
-    def scales(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The scales as kernels take them: [page_size] ones for e4m3 pages without scales for each token."""
-        pairs = (self.k, self.k_scale), (self.v, self.v_scale), (self.index_k, self.index_k_scale)
-        k, v, index_k = (
-            scale if isinstance(scale, Tensor) else _ones(pool.device, self.page_size) if pool.dtype == FP8 else None
-            for pool, scale in pairs
-        )
         return k, v, index_k
 
 
@@ -148,6 +146,8 @@ class PagedBatch:
         """
         check_paged_batch(page_table, kv_lens, cu_seqlens_q, num_tokens, num_decodes, page_size)
         count, uniform = kv_lens.shape[0], cu_seqlens_q is None
+        if cu_seqlens_q is not None and not torch.compiler.is_compiling():
+            check_decodes(cu_seqlens_q, num_decodes)
         if num_decodes == count:
             # What is left is padding: without sequences there is nothing to compute apart.
             num_decodes = 0

@@ -11,7 +11,7 @@ from flexmsa.kernels import sequences as kernel
 from flexmsa.kernels.rules import SelectionRule
 
 from .attention import statistics_dtype
-from .checks import check_cu_seqlens, check_decodes, check_page_table, check_range, check_topk
+from .checks import check_cu_seqlens, check_page_table, check_range, check_topk
 from .dispatch import run_kernel
 from .library import operator
 
@@ -30,7 +30,6 @@ def paged_table(cu_seqlens_q, kv_lens, page_table, num_tokens, page_size, num_de
     check_range("kv_lens", kv_lens, 0, page_table.shape[1] * page_size)
     if cu_seqlens_q is not None:
         check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, num_tokens, padded=True)
-        check_decodes(cu_seqlens_q, num_decodes)
     if num_decodes:
         first = kv_lens[:num_decodes], page_table[:num_decodes], num_decodes, page_size
         kernel.paged_table(None, *first, table[:num_decodes])

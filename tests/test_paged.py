@@ -1,9 +1,172 @@
 """The functions for engines: ragged steps over pages, writing by slots, and what they refuse."""
 
 import pytest
-from paged_cases import CASES, run
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged_cases import CASES, FP8, Step, make_pools, run
+
+import flexmsa
+from flexmsa import PagedBatch, PagePools, ops
 
 
 @pytest.mark.parametrize("step", CASES.values(), ids=CASES)
 def test_a_step_is_each_sequence_on_its_own(step):
     run(step, "torch")
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_any_step(data):
+    counts = data.draw(st.lists(st.integers(0, 24), min_size=1, max_size=5), label="queries")
+    if sum(counts) == 0:
+        counts[-1] = 1
+    decodes = next((row for row, count in enumerate(counts) if count != 1), len(counts))
+    page_size = data.draw(st.sampled_from([8, 12, 16]), label="page size")
+    step = Step(
+        tuple(counts),
+        tuple(data.draw(st.integers(0, 90), label="keys") for _ in counts),
+        padding=data.draw(st.integers(0, 3), label="padding"),
+        num_decodes=data.draw(st.integers(0, decodes), label="num_decodes"),
+        scales=data.draw(st.sampled_from([None, "token", "tensor"]), label="scales"),
+        topk=data.draw(st.sampled_from([None, 2, 5]), label="topk"),
+        page_size=page_size,
+    )
+    run(step, "torch", seed=data.draw(st.integers(0, 99), label="seed"))
+
+
+def test_a_table_is_written_in_place():
+    page_table = torch.tensor([[0, 1], [2, -1]], dtype=torch.int32)
+    lens, offsets = torch.tensor([20, 7], dtype=torch.int32), torch.tensor([0, 1, 4], dtype=torch.int32)
+    sizes = {"num_tokens": 6, "num_decodes": 1, "page_size": 16}
+    first = PagedBatch(page_table, lens, offsets, **sizes)
+    later = torch.tensor([21, 9], dtype=torch.int32)
+    again = PagedBatch(page_table, later, torch.tensor([0, 1, 5], dtype=torch.int32), **sizes, table=first.table)
+    assert again.table is first.table
+    assert first.table.tolist() == [[0, 0, 1, 0, 21], [0, 0, 4, 0, 9], [0, 4, 5, 0, 0]]
+
+
+def test_values_out_of_range_raise():
+    table, lens = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([20, 7], dtype=torch.int32)
+    sizes = {"num_tokens": 4, "page_size": 16}
+    offsets = torch.tensor([0, 1, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="kv_lens: expected 0 to 48, got 49"):
+        PagedBatch(table, torch.tensor([49, 7], dtype=torch.int32), offsets, **sizes)
+    with pytest.raises(ValueError, match="cu_seqlens_q: expected rising offsets"):
+        PagedBatch(table, lens, torch.tensor([0, 3, 2], dtype=torch.int32), **sizes)
+    with pytest.raises(ValueError, match="num_decodes: expected one token in each of the first 2 sequences"):
+        PagedBatch(table, lens, offsets, num_decodes=2, **sizes)
+    pools, batch = make_pools(Step((), ()), 2), PagedBatch(table + 5, lens, offsets, **sizes)
+    with pytest.raises(ValueError, match="page_table: expected a page from 0 to 1"):
+        flexmsa.attend_pages(torch.zeros(4, 6, 16), torch.zeros(4, 2, 16), pools, batch)
+
+
+BATCH = {
+    "page_table": torch.zeros(2, 3, dtype=torch.int32),
+    "kv_lens": torch.ones(2, dtype=torch.int32),
+    "cu_seqlens_q": torch.tensor([0, 1, 4], dtype=torch.int32),
+    "num_tokens": 4,
+}
+WRONG_BATCHES = [
+    ({"page_table": torch.zeros(2, 3)}, "page_table: expected int32"),
+    ({"page_table": torch.zeros(2, 3, dtype=torch.int64)}, r"page_table: expected int32 \[R, max_pages\]"),
+    ({"page_table": torch.zeros(3, 2, dtype=torch.int32).T}, "page_table: expected dense rows"),
+    ({"page_table": torch.zeros(1, 3, dtype=torch.int32).expand(2, 3)}, "page_table: expected dense rows"),
+    ({"kv_lens": torch.ones(3, dtype=torch.int32)}, "kv_lens: expected"),
+    ({"cu_seqlens_q": torch.zeros(2, dtype=torch.int32)}, "cu_seqlens_q: expected"),
+    ({"cu_seqlens_q": None, "num_tokens": 3}, "num_tokens: expected a multiple of 2 sequences"),
+    ({"num_tokens": 0}, "num_tokens: expected an int >= 1"),
+    ({"num_decodes": 3}, "num_decodes: expected cu_seqlens_q, and at most its 2 sequences"),
+    ({"page_table": torch.empty(2, 2**23, dtype=torch.int32)}, "pass a narrower table"),
+    ({"table": torch.zeros(2, 5, dtype=torch.int32)}, r"table: expected contiguous int32 \[3, 5\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_BATCHES, ids=[message for _, message in WRONG_BATCHES])
+def test_wrong_batches_raise(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        PagedBatch(**{**BATCH, **change})
+
+
+def fitting(**change):
+    """Arguments of a call of four tokens, with changes."""
+    pools = make_pools(Step((), (), page_size=128), 4)
+    given = {"q": torch.zeros(4, 6, 16), "index_q": torch.zeros(4, 2, 16), "pools": pools, "batch": PagedBatch(**BATCH)}
+    return given | change
+
+
+WRONG_CALLS = [
+    ({"q": torch.zeros(3, 6, 16)}, r"q: expected \[T=4, H=a multiple of 2, D=16\]"),
+    ({"q": torch.zeros(4, 5, 16)}, "q: expected"),
+    ({"q": torch.zeros(4, 6, 16).half()}, "q: expected torch.float32"),
+    ({"index_q": torch.zeros(4, 3, 16)}, r"index_q: expected \[T=4, H=2, D=16\]"),
+    ({"index_q": None}, "index_q: expected a tensor to select with"),
+    ({"topk": 0}, "topk: expected"),
+    ({"out": torch.zeros(4, 6, 16).half()}, "out: expected torch.float32"),
+    ({"out": torch.zeros(4, 16, 6).transpose(1, 2)}, "with a dense last dimension"),
+    ({"block_indices": torch.zeros(4, 1, 3, dtype=torch.int32)}, "block_indices: expected"),
+    ({"batch": PagedBatch(**BATCH, page_size=64)}, "batch: expected page_size=128"),
+    ({"backend": "reference"}, "has no kernel for paged"),
+    ({"return_aux": flexmsa.AuxRequest(index_loss=True)}, "return_aux: expected lse or block_indices"),
+    ({"q": torch.zeros(4, 6, 16, requires_grad=True)}, "q: expected no gradient"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_CALLS, ids=[message for _, message in WRONG_CALLS])
+def test_wrong_calls_raise(change, message):
+    with pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError), match=message):
+        flexmsa.attend_pages(**fitting(**change))
+
+
+def test_wrong_pools_raise():
+    k, index_k = torch.zeros(3, 2, 16, 8), torch.zeros(3, 1, 16, 8)
+    with pytest.raises(ValueError, match="expected a dense last dimension"):
+        PagePools(k.transpose(2, 3).contiguous().transpose(2, 3), k, index_k)
+    with pytest.raises(ValueError, match="k_scale: expected a positive float, for an e4m3 pool"):
+        PagePools(k, k, index_k, k_scale=2.0)
+    stored = k.to(FP8)
+    with pytest.raises(ValueError, match="in both or in neither"):
+        PagePools(stored, stored, index_k, k_scale=torch.zeros(3, 2, 16, dtype=torch.uint8))
+
+
+def test_operators_are_sound():
+    step = Step((1, 3), (20, 33), num_decodes=1)
+    pools = make_pools(step, 8)
+    for x in (pools.k, pools.v, pools.index_k):
+        x.normal_()
+    batch = PagedBatch(
+        torch.arange(8, dtype=torch.int32).view(2, 4),
+        torch.tensor(step.kv_lens, dtype=torch.int32),
+        torch.tensor([0, 1, 4], dtype=torch.int32),
+        num_tokens=4,
+        page_size=16,
+    )
+    new = [torch.randn(1, heads, 4, 16) for heads in (2, 2, 1)]
+    stored = pools.k.clone(), pools.v.clone(), pools.index_k.clone()
+    tests = ("test_schema", "test_faketensor")
+    slots, factors = torch.tensor([3, -1, 20, 200]), (1.0, 1.0, 1.0)
+    torch.library.opcheck(
+        ops.write_pages, (*new, slots, *stored, None, None, None, *factors, "torch"), test_utils=tests
+    )
+    table = batch.table, torch.arange(8, dtype=torch.int32).view(2, 4)
+    q, index_q, ids = torch.randn(1, 6, 4, 16), torch.randn(1, 2, 4, 16), torch.zeros(1, 2, 4, 2, dtype=torch.int32)
+    selected = index_q, stored[2], *table, None, ids, 1, 0, "torch"
+    torch.library.opcheck(ops.select_pages, selected, test_utils=tests)
+    attended = q, index_q, *stored, *table, None, None, None, torch.empty_like(q), ids, 1, 0, 0.25, "torch"
+    torch.library.opcheck(ops.attend_pages, attended, test_utils=tests)
+
+
+def test_compiles():
+    step = Step((1, 1), (20, 33), uniform=True)
+    pools = make_pools(step, 8)
+    for x in (pools.k, pools.v, pools.index_k):
+        x.normal_()
+    sizes = {"num_tokens": 2, "page_size": 16}
+    batch = PagedBatch(torch.arange(8).int().view(2, 4), torch.tensor([20, 33]).int(), **sizes)
+    q, index_q = torch.randn(2, 6, 16), torch.randn(2, 2, 16)
+
+    def attend(q, index_q):
+        return flexmsa.attend_pages(q * 2, index_q, pools, batch, topk=2)
+
+    with torch.no_grad():
+        assert torch.equal(torch.compile(attend, fullgraph=True, backend="aot_eager")(q, index_q), attend(q, index_q))

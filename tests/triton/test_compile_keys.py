@@ -114,14 +114,15 @@ def chosen(problem, name, **changes):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_hopper_runs_the_kernels_in_gluon(name):
-    assert chosen(M3, name) == (GLUON if name == "sm_90" else TRITON)
+    for paged in (False, True):
+        assert chosen(replace(M3, paged=paged), name) == (GLUON if name == "sm_90" else TRITON)
     assert chosen(replace(M3, topk=None), name)[0] == "query_major"
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        *({"head_dim": 96}, {"block_size": 32}, {"dtype": torch.float32}, {"paged": True}),
+        *({"head_dim": 96}, {"block_size": 32}, {"dtype": torch.float32}),
         *({"key_dtype": torch.float8_e4m3fn}, {"bulk_copies": False}, {"positive_scale": False}),
     ],
     ids=str,

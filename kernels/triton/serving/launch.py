@@ -177,6 +177,16 @@ def attend_pages(
     ids: torch.Tensor | None,
 ) -> torch.Tensor:
     """Write `out`, and with a rule the ids of its selection; return lse. Scales may be [block_size], of each page."""
+    if is_ahead():
+        stored = q, index_q, k, v, index_k
+        for number in VARIANTS:
+            with for_one_length():
+                table = page_table.new_empty(page_table.shape[0], number)
+                scales = k_scale, v_scale, index_k_scale
+                attend_pages(*stored, table, *scales, sequences, rule, scale, out, ids)
+    else:
+        sizes = q.shape, None if index_q is None else index_q.shape, q.dtype, k.dtype, index_k.dtype
+        compile_other_lengths(("pages", q.device, *sizes, rule))
     lists = None
     if index_q is not None and rule is not None:
         ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, ids=ids)
