@@ -147,7 +147,8 @@ def vllm_speed() -> str:
         times = [row["prompt"], row["step"], row["attention"], row["step"] - row["attention"]]
         cells = f"{row['prompts']} x {row['keys'] // 1024}K", row["model"]
         rows.append([*cells, f"{times[0]:.2f} s", *(f"{1e3 * seconds:.1f} ms" for seconds in times[1:])])
-    return _vllm_machine(found) + markdown(["prompts", "model", "prompts", "step", "attention", "rest of the step"], rows)
+    head = ["load", "model", "prompts", "step", "attention", "rest of the step"]
+    return _vllm_machine(found) + markdown(head, rows)
 
 
 # Layers, width, MLP, heads, KV heads, head dim.

