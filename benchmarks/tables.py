@@ -151,6 +151,28 @@ def vllm_speed() -> str:
     return _vllm_machine(found) + markdown(head, rows)
 
 
+def gpu_pages() -> str:
+    found = load_result("pages-h200.json")
+    head = ["heads", "step", "attend", "floor", "beside", "write", "launches"]
+    rows = []
+    parts: dict[tuple[str, str], float] = {}
+    for row in found["rows"]:
+        if row["way"] in ("decodes", "chunk"):
+            key = str(row["heads"]), row["name"]
+            parts[key] = parts.get(key, 0.0) + row["us"]
+    for row in found["rows"]:
+        decode = row["way"] == "decode"
+        if row["way"] in ("decodes", "chunk"):
+            continue
+        step = f"decode {row['name']}" if decode else f"{row['way']}, {row['name'].replace('100000', '100K')}"
+        total = parts.get((str(row["heads"]), row["name"]), 0.0)
+        beside = f"{row['contiguous']:.0f} us contiguous" if decode else f"{total:.0f} us, its parts"
+        numbers = [f"{row['us']:.0f} us", f"{row['floor']:.0f} us", beside, f"{row['write']:.1f} us"]
+        rows.append(["/".join(map(str, row["heads"])), step, *numbers, f"{row['launches']:.0f}"])
+    machine = "{gpu}, torch {torch}, triton {triton}.\n\n".format(**found["machine"])
+    return machine + markdown(head, rows)
+
+
 # Layers, width, MLP, heads, KV heads, head dim.
 TRAINED_SHAPES = {"Qwen3-0.6B": (28, 1024, 3072, 16, 8, 128), "Llama 8B": (32, 4096, 14336, 32, 8, 128)}
 
@@ -229,6 +251,7 @@ OWN_TABLES = (
     *CPU_TABLES,
     training_memory,
     gpu_generation,
+    gpu_pages,
     transformers_tests,
     vllm_agreement,
     vllm_speed,
