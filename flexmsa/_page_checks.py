@@ -1,20 +1,48 @@
 """Checks of what an engine passes with its pages; they read no values."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flexmsa import validation
 
-__all__ = ["check_buffer", "check_paged_batch", "check_tokens"]
+__all__ = ["check_buffer", "check_paged_batch", "check_pools", "check_table", "check_tokens"]
 
 _NUMBERS = 2**31
 
 
-def check_tokens(name: str, x: Tensor, num_tokens: int, pool: Tensor, num_heads: int, groups: bool = False) -> None:
-    """Check new tokens or queries [T, H, D] against the pool that they meet; groups: H is a multiple of num_heads."""
+def check_pools(pools: Any, batch: Any) -> None:
+    """Check that a batch can be attended to with these pools."""
+    for name, x, kind in (("pools", pools, "PagePools"), ("batch", batch, "PagedBatch")):
+        if type(x).__name__ != kind:
+            raise TypeError(f"{name}: expected a {kind}, got {type(x).__name__}")
+    if batch.page_size != pools.page_size:
+        raise ValueError(f"batch: expected page_size={pools.page_size}, that of the pools, got {batch.page_size}")
+
+
+def check_table(table: Tensor, rows: int, device: torch.device) -> None:
+    """Check where the table of sequences is to be written."""
+    if not isinstance(table, Tensor):
+        raise TypeError(f"table: expected that of an earlier batch, got {type(table).__name__}")
+    if table.shape != (rows, 5) or table.dtype != torch.int32 or table.device != device or not table.is_contiguous():
+        raise ValueError(
+            f"table: expected contiguous int32 {[rows, 5]} on {device}, got {table.dtype} {list(table.shape)} on "
+            f"{table.device}"
+        )
+
+
+def check_tokens(
+    name: str, x: Tensor, num_tokens: int | None, pool: Tensor, num_heads: int, groups: bool = False
+) -> None:
+    """Check new tokens or queries [T, H, D] against the pool that they meet.
+
+    num_tokens: T, if it is known; groups: H is a multiple of num_heads.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor [T, H, D], got {type(x).__name__}")
     head_dim, heads = pool.shape[3], x.shape[1] if x.dim() == 3 else 0
+    num_tokens = x.shape[0] if num_tokens is None else num_tokens
     matches = heads > 0 and heads % num_heads == 0 if groups else heads == num_heads
     if x.dim() != 3 or (x.shape[0], x.shape[2]) != (num_tokens, head_dim) or not matches:
         multiple = "a multiple of " if groups else ""
@@ -29,11 +57,14 @@ def check_tokens(name: str, x: Tensor, num_tokens: int, pool: Tensor, num_heads:
         raise TypeError(f"{name}: expected {wanted} for pages of {pool.dtype}, got {x.dtype}; cast it")
 
 
-def check_buffer(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Check a tensor [T, H, n] that a kernel writes, or ids that it reads."""
+def check_buffer(name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Check a tensor [T, H, n] that a kernel writes, or ids that it reads, of which n may be any."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor {list(shape)}, got {type(x).__name__}")
-    validation.check_shape(name, x, shape, "[T, H, n]")
+    if x.dim() != 3:
+        raise ValueError(f"{name}: expected [T, H, n], got {list(x.shape)}")
+    expected = tuple(size if wanted is None else wanted for size, wanted in zip(x.shape, shape, strict=True))
+    validation.check_shape(name, x, expected, "[T, H, n]")
     if x.dtype != dtype or x.device != device or x.stride(2) != 1:
         raise TypeError(
             f"{name}: expected {dtype} on {device} with a dense last dimension, got {x.dtype} on {x.device} with "
@@ -48,7 +79,9 @@ def check_paged_batch(
     validation.check_int("num_tokens", num_tokens, 1)
     validation.check_int("page_size", page_size, 1)
     validation.check_int("num_decodes", num_decodes, 0)
-    validation.check_lengths("page_table", page_table, kv_lens.device)
+    if not isinstance(page_table, Tensor):
+        raise TypeError(f"page_table: expected a tensor [R, max_pages], got {type(page_table).__name__}")
+    validation.check_lengths("page_table", page_table, page_table.device)
     validation.check_lengths("kv_lens", kv_lens, page_table.device)
     if page_table.dtype != torch.int32 or page_table.dim() != 2 or 0 in page_table.shape:
         raise ValueError(f"page_table: expected int32 [R, max_pages], got {page_table.dtype} {list(page_table.shape)}")

@@ -4,7 +4,6 @@ Tokens come first, as engines have them: T tokens of R sequences, in a row. Chun
 may be mixed. Everything stays on the device, and in a CUDA graph the same tensors are written anew before a replay.
 """
 
-import functools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from flexmsa import _core, ops, validation
 from flexmsa._buffers import FP8
-from flexmsa._page_checks import check_buffer, check_paged_batch, check_tokens
+from flexmsa._page_checks import check_buffer, check_paged_batch, check_pools, check_table, check_tokens
 from flexmsa._profiling import profiled
 from flexmsa.backends import choose_backend
 from flexmsa.ops.checks import check_decodes
@@ -63,6 +62,9 @@ class PagePools:
                 raise ValueError(f"{name}: expected a positive float, for an e4m3 pool, got {scale} for {pool.dtype}")
         if isinstance(self.k_scale, Tensor) != isinstance(self.v_scale, Tensor):
             raise ValueError("k_scale, v_scale: expected scales for each token in both or in neither")
+        if 0 in self.k.shape or 0 in self.index_k.shape:
+            sizes = f"{list(self.k.shape)} and {list(self.index_k.shape)}"
+            raise ValueError(f"k, index_k: expected at least one page, head and number, got {sizes}")
         scales = (
             scale if isinstance(scale, Tensor) else _ones(pool.device, self.page_size) if pool.dtype == FP8 else None
             for pool, scale in zip(pools.values(), given.values(), strict=True)
@@ -82,10 +84,13 @@ class PagePools:
         return k, v, index_k
 
 
-@functools.lru_cache
 def _ones(device: torch.device, page_size: int) -> Tensor:
     """The codes of scales 1."""
     return torch.full((page_size,), 127, dtype=torch.uint8, device=device)
+
+
+# Rows of a table beside those of the sequences: padding tokens, and a beginning at a multiple of 16 bytes.
+_SPARE = 4
 
 
 class _Part(NamedTuple):
@@ -106,7 +111,7 @@ class PagedBatch:
     """Which tokens each sequence of a step has, and its pages; made once per step, and used by every layer.
 
     Attributes:
-        table: [R, 5] or [R + 1, 5] int32, the sequences as kernels take them.
+        table: [R + 4, 5] int32, the sequences as kernels take them.
         num_tokens, page_size: as given.
 
     >>> page_table = torch.tensor([[3, 1], [0, -1]], dtype=torch.int32)
@@ -138,30 +143,30 @@ class PagedBatch:
             num_decodes: the first sequences of cu_seqlens_q that have one token each; they are computed as a decoding
                 step, and not in the tiles of many tokens that others share. 0 is right for any batch.
             page_size: tokens per page.
-            table: where to write the table, for a graph that was captured with it: that of an earlier batch of the same
-                sizes.
+            table: [R + 4, 5] int32, where to write the table: that of an earlier batch, for a graph that was captured
+                with it. The graph also reads that batch's page_table, to be written anew, and has its num_decodes.
 
         Raises:
             ValueError, TypeError: a shape, dtype, device or, on a CPU, a value is not as described.
         """
         check_paged_batch(page_table, kv_lens, cu_seqlens_q, num_tokens, num_decodes, page_size)
-        count, uniform = kv_lens.shape[0], cu_seqlens_q is None
+        count = kv_lens.shape[0]
         if cu_seqlens_q is not None and not torch.compiler.is_compiling():
             check_decodes(cu_seqlens_q, num_decodes)
         if num_decodes == count:
-            # What is left is padding: without sequences there is nothing to compute apart.
-            num_decodes = 0
-        shape = (count if uniform else count + 1), 5
+            # Tokens past the last sequence belong to a part that has one.
+            cu_seqlens_q, num_decodes = (None, 0) if num_tokens == count else (cu_seqlens_q, count - 1)
+        uniform = cu_seqlens_q is None
         if table is None:
-            table = torch.empty(shape, dtype=torch.int32, device=kv_lens.device)
-        elif table.shape != shape or table.dtype != torch.int32 or not table.is_contiguous():
-            raise ValueError(f"table: expected contiguous int32 {list(shape)}, got {table.dtype} {list(table.shape)}")
+            table = torch.empty(count + _SPARE, 5, dtype=torch.int32, device=kv_lens.device)
+        check_table(table, count + _SPARE, kv_lens.device)
         ops.paged_table(cu_seqlens_q, kv_lens, page_table, num_tokens, page_size, num_decodes, table)
         self.table, self.num_tokens, self.page_size = table, num_tokens, page_size
         self._sizes = count, num_decodes
         rows, others = count if uniform else 1, num_tokens - num_decodes
-        tables = table[num_decodes:], page_table[num_decodes:]
-        self._parts = [_Part(slice(num_decodes, num_tokens), rows, others // rows, *tables)] if others else []
+        first = ops.second_part(num_decodes)
+        own = table[first : first + count - num_decodes + (0 if uniform else 1)]
+        self._parts = [_Part(slice(num_decodes, num_tokens), rows, others // rows, own, page_table)] if others else []
         if num_decodes:
             tables = table[:num_decodes], page_table[:num_decodes]
             self._parts.insert(0, _Part(slice(0, num_decodes), num_decodes, 1, *tables))
@@ -195,8 +200,9 @@ def write_pages(
     [0.0, 0.0, 0.0, 1.0, 0.0]
     """
     for name, x, pool in (("k", k, pools.k), ("v", v, pools.v), ("index_k", index_k, pools.index_k)):
-        check_tokens(name, x, k.shape[0], pool, pool.shape[1])
+        check_tokens(name, x, None, pool, pool.shape[1])
     validation.reject_gradients(k=k, v=v, index_k=index_k)
+    validation.reject_gradients(**{"pools.k": pools.k, "pools.v": pools.v, "pools.index_k": pools.index_k})
     validation.check_lengths("slots", slots, pools.k.device)
     validation.check_shape("slots", slots, (k.shape[0],), "[T]")
     new = (x.transpose(0, 1).unsqueeze(0) for x in (k, v, index_k))
@@ -234,6 +240,7 @@ def select_pages(
     >>> select_pages(torch.randn(1, 1, 8), pools, batch, topk=3)
     tensor([[[ 0,  1, -1]]], dtype=torch.int32)
     """
+    check_pools(pools, batch)
     validation.check_settings(pools.page_size, topk, num_local_blocks, num_init_blocks)
     _check_queries("index_q", index_q, pools, batch)
     shape = batch.num_tokens, pools.k.shape[1], topk
@@ -275,7 +282,7 @@ def attend_pages(
 
     Returns:
         [T, Hq, D], which is `out` if it is given; or with `return_aux` also an AuxOutput, lse [T, Hq] and block_indices
-        [T, Hkv, topk]. A token that sees no key gets 0.
+        [T, Hkv, topk], None where every block is taken. A token that sees no key gets 0.
 
     Raises:
         RuntimeError: q or index_q needs a gradient. ValueError, TypeError: an argument is not as described.
@@ -286,8 +293,10 @@ def attend_pages(
     torch.Size([1, 4, 32])
     """
     aux = validation.check_aux(return_aux)
+    validation.check_scale("scale", scale)
     if aux.any_loss:
         raise ValueError("return_aux: expected lse or block_indices, got index_loss, which training has")
+    check_pools(pools, batch)
     validation.check_settings(pools.page_size, topk, num_local_blocks, num_init_blocks)
     _check_queries("q", q, pools, batch)
     backend = choose_backend("paged", backend, q)
@@ -297,7 +306,7 @@ def attend_pages(
     num_kv_heads, ids = pools.k.shape[1], block_indices
     if ids is not None:
         index_q = None
-        check_buffer("block_indices", ids, (batch.num_tokens, num_kv_heads, ids.shape[-1]), torch.int32, q.device)
+        check_buffer("block_indices", ids, (batch.num_tokens, num_kv_heads, None), torch.int32, q.device)
     elif topk is None:
         index_q = None
     elif index_q is None:
@@ -307,7 +316,7 @@ def attend_pages(
         ids = torch.empty(batch.num_tokens, num_kv_heads, topk, dtype=torch.int32, device=q.device)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if isinstance(pools.k_scale, float):
-        scale *= pools.k_scale
+        scale = scale * pools.k_scale
     numbers, found = (num_local_blocks, num_init_blocks, scale, backend), []
     for part in batch._parts:
         q_part, index_part, to, chosen = (None if x is None else part.arrange(x) for x in (q, index_q, out, ids))
@@ -324,7 +333,5 @@ def attend_pages(
 def _check_queries(name: str, x: Tensor, pools: PagePools, batch: PagedBatch) -> None:
     """Check q or index_q against the pages that it is multiplied with."""
     pool = pools.index_k if name == "index_q" else pools.k
-    if batch.page_size != pools.page_size:
-        raise ValueError(f"batch: expected page_size={pools.page_size}, that of the pools, got {batch.page_size}")
     check_tokens(name, x, batch.num_tokens, pool, pools.k.shape[1], groups=name == "q")
-    validation.reject_gradients(**{name: x})
+    validation.reject_gradients(**{name: x, "k": pools.k, "v": pools.v, "index_k": pools.index_k})

@@ -77,7 +77,7 @@ def check_settings(
         )
 
 
-def _check_scale(name: str, scale: float | None) -> None:
+def check_scale(name: str, scale: float | None) -> None:
     if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"{name}: expected a float or None, got {type(scale).__name__}")
 
@@ -134,7 +134,7 @@ def check_main_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> N
     check_shape("k", k, (batch, num_kv_heads, seqlen_k, head_dim), "[B, Hkv, Sk, D] with q's B and D")
     check_shape("v", v, k.shape, "the shape of k")
     _check_alike({"q": q, "k": k, "v": v})
-    _check_scale("scale", scale)
+    check_scale("scale", scale)
 
 
 def check_index_inputs(index_q: Tensor, index_k: Tensor, index_scale: float | None = None, e4m3: bool = False) -> None:
@@ -147,7 +147,7 @@ def check_index_inputs(index_q: Tensor, index_k: Tensor, index_scale: float | No
     layout = "[B, 1, Sk, Di], one head for all groups, index_q's B and Di"
     check_shape("index_k", index_k, (batch, 1, seqlen_k, head_dim), layout)
     _check_alike({"index_q": index_q, "index_k": index_k})
-    _check_scale("index_scale", index_scale)
+    check_scale("index_scale", index_scale)
 
 
 def check_branches_match(q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor) -> None:
@@ -267,7 +267,7 @@ def check_decode_inputs(
         _check_device(name, x, cache.k.device, "of the cache, ")
     if cache.k_scale is None:
         _check_same_dtype("q", q, "the cache's keys", cache.k)
-    _check_scale("scale", scale)
+    check_scale("scale", scale)
     if cache.block_size not in (None, block_size):
         raise ValueError(f"block_size: expected that by which the cache is cut, {cache.block_size}, got {block_size}")
     if cache.page_table is not None and cache.k.shape[2] != block_size:

@@ -121,13 +121,19 @@ def next_positions(kv_lens: Tensor, kv_starts: Tensor, count: int) -> Tensor:
 
 
 def paged_table(
-    cu_seqlens_q: Tensor | None, kv_lens: Tensor, page_table: Tensor, num_tokens: int, page_size: int, table: Tensor
+    cu_seqlens_q: Tensor | None,
+    kv_lens: Tensor,
+    page_table: Tensor,
+    num_tokens: int,
+    page_size: int,
+    table: Tensor,
+    first_row: int = 0,
 ) -> None:
     """Write the table of sequences of num_tokens queries, whose keys are in pages, as PyTorch operations.
 
     Without cu_seqlens_q, table is [R, 5]: each sequence is a batch row, with num_tokens // R queries. With it, table is
     [R + 1, 5]: all sequences are of batch row 0, as are the queries past the last of them, which see no key. Values out
-    of range are pulled into it; offsets count from the first.
+    of range are pulled into it; offsets count from the first. first_row: of page_table, of the first sequence.
     """
     count = kv_lens.shape[0]
     table.zero_()
@@ -140,7 +146,7 @@ def paged_table(
         offsets = (cu_seqlens_q - cu_seqlens_q[:1]).to(torch.int32).clamp(0, num_tokens).cummax(0).values
         column.q_start.copy_(offsets[:-1])
         column.q_end.copy_(offsets[1:])
-        column.k_start.copy_(order * (page_table.stride(0) * page_size))
+        column.k_start.copy_((order + first_row) * (page_table.stride(0) * page_size))
         table[count, 1:2] = offsets[-1:]
         table[count, 2] = num_tokens
     column.k_end.copy_(column.k_start + kv_lens.clamp(0, page_table.shape[1] * page_size))

@@ -8,7 +8,7 @@ from .dispatch import expected_training_step
 from .flex import block_mask_lists, dense_mask_lists, pack_gqa, unpack_gqa
 from .flops import register_formulas
 from .index_loss import index_loss, index_loss_backward
-from .pages import attend_pages, paged_table, select_pages, write_pages
+from .pages import attend_pages, paged_table, second_part, select_pages, write_pages
 from .selection import scored_blocks, select_blocks
 from .sequences import fragment_table, next_positions, sequence_table
 
@@ -32,6 +32,7 @@ __all__ = [
     "pack_gqa",
     "paged_table",
     "scored_blocks",
+    "second_part",
     "select_and_attend",
     "select_blocks",
     "select_pages",

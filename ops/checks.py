@@ -28,7 +28,9 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, seqlen: int, padded: bool = 
     if cu_seqlens.device.type != "cpu":
         return
     offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or not (offsets[-1] == seqlen or (padded and offsets[-1] < seqlen)):
+    if padded and (offsets[0] != 0 or offsets[-1] > seqlen):
+        raise ValueError(f"{name}: expected offsets from 0 to at most {seqlen}, got {offsets[0]} to {offsets[-1]}")
+    if offsets[0] != 0 or (offsets[-1] != seqlen and not padded):
         raise ValueError(
             f"{name}: expected offsets from 0 to the sequence length {seqlen}, "
             f"got {offsets[0]} to {offsets[-1]}; make padding the last document, or remove it"
@@ -140,7 +142,7 @@ def _check_pages(page_table: Tensor, row: int, blocks: range, num_pages: int) ->
         if not 0 <= page < num_pages:
             raise ValueError(
                 f"page_table: expected a page from 0 to {num_pages - 1} for block {block} of row {row}, got {page}; "
-                "reserve pages before tokens are appended"
+                "each block with keys needs one, which `reserve` gives to the rows of a cache"
             )
 
 

@@ -23,9 +23,10 @@ from .library import operator
     has_gradient=False,
 )
 def paged_table(cu_seqlens_q, kv_lens, page_table, num_tokens, page_size, num_decodes, table):
-    """Write `sequences` (see flexmsa.kernels) of kv_lens [R] to table: [R, 5], or [R + 1, 5] with cu_seqlens_q.
+    """Write `sequences` (see flexmsa.kernels) of kv_lens [R] to table [R + 4, 5].
 
-    The first num_decodes rows are a table of their own, of sequences of one query each.
+    The first num_decodes rows are a table of their own, of sequences of one query each. The table of the others begins
+    at `second_part`; with cu_seqlens_q it has a row more.
     """
     check_range("kv_lens", kv_lens, 0, page_table.shape[1] * page_size)
     if cu_seqlens_q is not None:
@@ -34,8 +35,15 @@ def paged_table(cu_seqlens_q, kv_lens, page_table, num_tokens, page_size, num_de
         first = kv_lens[:num_decodes], page_table[:num_decodes], num_decodes, page_size
         kernel.paged_table(None, *first, table[:num_decodes])
         cu_seqlens_q = cu_seqlens_q[num_decodes:]
-    others = kv_lens[num_decodes:], page_table[num_decodes:], num_tokens - num_decodes, page_size
-    kernel.paged_table(cu_seqlens_q, *others, table[num_decodes:])
+    others = kv_lens[num_decodes:], page_table, num_tokens - num_decodes, page_size
+    rows = kv_lens.shape[0] - num_decodes + (cu_seqlens_q is not None)
+    first_row = second_part(num_decodes)
+    kernel.paged_table(cu_seqlens_q, *others, table[first_row : first_row + rows], num_decodes)
+
+
+def second_part(num_decodes: int) -> int:
+    """The row of a table after those of the decodes, at a multiple of 16 bytes: kernels are compiled for alignment."""
+    return -(-num_decodes // 4) * 4
 
 
 @operator(

@@ -43,7 +43,9 @@ def test_a_table_is_written_in_place():
     later = torch.tensor([21, 9], dtype=torch.int32)
     again = PagedBatch(page_table, later, torch.tensor([0, 1, 5], dtype=torch.int32), **sizes, table=first.table)
     assert again.table is first.table
-    assert first.table.tolist() == [[0, 0, 1, 0, 21], [0, 0, 4, 0, 9], [0, 4, 5, 0, 0]]
+    # The table of what does not decode begins at a multiple of 16 bytes.
+    assert first.table[:1].tolist() == [[0, 0, 1, 0, 21]]
+    assert first.table[4:].tolist() == [[0, 0, 4, 32, 41], [0, 4, 5, 0, 0]]
 
 
 def test_values_out_of_range_raise():
@@ -78,7 +80,10 @@ WRONG_BATCHES = [
     ({"num_tokens": 0}, "num_tokens: expected an int >= 1"),
     ({"num_decodes": 3}, "num_decodes: expected cu_seqlens_q, and at most its 2 sequences"),
     ({"page_table": torch.empty(2, 2**23, dtype=torch.int32)}, "pass a narrower table"),
-    ({"table": torch.zeros(2, 5, dtype=torch.int32)}, r"table: expected contiguous int32 \[3, 5\]"),
+    ({"table": torch.zeros(2, 5, dtype=torch.int32)}, r"table: expected contiguous int32 \[6, 5\] on cpu"),
+    ({"table": [0]}, "table: expected that of an earlier batch, got list"),
+    ({"kv_lens": [1, 1]}, "kv_lens: expected a tensor, got list"),
+    ({"cu_seqlens_q": torch.tensor([0, 1, 5], dtype=torch.int32)}, "expected offsets from 0 to at most 4, got 0 to 5"),
 ]
 
 
@@ -106,6 +111,9 @@ WRONG_CALLS = [
     ({"out": torch.zeros(4, 16, 6).transpose(1, 2)}, "with a dense last dimension"),
     ({"block_indices": torch.zeros(4, 1, 3, dtype=torch.int32)}, "block_indices: expected"),
     ({"batch": PagedBatch(**BATCH, page_size=64)}, "batch: expected page_size=128"),
+    ({"pools": None}, "pools: expected a PagePools, got NoneType"),
+    ({"scale": "x"}, "scale: expected"),
+    ({"block_indices": [1]}, "block_indices: expected a tensor"),
     ({"backend": "reference"}, "has no kernel for paged"),
     ({"return_aux": flexmsa.AuxRequest(index_loss=True)}, "return_aux: expected lse or block_indices"),
     ({"q": torch.zeros(4, 6, 16, requires_grad=True)}, "q: expected no gradient"),
@@ -130,7 +138,7 @@ def test_wrong_pools_raise():
 
 
 def test_operators_are_sound():
-    step = Step((1, 3), (20, 33), num_decodes=1)
+    step = Step((1, 3), (20, 33))
     pools = make_pools(step, 8)
     for x in (pools.k, pools.v, pools.index_k):
         x.normal_()
@@ -148,7 +156,7 @@ def test_operators_are_sound():
     torch.library.opcheck(
         ops.write_pages, (*new, slots, *stored, None, None, None, *factors, "torch"), test_utils=tests
     )
-    table = batch.table, torch.arange(8, dtype=torch.int32).view(2, 4)
+    table = batch.table[:3], torch.arange(8, dtype=torch.int32).view(2, 4)
     q, index_q, ids = torch.randn(1, 6, 4, 16), torch.randn(1, 2, 4, 16), torch.zeros(1, 2, 4, 2, dtype=torch.int32)
     selected = index_q, stored[2], *table, None, ids, 1, 0, "torch"
     torch.library.opcheck(ops.select_pages, selected, test_utils=tests)

@@ -54,7 +54,7 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         # In place, for CUDA graphs. A step has at most one sequence per token.
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        rows = max(vllm_config.scheduler_config.max_num_batched_tokens, captured) + 1
+        rows = max(vllm_config.scheduler_config.max_num_batched_tokens, captured) + 4
         self.table = torch.empty(rows, 5, dtype=torch.int32, device=device)
 
     def build(
@@ -79,7 +79,7 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             num_tokens=count,
             num_decodes=num_decodes,
             page_size=self.kv_cache_spec.block_size,
-            table=self.table[: rows if uniform else rows + 1],
+            table=self.table[: rows + 4],
         )
         return StepMetadata(count, slots, batch)
 

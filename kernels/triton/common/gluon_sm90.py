@@ -107,4 +107,6 @@ def box_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout
 
 def shared_box(x: torch.Tensor, box: list[int]) -> TensorDescriptor:
     """The descriptor with which the bulk copy engine copies boxes of x."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, box_layout(tuple(box), x.dtype))
+    # The engine asks for multiples of 16 bytes where there is nothing to step over too.
+    strides = [16 if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, box_layout(tuple(box), x.dtype))

@@ -95,3 +95,8 @@ def tma_ready(x: torch.Tensor) -> bool:
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides)
     return x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and aligned
+
+
+def length_key(x: torch.Tensor) -> tuple[int, ...]:
+    """The sizes of queries [B, H, S, D], of which S counts up to a power of two: the tiles of others differ."""
+    return min(x.shape[0], 2), x.shape[1], x.shape[2].bit_length(), x.shape[3]

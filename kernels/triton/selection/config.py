@@ -55,6 +55,8 @@ class SelectionConfig:
         return self.rows // num_kv_heads
 
 
+# The most bytes of the lists of packed sequences.
+PACKED_BYTES = 2**28
 # What `merge` takes for the lists of one row, in units of the time of one block of a tile of 256 rows: 18 ns of 1.4 us
 # on an H200.
 MERGED_ROW = 0.0125
@@ -199,6 +201,9 @@ def tile_config(
     tiles = tiles + num_sequences if packed else tiles * num_sequences
     merged_rows = num_kv_heads * seqlen_q * (1 if packed else num_sequences)
     limit = split_limit(kept)
+    if packed:
+        # There is room for the lists of all tokens in each sequence.
+        limit = max(1, min(limit, PACKED_BYTES // (8 * kept * merged_rows * (num_sequences + 1))))
     num_splits = split_count(tiles, num_blocks, target.num_sms, limit, per_sm, merged_rows=merged_rows)
     # Without the swap, ptxas spills a few bytes of a small tile with TMA.
     copies = large and problem.bulk_copies and (swap or rows >= 64)

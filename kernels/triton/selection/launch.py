@@ -26,10 +26,10 @@ from ...problem import Problem
 from ...rules import SelectionRule
 from ...sequences import table_rows
 from ...tuning import tuned_config
-from ..common.launch import Launch, Options, for_one_length, is_ahead, on_meta, view
+from ..common.launch import Launch, Options, compile_other_lengths, for_one_length, is_ahead, on_meta, view
 from ..common.records import capacity_of, keys_per_row, pages_of
 from ..common.target import GLUON, target_of
-from ..common.tiles import tile_table, tma_ready
+from ..common.tiles import length_key, tile_table, tma_ready
 from . import kernel
 from .config import DEPENDS_ON, SelectionConfig, default_config, most_splits, selection_constants
 from .merge import Lists, merge_splits
@@ -163,6 +163,14 @@ def select_pages(
     ids: torch.Tensor,
 ) -> None:
     """`select_blocks` from pages, to ids; index_k_scale may be [block_size], of each page."""
+    if is_ahead():
+        for number in VARIANTS:
+            with for_one_length():
+                table = on_meta(page_table[:, :1].expand(-1, number))
+                meta = on_meta(index_q), index_k, on_meta(sequences), rule, table, index_k_scale
+                select_blocks(*meta, ids=on_meta(ids))
+    else:
+        compile_other_lengths(("select pages", index_q.device, length_key(index_q), index_k.dtype, rule))
     select_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, ids=ids)
 
 

@@ -11,7 +11,7 @@ from ..common.fp8 import Cache
 from ..common.launch import Launch, Options, compile_other_lengths, for_one_length, is_ahead, on_meta, view
 from ..common.records import Scales, keys_per_row, pages_of
 from ..common.target import target_of
-from ..common.tiles import tile_table
+from ..common.tiles import length_key, tile_table
 from ..forward.launch import block_sparse_attention_forward
 from ..selection.launch import VARIANTS, rank_blocks
 from ..selection.merge import Lists, merge_splits
@@ -178,15 +178,15 @@ def attend_pages(
 ) -> torch.Tensor:
     """Write `out`, and with a rule the ids of its selection; return lse. Scales may be [block_size], of each page."""
     if is_ahead():
-        stored = q, index_q, k, v, index_k
+        stored = on_meta(q), on_meta(index_q), k, v, index_k
         for number in VARIANTS:
             with for_one_length():
-                table = page_table.new_empty(page_table.shape[0], number)
+                table = on_meta(page_table[:, :1].expand(-1, number))
                 scales = k_scale, v_scale, index_k_scale
-                attend_pages(*stored, table, *scales, sequences, rule, scale, out, ids)
+                attend_pages(*stored, table, *scales, on_meta(sequences), rule, scale, on_meta(out), on_meta(ids))
     else:
-        sizes = q.shape, None if index_q is None else index_q.shape, q.dtype, k.dtype, index_k.dtype
-        compile_other_lengths(("pages", q.device, *sizes, rule))
+        kinds = length_key(q), index_q is None, q.dtype, k.dtype, index_k.dtype
+        compile_other_lengths(("pages", q.device, *kinds, rule))
     lists = None
     if index_q is not None and rule is not None:
         ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, ids=ids)
