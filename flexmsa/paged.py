@@ -164,9 +164,9 @@ class PagedBatch:
         self.table, self.num_tokens, self.page_size = table, num_tokens, page_size
         self._sizes = count, num_decodes
         rows, others = count if uniform else 1, num_tokens - num_decodes
-        first = ops.second_part(num_decodes)
-        own = table[first : first + count - num_decodes + (0 if uniform else 1)]
-        self._parts = [_Part(slice(num_decodes, num_tokens), rows, others // rows, own, page_table)] if others else []
+        first, first_pages = ops.second_part(num_decodes)
+        tables = table[first : first + count - num_decodes + (0 if uniform else 1)], page_table[first_pages:]
+        self._parts = [_Part(slice(num_decodes, num_tokens), rows, others // rows, *tables)] if others else []
         if num_decodes:
             tables = table[:num_decodes], page_table[:num_decodes]
             self._parts.insert(0, _Part(slice(0, num_decodes), num_decodes, 1, *tables))

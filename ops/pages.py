@@ -31,19 +31,22 @@ def paged_table(cu_seqlens_q, kv_lens, page_table, num_tokens, page_size, num_de
     check_range("kv_lens", kv_lens, 0, page_table.shape[1] * page_size)
     if cu_seqlens_q is not None:
         check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, num_tokens, padded=True)
+    first_row, first_pages = second_part(num_decodes)
     if num_decodes:
         first = kv_lens[:num_decodes], page_table[:num_decodes], num_decodes, page_size
         kernel.paged_table(None, *first, table[:num_decodes])
         cu_seqlens_q = cu_seqlens_q[num_decodes:]
-    others = kv_lens[num_decodes:], page_table, num_tokens - num_decodes, page_size
+    others = kv_lens[num_decodes:], page_table[first_pages:], num_tokens - num_decodes, page_size
     rows = kv_lens.shape[0] - num_decodes + (cu_seqlens_q is not None)
-    first_row = second_part(num_decodes)
-    kernel.paged_table(cu_seqlens_q, *others, table[first_row : first_row + rows], num_decodes)
+    kernel.paged_table(cu_seqlens_q, *others, table[first_row : first_row + rows], num_decodes - first_pages)
 
 
-def second_part(num_decodes: int) -> int:
-    """The row of a table after those of the decodes, at a multiple of 16 bytes: kernels are compiled for alignment."""
-    return -(-num_decodes // 4) * 4
+def second_part(num_decodes: int) -> tuple[int, int]:
+    """The first rows of table and page_table for what does not decode, at multiples of 16 bytes.
+
+    Kernels are compiled for alignment. Rows of page_table may belong to decodes, which the table says.
+    """
+    return -(-num_decodes // 4) * 4, num_decodes // 4 * 4
 
 
 @operator(

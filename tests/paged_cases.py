@@ -50,6 +50,7 @@ CASES = {
     "drafts of several lengths": Step((2, 1, 4), (50, 9, 33), padding=3),
     "chunks and decodes": Step((1, 21, 1, 0, 17), (90, 100, 3, 0, 17), padding=2),
     "decodes first": Step((1, 1, 21, 5), (90, 100, 30, 77), padding=3, num_decodes=2),
+    "five decodes first": Step((1, 1, 1, 1, 1, 19), (90, 100, 3, 17, 48, 60), num_decodes=5),
     "decodes and padding": Step((1, 1), (90, 100), padding=3, num_decodes=2),
     "one chunk": Step((40,), (95,)),
     "fewer keys than queries": Step((5, 20), (3, 90)),
