@@ -56,22 +56,28 @@ def token_ids(length: int, count: int) -> list[list[int]]:
     return [torch.randint(0, VOCABULARY, (length,), generator=generator).tolist() for _ in range(count)]
 
 
-@contextlib.contextmanager
-def engine(folder: Path, dtype: str, length: int) -> Iterator[Any]:
+def engine(folder: Path, dtype: str, length: int) -> contextlib.AbstractContextManager[Any]:
     """vLLM in this process; a prompt of this length is one step."""
-    from vllm import LLM
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    settings = {"max_model_len": length + 128, "max_num_batched_tokens": length + 128, "max_num_seqs": 8}
-    llm = LLM(
-        str(folder),
+    return running(
+        folder,
         dtype=dtype,
         enforce_eager=True,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         disable_log_stats=True,
-        **settings,
+        max_model_len=length + 128,
+        max_num_batched_tokens=length + 128,
+        max_num_seqs=8,
     )
+
+
+@contextlib.contextmanager
+def running(folder: Path, **settings: Any) -> Iterator[Any]:
+    """vLLM's engine in this process, which is ended in the end, so that another can be started."""
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm = LLM(str(folder), **settings)
     try:
         yield llm
     finally:

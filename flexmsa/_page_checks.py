@@ -1,24 +1,13 @@
 """Checks of what an engine passes with its pages; they read no values."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from flexmsa import validation
 
-__all__ = ["check_buffer", "check_paged_batch", "check_pools", "check_table", "check_tokens"]
+__all__ = ["check_buffer", "check_paged_batch", "check_table", "check_tokens"]
 
 _NUMBERS = 2**31
-
-
-def check_pools(pools: Any, batch: Any) -> None:
-    """Check that a batch can be attended to with these pools."""
-    for name, x, kind in (("pools", pools, "PagePools"), ("batch", batch, "PagedBatch")):
-        if type(x).__name__ != kind:
-            raise TypeError(f"{name}: expected a {kind}, got {type(x).__name__}")
-    if batch.page_size != pools.page_size:
-        raise ValueError(f"batch: expected page_size={pools.page_size}, that of the pools, got {batch.page_size}")
 
 
 def check_table(table: Tensor, rows: int, device: torch.device) -> None:

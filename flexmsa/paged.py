@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexmsa import _core, ops, validation
 from flexmsa._buffers import FP8
-from flexmsa._page_checks import check_buffer, check_paged_batch, check_pools, check_table, check_tokens
+from flexmsa._page_checks import check_buffer, check_paged_batch, check_table, check_tokens
 from flexmsa._profiling import profiled
 from flexmsa.backends import choose_backend
 from flexmsa.ops.checks import check_decodes
@@ -240,9 +240,10 @@ def select_pages(
     >>> select_pages(torch.randn(1, 1, 8), pools, batch, topk=3)
     tensor([[[ 0,  1, -1]]], dtype=torch.int32)
     """
-    check_pools(pools, batch)
+    _check_pair(pools, batch)
     validation.check_settings(pools.page_size, topk, num_local_blocks, num_init_blocks)
-    _check_queries("index_q", index_q, pools, batch)
+    check_tokens("index_q", index_q, batch.num_tokens, pools.index_k, pools.k.shape[1])
+    validation.reject_gradients(index_q=index_q, k=pools.k, v=pools.v, index_k=pools.index_k)
     shape = batch.num_tokens, pools.k.shape[1], topk
     if out is None:
         out = torch.empty(shape, dtype=torch.int32, device=index_q.device)
@@ -296,24 +297,24 @@ def attend_pages(
     validation.check_scale("scale", scale)
     if aux.any_loss:
         raise ValueError("return_aux: expected lse or block_indices, got index_loss, which training has")
-    check_pools(pools, batch)
+    _check_pair(pools, batch)
     validation.check_settings(pools.page_size, topk, num_local_blocks, num_init_blocks)
-    _check_queries("q", q, pools, batch)
+    check_tokens("q", q, batch.num_tokens, pools.k, pools.k.shape[1], groups=True)
     backend = choose_backend("paged", backend, q)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     check_buffer("out", out, tuple(q.shape), q.dtype, q.device)
     num_kv_heads, ids = pools.k.shape[1], block_indices
     if ids is not None:
-        index_q = None
         check_buffer("block_indices", ids, (batch.num_tokens, num_kv_heads, None), torch.int32, q.device)
-    elif topk is None:
+    if ids is not None or topk is None:
         index_q = None
     elif index_q is None:
         raise TypeError("index_q: expected a tensor to select with, got None; or pass block_indices or topk=None")
     else:
-        _check_queries("index_q", index_q, pools, batch)
+        check_tokens("index_q", index_q, batch.num_tokens, pools.index_k, num_kv_heads)
         ids = torch.empty(batch.num_tokens, num_kv_heads, topk, dtype=torch.int32, device=q.device)
+    validation.reject_gradients(q=q, index_q=index_q, k=pools.k, v=pools.v, index_k=pools.index_k)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if isinstance(pools.k_scale, float):
         scale = scale * pools.k_scale
@@ -330,8 +331,10 @@ def attend_pages(
     return out, _core.requested(aux, lse, ids)
 
 
-def _check_queries(name: str, x: Tensor, pools: PagePools, batch: PagedBatch) -> None:
-    """Check q or index_q against the pages that it is multiplied with."""
-    pool = pools.index_k if name == "index_q" else pools.k
-    check_tokens(name, x, batch.num_tokens, pool, pools.k.shape[1], groups=name == "q")
-    validation.reject_gradients(**{name: x, "k": pools.k, "v": pools.v, "index_k": pools.index_k})
+def _check_pair(pools: PagePools, batch: PagedBatch) -> None:
+    """Check that the batch can be attended to with these pools."""
+    for name, x, kind in (("pools", pools, PagePools), ("batch", batch, PagedBatch)):
+        if not isinstance(x, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(x).__name__}")
+    if batch.page_size != pools.page_size:
+        raise ValueError(f"batch: expected page_size={pools.page_size}, that of the pools, got {batch.page_size}")

@@ -1,15 +1,15 @@
 """vLLM's engine in this process."""
 
 import contextlib
-import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
-from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm_plugin.checkpoints import TOKENS, prompts
+
+from benchmarks.vllm_engine import running
 
 # Prompts are longer than a step takes, so that chunks of some are in steps with tokens of others.
 DEFAULTS: dict[str, Any] = {
@@ -27,17 +27,12 @@ def engine(folder: Path, **settings: Any) -> Iterator[LLM]:
     """An engine with settings other than the defaults above."""
     # An engine looks through the names of all modules, and fails at those of llvmlite, which one with drafts imports.
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "llvmlite"}
-    try:
-        llm = LLM(model=str(folder), **{**DEFAULTS, **settings})
-    finally:
-        sys.modules.update(hidden)
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            llm = stack.enter_context(running(folder, **{**DEFAULTS, **settings}))
+        finally:
+            sys.modules.update(hidden)
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
 
 
 def generate(llm: LLM, given: list[list[int]] | None = None) -> list[list[int]]:

@@ -68,10 +68,12 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             return StepMetadata(count, slots)
         # Draft tokens of one length, which padded requests have too.
         uniform = given.max_query_len <= self.reorder_batch_threshold and count == rows * given.max_query_len
-        starts = None if uniform else given.query_start_loc[: rows + 1]
-        # vLLM orders a batch by lengths, decodes first.
-        lengths = given.query_start_loc_cpu[: rows + 1].diff()
-        num_decodes = 0 if uniform else int((lengths == 1).cumprod(0).sum())
+        starts, num_decodes = None, 0
+        if not uniform:
+            starts = given.query_start_loc[: rows + 1]
+            # vLLM orders a batch by lengths, decodes first.
+            lengths = given.query_start_loc_cpu[: rows + 1].diff()
+            num_decodes = int((lengths == 1).cumprod(0).sum())
         batch = PagedBatch(
             given.block_table_tensor[:rows],
             given.seq_lens[:rows],

@@ -86,6 +86,11 @@ def pages_of(page_table: torch.Tensor | None, cache: torch.Tensor) -> Pages:
     return Pages(page_table, page_table.stride(0), cache.shape[0])
 
 
+def table_on_meta(page_table: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """A meta tensor like the page table of sequences of num_blocks blocks."""
+    return torch.empty(page_table.shape[0], num_blocks, dtype=torch.int32, device="meta")
+
+
 def capacity_of(page_table: torch.Tensor | None, cache: torch.Tensor) -> int:
     """Keys that a row of a cache [.., .., capacity or block_size, D] has room for."""
     return cache.shape[2] * (1 if page_table is None else page_table.shape[1])

@@ -27,7 +27,7 @@ from ...rules import SelectionRule
 from ...sequences import table_rows
 from ...tuning import tuned_config
 from ..common.launch import Launch, Options, compile_other_lengths, for_one_length, is_ahead, on_meta, view
-from ..common.records import capacity_of, keys_per_row, pages_of
+from ..common.records import capacity_of, keys_per_row, pages_of, table_on_meta
 from ..common.target import GLUON, target_of
 from ..common.tiles import length_key, tile_table, tma_ready
 from . import kernel
@@ -166,7 +166,7 @@ def select_pages(
     if is_ahead():
         for number in VARIANTS:
             with for_one_length():
-                table = on_meta(page_table[:, :1].expand(-1, number))
+                table = table_on_meta(page_table, number)
                 meta = on_meta(index_q), index_k, on_meta(sequences), rule, table, index_k_scale
                 select_blocks(*meta, ids=on_meta(ids))
     else:
@@ -199,7 +199,7 @@ def scored_on_meta(vectors: Any, page_table: Any, sequences: Any, rule: Selectio
     """`scored_blocks` on meta tensors, for caches whose rows have room for num_blocks blocks."""
     index_q, index_k, scale = vectors
     keys = num_blocks * rule.block_size if page_table is None else None
-    table = None if page_table is None else sequences.new_empty(page_table.shape[0], num_blocks)
+    table = None if page_table is None else table_on_meta(page_table, num_blocks)
     with for_one_length():
         scored_blocks(index_q, on_meta(index_k, keys), sequences, rule, table, on_meta(scale, keys))
 

@@ -15,7 +15,8 @@ class IndexKeys(NamedTuple):
     """The index keys of all sequences.
 
     tiles: a View, or a descriptor of tiles [1, block_size, Di] for the bulk copy engine; scale [B or num_pages, 1,
-    seqlen_k] uint8 of e4m3 keys, or None; pages: of `common.records`; seqlen_k: keys of a row, or of a page.
+    seqlen_k] uint8 of e4m3 keys, or None; pages: of `common.records`; seqlen_k: scales of a row, or of a
+    page, 0 where every page has the same.
     """
 
     tiles: Any

@@ -61,23 +61,52 @@ class Growth(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AppendConstants:
-    """Constants of `append_kernel`.
+class VectorConstants:
+    """Constants of a kernel that copies vectors.
 
-    block_size: keys per page, 1 without pages; tokens: per program; heads, depth, index_depth: Hkv, D and Di, padded;
-    pages: page numbers checked at once; rows: rows of the table written at once.
+    tokens: per program; heads, depth, index_depth: Hkv, D and Di, padded.
     """
 
-    block_size: int
     tokens: int
     heads: int
     head_dim: int
     depth: int
     index_head_dim: int
     index_depth: int
+    overlap: bool
+
+    @property
+    def options(self) -> Options:
+        """The warps that a program's vectors keep busy."""
+        return Options(8 if self.tokens * self.heads > 16 else 4, overlap=self.overlap)
+
+
+def vector_sizes(num_kv_heads: int, head_dim: int, index_head_dim: int, one: bool, target: Target) -> dict[str, Any]:
+    """The fields of `VectorConstants`; one: a program has one token."""
+    heads = triton.next_power_of_2(num_kv_heads)
+    return {
+        # Up to 64 vectors per program.
+        "tokens": 1 if one else max(1, 64 // heads),
+        "heads": heads,
+        "head_dim": head_dim,
+        "depth": padded(head_dim),
+        "index_head_dim": index_head_dim,
+        "index_depth": padded(index_head_dim),
+        "overlap": target.overlaps,
+    }
+
+
+@dataclass(frozen=True)
+class AppendConstants(VectorConstants):
+    """Constants of `append_kernel`.
+
+    block_size: keys per page, 1 without pages; pages: page numbers checked at once; rows: rows of the table written at
+    once.
+    """
+
+    block_size: int
     pages: int
     rows: int
-    overlap: bool
 
 
 @triton.jit
@@ -193,20 +222,9 @@ def append_constants(
     num_kv_heads: int, head_dim: int, index_head_dim: int, page_size: int | None, one: bool, target: Target
 ) -> AppendConstants:
     """Constants of `append_kernel`; one: there is a single new token per row, as in decoding."""
-    heads = triton.next_power_of_2(num_kv_heads)
-    return AppendConstants(
-        block_size=page_size or 1,
-        # Up to 64 vectors per program.
-        tokens=1 if one else max(1, 64 // heads),
-        heads=heads,
-        head_dim=head_dim,
-        depth=padded(head_dim),
-        index_head_dim=index_head_dim,
-        index_depth=padded(index_head_dim),
-        pages=1 if page_size is None else 2 if one else 64,
-        rows=32,
-        overlap=target.overlaps,
-    )
+    sizes = vector_sizes(num_kv_heads, head_dim, index_head_dim, one, target)
+    pages = 1 if page_size is None else 2 if one else 64
+    return AppendConstants(**sizes, block_size=page_size or 1, pages=pages, rows=32)
 
 
 def append(
@@ -250,5 +268,5 @@ def append(
             "num_kv_heads": num_kv_heads,
         },
         {"C": constants},
-        Options(8 if constants.tokens * constants.heads > 16 else 4, overlap=constants.overlap),
+        constants.options,
     ).run()

@@ -9,7 +9,7 @@ from ...problem import Problem
 from ...rules import FEW_QUERIES, MOST_BLOCKS, SelectionRule
 from ..common.fp8 import Cache
 from ..common.launch import Launch, Options, compile_other_lengths, for_one_length, is_ahead, on_meta, view
-from ..common.records import Scales, keys_per_row, pages_of
+from ..common.records import Scales, keys_per_row, pages_of, table_on_meta
 from ..common.target import target_of
 from ..common.tiles import length_key, tile_table
 from ..forward.launch import block_sparse_attention_forward
@@ -181,7 +181,7 @@ def attend_pages(
         stored = on_meta(q), on_meta(index_q), k, v, index_k
         for number in VARIANTS:
             with for_one_length():
-                table = on_meta(page_table[:, :1].expand(-1, number))
+                table = table_on_meta(page_table, number)
                 scales = k_scale, v_scale, index_k_scale
                 attend_pages(*stored, table, *scales, on_meta(sequences), rule, scale, on_meta(out), on_meta(ids))
     else:
@@ -200,7 +200,7 @@ def attend_on_meta(
     """`select_and_attend` on meta tensors, for caches whose rows have room for num_blocks blocks."""
     keys = num_blocks * rule.block_size if page_table is None else None
     vectors, scales = ([on_meta(x, keys) for x in part] for part in (stored[:3], stored[3:]))
-    table = None if page_table is None else sequences.new_empty(page_table.shape[0], num_blocks)
+    table = None if page_table is None else table_on_meta(page_table, num_blocks)
     arguments: Any = *queries, *vectors, sequences, rule, scale, table, *scales
     with for_one_length():
         select_and_attend(*arguments)

@@ -10,29 +10,40 @@ and written once.
 
 import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import Launch, Options, view
+from ..common.launch import Launch, view
 from ..common.overlap import announce_next, await_previous
-from ..common.target import Target, padded, target_of
-from .append import Vectors, copy_vectors
+from ..common.target import Target, target_of
+from .append import VectorConstants, Vectors, copy_vectors, vector_sizes
+
+
+class Slot(NamedTuple):
+    """Where a token goes: its number through all pages, its page, its place in it, and whether there is such a page."""
+
+    number: Any
+    page: Any
+    key: Any
+    exists: Any
 
 
 @dataclass(frozen=True)
-class WriteConstants:
-    """Constants of `write_kernel`; tokens: per program; heads, depth, index_depth: Hkv, D and Di, padded."""
+class WriteConstants(VectorConstants):
+    """Constants of `write_kernel`."""
 
     page_size: int
-    tokens: int
-    heads: int
-    head_dim: int
-    depth: int
-    index_head_dim: int
-    index_depth: int
-    overlap: bool
+
+
+@triton.jit
+def load_slots(slots, slot_stride, token, num_tokens, num_pages, page_size: tl.constexpr):
+    """The Slots of tokens [N]."""
+    number = tl.load(slots + token.to(tl.int64) * slot_stride, mask=token < num_tokens, other=-1).to(tl.int64)
+    page = number // page_size
+    return Slot(number, page, number % page_size, (number >= 0) & (page < num_pages))
 
 
 @triton.jit
@@ -43,20 +54,18 @@ def write_kernel(keys, values, index_keys, slots, slot_stride, num_tokens, num_p
     first = tl.program_id(0) * C.tokens
     lane = tl.arange(0, C.tokens * C.heads)
     token, head = first + lane // C.heads, (lane % C.heads).to(tl.int64)
-    slot = tl.load(slots + token.to(tl.int64) * slot_stride, mask=token < num_tokens, other=-1).to(tl.int64)
-    page, key = slot // C.page_size, slot % C.page_size
-    written = (slot >= 0) & (page < num_pages)
-    number = (page * num_kv_heads + head) * C.page_size + key
-    live = written & (head < num_kv_heads)
+    slot = load_slots(slots, slot_stride, token, num_tokens, num_pages, C.page_size)
+    number = (slot.page * num_kv_heads + head) * C.page_size + slot.key
+    live = slot.exists & (head < num_kv_heads)
     token = token.to(tl.int64)
-    copy_vectors(keys, 0, head, token, page, key, number, live, C.head_dim, C.depth)
-    copy_vectors(values, 0, head, token, page, key, number, live, C.head_dim, C.depth)
+    copy_vectors(keys, 0, head, token, slot.page, slot.key, number, live, C.head_dim, C.depth)
+    copy_vectors(values, 0, head, token, slot.page, slot.key, number, live, C.head_dim, C.depth)
     token = first + tl.arange(0, C.tokens)
-    slot = tl.load(slots + token.to(tl.int64) * slot_stride, mask=token < num_tokens, other=-1).to(tl.int64)
-    page, key = slot // C.page_size, slot % C.page_size
-    written = (slot >= 0) & (page < num_pages)
+    slot = load_slots(slots, slot_stride, token, num_tokens, num_pages, C.page_size)
     token = token.to(tl.int64)
-    copy_vectors(index_keys, 0, 0, token, page, key, slot, written, C.index_head_dim, C.index_depth)
+    copy_vectors(
+        index_keys, 0, 0, token, slot.page, slot.key, slot.number, slot.exists, C.index_head_dim, C.index_depth
+    )
 
 
 @functools.lru_cache
@@ -64,12 +73,8 @@ def write_constants(
     num_kv_heads: int, head_dim: int, index_head_dim: int, page_size: int, one: bool, target: Target
 ) -> WriteConstants:
     """Constants of `write_kernel`; one: tokens are few, and each gets a program."""
-    heads = triton.next_power_of_2(num_kv_heads)
-    # Up to 64 vectors per program, as in `append`.
-    tokens = 1 if one else max(1, 64 // heads)
-    sizes = {"head_dim": head_dim, "depth": padded(head_dim)}
-    index_sizes = {"index_head_dim": index_head_dim, "index_depth": padded(index_head_dim)}
-    return WriteConstants(page_size, tokens, heads, **sizes, **index_sizes, overlap=target.overlaps)
+    sizes = vector_sizes(num_kv_heads, head_dim, index_head_dim, one, target)
+    return WriteConstants(**sizes, page_size=page_size)
 
 
 def write_pages(
@@ -106,5 +111,5 @@ def write_pages(
             "num_kv_heads": num_kv_heads,
         },
         {"C": constants},
-        Options(8 if constants.tokens * constants.heads > 16 else 4, overlap=constants.overlap),
+        constants.options,
     ).run()
