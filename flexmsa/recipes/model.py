@@ -1,4 +1,4 @@
-"""A byte-level GPT around MSAttention, and how a mesh of processes shares it."""
+"""A GPT around MSAttention, of bytes by default, and how a mesh of processes shares it."""
 
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from flexmsa.recipes.text import IGNORED
 
 __all__ = ["GPT", "Block", "parallelize"]
 
-VOCABULARY = 256
+BYTES = 256
 # The newest queries of the longest document: enough for a mean, at a cost that is linear in its length.
 MEASURED_QUERIES = 128
 
@@ -113,7 +113,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes in, the loss of the next bytes out.
+    """Tokens in, the loss of the next tokens out; a token is a byte unless `vocabulary` says otherwise.
 
     >>> config = MSAConfig(32, 4, 2, head_dim=8, index_head_dim=8, block_size=4, topk=2, loss_in_backward=True)
     >>> ids = torch.zeros(1, 21, dtype=torch.int64)
@@ -122,13 +122,13 @@ class GPT(nn.Module):
     (torch.Size([]), torch.Size([]))
     """
 
-    def __init__(self, config: MSAConfig, num_layers: int, mlp_size: int) -> None:
+    def __init__(self, config: MSAConfig, num_layers: int, mlp_size: int, vocabulary: int = BYTES) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, config.hidden_size)
+        self.embedding = nn.Embedding(vocabulary, config.hidden_size)
         # Any, because to a type checker a ModuleList contains bare modules.
         self.blocks: Any = nn.ModuleList(Block(config, mlp_size) for _ in range(num_layers))
         self.norm = nn.RMSNorm(config.hidden_size)
-        self.head = nn.Linear(config.hidden_size, VOCABULARY, bias=False)
+        self.head = nn.Linear(config.hidden_size, vocabulary, bias=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 # Two such weights per layer add to the residual stream.
@@ -144,10 +144,10 @@ class GPT(nn.Module):
         index_loss_count: float | None = None,
         measured: tuple[int, int] | None = None,
     ) -> Any:
-        """Score the byte that follows each byte.
+        """Score the token that follows each token.
 
         Args:
-            ids, labels: [1, S] int64; with shards, those of this process. Labels may be IGNORED.
+            ids, labels: [B, S] int64, with cu_seqlens or shards [1, S]; with shards, those of this process. Labels may be IGNORED.
             cu_seqlens: [documents + 1] int32, on the device; without shards, which know it.
             index_loss_count: by what the sums of the layers' index losses are divided.
             measured: start and stop of a document whose recalls are returned too.
@@ -156,6 +156,18 @@ class GPT(nn.Module):
             The sum of the cross-entropies, in nats; a 0 with the gradient of the sum of the layers' index losses; with
             `measured`, the recalls [layers, 2].
         """
+        x, index_loss, *recalls = self.hidden(ids, cu_seqlens, shards, index_loss_count, measured)
+        return self.score(x, labels), index_loss, *recalls
+
+    def hidden(
+        self,
+        ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        shards: SequenceShards | None = None,
+        index_loss_count: float | None = None,
+        measured: tuple[int, int] | None = None,
+    ) -> Any:
+        """Return the last block's output [B, S, width], and what `forward` returns beside the cross-entropies."""
         # A copy, since a collective's result is of a class of its own, for which the blocks would be compiled again.
         x = self.embedding(ids).clone()
         total, recalls = 0, []
@@ -164,10 +176,13 @@ class GPT(nn.Module):
                 recalls.append(block.measure(x, cu_seqlens, shards, measured))
             x, index_loss = block(x, cu_seqlens, shards, index_loss_count)
             total = total + index_loss
+        return (x, total) if measured is None else (x, total, torch.stack(recalls))
+
+    def score(self, x: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
+        """Return the cross-entropies in nats: their sum, or with the reduction "none" each of them, [B * S]."""
         scores = self.head(self.norm(x)).flatten(0, 1)
         scores = scores.float() if scores.dtype.itemsize == 2 else scores
-        loss = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return (loss, total) if measured is None else (loss, total, torch.stack(recalls))
+        return F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORED, reduction=reduction)
 
     def set_topk(self, topk: int | None) -> None:
         """Switch the selection of every layer: None for the dense warm-up, an int for sparse."""

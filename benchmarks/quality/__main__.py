@@ -1,0 +1,149 @@
+"""The commands of the study: plan, prepare, train, speed, report."""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality.arms import find_arm
+from benchmarks.quality.checks import check
+from benchmarks.quality.measures import layer_recalls, measure
+from benchmarks.quality.plan import parameters, plan_table, plan_text
+from benchmarks.quality.settings import FULL, QUICK, Settings
+from benchmarks.quality.speed import speeds
+from benchmarks.quality.tokens import prepare
+from benchmarks.quality.train import Training
+
+# Of a run that has not come to its end, but can go on.
+UNFINISHED = 3
+
+
+def main(argv: list[str]) -> int:
+    """Run a command; returns the exit code."""
+    options = parse(argv)
+    settings = QUICK if options.quick else FULL
+    if options.steps:
+        settings = settings.shortened(options.steps)
+    if options.command == "plan":
+        print(f"{plan_text(settings)}\n\n{plan_table(settings)}")
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.command == "report":
+        from benchmarks.quality.report import report
+
+        print(report(options.out))
+        return 0
+    return {"prepare": run_prepare, "train": run_train, "speed": run_speed}[options.command](settings, options)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("command", choices=("plan", "prepare", "train", "speed", "report"))
+    parser.add_argument("--arm", default="msa", help="of train: the table of plan has the names")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the text")
+    parser.add_argument("--seconds", type=float, default=540.0, help="of train: most time of all; a later call goes on")
+    parser.add_argument("--steps", type=int, help="of train: so many steps, all phases shorter in proportion")
+    parser.add_argument("--out", type=Path, default=Path("out/quality"), help="folder of the results, which are small")
+    parser.add_argument("--work", type=Path, default=Path("out/quality-work"), help="folder of the text and of weights")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="everything tiny, for a CPU")
+    return parser.parse_args(argv)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on beside the settings."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Write JSON; all of it or nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found) + "\n")
+    partial.replace(path)
+    print(f"wrote {path}", flush=True)
+
+
+def run_prepare(settings: Settings, options: argparse.Namespace) -> int:
+    corpus = prepare(settings, options.work)
+    facts = corpus.facts
+    print(
+        f"text {facts['digest']}: {len(facts['packages'])} packages, {len(corpus.train)} rows to train and "
+        f"{len(corpus.heldout)} held out; seconds {facts['seconds']}"
+    )
+    write(options.out / "text.json", facts)
+    files = options.work / f"text-{settings.text_key()}" / "files.json"
+    (options.out / "files.json").write_bytes(files.read_bytes())
+    return 0
+
+
+def run_train(settings: Settings, options: argparse.Namespace) -> int:
+    """Train an arm as far as the time allows, and measure it at its end."""
+    started, device = time.monotonic(), torch.device(options.device)
+    corpus = prepare(settings, options.work)
+    times = {"text": time.monotonic() - started}
+    training = Training(settings, find_arm(settings, options.arm), options.seed, corpus, device)
+    name = f"{options.arm}-{options.seed}"
+    saved = options.work / f"{name}.pt"
+    if device.type == "cuda":
+        training.compile()
+    checks = check(training)
+    if saved.exists():
+        training.load(saved)
+        print(f"{name}: continuing after step {training.done}", flush=True)
+    times["until_training"] = time.monotonic() - started
+    print(f"{name}: checked; {times['until_training']:.0f} s until training", flush=True)
+    recalls = train(training, options, started)
+    times["until_trained"] = time.monotonic() - started
+    finished = training.done == training.arm.steps
+    if not finished:
+        training.save(saved)
+    found: dict[str, Any] = {"arm": options.arm, "title": training.arm.title, "seed": options.seed}
+    found |= {"settings": asdict(settings), "key": settings.key(), "text": corpus.facts["digest"], "finished": finished}
+    found |= {"batches": training.batches, "parameters": asdict(parameters(settings)), "machine": machine(device)}
+    found |= {"checks": checks, "log": training.log, "recalls_by_step": recalls}
+    found["memory"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    if finished:
+        found |= measure(training)
+    times["all"] = time.monotonic() - started
+    write(options.out / f"{name}.json", {**found, "times": times})
+    print(f"{name}: {training.done} of {training.arm.steps} steps; seconds {times}", flush=True)
+    return 0 if finished else UNFINISHED
+
+
+def train(training: Training, options: argparse.Namespace, started: float) -> list[dict[str, Any]]:
+    """Train with messages; returns the recalls of some steps."""
+    recalls = []
+    left = options.seconds - (time.monotonic() - started)
+    for done in training.train(left):
+        entry = training.log[-1]
+        if done % training.settings.measure_every == 0 or done == training.settings.log_every:
+            training.model.eval()
+            with torch.compiler.set_stance("force_eager"):
+                recalls.append({"step": done, **layer_recalls(training, 1)})
+            score = sum(layer[1] for layer in recalls[-1]["index"]) / training.settings.num_layers
+            speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
+            print(f"step {done} {entry['way']} loss {entry['loss']:.3f} score recall {score:.2f} {speed}", flush=True)
+    return recalls
+
+
+def run_speed(settings: Settings, options: argparse.Namespace) -> int:
+    device = torch.device(options.device)
+    corpus = prepare(settings, options.work)
+    rows = []
+    for row in speeds(settings, corpus, device):
+        rows.append(row)
+        print(row, flush=True)
+        write(options.out / "speed.json", {"machine": machine(device), "key": settings.key(), "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

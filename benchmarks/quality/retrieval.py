@@ -1,0 +1,118 @@
+"""The retrieval task: statements of keys and values in text, and questions that only they answer.
+
+A statement is a mark, two tokens of a key and two of a value; a question is another mark and the key, and its answer
+the value. All four are ordinary tokens, drawn at random. Training text has some in every row, so that every arm learns
+the task; held-out text for the loss has none.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.quality.settings import Settings
+from benchmarks.quality.tokens import QUESTION, STATEMENT, Corpus
+
+__all__ = ["answered", "associative_recall", "needles", "plant"]
+
+KEY, VALUE = 2, 2
+LENGTH = 1 + KEY + VALUE
+# A place for a statement or a question.
+SLOT = 8
+# Tokens of single bytes come first in the vocabulary, and are too seldom to be learned well.
+BYTES = 258
+DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.9)
+
+
+def plant(ids: np.ndarray, settings: Settings, generator: np.random.Generator) -> None:
+    """Write statements and later questions over a row of text [S], in place: 1 to the most, and as many questions."""
+    num_slots = len(ids) // SLOT
+    count = int(np.exp(generator.uniform(0, np.log(settings.statements + 1))))
+    facts = generator.integers(BYTES, settings.vocabulary, (count, KEY + VALUE))
+    slots = generator.choice(num_slots - 1, count, replace=False)
+    free = np.ones(num_slots, bool)
+    free[slots] = False
+    for slot, fact in zip(slots, facts, strict=True):
+        _write(ids, slot, STATEMENT, fact)
+    for _ in range(settings.questions):
+        which = generator.integers(count)
+        slot = generator.integers(slots[which] + 1, num_slots)
+        if free[slot]:
+            free[slot] = False
+            _write(ids, slot, QUESTION, facts[which])
+
+
+def _write(ids: np.ndarray, slot: int, mark: int, fact: np.ndarray) -> None:
+    ids[slot * SLOT] = mark
+    ids[slot * SLOT + 1 : slot * SLOT + LENGTH] = fact
+
+
+def answered(best: Tensor, ids: Tensor, num_questions: int) -> Tensor:
+    """Which of the questions at the end of ids [S] a model answers, [num_questions] bool.
+
+    best: [S], the likeliest token after each token. Answers are given step by step: the second token of a value counts
+    with the first.
+    """
+    ends = len(ids) - LENGTH * torch.arange(num_questions, 0, -1, device=ids.device) + 1 + KEY
+    places = ends[:, None] + torch.arange(VALUE, device=ids.device)
+    return (best[places - 1] == ids[places]).all(1)
+
+
+Best = Callable[[Tensor, int], Tensor]
+
+
+def _ask(filler: Tensor, facts: Tensor, starts: list[int], order: list[int]) -> Tensor:
+    """Text with statements of facts [n, 4] at `starts`, which ends with questions of some of them."""
+    ids = filler.clone()
+    for start, fact in zip(starts, facts, strict=True):
+        ids[start : start + LENGTH] = torch.cat([torch.tensor([STATEMENT]), fact])
+    asked = [torch.cat([torch.tensor([QUESTION]), facts[which]]) for which in order]
+    ids[len(ids) - LENGTH * len(order) :] = torch.cat(asked)
+    return ids
+
+
+def needles(corpus: Corpus, settings: Settings, best: Best, device: torch.device) -> list[dict[str, Any]]:
+    """Ask for statements at several depths, by length: a single one in the text, or one at each depth (multi-key).
+
+    best: from ids [S] and a number n, the likeliest tokens after the last n tokens, with zeros before.
+    """
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in settings.needle_lengths:
+        right = {kind: torch.zeros(len(DEPTHS)) for kind in ("single", "multi")}
+        for sample in range(settings.needle_samples):
+            filler = corpus.stream(sample * 7, length)
+            facts = torch.randint(BYTES, settings.vocabulary, (len(DEPTHS), KEY + VALUE), generator=generator)
+            # Nothing is planted in the questions at the end, nor in the first block, which a sink sees.
+            first, room = settings.block_size, length - settings.block_size - LENGTH * (len(DEPTHS) + 1)
+            jitter = torch.rand((), generator=generator).item() * 0.04 * room
+            starts = [first + int(depth * room + jitter) for depth in DEPTHS]
+            for place, start in enumerate(starts):
+                ids = _ask(filler, facts[place : place + 1], [start], [0]).to(device)
+                right["single"][place] += answered(best(ids, LENGTH), ids, 1).sum().item()
+            order = torch.randperm(len(DEPTHS), generator=generator)
+            ids = _ask(filler, facts, starts, order.tolist()).to(device)
+            right["multi"][order] += answered(best(ids, LENGTH * len(order)), ids, len(order)).cpu().float()
+        for kind, found in right.items():
+            shares = (found / settings.needle_samples).tolist()
+            rows += [
+                {"length": length, "kind": kind, "depth": depth, "right": share, "samples": settings.needle_samples}
+                for depth, share in zip(DEPTHS, shares, strict=True)
+            ]
+    return rows
+
+
+def associative_recall(corpus: Corpus, settings: Settings, best: Best, device: torch.device) -> dict[str, Any]:
+    """Many statements side by side behind the first block, and all of their questions at the end (MQAR)."""
+    generator = torch.Generator().manual_seed(2)
+    right = []
+    for sample in range(settings.needle_samples):
+        filler = corpus.stream(sample * 7 + 3, settings.context)
+        facts = torch.randint(BYTES, settings.vocabulary, (settings.pairs, KEY + VALUE), generator=generator)
+        starts = [settings.block_size + LENGTH * place for place in range(settings.pairs)]
+        order = torch.randperm(settings.pairs, generator=generator).tolist()
+        ids = _ask(filler, facts, starts, order).to(device)
+        right.append(answered(best(ids, LENGTH * len(order)), ids, len(order)).float().mean().item())
+    return {"pairs": settings.pairs, "length": settings.context, "right": right}
