@@ -34,8 +34,8 @@ def check(training: Training) -> dict[str, Any]:
         error = found[f"{way}_from_dense"] = apart_from_dense(layer, way, training.device)
         if not error < (2e-2 if training.device.type == "cuda" else 1e-5):
             raise ValueError(
-                f"{arm.name}: expected the way {way!r} to be dense where the budget covers all keys, got an output that "
-                f"is off by {error:.1e}"
+                f"{arm.name}: expected the way {way!r} to be dense where the budget covers all keys, got an output "
+                f"that is off by {error:.1e}"
             )
         counted = count_keys(layer, way, settings, arm, training.device)
         expected = [expected_keys(query, way, settings, arm) for query in queries(settings)]

@@ -17,7 +17,7 @@ ATTENTION_PASSES = 3.5
 
 @dataclass(frozen=True)
 class Parameters:
-    """Weights of the base model, of them those in matrices that every token is multiplied by, and the index branches'."""
+    """Weights of the base model, those of them that every token is multiplied by, and those of the index branches."""
 
     base: int
     multiplied: int

@@ -147,7 +147,8 @@ class GPT(nn.Module):
         """Score the token that follows each token.
 
         Args:
-            ids, labels: [B, S] int64, with cu_seqlens or shards [1, S]; with shards, those of this process. Labels may be IGNORED.
+            ids, labels: [B, S] int64, with cu_seqlens or shards [1, S]; with shards, those of this process. Labels may
+                be IGNORED.
             cu_seqlens: [documents + 1] int32, on the device; without shards, which know it.
             index_loss_count: by what the sums of the layers' index losses are divided.
             measured: start and stop of a document whose recalls are returned too.
