@@ -35,9 +35,9 @@ def main(argv: list[str]) -> int:
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     if options.command == "report":
-        from benchmarks.quality.report import report
+        from benchmarks.quality.report import write_report
 
-        print(report(options.out))
+        print(write_report(options.out))
         return 0
     return {"prepare": run_prepare, "train": run_train, "speed": run_speed}[options.command](settings, options)
 

@@ -100,5 +100,5 @@ QUICK = replace(
     **{"steps": 10, "warm_up": 3, "convert_at": 6, "index_steps": 2, "num_layers": 2, "hidden_size": 32},
     **{"mlp_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "index_head_dim": 8, "block_size": 16},
     **{"topk": 4, "few": 2, "log_every": 1, "measure_every": 4, "statements": 4, "questions": 4},
-    **{"needle_lengths": (128, 512), "needle_samples": 2, "pairs": 8, "speed_lengths": (128, 256)},
+    **{"needle_lengths": (128, 256, 512), "needle_samples": 2, "pairs": 8, "speed_lengths": (128, 256)},
 )
