@@ -16,6 +16,7 @@ from benchmarks.quality.checks import check
 from benchmarks.quality.measures import layer_recalls, measure
 from benchmarks.quality.plan import parameters, plan_table, plan_text
 from benchmarks.quality.settings import FULL, QUICK, Settings
+from benchmarks.quality.side_by_side import run_each
 from benchmarks.quality.speed import speeds
 from benchmarks.quality.tokens import prepare
 from benchmarks.quality.train import Training
@@ -46,8 +47,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("command", choices=("plan", "prepare", "train", "speed", "report"))
-    parser.add_argument("--arm", default="msa", help="of train: the table of plan has the names")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the text")
+    parser.add_argument(
+        "--arm",
+        nargs="+",
+        default=["msa"],
+        help="of train: the table of plan has the names; several are trained side by side, one on each GPU",
+    )
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the weights and the order of the text")
     parser.add_argument("--seconds", type=float, default=540.0, help="of train: most time of all; a later call goes on")
     parser.add_argument("--steps", type=int, help="of train: so many steps, all phases shorter in proportion")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="folder of the results, which are small")
@@ -85,12 +91,16 @@ def run_prepare(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def run_train(settings: Settings, options: argparse.Namespace) -> int:
-    """Train an arm as far as the time allows, and measure it at its end."""
+    """Train an arm as far as the time allows, and measure it at its end; or several in processes of their own."""
     started, device = time.monotonic(), torch.device(options.device)
+    arms = [find_arm(settings, name) for name in options.arm]
     corpus = prepare(settings, options.work)
+    if len(options.arm) * len(options.seed) > 1:
+        return run_each(options.arm, options.seed, shared_options(options), options.out, torch.cuda.device_count())
+    (arm,), (seed,) = arms, options.seed
     times = {"text": time.monotonic() - started}
-    training = Training(settings, find_arm(settings, options.arm), options.seed, corpus, device)
-    name = f"{options.arm}-{options.seed}"
+    training = Training(settings, arm, seed, corpus, device)
+    name = f"{arm.name}-{seed}"
     saved = options.work / f"{name}.pt"
     if device.type == "cuda":
         training.compile()
@@ -105,7 +115,7 @@ def run_train(settings: Settings, options: argparse.Namespace) -> int:
     finished = training.done == training.arm.steps
     if not finished:
         training.save(saved)
-    found: dict[str, Any] = {"arm": options.arm, "title": training.arm.title, "seed": options.seed}
+    found: dict[str, Any] = {"arm": arm.name, "title": arm.title, "seed": seed}
     found |= {"settings": asdict(settings), "key": settings.key(), "text": corpus.facts["digest"], "finished": finished}
     found |= {"batches": training.batches, "parameters": asdict(parameters(settings)), "machine": machine(device)}
     found |= {"checks": checks, "log": training.log, "recalls_by_step": recalls}
@@ -116,6 +126,13 @@ def run_train(settings: Settings, options: argparse.Namespace) -> int:
     write(options.out / f"{name}.json", {**found, "times": times})
     print(f"{name}: {training.done} of {training.arm.steps} steps; seconds {times}", flush=True)
     return 0 if finished else UNFINISHED
+
+
+def shared_options(options: argparse.Namespace) -> list[str]:
+    """The options that a process of each arm is given too."""
+    names = ("seconds", "steps", "out", "work", "device")
+    given = [f"--{name}={getattr(options, name)}" for name in names if getattr(options, name) is not None]
+    return [*given, *(["--quick"] if options.quick else [])]
 
 
 def train(training: Training, options: argparse.Namespace, started: float) -> list[dict[str, Any]]:

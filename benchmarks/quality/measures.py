@@ -2,7 +2,8 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -23,7 +24,8 @@ __all__ = ["identifiers", "layer_recalls", "measure"]
 # Queries of a row for which the dense attention of a layer is computed, and the rows.
 RECALL_QUERIES, RECALL_ROWS = 256, 4
 NAME = re.compile(rb"[A-Za-z_]\w{3,}")
-DEFINITION = re.compile(rb"\b(?:def|class)[ \t]+([A-Za-z_]\w{3,})|^([A-Za-z_]\w{3,})[ \t]*=", re.MULTILINE)
+ASSIGNMENT = rb"^[ \t]*(?:self\.)?([A-Za-z_]\w{3,})[ \t]*(?::[^=\n]+)?=(?!=)"
+DEFINITION = re.compile(rb"\b(?:def|class)[ \t]+([A-Za-z_]\w{3,})|" + ASSIGNMENT, re.MULTILINE)
 
 
 def measure(training: Training) -> dict[str, Any]:
@@ -41,13 +43,19 @@ def measure(training: Training) -> dict[str, Any]:
         return found
 
     answer: Best = best
+    parts: dict[str, Callable[[], Any]] = {
+        "heldout": lambda: heldout(training),
+        "needles": lambda: needles(corpus, settings, answer, device),
+        "associative_recall": lambda: associative_recall(corpus, settings, answer, device),
+        "recalls": lambda: layer_recalls(training, RECALL_ROWS),
+    }
+    found: dict[str, Any] = {"seconds": {}}
     with torch.compiler.set_stance("force_eager"):
-        return {
-            "heldout": heldout(training),
-            "needles": needles(corpus, settings, answer, device),
-            "associative_recall": associative_recall(corpus, settings, answer, device),
-            "recalls": layer_recalls(training, RECALL_ROWS),
-        }
+        for name, part in parts.items():
+            started = time.monotonic()
+            found[name] = part()
+            found["seconds"][name] = time.monotonic() - started
+    return found
 
 
 @contextlib.contextmanager
@@ -114,7 +122,7 @@ def token_losses(model: GPT, ids: Tensor, device: torch.device) -> Tensor:
 
 def identifiers(ids: np.ndarray, token_bytes: list[bytes]) -> Iterator[tuple[int, int, int]]:
     """The later mentions of names that a row defines: first token, the one after the last, and tokens since the name
-    was last mentioned. Names are functions, classes and variables of modules, of four letters or more.
+    was last mentioned. Names are functions, classes, variables and attributes, of four letters or more.
 
     >>> text = [b"def", b" area", b"(x):", b" pass", b" area", b"(1)"]
     >>> list(identifiers(np.arange(6), text))

@@ -21,8 +21,8 @@ KEY, VALUE = 2, 2
 LENGTH = 1 + KEY + VALUE
 # A place for a statement or a question.
 SLOT = 8
-# Tokens of single bytes come first in the vocabulary, and are too seldom to be learned well.
-BYTES = 258
+# Keys and values are of these tokens, the most frequent ones: behind them come seldom ones, before them single bytes.
+FIRST, MOST = 258, 2048
 DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -30,7 +30,7 @@ def plant(ids: np.ndarray, settings: Settings, generator: np.random.Generator) -
     """Write statements and later questions over a row of text [S], in place: 1 to the most, and as many questions."""
     num_slots = len(ids) // SLOT
     count = int(np.exp(generator.uniform(0, np.log(settings.statements + 1))))
-    facts = generator.integers(BYTES, settings.vocabulary, (count, KEY + VALUE))
+    facts = generator.integers(FIRST, _end(settings), (count, KEY + VALUE))
     slots = generator.choice(num_slots - 1, count, replace=False)
     free = np.ones(num_slots, bool)
     free[slots] = False
@@ -42,6 +42,10 @@ def plant(ids: np.ndarray, settings: Settings, generator: np.random.Generator) -
         if free[slot]:
             free[slot] = False
             _write(ids, slot, QUESTION, facts[which])
+
+
+def _end(settings: Settings) -> int:
+    return min(FIRST + MOST, settings.vocabulary)
 
 
 def _write(ids: np.ndarray, slot: int, mark: int, fact: np.ndarray) -> None:
@@ -84,7 +88,7 @@ def needles(corpus: Corpus, settings: Settings, best: Best, device: torch.device
         right = {kind: torch.zeros(len(DEPTHS)) for kind in ("single", "multi")}
         for sample in range(settings.needle_samples):
             filler = corpus.stream(sample * 7, length)
-            facts = torch.randint(BYTES, settings.vocabulary, (len(DEPTHS), KEY + VALUE), generator=generator)
+            facts = torch.randint(FIRST, _end(settings), (len(DEPTHS), KEY + VALUE), generator=generator)
             # Nothing is planted in the questions at the end, nor in the first block, which a sink sees.
             first, room = settings.block_size, length - settings.block_size - LENGTH * (len(DEPTHS) + 1)
             jitter = torch.rand((), generator=generator).item() * 0.04 * room
@@ -110,7 +114,7 @@ def associative_recall(corpus: Corpus, settings: Settings, best: Best, device: t
     right = []
     for sample in range(settings.needle_samples):
         filler = corpus.stream(sample * 7 + 3, settings.context)
-        facts = torch.randint(BYTES, settings.vocabulary, (settings.pairs, KEY + VALUE), generator=generator)
+        facts = torch.randint(FIRST, _end(settings), (settings.pairs, KEY + VALUE), generator=generator)
         starts = [settings.block_size + LENGTH * place for place in range(settings.pairs)]
         order = torch.randperm(settings.pairs, generator=generator).tolist()
         ids = _ask(filler, facts, starts, order).to(device)
