@@ -7,11 +7,13 @@ makes from benchmarks/results/*.json, so that nobody types a figure. A test chec
 import re
 
 from benchmarks.gpu_tables import GPU_TABLES, ROOT, gpu_rows, layer_times, load_result, markdown
+from benchmarks.quality.plan import plan_table, plan_text
 from benchmarks.transformers_tests import transformers_tests
 
 PAGES = (
     "README.md",
     "docs/performance.md",
+    "docs/quality.md",
     "docs/distributed.md",
     "docs/serving.md",
     "docs/training.md",
@@ -197,6 +199,14 @@ def training_memory() -> str:
     return markdown(head, rows)
 
 
+def quality_sizes() -> str:
+    return plan_text()
+
+
+def quality_plan() -> str:
+    return plan_table()
+
+
 def fp8_selection() -> str:
     rows = [
         [f"{row['seqlen'] // 1024}K", row["in e4m3"], f"{row['ids_that_differ']:.1%}", f"{row['score_recall']:.2%}"]
@@ -250,6 +260,8 @@ CPU_TABLES = cpu_machine, cpu_table, cpu_memory, cpu_decode, cpu_few
 OWN_TABLES = (
     *CPU_TABLES,
     training_memory,
+    quality_sizes,
+    quality_plan,
     gpu_generation,
     gpu_pages,
     transformers_tests,

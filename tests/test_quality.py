@@ -1,6 +1,8 @@
 """The study of quality, tiny and on a CPU: text, arms, measurements and report."""
 
+import doctest
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +27,11 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="module")
 def corpus(work):
     return tokens.prepare(QUICK, work)
+
+
+@pytest.fixture(scope="module")
+def packages():
+    return data.find_packages(QUICK)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +65,38 @@ def test_a_study_from_text_to_report(work, corpus, tmp_path, capsys):
     assert f"{budget}" in rows[0] and f"{report.mean_loss(study.runs['convert'][0]):.3f}" in rows[0]
     assert json.loads((tmp_path / "text.json").read_text())["digest"] == study.any_run["text"]
     assert "wrote" in capsys.readouterr().out
+
+
+FAKE_PYTHON = """#!/bin/sh
+echo "GPU $CUDA_VISIBLE_DEVICES runs $*"
+sleep 0.1
+test "$5" != few
+"""
+
+
+def test_several_arms_side_by_side(work, corpus, tmp_path, monkeypatch, capsys):
+    """One on each GPU, with the same options, and the exit code of one that fails."""
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    shared = ["--quick", f"--out={tmp_path}", f"--work={work}", "--device=cpu", "--seconds=7"]
+    assert commands.main(["train", "--arm", "msa", "few", "cold", "--seed", "0", "1", *shared]) == 1
+    logs = {path.stem: path.read_text() for path in tmp_path.glob("*.log")}
+    assert sorted(logs) == ["cold-0", "cold-1", "few-0", "few-1", "msa-0", "msa-1"]
+    assert {log[4] for log in logs.values()} == {"0", "1"}
+    assert "train --arm cold --seed 1 --seconds=7.0" in logs["cold-1"] and "--quick" in logs["cold-1"]
+    assert capsys.readouterr().out.count("exit code 1; GPU") == 2
+
+
+@pytest.mark.parametrize("module", [checks, data, measures, report])
+def test_the_examples_in_docstrings(module):
+    assert doctest.testmod(module).failed == 0 and doctest.testmod(module).attempted
+
+
+def test_an_arm_that_does_not_exist_is_refused(corpus):
+    with pytest.raises(ValueError, match="expected one of dense, msa"):
+        arms.find_arm(QUICK, "sliding")
 
 
 def test_the_speeds(corpus):
@@ -195,8 +234,7 @@ def test_the_plan_of_the_full_study():
     assert flops["dense"] == pytest.approx(tokens * by_hand)
 
 
-def test_no_held_out_file_is_in_the_training_text():
-    packages = data.find_packages(QUICK)
+def test_no_held_out_file_is_in_the_training_text(packages):
     hashes = {heldout: [h for p in packages if p.heldout == heldout for h in p.hashes.values()] for heldout in (0, 1)}
     assert not set(hashes[0]) & set(hashes[1])
     every = hashes[0] + hashes[1]
@@ -221,10 +259,10 @@ def test_files_follow_those_that_they_import():
     assert place["p/b.py"] < place["p/__init__.py"]
 
 
-def test_rows_hold_the_text(corpus):
+def test_rows_hold_the_text(corpus, packages):
     """The tokens of held-out rows are the bytes of a package's files, each behind its name."""
     text = b"".join(corpus.token_bytes[number] for number in corpus.heldout[0]).decode()
-    package = next(p for p in data.find_packages(QUICK) if p.name == corpus.packages[0])
+    package = next(p for p in packages if p.name == corpus.packages[0])
     assert "".join(package.documents()).startswith(text)
     assert corpus.heldout.min() > tokens.QUESTION and corpus.heldout.max() < QUICK.vocabulary
 
