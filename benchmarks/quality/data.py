@@ -5,6 +5,7 @@ import posixpath
 import re
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -73,7 +74,9 @@ def find_packages(settings: Settings) -> list[Package]:
         if total + sizes[name] <= settings.text_bytes:
             names.append(name)
             total += sizes[name]
-    texts = {name: dict(_read(files_of[name])) for name in names}
+    with ThreadPoolExecutor() as threads:
+        found = threads.map(lambda name: dict(_read(files_of[name])), names)
+        texts = dict(zip(names, found, strict=True))
     heldout = {
         name
         for name in names

@@ -35,6 +35,7 @@ def positions(study: Study) -> Figure:
             axes.errorbar(x, [each.mean for each in y], color=COLOURS[arm], linestyle=STYLES.get(arm, "-"), **bars)
     axes.axhline(0, color=ORANGE, linewidth=1)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(edges[1:], [f"{edge:,}" for edge in edges[1:]])
     axes.set(xlabel="position in the row, tokens", ylabel="nats per token above dense")
     if axes.containers:
         axes.legend(frameon=False, fontsize="small")

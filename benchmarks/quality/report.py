@@ -148,6 +148,7 @@ def spread(values: list[float], digits: int = 3) -> str:
 def arms_table(study: Study) -> str:
     """Losses and retrieval of each arm."""
     context = study.any_run["settings"]["context"]
+    dense_loss = statistics.fmean(study.values("dense", mean_loss)) if "dense" in study.runs else math.nan
     rows = []
     for arm, seeds in study.runs.items():
         run = next(iter(seeds.values()))
@@ -156,7 +157,7 @@ def arms_table(study: Study) -> str:
         rows.append(
             [
                 *(run["title"], f"{len(seeds)}", f"{keys_read(run):,}", spread(study.values(arm, mean_loss))),
-                *(NONE if found is None else str(found) for found in (above, far)),
+                *(NONE if found is None else f"{found} ({found.mean / dense_loss:+.1%})" for found in (above, far)),
                 spread(study.values(arm, far_loss)),
                 *(spread(study.values(arm, lambda run, k=kind: needle(run, k, context)), 2) for kind in KINDS),
                 spread(study.values(arm, lambda run: statistics.fmean(run["associative_recall"]["right"])), 2),

@@ -79,7 +79,7 @@ def _make(settings: Settings, folder: Path) -> None:
     tokenizer = _train_tokenizer(settings, packages)
     tokenizer.save(str(folder / "tokenizer.json"))
     trained = time.monotonic()
-    tokens = {package.name: _encode(tokenizer, package) for package in packages}
+    tokens = _encode(tokenizer, packages)
     context = settings.context
     rows: dict[bool, list[np.ndarray]] = {False: [], True: []}
     ends, owners = [], []
@@ -142,13 +142,15 @@ def _sample(packages: list[Package], most: int) -> Iterator[str]:
         yield text
 
 
-def _encode(tokenizer: Any, package: Package) -> np.ndarray:
-    found = []
-    documents = list(package.documents())
+def _encode(tokenizer: Any, packages: list[Package]) -> dict[str, np.ndarray]:
+    """The tokens of each package; many files at once, whichever package they are of, on all cores."""
+    documents = [(package.name, text) for package in packages for text in package.documents()]
+    found: dict[str, list[np.ndarray]] = {package.name: [] for package in packages}
     for first in range(0, len(documents), FILES_AT_ONCE):
-        encodings = tokenizer.encode_batch_fast(documents[first : first + FILES_AT_ONCE])
-        found += [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
-    return np.concatenate(found)
+        names, texts = zip(*documents[first : first + FILES_AT_ONCE], strict=True)
+        for name, encoding in zip(names, tokenizer.encode_batch_fast(list(texts)), strict=True):
+            found[name].append(np.array(encoding.ids, dtype=np.uint16))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def _byte_alphabet() -> dict[str, int]:
