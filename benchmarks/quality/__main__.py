@@ -15,6 +15,7 @@ from benchmarks.quality.arms import find_arm
 from benchmarks.quality.checks import check
 from benchmarks.quality.measures import layer_recalls, measure
 from benchmarks.quality.plan import parameters, plan_table, plan_text
+from benchmarks.quality.report import summary, write_report
 from benchmarks.quality.settings import FULL, QUICK, Settings
 from benchmarks.quality.side_by_side import run_each
 from benchmarks.quality.speed import speeds
@@ -36,8 +37,6 @@ def main(argv: list[str]) -> int:
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     if options.command == "report":
-        from benchmarks.quality.report import write_report
-
         print(write_report(options.out))
         return 0
     return {"prepare": run_prepare, "train": run_train, "speed": run_speed}[options.command](settings, options)
@@ -110,21 +109,22 @@ def run_train(settings: Settings, options: argparse.Namespace) -> int:
         print(f"{name}: continuing after step {training.done}", flush=True)
     times["until_training"] = time.monotonic() - started
     print(f"{name}: checked; {times['until_training']:.0f} s until training", flush=True)
-    recalls = train(training, options, started)
+    train(training, options.seconds - (time.monotonic() - started))
     times["until_trained"] = time.monotonic() - started
-    finished = training.done == training.arm.steps
-    if not finished:
-        training.save(saved)
-    found: dict[str, Any] = {"arm": arm.name, "title": arm.title, "seed": seed}
-    found |= {"settings": asdict(settings), "key": settings.key(), "text": corpus.facts["digest"], "finished": finished}
+    finished = training.done == arm.steps
+    # Kept through an error of the measurements too.
+    training.save(saved)
+    found: dict[str, Any] = {"arm": arm.name, "title": arm.title, "seed": seed, "finished": False}
+    found |= {"settings": asdict(settings), "key": settings.key(), "text": corpus.facts["digest"], "checks": checks}
     found |= {"batches": training.batches, "parameters": asdict(parameters(settings)), "machine": machine(device)}
-    found |= {"checks": checks, "log": training.log, "recalls_by_step": recalls}
-    found["memory"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    if finished:
-        found |= measure(training)
-    times["all"] = time.monotonic() - started
+    found |= {"memory": torch.cuda.max_memory_allocated() if device.type == "cuda" else None, "log": training.log}
     write(options.out / f"{name}.json", {**found, "times": times})
-    print(f"{name}: {training.done} of {training.arm.steps} steps; seconds {times}", flush=True)
+    if finished:
+        found |= {"finished": True, **measure(training)}
+        times["all"] = time.monotonic() - started
+        write(options.out / f"{name}.json", {**found, "times": times})
+        print(summary(found), flush=True)
+    print(f"{name}: {training.done} of {arm.steps} steps; seconds {times}", flush=True)
     return 0 if finished else UNFINISHED
 
 
@@ -135,20 +135,17 @@ def shared_options(options: argparse.Namespace) -> list[str]:
     return [*given, *(["--quick"] if options.quick else [])]
 
 
-def train(training: Training, options: argparse.Namespace, started: float) -> list[dict[str, Any]]:
-    """Train with messages; returns the recalls of some steps."""
-    recalls = []
-    left = options.seconds - (time.monotonic() - started)
-    for done in training.train(left):
+def train(training: Training, seconds: float) -> None:
+    """Train with messages, and add the recalls of some steps to the log."""
+    for done in training.train(seconds):
         entry = training.log[-1]
         if done % training.settings.measure_every == 0 or done == training.settings.log_every:
             training.model.eval()
             with torch.compiler.set_stance("force_eager"):
-                recalls.append({"step": done, **layer_recalls(training, 1)})
-            score = sum(layer[1] for layer in recalls[-1]["index"]) / training.settings.num_layers
+                entry["recalls"] = layer_recalls(training, 1)
+            score = sum(layer[1] for layer in entry["recalls"]["index"]) / training.settings.num_layers
             speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
             print(f"step {done} {entry['way']} loss {entry['loss']:.3f} score recall {score:.2f} {speed}", flush=True)
-    return recalls
 
 
 def run_speed(settings: Settings, options: argparse.Namespace) -> int:

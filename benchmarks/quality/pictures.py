@@ -80,8 +80,9 @@ def recalls(study: Study) -> Figure:
         for name, colour in colours.items():
             values = [layer[1] for layer in run["recalls"][name]]
             layers.plot(range(len(values)), values, color=colour, label=SELECTIONS[name])
-            means = [statistics.fmean(layer[1] for layer in entry[name]) for entry in run["recalls_by_step"]]
-            steps.plot([entry["step"] for entry in run["recalls_by_step"]], means, color=colour)
+            measured = [entry for entry in run["log"] if "recalls" in entry]
+            means = [statistics.fmean(layer[1] for layer in entry["recalls"][name]) for entry in measured]
+            steps.plot([entry["step"] for entry in measured], means, color=colour)
         layers.set(ylim=(0, 1.02), xlabel="layer, at the end")
         steps.set(xlabel="step, mean over the layers")
         decorate(layers, run["title"])

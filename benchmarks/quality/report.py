@@ -12,7 +12,7 @@ from benchmarks.gpu_tables import markdown
 from benchmarks.quality.arms import make_arms
 from benchmarks.quality.settings import FULL
 
-__all__ = ["Difference", "Study", "load", "tables", "write_report"]
+__all__ = ["Difference", "Study", "load", "summary", "tables", "write_report"]
 
 NONE = "-"
 
@@ -143,6 +143,17 @@ def spread(values: list[float], digits: int = 3) -> str:
         return NONE
     text = f"{statistics.fmean(values):.{digits}f}"
     return text if len(values) < 2 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def summary(run: dict[str, Any]) -> str:
+    """A line about a finished run."""
+    context = run["settings"]["context"]
+    single, multi = (needle(run, kind, context) for kind in KINDS)
+    mqar = statistics.fmean(run["associative_recall"]["right"])
+    return (
+        f"{run['arm']}-{run['seed']}: held-out loss {mean_loss(run):.4f}, far identifiers {far_loss(run):.3f}; right: "
+        f"single {single:.2f}, multi {multi:.2f}, MQAR {mqar:.2f}; score recall {recall(run, 'index', 1):.2f}"
+    )
 
 
 def arms_table(study: Study) -> str:
