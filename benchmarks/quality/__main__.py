@@ -100,7 +100,7 @@ def run_train(settings: Settings, options: argparse.Namespace) -> int:
     times = {"text": time.monotonic() - started}
     training = Training(settings, arm, seed, corpus, device)
     name = f"{arm.name}-{seed}"
-    saved = options.work / f"{name}.pt"
+    saved = options.work / f"{name}-{settings.key()}.pt"
     if device.type == "cuda":
         training.compile()
     checks = check(training)
