@@ -159,13 +159,17 @@ def test_a_checkpoint_of_another_run_is_refused(corpus, tmp_path):
         new_training(corpus, "cold").load(tmp_path / "x.pt")
 
 
-def test_a_run_without_time_says_so(work, corpus, tmp_path):
+def test_a_run_without_time_continues_in_the_next_call(work, corpus, tmp_path):
     arguments = ["train", "--quick", "--device", "cpu", "--seconds", "0", "--out", str(tmp_path), "--work", str(work)]
+    arguments += ["--steps", "3"]
     assert commands.main(arguments) == commands.UNFINISHED
     found = json.loads((tmp_path / "msa-0.json").read_text())
     assert not found["finished"] and "heldout" not in found
     with pytest.raises(FileNotFoundError, match="finished arm"):
         report.load(tmp_path)
+    assert [commands.main(arguments) for _ in range(3)] == [commands.UNFINISHED, 0, 0]
+    found = report.load(tmp_path).any_run
+    assert [entry["step"] for entry in found["log"]] == [1, 2, 3] and "recalls" in found["log"][0]
 
 
 @pytest.mark.parametrize("name", ["window", "random"])
