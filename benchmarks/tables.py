@@ -7,7 +7,7 @@ makes from benchmarks/results/*.json, so that nobody types a figure. A test chec
 import re
 
 from benchmarks.gpu_tables import GPU_TABLES, ROOT, gpu_rows, layer_times, load_result, markdown
-from benchmarks.quality.plan import plan_table, plan_text
+from benchmarks.quality.plan import plan_table, plan_text, try_table
 from benchmarks.transformers_tests import transformers_tests
 
 PAGES = (
@@ -207,6 +207,10 @@ def quality_plan() -> str:
     return plan_table()
 
 
+def quality_try() -> str:
+    return try_table()
+
+
 def fp8_selection() -> str:
     rows = [
         [f"{row['seqlen'] // 1024}K", row["in e4m3"], f"{row['ids_that_differ']:.1%}", f"{row['score_recall']:.2%}"]
@@ -262,6 +266,7 @@ OWN_TABLES = (
     training_memory,
     quality_sizes,
     quality_plan,
+    quality_try,
     gpu_generation,
     gpu_pages,
     transformers_tests,

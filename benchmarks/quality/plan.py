@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from benchmarks.gpu_tables import markdown
+from benchmarks.gpu_tables import load_result, markdown
 from benchmarks.quality.arms import Arm, Phase, make_arms
 from benchmarks.quality.checks import expected_keys
 from benchmarks.quality.settings import FULL, Settings
 
-__all__ = ["arm_flops", "parameters", "plan_table", "plan_text"]
+__all__ = ["arm_flops", "parameters", "plan_table", "plan_text", "try_table"]
 
 # An H200's dense bf16 rate in FLOP/s, and the share of it that a compiled model of this size is assumed to reach.
 PEAK, SHARE = 989e12, 0.4
@@ -82,6 +82,29 @@ def plan_table(settings: Settings = FULL) -> str:
         rows.append([f"`{arm.name}`", arm.title, steps, *numbers, f"{seconds:.0f}"])
     head = ["arm", "what", "steps", "keys per query", "PFLOP outside of attention", "PFLOP of attention", "seconds"]
     return markdown(head, rows)
+
+
+def try_table() -> str:
+    """What a first try of a few steps found: the machine, its text, and the speed of training."""
+    found = load_result("quality-try.json")
+    text, seconds = found["text"], found["text"]["seconds"]
+    lines = [
+        "{device}, torch {torch}, Python {python}.".format(**found["machine"]),
+        f"Its text: {text['files']:,} files of {text['packages']} packages, {text['heldout_packages']} of them "
+        f"held out; {text['characters'] / 1e6:.0f} million characters; {text['train_rows']:,} rows to train and "
+        f"{text['heldout_rows']} held out. Reading took {seconds['read']:.0f} s, the tokenizer "
+        f"{seconds['tokenizer']:.0f} s, and encoding {seconds['encode']:.0f} s.",
+        "",
+    ]
+    rows = []
+    for row in found["rows"]:
+        arm = make_arms(FULL)[row["arm"]]
+        flops = sum(phase_flops(FULL, arm, Phase(1, row["way"], kl=row["arm"] == "msa")))
+        speed = row["tokens_per_second"]
+        share = f"{speed * flops / PEAK:.0%}"
+        rows.append([f"`{row['arm']}`, {row['way']}", f"{speed / 1e3:.0f}", share, f"{row['memory'] / 2**30:.0f} GiB"])
+    head = ["steps", "thousand tokens per second", "of 989 TFLOP/s", "memory"]
+    return "\n".join(lines) + "\n" + markdown(head, rows)
 
 
 def plan_text(settings: Settings = FULL) -> str:
