@@ -21,7 +21,10 @@ __all__ = [
 
 OPERATOR = "vllm::flexmsa_attention"
 _VERSION = "0.32"
-_M3_DTYPES = ("auto", "bf16", "bfloat16", "float16", "fp8", "fp8_e4m3")
+_M3_DTYPES = {
+    "kv_cache_dtype": ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3"),
+    "indexer_kv_dtype": ("auto", "bf16", "fp8", "fp8_e4m3"),
+}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -144,9 +147,9 @@ def check_m3_dtypes(kv_cache_dtype: str, indexer_kv_dtype: str) -> None:
     >>> check_m3_dtypes("fp8", "auto")
     """
     given = {"kv_cache_dtype": kv_cache_dtype, "indexer_kv_dtype": indexer_kv_dtype}
-    for name, value in given.items():
-        if value not in _M3_DTYPES:
+    for name, supported in _M3_DTYPES.items():
+        if given[name] not in supported:
             raise NotImplementedError(
-                f"{name}: expected one of {', '.join(_M3_DTYPES)} with {M3_SWITCH}=1, got {value}; choose one of "
+                f"{name}: expected one of {', '.join(supported)} with {M3_SWITCH}=1, got {given[name]}; choose one of "
                 "them, or unset the variable"
             )
