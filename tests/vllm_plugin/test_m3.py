@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process(tmp_path_factory):
-    """vLLM's layers ask for their process group."""
+    """vLLM's layers ask for their process group; engines of other tests have left theirs."""
+    cleanup_dist_env_and_memory()
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{tmp_path_factory.mktemp('group') / 'store'}", 0, "gloo")
         initialize_model_parallel(1, 1)
