@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_pages [--quick] [--out FILE]
 
-First checks: each sequence's ids and results are those of the functions without pages, in e4m3 too. Then times of `attend_pages`:
-decoding beside `decode` from a contiguous cache, and a mixed batch beside its parts, 32 decodes of 100K keys and a
-chunk of 2048 tokens. Every sequence has its own pages, in random order, between those of the others. bf16, blocks of
-128, topk 16. `write_pages` is timed by itself.
+First checks: each sequence's ids and results are those of the functions without pages, with e4m3 pages too. Then times
+of `attend_pages`: decoding beside `decode` from a contiguous cache, and a mixed batch beside its parts, 32 decodes of
+100K keys and a chunk of 2048 tokens. Every sequence has its own pages, in random order, between those of the others.
+bf16, blocks of 128, topk 16. `write_pages` is timed by itself.
 """
 
 import argparse
