@@ -244,8 +244,12 @@ def test_documents_are_cut_by_turns(results):
 
 def test_the_benchmark(tmp_path):
     assert run(2, measure, str(tmp_path)) == [0, 0]
-    (row,) = json.loads((tmp_path / "distributed.json").read_text())["rows"]
-    assert row["processes"] == 2 and row["step_ms"] > 0 and row["efficiency"] > 0
+    results = json.loads((tmp_path / "distributed.json").read_text())
+    for part in ("attention", "model"):
+        (row,) = results[part]
+        assert row["processes"] == 2 and row["step_ms"] > 0 and row["efficiency"] > 0
+    (row,) = results["decode"]
+    assert min(row["one_us"], row["heads_us"], row["keys_us"]) > 0
 
 
 def test_a_part_is_not_taken_as_the_whole(results):
