@@ -1,8 +1,8 @@
 """The retrieval task: statements of keys and values in text, and questions that only they answer.
 
-A statement is a mark, two tokens of a key and two of a value; a question is another mark and the key, and its answer
-the value. All four are ordinary tokens, drawn at random. Training text has some in every row, so that every arm learns
-the task; held-out text for the loss has none.
+A statement is a mark, two letters of a key and two of a value; a question is another mark and the key, and its answer
+the value. Letters are tokens that text never has. Training text has statements and questions in every row, so that
+every arm learns the task; held-out text for the loss has none.
 """
 
 from collections.abc import Callable
@@ -13,39 +13,34 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.tokens import QUESTION, STATEMENT, Corpus
+from benchmarks.quality.tokens import ALPHABETS, FIRST_LETTER, QUESTION, STATEMENT, Corpus
 
 __all__ = ["answered", "associative_recall", "needles", "plant"]
 
-KEY, VALUE = 2, 2
+KEY = 2
+VALUE = ALPHABETS - KEY
 LENGTH = 1 + KEY + VALUE
 # A place for a statement or a question.
 SLOT = 8
-# Keys and values are of these tokens, the most frequent ones: behind them come seldom ones, before them single bytes.
-FIRST, MOST = 258, 2048
 DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.9)
 
 
 def plant(ids: np.ndarray, settings: Settings, generator: np.random.Generator) -> None:
-    """Write statements and later questions over a row of text [S], in place: 1 to the most, and as many questions."""
+    """Write 1 to the most statements over a row of text [S], in place, and of each a question anywhere behind it."""
     num_slots = len(ids) // SLOT
-    count = int(np.exp(generator.uniform(0, np.log(settings.statements + 1))))
-    facts = generator.integers(FIRST, _end(settings), (count, KEY + VALUE))
-    slots = generator.choice(num_slots - 1, count, replace=False)
-    free = np.ones(num_slots, bool)
-    free[slots] = False
-    for slot, fact in zip(slots, facts, strict=True):
-        _write(ids, slot, STATEMENT, fact)
-    for _ in range(settings.questions):
-        which = generator.integers(count)
-        slot = generator.integers(slots[which] + 1, num_slots)
-        if free[slot]:
-            free[slot] = False
-            _write(ids, slot, QUESTION, facts[which])
+    count = int(generator.integers(1, min(settings.statements, num_slots // 2) + 1))
+    slots = np.sort(generator.choice(num_slots, (count, 2), replace=False), axis=1)
+    for fact, (statement, question) in zip(_draw_facts(count, settings, generator), slots, strict=True):
+        _write(ids, statement, STATEMENT, fact)
+        _write(ids, question, QUESTION, fact)
 
 
-def _end(settings: Settings) -> int:
-    return min(FIRST + MOST, settings.vocabulary)
+def _draw_facts(count: int, settings: Settings, generator: np.random.Generator) -> np.ndarray:
+    """Keys, each another, and values: [count, 4]. Each of the four places has an alphabet of its own."""
+    letters = settings.letters
+    keys = np.stack(divmod(generator.choice(letters**KEY, count, replace=False), letters), axis=1)
+    values = generator.integers(letters, size=(count, VALUE))
+    return FIRST_LETTER + letters * np.arange(KEY + VALUE) + np.concatenate([keys, values], axis=1)
 
 
 def _write(ids: np.ndarray, slot: int, mark: int, fact: np.ndarray) -> None:
@@ -82,21 +77,21 @@ def needles(corpus: Corpus, settings: Settings, best: Best, device: torch.device
 
     best: from ids [S] and a number n, the likeliest tokens after the last n tokens, with zeros before.
     """
-    generator = torch.Generator().manual_seed(1)
+    generator = np.random.default_rng(1)
     rows = []
     for length in settings.needle_lengths:
         right = {kind: torch.zeros(len(DEPTHS)) for kind in ("single", "multi")}
         for sample in range(settings.needle_samples):
             filler = corpus.stream(sample * 7, length)
-            facts = torch.randint(FIRST, _end(settings), (len(DEPTHS), KEY + VALUE), generator=generator)
+            facts = torch.from_numpy(_draw_facts(len(DEPTHS), settings, generator))
             # Nothing is planted in the questions at the end, nor in the first block, which a sink sees.
             first, room = settings.block_size, length - settings.block_size - LENGTH * (len(DEPTHS) + 1)
-            jitter = torch.rand((), generator=generator).item() * 0.04 * room
+            jitter = generator.random() * 0.04 * room
             starts = [first + int(depth * room + jitter) for depth in DEPTHS]
             for place, start in enumerate(starts):
                 ids = _ask(filler, facts[place : place + 1], [start], [0]).to(device)
                 right["single"][place] += answered(best(ids, LENGTH), ids, 1).sum().item()
-            order = torch.randperm(len(DEPTHS), generator=generator)
+            order = torch.from_numpy(generator.permutation(len(DEPTHS)))
             ids = _ask(filler, facts, starts, order.tolist()).to(device)
             right["multi"][order] += answered(best(ids, LENGTH * len(order)), ids, len(order)).cpu().float()
         for kind, found in right.items():
@@ -110,13 +105,13 @@ def needles(corpus: Corpus, settings: Settings, best: Best, device: torch.device
 
 def associative_recall(corpus: Corpus, settings: Settings, best: Best, device: torch.device) -> dict[str, Any]:
     """Many statements side by side behind the first block, and all of their questions at the end (MQAR)."""
-    generator = torch.Generator().manual_seed(2)
+    generator = np.random.default_rng(2)
     right = []
     for sample in range(settings.needle_samples):
         filler = corpus.stream(sample * 7 + 3, settings.context)
-        facts = torch.randint(FIRST, _end(settings), (settings.pairs, KEY + VALUE), generator=generator)
+        facts = torch.from_numpy(_draw_facts(settings.pairs, settings, generator))
         starts = [settings.block_size + LENGTH * place for place in range(settings.pairs)]
-        order = torch.randperm(settings.pairs, generator=generator).tolist()
+        order = generator.permutation(settings.pairs).tolist()
         ids = _ask(filler, facts, starts, order).to(device)
         right.append(answered(best(ids, LENGTH * len(order)), ids, len(order)).float().mean().item())
     return {"pairs": settings.pairs, "length": settings.context, "right": right}

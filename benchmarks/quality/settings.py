@@ -25,7 +25,8 @@ class Settings:
         convert_at, index_steps: dense steps before the conversion, and those of its first phase, which come on top.
         few: topk of the arm with a small budget.
         measure_every: steps between measurements of the recalls.
-        statements, questions: most of them that training text has in a row, see retrieval.py.
+        letters: of each alphabet of the retrieval task, see retrieval.py.
+        statements: the most that training text has in a row, and as many questions.
         needle_lengths, needle_samples: of the retrieval test; samples for each length and depth.
         pairs: of the test of associative recall.
         speed_lengths: at which training steps are timed.
@@ -60,8 +61,8 @@ class Settings:
     max_norm: float = 1.0
     log_every: int = 20
     measure_every: int = 100
-    statements: int = 32
-    questions: int = 32
+    letters: int = 64
+    statements: int = 128
     needle_lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
     needle_samples: int = 8
     pairs: int = 64
@@ -80,7 +81,15 @@ class Settings:
 
     def text_key(self) -> str:
         """A name for what the text depends on."""
-        names = ("vocabulary", "text_bytes", "package_bytes", "tokenizer_bytes", "heldout_percent", "context")
+        names = (
+            "vocabulary",
+            "letters",
+            "text_bytes",
+            "package_bytes",
+            "tokenizer_bytes",
+            "heldout_percent",
+            "context",
+        )
         return digest({name: getattr(self, name) for name in names})
 
     def key(self) -> str:
@@ -99,6 +108,6 @@ QUICK = replace(
     **{"heldout_percent": 30, "heldout_rows": 6, "rows_per_package": 2, "context": 256, "batch_rows": 2},
     **{"steps": 10, "warm_up": 3, "convert_at": 6, "index_steps": 2, "num_layers": 2, "hidden_size": 32},
     **{"mlp_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "index_head_dim": 8, "block_size": 16},
-    **{"topk": 4, "few": 2, "log_every": 1, "measure_every": 4, "statements": 4, "questions": 4},
+    **{"topk": 4, "few": 2, "log_every": 1, "measure_every": 4, "letters": 8, "statements": 6},
     **{"needle_lengths": (128, 256, 512), "needle_samples": 2, "pairs": 8, "speed_lengths": (128, 256)},
 )

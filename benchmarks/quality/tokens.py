@@ -16,9 +16,9 @@ from benchmarks.quality.settings import Settings, digest
 
 __all__ = ["Corpus", "prepare"]
 
-# Before a statement of the retrieval task, and before its question: tokens that text never has.
-STATEMENT, QUESTION = 0, 1
-MARKS = ["<|statement|>", "<|question|>"]
+# Tokens of the retrieval task, which text never has: before a statement, before a question, and from here on letters.
+STATEMENT, QUESTION, FIRST_LETTER = 0, 1, 2
+ALPHABETS = 4
 FILES_AT_ONCE = 2000
 
 
@@ -67,8 +67,8 @@ def prepare(settings: Settings, work: Path) -> Corpus:
     train, heldout = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "heldout"))
     tokenizer = _tokenizers().Tokenizer.from_file(str(folder / "tokenizer.json"))
     names = [tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())]
-    alphabet = _byte_alphabet()
-    token_bytes = [b"" if name in MARKS else bytes(alphabet[letter] for letter in name) for name in names]
+    alphabet, reserved = _byte_alphabet(), set(_reserved(settings))
+    token_bytes = [b"" if name in reserved else bytes(alphabet[letter] for letter in name) for name in names]
     return Corpus(train, heldout, facts.pop("heldout_rows"), token_bytes, facts)
 
 
@@ -110,6 +110,11 @@ def _make(settings: Settings, folder: Path) -> None:
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
+def _reserved(settings: Settings) -> list[str]:
+    """The first tokens of the vocabulary."""
+    return [f"<|reserved {number}|>" for number in range(FIRST_LETTER + ALPHABETS * settings.letters)]
+
+
 def _tokenizers() -> Any:
     try:
         import tokenizers
@@ -124,7 +129,10 @@ def _train_tokenizer(settings: Settings, packages: list[Package]) -> Any:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=settings.vocabulary, special_tokens=MARKS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=settings.vocabulary,
+        special_tokens=_reserved(settings),
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(_sample(packages, settings.tokenizer_bytes), trainer)
     return tokenizer
