@@ -306,25 +306,28 @@ def test_each_planted_question_has_its_statement_before(corpus):
 
 
 def test_retrieval_counts_right_answers(corpus):
-    """A model that looks the key up is always right; one that is wrong in an answer's second token never is."""
+    """A model that looks the key up is always right; one that is wrong in an answer's second letter never is."""
 
     def look_up(ids, count, error=0):
-        best = torch.zeros_like(ids)
-        for place in range(len(ids) - count, len(ids) - retrieval.VALUE):
+        likeliest = torch.zeros(count, dtype=torch.int64)
+        for place in range(len(ids) - count, len(ids)):
             if ids[place] == tokens.QUESTION:
                 key = ids[place + 1 : place + 3]
                 starts = [
                     s for s in range(place) if ids[s] == tokens.STATEMENT and torch.equal(ids[s + 1 : s + 3], key)
                 ]
-                best[place + 2 : place + 4] = ids[starts[0] + 3 : starts[0] + 5] + torch.tensor([0, error])
-        return best
+                value = ids[starts[0] + 3 : starts[0] + 5] + torch.tensor([0, error])
+                likeliest[place - len(ids) + count + 3 :][:2] = value
+        scores = torch.full((count, QUICK.vocabulary), -9.0)
+        return scores.scatter(1, likeliest[:, None], -1.0)
 
     rows = retrieval.needles(corpus, QUICK, look_up, CPU)
-    assert {row["right"] for row in rows} == {1.0}
+    assert {(row["right"], row["nats"]) for row in rows} == {(1.0, 1.0)}
     assert {row["length"] for row in rows} == set(QUICK.needle_lengths)
-    assert retrieval.associative_recall(corpus, QUICK, look_up, CPU)["right"] == [1.0] * QUICK.needle_samples
+    found = retrieval.associative_recall(corpus, QUICK, look_up, CPU)
+    assert found["right"] == found["nats"] == [1.0] * QUICK.needle_samples
     rows = retrieval.needles(corpus, QUICK, lambda ids, count: look_up(ids, count, error=1), CPU)
-    assert {row["right"] for row in rows} == {0.0}
+    assert {(row["right"], row["nats"]) for row in rows} == {(0.0, 5.0)}
 
 
 def test_longer_rows_turn_slower(corpus):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.arms import SINKS, ArmAttention
-from benchmarks.quality.retrieval import Best, associative_recall, needles
+from benchmarks.quality.retrieval import associative_recall, needles
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.train import Training, autocast
 from flexmsa import metrics, select_blocks
@@ -35,18 +35,15 @@ def measure(training: Training) -> dict[str, Any]:
     # For random blocks: the same in each measurement.
     torch.manual_seed(training.seed)
 
-    def best(ids: Tensor, count: int) -> Tensor:
+    def scores(ids: Tensor, count: int) -> Tensor:
         with longer_positions(model, settings, len(ids)), torch.no_grad(), autocast(device):
             x, _ = model.hidden(ids[None])
-            found = torch.zeros_like(ids)
-            found[-count - 1 :] = model.head(model.norm(x[0, -count - 1 :])).argmax(-1)
-        return found
+            return model.head(model.norm(x[0, -count - 1 : -1])).float().log_softmax(-1)
 
-    answer: Best = best
     parts: dict[str, Callable[[], Any]] = {
         "heldout": lambda: heldout(training),
-        "needles": lambda: needles(corpus, settings, answer, device),
-        "associative_recall": lambda: associative_recall(corpus, settings, answer, device),
+        "needles": lambda: needles(corpus, settings, scores, device),
+        "associative_recall": lambda: associative_recall(corpus, settings, scores, device),
         "recalls": lambda: layer_recalls(training, RECALL_ROWS),
     }
     found: dict[str, Any] = {"seconds": {}}

@@ -149,10 +149,11 @@ def summary(run: dict[str, Any]) -> str:
     """A line about a finished run."""
     context = run["settings"]["context"]
     single, multi = (needle(run, kind, context) for kind in KINDS)
-    mqar = statistics.fmean(run["associative_recall"]["right"])
+    mqar, nats = (statistics.fmean(run["associative_recall"][name]) for name in ("right", "nats"))
     return (
         f"{run['arm']}-{run['seed']}: held-out loss {mean_loss(run):.4f}, far identifiers {far_loss(run):.3f}; right: "
-        f"single {single:.2f}, multi {multi:.2f}, MQAR {mqar:.2f}; score recall {recall(run, 'index', 1):.2f}"
+        f"single {single:.2f}, multi {multi:.2f}, MQAR {mqar:.2f} ({nats:.2f} nats per letter); score "
+        f"recall {recall(run, 'index', 1):.2f}"
     )
 
 
@@ -171,11 +172,16 @@ def arms_table(study: Study) -> str:
                 *(NONE if found is None else f"{found} ({found.mean / dense_loss:+.1%})" for found in (above, far)),
                 spread(study.values(arm, far_loss)),
                 *(spread(study.values(arm, lambda run, k=kind: needle(run, k, context)), 2) for kind in KINDS),
-                spread(study.values(arm, lambda run: statistics.fmean(run["associative_recall"]["right"])), 2),
+                *(
+                    spread(study.values(arm, lambda run, n=name: statistics.fmean(run["associative_recall"][n])), 2)
+                    for name in ("right", "nats")
+                ),
             ]
         )
     head = ["arm", "seeds", "keys of the last query", "loss", "above dense", "above dense, second half"]
-    return markdown([*head, "loss of far identifiers", "single needle", "multi-key", "MQAR"], rows)
+    return markdown(
+        [*head, "loss of far identifiers", "single needle", "multi-key", "MQAR", "MQAR, nats per letter"], rows
+    )
 
 
 KINDS = "single", "multi"

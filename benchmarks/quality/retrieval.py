@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.tokens import ALPHABETS, FIRST_LETTER, QUESTION, STATEMENT, Corpus
 
-__all__ = ["answered", "associative_recall", "needles", "plant"]
+__all__ = ["Scores", "answers", "associative_recall", "needles", "plant"]
 
 KEY = 2
 VALUE = ALPHABETS - KEY
@@ -48,18 +48,19 @@ def _write(ids: np.ndarray, slot: int, mark: int, fact: np.ndarray) -> None:
     ids[slot * SLOT + 1 : slot * SLOT + LENGTH] = fact
 
 
-def answered(best: Tensor, ids: Tensor, num_questions: int) -> Tensor:
-    """Which of the questions at the end of ids [S] a model answers, [num_questions] bool.
+# From ids [S] and a number n: the log-probabilities [n, vocabulary] of the last n tokens, each behind those before it.
+Scores = Callable[[Tensor, int], Tensor]
 
-    best: [S], the likeliest token after each token. Answers are given step by step: the second token of a value counts
-    with the first.
+
+def answers(scores: Scores, ids: Tensor, num_questions: int) -> tuple[Tensor, Tensor]:
+    """How a model answers the questions at the end of ids: whether rightly, and nats per letter, [num_questions] each.
+
+    An answer is right if each of its letters is the likeliest token, behind the right letters before it.
     """
-    ends = len(ids) - LENGTH * torch.arange(num_questions, 0, -1, device=ids.device) + 1 + KEY
-    places = ends[:, None] + torch.arange(VALUE, device=ids.device)
-    return (best[places - 1] == ids[places]).all(1)
-
-
-Best = Callable[[Tensor, int], Tensor]
+    answer = ids[-LENGTH * num_questions :].view(num_questions, LENGTH)[:, 1 + KEY :]
+    found = scores(ids, LENGTH * num_questions).float().unflatten(0, (num_questions, LENGTH))[:, 1 + KEY :]
+    nats = -found.gather(-1, answer[..., None]).squeeze(-1)
+    return (found.argmax(-1) == answer).all(1).cpu().float(), nats.mean(1).cpu()
 
 
 def _ask(filler: Tensor, facts: Tensor, starts: list[int], order: list[int]) -> Tensor:
@@ -72,15 +73,12 @@ def _ask(filler: Tensor, facts: Tensor, starts: list[int], order: list[int]) -> 
     return ids
 
 
-def needles(corpus: Corpus, settings: Settings, best: Best, device: torch.device) -> list[dict[str, Any]]:
-    """Ask for statements at several depths, by length: a single one in the text, or one at each depth (multi-key).
-
-    best: from ids [S] and a number n, the likeliest tokens after the last n tokens, with zeros before.
-    """
+def needles(corpus: Corpus, settings: Settings, scores: Scores, device: torch.device) -> list[dict[str, Any]]:
+    """Ask for statements at several depths, by length: a single one in the text, or one at each depth (multi-key)."""
     generator = np.random.default_rng(1)
     rows = []
     for length in settings.needle_lengths:
-        right = {kind: torch.zeros(len(DEPTHS)) for kind in ("single", "multi")}
+        sums = {kind: torch.zeros(2, len(DEPTHS)) for kind in ("single", "multi")}
         for sample in range(settings.needle_samples):
             filler = corpus.stream(sample * 7, length)
             facts = torch.from_numpy(_draw_facts(len(DEPTHS), settings, generator))
@@ -90,28 +88,27 @@ def needles(corpus: Corpus, settings: Settings, best: Best, device: torch.device
             starts = [first + int(depth * room + jitter) for depth in DEPTHS]
             for place, start in enumerate(starts):
                 ids = _ask(filler, facts[place : place + 1], [start], [0]).to(device)
-                right["single"][place] += answered(best(ids, LENGTH), ids, 1).sum().item()
+                sums["single"][:, place] += torch.cat(answers(scores, ids, 1))
             order = torch.from_numpy(generator.permutation(len(DEPTHS)))
             ids = _ask(filler, facts, starts, order.tolist()).to(device)
-            right["multi"][order] += answered(best(ids, LENGTH * len(order)), ids, len(order)).cpu().float()
-        for kind, found in right.items():
-            shares = (found / settings.needle_samples).tolist()
-            rows += [
-                {"length": length, "kind": kind, "depth": depth, "right": share, "samples": settings.needle_samples}
-                for depth, share in zip(DEPTHS, shares, strict=True)
-            ]
+            sums["multi"][:, order] += torch.stack(answers(scores, ids, len(order)))
+        for kind, total in sums.items():
+            found = zip(DEPTHS, *(total / settings.needle_samples).tolist(), strict=True)
+            common = {"length": length, "kind": kind, "samples": settings.needle_samples}
+            rows += [{**common, "depth": depth, "right": right, "nats": nats} for depth, right, nats in found]
     return rows
 
 
-def associative_recall(corpus: Corpus, settings: Settings, best: Best, device: torch.device) -> dict[str, Any]:
+def associative_recall(corpus: Corpus, settings: Settings, scores: Scores, device: torch.device) -> dict[str, Any]:
     """Many statements side by side behind the first block, and all of their questions at the end (MQAR)."""
     generator = np.random.default_rng(2)
-    right = []
+    right, nats = [], []
     for sample in range(settings.needle_samples):
         filler = corpus.stream(sample * 7 + 3, settings.context)
         facts = torch.from_numpy(_draw_facts(settings.pairs, settings, generator))
         starts = [settings.block_size + LENGTH * place for place in range(settings.pairs)]
         order = generator.permutation(settings.pairs).tolist()
         ids = _ask(filler, facts, starts, order).to(device)
-        right.append(answered(best(ids, LENGTH * len(order)), ids, len(order)).float().mean().item())
-    return {"pairs": settings.pairs, "length": settings.context, "right": right}
+        for into, found in zip((right, nats), answers(scores, ids, len(order)), strict=True):
+            into.append(found.mean().item())
+    return {"pairs": settings.pairs, "length": settings.context, "right": right, "nats": nats}
