@@ -318,11 +318,16 @@ def attend_pages(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if isinstance(pools.k_scale, float):
         scale = scale * pools.k_scale
-    numbers, found = (num_local_blocks, num_init_blocks, scale, backend), []
+    size, rule, found = pools.page_size, (num_local_blocks, num_init_blocks), []
     for part in batch._parts:
         q_part, index_part, to, chosen = (None if x is None else part.arrange(x) for x in (q, index_q, out, ids))
-        stored = pools.k, pools.v, pools.index_k, part.table, part.page_table, *pools.scales
-        found.append(ops.attend_pages(q_part, index_part, *stored, to, chosen, *numbers))
+        if index_part is None:
+            main, stored = (q_part, pools.k, pools.v, chosen, part.table), (part.page_table, *pools.scales[:2])
+            lse = ops.attend_blocks(*main, size, scale, backend, *stored, to)
+        else:
+            branches, stored = (q_part, index_part, pools.k, pools.v, pools.index_k), (part.page_table, *pools.scales)
+            lse = ops.select_and_attend(*branches, part.table, size, *rule, scale, backend, *stored, to, chosen)
+        found.append(lse)
     if isinstance(pools.v_scale, float) and pools.v_scale != 1.0:
         out.mul_(pools.v_scale)
     if return_aux is None:

@@ -160,8 +160,11 @@ def test_operators_are_sound():
     q, index_q, ids = torch.randn(1, 6, 4, 16), torch.randn(1, 2, 4, 16), torch.zeros(1, 2, 4, 2, dtype=torch.int32)
     selected = index_q, stored[2], *table, None, ids, 1, 0, "torch"
     torch.library.opcheck(ops.select_pages, selected, test_utils=tests)
-    attended = q, index_q, *stored, *table, None, None, None, torch.empty_like(q), ids, 1, 0, 0.25, "torch"
-    torch.library.opcheck(ops.attend_pages, attended, test_utils=tests)
+    written, pages = (torch.empty_like(q), ids), (table[1], None, None)
+    attended = q, *stored[:2], ids, table[0], 16, 0.25, "torch", *pages, written[0]
+    torch.library.opcheck(ops.attend_blocks, attended, test_utils=tests)
+    attended = q, index_q, *stored, table[0], 16, 1, 0, 0.25, "torch", *pages, None, *written
+    torch.library.opcheck(ops.select_and_attend, attended, test_utils=tests)
 
 
 def test_compiles():

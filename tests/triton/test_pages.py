@@ -37,7 +37,7 @@ def step(tokens, sequences, max_pages, rows=1, stored=torch.bfloat16):
     written = arranged(HEADS, DEPTH), arranged(GROUPS, 16, torch.int32)
     queries = arranged(HEADS, DEPTH), arranged(GROUPS, DEPTH)
     rule = SelectionRule(PAGE, 16)
-    kernels.attend_pages(*queries, k, v, index_k, pages, scale, scale, scale, table, rule, 0.1, *written)
+    kernels.select_and_attend(*queries, k, v, index_k, table, rule, 0.1, pages, scale, scale, scale, *written)
 
 
 DECODE, DRAFTS, MIXED = (32, 32, 32), (9, 4, 1), (2080, 33, 1)
