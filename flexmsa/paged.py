@@ -100,7 +100,9 @@ class _Part(NamedTuple):
     rows: int
     seqlen_q: int
     table: Tensor
+    # That of the batch, from this row on.
     page_table: Tensor
+    first_row: int
 
     def arrange(self, x: Tensor) -> Tensor:
         """Return the part of x [T, H, D] as [rows, H, seqlen_q, D], a view."""
@@ -165,10 +167,11 @@ class PagedBatch:
         self._sizes = count, num_decodes
         rows, others = count if uniform else 1, num_tokens - num_decodes
         first, first_pages = ops.second_part(num_decodes)
-        tables = table[first : first + count - num_decodes + (0 if uniform else 1)], page_table[first_pages:]
+        own = table[first : first + count - num_decodes + (0 if uniform else 1)]
+        tables = own, page_table[first_pages:], first_pages
         self._parts = [_Part(slice(num_decodes, num_tokens), rows, others // rows, *tables)] if others else []
         if num_decodes:
-            tables = table[:num_decodes], page_table[:num_decodes]
+            tables = table[:num_decodes], page_table[:num_decodes], 0
             self._parts.insert(0, _Part(slice(0, num_decodes), num_decodes, 1, *tables))
 
     def __repr__(self) -> str:
@@ -250,8 +253,9 @@ def select_pages(
     check_buffer("out", out, shape, torch.int32, index_q.device)
     backend = choose_backend("paged", backend, index_q)
     for part in batch._parts:
-        keys = pools.index_k, part.table, part.page_table, pools.scales[2]
-        ops.select_pages(part.arrange(index_q), *keys, part.arrange(out), num_local_blocks, num_init_blocks, backend)
+        keys, written = (pools.index_k, part.table, part.page_table, pools.scales[2]), part.arrange(out)
+        numbers = num_local_blocks, num_init_blocks, backend, part.first_row
+        ops.select_pages(part.arrange(index_q), *keys, written, *numbers)
     return out
 
 
@@ -318,15 +322,15 @@ def attend_pages(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if isinstance(pools.k_scale, float):
         scale = scale * pools.k_scale
-    size, rule, found = pools.page_size, (num_local_blocks, num_init_blocks), []
+    numbers, found = (pools.page_size, num_local_blocks, num_init_blocks, scale, backend), []
     for part in batch._parts:
         q_part, index_part, to, chosen = (None if x is None else part.arrange(x) for x in (q, index_q, out, ids))
         if index_part is None:
             main, stored = (q_part, pools.k, pools.v, chosen, part.table), (part.page_table, *pools.scales[:2])
-            lse = ops.attend_blocks(*main, size, scale, backend, *stored, to)
+            lse = ops.attend_blocks(*main, pools.page_size, scale, backend, *stored, to, part.first_row)
         else:
             branches, stored = (q_part, index_part, pools.k, pools.v, pools.index_k), (part.page_table, *pools.scales)
-            lse = ops.select_and_attend(*branches, part.table, size, *rule, scale, backend, *stored, to, chosen)
+            lse = ops.select_and_attend(*branches, part.table, *numbers, *stored, to, chosen, part.first_row)
         found.append(lse)
     if isinstance(pools.v_scale, float) and pools.v_scale != 1.0:
         out.mul_(pools.v_scale)

@@ -42,22 +42,26 @@ def _empty_lse(q, *_):
 
 @operator(
     "attend_blocks(Tensor q, Tensor k, Tensor v, Tensor? block_indices, Tensor sequences, int block_size, float scale, "
-    "str backend, Tensor? page_table, Tensor? k_scale, Tensor? v_scale, Tensor(a!) out) -> Tensor",
+    "str backend, Tensor? page_table, Tensor? k_scale, Tensor? v_scale, Tensor(a!) out, int first_row=0) -> Tensor",
     fake=_empty_lse,
     has_gradient=False,
     cast=0,
 )
-def attend_blocks(q, k, v, block_indices, sequences, block_size, scale, backend, page_table, *stored):
-    """Write out [B, Hq, Sq, D], return lse [B, Hq, Sq]; block_indices None selects every visible block."""
-    check_page_table(page_table, sequences, block_size, k.shape[0], backend)
-    main = q, k, v, block_indices, sequences, block_size, scale
-    return run_kernel(backend, "attend_blocks", *main, page_table, *stored)[1]
+def attend_blocks(*args):
+    """Write out [B, Hq, Sq, D], return lse [B, Hq, Sq]; block_indices None selects every visible block.
+
+    The schema names the arguments. first_row: the user's row that is the first of page_table, for errors.
+    """
+    *main, backend, page_table, k_scale, v_scale, out = args[:12]
+    k, sequences, block_size = (main[i] for i in (1, 4, 5))
+    check_page_table(page_table, sequences, block_size, k.shape[0], backend, *args[12:])
+    return run_kernel(backend, "attend_blocks", *main, page_table, k_scale, v_scale, out)[1]
 
 
 @operator(
     "select_and_attend(Tensor q, Tensor index_q, Tensor k, Tensor v, Tensor index_k, Tensor sequences, int block_size, "
     "int num_local_blocks, int num_init_blocks, float scale, str backend, Tensor? page_table, Tensor? k_scale, "
-    "Tensor? v_scale, Tensor? index_k_scale, Tensor(a!) out, Tensor(b!) ids) -> Tensor",
+    "Tensor? v_scale, Tensor? index_k_scale, Tensor(a!) out, Tensor(b!) ids, int first_row=0) -> Tensor",
     fake=_empty_lse,
     has_gradient=False,
     cast=0,
@@ -68,8 +72,8 @@ def select_and_attend(*args):
     The schema names the arguments.
     """
     *branches, sequences, block_size, num_local, num_init, scale, backend, page_table = args[:12]
-    ids = args[16]
-    check_topk(ids.shape[3], backend)
-    check_page_table(page_table, sequences, block_size, branches[2].shape[0], backend)
-    rule = SelectionRule(block_size, ids.shape[3], num_local, num_init)
-    return run_kernel(backend, "select_and_attend", *branches, sequences, rule, scale, *args[11:])[1]
+    topk, num_pages = args[16].shape[3], branches[2].shape[0]
+    check_topk(topk, backend)
+    check_page_table(page_table, sequences, block_size, num_pages, backend, *args[17:])
+    rule = SelectionRule(block_size, topk, num_local, num_init)
+    return run_kernel(backend, "select_and_attend", *branches, sequences, rule, scale, *args[11:17])[1]

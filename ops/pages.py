@@ -67,14 +67,14 @@ def write_pages(*args):
 
 @operator(
     "select_pages(Tensor index_q, Tensor index_k, Tensor sequences, Tensor page_table, Tensor? index_k_scale, "
-    "Tensor(a!) ids, int num_local_blocks, int num_init_blocks, str backend) -> ()",
+    "Tensor(a!) ids, int num_local_blocks, int num_init_blocks, str backend, int first_row=0) -> ()",
     fake=lambda *args: None,
     has_gradient=False,
 )
-def select_pages(index_q, index_k, sequences, page_table, scale, ids, num_local, num_init, backend):
+def select_pages(index_q, index_k, sequences, page_table, scale, ids, num_local, num_init, backend, first_row=0):
     """Write the block_indices of `select_blocks` to ids [B, Hkv, Sq, topk], of any strides but the last."""
     block_size, topk = index_k.shape[2], ids.shape[3]
     check_topk(topk, backend)
-    check_page_table(page_table, sequences, block_size, index_k.shape[0], backend)
+    check_page_table(page_table, sequences, block_size, index_k.shape[0], backend, first_row)
     rule = SelectionRule(block_size, topk, num_local, num_init)
     run_kernel(backend, "select_blocks", index_q, index_k, sequences, rule, page_table, scale, ids)

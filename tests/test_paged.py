@@ -63,6 +63,22 @@ def test_values_out_of_range_raise():
         flexmsa.attend_pages(torch.zeros(4, 6, 16), torch.zeros(4, 2, 16), pools, batch)
 
 
+@pytest.mark.parametrize("row", [2, 5])
+@pytest.mark.parametrize("call", ["select", "attend", "attend alone"])
+def test_a_missing_page_is_named_by_the_row_of_the_batch(call, row):
+    """Also in the second part of a mixed batch, which has a page table of its own."""
+    table, lens = torch.zeros(6, 3, dtype=torch.int32), torch.full((6,), 40, dtype=torch.int32)
+    table[row, 1] = 9
+    offsets = torch.tensor([0, 1, 2, 3, 4, 5, 8], dtype=torch.int32)
+    batch = PagedBatch(table, lens, offsets, num_tokens=8, num_decodes=5, page_size=16)
+    q, index_q, pools = torch.zeros(8, 6, 16), torch.zeros(8, 2, 16), make_pools(Step((), ()), 2)
+    with pytest.raises(ValueError, match=f"expected a page from 0 to 1 for block 1 of row {row}, got 9"):
+        if call == "select":
+            flexmsa.select_pages(index_q, pools, batch, topk=2)
+        else:
+            flexmsa.attend_pages(q, index_q, pools, batch, topk=2 if call == "attend" else None)
+
+
 BATCH = {
     "page_table": torch.zeros(2, 3, dtype=torch.int32),
     "kv_lens": torch.ones(2, dtype=torch.int32),
