@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexmsa import _core, ops, validation
 from flexmsa._buffers import FP8
-from flexmsa._page_checks import check_buffer, check_paged_batch, check_table, check_tokens
+from flexmsa._page_checks import check_buffer, check_paged_batch, check_pair, check_table, check_tokens
 from flexmsa._profiling import profiled
 from flexmsa.backends import choose_backend
 from flexmsa.ops.checks import check_decodes
@@ -243,7 +243,7 @@ def select_pages(
     >>> select_pages(torch.randn(1, 1, 8), pools, batch, topk=3)
     tensor([[[ 0,  1, -1]]], dtype=torch.int32)
     """
-    _check_pair(pools, batch)
+    check_pair(pools, batch, PagePools, PagedBatch)
     validation.check_settings(pools.page_size, topk, num_local_blocks, num_init_blocks)
     check_tokens("index_q", index_q, batch.num_tokens, pools.index_k, pools.k.shape[1])
     validation.reject_gradients(index_q=index_q, k=pools.k, v=pools.v, index_k=pools.index_k)
@@ -272,6 +272,7 @@ def attend_pages(
     scale: float | None = None,
     block_indices: Tensor | None = None,
     out: Tensor | None = None,
+    block_indices_out: Tensor | None = None,
     backend: str | None = None,
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
@@ -283,6 +284,7 @@ def attend_pages(
         topk: None attends to every block.
         block_indices: [T, Hkv, topk] int32, attended to instead of a selection.
         out: [T, Hq, D] of q's dtype to write to, of any strides but the last.
+        block_indices_out: [T, Hkv, topk] int32, where a selection is written, of any strides but the last.
         Others: as for `flexmsa.decode`; "reference" has no kernel for this.
 
     Returns:
@@ -301,7 +303,7 @@ def attend_pages(
     validation.check_scale("scale", scale)
     if aux.any_loss:
         raise ValueError("return_aux: expected lse or block_indices, got index_loss, which training has")
-    _check_pair(pools, batch)
+    check_pair(pools, batch, PagePools, PagedBatch)
     validation.check_settings(pools.page_size, topk, num_local_blocks, num_init_blocks)
     check_tokens("q", q, batch.num_tokens, pools.k, pools.k.shape[1], groups=True)
     backend = choose_backend("paged", backend, q)
@@ -312,12 +314,16 @@ def attend_pages(
     if ids is not None:
         check_buffer("block_indices", ids, (batch.num_tokens, num_kv_heads, None), torch.int32, q.device)
     if ids is not None or topk is None:
+        if block_indices_out is not None:
+            raise ValueError("block_indices_out: expected None where nothing is selected, got a tensor")
         index_q = None
     elif index_q is None:
         raise TypeError("index_q: expected a tensor to select with, got None; or pass block_indices or topk=None")
     else:
         check_tokens("index_q", index_q, batch.num_tokens, pools.index_k, num_kv_heads)
-        ids = torch.empty(batch.num_tokens, num_kv_heads, topk, dtype=torch.int32, device=q.device)
+        shape, ids = (batch.num_tokens, num_kv_heads, topk), block_indices_out
+        ids = torch.empty(shape, dtype=torch.int32, device=q.device) if ids is None else ids
+        check_buffer("block_indices_out", ids, shape, torch.int32, q.device)
     validation.reject_gradients(q=q, index_q=index_q, k=pools.k, v=pools.v, index_k=pools.index_k)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if isinstance(pools.k_scale, float):
@@ -338,12 +344,3 @@ def attend_pages(
         return out
     lse = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in found])
     return out, _core.requested(aux, lse, ids)
-
-
-def _check_pair(pools: PagePools, batch: PagedBatch) -> None:
-    """Check that the batch can be attended to with these pools."""
-    for name, x, kind in (("pools", pools, PagePools), ("batch", batch, PagedBatch)):
-        if not isinstance(x, kind):
-            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(x).__name__}")
-    if batch.page_size != pools.page_size:
-        raise ValueError(f"batch: expected page_size={pools.page_size}, that of the pools, got {batch.page_size}")

@@ -2,6 +2,7 @@
 
 from flexmsa.testing import PagedStep
 
+E4M3 = {"fp8_keys": True, "fp8_index": True}
 CASES = {
     "decode": PagedStep((1, 1, 1), (20, 77, 0), uniform=True),
     "drafts": PagedStep((3, 3), (50, 9), uniform=True),
@@ -15,7 +16,9 @@ CASES = {
     "odd pages": PagedStep((1, 18), (40, 50), block_size=12),
     "16 bits": PagedStep((1, 19, 1), (70, 60, 33), dtype="float16"),
     "every block": PagedStep((1, 18, 1), (70, 60, 33), topk=None),
-    "scale per token": PagedStep((1, 19, 1), (70, 60, 33), scales="token"),
-    "scale per tensor": PagedStep((1, 19, 1), (70, 60, 33), scales="tensor"),
-    "no scale": PagedStep((1, 1), (70, 60), scales="none", uniform=True),
+    "scale per token": PagedStep((1, 19, 1), (70, 60, 33), scales="token", **E4M3),
+    "scale per tensor": PagedStep((1, 19, 1), (70, 60, 33), scales="tensor", **E4M3),
+    "no scale": PagedStep((1, 1), (70, 60), scales="none", **E4M3, uniform=True),
+    "e4m3 keys": PagedStep((1, 1, 19), (70, 60, 33), fp8_keys=True, scales="none", num_decodes=2),
+    "e4m3 index keys": PagedStep((1, 1, 19), (70, 60, 33), fp8_index=True, scales="none", num_decodes=2),
 }

@@ -92,11 +92,11 @@ def _cache_launches(schedule: Schedule, target: Target) -> Iterator[Launch]:
 def _step_launches(step: PagedStep, target: Target) -> Iterator[Launch]:
     """Of sequences with as many queries each, as in decoding, and of packed ones."""
     # From the last number on, no keys are split between programs of the attention.
-    each = *QUERIES, 2 * target.num_sms
+    each, stored = (*QUERIES, 2 * target.num_sms), (step.fp8_keys, step.fp8_index, step.scales)
     for queries, blocks, packed, offset in itertools.product(each, VARIANTS, (False, True), (0, 1)):
         tokens, rows = (queries, 1) if packed else (3 * queries, 3)
         for many in (False, True):
-            form = StepFormat(rows, 6 if packed else 3, blocks, step.scales, offset, many)
+            form = StepFormat(rows, 6 if packed else 3, blocks, *stored, offset, many)
             yield from recorded.step_launches(replace(_layer_of(step), queries=tokens), target, form, step.topk is None)
 
 

@@ -128,20 +128,24 @@ def scored_launches(layer: Layer, target: Target, cache: CacheFormat = CONTIGUOU
 class StepFormat:
     """A step of an engine: `rows` batch rows of layer.queries tokens in all, which are `sequences` rows of the table.
 
-    scales: as for `PagedStep`; offset: tokens in front of these; many: without the kernels for few queries.
+    fp8_keys, fp8_index, scales: as for `PagedStep`; offset: tokens in front of these; many: without the kernels for few
+    queries.
     """
 
     rows: int
     sequences: int
     max_pages: int
-    scales: str | None = None
+    fp8_keys: bool = False
+    fp8_index: bool = False
+    scales: str = "none"
     offset: int = 0
     many: bool = False
 
 
 def step_launches(layer: Layer, target: Target, step: StepFormat, dense: bool = False) -> list[Launch]:
     """Of writing to pages, and of a selection and attention to them, together and each alone."""
-    stored = torch.float8_e4m3fn if step.scales else layer.dtype
+    fp8 = step.fp8_keys, step.fp8_keys, step.fp8_index
+    stored = [torch.float8_e4m3fn if scaled else layer.dtype for scaled in fp8]
     groups, tokens, page, pages = layer.num_kv_heads, layer.num_queries, layer.block_size, 64
 
     def arrange(x: Tensor) -> Tensor:
@@ -150,12 +154,14 @@ def step_launches(layer: Layer, target: Target, step: StepFormat, dense: bool = 
     def new(heads: int, depth: int) -> Tensor:
         return meta(tokens, heads, depth, dtype=layer.dtype)
 
-    k, v = meta(pages, groups, page, 2 * layer.head_dim, dtype=stored).split(layer.head_dim, dim=3)
-    index_k = meta(pages, 1, page, layer.index_head_dim + 16, dtype=stored)[..., : layer.index_head_dim]
-    written: list[Tensor | None] = [None] * 3
-    if step.scales == "token":
-        written = [meta(*x.shape[:3], dtype=torch.uint8) for x in (k, v, index_k)]
-    read = [meta(page, dtype=torch.uint8) if x is None and step.scales else x for x in written]
+    k, v = meta(pages, groups, page, 2 * layer.head_dim, dtype=stored[0]).split(layer.head_dim, dim=3)
+    index_k = meta(pages, 1, page, layer.index_head_dim + 16, dtype=stored[2])[..., : layer.index_head_dim]
+    each = [
+        meta(*x.shape[:3], dtype=torch.uint8) if scaled else None
+        for x, scaled in zip((k, v, index_k), fp8, strict=True)
+    ]
+    written = each if step.scales == "token" else [None] * 3
+    read = [x if x is None or step.scales == "token" else meta(page, dtype=torch.uint8) for x in each]
     new_k, new_index_k = (x.transpose(0, 1)[None] for x in (new(groups, layer.head_dim), new(1, layer.index_head_dim)))
     to: Any = meta(tokens, dtype=torch.int64), k, v, index_k, *written, (1.0, 1.0, 1.0)
     q, index_q = arrange(new(layer.num_heads, layer.head_dim)), arrange(new(groups, layer.index_head_dim))

@@ -21,7 +21,7 @@ from flexmsa.types import AuxRequest
 __all__ = ["PagedStep", "check_paged_step"]
 
 # What `PagedStep.scales` may be, and the scales of keys, values and index keys where pools have one each.
-SCALES = (None, "token", "tensor", "none")
+SCALES = ("token", "tensor", "none")
 _TENSOR_SCALES = 0.5, 2.0, 0.25
 _UNUSED = 2**31 - 1
 
@@ -35,7 +35,8 @@ class PagedStep:
         padding: tokens past the last sequence.
         uniform: without offsets: each sequence has as many queries.
         num_decodes: as for `PagedBatch`.
-        scales: of e4m3 pages: "token", "tensor" or "none"; None for pages in the dtype of the queries.
+        fp8_keys, fp8_index: pages of keys and values, and those of index keys, are e4m3.
+        scales: of these: "token", "tensor" or "none".
         own_out: results go to buffers with holes, which hold NaN.
 
     >>> check_paged_step(PagedStep((1, 1, 20), (90, 3, 40), padding=2, num_decodes=2))
@@ -46,7 +47,9 @@ class PagedStep:
     padding: int = 0
     uniform: bool = False
     num_decodes: int = 0
-    scales: str | None = None
+    fp8_keys: bool = False
+    fp8_index: bool = False
+    scales: str = "token"
     own_out: bool = True
     dtype: str = "float32"
     block_size: int = 16
@@ -63,13 +66,13 @@ class PagedStep:
     def shape(self) -> tuple[Any, ...]:
         """All that the kernels of a GPU are compiled for; other sequences share them."""
         sizes = self.num_kv_heads, self.group_size, self.head_dim, self.index_head_dim, self.block_size, self.topk
-        return "pages", *sizes, self.dtype, self.scales
+        return "pages", *sizes, self.dtype, self.fp8_keys, self.fp8_index, self.scales
 
     @property
     def kind(self) -> str:
         """What it is called in a summary."""
         layout = "uniform" if self.uniform else "decodes first" if self.num_decodes else "ragged"
-        return f"engine, {layout}{', e4m3' if self.scales else ''}"
+        return f"engine, {layout}{', e4m3' if self.fp8_keys or self.fp8_index else ''}"
 
     @property
     def num_tokens(self) -> int:
@@ -83,18 +86,19 @@ class PagedStep:
 
     def new_pools(self, num_pages: int, device: str | torch.device = "cpu") -> PagePools:
         """Return pages of NaN: keys and values side by side, as engines have them, and index keys beside a hole."""
-        stored = FP8 if self.scales else getattr(torch, self.dtype)
 
-        def empty(heads: int, width: int) -> Tensor:
-            return torch.full((num_pages, heads, self.block_size, width), torch.nan, device=device).to(stored)
+        def empty(heads: int, width: int, fp8: bool) -> Tensor:
+            pages = torch.full((num_pages, heads, self.block_size, width), torch.nan, device=device)
+            return pages.to(FP8 if fp8 else getattr(torch, self.dtype))
 
-        k, v = empty(self.num_kv_heads, 2 * self.head_dim).split(self.head_dim, dim=3)
-        index_k = empty(1, self.index_head_dim + 16)[..., : self.index_head_dim]
-        scales: Any = (None, None, None)
-        if self.scales == "token":
-            scales = [torch.full(x.shape[:3], 255, dtype=torch.uint8, device=device) for x in (k, v, index_k)]
-        elif self.scales == "tensor":
-            scales = _TENSOR_SCALES
+        k, v = empty(self.num_kv_heads, 2 * self.head_dim, self.fp8_keys).split(self.head_dim, dim=3)
+        index_k = empty(1, self.index_head_dim + 16, self.fp8_index)[..., : self.index_head_dim]
+        scales: list[Any] = [None] * 3
+        for place, pool in enumerate((k, v, index_k)):
+            if pool.dtype == FP8 and self.scales == "token":
+                scales[place] = torch.full(pool.shape[:3], 255, dtype=torch.uint8, device=device)
+            elif pool.dtype == FP8 and self.scales == "tensor":
+                scales[place] = _TENSOR_SCALES[place]
         return PagePools(k, v, index_k, *scales)
 
 
@@ -137,7 +141,7 @@ class StepRun:
         step, pools = self.step, self.pools
         total = sum(step.kv_lens)
         k, v = (self._draw(total, step.num_kv_heads, step.head_dim) for _ in range(2))
-        new = k, v, self._draw_exact(total, 1, step.index_head_dim, fp8=step.scales is not None)
+        new = k, v, self._draw_exact(total, 1, step.index_head_dim, fp8=step.fp8_index)
         order = torch.randperm(total + 2, generator=self._generator)
         past = self.pools.k.shape[0] * step.block_size
         to = torch.cat([*slots, torch.tensor([-1, past])])[order].to(self.device)
@@ -158,21 +162,25 @@ class StepRun:
         """Return out, lse and block_indices, of one call."""
         step = self.step
         out = self._buffer(self.q.shape[1], step.head_dim, self.q.dtype) if step.own_out else None
+        ids = self._ids() if step.own_out and step.topk is not None else None
         how: dict[str, Any] = {"backend": self.backend, "return_aux": AuxRequest(lse=True, block_indices=True)}
-        found, aux = attend_pages(self.q, self.index_q, self.pools, self.batch, out=out, **step.rule, **how)
+        how |= {**step.rule, "out": out, "block_indices_out": ids}
+        found, aux = attend_pages(self.q, self.index_q, self.pools, self.batch, **how)
         assert out is None or found is out
+        assert ids is None or aux.block_indices is ids
         return found, aux.lse, aux.block_indices
 
     def attend_in_parts(self) -> tuple[Tensor, Tensor]:
         """Return out and block_indices, of a selection and of attention to it."""
-        step = self.step
-        assert step.topk is not None
-        ids = self._buffer(step.num_kv_heads, step.topk, torch.int32) if step.own_out else None
-        found = select_pages(self.index_q, self.pools, self.batch, **step.rule, out=ids, backend=self.backend)
+        ids = self._ids() if self.step.own_out else None
+        found = select_pages(self.index_q, self.pools, self.batch, **self.step.rule, out=ids, backend=self.backend)
         assert ids is None or found is ids
         out = attend_pages(self.q, None, self.pools, self.batch, block_indices=found, backend=self.backend)
         assert isinstance(out, Tensor)
         return out, found
+
+    def _ids(self) -> Tensor:
+        return self._buffer(self.step.num_kv_heads, self.step.topk or 0, torch.int32)
 
     def _buffer(self, heads: int, width: int, dtype: torch.dtype) -> Tensor:
         """A buffer with a hole after each head."""

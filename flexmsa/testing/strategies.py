@@ -267,6 +267,8 @@ def paged_shapes(
         index_head_dim=draw(st.sampled_from(head_dims)),
         block_size=draw(st.sampled_from(block_sizes)),
         topk=draw(st.sampled_from([1, 2, 4, 16, None])),
+        fp8_keys=draw(st.booleans()),
+        fp8_index=draw(st.booleans()),
         scales=draw(st.sampled_from(SCALES)),
         dtype=draw(st.sampled_from(dtypes)),
     )

@@ -45,10 +45,12 @@ CACHES = {
 STEPS = {
     "16 bits": PagedStep(head_dim=64, index_head_dim=64, block_size=64, topk=2, **SIZES),
     "e4m3": PagedStep(
-        group_size=16, head_dim=128, index_head_dim=128, block_size=128, topk=16, scales="token", **SIZES
+        group_size=16, head_dim=128, index_head_dim=128, block_size=128, topk=16, fp8_keys=True, fp8_index=True, **SIZES
     ),
-    "one scale": PagedStep(group_size=1, block_size=8, topk=1, scales="tensor", num_kv_heads=1, dtype="float16"),
-    "dense": PagedStep(topk=None, scales="none", **SIZES),
+    "one scale": PagedStep(
+        group_size=1, block_size=8, topk=1, scales="tensor", num_kv_heads=1, fp8_index=True, dtype="float16"
+    ),
+    "dense": PagedStep(topk=None, fp8_keys=True, scales="none", **SIZES),
 }
 
 

@@ -14,15 +14,17 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 DECODE, DRAFTS, MIXED = (32, 32, 32), (9, 4, 1), (2080, 33, 1)
 # All on Hopper; elsewhere the step that has most kernels.
 COMPILED = [
-    *(("sm_90", sizes, scales) for sizes in (DECODE, DRAFTS, MIXED) for scales in (None, "tensor")),
-    *((name, MIXED, None) for name in ("sm_80", "sm_100", "gfx942")),
+    *(("sm_90", sizes, stored) for sizes in (DECODE, DRAFTS, MIXED) for stored in ((False, False), (True, True))),
+    # vLLM's MiniMax-M3 has e4m3 keys beside index keys in bf16.
+    *(("sm_90", sizes, stored) for sizes in (DECODE, MIXED) for stored in ((True, False), (False, True))),
+    *((name, MIXED, (False, False)) for name in ("sm_80", "sm_100", "gfx942")),
 ]
 
 
-@pytest.mark.parametrize(("name", "sizes", "scales"), COMPILED, ids=str)
-def test_compiles(name, sizes, scales):
+@pytest.mark.parametrize(("name", "sizes", "stored"), COMPILED, ids=str)
+def test_compiles(name, sizes, stored):
     target, (tokens, sequences, rows) = TARGETS[name], sizes
-    launches = step_launches(Layer(queries=tokens), target, StepFormat(rows, sequences, 1024, scales))
+    launches = step_launches(Layer(queries=tokens), target, StepFormat(rows, sequences, 1024, *stored))
     names = {launch.kernel.__name__ for launch in launches}
     assert "write_kernel" in names and names & {"attend_kernel", "query_major_kernel", "query_major_sm90_kernel"}
     for launch in launches:
