@@ -138,16 +138,18 @@ def choose_kernel(
     per_norm_ptr,
     worst_ptr,
     low_ptr,
-    doubt_ptr,
+    high_ptr,
     first_row,
     num_rows,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COUNT: tl.constexpr,
+    HIGHER: tl.constexpr,
 ):
-    """low, doubt [num_rows]: a rough COUNT-th best of each row less the doubt, and the doubt.
+    """low, high [num_rows]: rough COUNT-th bests of each row, less and more the doubt.
 
-    Of many blocks, the COUNT best of the maxima of four each, which the best blocks seldom share.
+    Of many blocks, the COUNT best of the maxima of four each, which the best blocks seldom share: not more than COUNT -
+    HIGHER of them in most rows.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -174,7 +176,7 @@ def choose_kernel(
         per_norm_ptr + first_row + row
     ) * tl.load(worst_ptr + 1)
     tl.store(low_ptr + row, scores[COUNT - 1] - bound * DOUBT)
-    tl.store(doubt_ptr + row, bound * DOUBT)
+    tl.store(high_ptr + row, scores[HIGHER] + bound * DOUBT)
 
 
 @triton.jit
@@ -186,7 +188,7 @@ def list_kernel(
     per_error_ptr,
     per_norm_ptr,
     low_ptr,
-    doubt_ptr,
+    high_ptr,
     entries_ptr,
     lengths_ptr,
     used_ptr,
@@ -208,14 +210,14 @@ def list_kernel(
         return
     own = (first_row + row) // GROUPS // BLOCK
     per_error, per_norm = tl.load(per_error_ptr + first_row + row), tl.load(per_norm_ptr + first_row + row)
-    low, doubt = tl.load(low_ptr + row), tl.load(doubt_ptr + row)
+    low, high = tl.load(low_ptr + row), tl.load(high_ptr + row)
     for block in range(first_block, tl.minimum(first_block + BLOCKS, last)):
         scale = tl.load(key_scale_ptr + block)
         seen = block < own
         score = rough_of(tl.load(maxima_ptr + tl.cast(block, tl.int64) * num_rows + row, mask=seen, other=0)) * scale
         bound = per_error * tl.load(key_error_ptr + block) + per_norm * tl.load(key_norm_ptr + block) + 33 * scale
         near = seen & (score + bound >= low)
-        sure = near & (score - bound > low + 2 * doubt)
+        sure = near & (score - bound > high)
         place = tl.atomic_add(used_ptr + row, 1, mask=near, sem="relaxed")
         fits = near & (place < PLACES - 1)
         key = pack_keys(tl.full([ROWS], float("inf"), tl.float32), tl.zeros([ROWS], tl.int32) + block)
@@ -266,7 +268,7 @@ def certify_kernel(
     places_ptr,
     used_ptr,
     low_ptr,
-    doubt_ptr,
+    high_ptr,
     scale_ptr,
     ids_ptr,
     marked_ptr,
@@ -294,7 +296,7 @@ def certify_kernel(
         keys = longer
     scale = tl.load(scale_ptr + first_row + row) * 0.5
     low = tl.load(low_ptr + row)
-    high = (low + 2 * tl.load(doubt_ptr + row)) * scale
+    high = tl.load(high_ptr + row) * scale
     enough = (key_scores(keys[COUNT - 1]) >= low * scale) & (key_scores(keys[COUNT]) <= high)
     good = (used < PLACES) & ((own <= COUNT) | enough)
     ids = ()
@@ -399,7 +401,7 @@ class Parts:
             "counts": empty(chunk_rows + blocks, dtype=torch.int32),
             "places": empty(64, chunk_rows, dtype=torch.int64),
             "low": empty(chunk_rows),
-            "doubt": empty(chunk_rows),
+            "high": empty(chunk_rows),
             "ids": empty(1, self.groups, self.seqlen, self.topk, dtype=torch.int32),
             "marked": empty(rows, dtype=torch.int8),
         }
@@ -451,7 +453,7 @@ class Parts:
 
     def choose(self, first: int) -> None:
         b, num = self.buffers, self.groups * self.chunk
-        names = "maxima", "scale", "key_scale", "per_error", "per_norm", "worst", "low", "doubt"
+        names = "maxima", "scale", "key_scale", "per_error", "per_norm", "worst", "low", "high"
         self.launch(
             choose_kernel,
             (num // 128,),
@@ -459,12 +461,13 @@ class Parts:
             GROUPS=self.groups,
             ROWS=128,
             COUNT=self.topk - 1,
+            HIGHER=self.topk - 5,
         )
 
     def list(self, first: int) -> None:
         b, num = self.buffers, self.groups * self.chunk
         b["counts"].zero_()
-        names = "maxima", "key_scale", "key_error", "key_norm", "per_error", "per_norm", "low", "doubt", "entries"
+        names = "maxima", "key_scale", "key_error", "key_norm", "per_error", "per_norm", "low", "high", "entries"
         arguments = [*(b[name] for name in names), b["counts"][num:], b["counts"][:num], b["places"], first, num]
         blocks = triton.cdiv((first + num) // self.groups, 128 * 8)
         self.launch(list_kernel, (blocks, triton.cdiv(num, 2048)), arguments, GROUPS=self.groups, ROWS=2048, BLOCKS=8)
@@ -493,7 +496,7 @@ class Parts:
             b["places"],
             b["counts"][:num],
             b["low"],
-            b["doubt"],
+            b["high"],
             b["scale"],
             b["ids"],
             b["marked"],
