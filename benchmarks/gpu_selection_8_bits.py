@@ -7,6 +7,7 @@ their bounds are divided by the scale of the row's query. Marked rows are counte
 
 import statistics
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import flexmsa
 from flexmsa.kernels.triton.common.launch import Launch, Options
 from flexmsa.kernels.triton.selection.topk import EMPTY_KEY, ID_MASK, ascending, key_scores, pack_keys
 
@@ -130,103 +132,137 @@ def rough_of(maxima):
 
 
 @triton.jit
-def choose_kernel(
-    maxima_ptr,
-    scale_ptr,
-    key_scale_ptr,
-    per_error_ptr,
-    per_norm_ptr,
-    worst_ptr,
-    low_ptr,
-    high_ptr,
-    first_row,
-    num_rows,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COUNT: tl.constexpr,
-    HIGHER: tl.constexpr,
-):
-    """low, high [num_rows]: rough COUNT-th bests of each row, less and more the doubt.
-
-    Of many blocks, the COUNT best of the maxima of four each, which the best blocks seldom share: not more than COUNT -
-    HIGHER of them in most rows.
-    """
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    own = (first_row + tile * ROWS) // GROUPS // BLOCK
-    scores = ()
-    for rank in tl.static_range(COUNT):
-        scores += (tl.full([ROWS], float("-inf"), tl.float32),)
-    number = tl.where(own > 8 * COUNT, own // 4, own)
-    at = maxima_ptr + row
-    for i in range(0, number):
-        best = rough_of(tl.load(at + tl.cast(i, tl.int64) * num_rows)) * tl.load(key_scale_ptr + i)
-        if number != own:
-            for part in tl.static_range(1, 4):
-                block = part * number + i
-                best = tl.maximum(
-                    best, rough_of(tl.load(at + tl.cast(block, tl.int64) * num_rows)) * tl.load(key_scale_ptr + block)
-                )
-        longer = ()
-        for rank in tl.static_range(COUNT):
-            longer += (tl.maximum(scores[rank], best),)
-            best = tl.minimum(scores[rank], best)
-        scores = longer
-    bound = tl.load(per_error_ptr + first_row + row) * tl.load(worst_ptr) + tl.load(
-        per_norm_ptr + first_row + row
-    ) * tl.load(worst_ptr + 1)
-    tl.store(low_ptr + row, scores[COUNT - 1] - bound * DOUBT)
-    tl.store(high_ptr + row, scores[HIGHER] + bound * DOUBT)
+def insert_score(scores, score):
+    """The best scores of each row, a tuple, best first, with one more."""
+    longer = ()
+    for rank in tl.static_range(len(scores)):
+        longer += (tl.maximum(scores[rank], score),)
+        score = tl.minimum(scores[rank], score)
+    return longer
 
 
 @triton.jit
-def list_kernel(
+def load_rough(at, key_scale_ptr, block, own, num_rows):
+    """Rough scores of a tile's rows and a block, if it is before block `own`."""
+    seen = block < own
+    scale = tl.load(key_scale_ptr + block, mask=seen, other=0.0)
+    return rough_of(tl.load(at + tl.cast(block, tl.int64) * num_rows, mask=seen, other=0)) * scale
+
+
+@triton.jit
+def choose_kernel(
     maxima_ptr,
     key_scale_ptr,
     key_error_ptr,
     key_norm_ptr,
     per_error_ptr,
     per_norm_ptr,
+    worst_ptr,
     low_ptr,
     high_ptr,
-    entries_ptr,
-    lengths_ptr,
+    bits_ptr,
+    over_ptr,
     used_ptr,
     places_ptr,
     first_row,
     num_rows,
     GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    COUNT: tl.constexpr,
+    HIGHER: tl.constexpr,
+    PARTS: tl.constexpr,
+    SIDE: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """For each block the rows that score it again, as row * PLACES + place, in lists [N, num_rows] of `lengths` [N].
+    """low, high [num_rows]; bits [N, num_rows / 32]: whether a row scores a block again; over: has no place for them.
 
-    used [num_rows] counts the places of a row, which sure blocks take with a score of +inf.
+    The thresholds are the rough COUNT-th best, less and more the doubt. Of many blocks, the COUNT best of the maxima of
+    PARTS each, which the best blocks seldom share: not more than COUNT - HIGHER of them in most rows. Sure blocks take
+    the first places of a row, `used` of them.
     """
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    first_block = tl.program_id(0) * BLOCKS
-    last = (first_row + tl.program_id(1) * ROWS + ROWS - 1) // GROUPS // BLOCK
-    if first_block >= last:
-        return
-    own = (first_row + row) // GROUPS // BLOCK
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    lane = tl.arange(0, 32)[None, :]
+    row = tile * 128 + tl.arange(0, 4)[:, None] * 32 + lane
+    own = (first_row + tile * 128) // GROUPS // BLOCK
+    at = maxima_ptr + row
+    nothing = tl.full([4, 32], float("-inf"), tl.float32)
+    scores = ()
+    for rank in tl.static_range(COUNT):
+        scores += (nothing,)
+    number = tl.where(own > 2 * COUNT * PARTS, own // PARTS, 0)
+    for i in range(0, number, SIDE):
+        every = ()
+        for side in tl.static_range(SIDE):
+            for part in tl.static_range(PARTS):
+                every += (load_rough(at, key_scale_ptr, part * number + i + side, own, num_rows),)
+        for side in tl.static_range(SIDE):
+            best = every[side * PARTS]
+            for part in tl.static_range(1, PARTS):
+                best = tl.maximum(best, every[side * PARTS + part])
+            scores = insert_score(scores, tl.where(i + side < number, best, nothing))
+    for block in range(PARTS * number, own):
+        scores = insert_score(scores, load_rough(at, key_scale_ptr, block, own, num_rows))
     per_error, per_norm = tl.load(per_error_ptr + first_row + row), tl.load(per_norm_ptr + first_row + row)
-    low, high = tl.load(low_ptr + row), tl.load(high_ptr + row)
-    for block in range(first_block, tl.minimum(first_block + BLOCKS, last)):
-        scale = tl.load(key_scale_ptr + block)
-        seen = block < own
-        score = rough_of(tl.load(maxima_ptr + tl.cast(block, tl.int64) * num_rows + row, mask=seen, other=0)) * scale
-        bound = per_error * tl.load(key_error_ptr + block) + per_norm * tl.load(key_norm_ptr + block) + 33 * scale
-        near = seen & (score + bound >= low)
-        sure = near & (score - bound > high)
-        place = tl.atomic_add(used_ptr + row, 1, mask=near, sem="relaxed")
-        fits = near & (place < PLACES - 1)
-        key = pack_keys(tl.full([ROWS], float("inf"), tl.float32), tl.zeros([ROWS], tl.int32) + block)
-        tl.store(places_ptr + place.to(tl.int64) * num_rows + row, key, mask=fits & sure)
-        again = (fits & ~sure).to(tl.int32)
-        total = tl.sum(again, 0)
-        begin = tl.atomic_add(lengths_ptr + block, total, sem="relaxed")
-        rank = tl.cumsum(again, 0) - again
-        tl.store(entries_ptr + tl.cast(block, tl.int64) * num_rows + begin + rank, row * PLACES + place, mask=again > 0)
+    doubt = (per_error * tl.load(worst_ptr) + per_norm * tl.load(worst_ptr + 1)) * DOUBT
+    low, high = scores[COUNT - 1] - doubt, scores[HIGHER] + doubt
+    used = tl.zeros([4, 32], tl.int32)
+    wanted = tl.zeros([4, 32], tl.int32)
+    word = tl.arange(0, 4)[:, None]
+    for begin in range(0, own, AHEAD):
+        every = ()
+        for step in tl.static_range(AHEAD):
+            every += (load_rough(at, key_scale_ptr, begin + step, own, num_rows),)
+        for step in tl.static_range(AHEAD):
+            block = begin + step
+            if block < own:
+                bound = per_error * tl.load(key_error_ptr + block) + per_norm * tl.load(key_norm_ptr + block)
+                bound += 33 * tl.load(key_scale_ptr + block)
+                near = every[step] + bound >= low
+                sure = near & (every[step] - bound > high)
+                key = pack_keys(tl.full([4, 32], float("inf"), tl.float32), tl.zeros([4, 32], tl.int32) + block)
+                spot = places_ptr + used.to(tl.int64) * num_rows + row
+                tl.store(spot, key, mask=sure & (used < PLACES - 1))
+                used += sure.to(tl.int32)
+                wanted += near.to(tl.int32)
+                bits = tl.sum((near & (sure == 0)).to(tl.int32) << lane, 1, keep_dims=True)
+                tl.store(bits_ptr + tl.cast(block, tl.int64) * (num_rows // 32) + tile * 4 + word, bits)
+    over = wanted > PLACES - 1
+    tl.store(over_ptr + tile * 4 + word, tl.sum(over.to(tl.int32) << lane, 1, keep_dims=True))
+    tl.store(used_ptr + row, tl.where(over, PLACES, used))
+    tl.store(low_ptr + row, low)
+    tl.store(high_ptr + row, high)
+
+
+@triton.jit
+def count_bits(x):
+    """The bits of int32 numbers that are 1."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + ((x >> 4) & 0x0F0F0F0F)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24) & 0xFF
+
+
+@triton.jit
+def list_kernel(
+    bits_ptr, over_ptr, entries_ptr, lengths_ptr, first_row, num_rows, GROUPS: tl.constexpr, WORDS: tl.constexpr
+):
+    """The rows that score a block again, ascending, in entries [N, num_rows], of which there are lengths [N]."""
+    block = tl.program_id(0)
+    start = tl.maximum((block + 1) * BLOCK * GROUPS - first_row, 0) // 32
+    base = entries_ptr + block.to(tl.int64) * num_rows
+    total = 0
+    for first in range(start, num_rows // 32, WORDS):
+        word = first + tl.arange(0, WORDS)
+        seen = word < num_rows // 32
+        bits = tl.load(bits_ptr + block.to(tl.int64) * (num_rows // 32) + word, mask=seen, other=0)
+        bits = bits & ~tl.load(over_ptr + word, mask=seen, other=0)
+        count = count_bits(bits)
+        place = total + tl.cumsum(count, 0) - count
+        for i in range(0, tl.max(count, 0)):
+            lowest = bits & (0 - bits)
+            tl.store(base + place + i, word * 32 + count_bits(lowest - 1), mask=bits != 0)
+            bits = bits & (bits - 1)
+        total += tl.sum(count, 0)
+    tl.store(lengths_ptr + block, total)
 
 
 @triton.jit
@@ -235,6 +271,7 @@ def again_kernel(
     k_ptr,
     entries_ptr,
     lengths_ptr,
+    used_ptr,
     places_ptr,
     seqlen,
     first_row,
@@ -245,7 +282,7 @@ def again_kernel(
     SHARES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Scores of 16 bits of the listed rows and a block, into their places."""
+    """Scores of 16 bits of the listed rows and a block, into their next places."""
     block = tl.program_id(1)
     length = tl.load(lengths_ptr + block)
     d, column = tl.arange(0, D), tl.arange(0, BLOCK)
@@ -254,12 +291,12 @@ def again_kernel(
     k = tl.load(k_ptr + (block * BLOCK + column)[:, None] * D + d[None, :])
     for first in tl.range(tl.program_id(0) * ROWS, length, SHARES * ROWS, num_stages=STAGES):
         number = first + tl.arange(0, ROWS)
-        entry = tl.load(entries_ptr + tl.cast(block, tl.int64) * num_rows + number, mask=number < length, other=0)
-        row = first_row + entry // PLACES
+        own = tl.load(entries_ptr + block.to(tl.int64) * num_rows + number, mask=number < length, other=0)
+        row = first_row + own
         place = (row % GROUPS).to(tl.int64) * seqlen + row // GROUPS
         q = tl.load(q_ptr + place[:, None] * D + d[None, :])
         best = tl.max(tl.dot(q, tl.trans(k)), 1)
-        spot = (entry % PLACES).to(tl.int64) * num_rows + entry // PLACES
+        spot = tl.atomic_add(used_ptr + own, 1, mask=number < length, sem="relaxed").to(tl.int64) * num_rows + own
         tl.store(places_ptr + spot, pack_keys(best, tl.zeros([ROWS], tl.int32) + block), mask=number < length)
 
 
@@ -312,24 +349,20 @@ def certify_kernel(
 
 @triton.jit
 def decode_scan_kernel(
-    q8_ptr, k8_ptr, maxima_ptr, num_blocks, ROWS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr
+    q8_ptr, k8_ptr, key_scale_ptr, rough_ptr, num_blocks, ROWS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr
 ):
-    """maxima [16, num_blocks] int32 of 16 rows q8, of which ROWS are written; every program takes every so many blocks."""
+    """Rough scores [ROWS, num_blocks] of the first ROWS of 16 rows q8; every program takes every so many blocks."""
     d, column, row = tl.arange(0, D), tl.arange(0, BLOCK), tl.arange(0, 16)
     q = tl.load(q8_ptr + row[:, None] * D + d[None, :])
     for block in tl.range(tl.program_id(0), num_blocks, tl.num_programs(0), num_stages=STAGES):
         k = tl.load(k8_ptr + (tl.cast(block, tl.int64) * BLOCK + column)[:, None] * D + d[None, :])
-        best = tl.max(tl.dot(k, tl.trans(q), out_dtype=tl.int32), 0)
-        tl.store(maxima_ptr + row * num_blocks + block, best, mask=row < ROWS)
+        best = tl.max(tl.dot(k, tl.trans(q), out_dtype=tl.int32), 0).to(tl.float32) * tl.load(key_scale_ptr + block)
+        tl.store(rough_ptr + row * num_blocks + block, best, mask=row < ROWS)
 
 
 @triton.jit
 def decode_again_kernel(
-    maxima_ptr,
-    scale_ptr,
-    key_scale_ptr,
-    key_error_ptr,
-    key_norm_ptr,
+    rough_ptr,
     per_error_ptr,
     per_norm_ptr,
     worst_ptr,
@@ -337,33 +370,36 @@ def decode_again_kernel(
     k_ptr,
     places_ptr,
     num_blocks,
-    BLOCKS: tl.constexpr,
+    EACH: tl.constexpr,
     COUNT: tl.constexpr,
     D: tl.constexpr,
     SHARES: tl.constexpr,
+    MOST: tl.constexpr,
 ):
-    """Of one row: the threshold, the blocks near it, and scores of 16 bits of one of SHARES of them."""
-    row = tl.program_id(1)
-    block = tl.arange(0, BLOCKS)
-    key_scale = tl.load(key_scale_ptr + block, mask=block < num_blocks, other=0.0)
-    score = tl.load(maxima_ptr + row * num_blocks + block, mask=block < num_blocks, other=0).to(tl.float32) * key_scale
-    score = tl.where(block < num_blocks, score, float("-inf"))
-    groups = tl.sort(tl.max(tl.reshape(score, [BLOCKS // 256, 256]), 0), descending=True)
-    threshold = tl.max(tl.where(tl.arange(0, 256) == COUNT - 1, groups, float("-inf")), 0)
-    per_error, per_norm = tl.load(per_error_ptr + row), tl.load(per_norm_ptr + row)
-    low = threshold - (per_error * tl.load(worst_ptr) + per_norm * tl.load(worst_ptr + 1)) * DOUBT
-    error = tl.load(key_error_ptr + block, mask=block < num_blocks, other=0.0)
-    norm = tl.load(key_norm_ptr + block, mask=block < num_blocks, other=0.0)
-    near = (score + per_error * error + per_norm * norm >= low).to(tl.int32)
-    rank = tl.cumsum(near, 0)
+    """Of one row: the threshold, and of every SHARES-th block, those near it, scored in 16 bits; at most MOST."""
+    share, row = tl.program_id(0), tl.program_id(1)
+    block = tl.arange(0, EACH)[:, None] * SHARES + tl.arange(0, SHARES)[None, :]
+    score = tl.load(rough_ptr + row * num_blocks + block, mask=block < num_blocks, other=float("-inf"))
+    groups = tl.max(score, 1)
+    threshold = tl.max(groups, 0)
+    for _ in range(COUNT - 1):
+        groups = tl.where(groups == threshold, float("-inf"), groups)
+        threshold = tl.max(groups, 0)
+    bound = tl.load(per_error_ptr + row) * tl.load(worst_ptr) + tl.load(per_norm_ptr + row) * tl.load(worst_ptr + 1)
+    own = tl.arange(0, EACH) * SHARES + share
+    score = tl.load(rough_ptr + row * num_blocks + own, mask=own < num_blocks, other=float("-inf"))
+    left = tl.where(score + bound * (1 + DOUBT.value) >= threshold, own, -1)
     d, column = tl.arange(0, D), tl.arange(0, BLOCK)
     q = tl.load(q_ptr + row * D + d).to(tl.float32)
-    total = tl.sum(near, 0)
-    for number in range(tl.program_id(0), tl.minimum(total, PLACES), SHARES):
-        mine = tl.sum(tl.where((rank == number + 1) & (near > 0), block, 0), 0)
+    taken = 0
+    mine = tl.max(left, 0)
+    while (mine >= 0) & (taken < MOST):
         k = tl.load(k_ptr + (mine.to(tl.int64) * BLOCK + column)[:, None] * D + d[None, :]).to(tl.float32)
         best = tl.max(tl.sum(k * q[None, :], 1), 0)
-        tl.store(places_ptr + row * PLACES + number, pack_keys(best, mine))
+        tl.store(places_ptr + (row * SHARES + share) * MOST + taken, pack_keys(best, mine))
+        left = tl.where(left == mine, -1, left)
+        mine = tl.max(left, 0)
+        taken += 1
 
 
 @dataclass
@@ -374,8 +410,8 @@ class Parts:
     index_k: Any
     chunk: int
     topk: int = 16
-    scan_options: tuple[int, int, int, bool] = (128, 4, 3, True)
-    again_options: tuple[int, int, int] = (64, 4, 3)
+    scan_options: tuple[int, int, int, bool] = (128, 4, 4, True)
+    again_options: tuple[int, int, int] = (128, 4, 3)
     buffers: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -398,7 +434,10 @@ class Parts:
             "worst": empty(2),
             "maxima": empty(blocks, chunk_rows, dtype=torch.int16),
             "entries": empty(blocks, chunk_rows, dtype=torch.int32),
-            "counts": empty(chunk_rows + blocks, dtype=torch.int32),
+            "bits": empty(blocks, chunk_rows // 32, dtype=torch.int32),
+            "over": empty(chunk_rows // 32, dtype=torch.int32),
+            "used": empty(chunk_rows, dtype=torch.int32),
+            "lengths": empty(blocks, dtype=torch.int32),
             "places": empty(64, chunk_rows, dtype=torch.int64),
             "low": empty(chunk_rows),
             "high": empty(chunk_rows),
@@ -453,48 +492,31 @@ class Parts:
 
     def choose(self, first: int) -> None:
         b, num = self.buffers, self.groups * self.chunk
-        names = "maxima", "scale", "key_scale", "per_error", "per_norm", "worst", "low", "high"
-        self.launch(
-            choose_kernel,
-            (num // 128,),
-            [*(b[name] for name in names), first, num],
-            GROUPS=self.groups,
-            ROWS=128,
-            COUNT=self.topk - 1,
-            HIGHER=self.topk - 5,
-        )
+        names = "maxima", "key_scale", "key_error", "key_norm", "per_error", "per_norm", "worst", "low", "high", "bits"
+        arguments = [*(b[name] for name in (*names, "over", "used", "places")), first, num]
+        parts = 4 if self.seqlen < 200_000 else 16
+        constants = {"COUNT": self.topk - 1, "HIGHER": self.topk - 5, "PARTS": parts, "SIDE": 16 // parts, "AHEAD": 16}
+        self.launch(choose_kernel, (num // 128,), arguments, GROUPS=self.groups, **constants)
 
     def list(self, first: int) -> None:
         b, num = self.buffers, self.groups * self.chunk
-        b["counts"].zero_()
-        names = "maxima", "key_scale", "key_error", "key_norm", "per_error", "per_norm", "low", "high", "entries"
-        arguments = [*(b[name] for name in names), b["counts"][num:], b["counts"][:num], b["places"], first, num]
-        blocks = triton.cdiv((first + num) // self.groups, 128 * 8)
-        self.launch(list_kernel, (blocks, triton.cdiv(num, 2048)), arguments, GROUPS=self.groups, ROWS=2048, BLOCKS=8)
+        arguments = [b["bits"], b["over"], b["entries"], b["lengths"], first, num]
+        self.launch(list_kernel, ((first + num) // self.groups // 128,), arguments, GROUPS=self.groups, WORDS=1024)
 
     def again(self, first: int) -> None:
         b, num = self.buffers, self.groups * self.chunk
         rows, warps, stages = self.again_options
         blocks = (first + num) // self.groups // 128
         shares = max(1, num * 40 // (blocks * rows * 4))
-        arguments = [self.index_q, self.index_k, b["entries"], b["counts"][num:], b["places"], self.seqlen, first, num]
-        self.launch(
-            again_kernel,
-            (shares, blocks),
-            arguments,
-            warps,
-            GROUPS=self.groups,
-            ROWS=rows,
-            D=self.depth,
-            SHARES=shares,
-            STAGES=stages,
-        )
+        arguments = [self.index_q, self.index_k, b["entries"], b["lengths"], b["used"], b["places"], self.seqlen]
+        constants = {"ROWS": rows, "D": self.depth, "SHARES": shares, "STAGES": stages}
+        self.launch(again_kernel, (shares, blocks), [*arguments, first, num], warps, GROUPS=self.groups, **constants)
 
     def certify(self, first: int) -> None:
         b, num = self.buffers, self.groups * self.chunk
         arguments = [
             b["places"],
-            b["counts"][:num],
+            b["used"],
             b["low"],
             b["high"],
             b["scale"],
@@ -535,66 +557,36 @@ def chunk_of_length(seqlen: int) -> int:
     return min(seqlen, max(8192, 2**32 // seqlen))
 
 
-SCANS = [
-    (128, 4, 3, True),
-    (128, 4, 4, True),
-    (128, 8, 4, True),
-    (256, 8, 3, True),
-    (256, 8, 4, True),
-    (64, 4, 4, True),
-    (128, 4, 3, False),
-]
+def timed(call: Any, *arguments: Any) -> float:
+    """Milliseconds of one call."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call(*arguments)
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
 
 
-def prefill(seqlen: int, index_q: Any, index_k: Any, title: str, sweep: bool) -> None:
+def prefill(index_q: Any, index_k: Any, title: str) -> None:
     """Print whether ids are those of bf16, and the time of each step."""
-    import flexmsa
-
-    parts = Parts(index_q, index_k, chunk_of_length(seqlen))
+    parts = Parts(index_q, index_k, chunk_of_length(index_q.shape[2]))
     parts.run()
     wanted = flexmsa.select_blocks(index_q, index_k)
     same = (parts.buffers["ids"] == wanted).all(-1)[0]
-    marked = parts.buffers["marked"].view(seqlen, parts.groups).T != 0
-    num = parts.groups * parts.chunk
-    used, again = parts.buffers["counts"][:num].float(), parts.buffers["counts"][num:].sum().item() / num
+    marked = parts.buffers["marked"].view(parts.seqlen, parts.groups).T != 0
+    again = parts.buffers["lengths"].sum().item() / (parts.groups * parts.chunk)
     print(
-        f"{title} {seqlen}: marked {marked.float().mean().item():.4%}, certified but wrong {int((~same & ~marked).sum())}"
-        f" rows, differ {int((~same).sum())}; last chunk: near {used.mean().item():.1f} most {used.max().item():.0f}, again {again:.1f}",
-        flush=True,
+        f"{title} {parts.seqlen}: {marked.float().mean().item():.3%} marked, {int((~same & ~marked).sum())} certified but "
+        f"wrong, {int((~same & marked).sum())} marked and wrong of {same.numel()} rows; {again:.1f} again in the last chunk"
     )
-    if sweep:
-        for options in SCANS:
-            try:
-                times = [
-                    milliseconds(lambda: [parts.scan(x, store, options) for x in parts.first_rows()])
-                    for store in (False, True)
-                ]
-                print(f"  scan {options}: {times[0]:.3f} bare, {times[1]:.3f} stored", flush=True)
-            except Exception as error:  # a variant may not fit
-                print(f"  scan {options}: {type(error).__name__} {str(error)[:60]}")
-        for rows, warps, stages in ((64, 4, 2), (64, 4, 4), (128, 4, 3), (128, 8, 3)):
-            parts.again_options = rows, warps, stages
-            print(
-                f"  again {rows, warps, stages}: {milliseconds(lambda: [parts.again(x) for x in parts.first_rows()][0]):.3f} (lists of the last chunk)"
-            )
-        parts.again_options = 64, 4, 3
-    repeats = 5 if seqlen < 500_000 else 1
+    repeats = 9 if parts.seqlen < 500_000 else 1
     total = milliseconds(parts.run, repeats)
-    today = milliseconds(lambda: flexmsa.select_blocks(index_q, index_k), repeats)
-    steps = {name: 0.0 for name in ("scan", "choose", "list", "again", "certify")}
-    for first in parts.first_rows():
-        for name in steps:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            getattr(parts, name)(first)
-            end.record()
-            torch.cuda.synchronize()
-            steps[name] += begin.elapsed_time(end)
-    found = ", ".join(f"{name} {time:.3f}" for name, time in steps.items())
-    print(
-        f"  quantise {milliseconds(parts.quantise):.3f}, {found}; all {total:.3f}, bf16 today {today:.3f} ms",
-        flush=True,
-    )
+    today = milliseconds(partial(flexmsa.select_blocks, index_q, index_k), repeats)
+    steps = [parts.scan, parts.choose, parts.list, parts.again, parts.certify]
+    times = torch.tensor([[timed(step, first) for step in steps] for first in parts.first_rows()]).sum(0).tolist()
+    found = ", ".join(f"{step.__name__} {time:.3f}" for step, time in zip(steps, times, strict=True))
+    quantised = milliseconds(parts.quantise)
+    print(f"  quantise {quantised:.3f}, {found}; all {total:.3f}, bf16 today {today:.3f} ms", flush=True)
 
 
 def decode(num_keys: int) -> None:
@@ -613,35 +605,18 @@ def decode(num_keys: int) -> None:
     outputs = [b[name] for name in ("hadamard", "q8", "scale", "per_error", "per_norm")]
     parts.launch(quantise_queries_kernel, (1,), [index_q, *outputs, 16], GROUPS=groups, ROWS=64, D=depth)
     worst = torch.stack((b["key_error"].amax(), b["key_norm"].amax()))
-    maxima = torch.zeros(16, blocks, dtype=torch.int32, device=device)
-    places = torch.zeros(groups, 64, dtype=torch.int64, device=device)
+    rough = torch.zeros(16, blocks, device=device)
+    places = torch.zeros(groups, 64, 8, dtype=torch.int64, device=device)
+    queries = index_q[:, :, 0].contiguous()
 
     def scan(programs: int, stages: int) -> None:
-        parts.launch(
-            decode_scan_kernel, (programs,), [b["q8"], b["k8"], maxima, blocks], ROWS=groups, D=depth, STAGES=stages
-        )
+        arguments = [b["q8"], b["k8"], b["key_scale"], rough, blocks]
+        parts.launch(decode_scan_kernel, (programs,), arguments, ROWS=groups, D=depth, STAGES=stages)
 
-    def again(shares: int) -> None:
-        names = "scale", "key_scale", "key_error", "key_norm", "per_error", "per_norm"
-        arguments = [
-            maxima,
-            *(b[name] for name in names),
-            worst,
-            index_q[:, :, 0].contiguous(),
-            index_k,
-            places,
-            blocks,
-        ]
-        parts.launch(
-            decode_again_kernel,
-            (shares, groups),
-            arguments,
-            8,
-            BLOCKS=triton.next_power_of_2(blocks),
-            COUNT=15,
-            D=depth,
-            SHARES=shares,
-        )
+    def again(shares: int, warps: int) -> None:
+        arguments = [rough, b["per_error"], b["per_norm"], worst, queries, index_k, places, blocks]
+        constants = {"EACH": triton.next_power_of_2(blocks) // shares, "COUNT": 15, "D": depth, "SHARES": shares}
+        parts.launch(decode_again_kernel, (shares, groups), arguments, warps, **constants, MOST=8)
 
     def microseconds(call: Any) -> float:
         call()
@@ -652,14 +627,13 @@ def decode(num_keys: int) -> None:
                 call()
         return milliseconds(graph.replay) * 50
 
-    for programs, stages in ((132 * 2, 4), (132 * 3, 4), (132 * 4, 3), (132 * 2, 6)):
-        print(
-            f"decode {num_keys}: scan {programs} programs {stages} stages {microseconds(lambda: scan(programs, stages)):.1f} us"
-        )
-    for shares in (16, 33):
-        print(
-            f"  again, {shares} shares: {microseconds(lambda: again(shares)):.1f} us, {(places != 0).sum(1).tolist()} blocks"
-        )
+    for programs, stages in ((132 * 3, 4), (132 * 4, 3)):
+        time = microseconds(partial(scan, programs, stages))
+        print(f"decode {num_keys}: scan {programs} programs {stages} stages {time:.1f} us")
+    for shares, warps in ((32, 4), (32, 8), (64, 4)):
+        places.zero_()
+        time = microseconds(partial(again, shares, warps))
+        print(f"  again, {shares} shares, {warps} warps: {time:.1f} us, {int((places != 0).sum()) / 4} blocks")
 
 
 def main() -> int:
@@ -667,11 +641,10 @@ def main() -> int:
     for seqlen in (32768, 131072, 1048576):
         index_q = torch.randn(1, 4, seqlen, 128, device="cuda", dtype=torch.bfloat16)
         index_k = torch.randn(1, 1, seqlen, 128, device="cuda", dtype=torch.bfloat16)
-        prefill(seqlen, index_q, index_k, "normal", seqlen < 200_000)
-        if seqlen == 32768:
-            prefill(seqlen, index_q, index_k[:, :, :1].expand_as(index_k).contiguous(), "all equal", False)
-            integers = [torch.randint(-3, 4, x.shape, device="cuda").bfloat16() for x in (index_q, index_k)]
-            prefill(seqlen, *integers, "integers", False)
+        prefill(index_q, index_k, "normal")
+        if seqlen < 200_000:
+            prefill(index_q, index_k[:, :, :1].expand_as(index_k).contiguous(), "all equal")
+            prefill(*(torch.randint(-3, 4, x.shape, device="cuda").bfloat16() for x in (index_q, index_k)), "integers")
     decode(1 << 20)
     return 0
 
