@@ -1,639 +1,226 @@
-"""The parts of a selection certified from int8 scores, on a GPU: `python -m benchmarks.gpu_selection_8_bits`.
+"""A selection certified from int8 scores, as a prototype on a GPU: `python -m benchmarks.gpu_selection_8_bits`.
 
-docs/notes/selection-8-bits.md describes the steps, docs/math.md the bounds, `benchmarks/selection_8_bits.py` the same in
-plain PyTorch. One sequence, whole blocks, one forced newest block; rows are token * groups + group. Rough scores and
-their bounds are divided by the scale of the row's query. Marked rows are counted, not scored.
+docs/notes/selection-8-bits.md describes the steps and what they took, docs/math.md proves the bounds, and
+`benchmarks/selection_8_bits.py` is the definition in plain PyTorch. One sequence of finite numbers, in whole blocks,
+with one forced block, the newest. Marked rows are counted, not scored.
 """
 
 import statistics
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import flexmsa
+from benchmarks import gpu_decode_8_bits_kernels as decoding
+from benchmarks import gpu_quantise_8_bits as quantising
+from benchmarks import gpu_selection_8_bits_kernels as kernels
 from flexmsa.kernels.triton.common.launch import Launch, Options
-from flexmsa.kernels.triton.selection.topk import EMPTY_KEY, ID_MASK, ascending, key_scores, pack_keys
 
-BLOCK = tl.constexpr(128)
-# Places for blocks of a row: those to score again, the sure ones, and the forced one.
-PLACES = tl.constexpr(64)
-# The rotation is a product on tensor cores, whose sums are rougher than the tree of sums that docs/math.md allows for.
-ROUNDED = tl.constexpr(2.0**-12)
-SUMMED = tl.constexpr(2.0**-12)
-SLACK = tl.constexpr(1 + 2.0**-10)
-DOUBT = tl.constexpr(0.125)
+TOPK, BLOCK, PLACES = 16, 128, 64
 
 
-@triton.jit
-def rotate_rows(x, hadamard_ptr, D: tl.constexpr):
-    """Rows [R, D] of bf16 times a Hadamard matrix of +-1, over 8: scores double."""
-    d = tl.arange(0, D)
-    return tl.dot(x, tl.load(hadamard_ptr + d[:, None] * D + d[None, :])) * 0.125
+def launch(kernel: Any, grid: tuple[int, ...], arguments: list[Any], warps: int = 4, **constants: Any) -> None:
+    """Launch a kernel on its arguments, in its order, and its constants, by name."""
+    names = [name for name in kernel.arg_names if name not in constants]
+    given = dict(zip(names, arguments, strict=True))
+    ordered = {name: constants[name] for name in kernel.arg_names if name in constants}
+    Launch(kernel, (*grid, *(1,) * (3 - len(grid))), given, ordered, Options(warps, 3)).run()
 
 
-@triton.jit
-def nearest(x):
-    """x [R, D], |x| <= 127, as int8."""
-    return tl.floor(x + 0.5).to(tl.int8)
+def hadamard(size: int, like: torch.Tensor) -> torch.Tensor:
+    """The matrix of +-1."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix.to(like)
 
 
-@triton.jit
-def quantise_queries_kernel(
-    q_ptr,
-    hadamard_ptr,
-    numbers_ptr,
-    scale_ptr,
-    per_error_ptr,
-    per_norm_ptr,
-    seqlen,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-):
-    """int8 rows of index_q [1, GROUPS, S, D]; a bound is per_error * a block's error + per_norm * its norm."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, D)
-    place = (row % GROUPS).to(tl.int64) * seqlen + row // GROUPS
-    x = rotate_rows(tl.load(q_ptr + place[:, None] * D + d[None, :]), hadamard_ptr, D)
-    largest = tl.max(tl.abs(x), 1)
-    scale = tl.where(largest == 0, 1.0, largest / 127)
-    n = nearest(x / scale[:, None])
-    rest = x - n.to(tl.float32) * scale[:, None]
-    norm = tl.sqrt(tl.sum(x * x, 1))
-    error = tl.sqrt(tl.sum(rest * rest, 1)) * SLACK + norm * ROUNDED
-    tl.store(numbers_ptr + row[:, None] * D + d[None, :], n)
-    tl.store(scale_ptr + row, scale)
-    tl.store(per_error_ptr + row, (norm + error) / scale * SLACK)
-    tl.store(per_norm_ptr + row, (error + norm * SUMMED) / scale * SLACK)
-
-
-@triton.jit
-def quantise_keys_kernel(k_ptr, hadamard_ptr, numbers_ptr, scale_ptr, error_ptr, norm_ptr, D: tl.constexpr):
-    """int8 keys of index_k [S, D], with a scale, an error and a norm per block."""
-    key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, D)
-    x = rotate_rows(tl.load(k_ptr + key[:, None] * D + d[None, :]), hadamard_ptr, D)
-    largest = tl.max(tl.max(tl.abs(x), 1), 0)
-    scale = tl.where(largest == 0, 1.0, largest / 127)
-    n = nearest(x / scale)
-    rest = x - n.to(tl.float32) * scale
-    norm = tl.sqrt(tl.sum(x * x, 1))
-    error = tl.sqrt(tl.sum(rest * rest, 1)) * SLACK + norm * ROUNDED
-    tl.store(numbers_ptr + key[:, None] * D + d[None, :], n)
-    tl.store(scale_ptr + tl.program_id(0), scale)
-    tl.store(error_ptr + tl.program_id(0), tl.max(error, 0))
-    tl.store(norm_ptr + tl.program_id(0), tl.max(norm, 0) * SLACK)
-
-
-@triton.jit
-def scan_kernel(
-    q_ptr,
-    keys,
-    maxima_ptr,
-    first_row,
-    num_rows,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    TMA: tl.constexpr,
-    STORE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """maxima [N, num_rows] int16: the largest products of rows first_row .. with each block before their own, over 64."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    d, column = tl.arange(0, D), tl.arange(0, BLOCK)
-    q = tl.load(q_ptr + (first_row + row)[:, None] * D + d[None, :])
-    own = (first_row + tile * ROWS) // GROUPS // BLOCK
-    most = tl.full([ROWS], -(2**31), tl.int32)
-    for block in tl.range(0, own, num_stages=STAGES):
-        if TMA:
-            k = keys.load([block * BLOCK, 0])
-        else:
-            k = tl.load(keys + (block * BLOCK + column)[:, None] * D + d[None, :])
-        best = tl.max(tl.dot(q, tl.trans(k), out_dtype=tl.int32), 1)
-        if STORE:
-            tl.store(maxima_ptr + tl.cast(block, tl.int64) * num_rows + row, (best >> 6).to(tl.int16))
-        else:
-            most = tl.maximum(most, best)
-    if not STORE:
-        tl.store(maxima_ptr + row, (most >> 6).to(tl.int16))
-
-
-@triton.jit
-def rough_of(maxima):
-    """The middle of what a stored maximum may have been."""
-    return maxima.to(tl.float32) * 64 + 32
-
-
-@triton.jit
-def insert_score(scores, score):
-    """The best scores of each row, a tuple, best first, with one more."""
-    longer = ()
-    for rank in tl.static_range(len(scores)):
-        longer += (tl.maximum(scores[rank], score),)
-        score = tl.minimum(scores[rank], score)
-    return longer
-
-
-@triton.jit
-def load_rough(at, key_scale_ptr, block, own, num_rows):
-    """Rough scores of a tile's rows and a block, if it is before block `own`."""
-    seen = block < own
-    scale = tl.load(key_scale_ptr + block, mask=seen, other=0.0)
-    return rough_of(tl.load(at + tl.cast(block, tl.int64) * num_rows, mask=seen, other=0)) * scale
-
-
-@triton.jit
-def choose_kernel(
-    maxima_ptr,
-    key_scale_ptr,
-    key_error_ptr,
-    key_norm_ptr,
-    per_error_ptr,
-    per_norm_ptr,
-    worst_ptr,
-    low_ptr,
-    high_ptr,
-    bits_ptr,
-    over_ptr,
-    used_ptr,
-    places_ptr,
-    first_row,
-    num_rows,
-    GROUPS: tl.constexpr,
-    COUNT: tl.constexpr,
-    HIGHER: tl.constexpr,
-    PARTS: tl.constexpr,
-    SIDE: tl.constexpr,
-    AHEAD: tl.constexpr,
-):
-    """low, high [num_rows]; bits [N, num_rows / 32]: whether a row scores a block again; over: has no place for them.
-
-    The thresholds are the rough COUNT-th best, less and more the doubt. Of many blocks, the COUNT best of the maxima of
-    PARTS each, which the best blocks seldom share: not more than COUNT - HIGHER of them in most rows. Sure blocks take
-    the first places of a row, `used` of them.
-    """
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    lane = tl.arange(0, 32)[None, :]
-    row = tile * 128 + tl.arange(0, 4)[:, None] * 32 + lane
-    own = (first_row + tile * 128) // GROUPS // BLOCK
-    at = maxima_ptr + row
-    nothing = tl.full([4, 32], float("-inf"), tl.float32)
-    scores = ()
-    for rank in tl.static_range(COUNT):
-        scores += (nothing,)
-    number = tl.where(own > 2 * COUNT * PARTS, own // PARTS, 0)
-    for i in range(0, number, SIDE):
-        every = ()
-        for side in tl.static_range(SIDE):
-            for part in tl.static_range(PARTS):
-                every += (load_rough(at, key_scale_ptr, part * number + i + side, own, num_rows),)
-        for side in tl.static_range(SIDE):
-            best = every[side * PARTS]
-            for part in tl.static_range(1, PARTS):
-                best = tl.maximum(best, every[side * PARTS + part])
-            scores = insert_score(scores, tl.where(i + side < number, best, nothing))
-    for block in range(PARTS * number, own):
-        scores = insert_score(scores, load_rough(at, key_scale_ptr, block, own, num_rows))
-    per_error, per_norm = tl.load(per_error_ptr + first_row + row), tl.load(per_norm_ptr + first_row + row)
-    doubt = (per_error * tl.load(worst_ptr) + per_norm * tl.load(worst_ptr + 1)) * DOUBT
-    low, high = scores[COUNT - 1] - doubt, scores[HIGHER] + doubt
-    used = tl.zeros([4, 32], tl.int32)
-    wanted = tl.zeros([4, 32], tl.int32)
-    word = tl.arange(0, 4)[:, None]
-    for begin in range(0, own, AHEAD):
-        every = ()
-        for step in tl.static_range(AHEAD):
-            every += (load_rough(at, key_scale_ptr, begin + step, own, num_rows),)
-        for step in tl.static_range(AHEAD):
-            block = begin + step
-            if block < own:
-                bound = per_error * tl.load(key_error_ptr + block) + per_norm * tl.load(key_norm_ptr + block)
-                bound += 33 * tl.load(key_scale_ptr + block)
-                near = every[step] + bound >= low
-                sure = near & (every[step] - bound > high)
-                key = pack_keys(tl.full([4, 32], float("inf"), tl.float32), tl.zeros([4, 32], tl.int32) + block)
-                spot = places_ptr + used.to(tl.int64) * num_rows + row
-                tl.store(spot, key, mask=sure & (used < PLACES - 1))
-                used += sure.to(tl.int32)
-                wanted += near.to(tl.int32)
-                bits = tl.sum((near & (sure == 0)).to(tl.int32) << lane, 1, keep_dims=True)
-                tl.store(bits_ptr + tl.cast(block, tl.int64) * (num_rows // 32) + tile * 4 + word, bits)
-    over = wanted > PLACES - 1
-    tl.store(over_ptr + tile * 4 + word, tl.sum(over.to(tl.int32) << lane, 1, keep_dims=True))
-    tl.store(used_ptr + row, tl.where(over, PLACES, used))
-    tl.store(low_ptr + row, low)
-    tl.store(high_ptr + row, high)
-
-
-@triton.jit
-def count_bits(x):
-    """The bits of int32 numbers that are 1."""
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + ((x >> 4) & 0x0F0F0F0F)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24) & 0xFF
-
-
-@triton.jit
-def list_kernel(
-    bits_ptr, over_ptr, entries_ptr, lengths_ptr, first_row, num_rows, GROUPS: tl.constexpr, WORDS: tl.constexpr
-):
-    """The rows that score a block again, ascending, in entries [N, num_rows], of which there are lengths [N]."""
-    block = tl.program_id(0)
-    start = tl.maximum((block + 1) * BLOCK * GROUPS - first_row, 0) // 32
-    base = entries_ptr + block.to(tl.int64) * num_rows
-    total = 0
-    for first in range(start, num_rows // 32, WORDS):
-        word = first + tl.arange(0, WORDS)
-        seen = word < num_rows // 32
-        bits = tl.load(bits_ptr + block.to(tl.int64) * (num_rows // 32) + word, mask=seen, other=0)
-        bits = bits & ~tl.load(over_ptr + word, mask=seen, other=0)
-        count = count_bits(bits)
-        place = total + tl.cumsum(count, 0) - count
-        for i in range(0, tl.max(count, 0)):
-            lowest = bits & (0 - bits)
-            tl.store(base + place + i, word * 32 + count_bits(lowest - 1), mask=bits != 0)
-            bits = bits & (bits - 1)
-        total += tl.sum(count, 0)
-    tl.store(lengths_ptr + block, total)
-
-
-@triton.jit
-def again_kernel(
-    q_ptr,
-    k_ptr,
-    entries_ptr,
-    lengths_ptr,
-    used_ptr,
-    places_ptr,
-    seqlen,
-    first_row,
-    num_rows,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    SHARES: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Scores of 16 bits of the listed rows and a block, into their next places."""
-    block = tl.program_id(1)
-    length = tl.load(lengths_ptr + block)
-    d, column = tl.arange(0, D), tl.arange(0, BLOCK)
-    if tl.program_id(0) * ROWS >= length:
-        return
-    k = tl.load(k_ptr + (block * BLOCK + column)[:, None] * D + d[None, :])
-    for first in tl.range(tl.program_id(0) * ROWS, length, SHARES * ROWS, num_stages=STAGES):
-        number = first + tl.arange(0, ROWS)
-        own = tl.load(entries_ptr + block.to(tl.int64) * num_rows + number, mask=number < length, other=0)
-        row = first_row + own
-        place = (row % GROUPS).to(tl.int64) * seqlen + row // GROUPS
-        q = tl.load(q_ptr + place[:, None] * D + d[None, :])
-        best = tl.max(tl.dot(q, tl.trans(k)), 1)
-        spot = tl.atomic_add(used_ptr + own, 1, mask=number < length, sem="relaxed").to(tl.int64) * num_rows + own
-        tl.store(places_ptr + spot, pack_keys(best, tl.zeros([ROWS], tl.int32) + block), mask=number < length)
-
-
-@triton.jit
-def certify_kernel(
-    places_ptr,
-    used_ptr,
-    low_ptr,
-    high_ptr,
-    scale_ptr,
-    ids_ptr,
-    marked_ptr,
-    seqlen,
-    first_row,
-    num_rows,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    """ids [GROUPS, S, COUNT + 1], and whether a row is not certified."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    own = (first_row + row) // GROUPS // BLOCK
-    used = tl.load(used_ptr + row)
-    filled = tl.minimum(used, PLACES - 1)
-    keys = ()
-    for rank in tl.static_range(COUNT + 1):
-        keys += (tl.full([ROWS], 0, tl.int64) + EMPTY_KEY,)
-    for place in range(0, tl.max(filled, 0)):
-        key = tl.load(places_ptr + tl.cast(place, tl.int64) * num_rows + row, mask=place < filled, other=EMPTY_KEY)
-        longer = ()
-        for rank in tl.static_range(COUNT + 1):
-            longer += (tl.maximum(keys[rank], key),)
-            key = tl.minimum(keys[rank], key)
-        keys = longer
-    scale = tl.load(scale_ptr + first_row + row) * 0.5
-    low = tl.load(low_ptr + row)
-    high = tl.load(high_ptr + row) * scale
-    enough = (key_scores(keys[COUNT - 1]) >= low * scale) & (key_scores(keys[COUNT]) <= high)
-    good = (used < PLACES) & ((own <= COUNT) | enough)
-    ids = ()
-    for rank in tl.static_range(COUNT):
-        ids += (tl.where(keys[rank] == EMPTY_KEY, ID_MASK, (keys[rank] & ID_MASK).to(tl.int32) ^ ID_MASK),)
-    ids = ascending(ids, COUNT)
-    at = ((row % GROUPS).to(tl.int64) * seqlen + (first_row + row) // GROUPS) * (COUNT + 1)
-    for rank in tl.static_range(COUNT):
-        tl.store(ids_ptr + at + rank, tl.where(ids[rank] != ID_MASK, ids[rank], tl.where(rank == own, own, -1)))
-    tl.store(ids_ptr + at + COUNT, tl.where(own >= COUNT, own, -1))
-    tl.store(marked_ptr + first_row + row, (good == 0).to(tl.int8))
-
-
-@triton.jit
-def decode_scan_kernel(
-    q8_ptr, k8_ptr, key_scale_ptr, rough_ptr, num_blocks, ROWS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr
-):
-    """Rough scores [ROWS, num_blocks] of the first ROWS of 16 rows q8; every program takes every so many blocks."""
-    d, column, row = tl.arange(0, D), tl.arange(0, BLOCK), tl.arange(0, 16)
-    q = tl.load(q8_ptr + row[:, None] * D + d[None, :])
-    for block in tl.range(tl.program_id(0), num_blocks, tl.num_programs(0), num_stages=STAGES):
-        k = tl.load(k8_ptr + (tl.cast(block, tl.int64) * BLOCK + column)[:, None] * D + d[None, :])
-        best = tl.max(tl.dot(k, tl.trans(q), out_dtype=tl.int32), 0).to(tl.float32) * tl.load(key_scale_ptr + block)
-        tl.store(rough_ptr + row * num_blocks + block, best, mask=row < ROWS)
-
-
-@triton.jit
-def decode_again_kernel(
-    rough_ptr,
-    per_error_ptr,
-    per_norm_ptr,
-    worst_ptr,
-    q_ptr,
-    k_ptr,
-    places_ptr,
-    num_blocks,
-    EACH: tl.constexpr,
-    COUNT: tl.constexpr,
-    D: tl.constexpr,
-    SHARES: tl.constexpr,
-    MOST: tl.constexpr,
-):
-    """Of one row: the threshold, and of every SHARES-th block, those near it, scored in 16 bits; at most MOST."""
-    share, row = tl.program_id(0), tl.program_id(1)
-    block = tl.arange(0, EACH)[:, None] * SHARES + tl.arange(0, SHARES)[None, :]
-    score = tl.load(rough_ptr + row * num_blocks + block, mask=block < num_blocks, other=float("-inf"))
-    groups = tl.max(score, 1)
-    threshold = tl.max(groups, 0)
-    for _ in range(COUNT - 1):
-        groups = tl.where(groups == threshold, float("-inf"), groups)
-        threshold = tl.max(groups, 0)
-    bound = tl.load(per_error_ptr + row) * tl.load(worst_ptr) + tl.load(per_norm_ptr + row) * tl.load(worst_ptr + 1)
-    own = tl.arange(0, EACH) * SHARES + share
-    score = tl.load(rough_ptr + row * num_blocks + own, mask=own < num_blocks, other=float("-inf"))
-    left = tl.where(score + bound * (1 + DOUBT.value) >= threshold, own, -1)
-    d, column = tl.arange(0, D), tl.arange(0, BLOCK)
-    q = tl.load(q_ptr + row * D + d).to(tl.float32)
-    taken = 0
-    mine = tl.max(left, 0)
-    while (mine >= 0) & (taken < MOST):
-        k = tl.load(k_ptr + (mine.to(tl.int64) * BLOCK + column)[:, None] * D + d[None, :]).to(tl.float32)
-        best = tl.max(tl.sum(k * q[None, :], 1), 0)
-        tl.store(places_ptr + (row * SHARES + share) * MOST + taken, pack_keys(best, mine))
-        left = tl.where(left == mine, -1, left)
-        mine = tl.max(left, 0)
-        taken += 1
-
-
-@dataclass
 class Parts:
-    """The launches of a selection for index_q [1, groups, S, D] and index_k [1, 1, S, D], chunk by chunk of queries."""
+    """The launches of a selection for index_q [1, groups, S, D] and index_k [1, 1, S, D], by chunks of tokens."""
 
-    index_q: Any
-    index_k: Any
-    chunk: int
-    topk: int = 16
-    scan_options: tuple[int, int, int, bool] = (128, 4, 4, True)
-    again_options: tuple[int, int, int] = (128, 4, 3)
-    buffers: dict = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _, self.groups, self.seqlen, self.depth = self.index_q.shape
-        rows, blocks, device = self.groups * self.seqlen, self.seqlen // 128, self.index_q.device
-        chunk_rows = self.chunk * self.groups
+    def __init__(self, index_q: torch.Tensor, index_k: torch.Tensor, chunk: int) -> None:
+        _, self.groups, self.seqlen, self.depth = index_q.shape
+        self.index_q, self.index_k, self.rows = index_q, index_k, chunk * self.groups
+        self.blocks = index_k.shape[2] // BLOCK
+        every = self.groups * self.seqlen
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+            return torch.empty(shape, dtype=dtype, device=index_q.device)
 
-        matrix = torch.ones(1, 1)
-        while len(matrix) < self.depth:
-            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-        self.buffers = {
-            "hadamard": matrix.to(device, self.index_q.dtype),
-            "q8": empty(rows, self.depth, dtype=torch.int8),
-            "k8": empty(self.seqlen, self.depth, dtype=torch.int8),
-            **{name: empty(rows) for name in ("scale", "per_error", "per_norm")},
-            **{name: empty(blocks) for name in ("key_scale", "key_error", "key_norm")},
-            "worst": empty(2),
-            "maxima": empty(blocks, chunk_rows, dtype=torch.int16),
-            "entries": empty(blocks, chunk_rows, dtype=torch.int32),
-            "bits": empty(blocks, chunk_rows // 32, dtype=torch.int32),
-            "over": empty(chunk_rows // 32, dtype=torch.int32),
-            "used": empty(chunk_rows, dtype=torch.int32),
-            "lengths": empty(blocks, dtype=torch.int32),
-            "places": empty(64, chunk_rows, dtype=torch.int64),
-            "low": empty(chunk_rows),
-            "high": empty(chunk_rows),
-            "ids": empty(1, self.groups, self.seqlen, self.topk, dtype=torch.int32),
-            "marked": empty(rows, dtype=torch.int8),
-        }
-
-    def launch(self, kernel: Any, grid: tuple, arguments: list, warps: int = 4, **constants: Any) -> None:
-        names = [name for name in kernel.arg_names if name not in constants]
-        given = dict(zip(names, arguments, strict=True))
-        ordered = {name: constants[name] for name in kernel.arg_names if name in constants}
-        Launch(kernel, (*grid, *(1,) * (3 - len(grid))), given, ordered, Options(warps, 3)).run()
-
-    def quantise(self) -> None:
-        b, rows = self.buffers, self.groups * self.seqlen
-        outputs = [b[name] for name in ("hadamard", "q8", "scale", "per_error", "per_norm")]
-        self.launch(
-            quantise_queries_kernel,
-            (rows // 64,),
-            [self.index_q, *outputs, self.seqlen],
-            GROUPS=self.groups,
-            ROWS=64,
-            D=self.depth,
-        )
-        outputs = [b[name] for name in ("hadamard", "k8", "key_scale", "key_error", "key_norm")]
-        self.launch(quantise_keys_kernel, (self.seqlen // 128,), [self.index_k, *outputs], D=self.depth)
-        if b["worst"].device.type != "meta":
-            torch.stack((b["key_error"].amax(), b["key_norm"].amax()), out=b["worst"])
+        self.hadamard = hadamard(self.depth, index_q)
+        self.queries = quantising.Queries(empty(every, self.depth, dtype=torch.int8), *(empty(every) for _ in range(3)))
+        numbers = empty(index_k.shape[2], self.depth, dtype=torch.int8)
+        self.keys = quantising.Keys(numbers, *(empty(self.blocks) for _ in range(3)), empty(2))
+        self.maxima = empty(self.blocks, self.rows, dtype=torch.int16)
+        self.parts = 4 if self.blocks <= 2048 else 16
+        self.best = empty(self.blocks // self.parts + 1, self.rows)
+        self.bits = empty(self.blocks, self.rows // 32, dtype=torch.int32)
+        self.entries = empty(self.blocks, self.rows, dtype=torch.int32)
+        self.lengths = empty(self.blocks, dtype=torch.int32)
+        near, used = (empty(self.rows, dtype=torch.int32) for _ in range(2))
+        places, over = empty(PLACES, self.rows, dtype=torch.int64), empty(self.rows // 32, dtype=torch.int32)
+        self.known = kernels.Rows(empty(self.rows), empty(self.rows), near, used, places, over)
+        self.ids = empty(1, self.groups, self.seqlen, TOPK, dtype=torch.int32)
+        self.marked = empty(every, dtype=torch.int8)
 
     def first_rows(self) -> range:
-        return range(0, self.groups * self.seqlen, self.groups * self.chunk)
+        """The first row of each chunk."""
+        return range(0, self.groups * self.seqlen, self.rows)
 
-    def scan(self, first: int, store: bool = True, options: tuple[int, int, int, bool] | None = None) -> None:
-        rows, warps, stages, tma = options or self.scan_options
-        b, num = self.buffers, self.groups * self.chunk
-        keys = (
-            TensorDescriptor(b["k8"], [self.seqlen, self.depth], [self.depth, 1], [128, self.depth]) if tma else b["k8"]
+    def chunk(self, first: int) -> kernels.Chunk:
+        """The kernels' record of a chunk."""
+        return kernels.Chunk(first, self.rows, self.seqlen)
+
+    def seen(self, first: int) -> int:
+        """The blocks that a chunk sees."""
+        return (first + self.rows) // self.groups // BLOCK
+
+    def quantise(self) -> None:
+        sizes = {"GROUPS": self.groups, "ROWS": 64, "D": self.depth}
+        grid = (self.groups * self.seqlen // 64,)
+        launch(
+            quantising.quantise_queries_kernel, grid, [self.index_q, self.hadamard, self.queries, self.seqlen], **sizes
         )
-        arguments = [b["q8"], keys, b["maxima"], first, num]
-        self.launch(
-            scan_kernel,
-            (num // rows,),
-            arguments,
-            warps,
-            GROUPS=self.groups,
-            ROWS=rows,
-            D=self.depth,
-            TMA=tma,
-            STORE=store,
-            STAGES=stages,
-        )
+        launch(quantising.quantise_keys_kernel, (self.blocks,), [self.index_k, self.hadamard, self.keys], D=self.depth)
+        if not self.index_q.is_meta:
+            torch.stack((self.keys.error.amax(), self.keys.norm.amax()), out=self.keys.worst)
+
+    def scan(self, first: int) -> None:
+        shape, strides = list(self.keys.numbers.shape), [self.depth, 1]
+        tiles = TensorDescriptor(self.keys.numbers, shape, strides, [BLOCK, self.depth])
+        arguments = [self.queries.numbers, tiles, self.maxima, self.chunk(first)]
+        launch(kernels.scan_kernel, (self.rows // 128,), arguments, GROUPS=self.groups, D=self.depth, STAGES=4)
 
     def choose(self, first: int) -> None:
-        b, num = self.buffers, self.groups * self.chunk
-        names = "maxima", "key_scale", "key_error", "key_norm", "per_error", "per_norm", "worst", "low", "high", "bits"
-        arguments = [*(b[name] for name in (*names, "over", "used", "places")), first, num]
-        parts = 4 if self.seqlen < 200_000 else 16
-        constants = {"COUNT": self.topk - 1, "HIGHER": self.topk - 5, "PARTS": parts, "SIDE": 16 // parts, "AHEAD": 16}
-        self.launch(choose_kernel, (num // 128,), arguments, GROUPS=self.groups, **constants)
+        tiles, chunk = self.rows // 128, self.chunk(first)
+        sizes = {"GROUPS": self.groups, "COUNT": TOPK - 1, "PARTS": self.parts}
+        each = triton.cdiv(self.seen(first), self.parts)
+        arguments = [self.maxima, self.keys, self.best, chunk]
+        launch(kernels.group_kernel, (tiles, triton.cdiv(each, 16)), arguments, **sizes, EACH=16)
+        arguments = [self.maxima, self.best, self.queries, self.keys, self.known, chunk]
+        launch(kernels.threshold_kernel, (tiles,), arguments, **sizes, HIGHER=TOPK - 5)
 
-    def list(self, first: int) -> None:
-        b, num = self.buffers, self.groups * self.chunk
-        arguments = [b["bits"], b["over"], b["entries"], b["lengths"], first, num]
-        self.launch(list_kernel, ((first + num) // self.groups // 128,), arguments, GROUPS=self.groups, WORDS=1024)
+    def mark(self, first: int) -> None:
+        arguments = [self.maxima, self.queries, self.keys, self.known, self.bits, self.chunk(first)]
+        grid = self.rows // 128, triton.cdiv(self.seen(first), 64)
+        launch(kernels.mark_kernel, grid, arguments, GROUPS=self.groups, EACH=64, AHEAD=8)
+        launch(kernels.over_kernel, (self.rows // 1024,), [self.known])
+
+    def gather(self, first: int) -> None:
+        arguments = [self.bits, self.known.over, self.entries, self.lengths, self.chunk(first)]
+        launch(kernels.list_kernel, (self.seen(first),), arguments, GROUPS=self.groups, WORDS=1024)
 
     def again(self, first: int) -> None:
-        b, num = self.buffers, self.groups * self.chunk
-        rows, warps, stages = self.again_options
-        blocks = (first + num) // self.groups // 128
-        shares = max(1, num * 40 // (blocks * rows * 4))
-        arguments = [self.index_q, self.index_k, b["entries"], b["lengths"], b["used"], b["places"], self.seqlen]
-        constants = {"ROWS": rows, "D": self.depth, "SHARES": shares, "STAGES": stages}
-        self.launch(again_kernel, (shares, blocks), [*arguments, first, num], warps, GROUPS=self.groups, **constants)
+        shares = max(1, self.rows * 40 // (self.seen(first) * 128 * 4))
+        arguments = [self.index_q, self.index_k, self.entries, self.lengths, self.known, self.chunk(first)]
+        sizes = {"GROUPS": self.groups, "ROWS": 128, "D": self.depth, "STAGES": 3}
+        launch(kernels.again_kernel, (shares, self.seen(first)), arguments, **sizes)
 
     def certify(self, first: int) -> None:
-        b, num = self.buffers, self.groups * self.chunk
-        arguments = [
-            b["places"],
-            b["used"],
-            b["low"],
-            b["high"],
-            b["scale"],
-            b["ids"],
-            b["marked"],
-            self.seqlen,
-            first,
-            num,
-        ]
-        self.launch(certify_kernel, (num // 128,), arguments, 4, GROUPS=self.groups, ROWS=128, COUNT=self.topk - 1)
+        arguments = [self.known, self.queries.scale, self.ids, self.marked, self.chunk(first)]
+        sizes = {"GROUPS": self.groups, "ROWS": 128, "COUNT": TOPK - 1}
+        launch(kernels.certify_kernel, (self.rows // 128,), arguments, **sizes)
+
+    def steps(self) -> list[Any]:
+        """What is launched for each chunk."""
+        return [self.scan, self.choose, self.mark, self.gather, self.again, self.certify]
 
     def run(self) -> None:
         self.quantise()
         for first in self.first_rows():
-            self.chunk_of(first)
-
-    def chunk_of(self, first: int) -> None:
-        for step in (self.scan, self.choose, self.list, self.again, self.certify):
-            step(first)
+            for step in self.steps():
+                step(first)
 
 
-def milliseconds(call: Any, repeats: int = 5) -> float:
-    """The median time of a call, after one to warm up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
-def chunk_of_length(seqlen: int) -> int:
-    """Queries of a chunk, whose buffers are about a GiB at most."""
-    return min(seqlen, max(8192, 2**32 // seqlen))
-
-
-def timed(call: Any, *arguments: Any) -> float:
+def timed(call: Any) -> float:
     """Milliseconds of one call."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    call(*arguments)
+    call()
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end)
 
 
-def prefill(index_q: Any, index_k: Any, title: str) -> None:
-    """Print whether ids are those of bf16, and the time of each step."""
+def milliseconds(call: Any, repeats: int = 5) -> float:
+    """The median time of a call, after two to warm up."""
+    call()
+    call()
+    return statistics.median(timed(call) for _ in range(repeats))
+
+
+def chunk_of_length(seqlen: int) -> int:
+    """Tokens of a chunk, whose buffers are about a GiB at most."""
+    return min(seqlen, max(8192, 2**32 // seqlen))
+
+
+def prefill(index_q: torch.Tensor, index_k: torch.Tensor, title: str) -> None:
+    """Print whether ids are those of bf16, and the time of each step, all chunks' launches one behind the other."""
     parts = Parts(index_q, index_k, chunk_of_length(index_q.shape[2]))
     parts.run()
     wanted = flexmsa.select_blocks(index_q, index_k)
-    same = (parts.buffers["ids"] == wanted).all(-1)[0]
-    marked = parts.buffers["marked"].view(parts.seqlen, parts.groups).T != 0
-    again = parts.buffers["lengths"].sum().item() / (parts.groups * parts.chunk)
+    same = (parts.ids == wanted).all(-1)[0]
+    marked = parts.marked.view(parts.seqlen, parts.groups).T != 0
+    again = parts.lengths.sum().item() / parts.rows
     print(
-        f"{title} {parts.seqlen}: {marked.float().mean().item():.3%} marked, {int((~same & ~marked).sum())} certified but "
-        f"wrong, {int((~same & marked).sum())} marked and wrong of {same.numel()} rows; {again:.1f} again in the last chunk"
+        f"{title} {parts.seqlen}: {marked.float().mean().item():.3%} marked, {int((~same & ~marked).sum())} certified "
+        f"but wrong of {same.numel()} rows; {again:.1f} again in the last chunk"
     )
     repeats = 9 if parts.seqlen < 500_000 else 1
     total = milliseconds(parts.run, repeats)
     today = milliseconds(partial(flexmsa.select_blocks, index_q, index_k), repeats)
-    steps = [parts.scan, parts.choose, parts.list, parts.again, parts.certify]
-    times = torch.tensor([[timed(step, first) for step in steps] for first in parts.first_rows()]).sum(0).tolist()
-    found = ", ".join(f"{step.__name__} {time:.3f}" for step, time in zip(steps, times, strict=True))
-    quantised = milliseconds(parts.quantise)
-    print(f"  quantise {quantised:.3f}, {found}; all {total:.3f}, bf16 today {today:.3f} ms", flush=True)
+    times = dict.fromkeys((step.__name__ for step in parts.steps()), 0.0)
+    for first in parts.first_rows():
+        # The steps one by one, each behind those before it, so that the launch of a step does not count.
+        parts.scan(first)
+        done = 0.0
+        for number in range(1, len(times) + 1):
+            so_far = milliseconds(partial(run_steps, parts.steps()[:number], first), 3 if repeats > 1 else 1)
+            times[parts.steps()[number - 1].__name__] += so_far - done
+            done = so_far
+    found = ", ".join(f"{name} {time:.3f}" for name, time in times.items())
+    print(
+        f"  quantise {milliseconds(parts.quantise):.3f}, {found}; all {total:.3f}, bf16 today {today:.3f} ms",
+        flush=True,
+    )
+
+
+def run_steps(steps: list[Any], first: int) -> None:
+    for step in steps:
+        step(first)
+
+
+def microseconds(call: Any) -> float:
+    """The time of a call, replayed from a graph of 20."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            call()
+    return milliseconds(graph.replay) * 50
 
 
 def decode(num_keys: int) -> None:
-    """Print the times of a decoding step's scan and second scores, in microseconds, replayed from a graph."""
-    groups, depth, device = 4, 128, "cuda"
-    index_q = torch.randn(1, groups, 16, depth, device=device, dtype=torch.bfloat16)
-    index_k = torch.randn(1, 1, num_keys, depth, device=device, dtype=torch.bfloat16)
-    parts = Parts(index_q[:, :, :16].contiguous(), index_k[:, :, :128], 16)
-    blocks = num_keys // 128
-    b = parts.buffers
-    b |= {"k8": torch.empty(num_keys, depth, dtype=torch.int8, device=device)}
-    b |= {name: torch.empty(blocks, device=device) for name in ("key_scale", "key_error", "key_norm")}
-    parts.index_k, parts.seqlen = index_k, num_keys
-    outputs = [b[name] for name in ("hadamard", "k8", "key_scale", "key_error", "key_norm")]
-    parts.launch(quantise_keys_kernel, (blocks,), [index_k, *outputs], D=depth)
-    outputs = [b[name] for name in ("hadamard", "q8", "scale", "per_error", "per_norm")]
-    parts.launch(quantise_queries_kernel, (1,), [index_q, *outputs, 16], GROUPS=groups, ROWS=64, D=depth)
-    worst = torch.stack((b["key_error"].amax(), b["key_norm"].amax()))
-    rough = torch.zeros(16, blocks, device=device)
-    places = torch.zeros(groups, 64, 8, dtype=torch.int64, device=device)
-    queries = index_q[:, :, 0].contiguous()
-
-    def scan(programs: int, stages: int) -> None:
-        arguments = [b["q8"], b["k8"], b["key_scale"], rough, blocks]
-        parts.launch(decode_scan_kernel, (programs,), arguments, ROWS=groups, D=depth, STAGES=stages)
-
-    def again(shares: int, warps: int) -> None:
-        arguments = [rough, b["per_error"], b["per_norm"], worst, queries, index_k, places, blocks]
-        constants = {"EACH": triton.next_power_of_2(blocks) // shares, "COUNT": 15, "D": depth, "SHARES": shares}
-        parts.launch(decode_again_kernel, (shares, groups), arguments, warps, **constants, MOST=8)
-
-    def microseconds(call: Any) -> float:
-        call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(20):
-                call()
-        return milliseconds(graph.replay) * 50
-
-    for programs, stages in ((132 * 3, 4), (132 * 4, 3)):
-        time = microseconds(partial(scan, programs, stages))
-        print(f"decode {num_keys}: scan {programs} programs {stages} stages {time:.1f} us")
-    for shares, warps in ((32, 4), (32, 8), (64, 4)):
-        places.zero_()
-        time = microseconds(partial(again, shares, warps))
-        print(f"  again, {shares} shares, {warps} warps: {time:.1f} us, {int((places != 0).sum()) / 4} blocks")
+    """Print the times of a decoding step's scan and second scores, for the first of 16 tokens."""
+    index_q = torch.randn(1, 4, 16, 128, device="cuda", dtype=torch.bfloat16)
+    index_k = torch.randn(1, 1, num_keys, 128, device="cuda", dtype=torch.bfloat16)
+    parts = Parts(index_q, index_k, 16)
+    parts.quantise()
+    rough = torch.zeros(4, parts.blocks, device="cuda")
+    places = torch.zeros(4, 32, 8, dtype=torch.int64, device="cuda")
+    arguments = [parts.queries.numbers, parts.keys.numbers, parts.keys.scale, rough, parts.blocks]
+    sizes = {"ROWS": 4, "D": 128, "STAGES": 3}
+    scan = partial(launch, decoding.decode_scan_kernel, (132 * 4,), arguments, **sizes)
+    known = [rough, parts.queries.per_error, parts.queries.per_norm, parts.keys.worst]
+    arguments = [*known, index_q[:, :, 0].contiguous(), index_k, places, parts.blocks]
+    sizes = {"EACH": triton.next_power_of_2(parts.blocks) // 32, "COUNT": TOPK - 1, "D": 128, "SHARES": 32, "MOST": 8}
+    again = partial(launch, decoding.decode_again_kernel, (32, 4), arguments, 8, **sizes)
+    first, second = microseconds(scan), microseconds(again)
+    print(f"decode {num_keys}: scan {first:.1f} us, again {second:.1f} us of {int((places != 0).sum()) / 4} blocks")
 
 
 def main() -> int:
@@ -642,7 +229,7 @@ def main() -> int:
         index_q = torch.randn(1, 4, seqlen, 128, device="cuda", dtype=torch.bfloat16)
         index_k = torch.randn(1, 1, seqlen, 128, device="cuda", dtype=torch.bfloat16)
         prefill(index_q, index_k, "normal")
-        if seqlen < 200_000:
+        if seqlen == 131072:
             prefill(index_q, index_k[:, :, :1].expand_as(index_k).contiguous(), "all equal")
             prefill(*(torch.randint(-3, 4, x.shape, device="cuda").bfloat16() for x in (index_q, index_k)), "integers")
     decode(1 << 20)

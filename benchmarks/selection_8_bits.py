@@ -18,9 +18,10 @@ ROUNDED = 2.0**-14
 SUMMED = 2.0**-12
 # Of a sum of a few fp32 numbers.
 SLACK = 1 + 2.0**-10
-# How far above and below the rough threshold a block is scored again whatever its own bound, in bounds. Too small a
-# number marks more rows; it makes no row wrong.
-DOUBT = 0.125
+# How far the exact threshold may be from the rough one, in bounds over the root of the dims: an error is a sum of
+# products of either sign, so most are so much smaller than their bounds. Too small a number marks more rows, and makes
+# none wrong.
+DOUBT = 2.0
 
 
 class Vectors(NamedTuple):
@@ -115,10 +116,11 @@ def best_of(scores: Tensor, count: int) -> Tensor:
     return scores.topk(count, -1).values[..., -1:] if count else scores.new_full((*scores.shape[:-1], 1), torch.inf)
 
 
-def choose(rough: Rough, visible: Tensor, count: int, doubt: float = DOUBT) -> Choice:
-    """Which of the visible blocks [..., rows, blocks] to score again for the `count` best."""
+def choose(rough: Rough, visible: Tensor, count: int, size: int) -> Choice:
+    """Which of the visible blocks [..., rows, blocks] to score again for the `count` best; size: dims of a vector."""
     score = rough.score.masked_fill(~visible, -torch.inf)
     threshold = best_of(score, count)
+    doubt = DOUBT * size**-0.5
     margin = doubt * rough.bound.masked_fill(~visible, 0.0).nan_to_num(posinf=0.0).amax(-1, keepdim=True)
     low, high = threshold - margin, threshold + margin
     sure = visible & (score - rough.bound > high)
@@ -178,7 +180,7 @@ def counts(q: Tensor, k: Tensor, visible: Tensor, exact: Tensor, count: int, sha
         order = upper.argsort(-1, descending=True)
         last = best_of(true.gather(-1, order[..., :kept]), count)[..., 0]
         found[f"certified by {limit}"] = last > upper.gather(-1, order[..., kept : kept + 1])[..., 0]
-    choice = choose(rough, visible, count)
+    choice = choose(rough, visible, count, k.shape[1])
     selected, certified = certify(choice, exact, count)
     best = true.topk(count, -1).indices
     assert bool(selected.gather(-1, best)[certified].all()), "a certified row is wrong"

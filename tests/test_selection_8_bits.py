@@ -98,7 +98,7 @@ def certified(q, k, topk, scores, shared):
     """(selected, certified): blocks [GROUPS, ROWS, blocks] without the newest one; scores of 16 bits."""
     visible = visible_blocks(ROWS, len(k), BLOCK)
     rough = rough_scores(quantise(q), quantise(pad_keys(k, BLOCK), shared), BLOCK)
-    return certify(choose(rough, visible, topk - 1), scores, topk - 1)
+    return certify(choose(rough, visible, topk - 1, k.shape[1]), scores, topk - 1)
 
 
 cases = given(
