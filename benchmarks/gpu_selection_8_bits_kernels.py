@@ -63,7 +63,7 @@ def rough_scores(maxima_ptr, keys, chunk, row, block, seen):
 
 @triton.jit
 def num_groups(own, COUNT: tl.constexpr, PARTS: tl.constexpr):
-    """Groups of PARTS blocks of a tile with `own` blocks, if these are many; blocks behind them are their own groups."""
+    """Groups of PARTS blocks of a tile with `own` blocks, if these are many; blocks behind them are groups alone."""
     return tl.where(own > 2 * COUNT * PARTS, own // PARTS, 0)
 
 
