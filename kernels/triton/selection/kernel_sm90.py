@@ -178,41 +178,24 @@ def copy_keys(keys, buffers, barriers, work, num_splits, C: gl.constexpr):
 
 @gluon.jit
 def place_queries(index_q, q_buffer, tile, scaled: gl.constexpr, C: gl.constexpr):
-    """The tile's query rows into shared memory; scaled: for e4m3 keys, as the pairs of `split_e4m3`, by parts."""
+    """The tile's query rows into shared memory; scaled: for e4m3 keys, as the pairs of `split_e4m3`."""
     loaded: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
-    # Each part of a scaled row is a row of its own.
-    copies: gl.constexpr = q_buffer.shape[0] // (2 if scaled else 1)
-    row = gl.arange(0, copies, gl.SliceLayout(1, loaded)) % C.rows
+    row = gl.arange(0, C.rows, gl.SliceLayout(1, loaded))
     depth = gl.arange(0, C.depth, gl.SliceLayout(0, loaded))
     token, group = tile.first + row // C.num_kv_heads, (row % C.num_kv_heads).to(gl.int64)
     place = tile.batch * index_q.stride_b + group * index_q.stride_h + token.to(gl.int64) * index_q.stride_s
     live = (token < tile.q_end) & (row // C.num_kv_heads < C.tokens)
     places = index_q.ptr + place[:, None] + depth.to(gl.int64)[None, :] * index_q.stride_d
     q = gl.load(places, mask=live[:, None], other=0.0)
-    q_buffer.store(keep_own_part(split_e4m3(q), 2 * C.rows) if scaled else q)
+    q_buffer.store(split_e4m3(q) if scaled else q)
     fence_async_shared()
     meet()
 
 
 @gluon.jit
-def keep_own_part(q, rows: gl.constexpr):
-    """e4m3 rows q [parts * rows, depth] with zeros but for a part of the depth each, the first `rows` for the first."""
-    PARTS: gl.constexpr = q.shape[0] // rows
-    part = gl.arange(0, q.shape[0], gl.SliceLayout(1, q.type.layout)) // rows
-    own = gl.arange(0, q.shape[1], gl.SliceLayout(0, q.type.layout)) // (q.shape[1] // PARTS)
-    bits = gl.where(own[None, :] == part[:, None], q.to(gl.uint8, bitcast=True), 0)
-    return bits.to(gl.float8e4nv, bitcast=True)
-
-
-@gluon.jit
-def scale_scores(products, scales, rows: gl.constexpr):
-    """Scores [keys, rows] of products [keys, parts 2 rows] with the pairs of `split_e4m3`, by parts."""
-    KEYS: gl.constexpr = products.shape[0]
-    PARTS: gl.constexpr = products.shape[1] // (2 * rows)
-    products = products * decode_scales(scales)[:, None]
-    if PARTS > 1:
-        products = gl.sum(gl.reshape(products, [KEYS, PARTS, 2 * rows]), axis=1)
-    return join_pairs(products)
+def scale_scores(products, scales):
+    """As `scoring.score_e4m3`: scores [keys, rows] of products [keys, 2 rows] with the pairs of `split_e4m3`."""
+    return join_pairs(products * decode_scales(scales)[:, None])
 
 
 @gluon.jit
@@ -248,13 +231,14 @@ def rank_keys(index_q, buffers, barriers, work, outputs, scaled: gl.constexpr, C
         stage = step % C.stages
         keys = buffers.keys.index(stage).reshape(per_key)
         scores = gl.zeros(per_score, gl.float32, scored)
+        # e4m3 products are added up with about 14 bits, as in `scoring.score_e4m3`.
         scores = warpgroup_mma(keys, q_buffer.permute((1, 0)), scores, use_acc=False, is_async=True)
         if scaled:
             scales = scale_buffer(buffers, stage, C.stages).load(gl.SliceLayout(1, scored))
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(barriers.empty.index(stage), count=1)
         if scaled:
-            scores = scale_scores(scores, scales, C.rows)
+            scores = scale_scores(scores, scales)
         topk = insert_block(topk, block_maximum(scores, block, visible, work.forced, C), block)
         step += 1
         block = await_block(buffers, barriers, step, C.stages)
@@ -282,9 +266,7 @@ def selection_sm90_kernel(
     """See the module's docstring. Grid (tiles, splits); key_boxes and scale_boxes: boxes for the bulk copy engine."""
     dtype: gl.constexpr = key_boxes.dtype
     scaled: gl.constexpr = scale_boxes is not None
-    # Parts of 32 numbers, in columns of their own, are added up in fp32, where that makes no product longer.
-    parts: gl.constexpr = C.depth // 32 if scaled and C.rows <= 8 else 1
-    columns: gl.constexpr = C.rows * (2 * parts if scaled else 1)
+    columns: gl.constexpr = C.rows * (2 if scaled else 1)
     per_key: gl.constexpr = [C.stages, 1, C.block_size, C.depth]
     # Copies of scales are placed at multiples of 128 bytes.
     per_scale: gl.constexpr = [C.stages * (128 // C.block_size if C.block_size < 128 else 1), C.block_size]
