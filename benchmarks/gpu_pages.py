@@ -2,16 +2,17 @@
 
     python -m benchmarks.gpu_pages [--quick] [--out FILE]
 
-First checks: each sequence's ids and results are those of the functions without pages. Then times of `attend_pages`:
-decoding beside `decode` from a contiguous cache, and a mixed batch beside its parts, 32 decodes of 100K keys and a
-chunk of 2048 tokens. Every sequence has its own pages, in random order, between those of the others. bf16, blocks of
-128, topk 16. `write_pages` is timed by itself.
+First checks: each sequence's ids and results are those of the functions without pages, with e4m3 pages too. Then times
+of `attend_pages`: decoding beside `decode` from a contiguous cache, and a mixed batch beside its parts, 32 decodes of
+100K keys and a chunk of 2048 tokens. Every sequence has its own pages, in random order, between those of the others.
+bf16, blocks of 128, topk 16. `write_pages` is timed by itself.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -24,6 +25,7 @@ import flexmsa
 from flexmsa import AuxRequest, MSACache, PagedBatch, PagePools
 
 PAGE, DEPTH, TOPK = 128, 128, 16
+FP8 = torch.float8_e4m3fn
 HEADS = ((64, 4), (32, 8))
 DECODES = {"1 x 128K": (1, 131072), "1 x 1M": (1, 1 << 20), "32 x 100K": (32, 100_000)}
 CHUNK, CONTEXTS = 2048, (100_000, 2048)
@@ -36,8 +38,15 @@ RESIDENT = 200 << 20
 class Step:
     """A step: `tokens[r]` new tokens of sequence r, which then has `lens[r]` keys."""
 
-    def __init__(self, heads: tuple[int, int], lens: list[int], tokens: list[int], num_decodes: int | None = 0) -> None:
-        """num_decodes: None for a step without offsets."""
+    def __init__(
+        self,
+        heads: tuple[int, int],
+        lens: list[int],
+        tokens: list[int],
+        num_decodes: int | None = 0,
+        stored: tuple[torch.dtype, torch.dtype] = (torch.bfloat16, torch.bfloat16),
+    ) -> None:
+        """num_decodes: None for a step without offsets; stored: the dtypes of the pages, and of those of index keys."""
         self.lens, self.tokens = lens, tokens
         num_heads, groups = heads
         needed = [-(-count // PAGE) for count in lens]
@@ -45,8 +54,8 @@ class Step:
         table = torch.full((len(lens), max(needed) + 3), -1, dtype=torch.int32)
         for row, count in enumerate(needed):
             table[row, :count] = torch.tensor([next(order) for _ in range(count)])
-        both = draw(sum(needed), groups, PAGE, 2 * DEPTH)
-        self.pools = PagePools(*both.split(DEPTH, dim=3), draw(sum(needed), 1, PAGE, DEPTH))
+        both = draw(sum(needed), groups, PAGE, 2 * DEPTH).to(stored[0])
+        self.pools = PagePools(*both.split(DEPTH, dim=3), draw(sum(needed), 1, PAGE, DEPTH).to(stored[1]))
         offsets = torch.tensor([0, *tokens]).cumsum(0).int().cuda()
         places = [(r, p) for r, count in enumerate(lens) for p in range(count - tokens[r], count)]
         self.slots = torch.tensor([int(table[r, p // PAGE]) * PAGE + p % PAGE for r, p in places]).cuda()
@@ -75,7 +84,8 @@ class Step:
                 continue
             pages = self.page_table[row, : -(-count // PAGE)].long()
             stored = self.pools.k, self.pools.v, self.pools.index_k
-            k, v, index_k = (x[pages].transpose(0, 1).flatten(1, 2)[None, :, :count].contiguous() for x in stored)
+            k, v, index_k = (x[pages].transpose(0, 1).flatten(1, 2)[None, :, :count].bfloat16() for x in stored)
+            k, v, index_k = k.contiguous(), v.contiguous(), index_k.contiguous()
             q, index_q = (x[part].transpose(0, 1)[None].contiguous() for x in (self.q, self.index_q))
             ids = aux.block_indices[part].transpose(0, 1)[None].contiguous()
             expected = flexmsa.select_blocks(index_q, index_k)
@@ -188,6 +198,17 @@ def measure_mixed(heads: tuple[int, int], machine: dict, report: Callable[..., N
     return errors
 
 
+def check_dtypes(heads: tuple[int, int]) -> list[str]:
+    """Pages in e4m3 without scales, of all keys or of some, as vLLM's MiniMax-M3 may have them; nothing is timed."""
+    errors, steps = (
+        [],
+        {"decodes": ([6000, 77], [1, 1], None), "decodes and a chunk": ([6000, 6100, 900], [1, 1, 300], 2)},
+    )
+    for (name, sizes), stored in product(steps.items(), ((FP8, FP8), (FP8, torch.bfloat16), (torch.bfloat16, FP8))):
+        errors += Step(heads, *sizes, stored=stored).errors(f"{heads}, {name}, {stored[0]}, index keys {stored[1]}")
+    return errors
+
+
 def limits(machine: dict) -> tuple[float, float]:
     return machine["flops"], machine["bandwidth"]
 
@@ -216,6 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     errors: list[str] = []
     for heads in HEADS:
+        errors += check_dtypes(heads)
         errors += measure_decodes(heads, machine, report, options.quick)
         errors += measure_mixed(heads, machine, report, options.quick)
     print(*errors or ["all checks passed"], sep="\n")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, cycle, takewhile
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from flexmsa.distributed import SequenceShards
 
-from .distributed import DEVICE, GPU, RESULTS, Heads, differentiate, make_inputs, share, sparse
+from .distributed import DEVICE, GPU, RESULTS, Heads, Results, differentiate, make_inputs, share, sparse
 from .gpu_training import Timer
 
 CHECKED = Heads(8, 2, 64)
@@ -56,7 +55,7 @@ def packed(tokens: int) -> Tensor:
     return torch.tensor([0, *ends, tokens], dtype=torch.int32)
 
 
-def whole_step(whole: list[Tensor], cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Any]:
+def whole_step(whole: list[Tensor], cu_seqlens: Tensor | None) -> Results:
     """The step of one process."""
     documents = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens.to(whole[0].device)}
     return differentiate(whole, lambda *x, **more: sparse(*x, **documents, **more))
@@ -66,15 +65,15 @@ def share_errors(heads: Heads = CHECKED, tokens: int = 3000, world: int = 3) -> 
     """Results of shares that differ from the whole: out and the gradient of q by place, those of keys as a sum."""
     whole = make_inputs(heads, tokens)
     for cu_seqlens in (None, torch.tensor([0, 1, tokens // 3, tokens // 3, tokens], dtype=torch.int32)):
-        out, loss, grads = whole_step(whole, cu_seqlens)
-        found_out, found = torch.zeros_like(out.detach()), [torch.zeros_like(x, dtype=torch.float32) for x in grads]
+        out, _, loss, grads = whole_step(whole, cu_seqlens)
+        found_out, found = torch.zeros_like(out), [torch.zeros_like(x, dtype=torch.float32) for x in grads]
         found_loss = 0.0
         for rank in range(world):
             with shards_of(tokens, rank, world, cu_seqlens) as shards:
-                local_out, local_loss, local = share(whole, shards)()
+                local_out, _, local_loss, local = share(whole, shards)()
                 seen = shards.tokens >= 0
                 places, weight = shards.tokens[seen], seen.sum() / tokens
-            found_out[:, :, places] = local_out.detach()[:, :, seen]
+            found_out[:, :, places] = local_out[:, :, seen]
             found_loss += float(local_loss * weight)
             for number, (x, y) in enumerate(zip(found, local, strict=True)):
                 part = y.float() * (weight if number > 2 else 1)
@@ -82,7 +81,7 @@ def share_errors(heads: Heads = CHECKED, tokens: int = 3000, world: int = 3) -> 
                     x[:, :, places] += part[:, :, seen]
                 else:
                     x += part
-        for name, x, y in zip(RESULTS, (found_out, *found), (out.detach(), *grads), strict=True):
+        for name, x, y in zip(RESULTS, (found_out, *found), (out, *grads), strict=True):
             error = float((x.double() - y.double()).norm() / y.double().norm())
             if not error < 1e-2:
                 yield f"shares, {'plain' if cu_seqlens is None else 'packed'}, {name}: off by {error:.1e}"

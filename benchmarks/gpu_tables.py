@@ -290,15 +290,34 @@ def gpu_shares() -> str:
 
 
 def gpu_processes() -> str:
-    """A step of context parallel on several GPUs beside one."""
+    """Steps of context parallel on several GPUs beside one: attention, then a model."""
+    found = load_result("distributed-h200.json")
     rows = []
-    for row in load_result("distributed-h200.json")["rows"]:
+    for row in found["attention"]:
         times = (f"{row[name]:.0f}" for name in ("one_ms", "share_ms", "step_ms"))
         shares = (f"{row[name]:.0%}" for name in ("exposed", "efficiency"))
+        dense = row["dense_ms"]
+        beside = "-" if dense is None else f"{dense:.0f} ({dense / row['step_ms']:.1f}x)"
         names = row["heads"], f"{row['tokens'] // 1024}K", str(row["processes"])
-        rows.append([*names, *times, *shares, f"{row['memory_gib']:.1f} GiB"])
+        rows.append([*names, *times, *shares, f"{row['memory_gib']:.1f} GiB", beside])
     times = ["1 GPU, ms", "share, ms", "step, ms"]
-    return markdown(["heads", "tokens", "GPUs", *times, "exposed", "efficiency", "memory"], rows)
+    head = ["heads", "tokens", "GPUs", *times, "exposed", "efficiency", "memory", "dense, ms"]
+    models = (
+        f"The model of the table above at {row['tokens'] // 1024}K tokens, with FSDP2 and context parallel: "
+        f"{row['one_ms']:.0f} ms on one GPU, {row['step_ms']:.0f} on {row['processes']} ({row['efficiency']:.0%}), "
+        f"{row['memory_gib']:.1f} GiB on each."
+        for row in found["model"]
+    )
+    return f"{found['machine']}, torch {found['torch']}.\n\n{markdown(head, rows)}\n\n" + "\n".join(models)
+
+
+def gpu_processes_decode() -> str:
+    """A decoding step on several GPUs beside one."""
+    rows = []
+    for row in load_result("distributed-h200.json")["decode"]:
+        times = (f"{row[name]:.0f}" for name in ("one_us", "heads_us", "keys_us"))
+        rows.append([row["heads"], f"{row['tokens'] // 1024}K", str(row["processes"]), *times])
+    return markdown(["heads", "keys", "GPUs", "1 GPU, us", "by heads, us", "by keys, us"], rows)
 
 
 LAYER_TABLES = (
@@ -307,6 +326,7 @@ LAYER_TABLES = (
     gpu_model,
     gpu_shares,
     gpu_processes,
+    gpu_processes_decode,
     gpu_floors,
     gpu_prefill,
     gpu_steps,

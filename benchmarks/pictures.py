@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import cpu_plot, gpu_plot
+from benchmarks import cpu_plot, distributed_plot, gpu_plot
 from benchmarks.gpu_tables import ROOT, gpu_rows, load_result
 
 
@@ -20,6 +20,10 @@ def draw_cpu(folder: Path) -> None:
     cpu_plot.draw(result["rows"], result["machine"], folder / "cpu.png")
 
 
+def draw_processes(folder: Path) -> None:
+    distributed_plot.draw(load_result("distributed-h200.json"), folder / "gpu-processes.png")
+
+
 def draw_conversion(folder: Path) -> None:
     # Its drawing code imports transformers, which the other pictures do not need.
     from flexmsa.integrations.transformers.demo.report import draw_figures
@@ -28,7 +32,7 @@ def draw_conversion(folder: Path) -> None:
         figure.savefig(folder / f"conversion-{name}.png")
 
 
-PICTURES: tuple[Callable[[Path], None], ...] = (draw_gpu, draw_cpu, draw_conversion)
+PICTURES: tuple[Callable[[Path], None], ...] = (draw_gpu, draw_processes, draw_cpu, draw_conversion)
 
 
 def main(folder: Path = ROOT / "docs" / "images") -> None:

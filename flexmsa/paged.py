@@ -268,6 +268,7 @@ def attend_pages(
     scale: float | None = None,
     block_indices: Tensor | None = None,
     out: Tensor | None = None,
+    block_indices_out: Tensor | None = None,
     backend: str | None = None,
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
@@ -279,6 +280,7 @@ def attend_pages(
         topk: None attends to every block.
         block_indices: [T, Hkv, topk] int32, attended to instead of a selection.
         out: [T, Hq, D] of q's dtype to write to, of any strides but the last.
+        block_indices_out: [T, Hkv, topk] int32, where a selection is written, of any strides but the last.
         Others: as for `flexmsa.decode`; "reference" has no kernel for this.
 
     Returns:
@@ -308,12 +310,16 @@ def attend_pages(
     if ids is not None:
         check_buffer("block_indices", ids, (batch.num_tokens, num_kv_heads, None), torch.int32, q.device)
     if ids is not None or topk is None:
+        if block_indices_out is not None:
+            raise ValueError("block_indices_out: expected None where nothing is selected, got a tensor")
         index_q = None
     elif index_q is None:
         raise TypeError("index_q: expected a tensor to select with, got None; or pass block_indices or topk=None")
     else:
         check_tokens("index_q", index_q, batch.num_tokens, pools.index_k, num_kv_heads)
-        ids = torch.empty(batch.num_tokens, num_kv_heads, topk, dtype=torch.int32, device=q.device)
+        shape, ids = (batch.num_tokens, num_kv_heads, topk), block_indices_out
+        ids = torch.empty(shape, dtype=torch.int32, device=q.device) if ids is None else ids
+        check_buffer("block_indices_out", ids, shape, torch.int32, q.device)
     validation.reject_gradients(q=q, index_q=index_q, k=pools.k, v=pools.v, index_k=pools.index_k)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if isinstance(pools.k_scale, float):

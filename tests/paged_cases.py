@@ -120,8 +120,13 @@ def run(step, backend, seed=0):
     batch = flexmsa.PagedBatch(page_table, lens, None if step.uniform else offsets, **sizes)
     out = torch.full((step.num_tokens, 2 * num_heads, step.head_dim), float("nan")).to(step.dtype)[:, ::2]
     aux = AuxRequest(lse=True, block_indices=step.topk is not None)
-    found, more = flexmsa.attend_pages(q, index_q, pools, batch, out=out, **step.rule, backend=backend, return_aux=aux)
-    assert found is out
+    buffers = {"out": out}
+    if step.topk is not None:
+        buffers["block_indices_out"] = q.new_full((step.num_tokens, 2 * step.num_kv_heads, step.topk), 7).int()[:, ::2]
+    found, more = flexmsa.attend_pages(
+        q, index_q, pools, batch, **buffers, **step.rule, backend=backend, return_aux=aux
+    )
+    assert found is out and more.block_indices is buffers.get("block_indices_out")
     check(step, (q, index_q), kept, (out, more.lse, more.block_indices))
     if step.topk is not None:
         check_alone(step, (q, index_q), pools, batch, (out, more.block_indices), backend)

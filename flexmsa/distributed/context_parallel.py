@@ -132,12 +132,13 @@ def context_parallel_attention(
     if count is None and aux.any_loss:
         count = shards.index_loss_count(k.shape[1], kv_starts)
     q, k, v, index_q, index_k = ops.cast_to_autocast(q, k, v, index_q, index_k)
-    pending = [begin_to_gather(x, shards) for x in (index_k, k, v)]
-    index_k = finish_gathering(index_k, pending[0], shards)
+    # k and v in one exchange: a second one would wait until selection leaves it a multiprocessor.
+    pending = [begin_to_gather(tensors, shards) for tensors in ([index_k], [k, v])]
+    (index_k,) = finish_gathering([index_k], pending[0], shards)
     ids = None
     if settings.rule is not None:
         ids = _core.select_blocks(index_q, index_k, sequences, settings.rule, backend)
-    k, v = (finish_gathering(x, gathered, shards) for x, gathered in zip((k, v), pending[1:], strict=True))
+    k, v = finish_gathering([k, v], pending[1], shards)
     loss = {"loss_value": index_loss_value, "loss_count": count}
     out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, ids, **loss)
     return out if return_aux is None else (out, found)

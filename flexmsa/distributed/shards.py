@@ -65,19 +65,20 @@ class SequenceShards:
         parts = _parts(offsets, world, layout)
         lengths = [sum(stop - start for document in found for start, stop in document) for found in parts]
         self.length = -(-max(lengths) // length_multiple) * length_multiple
-        order = torch.empty(seqlen, dtype=torch.int64)
-        for process, found in enumerate(parts):
-            place = process * self.length
-            for start, stop in (part for document in found for part in document):
-                order[start:stop] = torch.arange(place, place + stop - start)
-                place += stop - start
+        self.is_padded = self.length * world > seqlen
+        # The tokens of all processes, one process after another.
+        order = torch.full((world, self.length), -1)
+        for row, length, found in zip(order, lengths, parts, strict=True):
+            row[:length] = torch.cat([torch.arange(*part) for document in found for part in document])
+        order, tokens = order.flatten(), order[rank]
+        real = order >= 0
+        places = torch.empty(seqlen, dtype=torch.int64)
+        places[order[real]] = real.nonzero()[:, 0]
         device = torch.device(mesh.device_type) if device is None else torch.device(device)
-        mine = [part for document in parts[rank] for part in document]
-        tokens = torch.cat([torch.arange(*part) for part in mine] + [torch.full((self.length - lengths[rank],), -1)])
         # Of the documents that begin at or before a token, the last one has it: those without tokens have none.
         bounds = torch.tensor(offsets)
         starts = bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
-        self.tokens, self.order = tokens.to(device), order.to(device)
+        self.tokens, self.order, self.places = tokens.to(device), order.to(device), places.to(device)
         self.positions = torch.where(tokens < 0, 0, tokens - starts).to(device)
         # Checked here, once, and not in each layer.
         fragments = _fragments(parts[rank], offsets, self.length, seqlen, batch_size)
@@ -101,7 +102,7 @@ class SequenceShards:
         """
         self.check_starts(kv_starts)
         if kv_starts is None:
-            queries = self.order.new_full((), self.seqlen * self.batch_size)
+            queries = self.tokens.new_full((), self.seqlen * self.batch_size)
         else:
             queries = (self.seqlen - kv_starts.clamp(0, self.seqlen)).sum()
         return (queries * num_kv_heads).double().clamp(min=1) / self.mesh.size()
@@ -127,8 +128,8 @@ class SequenceShards:
         if x.shape[dim] != self.length:
             raise ValueError(f"x: expected {self.length} tokens along dimension {dim}, got {list(x.shape)}")
         if x.dim() == 1:
-            return gather_tokens(x[:, None], self)[:, 0]
-        return gather_tokens(x.movedim(dim, -2), self).movedim(-2, dim)
+            return gather_tokens([x[:, None]], self)[0][:, 0]
+        return gather_tokens([x.movedim(dim, -2)], self)[0].movedim(-2, dim)
 
 
 def _offsets(cu_seqlens: Tensor, seqlen: int, batch_size: int) -> list[int]:

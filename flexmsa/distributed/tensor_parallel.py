@@ -132,7 +132,8 @@ class HeadShards:
         """The heads [B, H, ...] of all processes that share this process's group, without a gradient."""
         operators = torch.ops._c10d_functional
         gathered = operators.all_gather_into_tensor(heads.contiguous(), self.replicas, self._group_name)
-        parts = operators.wait_tensor(gathered).unflatten(0, (self.replicas, -1))
+        parts = operators.wait_tensor(gathered)
+        parts = parts.view(self.replicas, -1, *parts.shape[1:])
         return parts.transpose(0, 1).flatten(1, 2)
 
     def project(self, projection: nn.Module, out: Tensor) -> Tensor:

@@ -13,19 +13,21 @@ HEADS, ROWS, WHOLE = Shard(1), Shard(0), Replicate()
 NAMES = ("q", "k", "v", "index_q", "index_k")
 LENGTHS = {
     "plain": {},
-    "packed": {"cu_seqlens": torch.tensor([0, 5, 24], dtype=torch.int32)},
+    "packed": {"cu_seqlens": [0, 5, 24]},
     "ragged": {
         # More queries than keys.
-        "cu_seqlens_q": torch.tensor([0, 20, 24], dtype=torch.int32),
-        "cu_seqlens_k": torch.tensor([0, 9, 24], dtype=torch.int32),
+        "cu_seqlens_q": [0, 20, 24],
+        "cu_seqlens_k": [0, 9, 24],
     },
-    "ranges": {
-        "kv_starts": torch.tensor([0, 7, 2, 0], dtype=torch.int32),
-        "kv_lens": torch.tensor([24, 20, 11, 0], dtype=torch.int32),
-    },
+    "ranges": {"kv_starts": [0, 7, 2, 0], "kv_lens": [24, 20, 11, 0]},
 }
 EVERYTHING = AuxRequest(lse=True, block_indices=True, index_loss=True, index_loss_sum=True)
 SETTINGS = {"block_size": 4, "topk": 2}
+
+
+def given(lengths):
+    """The arguments of these lengths, on the default device."""
+    return {name: torch.tensor(values, dtype=torch.int32) for name, values in LENGTHS[lengths].items()}
 
 
 def inputs(lengths):
@@ -58,7 +60,7 @@ def step(tensors, topk, lengths, in_backward, **more):
         weight = distribute_tensor(weight, tensors[0].device_mesh, tensors[0].placements)
     value = torch.full((), torch.nan, dtype=torch.float64) if in_backward else None
     settings = {"block_size": 4, "topk": topk, "return_aux": EVERYTHING, "index_loss_value": value, **more}
-    out, aux = flexmsa.attention(*tensors, **LENGTHS[lengths], **settings)
+    out, aux = flexmsa.attention(*tensors, **given(lengths), **settings)
     loss = aux.index_loss * 0.7 + aux.index_loss_sum * 0.2
     full((out * weight).sum()).add(full(loss)).backward()
     found = {"out": full(out.detach()), **{name: full(x) for name, x in aux._asdict().items()}, "value": value}
@@ -117,7 +119,8 @@ def check_loss_alone(mesh):
     full(aux.index_loss).backward(retain_graph=True)
     expected = flexmsa.attention(*inputs("plain"), **SETTINGS, return_aux=AuxRequest(index_loss=True))[1].index_loss
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
-    assert tensors[1].grad is None
+    # PyTorch 2.11 makes zeros of no gradient where it redistributes.
+    assert tensors[1].grad is None or not full(tensors[1].grad).any()
     full(out.sum()).backward()
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
 
@@ -132,7 +135,7 @@ def check_refusals(mesh):
         flexmsa.attention(q, k[:, :1], v[:, :1], index_q[:, :1], index_k)
     packed = sharded(inputs("plain"), mesh, [ROWS])
     with pytest.raises(ValueError, match="cu_seqlens: expected whole batch rows with packed documents"):
-        flexmsa.attention(*packed, **LENGTHS["packed"])
+        flexmsa.attention(*packed, **given("packed"))
     value = distribute_tensor(torch.zeros(()), mesh, [WHOLE])
     with pytest.raises(TypeError, match="index_loss_value: expected a plain tensor"):
         request = AuxRequest(index_loss=True)
@@ -145,11 +148,11 @@ def check_compiled(mesh):
     plain = inputs("plain")
     tensors = sharded(plain, mesh, [HEADS])
     found = []
-    for function, given in ((flexmsa.attention, plain), (attend, tensors)):
-        out, aux = function(*given, **SETTINGS, return_aux=AuxRequest(index_loss=True))
+    for function, arguments in ((flexmsa.attention, plain), (attend, tensors)):
+        out, aux = function(*arguments, **SETTINGS, return_aux=AuxRequest(index_loss=True))
         full((out * out).sum()).add(full(aux.index_loss)).backward()
         found.append(
-            {"out": full(out), "loss": full(aux.index_loss), **{f"{n}": full(given[n].grad) for n in range(5)}}
+            {"out": full(out), "loss": full(aux.index_loss), **{f"{n}": full(arguments[n].grad) for n in range(5)}}
         )
     assert_same(found[1], found[0])
 

@@ -24,7 +24,7 @@ from .cases_tensor_parallel import LENGTHS, assert_same, gradients, inputs, new_
 
 def cut(mesh, lengths, tokens=24, rows=2):
     documents = LENGTHS[lengths].get("cu_seqlens")
-    offsets = None if documents is None else torch.tensor(documents, dtype=torch.int32)
+    offsets = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cpu")
     return SequenceShards(tokens, mesh, batch_size=rows if documents is None else 1, cu_seqlens=offsets)
 
 
@@ -106,8 +106,9 @@ class Bytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.name().partition("::")[2]
-        if name in ("all_gather_into_tensor", "all_to_all_single"):
-            size = out.numel() * out.element_size() * (self.world - 1) // self.world
+        if name in ("all_gather_into_tensor_coalesced", "all_to_all_single"):
+            results = out if isinstance(out, list) else [out]
+            size = sum(x.numel() * x.element_size() for x in results) * (self.world - 1) // self.world
             self.received[name] = self.received.get(name, 0) + size
         return out
 
@@ -162,7 +163,7 @@ def check_pipeline(mesh, schedule):
     here = mesh.get_local_rank()
     expected = {name: p.grad.clone() for name, p in stages[here].named_parameters()}
     stages[here].zero_grad()
-    stage = PipelineStage(stages[here], here, 2, torch.device("cpu"), group=mesh.get_group())
+    stage = PipelineStage(stages[here], here, 2, torch.get_default_device(), group=mesh.get_group())
     losses: list = []
     run = schedule(stage, micro_batches, loss_fn=loss_of)
     if here == 0:

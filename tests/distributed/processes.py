@@ -1,4 +1,7 @@
-"""Functions run by several processes on one machine, with a limit on their time: a hang is a failure."""
+"""Functions run by several processes on one machine, with a limit on their time: a hang is a failure.
+
+Each process has a GPU, its default device, where the machine has enough of them (NCCL); otherwise they share the CPU
+(gloo)."""
 
 import contextlib
 import os
@@ -25,10 +28,19 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def device_type() -> str:
+    """That of a process's tensors, "cuda" or "cpu"."""
+    return torch.get_default_device().type
+
+
 def _enter(rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple, answers: Any) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    on_gpus = torch.cuda.device_count() >= world
+    if on_gpus:
+        torch.cuda.set_device(rank)
+        torch.set_default_device(f"cuda:{rank}")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     try:
         answers.put((rank, None, function(*arguments)))
     except BaseException:
@@ -41,7 +53,7 @@ def _enter(rank: int, world: int, port: int, function: Callable[..., Any], argum
 
 
 def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What function(*arguments) returns in each of `world` processes of a gloo group, numbers and strings, by rank.
+    """What function(*arguments) returns in each of `world` processes of a group, numbers and strings, by rank.
 
     About one run in twenty of many cases ends with a process that the C library aborts over its heap, in a place that
     is not known. Such a run is repeated once, with a warning; whatever Python raises is not.

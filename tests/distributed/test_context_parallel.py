@@ -17,7 +17,7 @@ from benchmarks import distributed as benchmark
 from flexmsa import AuxRequest, MSAConfig, MSAttention, attention
 from flexmsa.distributed import ContextParallel, SequenceShards, context_parallel_attention
 
-from .processes import run
+from .processes import device_type, run
 
 DOCUMENTS = (0, 3, 3, 21, 46, 64)
 ALL = AuxRequest(lse=True, block_indices=True, index_loss=True)
@@ -47,9 +47,9 @@ def settings(case):
 
 
 def cut(case, layout):
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh(device_type(), (torch.distributed.get_world_size(),))
     documents = case.get("cu_seqlens")
-    offsets = None if documents is None else torch.tensor(documents, dtype=torch.int32)
+    offsets = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cpu")
     sizes = {"batch_size": case.get("batch_size", 1), "cu_seqlens": offsets}
     return SequenceShards(case.get("seqlen", 64), mesh, **sizes, layout=layout)
 
@@ -145,7 +145,7 @@ def compile_layer():
     layer, errors = new_layer(), []
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for case in ({"cu_seqlens": DOCUMENTS}, {"seqlen": 51}):
-        shards, generator = cut(case, "head-tail"), torch.Generator().manual_seed(3)
+        shards, generator = cut(case, "head-tail"), torch.Generator(device_type()).manual_seed(3)
         x = shards.shard(torch.randn(1, shards.seqlen, 32, dtype=torch.float64, generator=generator))
         found = []
         for run_layer in (layer, compiled):
@@ -175,7 +175,7 @@ def refuse():
         lambda: new_layer()(shards.shard(x), shards=shards, cu_seqlens=torch.tensor(DOCUMENTS)),
         lambda: context_parallel_attention(*inputs_of_one, shards),
         lambda: shards.shard(x[:, :9]),
-        lambda: SequenceShards(64, shards.mesh, cu_seqlens=torch.tensor([0, 63])),
+        lambda: SequenceShards(64, shards.mesh, cu_seqlens=torch.tensor([0, 63], device="cpu")),
         lambda: SequenceShards(64, shards.mesh, layout="striped"),
         lambda: new_layer().eval()(shards.shard(x), shards=shards, cache=new_layer().double().new_cache(1, 64)),
         lambda: cut({"cu_seqlens": DOCUMENTS}, "head-tail").row_positions(torch.tensor([3])),
@@ -199,8 +199,8 @@ def measure(folder):
 def cut_evenly():
     """The most tokens of a process, of many documents whose lengths do not divide; and a tensor of one dimension."""
     lengths = (1, 2, 3, 5) * 50
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cpu")
+    mesh = init_device_mesh(device_type(), (torch.distributed.get_world_size(),))
     shards = SequenceShards(int(offsets[-1]), mesh, cu_seqlens=offsets)
     whole = torch.arange(shards.seqlen)
     return shards.length * mesh.size() / shards.seqlen, torch.equal(shards.unshard(shards.shard(whole, 0), 0), whole)
@@ -244,8 +244,12 @@ def test_documents_are_cut_by_turns(results):
 
 def test_the_benchmark(tmp_path):
     assert run(2, measure, str(tmp_path)) == [0, 0]
-    (row,) = json.loads((tmp_path / "distributed.json").read_text())["rows"]
-    assert row["processes"] == 2 and row["step_ms"] > 0 and row["efficiency"] > 0
+    results = json.loads((tmp_path / "distributed.json").read_text())
+    for part in ("attention", "model"):
+        (row,) = results[part]
+        assert row["processes"] == 2 and row["step_ms"] > 0 and row["efficiency"] > 0
+    (row,) = results["decode"]
+    assert min(row["one_us"], row["heads_us"], row["keys_us"]) > 0
 
 
 def test_a_part_is_not_taken_as_the_whole(results):

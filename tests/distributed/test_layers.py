@@ -6,7 +6,7 @@ import pytest
 from torch.distributed.device_mesh import init_device_mesh
 
 from . import cases_dtensors, cases_tensor_parallel, cases_together
-from .processes import run
+from .processes import device_type, run
 
 MODULES = cases_tensor_parallel, cases_dtensors, cases_together
 CASES = {
@@ -17,7 +17,7 @@ CASES = {
 
 def failures(world):
     """What failed, by case."""
-    mesh = init_device_mesh("cpu", (2,) * (world // 2), mesh_dim_names=("dp", "tp")[-(world // 2) :])
+    mesh = init_device_mesh(device_type(), (2,) * (world // 2), mesh_dim_names=("dp", "tp")[-(world // 2) :])
     found = []
     for name, (check, *arguments) in CASES[world].items():
         try:

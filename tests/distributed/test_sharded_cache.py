@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from flexmsa import AuxRequest, MSACache, MSAConfig, MSAttention, PagedMSACache, decode
 from flexmsa.distributed import ShardedCache, tensor_parallel_plan
 
-from .processes import run
+from .processes import device_type, run
 
 FP8 = torch.float8_e4m3fn
 HEADS, GROUPS, DEPTH, INDEX_DEPTH, BLOCK, BLOCKS = 6, 2, 8, 6, 4, 24
@@ -141,7 +141,7 @@ def check_two_dimensions(mesh):
     torch.manual_seed(3)
     config = MSAConfig(32, num_heads=HEADS, num_kv_heads=GROUPS, head_dim=8, index_head_dim=6, block_size=BLOCK, topk=2)
     layer, x = MSAttention(config).double().eval(), torch.randn(2, 23, 32).double()
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "cp"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("tp", "cp"))
     with torch.no_grad():
         expected, _ = layer(x, cache=layer.new_cache(2, 32))
         parallelize_module(layer, mesh["tp"], tensor_parallel_plan(layer))
@@ -247,7 +247,7 @@ CHECKS = {
 
 def failures(world):
     """What failed, by check."""
-    mesh, found = init_device_mesh("cpu", (world,)), []
+    mesh, found = init_device_mesh(device_type(), (world,)), []
     if world == 2:
         # Compiled code does not depend on the number of processes, and takes seconds.
         checks = CHECKS | {"compiled": (check_compiled,)}

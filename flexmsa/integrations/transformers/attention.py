@@ -295,7 +295,7 @@ def _attend_with_shards(
     """As `_attend_sparsely`, or for selection None `_attend_densely`, for this process's tokens of all."""
     if selection is None:
         q, k, v = ops.cast_to_autocast(q, k, v)
-        k, v = gather_tokens(k, shards), gather_tokens(v, shards)
+        k, v = gather_tokens([k, v], shards)
         sequences = Sequences(q, shards.seqlen, table=shards.fragments)
         settings = _settings(q, scale, False, _DENSE_BLOCK_SIZE)
         return _core.main_branch(q, k, v, None, sequences, settings, AuxRequest())[0], None

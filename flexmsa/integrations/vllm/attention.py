@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, MLAAtte
 from flexmsa import PagedBatch, PagePools, attend_pages, write_pages
 from flexmsa.integrations.vllm.settings import SparseSettings
 
-__all__ = ["SparseAttention", "backend"]
+__all__ = ["SparseAttention", "backend", "batch_of_step", "table_for_steps"]
 
 
 @dataclass
@@ -44,6 +44,39 @@ class StepMetadata(AttentionMetadata):
     batch: PagedBatch | None = None
 
 
+def table_for_steps(vllm_config: Any, device: torch.device) -> Tensor:
+    """Return a table of sequences for any step, which stays in place for CUDA graphs: `batch_of_step` writes it."""
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    # A step has at most one sequence per token.
+    rows = max(vllm_config.scheduler_config.max_num_batched_tokens, captured) + 4
+    return torch.empty(rows, 5, dtype=torch.int32, device=device)
+
+
+def batch_of_step(given: CommonAttentionMetadata, page_size: int, most_drafts: int | None, table: Tensor) -> PagedBatch:
+    """Return the sequences of a step, from vLLM's metadata.
+
+    most_drafts: the most new tokens of a sequence that decodes.
+    """
+    count, rows = given.num_actual_tokens, given.num_reqs
+    # Draft tokens of one length, which padded requests have too.
+    uniform = given.max_query_len <= (most_drafts or 1) and count == rows * given.max_query_len
+    starts, num_decodes = None, 0
+    if not uniform:
+        starts = given.query_start_loc[: rows + 1]
+        # vLLM orders a batch by lengths, decodes first.
+        lengths = given.query_start_loc_cpu[: rows + 1].diff()
+        num_decodes = int((lengths == 1).cumprod(0).sum())
+    return PagedBatch(
+        given.block_table_tensor[:rows],
+        given.seq_lens[:rows],
+        starts,
+        num_tokens=count,
+        num_decodes=num_decodes,
+        page_size=page_size,
+        table=table[: rows + 4],
+    )
+
+
 class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
     """Makes the metadata from vLLM's, whose tensors stay in place: a CUDA graph of decoding steps reads them anew."""
 
@@ -52,37 +85,19 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        # In place, for CUDA graphs. A step has at most one sequence per token.
-        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        rows = max(vllm_config.scheduler_config.max_num_batched_tokens, captured) + 4
-        self.table = torch.empty(rows, 5, dtype=torch.int32, device=device)
+        self.table = table_for_steps(vllm_config, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StepMetadata:
         """Return the metadata of a step."""
         given = common_attn_metadata
-        count, rows = given.num_actual_tokens, given.num_reqs
+        count = given.num_actual_tokens
         slots = given.slot_mapping[:count]
         if isinstance(self.kv_cache_spec, MLAAttentionSpec):
             return StepMetadata(count, slots)
-        # Draft tokens of one length, which padded requests have too.
-        uniform = given.max_query_len <= self.reorder_batch_threshold and count == rows * given.max_query_len
-        starts, num_decodes = None, 0
-        if not uniform:
-            starts = given.query_start_loc[: rows + 1]
-            # vLLM orders a batch by lengths, decodes first.
-            lengths = given.query_start_loc_cpu[: rows + 1].diff()
-            num_decodes = int((lengths == 1).cumprod(0).sum())
-        batch = PagedBatch(
-            given.block_table_tensor[:rows],
-            given.seq_lens[:rows],
-            starts,
-            num_tokens=count,
-            num_decodes=num_decodes,
-            page_size=self.kv_cache_spec.block_size,
-            table=self.table[: rows + 4],
-        )
+        size, threshold = self.kv_cache_spec.block_size, self.reorder_batch_threshold
+        batch = batch_of_step(given, size, threshold, self.table)
         return StepMetadata(count, slots, batch)
 
 

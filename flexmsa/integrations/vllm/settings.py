@@ -1,15 +1,30 @@
-"""What a converted model asks of vLLM's settings: checked, and chosen where the user chose nothing."""
+"""What a model asks of vLLM's settings: checked, and chosen where the user chose nothing."""
 
 from typing import Any, NamedTuple
 
 import torch
 import vllm
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
-__all__ = ["OPERATOR", "ConvertedModelConfig", "SparseSettings", "check_settings"]
+from flexmsa.integrations.vllm import M3_SWITCH
+
+__all__ = [
+    "OPERATOR",
+    "ConvertedModelConfig",
+    "MiniMaxM3Config",
+    "SparseSettings",
+    "check_m3_dtypes",
+    "check_settings",
+    "is_supported_version",
+]
 
 OPERATOR = "vllm::flexmsa_attention"
 _VERSION = "0.32"
+_M3_DTYPES = {
+    "kv_cache_dtype": ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3"),
+    "indexer_kv_dtype": ("auto", "bf16", "fp8", "fp8_e4m3"),
+}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,6 +54,20 @@ class SparseSettings(NamedTuple):
         return cls(**own, layers=frozenset(() if stored["warm_up"] else stored["layers"]))
 
 
+def is_supported_version() -> bool:
+    """Return whether flexmsa knows the internal interfaces of the installed vLLM."""
+    # vLLM's part of a version such as "0.32.0+cpu".
+    return vllm.__version__.split(".")[:2] == _VERSION.split(".")
+
+
+def _check_version() -> None:
+    if not is_supported_version():
+        raise RuntimeError(
+            f"vllm: expected version {_VERSION}, whose internal interfaces flexmsa uses, got {vllm.__version__}; "
+            f"install vllm>={_VERSION}.0,<0.{int(_VERSION.split('.')[1]) + 1}"
+        )
+
+
 class ConvertedModelConfig(VerifyAndUpdateConfig):
     """vLLM calls it for a converted model, before it starts any process."""
 
@@ -60,12 +89,7 @@ def check_settings(vllm_config: Any) -> None:
         ValueError, NotImplementedError: it cannot; the message says what to change.
         RuntimeError: this version of vLLM is not supported.
     """
-    # vLLM's part of a version such as "0.32.0+cpu".
-    if vllm.__version__.split(".")[:2] != _VERSION.split("."):
-        raise RuntimeError(
-            f"vllm: expected version {_VERSION}, whose internal interfaces flexmsa uses, got {vllm.__version__}; "
-            f"install vllm>={_VERSION}.0,<0.{int(_VERSION.split('.')[1]) + 1}"
-        )
+    _check_version()
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     settings = SparseSettings.of(model.hf_config)
     if model.dtype not in _DTYPES:
@@ -96,4 +120,36 @@ def check_settings(vllm_config: Any) -> None:
             raise NotImplementedError(
                 f"{name}: expected {supported[0]} for a converted model, got {value}; flexmsa's pages or index "
                 "branches do not support it. Leave the option out"
+            )
+
+
+class MiniMaxM3Config(VerifyAndUpdateConfig):
+    """vLLM calls it for MiniMax-M3 with flexmsa's kernels, before it starts any process."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Check the version of vLLM, the platform and the dtypes of the pages."""
+        _check_version()
+        if not current_platform.is_cuda():
+            # Elsewhere vLLM has another model, which flexmsa would not change.
+            raise RuntimeError(
+                f"{M3_SWITCH}: expected an NVIDIA GPU, got the platform {current_platform.device_name}; unset it"
+            )
+        check_m3_dtypes(vllm_config.cache_config.cache_dtype, vllm_config.attention_config.indexer_kv_dtype)
+
+
+def check_m3_dtypes(kv_cache_dtype: str, indexer_kv_dtype: str) -> None:
+    """Check the dtypes of MiniMax-M3's pages, as vLLM names them.
+
+    Raises:
+        NotImplementedError: flexmsa has no kernels for one of them.
+
+    >>> check_m3_dtypes("fp8", "auto")
+    """
+    given = {"kv_cache_dtype": kv_cache_dtype, "indexer_kv_dtype": indexer_kv_dtype}
+    for name, supported in _M3_DTYPES.items():
+        if given[name] not in supported:
+            raise NotImplementedError(
+                f"{name}: expected one of {', '.join(supported)} with {M3_SWITCH}=1, got {given[name]}; choose one of "
+                "them, or unset the variable"
             )
