@@ -131,14 +131,14 @@ def launches(call: Callable[[], object]) -> int:
     return sum(event.count for event in found.key_averages() if event.device_time_total > 0)
 
 
-def floor_us(heads: tuple[int, int], lens: list[int], tokens: list[int], flops: float, bandwidth: float) -> float:
+def floor_us(heads: tuple[int, int], lens: list[int], tokens: list[int], machine: dict) -> float:
     """The larger of the products' time and memory's, as if each key were read once."""
     num_heads, groups = heads
     score = sum(2 * groups * DEPTH * n * (2 * count - n + 1) / 2 for n, count in zip(tokens, lens, strict=True))
     attend = sum(4 * num_heads * DEPTH * n * min(count, TOPK * PAGE) for n, count in zip(tokens, lens, strict=True))
     chosen = sum(min(n * TOPK * PAGE, count) * groups * 2 * DEPTH for n, count in zip(tokens, lens, strict=True))
     read = 2 * (sum(lens) * DEPTH + chosen + 2 * sum(tokens) * num_heads * DEPTH)
-    return 1e6 * max((score + attend) / flops, read / bandwidth)
+    return 1e6 * max((score + attend) / machine["flops"], read / machine["bandwidth"])
 
 
 def contiguous_us(heads: tuple[int, int], count: int, keys: int, copies: int) -> float:
@@ -168,7 +168,7 @@ def measure_decodes(heads: tuple[int, int], machine: dict, report: Callable[...,
         row |= {"host": host_us(steps[0].attend), "launches": launches(steps[0].attend)}
         del steps
         row["contiguous"] = contiguous_us(heads, count, keys, copies)
-        report("decode", name, heads, **row, floor=floor_us(heads, *sizes, *limits(machine)))
+        report("decode", name, heads, **row, floor=floor_us(heads, *sizes, machine))
         torch.cuda.empty_cache()
     return errors
 
@@ -192,7 +192,7 @@ def measure_mixed(heads: tuple[int, int], machine: dict, report: Callable[..., N
                 errors += step.errors(f"{heads}, {way}, chunk at {context}")
             row = {"us": graph_us([step.attend]), "write": graph_us([step.write]), "host": host_us(step.attend)}
             row |= {"launches": launches(step.attend), "context": context}
-            report(way, f"chunk at {context}", heads, **row, floor=floor_us(heads, lens, tokens, *limits(machine)))
+            report(way, f"chunk at {context}", heads, **row, floor=floor_us(heads, lens, tokens, machine))
             del step
             torch.cuda.empty_cache()
     return errors
@@ -207,10 +207,6 @@ def check_dtypes(heads: tuple[int, int]) -> list[str]:
     for (name, sizes), stored in product(steps.items(), ((FP8, FP8), (FP8, torch.bfloat16), (torch.bfloat16, FP8))):
         errors += Step(heads, *sizes, stored=stored).errors(f"{heads}, {name}, {stored[0]}, index keys {stored[1]}")
     return errors
-
-
-def limits(machine: dict) -> tuple[float, float]:
-    return machine["flops"], machine["bandwidth"]
 
 
 def main(argv: list[str] | None = None) -> int:

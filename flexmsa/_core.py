@@ -107,8 +107,11 @@ def _decode(
     backend = choose_backend("block_sparse_attention", settings.backend, q)
     if backend not in ("torch", "triton"):
         return None
-    numbers = rule.block_size, rule.topk, rule.num_local_blocks, rule.num_init_blocks, settings.scale
-    return ops.select_and_attend(q, index_q, k, v, index_k, sequences.table, *numbers, backend)
+    out, ids = q.new_empty(q.shape), index_q.new_empty((*index_q.shape[:3], rule.topk), dtype=torch.int32)
+    numbers = rule.block_size, rule.num_local_blocks, rule.num_init_blocks, settings.scale, backend
+    unscaled = None, None, None, None
+    lse = ops.select_and_attend(q, index_q, k, v, index_k, sequences.table, *numbers, *unscaled, out, ids)
+    return out, lse, ids
 
 
 def _expected_step(

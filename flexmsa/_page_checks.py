@@ -1,13 +1,24 @@
 """Checks of what an engine passes with its pages; they read no values."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flexmsa import validation
 
-__all__ = ["check_buffer", "check_paged_batch", "check_table", "check_tokens"]
+__all__ = ["check_buffer", "check_paged_batch", "check_pair", "check_table", "check_tokens"]
 
 _NUMBERS = 2**31
+
+
+def check_pair(pools: Any, batch: Any, pools_type: type, batch_type: type) -> None:
+    """Check that the batch can be attended to with these pools."""
+    for name, x, kind in (("pools", pools, pools_type), ("batch", batch, batch_type)):
+        if not isinstance(x, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(x).__name__}")
+    if batch.page_size != pools.page_size:
+        raise ValueError(f"batch: expected page_size={pools.page_size}, that of the pools, got {batch.page_size}")
 
 
 def check_table(table: Tensor, rows: int, device: torch.device) -> None:

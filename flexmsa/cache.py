@@ -133,22 +133,22 @@ class Cache:
             choice: index_q and the rule to select by; None attends to block_indices, or to every block.
         """
         table, stored = self.newest(q.shape[2]), (self.page_table, self.k_scale, self.v_scale)
-        lse: Tensor | None
         if backend == "reference":
             k, v, index_k = self.contiguous()
             sequences = Sequences(q, self.capacity, table=table)
             if choice is not None:
                 block_indices = _core.select_blocks(choice[0], index_k, sequences, choice[1], backend)
             settings = _core.Settings(block_size, scale, backend=backend)
-            out, lse = _core.main_branch(q, k, v, block_indices, sequences, settings, AuxRequest(lse=True))
-        elif choice is not None:
-            index_q, rule = choice
-            numbers = rule.block_size, rule.topk, rule.num_local_blocks, rule.num_init_blocks, scale
-            branches = q, index_q, self.k, self.v, self.index_k, table
-            out, lse, block_indices = ops.select_and_attend(*branches, *numbers, backend, *stored, self.index_k_scale)
-        else:
-            out, lse = ops.attend_blocks(q, self.k, self.v, block_indices, table, block_size, scale, backend, *stored)
-        return out, lse, block_indices
+            return *_core.main_branch(q, k, v, block_indices, sequences, settings, AuxRequest(lse=True)), block_indices
+        out = q.new_empty(q.shape)
+        if choice is None:
+            main = q, self.k, self.v, block_indices, table, block_size, scale, backend
+            return out, ops.attend_blocks(*main, *stored, out), block_indices
+        index_q, rule = choice
+        ids = table.new_empty(*index_q.shape[:3], rule.topk)
+        numbers = block_size, rule.num_local_blocks, rule.num_init_blocks, scale, backend
+        branches = q, index_q, self.k, self.v, self.index_k, table
+        return out, ops.select_and_attend(*branches, *numbers, *stored, self.index_k_scale, out, ids), ids
 
     def check_room(self, count: int, lens: Tensor | None = None) -> None:
         """Raise ValueError unless `count` more tokens fit into every row, or lens[b] more into row b.

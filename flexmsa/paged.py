@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexmsa import _core, ops, validation
 from flexmsa._buffers import FP8
-from flexmsa._page_checks import check_buffer, check_paged_batch, check_table, check_tokens
+from flexmsa._page_checks import check_buffer, check_paged_batch, check_pair, check_table, check_tokens
 from flexmsa._profiling import profiled
 from flexmsa.backends import choose_backend
 from flexmsa.ops.checks import check_decodes
@@ -100,7 +100,9 @@ class _Part(NamedTuple):
     rows: int
     seqlen_q: int
     table: Tensor
+    # That of the batch, from this row on.
     page_table: Tensor
+    first_row: int
 
     def arrange(self, x: Tensor) -> Tensor:
         """Return the part of x [T, H, D] as [rows, H, seqlen_q, D], a view."""
@@ -165,10 +167,11 @@ class PagedBatch:
         self._sizes = count, num_decodes
         rows, others = count if uniform else 1, num_tokens - num_decodes
         first, first_pages = ops.second_part(num_decodes)
-        tables = table[first : first + count - num_decodes + (0 if uniform else 1)], page_table[first_pages:]
+        own = table[first : first + count - num_decodes + (0 if uniform else 1)]
+        tables = own, page_table[first_pages:], first_pages
         self._parts = [_Part(slice(num_decodes, num_tokens), rows, others // rows, *tables)] if others else []
         if num_decodes:
-            tables = table[:num_decodes], page_table[:num_decodes]
+            tables = table[:num_decodes], page_table[:num_decodes], 0
             self._parts.insert(0, _Part(slice(0, num_decodes), num_decodes, 1, *tables))
 
     def __repr__(self) -> str:
@@ -240,7 +243,7 @@ def select_pages(
     >>> select_pages(torch.randn(1, 1, 8), pools, batch, topk=3)
     tensor([[[ 0,  1, -1]]], dtype=torch.int32)
     """
-    _check_pair(pools, batch)
+    check_pair(pools, batch, PagePools, PagedBatch)
     validation.check_settings(pools.page_size, topk, num_local_blocks, num_init_blocks)
     check_tokens("index_q", index_q, batch.num_tokens, pools.index_k, pools.k.shape[1])
     validation.reject_gradients(index_q=index_q, k=pools.k, v=pools.v, index_k=pools.index_k)
@@ -250,8 +253,9 @@ def select_pages(
     check_buffer("out", out, shape, torch.int32, index_q.device)
     backend = choose_backend("paged", backend, index_q)
     for part in batch._parts:
-        keys = pools.index_k, part.table, part.page_table, pools.scales[2]
-        ops.select_pages(part.arrange(index_q), *keys, part.arrange(out), num_local_blocks, num_init_blocks, backend)
+        keys, written = (pools.index_k, part.table, part.page_table, pools.scales[2]), part.arrange(out)
+        numbers = num_local_blocks, num_init_blocks, backend, part.first_row
+        ops.select_pages(part.arrange(index_q), *keys, written, *numbers)
     return out
 
 
@@ -299,7 +303,7 @@ def attend_pages(
     validation.check_scale("scale", scale)
     if aux.any_loss:
         raise ValueError("return_aux: expected lse or block_indices, got index_loss, which training has")
-    _check_pair(pools, batch)
+    check_pair(pools, batch, PagePools, PagedBatch)
     validation.check_settings(pools.page_size, topk, num_local_blocks, num_init_blocks)
     check_tokens("q", q, batch.num_tokens, pools.k, pools.k.shape[1], groups=True)
     backend = choose_backend("paged", backend, q)
@@ -324,23 +328,19 @@ def attend_pages(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if isinstance(pools.k_scale, float):
         scale = scale * pools.k_scale
-    numbers, found = (num_local_blocks, num_init_blocks, scale, backend), []
+    numbers, found = (pools.page_size, num_local_blocks, num_init_blocks, scale, backend), []
     for part in batch._parts:
         q_part, index_part, to, chosen = (None if x is None else part.arrange(x) for x in (q, index_q, out, ids))
-        stored = pools.k, pools.v, pools.index_k, part.table, part.page_table, *pools.scales
-        found.append(ops.attend_pages(q_part, index_part, *stored, to, chosen, *numbers))
+        if index_part is None:
+            main, stored = (q_part, pools.k, pools.v, chosen, part.table), (part.page_table, *pools.scales[:2])
+            lse = ops.attend_blocks(*main, pools.page_size, scale, backend, *stored, to, part.first_row)
+        else:
+            branches, stored = (q_part, index_part, pools.k, pools.v, pools.index_k), (part.page_table, *pools.scales)
+            lse = ops.select_and_attend(*branches, part.table, *numbers, *stored, to, chosen, part.first_row)
+        found.append(lse)
     if isinstance(pools.v_scale, float) and pools.v_scale != 1.0:
         out.mul_(pools.v_scale)
     if return_aux is None:
         return out
     lse = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in found])
     return out, _core.requested(aux, lse, ids)
-
-
-def _check_pair(pools: PagePools, batch: PagedBatch) -> None:
-    """Check that the batch can be attended to with these pools."""
-    for name, x, kind in (("pools", pools, PagePools), ("batch", batch, PagedBatch)):
-        if not isinstance(x, kind):
-            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(x).__name__}")
-    if batch.page_size != pools.page_size:
-        raise ValueError(f"batch: expected page_size={pools.page_size}, that of the pools, got {batch.page_size}")

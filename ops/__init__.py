@@ -8,14 +8,13 @@ from .dispatch import expected_training_step
 from .flex import block_mask_lists, dense_mask_lists, pack_gqa, unpack_gqa
 from .flops import register_formulas
 from .index_loss import index_loss, index_loss_backward
-from .pages import attend_pages, paged_table, second_part, select_pages, write_pages
+from .pages import paged_table, second_part, select_pages, write_pages
 from .selection import scored_blocks, select_blocks
 from .sequences import fragment_table, next_positions, sequence_table
 
 __all__ = [
     "append",
     "attend_blocks",
-    "attend_pages",
     "attention_and_index_loss",
     "attention_and_index_loss_backward",
     "block_mask_lists",

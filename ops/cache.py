@@ -1,14 +1,13 @@
-"""Operators on a cache: append to it in place, attend to given blocks of it, or select the blocks and attend.
+"""Operators on a cache or an engine's pages: append in place, attend to given blocks, or select the blocks and attend.
 
-All are for inference and have no gradient. Autocast does not cast for them, which would copy the whole cache: new
+Attention writes to the caller's out and ids, of any strides but the last. Scales of pages may be [block_size], of each
+page. All are for inference and have no gradient. Autocast does not cast for them, which would copy the whole cache: new
 tokens and queries must have the cache's dtype. docs/serving.md describes the layouts of contiguous and paged caches.
 """
 
-import torch
-
 from flexmsa.kernels.rules import SelectionRule
 
-from .attention import empty_out_and_lse
+from .attention import statistics_dtype
 from .checks import check_append, check_page_table, check_range, check_topk
 from .dispatch import run_kernel
 from .library import operator
@@ -37,35 +36,44 @@ def append(*args):
     run_kernel(backend, "append", *inputs)
 
 
+def _empty_lse(q, *_):
+    return q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
+
+
 @operator(
     "attend_blocks(Tensor q, Tensor k, Tensor v, Tensor? block_indices, Tensor sequences, int block_size, float scale, "
-    "str backend, Tensor? page_table=None, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)",
-    fake=empty_out_and_lse,
+    "str backend, Tensor? page_table, Tensor? k_scale, Tensor? v_scale, Tensor(a!) out, int first_row=0) -> Tensor",
+    fake=_empty_lse,
+    has_gradient=False,
     cast=0,
 )
-def attend_blocks(q, k, v, block_indices, sequences, block_size, scale, backend, page_table=None, *scales):
-    """Return out [B, Hq, Sq, D] and lse [B, Hq, Sq]; block_indices None selects every visible block."""
-    check_page_table(page_table, sequences, block_size, k.shape[0], backend)
-    main = q, k, v, block_indices, sequences, block_size, scale
-    return run_kernel(backend, "attend_blocks", *main, page_table, *scales)
+def attend_blocks(*args):
+    """Write out [B, Hq, Sq, D], return lse [B, Hq, Sq]; block_indices None selects every visible block.
 
-
-def _empty_out_lse_and_ids(q, index_q, k, v, index_k, sequences, block_size, topk, *_):
-    return *empty_out_and_lse(q), index_q.new_empty((*index_q.shape[:3], topk), dtype=torch.int32)
+    The schema names the arguments. first_row: the user's row that is the first of page_table, for errors.
+    """
+    *main, backend, page_table, k_scale, v_scale, out = args[:12]
+    k, sequences, block_size = (main[i] for i in (1, 4, 5))
+    check_page_table(page_table, sequences, block_size, k.shape[0], backend, *args[12:])
+    return run_kernel(backend, "attend_blocks", *main, page_table, k_scale, v_scale, out)[1]
 
 
 @operator(
     "select_and_attend(Tensor q, Tensor index_q, Tensor k, Tensor v, Tensor index_k, Tensor sequences, int block_size, "
-    "int topk, int num_local_blocks, int num_init_blocks, float scale, str backend, Tensor? page_table=None, "
-    "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? index_k_scale=None) -> (Tensor, Tensor, Tensor)",
-    fake=_empty_out_lse_and_ids,
+    "int num_local_blocks, int num_init_blocks, float scale, str backend, Tensor? page_table, Tensor? k_scale, "
+    "Tensor? v_scale, Tensor? index_k_scale, Tensor(a!) out, Tensor(b!) ids, int first_row=0) -> Tensor",
+    fake=_empty_lse,
+    has_gradient=False,
     cast=0,
 )
-def select_and_attend(
-    q, index_q, k, v, index_k, sequences, block_size, topk, num_local, num_init, scale, backend, pages=None, *scales
-):
-    """Return out and lse of `attend_blocks`, and the block_indices of `select_blocks` that it attended to."""
+def select_and_attend(*args):
+    """`attend_blocks` to the block_indices of `select_blocks`, which are written to ids [B, Hkv, Sq, topk].
+
+    The schema names the arguments.
+    """
+    *branches, sequences, block_size, num_local, num_init, scale, backend, page_table = args[:12]
+    topk, num_pages = args[16].shape[3], branches[2].shape[0]
     check_topk(topk, backend)
-    check_page_table(pages, sequences, block_size, k.shape[0], backend)
-    main = q, index_q, k, v, index_k, sequences, SelectionRule(block_size, topk, num_local, num_init), scale
-    return run_kernel(backend, "select_and_attend", *main, pages, *scales)
+    check_page_table(page_table, sequences, block_size, num_pages, backend, *args[17:])
+    rule = SelectionRule(block_size, topk, num_local, num_init)
+    return run_kernel(backend, "select_and_attend", *branches, sequences, rule, scale, *args[11:17])[1]

@@ -125,24 +125,27 @@ def check_append(num_new: int, lens: Tensor | None, kv_lens: Tensor, page_table:
 
 
 def check_page_table(
-    page_table: Tensor | None, sequences: Tensor, block_size: int, num_pages: int, backend: str
+    page_table: Tensor | None, sequences: Tensor, block_size: int, num_pages: int, backend: str, first_row: int = 0
 ) -> None:
-    """Raise ValueError unless every block of every sequence has a page, for the plain PyTorch kernels."""
+    """Raise ValueError unless every block of every sequence has a page, for the plain PyTorch kernels.
+
+    first_row: the user's row that is the first of page_table.
+    """
     if page_table is not None and backend == "torch":
         for sequence in list_sequences(sequences):
             num_keys = sequence.k_end - sequence.k_start if sequence.q_end > sequence.q_start else 0
             row, column = page_place(page_table, sequence.batch, sequence.k_start, block_size)
             blocks = range(column, column - (-max(num_keys, 0) // block_size))
-            _check_pages(page_table, row, blocks, num_pages)
+            _check_pages(page_table, row, blocks, num_pages, first_row)
 
 
-def _check_pages(page_table: Tensor, row: int, blocks: range, num_pages: int) -> None:
+def _check_pages(page_table: Tensor, row: int, blocks: range, num_pages: int, first_row: int = 0) -> None:
     pages = page_table[row, blocks.start : blocks.stop].tolist()
     for block, page in zip(blocks, pages, strict=True):
         if not 0 <= page < num_pages:
             raise ValueError(
-                f"page_table: expected a page from 0 to {num_pages - 1} for block {block} of row {row}, got {page}; "
-                "each block with keys needs one, which `reserve` gives to the rows of a cache"
+                f"page_table: expected a page from 0 to {num_pages - 1} for block {block} of row {first_row + row}, "
+                f"got {page}; each block with keys needs one, which `reserve` gives to the rows of a cache"
             )
 
 

@@ -132,7 +132,7 @@ _FORMULAS: dict[str, Callable[[Any], int]] = {
     "block_sparse_attention": _main(2),
     "block_sparse_attention_backward": _main(5),
     "attend_blocks": _main(2),
-    "select_and_attend": lambda call: _select(call) + _products(call, "q", 2, call.topk),
+    "select_and_attend": lambda call: _select(call) + _products(call, "q", 2, call.ids[3]),
     "index_loss": _index_loss,
     "attention_and_index_loss": _main(2),
     "attention_and_index_loss_backward": _attention_and_loss_backward,

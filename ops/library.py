@@ -75,10 +75,10 @@ def _autograd_rule(op: torch._ops.OpOverload, backward: Function | None, setup_c
 
     def differentiate(ctx: Any, *grads: Any) -> Any:
         if backward is None:
-            advice = "call it with detached tensors, or under torch.no_grad()"
-            if op._opname.endswith("_backward"):
-                advice = "second derivatives (create_graph=True) are not supported; backend='reference' has them"
-            raise RuntimeError(f"{op} has no gradient: {advice}")
+            raise RuntimeError(
+                f"{op} has no gradient: second derivatives (create_graph=True) are not supported; backend='reference' "
+                "has them"
+            )
         return *backward(ctx, *grads), None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}

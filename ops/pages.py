@@ -2,15 +2,14 @@
 
 - flexmsa::paged_table: the table of sequences of a step;
 - flexmsa::write_pages: new tokens to their slots;
-- flexmsa::select_pages, flexmsa::attend_pages: selection, and attention, into the caller's buffers.
+- flexmsa::select_pages: selection into the caller's buffer.
 
-All are for inference and have no gradient.
+Attention is that to a cache. All are for inference and have no gradient.
 """
 
 from flexmsa.kernels import sequences as kernel
 from flexmsa.kernels.rules import SelectionRule
 
-from .attention import statistics_dtype
 from .checks import check_cu_seqlens, check_page_table, check_range, check_topk
 from .dispatch import run_kernel
 from .library import operator
@@ -68,41 +67,14 @@ def write_pages(*args):
 
 @operator(
     "select_pages(Tensor index_q, Tensor index_k, Tensor sequences, Tensor page_table, Tensor? index_k_scale, "
-    "Tensor(a!) ids, int num_local_blocks, int num_init_blocks, str backend) -> ()",
+    "Tensor(a!) ids, int num_local_blocks, int num_init_blocks, str backend, int first_row=0) -> ()",
     fake=lambda *args: None,
     has_gradient=False,
 )
-def select_pages(index_q, index_k, sequences, page_table, scale, ids, num_local, num_init, backend):
+def select_pages(index_q, index_k, sequences, page_table, scale, ids, num_local, num_init, backend, first_row=0):
     """Write the block_indices of `select_blocks` to ids [B, Hkv, Sq, topk], of any strides but the last."""
     block_size, topk = index_k.shape[2], ids.shape[3]
     check_topk(topk, backend)
-    check_page_table(page_table, sequences, block_size, index_k.shape[0], backend)
+    check_page_table(page_table, sequences, block_size, index_k.shape[0], backend, first_row)
     rule = SelectionRule(block_size, topk, num_local, num_init)
-    run_kernel(backend, "select_pages", index_q, index_k, sequences, rule, page_table, scale, ids)
-
-
-def _empty_lse(q, *_):
-    return q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
-
-
-@operator(
-    "attend_pages(Tensor q, Tensor? index_q, Tensor k, Tensor v, Tensor index_k, Tensor sequences, Tensor page_table, "
-    "Tensor? k_scale, Tensor? v_scale, Tensor? index_k_scale, Tensor(a!) out, Tensor(b!)? ids, int num_local_blocks, "
-    "int num_init_blocks, float scale, str backend) -> Tensor",
-    fake=_empty_lse,
-    has_gradient=False,
-)
-def attend_pages(*args):
-    """Write out [B, Hq, Sq, D], of any strides but the last; return lse [B, Hq, Sq].
-
-    With index_q, the blocks are selected and written to ids [B, Hkv, Sq, topk]; else they are ids, or with None all.
-    The schema names the arguments.
-    """
-    q, index_q, k, v, index_k, sequences, page_table, *scales, out, ids, num_local, num_init, scale, backend = args
-    check_page_table(page_table, sequences, k.shape[2], k.shape[0], backend)
-    rule = None
-    if index_q is not None:
-        check_topk(ids.shape[3], backend)
-        rule = SelectionRule(k.shape[2], ids.shape[3], num_local, num_init)
-    stored = k, v, index_k, page_table, *scales
-    return run_kernel(backend, "attend_pages", q, index_q, *stored, sequences, rule, scale, out, ids)
+    run_kernel(backend, "select_blocks", index_q, index_k, sequences, rule, page_table, scale, ids)

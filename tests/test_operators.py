@@ -51,7 +51,7 @@ def test_opcheck_of_every_operator():
             opcheck(ops.index_loss, arguments)
     opcheck(ops.index_loss_backward, (torch.ones(()), out, torch.float16))
     for indices in (ids, None):
-        opcheck(ops.attend_blocks, (*frozen[:3], indices, SEQUENCES, 8, 0.25, "torch"))
+        opcheck(ops.attend_blocks, (*frozen[:3], indices, SEQUENCES, 8, 0.25, "torch", None, None, None, out))
     opcheck(ops.pack_gqa, (strided, 2))
     opcheck(ops.unpack_gqa, (ops.pack_gqa(frozen[0], 2).requires_grad_(), 6))
     opcheck(ops.block_mask_lists, (ids, SEQUENCES, 33, 8, 8, 2, 5, True, True))
@@ -87,9 +87,10 @@ def test_opcheck_of_the_cache_operators(paged, dtype):
     stored = (cache.page_table, cache.index_k_scale)
     check(ops.scored_blocks, (new.index_q, cache.index_k, table, 8, 2, "torch", *stored))
     scales = (cache.page_table, cache.k_scale, cache.v_scale)
-    check(ops.attend_blocks, (new.q, cache.k, cache.v, ids, table, 8, 0.25, "torch", *scales))
+    out = torch.empty_like(new.q)
+    check(ops.attend_blocks, (new.q, cache.k, cache.v, ids, table, 8, 0.25, "torch", *scales, out))
     branches = (new.q, new.index_q, cache.k, cache.v, cache.index_k, table)
-    rest = (8, 2, 1, 0, 0.25, "torch", *scales, cache.index_k_scale)
+    rest = (8, 1, 0, 0.25, "torch", *scales, cache.index_k_scale, out, ids)
     check(ops.select_and_attend, (*branches, *rest))
 
 

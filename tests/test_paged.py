@@ -1,38 +1,45 @@
 """The functions for engines: ragged steps over pages, writing by slots, and what they refuse."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from paged_cases import CASES, FP8, Step, make_pools, run
+from paged_cases import CASES
 
 import flexmsa
 from flexmsa import PagedBatch, PagePools, ops
+from flexmsa.kernels import torch as torch_kernels
+from flexmsa.testing import PagedStep, check_paged_step, strategies
 
 
+@pytest.mark.parametrize("own_out", [False, True])
 @pytest.mark.parametrize("step", CASES.values(), ids=CASES)
-def test_a_step_is_each_sequence_on_its_own(step):
-    run(step, "torch")
+def test_a_step_is_each_sequence_on_its_own(step, own_out):
+    check_paged_step(replace(step, own_out=own_out), backend="torch")
 
 
-@given(st.data())
+@given(strategies.paged_steps(dtypes=("float32", "bfloat16")))
 @settings(max_examples=25, deadline=None)
-def test_any_step(data):
-    counts = data.draw(st.lists(st.integers(0, 24), min_size=1, max_size=5), label="queries")
-    if sum(counts) == 0:
-        counts[-1] = 1
-    decodes = next((row for row, count in enumerate(counts) if count != 1), len(counts))
-    page_size = data.draw(st.sampled_from([8, 12, 16]), label="page size")
-    step = Step(
-        tuple(counts),
-        tuple(data.draw(st.integers(0, 90), label="keys") for _ in counts),
-        padding=data.draw(st.integers(0, 3), label="padding"),
-        num_decodes=data.draw(st.integers(0, decodes), label="num_decodes"),
-        scales=data.draw(st.sampled_from([None, "token", "tensor"]), label="scales"),
-        topk=data.draw(st.sampled_from([None, 2, 5]), label="topk"),
-        page_size=page_size,
-    )
-    run(step, "torch", seed=data.draw(st.integers(0, 99), label="seed"))
+def test_any_step(step):
+    check_paged_step(step, backend="torch")
+
+
+BROKEN = {
+    "write_pages": lambda k, v, index_k, slots, *rest: (k, v, index_k, slots.where(slots != 20, 21), *rest),
+    "select_blocks": lambda index_q, index_k, *rest: (-index_q, index_k, *rest),
+    "select_and_attend": lambda q, *rest: (q * 1.001, *rest),
+    "attend_blocks": lambda q, *rest: (q * 1.001, *rest),
+}
+
+
+@pytest.mark.parametrize(("kernel", "change"), BROKEN.items(), ids=BROKEN)
+def test_a_broken_kernel_is_found(kernel, change, monkeypatch):
+    works = getattr(torch_kernels, kernel)
+    monkeypatch.setattr(torch_kernels, kernel, lambda *arguments: works(*change(*arguments)))
+    with pytest.raises(AssertionError, match=r"expected|got|differ"):
+        for step in CASES.values():
+            check_paged_step(step, backend="torch")
 
 
 def test_a_table_is_written_in_place():
@@ -58,9 +65,25 @@ def test_values_out_of_range_raise():
         PagedBatch(table, lens, torch.tensor([0, 3, 2], dtype=torch.int32), **sizes)
     with pytest.raises(ValueError, match="num_decodes: expected one token in each of the first 2 sequences"):
         PagedBatch(table, lens, offsets, num_decodes=2, **sizes)
-    pools, batch = make_pools(Step((), ()), 2), PagedBatch(table + 5, lens, offsets, **sizes)
+    pools, batch = PagedStep().new_pools(2), PagedBatch(table + 5, lens, offsets, **sizes)
     with pytest.raises(ValueError, match="page_table: expected a page from 0 to 1"):
         flexmsa.attend_pages(torch.zeros(4, 6, 16), torch.zeros(4, 2, 16), pools, batch)
+
+
+@pytest.mark.parametrize("row", [2, 5])
+@pytest.mark.parametrize("call", ["select", "attend", "attend alone"])
+def test_a_missing_page_is_named_by_the_row_of_the_batch(call, row):
+    """Also in the second part of a mixed batch, which has a page table of its own."""
+    table, lens = torch.zeros(6, 3, dtype=torch.int32), torch.full((6,), 40, dtype=torch.int32)
+    table[row, 1] = 9
+    offsets = torch.tensor([0, 1, 2, 3, 4, 5, 8], dtype=torch.int32)
+    batch = PagedBatch(table, lens, offsets, num_tokens=8, num_decodes=5, page_size=16)
+    q, index_q, pools = torch.zeros(8, 6, 16), torch.zeros(8, 2, 16), PagedStep().new_pools(2)
+    with pytest.raises(ValueError, match=f"expected a page from 0 to 1 for block 1 of row {row}, got 9"):
+        if call == "select":
+            flexmsa.select_pages(index_q, pools, batch, topk=2)
+        else:
+            flexmsa.attend_pages(q, index_q, pools, batch, topk=2 if call == "attend" else None)
 
 
 BATCH = {
@@ -95,7 +118,7 @@ def test_wrong_batches_raise(change, message):
 
 def fitting(**change):
     """Arguments of a call of four tokens, with changes."""
-    pools = make_pools(Step((), (), page_size=128), 4)
+    pools = PagedStep(block_size=128).new_pools(4)
     given = {"q": torch.zeros(4, 6, 16), "index_q": torch.zeros(4, 2, 16), "pools": pools, "batch": PagedBatch(**BATCH)}
     return given | change
 
@@ -135,14 +158,14 @@ def test_wrong_pools_raise():
         PagePools(k.transpose(2, 3).contiguous().transpose(2, 3), k, index_k)
     with pytest.raises(ValueError, match="k_scale: expected a positive float, for an e4m3 pool"):
         PagePools(k, k, index_k, k_scale=2.0)
-    stored = k.to(FP8)
+    stored = k.to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="in both or in neither"):
         PagePools(stored, stored, index_k, k_scale=torch.zeros(3, 2, 16, dtype=torch.uint8))
 
 
 def test_operators_are_sound():
-    step = Step((1, 3), (20, 33))
-    pools = make_pools(step, 8)
+    step = PagedStep((1, 3), (20, 33))
+    pools = step.new_pools(8)
     for x in (pools.k, pools.v, pools.index_k):
         x.normal_()
     batch = PagedBatch(
@@ -163,13 +186,16 @@ def test_operators_are_sound():
     q, index_q, ids = torch.randn(1, 6, 4, 16), torch.randn(1, 2, 4, 16), torch.zeros(1, 2, 4, 2, dtype=torch.int32)
     selected = index_q, stored[2], *table, None, ids, 1, 0, "torch"
     torch.library.opcheck(ops.select_pages, selected, test_utils=tests)
-    attended = q, index_q, *stored, *table, None, None, None, torch.empty_like(q), ids, 1, 0, 0.25, "torch"
-    torch.library.opcheck(ops.attend_pages, attended, test_utils=tests)
+    written, pages = (torch.empty_like(q), ids), (table[1], None, None)
+    attended = q, *stored[:2], ids, table[0], 16, 0.25, "torch", *pages, written[0]
+    torch.library.opcheck(ops.attend_blocks, attended, test_utils=tests)
+    attended = q, index_q, *stored, table[0], 16, 1, 0, 0.25, "torch", *pages, None, *written
+    torch.library.opcheck(ops.select_and_attend, attended, test_utils=tests)
 
 
 def test_compiles():
-    step = Step((1, 1), (20, 33), uniform=True)
-    pools = make_pools(step, 8)
+    step = PagedStep((1, 1), (20, 33), uniform=True)
+    pools = step.new_pools(8)
     for x in (pools.k, pools.v, pools.index_k):
         x.normal_()
     sizes = {"num_tokens": 2, "page_size": 16}

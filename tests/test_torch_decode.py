@@ -58,7 +58,9 @@ class Layer:
 
     def attend(self, ids, sequences, cache):
         k, v, _, table, k_scale, v_scale, _ = cache
-        return ops.attend_blocks(self.q, k, v, ids, sequences, BLOCK, SCALE, "torch", table, k_scale, v_scale)
+        out = torch.empty_like(self.q)
+        stored = table, k_scale, v_scale
+        return out, ops.attend_blocks(self.q, k, v, ids, sequences, BLOCK, SCALE, "torch", *stored, out)
 
 
 def wanted_ids(layer, index_k, sequences, *forced):

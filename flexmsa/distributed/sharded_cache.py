@@ -161,9 +161,10 @@ class ShardedCache(Cache):
         found = []
         for part, table in tables:
             ids = None if own is None else own[:, :, part]
-            stored = self.page_table, self.k_scale, self.v_scale
+            out = q.new_empty(q[:, :, part].shape)
+            stored = self.page_table, self.k_scale, self.v_scale, out
             main = q[:, :, part], self.k, self.v, ids, table, block_size, scale, backend
-            found.append(ops.attend_blocks(*main, *stored))
+            found.append((out, ops.attend_blocks(*main, *stored)))
         out, lse = (_join(parts) for parts in zip(*found, strict=True))
         # One collective takes both: the lse as more numbers of out's dtype.
         both = torch.cat([out, lse[..., None].view(out.dtype)], dim=-1)

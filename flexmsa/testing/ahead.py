@@ -4,6 +4,7 @@ Needs Triton, so `flexmsa.testing` does not import it by itself.
 """
 
 import functools
+import itertools
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -19,9 +20,11 @@ from flexmsa.kernels.triton.selection.launch import VARIANTS
 from flexmsa.kernels.triton.serving.config import MOST_SPLITS
 from flexmsa.testing import launches as recorded
 from flexmsa.testing.cases import Case
+from flexmsa.testing.launches import StepFormat
+from flexmsa.testing.paged_steps import PagedStep
 from flexmsa.testing.schedules import Schedule
 
-Shape = Case | Schedule
+Shape = Case | Schedule | PagedStep
 # Numbers of queries that between them take every row tile of the selection.
 QUERIES = (1, 2, 5, 8, 16, 30, 64, 3000)
 # Kernels in work or waiting, per process: enough that no process waits while the main one tries cases.
@@ -31,7 +34,12 @@ QUEUED = 8
 @functools.lru_cache(maxsize=4)
 def launches_of(shape: Shape, target: Target) -> tuple[Launch, ...]:
     """Launches of all kernels that the variations of a shape take, each once."""
-    found = _cache_launches(shape, target) if isinstance(shape, Schedule) else _layer_launches(shape, target)
+    if isinstance(shape, Case):
+        found = _layer_launches(shape, target)
+    elif isinstance(shape, Schedule):
+        found = _cache_launches(shape, target)
+    else:
+        found = _step_launches(shape, target)
     return tuple({compile_key(launch): launch for launch in found}.values())
 
 
@@ -79,6 +87,17 @@ def _cache_launches(schedule: Schedule, target: Target) -> Iterator[Launch]:
             for ragged in (False, True):
                 dense = schedule.topk is None
                 yield from recorded.decode_launches(layer, target, cache, tokens, 3, ragged, dense)
+
+
+def _step_launches(step: PagedStep, target: Target) -> Iterator[Launch]:
+    """Of sequences with as many queries each, as in decoding, and of packed ones."""
+    # From the last number on, no keys are split between programs of the attention.
+    each, stored = (*QUERIES, 2 * target.num_sms), (step.fp8_keys, step.fp8_index, step.scales)
+    for queries, blocks, packed, offset in itertools.product(each, VARIANTS, (False, True), (0, 1)):
+        tokens, rows = (queries, 1) if packed else (3 * queries, 3)
+        for many in (False, True):
+            form = StepFormat(rows, 6 if packed else 3, blocks, *stored, offset, many)
+            yield from recorded.step_launches(replace(_layer_of(step), queries=tokens), target, form, step.topk is None)
 
 
 def compile_launch(shape: Shape, target: Target, number: int) -> None:

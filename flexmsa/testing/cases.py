@@ -73,6 +73,19 @@ class Case:
         sizes = self.num_kv_heads, self.group_size, self.head_dim, self.index_head_dim, self.block_size, self.topk
         return "layer", *sizes, self.dtype, self.strided, self.offset, self.scale is None or self.scale > 0
 
+    @property
+    def kind(self) -> str:
+        """What it is called in a summary."""
+        if self.topk is None:
+            return "warm-up"
+        if self.cu_seqlens:
+            return "packed documents"
+        if self.cu_seqlens_q:
+            return "packed documents, some queries"
+        if self.kv_lens:
+            return "part-filled cache"
+        return "left padding" if self.kv_starts else "plain"
+
     def inputs(self, device: str | torch.device) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """Return (q, k, v, index_q, index_k) and the keyword arguments of `flexmsa.attention`."""
         generator = self._generator(device)

@@ -22,6 +22,7 @@ from flexmsa.backends import choose_backend
 from flexmsa.testing import strategies
 from flexmsa.testing.cases import Case
 from flexmsa.testing.check import check_case
+from flexmsa.testing.paged_steps import PagedStep, check_paged_step
 from flexmsa.testing.schedules import Schedule, check_schedule
 
 __all__ = ["main"]
@@ -49,11 +50,11 @@ _CACHES: dict[str, Any] = {
     "group_sizes": (1, 2, 3, 4, 8, 16),
     "head_dims": (16, 32, 64, 80, 128),
     "block_sizes": (8, 16, 32, 64, 128),
-    "capacity": 384,
 }
 GPU_LENGTHS: dict[str, Any] = {"max_tokens": 640, "long_keys": 12_000, "garbage": True}
+GPU_STEPS: dict[str, Any] = {"max_queries": 300, "max_keys": 900}
 
-Tested = Case | Schedule
+Tested = Case | Schedule | PagedStep
 
 
 @dataclass
@@ -73,7 +74,7 @@ class _Progress:
         return max(0.0, self.deadline - time.monotonic())
 
     def add(self, case: Tested) -> None:
-        self.kinds[f"{case.dtype} {_layout(case)}"] += 1
+        self.kinds[f"{case.dtype} {case.kind}"] += 1
         self.shapes.add(case.shape)
         if isinstance(case, Case):
             self.values[case.values] += 1
@@ -100,12 +101,13 @@ class _AnyShape:
     """Every case has a shape of its own: nothing is compiled."""
 
     def __init__(self, options: argparse.Namespace, dtypes: tuple[str, ...]) -> None:
-        self._dtypes, self._serves = dtypes, options.backend != "flex"
+        self._dtypes = dtypes
+        # What each backend has kernels for.
+        count = {"flex": 1, "reference": 2}.get(options.backend, 3)
+        self._draws: Any = (strategies.cases, strategies.schedules, strategies.paged_steps)[:count]
 
     def round(self, number: int) -> SearchStrategy[Tested] | None:
-        if number % 2 == 1 and self._serves:
-            return strategies.schedules(dtypes=self._dtypes)
-        return strategies.cases(dtypes=self._dtypes)
+        return self._draws[number % len(self._draws)](dtypes=self._dtypes)
 
     def stop(self) -> str:
         return ""
@@ -134,9 +136,11 @@ class _CompiledShapes:
             return None
         shape = min(self._ahead.ready, key=lambda shape: self._rounds[shape])
         self._rounds[shape] += 1
+        if isinstance(shape, Case):
+            return strategies.variations(shape, **GPU_LENGTHS)
         if isinstance(shape, Schedule):
             return strategies.schedule_variations(shape)
-        return strategies.variations(shape, **GPU_LENGTHS)
+        return strategies.paged_variations(shape, **GPU_STEPS)
 
     def stop(self) -> str:
         self._ahead.stop()
@@ -146,13 +150,14 @@ class _CompiledShapes:
 
 
 def draw_shapes(dtypes: tuple[str, ...], first_seed: int) -> Iterator[Tested]:
-    """Distinct shapes without end: in turn any, one for Hopper, any, and a cache."""
+    """Distinct shapes without end: in turn any, one for Hopper, any, a cache, and a step of an engine."""
     known: set[Tested] = set()
     for number in count(first_seed):
         any_shape = _draw(strategies.shapes(dtypes=dtypes, **_ANY), number)
         hopper = _draw(strategies.shapes(dtypes=dtypes, **_HOPPER), number)
-        caches = _draw(strategies.schedule_shapes(dtypes=dtypes, **_CACHES), number)
-        for shape in chain.from_iterable(zip(any_shape[::2], hopper, any_shape[1::2], caches, strict=False)):
+        caches = _draw(strategies.schedule_shapes(dtypes=dtypes, capacity=384, **_CACHES), number)
+        steps = _draw(strategies.paged_shapes(dtypes=dtypes, **_CACHES), number)
+        for shape in chain.from_iterable(zip(any_shape[::2], hopper, any_shape[1::2], caches, steps, strict=False)):
             if shape not in known:
                 known.add(shape)
                 yield shape
@@ -225,9 +230,9 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m flexmsa check",
-        description="Compare flexmsa with float64 oracles on random shapes, settings and inputs, and on random "
-        "schedules of operations on a cache. On a GPU many cases share each set of compiled kernels, and the other "
-        "cores compile the next sets.",
+        description="Compare flexmsa with float64 oracles on random shapes, settings and inputs, on random "
+        "schedules of operations on a cache, and on random steps of an engine. On a GPU many cases share each set of "
+        "compiled kernels, and the other cores compile the next sets.",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to try new cases (default 60)")
@@ -312,12 +317,14 @@ def _is_lost(device: str) -> bool:
 
 
 def _checker(case: Tested) -> Callable[..., None]:
-    return check_schedule if isinstance(case, Schedule) else check_case
+    if isinstance(case, Case):
+        return check_case
+    return check_schedule if isinstance(case, Schedule) else check_paged_step
 
 
 def _arguments(case: Tested, options: argparse.Namespace) -> dict[str, Any]:
     arguments = {"device": options.device, "backend": options.backend}
-    if isinstance(case, Schedule) or torch.device(options.device).type == "cpu":
+    if not isinstance(case, Case) or torch.device(options.device).type == "cpu":
         return arguments
     if case.topk is None:
         # By default FlexAttention runs the warm-up, and compiles for 10 seconds for each shape.
@@ -332,18 +339,3 @@ def _print_failure(case: Tested, message: str, options: argparse.Namespace) -> N
     print(f"from flexmsa.testing import {type(case).__name__}, {check.__name__}")
     arguments = ", ".join(f"{name}={value!r}" for name, value in _arguments(case, options).items())
     print(f"{check.__name__}({case!r}, {arguments})")
-
-
-def _layout(case: Tested) -> str:
-    if isinstance(case, Schedule):
-        formats = ", e4m3" if case.fp8_index or case.fp8_keys else ""
-        return f"serving, {'paged' if case.paged else 'contiguous'}{formats}"
-    if case.topk is None:
-        return "warm-up"
-    if case.cu_seqlens:
-        return "packed documents"
-    if case.cu_seqlens_q:
-        return "packed documents, some queries"
-    if case.kv_lens:
-        return "part-filled cache"
-    return "left padding" if case.kv_starts else "plain"

@@ -4,6 +4,9 @@ Needs Triton, so `flexmsa.testing` does not import it by itself.
 """
 
 import itertools
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton.common.launch import Launch, record
 from flexmsa.kernels.triton.common.target import Target
 from flexmsa.kernels.triton.layer import CacheFormat, Layer, decode
+from flexmsa.testing.check import kernels_for_many_queries
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 108),
@@ -117,6 +121,61 @@ def scored_launches(layer: Layer, target: Target, cache: CacheFormat = CONTIGUOU
     with record(target) as launches:
         table = meta(1, pages) if cache.paged else None
         kernels.scored_blocks(index_q, index_k, meta(tokens, 5), rule, table, scale)
+    return launches
+
+
+@dataclass(frozen=True)
+class StepFormat:
+    """A step of an engine: `rows` batch rows of layer.queries tokens in all, which are `sequences` rows of the table.
+
+    fp8_keys, fp8_index, scales: as for `PagedStep`; offset: tokens in front of these; many: without the kernels for few
+    queries.
+    """
+
+    rows: int
+    sequences: int
+    max_pages: int
+    fp8_keys: bool = False
+    fp8_index: bool = False
+    scales: str = "none"
+    offset: int = 0
+    many: bool = False
+
+
+def step_launches(layer: Layer, target: Target, step: StepFormat, dense: bool = False) -> list[Launch]:
+    """Of writing to pages, and of a selection and attention to them, together and each alone."""
+    fp8 = step.fp8_keys, step.fp8_keys, step.fp8_index
+    stored = [torch.float8_e4m3fn if scaled else layer.dtype for scaled in fp8]
+    groups, tokens, page, pages = layer.num_kv_heads, layer.num_queries, layer.block_size, 64
+
+    def arrange(x: Tensor) -> Tensor:
+        return x.unflatten(0, (step.rows, -1)).transpose(1, 2)
+
+    def new(heads: int, depth: int) -> Tensor:
+        return meta(tokens, heads, depth, dtype=layer.dtype)
+
+    k, v = meta(pages, groups, page, 2 * layer.head_dim, dtype=stored[0]).split(layer.head_dim, dim=3)
+    index_k = meta(pages, 1, page, layer.index_head_dim + 16, dtype=stored[2])[..., : layer.index_head_dim]
+    each = [
+        meta(*x.shape[:3], dtype=torch.uint8) if scaled else None
+        for x, scaled in zip((k, v, index_k), fp8, strict=True)
+    ]
+    written = each if step.scales == "token" else [None] * 3
+    read = [x if x is None or step.scales == "token" else meta(page, dtype=torch.uint8) for x in each]
+    new_k, new_index_k = (x.transpose(0, 1)[None] for x in (new(groups, layer.head_dim), new(1, layer.index_head_dim)))
+    to: Any = meta(tokens, dtype=torch.int64), k, v, index_k, *written, (1.0, 1.0, 1.0)
+    q, index_q = arrange(new(layer.num_heads, layer.head_dim)), arrange(new(groups, layer.index_head_dim))
+    ids = arrange(meta(tokens + step.offset, groups, layer.topk)[step.offset :])
+    sequences, table = meta(step.sequences, 5), meta(step.sequences, step.max_pages)
+    main: Any = sequences, layer.block_size, layer.scale, table, *read[:2], q
+    branches: Any = sequences, layer.rule, layer.scale, table, *read, q, ids
+    few = kernels_for_many_queries(q, "triton") if step.many else nullcontext()
+    with record(target) as launches, few:
+        kernels.write_pages(new_k, new_k, new_index_k, *to)
+        kernels.attend_blocks(q, k, v, None if dense else ids, *main)
+        if not dense:
+            kernels.select_blocks(index_q, index_k, sequences, layer.rule, table, read[2], ids)
+            kernels.select_and_attend(q, index_q, k, v, index_k, *branches)
     return launches
 
 

@@ -16,7 +16,7 @@ from flexmsa.cache import Cache
 from flexmsa.testing.assertions import assert_close, product_size
 from flexmsa.types import AuxRequest
 
-__all__ = ["Schedule", "check_schedule"]
+__all__ = ["Schedule", "check_newest", "check_schedule"]
 
 FP8 = torch.float8_e4m3fn
 # The codes of NaN among e4m3 numbers and among scales.
@@ -54,6 +54,12 @@ class Schedule:
         """All that the kernels of a GPU are compiled for; other steps and lengths share them."""
         sizes = self.num_kv_heads, self.group_size, self.head_dim, self.index_head_dim, self.block_size, self.topk
         return "cache", *sizes, self.dtype, self.capacity, self.paged, self.fp8_keys, self.fp8_index
+
+    @property
+    def kind(self) -> str:
+        """What it is called in a summary."""
+        formats = ", e4m3" if self.fp8_index or self.fp8_keys else ""
+        return f"serving, {'paged' if self.paged else 'contiguous'}{formats}"
 
     def new_cache(self, device: str | torch.device) -> Cache:
         """Return the empty cache at the beginning of the schedule."""
@@ -143,31 +149,56 @@ def _append(run: _Run, lens: tuple[int, ...]) -> None:
 def _compare(
     run: _Run, row: int, q: Tensor, index_q: Tensor, length: int, found: tuple[Tensor, Tensor, Tensor | None]
 ) -> None:
-    """Compare the row's result (out, lse, block_indices) for its `length` newest tokens with the dense reference."""
+    """Compare the row's result (out, lse, block_indices) for its `length` newest tokens."""
     schedule, (out, lse, ids) = run.schedule, found
     assert not out[:, length:].any(), f"row {row}: out of a query without a token is not 0"
     assert (lse[:, length:] == -torch.inf).all(), f"row {row}: lse of a query without a token is not -inf"
     assert ids is None or (ids[:, length:] == -1).all(), f"row {row}: a query without a token has blocks"
     if length == 0:
         return
-    k, v, index_k = (x[None] for x in run.rows[row])
+    settings = {name: getattr(schedule, name) for name in ("block_size", "topk", "num_init_blocks")}
+    results = out[:, :length], lse[:, :length], None if ids is None else ids[:, :length]
+    check_newest(f"row {row}", q[:, :length], index_q[:, :length], *run.rows[row], found=results, **settings)
+
+
+def check_newest(
+    name: str,
+    q: Tensor,
+    index_q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_k: Tensor,
+    *,
+    found: tuple[Tensor, Tensor, Tensor | None],
+    block_size: int,
+    topk: int | None,
+    num_local_blocks: int = 1,
+    num_init_blocks: int = 0,
+) -> None:
+    """Compare out, lse and block_indices of the newest tokens of a sequence with the dense reference; all [H, S, ...].
+
+    block_indices None: every block is attended to.
+
+    >>> q, k = torch.randn(2, 1, 16), torch.randn(1, 1, 16)
+    >>> results = k.expand(2, 1, 16), (q * k).sum(-1) / 4, None
+    >>> check_newest("a token", q, k, k, k, k, found=results, block_size=16, topk=None)
+    """
+    out, lse, ids = found
+    q, index_q, k, v, index_k = (x[None] for x in (q, index_q, k, v, index_k))
     total = k.shape[2]
-    end = torch.arange(total - length + 1, total + 1, device=k.device)[None]
-    rules = (torch.zeros_like(end), end, schedule.block_size)
+    end = torch.arange(total - q.shape[2] + 1, total + 1, device=k.device)[None]
+    rules = (torch.zeros_like(end), end, block_size)
     expected = None
     if ids is not None:
-        assert schedule.topk is not None
-        expected = reference.select_blocks(
-            index_q[None, :, :length], index_k, *rules, schedule.topk, 1, schedule.num_init_blocks
-        )
-        assert torch.equal(ids[None, :, :length], expected), f"row {row}: blocks differ from the dense reference's"
-    scale = schedule.head_dim**-0.5
-    q = q[None, :, :length]
+        assert topk is not None
+        expected = reference.select_blocks(index_q, index_k, *rules, topk, num_local_blocks, num_init_blocks)
+        assert torch.equal(ids[None], expected), f"{name}: blocks differ from the dense reference's"
+    scale = q.shape[3] ** -0.5
     exact = reference.block_sparse_attention(q.double(), k.double(), v.double(), expected, *rules, scale)
     eager = reference.block_sparse_attention(q, k, v, expected, *rules, scale, q.dtype)
     terms = {"out": 0.0, "lse": product_size(q, k)}
-    for name, got, right, base in zip(terms, (out, lse), exact, eager, strict=True):
-        assert_close(f"row {row}, {name}", got[None, :, :length].cpu(), right.cpu(), base.cpu(), terms[name])
+    for result, got, right, base in zip(terms, (out, lse), exact, eager, strict=True):
+        assert_close(f"{name}, {result}", got[None].cpu(), right.cpu(), base.cpu(), terms[result])
 
 
 def _trim(run: _Run, counts: tuple[int, ...]) -> None:

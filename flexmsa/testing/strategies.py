@@ -1,7 +1,8 @@
 """Hypothesis strategies for inputs of `flexmsa.attention` (ragged, tied, strided, packed, padded) and for serving.
 
-A GPU's kernels are compiled for a shape: head counts, head dims, block size, topk, dtype, strides. `shapes` and
-`schedule_shapes` draw these; `variations` and `schedule_variations` draw all else, for which nothing is compiled.
+A GPU's kernels are compiled for a shape: head counts, head dims, block size, topk, dtype, strides. `shapes`,
+`schedule_shapes` and `paged_shapes` draw these; `variations`, `schedule_variations` and `paged_variations` draw all
+else, for which nothing is compiled.
 """
 
 from dataclasses import replace
@@ -10,9 +11,21 @@ from typing import Any
 from hypothesis import strategies as st
 
 from flexmsa.testing.cases import VALUES, Case
+from flexmsa.testing.paged_steps import SCALES, PagedStep
 from flexmsa.testing.schedules import Schedule
 
-__all__ = ["cases", "packed_lengths", "schedule_shapes", "schedule_variations", "schedules", "shapes", "variations"]
+__all__ = [
+    "cases",
+    "packed_lengths",
+    "paged_shapes",
+    "paged_steps",
+    "paged_variations",
+    "schedule_shapes",
+    "schedule_variations",
+    "schedules",
+    "shapes",
+    "variations",
+]
 
 GROUP_SIZES = (1, 2, 3, 4, 5, 6, 8, 16)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
@@ -235,3 +248,66 @@ def _draw_steps(draw: st.DrawFn, batch: int, paged: bool, max_steps: int, capaci
         if longest == capacity:
             break
     return tuple(steps)
+
+
+@st.composite
+def paged_shapes(
+    draw: st.DrawFn,
+    *,
+    dtypes: tuple[str, ...] = ("float32",),
+    group_sizes: tuple[int, ...] = (1, 3, 4),
+    head_dims: tuple[int, ...] = (16, 32),
+    block_sizes: tuple[int, ...] = (8, 12, 16, 32),
+) -> PagedStep:
+    """A `PagedStep` without sequences, all of whose `paged_variations` share its kernels."""
+    return PagedStep(
+        num_kv_heads=draw(st.integers(1, 3)),
+        group_size=draw(st.sampled_from(group_sizes)),
+        head_dim=draw(st.sampled_from(head_dims)),
+        index_head_dim=draw(st.sampled_from(head_dims)),
+        block_size=draw(st.sampled_from(block_sizes)),
+        topk=draw(st.sampled_from([1, 2, 4, 16, None])),
+        fp8_keys=draw(st.booleans()),
+        fp8_index=draw(st.booleans()),
+        scales=draw(st.sampled_from(SCALES)),
+        dtype=draw(st.sampled_from(dtypes)),
+    )
+
+
+@st.composite
+def paged_variations(draw: st.DrawFn, shape: PagedStep, *, max_queries: int = 40, max_keys: int = 160) -> PagedStep:
+    """A `PagedStep` of other sequences: decodes or drafts without offsets, or all kinds, up to chunks of prompts."""
+    count, most = draw(st.integers(1, 6)), draw(st.sampled_from([3, max_queries]))
+    uniform, decodes = draw(st.booleans()), draw(st.integers(0, count))
+    if uniform:
+        queries: tuple[int, ...] = (draw(st.sampled_from([1, 1, most])),) * count
+    else:
+        queries = (1,) * decodes + tuple(draw(st.integers(0, most)) for _ in range(count - decodes))
+    padding = 0 if uniform else draw(st.integers(0 if any(queries) else 1, 3))
+    topk = shape.topk or 1
+    num_local_blocks = draw(st.integers(1, min(2, topk)))
+    return replace(
+        shape,
+        queries=queries,
+        kv_lens=tuple(draw(st.integers(0, max_keys)) for _ in queries),
+        padding=padding,
+        uniform=uniform,
+        num_decodes=0 if uniform else draw(st.sampled_from([0, decodes])),
+        own_out=draw(st.booleans()),
+        num_local_blocks=num_local_blocks,
+        num_init_blocks=draw(st.integers(0, min(2, topk - num_local_blocks))),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@st.composite
+def paged_steps(draw: st.DrawFn, *, dtypes: tuple[str, ...] = ("float32",)) -> PagedStep:
+    """A `PagedStep`: one of the `paged_variations` of one of the `paged_shapes`.
+
+    >>> from hypothesis import given
+    >>> @given(paged_steps())
+    ... def test_tokens(step):
+    ...     assert step.num_tokens >= 1
+    >>> test_tokens()
+    """
+    return draw(paged_variations(draw(paged_shapes(dtypes=dtypes))))

@@ -2,7 +2,7 @@
 
 from flexmsa.kernels.torch.append import append
 from flexmsa.kernels.torch.attention import block_sparse_attention_backward
-from flexmsa.kernels.torch.decode import attend_blocks, attend_pages, select_and_attend, select_pages
+from flexmsa.kernels.torch.decode import attend_blocks, select_and_attend
 from flexmsa.kernels.torch.deferred_loss import attention_and_index_loss_backward
 from flexmsa.kernels.torch.index_loss import index_loss
 from flexmsa.kernels.torch.selection import scored_blocks, select_blocks
@@ -11,13 +11,11 @@ from flexmsa.kernels.torch.write import write_pages
 __all__ = [
     "append",
     "attend_blocks",
-    "attend_pages",
     "attention_and_index_loss_backward",
     "block_sparse_attention_backward",
     "index_loss",
     "scored_blocks",
     "select_and_attend",
     "select_blocks",
-    "select_pages",
     "write_pages",
 ]

@@ -40,14 +40,20 @@ def attend_blocks(
     page_table: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of few queries or many; arguments and results are those of ``block_sparse_attention_forward``."""
+    """(out, lse) of few queries or many; arguments and results are those of ``block_sparse_attention_forward``.
+
+    ``out`` is written where it is given. Scales of pages may be [block_size], of each page.
+    """
+    k_scale, v_scale = fp8.each_scale(k_scale, k), fp8.each_scale(v_scale, v)
     if block_indices is None or q.shape[2] > FEW_QUERIES:
-        return block_sparse_attention_forward(
+        found, lse = block_sparse_attention_forward(
             q, k, v, block_indices, sequences, block_size, scale, page_table, k_scale, v_scale
         )
+        return found if out is None else out.copy_(found), lse
     num_heads, dtype = k.shape[1], compute_dtype(q.dtype)
-    out = torch.zeros(q.shape, dtype=q.dtype)
+    out = torch.zeros(q.shape, dtype=q.dtype) if out is None else out.zero_()
     lse = torch.full(q.shape[:-1], -torch.inf, dtype=dtype)
     sequence, position = query_positions(sequences, q.shape[0], q.shape[2])
     k_start = sequence_columns(sequences).k_start[sequence]
@@ -85,49 +91,12 @@ def select_and_attend(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     index_k_scale: Tensor | None = None,
+    out: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, block_indices) of ``select_blocks`` and ``attend_blocks``."""
-    ids = select_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale)
-    return *attend_blocks(q, k, v, ids, sequences, rule.block_size, scale, page_table, k_scale, v_scale), ids
-
-
-def select_pages(
-    index_q: Tensor,
-    index_k: Tensor,
-    sequences: Tensor,
-    rule: SelectionRule,
-    page_table: Tensor,
-    index_k_scale: Tensor | None,
-    ids: Tensor,
-) -> None:
-    """Write the block_indices of ``select_blocks`` to ids; index_k_scale may be [block_size], of each page."""
-    scale = fp8.each_scale(index_k_scale, index_k)
-    ids.copy_(select_blocks(index_q, index_k, sequences, rule, page_table, scale))
-
-
-def attend_pages(
-    q: Tensor,
-    index_q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    index_k: Tensor,
-    page_table: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    index_k_scale: Tensor | None,
-    sequences: Tensor,
-    rule: SelectionRule | None,
-    scale: float,
-    out: Tensor,
-    ids: Tensor | None,
-) -> Tensor:
-    """Write ``out``, and with a rule the ids of its selection; return the lse. Scales may be [block_size]."""
-    if index_q is not None and rule is not None and ids is not None:
-        select_pages(index_q, index_k, sequences, rule, page_table, index_k_scale, ids)
-    scales = fp8.each_scale(k_scale, k), fp8.each_scale(v_scale, v)
-    found, lse = attend_blocks(q, k, v, ids, sequences, k.shape[2], scale, page_table, *scales)
-    out.copy_(found)
-    return lse
+    ids = select_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, ids)
+    return *attend_blocks(q, k, v, ids, sequences, rule.block_size, scale, page_table, k_scale, v_scale, out), ids
 
 
 def _attend_fused(

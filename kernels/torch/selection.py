@@ -29,11 +29,12 @@ def select_blocks(
     rule: SelectionRule,
     page_table: Tensor | None = None,
     index_k_scale: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> Tensor:
-    """index_q [B,Hkv,Sq,Di], index_k [B,1,Sk,Di] to block_indices [B,Hkv,Sq,topk] int32.
+    """index_q [B,Hkv,Sq,Di], index_k [B,1,Sk,Di] to block_indices [B,Hkv,Sq,topk] int32, ``ids`` if they are given.
 
     With page_table [B,max_pages], index_k is pages [num_pages,1,block_size,Di]. e4m3 keys come with an index_k_scale,
-    which has the shape of index_k without Di, or with e4m3 queries.
+    which has the shape of index_k without Di, or is [block_size], of each page; or they come with e4m3 queries.
 
     Block ids count from the first block of the query's sequence; they ascend and are padded with -1. The newest
     ``num_local_blocks`` and the oldest ``num_init_blocks`` visible blocks rank above all others, equal scores rank
@@ -41,16 +42,16 @@ def select_blocks(
     """
     batch, num_kv_heads, seqlen_q, _ = index_q.shape
     tiles = _tiles(sequences, rule, num_kv_heads, rule.topk)
-    if sum(tile.stop - tile.start for tile in tiles) == batch * seqlen_q:
-        block_indices = torch.empty(batch, num_kv_heads, seqlen_q, rule.topk, dtype=torch.int32)
-    else:
+    if ids is None:
+        ids = torch.empty(batch, num_kv_heads, seqlen_q, rule.topk, dtype=torch.int32)
+    if sum(tile.stop - tile.start for tile in tiles) < batch * seqlen_q:
         # The result of queries that see at most topk blocks; the other queries' ids are overwritten.
         _, position = query_positions(sequences, batch, seqlen_q)
         newest = torch.as_tensor(position // rule.block_size)[:, None, :, None]
-        ids = torch.arange(rule.topk, dtype=torch.int32)
-        block_indices = torch.where(ids <= newest, ids, -1).repeat(1, num_kv_heads, 1, 1)
-    _select(index_q, index_k, tiles, rule, page_table, index_k_scale, block_indices)
-    return block_indices
+        block = torch.arange(rule.topk, dtype=torch.int32)
+        ids.copy_(torch.where(block <= newest, block, -1))
+    _select(index_q, index_k, tiles, rule, page_table, fp8.each_scale(index_k_scale, index_k), ids)
+    return ids
 
 
 def scored_blocks(

@@ -4,16 +4,15 @@ from flexmsa.kernels.triton.backward.launch import attention_and_index_loss_back
 from flexmsa.kernels.triton.common.launch import expected
 from flexmsa.kernels.triton.forward.launch import block_sparse_attention_forward
 from flexmsa.kernels.triton.loss.launch import index_loss
-from flexmsa.kernels.triton.selection.launch import scored_blocks, select_blocks, select_pages
+from flexmsa.kernels.triton.selection.launch import scored_blocks, select_blocks
 from flexmsa.kernels.triton.serving.append import append
-from flexmsa.kernels.triton.serving.launch import attend_blocks, attend_pages, select_and_attend
+from flexmsa.kernels.triton.serving.launch import attend_blocks, select_and_attend
 from flexmsa.kernels.triton.serving.write import write_pages
 from flexmsa.kernels.triton.step import short_training_step
 
 __all__ = [
     "append",
     "attend_blocks",
-    "attend_pages",
     "attention_and_index_loss_backward",
     "block_sparse_attention_backward",
     "block_sparse_attention_forward",
@@ -22,7 +21,6 @@ __all__ = [
     "scored_blocks",
     "select_and_attend",
     "select_blocks",
-    "select_pages",
     "short_training_step",
     "write_pages",
 ]

@@ -12,14 +12,17 @@ from hypothesis import given, settings
 pytest.importorskip("triton")
 
 from benchmarks import gpu_sanitize
+from flexmsa import paged
 from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.layout import lay_out
 from flexmsa.kernels.rules import SelectionRule
+from flexmsa.kernels.triton.common import target
 from flexmsa.kernels.triton.common.launch import compile_key, record
-from flexmsa.testing import Case, Schedule, fuzz, strategies
+from flexmsa.testing import Case, PagedStep, Schedule, fuzz, strategies
 from flexmsa.testing.ahead import Ahead, launches_of
 from flexmsa.testing.check import kernels_for_many_queries
 from flexmsa.testing.launches import TARGETS, CacheFormat, Layer, decode_launches, meta
+from flexmsa.testing.paged_steps import StepRun
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 SM_90 = TARGETS["sm_90"]
@@ -36,6 +39,18 @@ CACHES = {
     ),
     "pages, e4m3": Schedule((), block_size=16, paged=True, fp8_keys=True, fp8_index=True, capacity=384, **SIZES),
     "dense": Schedule((), block_size=16, topk=None, paged=True, capacity=384, **SIZES),
+}
+
+
+STEPS = {
+    "16 bits": PagedStep(head_dim=64, index_head_dim=64, block_size=64, topk=2, **SIZES),
+    "e4m3": PagedStep(
+        group_size=16, head_dim=128, index_head_dim=128, block_size=128, topk=16, fp8_keys=True, fp8_index=True, **SIZES
+    ),
+    "one scale": PagedStep(
+        group_size=1, block_size=8, topk=1, scales="tensor", num_kv_heads=1, fp8_index=True, dtype="float16"
+    ),
+    "dense": PagedStep(topk=None, fp8_keys=True, scales="none", **SIZES),
 }
 
 
@@ -109,10 +124,34 @@ def test_the_schedules_of_a_shape_compile_nothing(shape):
     check()
 
 
+@pytest.mark.parametrize("shape", STEPS.values(), ids=STEPS)
+def test_the_steps_of_a_shape_compile_nothing(shape, monkeypatch):
+    """Recorded from tensors on the CPU, whose strides and alignments are those of a GPU's."""
+    monkeypatch.setattr(paged, "choose_backend", lambda *arguments: "triton")
+    monkeypatch.setattr(target, "_device_target", lambda device: SM_90)
+    if target.GLUON:
+        from flexmsa.kernels.triton.selection import kernel_sm90
+
+        monkeypatch.setattr(kernel_sm90, "work_counters", lambda number, device: meta(number))
+
+    @settings(max_examples=60)
+    @given(strategies.paged_variations(shape, **fuzz.GPU_STEPS))
+    def check(step):
+        assert step.shape == shape.shape
+        with record(SM_90) as launches, kernels_for_many_queries(None, "triton") if step.seed % 2 else nullcontext():
+            run = StepRun(step, "cpu", "triton")
+            run.attend()
+            if step.topk is not None:
+                run.attend_in_parts()
+        assert missing(launches, shape) == set()
+
+    check()
+
+
 def test_shapes_are_distinct_and_reach_the_kernels_of_hopper():
     shapes = list(islice(fuzz.draw_shapes(("bfloat16", "float16"), 0), 60))
     assert len({shape.shape for shape in shapes}) == 60
-    assert sum(isinstance(shape, Schedule) for shape in shapes) > 12
+    assert all(sum(isinstance(shape, kind) for shape in shapes) > 9 for kind in (Schedule, PagedStep))
     names = {launch.kernel.__name__ for shape in shapes for launch in launches_of(shape, SM_90)}
     assert {name for name in names if "sm90" in name} == {
         "selection_sm90_kernel",

@@ -71,7 +71,7 @@ def test_a_selection_of_other_lengths(documents, scaled, name):
 
     with record(TARGETS[name]) as ahead:
         for number in TRAINING_VARIANTS:
-            select_on_meta(vectors(512), meta(documents, 5), layer.rule, number, number)
+            select_on_meta(vectors(512), meta(documents, 5), None, layer.rule, number, number)
     for tokens in (128, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 131072):
         index_q, index_k, scale = vectors(tokens)
         with record(TARGETS[name]) as found:

@@ -91,9 +91,14 @@ def table_on_meta(page_table: torch.Tensor, num_blocks: int) -> torch.Tensor:
     return torch.empty(page_table.shape[0], num_blocks, dtype=torch.int32, device="meta")
 
 
-def capacity_of(page_table: torch.Tensor | None, cache: torch.Tensor) -> int:
-    """Keys that a row of a cache [.., .., capacity or block_size, D] has room for."""
-    return cache.shape[2] * (1 if page_table is None else page_table.shape[1])
+def capacity_of(page_table: torch.Tensor | None, cache: torch.Tensor, batch: int | None = None) -> int:
+    """Keys that a row of a cache [.., .., capacity or block_size, D] has room for.
+
+    batch: if given, keys of all sequences of one of so many batch rows, which share a page table's rows.
+    """
+    if page_table is None:
+        return cache.shape[2]
+    return cache.shape[2] * (page_table.shape[1] if batch is None else page_table.numel() // batch)
 
 
 def keys_per_row(scale: torch.Tensor | None, stored: torch.Tensor) -> int:

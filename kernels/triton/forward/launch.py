@@ -19,6 +19,7 @@ from ...workspace import ranges_per_pass, tokens_per_range
 from ..common.fp8 import Cache
 from ..common.launch import choose, view
 from ..common.passes import of_passes, run_pass
+from ..common.records import capacity_of
 from ..common.target import GLUON, Target, target_of
 from ..common.tiles import tma_ready
 from ..schedule.make_index import inverse_index
@@ -53,12 +54,6 @@ def problem_of(inputs: Inputs, block_indices: torch.Tensor | None, block_size: i
     )
 
 
-def total_keys(inputs: Inputs, batch: int) -> int:
-    """Keys that the sequences of a batch row have room for, all together."""
-    table = inputs.cache.page_table
-    return inputs.k.shape[2] * (1 if table is None else table.numel() // batch)
-
-
 def attend_key_major(
     inputs: Inputs,
     block_indices: torch.Tensor,
@@ -81,7 +76,7 @@ def attend_key_major(
         batch=batch,
         num_kv_heads=problem.num_kv_heads,
         seqlen_q=results.seqlen_q,
-        seqlen_k=total_keys(inputs, batch),
+        seqlen_k=capacity_of(inputs.cache.page_table, inputs.k, batch),
         block_size=problem.block_size,
         range_tokens=range_tokens,
         skip=tiles.skip,

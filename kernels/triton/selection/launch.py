@@ -137,41 +137,23 @@ def select_blocks(
     rule: SelectionRule,
     page_table: torch.Tensor | None = None,
     index_k_scale: torch.Tensor | None = None,
-    config: SelectionConfig | None = None,
     ids: torch.Tensor | None = None,
+    config: SelectionConfig | None = None,
 ) -> torch.Tensor:
     """block_indices [B, Hkv, Sq, topk] int32, as the module's docstring defines them; others as for `rank_blocks`."""
-    if is_ahead() and page_table is None and config is None:
-        vectors, table = (index_q, index_k, index_k_scale), on_meta(sequences)
+    if is_ahead() and config is None:
+        vectors, tables = (index_q, index_k, index_k_scale), (on_meta(sequences), page_table)
         for number in VARIANTS:
-            select_on_meta(vectors, table, rule, number)
-        for number in TRAINING_VARIANTS if index_q.shape[2] == index_k.shape[2] else ():
-            select_on_meta(vectors, table, rule, number, number)
+            select_on_meta(vectors, *tables, rule, number, ids=on_meta(ids))
+        trains = page_table is None and index_q.shape[2] == index_k.shape[2]
+        for number in TRAINING_VARIANTS if trains else ():
+            select_on_meta(vectors, *tables, rule, number, number)
+    elif page_table is not None:
+        compile_other_lengths(("select", index_q.device, length_key(index_q), index_k.dtype, rule))
     ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, config, ids=ids)
     if lists is not None:
         merge_splits(lists, ids, sequences)
     return ids
-
-
-def select_pages(
-    index_q: torch.Tensor,
-    index_k: torch.Tensor,
-    sequences: torch.Tensor,
-    rule: SelectionRule,
-    page_table: torch.Tensor,
-    index_k_scale: torch.Tensor | None,
-    ids: torch.Tensor,
-) -> None:
-    """`select_blocks` from pages, to ids; index_k_scale may be [block_size], of each page."""
-    if is_ahead():
-        for number in VARIANTS:
-            with for_one_length():
-                table = table_on_meta(page_table, number)
-                meta = on_meta(index_q), index_k, on_meta(sequences), rule, table, index_k_scale
-                select_blocks(*meta, ids=on_meta(ids))
-    else:
-        compile_other_lengths(("select pages", index_q.device, length_key(index_q), index_k.dtype, rule))
-    select_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, ids=ids)
 
 
 def scored_blocks(
@@ -195,23 +177,34 @@ def scored_blocks(
     return ids, scores
 
 
+def with_room(stored: Any, page_table: Any, num_blocks: int, block_size: int) -> tuple[Any, Any]:
+    """Like `stored`, vectors and scales of a cache, and its page table: on meta, with room for num_blocks blocks."""
+    if page_table is not None:
+        return stored, table_on_meta(page_table, num_blocks)
+    return [on_meta(x, num_blocks * block_size) for x in stored], None
+
+
 def scored_on_meta(vectors: Any, page_table: Any, sequences: Any, rule: SelectionRule, num_blocks: int) -> None:
     """`scored_blocks` on meta tensors, for caches whose rows have room for num_blocks blocks."""
-    index_q, index_k, scale = vectors
-    keys = num_blocks * rule.block_size if page_table is None else None
-    table = None if page_table is None else table_on_meta(page_table, num_blocks)
+    (index_k, scale), table = with_room(vectors[1:], page_table, num_blocks, rule.block_size)
     with for_one_length():
-        scored_blocks(index_q, on_meta(index_k, keys), sequences, rule, table, on_meta(scale, keys))
+        scored_blocks(vectors[0], index_k, sequences, rule, table, scale)
 
 
 def select_on_meta(
-    vectors: Any, sequences: torch.Tensor, rule: SelectionRule, num_blocks: int, query_blocks: int | None = None
+    vectors: Any,
+    sequences: torch.Tensor,
+    page_table: Any,
+    rule: SelectionRule,
+    num_blocks: int,
+    query_blocks: int | None = None,
+    ids: Any = None,
 ) -> None:
     """`select_blocks` on meta tensors like `vectors` (index_q, index_k, its scales), of num_blocks blocks.
 
     query_blocks: if given, the number of queries, in blocks.
     """
     index_q = on_meta(vectors[0], query_blocks and query_blocks * rule.block_size)
-    index_k, scale = (on_meta(x, num_blocks * rule.block_size) for x in vectors[1:])
+    (index_k, scale), table = with_room(vectors[1:], page_table, num_blocks, rule.block_size)
     with for_one_length():
-        select_blocks(index_q, index_k, sequences, rule, index_k_scale=scale)
+        select_blocks(index_q, index_k, sequences, rule, table, scale, ids)

@@ -9,11 +9,11 @@ from ...problem import Problem
 from ...rules import FEW_QUERIES, MOST_BLOCKS, SelectionRule
 from ..common.fp8 import Cache
 from ..common.launch import Launch, Options, compile_other_lengths, for_one_length, is_ahead, on_meta, view
-from ..common.records import Scales, keys_per_row, pages_of, table_on_meta
+from ..common.records import Scales, keys_per_row, pages_of
 from ..common.target import target_of
 from ..common.tiles import length_key, tile_table
 from ..forward.launch import block_sparse_attention_forward
-from ..selection.launch import VARIANTS, rank_blocks
+from ..selection.launch import VARIANTS, rank_blocks, with_room
 from ..selection.merge import Lists, merge_splits
 from .attend import Results, attend_constants, attend_kernel
 from .combine import combine_constants, combine_splits
@@ -125,11 +125,12 @@ def attend_blocks(
     page_table: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     config: AttendConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of attention to the given blocks, or all visible ones, as `attend` has it."""
     cache = Cache(page_table, k_scale, v_scale)
-    return attend(q, k, v, cache, Chosen(block_indices), sequences, block_size, scale, config)
+    return attend(q, k, v, cache, Chosen(block_indices), sequences, block_size, scale, config, out)
 
 
 def select_and_attend(
@@ -145,62 +146,40 @@ def select_and_attend(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     index_k_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, lse, block_indices) of `select_blocks` and `attend_blocks`, in a launch less where the keys are split."""
+    """(out, lse, block_indices) of `select_blocks` and `attend_blocks`, in a launch less where the keys are split.
+
+    `out` and `ids` are written where they are given. Scales of pages may be [block_size], of each page.
+    """
+    stored = k, v, index_k, k_scale, v_scale, index_k_scale
     if is_ahead():
-        queries, stored = (on_meta(q), on_meta(index_q)), (k, v, index_k, k_scale, v_scale, index_k_scale)
+        queries, written = (on_meta(q), on_meta(index_q)), (on_meta(out), on_meta(ids))
         for number in VARIANTS:
-            attend_on_meta(queries, stored, page_table, on_meta(sequences), rule, scale, number)
+            attend_on_meta(queries, stored, page_table, on_meta(sequences), rule, scale, number, *written)
     else:
-        sizes = q.shape[1:], index_q.shape[1:], q.dtype, k.dtype, index_k.dtype, page_table is None
-        compile_other_lengths((q.device, *sizes, rule))
-    ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale)
+        kinds = length_key(q), length_key(index_q), q.dtype, k.dtype, index_k.dtype, page_table is None
+        compile_other_lengths((q.device, *kinds, rule))
+    ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, ids=ids)
     cache = Cache(page_table, k_scale, v_scale)
-    out, lse = attend(q, k, v, cache, Chosen(ids, lists), sequences, rule.block_size, scale)
+    out, lse = attend(q, k, v, cache, Chosen(ids, lists), sequences, rule.block_size, scale, out=out)
     return out, lse, ids
 
 
-def attend_pages(
-    q: torch.Tensor,
-    index_q: torch.Tensor | None,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    index_k: torch.Tensor,
-    page_table: torch.Tensor,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    index_k_scale: torch.Tensor | None,
-    sequences: torch.Tensor,
-    rule: SelectionRule | None,
-    scale: float,
-    out: torch.Tensor,
-    ids: torch.Tensor | None,
-) -> torch.Tensor:
-    """Write `out`, and with a rule the ids of its selection; return lse. Scales may be [block_size], of each page."""
-    if is_ahead():
-        stored = on_meta(q), on_meta(index_q), k, v, index_k
-        for number in VARIANTS:
-            with for_one_length():
-                table = table_on_meta(page_table, number)
-                scales = k_scale, v_scale, index_k_scale
-                attend_pages(*stored, table, *scales, on_meta(sequences), rule, scale, on_meta(out), on_meta(ids))
-    else:
-        kinds = length_key(q), index_q is None, q.dtype, k.dtype, index_k.dtype
-        compile_other_lengths(("pages", q.device, *kinds, rule))
-    lists = None
-    if index_q is not None and rule is not None:
-        ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, ids=ids)
-    cache = Cache(page_table, k_scale, v_scale)
-    return attend(q, k, v, cache, Chosen(ids, lists), sequences, k.shape[2], scale, out=out)[1]
-
-
 def attend_on_meta(
-    queries: Any, stored: Any, page_table: Any, sequences: Any, rule: SelectionRule, scale: float, num_blocks: int
+    queries: Any,
+    stored: Any,
+    page_table: Any,
+    sequences: Any,
+    rule: SelectionRule,
+    scale: float,
+    num_blocks: int,
+    out: Any = None,
+    ids: Any = None,
 ) -> None:
     """`select_and_attend` on meta tensors, for caches whose rows have room for num_blocks blocks."""
-    keys = num_blocks * rule.block_size if page_table is None else None
-    vectors, scales = ([on_meta(x, keys) for x in part] for part in (stored[:3], stored[3:]))
-    table = None if page_table is None else table_on_meta(page_table, num_blocks)
-    arguments: Any = *queries, *vectors, sequences, rule, scale, table, *scales
+    stored, table = with_room(stored, page_table, num_blocks, rule.block_size)
+    arguments: Any = *queries, *stored[:3], sequences, rule, scale, table, *stored[3:], out, ids
     with for_one_length():
         select_and_attend(*arguments)
