@@ -22,7 +22,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for axes, kind in zip(panels, kinds, strict=True):
         draw_panel(axes, kind, [row for row in rows if row["heads"] == kind])
     panels[0].set_yscale("log")
-    panels[0].set_ylim(top=6 * max(row["one_ms"] for row in rows))
+    panels[0].set_ylim(top=6 * max(row["one_ms"] or row["step_ms"] for row in rows))
     panels[0].set_yticks([10, 100, 1e3, 1e4], ["10 ms", "0.1 s", "1 s", "10 s"])
     panels[0].set_ylabel("training step of one layer's attention")
     figure.suptitle(f"Context parallel on {found['machine']}, bf16", fontsize=11)
@@ -44,7 +44,8 @@ def draw_panel(axes: "Axes", kind: str, rows: list[dict[str, Any]]) -> None:
             bar.set_color(color)
         bars.set_label(label)
         if name == "step_ms":
-            axes.bar_label(bars, [f"{row['efficiency']:.0%}" for _, row in timed], fontsize=9)
+            shares = (row["efficiency"] for _, row in timed)
+            axes.bar_label(bars, [f"{share:.0%}" if share else "" for share in shares], fontsize=9)
     heads, groups, size = kind.split("/")
     decorate(axes, f"{heads} query and {groups} KV heads of {size}\n(above the bars: of linear scaling)")
     axes.set_xticks(range(len(rows)), [f"{row['tokens'] // 1024}K" for row in rows])

@@ -289,13 +289,18 @@ def gpu_shares() -> str:
     return markdown(head, rows) if rows else ""
 
 
+def _or_dash(value: float | None, how: str) -> str:
+    """The number, or a dash where nothing was measured."""
+    return "-" if value is None else f"{value:{how}}"
+
+
 def gpu_processes() -> str:
     """Steps of context parallel on several GPUs beside one: attention, then a model."""
     found = load_result("distributed-h200.json")
     rows = []
     for row in found["attention"]:
-        times = (f"{row[name]:.0f}" for name in ("one_ms", "share_ms", "step_ms"))
-        shares = (f"{row[name]:.0%}" for name in ("exposed", "efficiency"))
+        times = (_or_dash(row[name], ".0f") for name in ("one_ms", "share_ms", "step_ms"))
+        shares = (_or_dash(row[name], ".0%") for name in ("exposed", "efficiency"))
         dense = row["dense_ms"]
         beside = "-" if dense is None else f"{dense:.0f} ({dense / row['step_ms']:.1f}x)"
         names = row["heads"], f"{row['tokens'] // 1024}K", str(row["processes"])
@@ -303,9 +308,9 @@ def gpu_processes() -> str:
     times = ["1 GPU, ms", "share, ms", "step, ms"]
     head = ["heads", "tokens", "GPUs", *times, "exposed", "efficiency", "memory", "dense, ms"]
     models = (
-        f"The model of the table above at {row['tokens'] // 1024}K tokens, with FSDP2 and context parallel: "
-        f"{row['one_ms']:.0f} ms on one GPU, {row['step_ms']:.0f} on {row['processes']} ({row['efficiency']:.0%}), "
-        f"{row['memory_gib']:.1f} GiB on each."
+        f"The model of the table above that saves the selection, at {row['tokens'] // 1024}K tokens, with FSDP2 and "
+        f"context parallel:\n{_or_dash(row['one_ms'], '.0f')} ms on one GPU, {row['step_ms']:.0f} on "
+        f"{row['processes']} ({_or_dash(row['efficiency'], '.0%')}), {row['memory_gib']:.1f} GiB on each."
         for row in found["model"]
     )
     return f"{found['machine']}, torch {found['torch']}.\n\n{markdown(head, rows)}\n\n" + "\n".join(models)
@@ -315,7 +320,7 @@ def gpu_processes_decode() -> str:
     """A decoding step on several GPUs beside one."""
     rows = []
     for row in load_result("distributed-h200.json")["decode"]:
-        times = (f"{row[name]:.0f}" for name in ("one_us", "heads_us", "keys_us"))
+        times = (_or_dash(row.get(name), ".0f") for name in ("one_us", "heads_us", "keys_us"))
         rows.append([row["heads"], f"{row['tokens'] // 1024}K", str(row["processes"]), *times])
     return markdown(["heads", "keys", "GPUs", "1 GPU, us", "by heads, us", "by keys, us"], rows)
 

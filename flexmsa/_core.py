@@ -104,6 +104,9 @@ def _decode(
     rule = settings.rule
     if rule is None or q.shape[2] > FEW_QUERIES or _needs_grad(q, k, v, index_q, index_k):
         return None
+    # vmap has no rule for operators that write their arguments.
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return None
     backend = choose_backend("block_sparse_attention", settings.backend, q)
     if backend not in ("torch", "triton"):
         return None

@@ -57,7 +57,14 @@ def check_tokens(
         raise TypeError(f"{name}: expected {wanted} for pages of {pool.dtype}, got {x.dtype}; cast it")
 
 
-def check_buffer(name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype, device: torch.device) -> None:
+def check_buffer(
+    name: str,
+    x: Tensor,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    is_written: bool = True,
+) -> None:
     """Check a tensor [T, H, n] that a kernel writes, or ids that it reads, of which n may be any."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor {list(shape)}, got {type(x).__name__}")
@@ -69,6 +76,11 @@ def check_buffer(name: str, x: Tensor, shape: tuple[int | None, ...], dtype: tor
         raise TypeError(
             f"{name}: expected {dtype} on {device} with a dense last dimension, got {x.dtype} on {x.device} with "
             f"strides {list(x.stride())}"
+        )
+    if is_written and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: expected memory of its own for each number, got strides {list(x.stride())}; pass a tensor that "
+            "is not expanded"
         )
 
 

@@ -305,7 +305,7 @@ class MSAttention(Layer):
 
         def heads(projection: nn.Module, x: Tensor, number: int, size: int, norm: nn.Module | None = None) -> Tensor:
             y = projection(x) if shards is None else shards.own(projection, x, number * size)
-            y = y.view(*y.shape[:-1], -1, size).transpose(1, 2)
+            y = y.view(*y.shape[:-1], y.shape[-1] // size, size).transpose(1, 2)
             if y.shape[1] != number:
                 raise ValueError(
                     f"layer: expected projections of {number} heads, as its config says, got {y.shape[1]}; shard the "

@@ -283,7 +283,7 @@ def attend_pages(
         index_q: [T, Hkv, Di]; may be None if nothing is selected.
         topk: None attends to every block.
         block_indices: [T, Hkv, topk] int32, attended to instead of a selection.
-        out: [T, Hq, D] of q's dtype to write to, of any strides but the last.
+        out: [T, Hq, D] of q's dtype to write to, of any strides but the last, in memory other than q's.
         block_indices_out: [T, Hkv, topk] int32, where a selection is written, of any strides but the last.
         Others: as for `flexmsa.decode`; "reference" has no kernel for this.
 
@@ -312,7 +312,7 @@ def attend_pages(
     check_buffer("out", out, tuple(q.shape), q.dtype, q.device)
     num_kv_heads, ids = pools.k.shape[1], block_indices
     if ids is not None:
-        check_buffer("block_indices", ids, (batch.num_tokens, num_kv_heads, None), torch.int32, q.device)
+        check_buffer("block_indices", ids, (batch.num_tokens, num_kv_heads, None), torch.int32, q.device, False)
     if ids is not None or topk is None:
         if block_indices_out is not None:
             raise ValueError("block_indices_out: expected None where nothing is selected, got a tensor")
@@ -324,7 +324,7 @@ def attend_pages(
         shape, ids = (batch.num_tokens, num_kv_heads, topk), block_indices_out
         ids = torch.empty(shape, dtype=torch.int32, device=q.device) if ids is None else ids
         check_buffer("block_indices_out", ids, shape, torch.int32, q.device)
-    validation.reject_gradients(q=q, index_q=index_q, k=pools.k, v=pools.v, index_k=pools.index_k)
+    validation.reject_gradients(q=q, index_q=index_q, k=pools.k, v=pools.v, index_k=pools.index_k, out=out)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if isinstance(pools.k_scale, float):
         scale = scale * pools.k_scale

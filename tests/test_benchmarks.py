@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 import flexmsa
 from benchmarks import (
     cpu_plot,
+    distributed_plot,
     gpu,
     gpu_model,
     gpu_peer_steps,
@@ -470,6 +471,18 @@ def test_the_picture_is_written(tmp_path):
     pytest.importorskip("matplotlib")
     gpu_plot.draw(gpu_tables.gpu_rows().values(), "GPU", tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
+
+
+def test_what_one_gpu_cannot_hold_has_a_dash(monkeypatch, tmp_path):
+    found = gpu_tables.load_result("distributed-h200.json")
+    for part in ("attention", "model"):
+        found[part][0] |= {"one_ms": None, "efficiency": None}
+    del found["decode"][0]["heads_us"]
+    monkeypatch.setattr(gpu_tables, "load_result", lambda name: found)
+    assert "| 2 | - |" in gpu_tables.gpu_processes() and "- ms on one GPU" in gpu_tables.gpu_processes()
+    assert " | - | " in gpu_tables.gpu_processes_decode().splitlines()[2]
+    pytest.importorskip("matplotlib")
+    distributed_plot.draw(found, tmp_path / "processes.png")
 
 
 def test_the_pictures_of_the_documents_are_drawn_from_the_results(tmp_path):

@@ -1,6 +1,7 @@
 """Few queries over many keys, without a cache: right, as `decode` has it, and no work that grows with the keys."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -104,6 +105,16 @@ def test_the_work_does_not_grow_with_the_keys(queries):
     few, many = work_of(2048, queries), work_of(32768, queries)
     for name, elements in few.items():
         assert many[name] < 1.25 * elements, name
+
+
+def test_vmap():
+    """Few queries take the way of training there: vmap has no rule for operators that write their arguments."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 1, heads, 40, 16) for heads in (4, 2, 2, 2, 1)]
+    tensors[0], tensors[3] = tensors[0][:, :, :, -3:], tensors[3][:, :, :, -3:]
+    attend = partial(flexmsa.attention, block_size=8, topk=2)
+    found = torch.vmap(attend)(*tensors)
+    torch.testing.assert_close(found, torch.stack([attend(*row) for row in zip(*tensors, strict=True)]))
 
 
 def test_few_queries_make_few_tiles():

@@ -50,6 +50,11 @@ def test_generation_from_the_cache_equals_the_whole(layer, topk, steps):
     torch.testing.assert_close(torch.cat([out for out, _ in pieces], dim=1), whole)
 
 
+def test_an_empty_batch(layer):
+    out, loss = layer(torch.zeros(0, 5, layer.config.hidden_size))
+    assert out.shape == (0, 5, layer.config.hidden_size) and loss == 0
+
+
 def test_left_padding_changes_nothing_for_a_prompt(layer):
     x = torch.randn(1, 30, 32)
     pad = 11

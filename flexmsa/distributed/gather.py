@@ -34,7 +34,7 @@ class _Finish(torch.autograd.Function):
         ctx.save_for_backward(order)
         ctx.is_padded, ctx.group = is_padded, group
         ctx.set_materialize_grads(False)
-        return tuple(collectives.wait_tensor(x).index_select(0, places).movedim(0, -2) for x in gathered)
+        return _in_order(gathered, places)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -44,6 +44,11 @@ class _Finish(torch.autograd.Function):
         pending = [None if grad is None else scatter(grad) for grad in grads]
         sums = [None if x is None else _sum_of_ranks(x, ctx.group.size()) for x in pending]
         return None, None, None, None, *sums, *(None for _ in sums)
+
+
+def _in_order(gathered: Sequence[Tensor], places: Tensor) -> tuple[Tensor, ...]:
+    """[..., S, D] of what was gathered, [W L, ..., D]."""
+    return tuple(collectives.wait_tensor(x).index_select(0, places).movedim(0, -2) for x in gathered)
 
 
 def _begin_to_scatter(grad: Tensor, order: Tensor, is_padded: bool, group: Any) -> Tensor:
@@ -71,6 +76,9 @@ def begin_to_gather(tensors: Sequence[Tensor], shards: "SequenceShards") -> list
 
 def finish_gathering(tensors: Sequence[Tensor], gathered: list[Tensor], shards: "SequenceShards") -> tuple[Tensor, ...]:
     """[..., S, D] of all processes for each tensor, in the order of the tokens, with gradients for the tensors."""
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        # Dynamo would call a `forward` with *args and no gradient without its ctx.
+        return _in_order(gathered, shards.places)
     outs: tuple[Tensor, ...] = _Finish.apply(
         shards.places, shards.order, shards.is_padded, shards.mesh.get_group(), *tensors, *gathered
     )

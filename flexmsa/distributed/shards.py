@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from flexmsa import ops
+from flexmsa import ops, validation
 from flexmsa.distributed.gather import gather_tokens
 from flexmsa.distributed.mesh import check_mesh
 
@@ -57,6 +57,8 @@ class SequenceShards:
         device: torch.device | str | None = None,
     ) -> None:
         check_mesh(mesh)
+        for name, value in {"seqlen": seqlen, "batch_size": batch_size, "length_multiple": length_multiple}.items():
+            validation.check_int(name, value, 1)
         if layout not in ("head-tail", "contiguous"):
             raise ValueError(f'layout: expected "head-tail" or "contiguous", got {layout!r}')
         offsets = [0, seqlen] if cu_seqlens is None else _offsets(cu_seqlens, seqlen, batch_size)

@@ -133,7 +133,7 @@ class HeadShards:
         operators = torch.ops._c10d_functional
         gathered = operators.all_gather_into_tensor(heads.contiguous(), self.replicas, self._group_name)
         parts = operators.wait_tensor(gathered)
-        parts = parts.view(self.replicas, -1, *parts.shape[1:])
+        parts = parts.view(self.replicas, heads.shape[0], *parts.shape[1:])
         return parts.transpose(0, 1).flatten(1, 2)
 
     def project(self, projection: nn.Module, out: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def attend_blocks(
         )
         return found if out is None else out.copy_(found), lse
     num_heads, dtype = k.shape[1], compute_dtype(q.dtype)
-    out = torch.zeros(q.shape, dtype=q.dtype) if out is None else out.zero_()
+    # Not written in place: out may be q.
+    found = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full(q.shape[:-1], -torch.inf, dtype=dtype)
     sequence, position = query_positions(sequences, q.shape[0], q.shape[2])
     k_start = sequence_columns(sequences).k_start[sequence]
@@ -73,9 +74,9 @@ def attend_blocks(
             result, row_lse = _attend_fused(rows, k, v, scale, keys, scratch)
         else:
             result, row_lse = _attend(rows.to(dtype).mul_(scale), k, v, k_scale, v_scale, keys, scratch)
-        out[batch, :, token] = result.reshape(len(batch), -1, q.shape[-1]).to(out.dtype)
+        found[batch, :, token] = result.reshape(len(batch), -1, q.shape[-1]).to(q.dtype)
         lse[batch, :, token] = row_lse.reshape(len(batch), -1)
-    return out, lse
+    return found if out is None else out.copy_(found), lse
 
 
 def select_and_attend(

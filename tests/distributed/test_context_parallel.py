@@ -141,7 +141,10 @@ def train_layer(wrap, in_backward):
 
 
 def compile_layer():
-    """Differences of a compiled layer from an eager one, in out, loss and gradients, for parts of two lengths."""
+    """Differences of a compiled layer from an eager one, in out, loss and gradients, for parts of two lengths.
+
+    And without gradients, and with a frozen index branch.
+    """
     layer, errors = new_layer(), []
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for case in ({"cu_seqlens": DOCUMENTS}, {"seqlen": 51}):
@@ -152,6 +155,13 @@ def compile_layer():
             out, loss = run_layer(x, shards=shards)
             found.append((out, loss, *torch.autograd.grad(out.square().sum() + loss, layer.parameters())))
         errors += [(a - b).abs().max().item() for a, b in zip(*found, strict=True)]
+    shards = cut({}, "head-tail")
+    x = shards.shard(torch.linspace(-1, 1, 64 * 32, dtype=torch.float64).view(1, 64, 32))
+    with torch.no_grad():
+        errors.append((compiled(x, shards=shards)[0] - layer(x, shards=shards)[0]).abs().max().item())
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_("index" not in name)
+    errors.append((compiled(x, shards=shards)[0] - layer(x, shards=shards)[0]).abs().max().item())
     return errors
 
 
@@ -177,6 +187,7 @@ def refuse():
         lambda: shards.shard(x[:, :9]),
         lambda: SequenceShards(64, shards.mesh, cu_seqlens=torch.tensor([0, 63], device="cpu")),
         lambda: SequenceShards(64, shards.mesh, layout="striped"),
+        lambda: SequenceShards(64, shards.mesh, length_multiple=0),
         lambda: new_layer().eval()(shards.shard(x), shards=shards, cache=new_layer().double().new_cache(1, 64)),
         lambda: cut({"cu_seqlens": DOCUMENTS}, "head-tail").row_positions(torch.tensor([3])),
         lambda: new_layer()(
@@ -261,6 +272,7 @@ def test_a_part_is_not_taken_as_the_whole(results):
         "x: expected 64 tokens along dimension 1, got [1, 9, 32]",
         "cu_seqlens: expected offsets that rise from 0 to 64, got [0, 63]",
         'layout: expected "head-tail" or "contiguous"',
+        "length_multiple: expected an int >= 1, got 0",
         "cache: expected alone, got it with cu_seqlens, kv_starts, shards",
         "kv_starts: expected None with cu_seqlens",
         "kv_starts: expected None with cu_seqlens",

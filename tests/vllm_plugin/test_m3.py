@@ -1,10 +1,13 @@
 """vLLM's MiniMax-M3 with flexmsa's kernels: its layer's steps, from metadata made by hand, against the reference."""
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +158,28 @@ def test_settings_that_are_not_supported(monkeypatch):
     monkeypatch.setattr(vllm, "__version__", "0.33.0")
     with pytest.raises(RuntimeError, match=r"vllm: expected version 0\.32.*got 0\.33\.0"):
         verify(config)
+
+
+def test_pages_in_another_dtype_than_the_model(monkeypatch):
+    monkeypatch.setattr(settings.current_platform, "is_cuda", lambda: True)
+    config = SimpleNamespace(
+        cache_config=CacheConfig(cache_dtype="float16"),
+        attention_config=AttentionConfig(),
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
+    )
+    with pytest.raises(NotImplementedError, match=r"kv_cache_dtype: expected auto, fp8 or the model's torch\.bfloat16"):
+        settings.MiniMaxM3Config.verify_and_update_config(config)
+
+
+def test_pages_that_vllm_drops_are_freed():
+    layer = Layer((20,))
+    layer.run([(0, 20)])
+    (pools,) = layer.layer.impl._bound._found.values()
+    kept = weakref.ref(layer.layer.kv_cache), weakref.ref(pools)
+    del pools
+    layer.layer.kv_cache = layer.layer.indexer.index_cache.kv_cache = torch.tensor([])
+    gc.collect()
+    assert [x() for x in kept] == [None, None]
 
 
 def test_a_switch_that_is_neither(monkeypatch):

@@ -5,11 +5,13 @@ in pages [P, 1, page, Di]. Each is a layer of its own to vLLM, which allocates t
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -26,7 +28,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, MLAAtte
 from flexmsa import PagedBatch, PagePools, attend_pages, write_pages
 from flexmsa.integrations.vllm.settings import SparseSettings
 
-__all__ = ["SparseAttention", "backend", "batch_of_step", "table_for_steps"]
+__all__ = ["BoundPools", "SparseAttention", "backend", "batch_of_step", "table_for_steps"]
 
 
 @dataclass
@@ -75,6 +77,24 @@ def batch_of_step(given: CommonAttentionMetadata, page_size: int, most_drafts: i
         page_size=page_size,
         table=table[: rows + 4],
     )
+
+
+class BoundPools:
+    """The pools of a layer's pages, kept only as long as vLLM keeps the pages.
+
+    Making them for each step would take time of the host.
+    """
+
+    def __init__(self) -> None:
+        self._found: Any = WeakIdKeyDictionary()
+
+    def of(self, pages: Tensor, index_pages: Tensor, make: Callable[[Tensor, Tensor], PagePools]) -> PagePools:
+        """Return make(pages, index_pages), made once."""
+        found: PagePools | None = self._found.get(pages)
+        if found is None or found.index_k.data_ptr() != index_pages.data_ptr():
+            # Views of the tensors themselves would keep them.
+            found = self._found[pages] = make(pages.detach(), index_pages.detach())
+        return found
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
@@ -192,6 +212,7 @@ class SparseAttention(CachedLayer):
         super().__init__(dense.layer_name, settings.block_size)
         self.settings, self.scale = settings, dense.impl.scale
         self.num_kv_heads, self.head_size = dense.num_kv_heads, dense.head_size
+        self._bound = BoundPools()
         self.index_keys = IndexKeys(f"{dense.layer_name}.index_keys", settings)
 
     def get_kv_cache_spec(self, vllm_config: Any) -> FullAttentionSpec:
@@ -205,26 +226,24 @@ class SparseAttention(CachedLayer):
         torch.ops.vllm.flexmsa_attention(q, k, v, index_q, index_k, out, _encode_layer_name(self.layer_name))
         return out
 
-    @functools.cached_property
     def pools(self) -> PagePools:
-        """The pages, once vLLM has allocated them."""
-        k, v = self.kv_cache.split(self.head_size, dim=-1)
-        return PagePools(k, v, self.index_keys.kv_cache)
+        """Return the pages, once vLLM has allocated them."""
+        return self._bound.of(self.kv_cache, self.index_keys.kv_cache, self._make_pools)
 
-    def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Take the pages from vLLM."""
-        super().bind_kv_cache(kv_cache)
-        self.__dict__.pop("pools", None)
+    def _make_pools(self, pages: Tensor, index_pages: Tensor) -> PagePools:
+        k, v = pages.split(self.head_size, dim=-1)
+        return PagePools(k, v, index_pages)
 
     def attend(self, step: StepMetadata, q: Tensor, k: Tensor, v: Tensor, index: tuple[Tensor, Tensor], out: Tensor):
         """Do what `forward` says, for the tokens of `step`."""
         (index_q, index_k), n, settings = index, step.num_tokens, self.settings
         assert step.batch is not None
-        write_pages(k[:n], v[:n], index_k[:n], self.pools, step.slot_mapping)
+        pools = self.pools()
+        write_pages(k[:n], v[:n], index_k[:n], pools, step.slot_mapping)
         attend_pages(
             q[:n],
             index_q[:n],
-            self.pools,
+            pools,
             step.batch,
             topk=settings.topk,
             num_local_blocks=settings.num_local_blocks,

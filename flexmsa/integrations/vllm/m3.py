@@ -5,6 +5,7 @@ through `topk_indices_buffer`, then attends to them. Weights, pages and that buf
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from flexmsa import PagedBatch, PagePools, attend_pages, validation
-from flexmsa.integrations.vllm.attention import backend, batch_of_step, table_for_steps
+from flexmsa.integrations.vllm.attention import BoundPools, backend, batch_of_step, table_for_steps
 from flexmsa.integrations.vllm.settings import check_m3_dtypes
 
 __all__ = ["MiniMaxM3MTP", "MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration"]
@@ -114,7 +115,9 @@ class M3Indexer(MiniMaxM3IndexerImpl):
 class M3Attention(MiniMaxM3SparseImpl):
     """Selects blocks and attends to them, in one operator on vLLM's pages."""
 
-    _bound: tuple[Tensor, Tensor, PagePools] | None = None
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._bound = BoundPools()
 
     def forward(
         self, layer: Any, query: Tensor, kv_cache: Tensor, output: Tensor, *, query_fp8: Tensor | None = None
@@ -131,13 +134,16 @@ class M3Attention(MiniMaxM3SparseImpl):
                 "kv_cache_groups: expected index keys and keys of a layer in one group, which has one block table, "
                 "got two groups; unset FLEXMSA_VLLM_M3"
             )
-        n = step.num_actual_tokens
+        if index_q is None:
+            raise RuntimeError("indexer: expected its call before the attention's, got none; unset FLEXMSA_VLLM_M3")
+        n, index_pages = step.num_actual_tokens, layer.indexer.index_cache.kv_cache
+        pools = self._bound.of(kv_cache, index_pages, partial(self._make_pools, layer))
         if index_q.element_size() == 1:
             index_q = index_q.to(query.dtype)
         attend_pages(
             query[:n].unflatten(1, (self.num_heads, self.head_size)),
             index_q[:n].unflatten(1, (indexer.num_index_heads, indexer.index_head_dim)),
-            self._pools(layer, kv_cache),
+            pools,
             step.batch,
             topk=self.topk_blocks,
             num_local_blocks=indexer.local_blocks,
@@ -148,15 +154,11 @@ class M3Attention(MiniMaxM3SparseImpl):
         )
         return output
 
-    def _pools(self, layer: Any, kv_cache: Tensor) -> PagePools:
-        index_keys = layer.indexer.index_cache.kv_cache
-        # Checking pages takes time of the host, and vLLM seldom allocates new ones.
-        if self._bound is None or self._bound[0] is not kv_cache or self._bound[1] is not index_keys:
-            stored = kv_cache.view(self.kv_cache_fp8_dtype) if self.use_fp8_kv else kv_cache
-            k, v = stored.split(self.head_size, dim=-1)
-            scales = (layer._k_scale_float, layer._v_scale_float) if self.use_fp8_kv else ()
-            self._bound = kv_cache, index_keys, PagePools(k, v, index_keys.unsqueeze(1), *scales)
-        return self._bound[2]
+    def _make_pools(self, layer: Any, pages: Tensor, index_pages: Tensor) -> PagePools:
+        stored = pages.view(self.kv_cache_fp8_dtype) if self.use_fp8_kv else pages
+        scales = (layer._k_scale_float, layer._v_scale_float) if self.use_fp8_kv else ()
+        k, v = stored.split(self.head_size, dim=-1)
+        return PagePools(k, v, index_pages.unsqueeze(1), *scales)
 
 
 def select_main_backend_and_impl_cls(

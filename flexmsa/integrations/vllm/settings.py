@@ -135,7 +135,13 @@ class MiniMaxM3Config(VerifyAndUpdateConfig):
             raise RuntimeError(
                 f"{M3_SWITCH}: expected an NVIDIA GPU, got the platform {current_platform.device_name}; unset it"
             )
-        check_m3_dtypes(vllm_config.cache_config.cache_dtype, vllm_config.attention_config.indexer_kv_dtype)
+        given, model = vllm_config.cache_config.cache_dtype, vllm_config.model_config
+        check_m3_dtypes(given, vllm_config.attention_config.indexer_kv_dtype)
+        if given in ("bfloat16", "float16") and f"torch.{given}" != str(model.dtype):
+            raise NotImplementedError(
+                f"kv_cache_dtype: expected auto, fp8 or the model's {model.dtype} with {M3_SWITCH}=1, got {given}; "
+                "leave the option out"
+            )
 
 
 def check_m3_dtypes(kv_cache_dtype: str, indexer_kv_dtype: str) -> None:
