@@ -153,6 +153,16 @@ def test_a_run_in_several_calls_is_one_run(corpus, tmp_path, name):
     assert [entry["loss"] for entry in part.log] == [entry["loss"] for entry in whole.log]
 
 
+def test_a_trained_arm_is_measured_as_it_attends_in_a_later_call_too(corpus, tmp_path):
+    first, second = new_training(corpus, "window"), new_training(corpus, "window")
+    finish(first)
+    first.save(tmp_path / "run.pt")
+    checks.check(second)
+    second.load(tmp_path / "run.pt")
+    found = [measures.measure(training)["heldout"] for training in (first, second)]
+    assert found[0] == found[1]
+
+
 def test_a_checkpoint_of_another_run_is_refused(corpus, tmp_path):
     new_training(corpus).save(tmp_path / "x.pt")
     with pytest.raises(ValueError, match="expected a run of these settings"):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.quality.arms import SINKS, ArmAttention
+from benchmarks.quality.arms import SINKS, ArmAttention, choose
 from benchmarks.quality.retrieval import associative_recall, needles
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.train import Training, autocast
@@ -29,9 +29,14 @@ DEFINITION = re.compile(rb"\b(?:def|class)[ \t]+([A-Za-z_]\w{3,})|" + ASSIGNMENT
 
 
 def measure(training: Training) -> dict[str, Any]:
-    """All measurements of a trained arm; uses no compiled code, which would be compiled again for other lengths."""
+    """All measurements of a trained arm, which attends as in its last phase.
+
+    They use no compiled code, which would be compiled again for other lengths.
+    """
     model, settings, corpus, device = training.model, training.settings, training.corpus, training.device
     model.eval()
+    # A run that only had to be measured has not begun a phase.
+    choose(model, training.arm.phases[-1].way)
     # For random blocks: the same in each measurement.
     torch.manual_seed(training.seed)
 
