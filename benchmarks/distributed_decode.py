@@ -5,7 +5,6 @@ many groups, each process has its own groups and all index keys, and sends nothi
 processes (`ShardedCache`), and candidates and outputs are exchanged. On GPUs a step runs in a CUDA graph.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,20 +79,6 @@ def errors(heads: Heads, mesh: DeviceMesh, tokens: int = 5000) -> list[str]:
     return wrong
 
 
-def captured(call: Callable[[], object], number: int = 8) -> Callable[[], object]:
-    """A CUDA graph of so many calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(number):
-            call()
-    return graph.replay
-
-
 def measure(heads: Heads, tokens: int, mesh: DeviceMesh, number: int = 8) -> dict[str, Any]:
     """Microseconds of a step, for each way to share the row."""
     found, queries = caches(heads, tokens, mesh)
@@ -106,7 +91,10 @@ def measure(heads: Heads, tokens: int, mesh: DeviceMesh, number: int = 8) -> dic
 
             call()
             if GPU:
-                row[f"{name}_us"] = 1e3 * milliseconds(captured(call, number), 20) / number
+                # Its module needs Triton, which not every machine without a GPU has.
+                from .gpu_serving import captured
+
+                row[f"{name}_us"] = 1e3 * milliseconds(captured([call] * number).replay, 20) / number
             else:
                 row[f"{name}_us"] = 1e3 * milliseconds(call, 3)
     dist.barrier()

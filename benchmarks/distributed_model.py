@@ -128,7 +128,7 @@ def measure(seqlen: int, mesh: DeviceMesh) -> dict[str, Any]:
     model, repeats = make_sparse(shape), 2 if GPU else 1
     one = time_if_it_fits(lambda: gpu_model.step(model, ids), repeats)
     row = {"tokens": seqlen, "processes": mesh.size(), "one_ms": one}
-    model = parallel(model.to("cpu").to(DEVICE), mesh)
+    model = parallel(model, mesh)
     shards = SequenceShards(seqlen, mesh)
     if GPU:
         torch.cuda.empty_cache()

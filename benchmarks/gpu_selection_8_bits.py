@@ -125,14 +125,13 @@ class Parts:
         launch(kernels.certify_kernel, (self.rows // 128,), arguments, **sizes)
 
     def steps(self) -> list[Any]:
-        """What is launched for each chunk."""
+        """The launches of a chunk of rows, in order."""
         return [self.scan, self.choose, self.mark, self.gather, self.again, self.certify]
 
     def run(self) -> None:
         self.quantise()
         for first in self.first_rows():
-            for step in self.steps():
-                step(first)
+            run_steps(self.steps(), first)
 
 
 def timed(call: Any) -> float:

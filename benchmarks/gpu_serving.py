@@ -49,12 +49,8 @@ CHUNKS = [
 ]
 
 
-def graph_time(calls: list[Callable[[], object]], repeats: int = 30) -> float:
-    """Median milliseconds per call in a CUDA graph that repeats the calls until it has at least 8.
-
-    With a single call, the launch time of the graph would matter.
-    """
-    calls = calls * -(-8 // len(calls))
+def captured(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of the calls, which run once before it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -65,6 +61,16 @@ def graph_time(calls: list[Callable[[], object]], repeats: int = 30) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
+    return graph
+
+
+def graph_time(calls: list[Callable[[], object]], repeats: int = 30) -> float:
+    """Median milliseconds per call in a CUDA graph that repeats the calls until it has at least 8.
+
+    With a single call, the launch time of the graph would matter.
+    """
+    calls = calls * -(-8 // len(calls))
+    graph = captured(calls)
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

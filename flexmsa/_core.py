@@ -110,10 +110,26 @@ def _decode(
     backend = choose_backend("block_sparse_attention", settings.backend, q)
     if backend not in ("torch", "triton"):
         return None
-    out, ids = q.new_empty(q.shape), index_q.new_empty((*index_q.shape[:3], rule.topk), dtype=torch.int32)
-    numbers = rule.block_size, rule.num_local_blocks, rule.num_init_blocks, settings.scale, backend
-    unscaled = None, None, None, None
-    lse = ops.select_and_attend(q, index_q, k, v, index_k, sequences.table, *numbers, *unscaled, out, ids)
+    return select_and_attend(q, index_q, k, v, index_k, sequences.table, rule, settings.scale, backend)
+
+
+def select_and_attend(
+    q: Tensor,
+    index_q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_k: Tensor,
+    table: Tensor,
+    rule: SelectionRule,
+    scale: float,
+    backend: str,
+    page_table: Tensor | None = None,
+    scales: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out, lse and block_indices of the sequences in a table, whose keys may be in pages and have scales."""
+    out, ids = q.new_empty(q.shape), table.new_empty((*index_q.shape[:3], rule.topk))
+    numbers = rule.block_size, rule.num_local_blocks, rule.num_init_blocks, scale, backend
+    lse = ops.select_and_attend(q, index_q, k, v, index_k, table, *numbers, page_table, *scales, out, ids)
     return out, lse, ids
 
 

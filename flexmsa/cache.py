@@ -132,7 +132,7 @@ class Cache:
         Args:
             choice: index_q and the rule to select by; None attends to block_indices, or to every block.
         """
-        table, stored = self.newest(q.shape[2]), (self.page_table, self.k_scale, self.v_scale)
+        table, scales = self.newest(q.shape[2]), (self.k_scale, self.v_scale, self.index_k_scale)
         if backend == "reference":
             k, v, index_k = self.contiguous()
             sequences = Sequences(q, self.capacity, table=table)
@@ -140,15 +140,13 @@ class Cache:
                 block_indices = _core.select_blocks(choice[0], index_k, sequences, choice[1], backend)
             settings = _core.Settings(block_size, scale, backend=backend)
             return *_core.main_branch(q, k, v, block_indices, sequences, settings, AuxRequest(lse=True)), block_indices
-        out = q.new_empty(q.shape)
         if choice is None:
+            out = q.new_empty(q.shape)
             main = q, self.k, self.v, block_indices, table, block_size, scale, backend
-            return out, ops.attend_blocks(*main, *stored, out), block_indices
+            return out, ops.attend_blocks(*main, self.page_table, *scales[:2], out), block_indices
         index_q, rule = choice
-        ids = table.new_empty(*index_q.shape[:3], rule.topk)
-        numbers = block_size, rule.num_local_blocks, rule.num_init_blocks, scale, backend
         branches = q, index_q, self.k, self.v, self.index_k, table
-        return out, ops.select_and_attend(*branches, *numbers, *stored, self.index_k_scale, out, ids), ids
+        return _core.select_and_attend(*branches, rule, scale, backend, self.page_table, scales)
 
     def check_room(self, count: int, lens: Tensor | None = None) -> None:
         """Raise ValueError unless `count` more tokens fit into every row, or lens[b] more into row b.

@@ -108,10 +108,12 @@ def try_table() -> str:
 
 
 def plan_text(settings: Settings = FULL) -> str:
-    """The sizes that all arms share, in a line."""
+    """The sizes that all arms share, in a few sentences."""
     found, tokens = parameters(settings), settings.batch_rows * settings.context
+    million = tokens * settings.steps / 1e6
     return (
-        f"{found.base / 1e6:.1f} million parameters and {found.index / 1e6:.1f} million in the index branches; "
-        f"{tokens:,} tokens a step, {tokens * settings.steps / 1e6:.1f} million in all; contexts of "
-        f"{settings.context:,} tokens, {settings.topk} of {settings.context // settings.block_size} blocks."
+        f"The model has {found.base / 1e6:.1f} million parameters, and {found.index / 1e6:.1f} million more in its "
+        f"index branches.\nA step has {tokens:,} tokens, and all steps together have {million:.1f} million.\n"
+        f"A row has {settings.context:,} tokens, and a query attends to {settings.topk} of its "
+        f"{settings.context // settings.block_size} blocks."
     )

@@ -44,6 +44,18 @@ def packed_lengths(draw: st.DrawFn, total: int, *, documents: int | None = None)
     return (0, *sorted(cuts), total)
 
 
+def _sizes(
+    draw: st.DrawFn, group_sizes: tuple[int, ...], head_dims: tuple[int, ...], block_sizes: tuple[int, ...]
+) -> dict[str, Any]:
+    return {
+        "num_kv_heads": draw(st.integers(1, 3)),
+        "group_size": draw(st.sampled_from(group_sizes)),
+        "head_dim": draw(st.sampled_from(head_dims)),
+        "index_head_dim": draw(st.sampled_from(head_dims)),
+        "block_size": draw(st.sampled_from(block_sizes)),
+    }
+
+
 @st.composite
 def shapes(
     draw: st.DrawFn,
@@ -67,11 +79,7 @@ def shapes(
     >>> test_sizes()
     """
     return Case(
-        num_kv_heads=draw(st.integers(1, 3)),
-        group_size=draw(st.sampled_from(group_sizes)),
-        head_dim=draw(st.sampled_from(head_dims)),
-        index_head_dim=draw(st.sampled_from(head_dims)),
-        block_size=draw(st.sampled_from(block_sizes)),
+        **_sizes(draw, group_sizes, head_dims, block_sizes),
         topk=None if warmup and draw(st.integers(0, 5)) == 5 else draw(st.sampled_from(topks)),
         dtype=draw(st.sampled_from(dtypes)),
         strided=draw(st.booleans()),
@@ -175,11 +183,7 @@ def schedule_shapes(
     """A `Schedule` without steps, all of whose `schedule_variations` share its kernels."""
     return Schedule(
         steps=(),
-        num_kv_heads=draw(st.integers(1, 3)),
-        group_size=draw(st.sampled_from(group_sizes)),
-        head_dim=draw(st.sampled_from(head_dims)),
-        index_head_dim=draw(st.sampled_from(head_dims)),
-        block_size=draw(st.sampled_from(block_sizes)),
+        **_sizes(draw, group_sizes, head_dims, block_sizes),
         topk=draw(st.sampled_from([1, 2, 4, None])),
         capacity=capacity,
         paged=draw(st.booleans()),
@@ -261,11 +265,7 @@ def paged_shapes(
 ) -> PagedStep:
     """A `PagedStep` without sequences, all of whose `paged_variations` share its kernels."""
     return PagedStep(
-        num_kv_heads=draw(st.integers(1, 3)),
-        group_size=draw(st.sampled_from(group_sizes)),
-        head_dim=draw(st.sampled_from(head_dims)),
-        index_head_dim=draw(st.sampled_from(head_dims)),
-        block_size=draw(st.sampled_from(block_sizes)),
+        **_sizes(draw, group_sizes, head_dims, block_sizes),
         topk=draw(st.sampled_from([1, 2, 4, 16, None])),
         fp8_keys=draw(st.booleans()),
         fp8_index=draw(st.booleans()),
