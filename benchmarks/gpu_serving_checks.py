@@ -54,8 +54,8 @@ def serving_errors() -> Iterator[str]:
                 SCHEDULES,
                 {"dtype": "bfloat16"},
                 {"dtype": "float16", "paged": True},
-                {"dtype": "bfloat16", "paged": True, "fp8_index": True},
-                {"dtype": "bfloat16", "fp8_index": True, "fp8_keys": True},
+                {"dtype": "bfloat16", "paged": True, "index_dtype": "float8_e4m3fn"},
+                {"dtype": "bfloat16", "index_dtype": "float8_e4m3fn", "fp8_keys": True},
             )
     # The plain PyTorch kernels, the default on devices without Triton.
     formats = {"dtype": "bfloat16"}, {"dtype": "bfloat16", "paged": True}, {"dtype": "float32", "fp8_keys": True}

@@ -49,8 +49,8 @@ class IndexKeys:
     """The index keys of C sequences, one per tile of ``tiles``, read a range of blocks at a time.
 
     The keys are copied into one buffer, as products are fastest on operands in the processor's cache. Keys that
-    ``are_used_once``, by a few queries of one sequence, are read in place where possible. Scores of e4m3 keys must be
-    multiplied by ``factors`` [C, num_blocks * block_size], which is None for other keys. Copies are zero beyond the end
+    ``are_used_once``, by a few queries of one sequence, are read in place where possible. Scores of e4m3 and int8 keys must
+    be multiplied by ``factors`` [C, num_blocks * block_size], which is None for other keys. Copies are zero beyond the end
     of a sequence.
     """
 
@@ -76,7 +76,10 @@ class IndexKeys:
         self.are_used_once = few and rule.num_local_blocks > 0
         self.factors: Tensor | None = None
         if index_k_scale is not None:
-            self.factors = fp8.factors(self._load("scales", fp8.as_scales(index_k_scale)[:, 0], 0, self.num_blocks))
+            int8 = index_k.dtype == torch.int8
+            scales = index_k_scale if int8 else fp8.as_scales(index_k_scale)
+            loaded = self._load("scales", scales[:, 0], 0, self.num_blocks)
+            self.factors = loaded if int8 else fp8.factors(loaded)
 
     def block_ranges(self, num_vectors: int, narrow: bool = False) -> Iterator[tuple[int, int]]:
         """The ranges (first, stop) of blocks to score, for num_vectors query vectors per sequence.

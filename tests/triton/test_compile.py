@@ -19,7 +19,7 @@ from flexmsa.testing.launches import TARGETS, TRAINING, CacheFormat, Layer  # no
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
 PAGES = CacheFormat(paged=True)
-E4M3 = CacheFormat(paged=True, scaled=True, index_scaled=True)
+E4M3 = CacheFormat(paged=True, scaled=True, index_dtype=torch.float8_e4m3fn)
 M3, LLAMA, SMALL = Layer(), Layer(num_heads=32, num_kv_heads=8), Layer(num_heads=16, num_kv_heads=2, head_dim=64)
 # Bytes per thread that a kernel may spill, by kernel; other kernels spill nothing.
 SPILLS = {
