@@ -174,6 +174,9 @@ def tile_config(
     large = target.backend == "cuda" and target.arch in LARGE
     decoded = key_size < element_size
     most = most_rows(target, element_size, decoded, columns, depth, kept)
+    if int8 and target.arch in LARGE and target.arch != 90:
+        # Blackwell's tensor memory takes no int8 products: sums live in registers, as on older GPUs.
+        most = min(most, 128)
     rows = row_tile(seqlen_q * num_kv_heads, num_kv_heads, 16, most)
     if element_size > 2:
         # No tensor cores: what is multiplied passes through registers, which hold more keys beside few queries.
