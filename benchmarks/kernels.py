@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
 from flexmsa.kernels.triton.common.launch import Launch, compile_key

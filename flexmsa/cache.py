@@ -46,8 +46,7 @@ class Cache:
         """Use these buffers, and for e4m3 and int8 buffers the given or new scales; rows start empty."""
         self.k, self.v, self.index_k = k, v, index_k
         self.k_scale, self.v_scale, self.index_k_scale = (
-            new_scale(x) if scale is None else scale
-            for x, scale in zip((k, v, index_k), scales, strict=True)
+            new_scale(x) if scale is None else scale for x, scale in zip((k, v, index_k), scales, strict=True)
         )
         self.kv_lens = torch.zeros(batch_size, dtype=torch.int32, device=k.device)
         self.kv_starts = torch.zeros_like(self.kv_lens)

@@ -228,8 +228,8 @@ def check_cache_dtypes(dtype: torch.dtype, index_dtype: torch.dtype, index_head_
 def _check_int8_dims(dtype: torch.dtype, index_head_dim: int) -> None:
     if dtype == torch.int8 and index_head_dim > MOST_INT8_DIMS:
         raise ValueError(
-            f"index_head_dim: expected at most {MOST_INT8_DIMS} for index keys in int8, got {index_head_dim}; keep them "
-            "in float8_e4m3fn or in 16 bits"
+            f"index_head_dim: expected at most {MOST_INT8_DIMS} for index keys in int8, got {index_head_dim}; keep "
+            "them in float8_e4m3fn or in 16 bits"
         )
 
 

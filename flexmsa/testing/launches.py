@@ -127,8 +127,8 @@ def scored_launches(layer: Layer, target: Target, cache: CacheFormat = CONTIGUOU
 class StepFormat:
     """A step of an engine: `rows` batch rows of layer.queries tokens in all, which are `sequences` rows of the table.
 
-    fp8_keys, index_dtype, scales: as for `PagedStep`; offset: tokens in front of these; many: without the kernels for few
-    queries.
+    fp8_keys, scales: as for `PagedStep`; index_dtype: of index keys in 8 bits; offset: tokens in front of these; many:
+    without the kernels for few queries.
     """
 
     rows: int

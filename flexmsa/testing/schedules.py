@@ -112,7 +112,11 @@ class _Run:
     def draw(self, heads: int, count: int, size: int, stored: str | None, exact: bool) -> Tensor:
         """Return [B, heads, count, size]; `exact` numbers, and those `stored` in 8 bits, have exact products."""
         shape = (self.schedule.batch, heads, count, size)
-        x = draw_exact(shape, stored, self.generator) if exact or stored else torch.randn(shape, generator=self.generator)
+        x = (
+            draw_exact(shape, stored, self.generator)
+            if exact or stored
+            else torch.randn(shape, generator=self.generator)
+        )
         if stored:
             x *= torch.exp2(torch.randint(-3, 1, shape[:3], generator=self.generator))[..., None]
         return x.to(device=self.cache.k.device, dtype=getattr(torch, self.schedule.dtype))
@@ -152,9 +156,7 @@ def _append(run: _Run, lens: tuple[int, ...]) -> None:
     q = run.draw(schedule.num_kv_heads * schedule.group_size, count, schedule.head_dim, None, False)
     k, v = (run.draw(schedule.num_kv_heads, count, schedule.head_dim, keys, False) for _ in range(2))
     # int8 keys are scored with queries in int8.
-    index_q = run.draw(
-        schedule.num_kv_heads, count, schedule.index_head_dim, "int8" if index == "int8" else None, True
-    )
+    index_q = run.draw(schedule.num_kv_heads, count, schedule.index_head_dim, "int8" if index == "int8" else None, True)
     index_k = run.draw(1, count, schedule.index_head_dim, index, True)
     ragged = torch.tensor(lens, dtype=torch.int32, device=k.device) if len({*lens, count}) > 1 else None
     cache.append(k, v, index_k, lens=ragged, backend=run.backend)

@@ -49,9 +49,9 @@ class IndexKeys:
     """The index keys of C sequences, one per tile of ``tiles``, read a range of blocks at a time.
 
     The keys are copied into one buffer, as products are fastest on operands in the processor's cache. Keys that
-    ``are_used_once``, by a few queries of one sequence, are read in place where possible. Scores of e4m3 and int8 keys must
-    be multiplied by ``factors`` [C, num_blocks * block_size], which is None for other keys. Copies are zero beyond the end
-    of a sequence.
+    ``are_used_once``, by a few queries of one sequence, are read in place where possible. Scores of e4m3 and int8 keys
+    must be multiplied by ``factors`` [C, num_blocks * block_size], which is None for other keys. Copies are zero beyond
+    the end of a sequence.
     """
 
     def __init__(

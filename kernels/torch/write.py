@@ -24,8 +24,8 @@ def write_pages(
     """Write k, v [1,Hkv,T,D], index_k [1,1,T,Di] to ``slots`` [T] of pages [num_pages,H,page_size,D].
 
     Slot s is place s % page_size of page s // page_size; slots that are not there are skipped. e4m3 pages with scales
-    [num_pages,H,page_size] get one for each vector, as int8 pages do; without scales, numbers are multiplied by their factor, and those
-    beyond e4m3's range become its largest.
+    [num_pages,H,page_size] get one for each vector, as int8 pages do; without scales, numbers are multiplied by their
+    factor, and those beyond e4m3's range become its largest.
     """
     num_pages, _, page_size, _ = pages_k.shape
     token = ((slots >= 0) & (slots < num_pages * page_size)).nonzero()[:, 0]

@@ -23,6 +23,7 @@ from flexmsa.testing.ahead import Ahead, launches_of
 from flexmsa.testing.check import kernels_for_many_queries
 from flexmsa.testing.launches import TARGETS, CacheFormat, Layer, decode_launches, meta
 from flexmsa.testing.paged_steps import StepRun
+from flexmsa.testing.schedules import dtype_of
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 SM_90 = TARGETS["sm_90"]
@@ -37,7 +38,9 @@ CACHES = {
     "contiguous": Schedule(
         (), group_size=4, head_dim=64, index_head_dim=64, block_size=64, topk=4, capacity=384, **SIZES
     ),
-    "pages, e4m3": Schedule((), block_size=16, paged=True, fp8_keys=True, index_dtype="float8_e4m3fn", capacity=384, **SIZES),
+    "pages, e4m3": Schedule(
+        (), block_size=16, paged=True, fp8_keys=True, index_dtype="float8_e4m3fn", capacity=384, **SIZES
+    ),
     "dense": Schedule((), block_size=16, topk=None, paged=True, capacity=384, **SIZES),
 }
 
@@ -45,10 +48,23 @@ CACHES = {
 STEPS = {
     "16 bits": PagedStep(head_dim=64, index_head_dim=64, block_size=64, topk=2, **SIZES),
     "e4m3": PagedStep(
-        group_size=16, head_dim=128, index_head_dim=128, block_size=128, topk=16, fp8_keys=True, index_dtype="float8_e4m3fn", **SIZES
+        group_size=16,
+        head_dim=128,
+        index_head_dim=128,
+        block_size=128,
+        topk=16,
+        fp8_keys=True,
+        index_dtype="float8_e4m3fn",
+        **SIZES,
     ),
     "one scale": PagedStep(
-        group_size=1, block_size=8, topk=1, scales="tensor", num_kv_heads=1, index_dtype="float8_e4m3fn", dtype="float16"
+        group_size=1,
+        block_size=8,
+        topk=1,
+        scales="tensor",
+        num_kv_heads=1,
+        index_dtype="float8_e4m3fn",
+        dtype="float16",
     ),
     "dense": PagedStep(topk=None, fp8_keys=True, scales="none", **SIZES),
 }

@@ -131,7 +131,8 @@ def default_config(
 
     problem.dtype is that of the queries. e4m3 keys are decoded in registers, but where few queries meet many keys:
     there the tensor cores take them as they are. They take queries and keys that both are e4m3 so, where they can; else
-    both are to be brought to fp16. int8 keys are multiplied as they are, on every GPU. On Hopper `kernel_sm90` takes a few rows of a problem that it fits.
+    both are to be brought to fp16. int8 keys are multiplied as they are, on every GPU. On Hopper `kernel_sm90` takes a
+    few rows of a problem that it fits.
 
     The lengths decide two things: rows, of the few sizes of `row_tile`, with all that follows them; and num_splits,
     which kernels take at run time, except that they are compiled once for one split and once for more. packed: the
@@ -148,9 +149,7 @@ def default_config(
         num_splits = split_count(num_sequences, num_blocks, target.num_sms, SM90_SPLITS)
         columns, fp8_product = padded(problem.block_size), problem.key_size == 1 and not problem.int8
         # More copies in flight than the default's four would only be in each other's way.
-        return SelectionConfig(
-            few, columns, kept, num_splits, fp8_product=fp8_product, int8=problem.int8, sm90=True
-        )
+        return SelectionConfig(few, columns, kept, num_splits, fp8_product=fp8_product, int8=problem.int8, sm90=True)
     return tile_config(problem, target, num_sequences, seqlen_q, num_blocks, kept, packed)
 
 

@@ -199,7 +199,7 @@ def place_queries(index_q, q_buffer, tile, C: gl.constexpr):
 
 @gluon.jit
 def scale_scores(products, scales, C: gl.constexpr):
-    """Scores [keys, rows] of products with int8 rows, or, as `scoring.score_e4m3` has them, [keys, 2 rows] with pairs."""
+    """Scores [keys, rows] of products with int8 rows, or [keys, 2 rows] with pairs, as in `scoring.score_e4m3`."""
     products = products.to(gl.float32) * decode_scales(scales)[:, None]
     return products if C.int8 else join_pairs(products)
 

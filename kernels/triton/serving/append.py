@@ -1,10 +1,10 @@
 """Append new tokens to a cache, contiguous or paged, in one launch: keys, values, index keys, lengths and table.
 
-Row b brings its first lens[b] of n tokens, or all of them. The kernel writes them behind the kv_lens[b] tokens that
-the row holds, then sets kv_lens and `sequences` (see `flexmsa.kernels`) to those of n new queries per row. With lens,
-a row has two sequences: its new tokens, and the rest, which sees no key. An e4m3 or int8 cache gets quantized vectors
-(see `fp8` and `int8`). A row that does not fit, or whose page table names no page where it needs one, stays as it was; its queries see
-no key, and status[1] counts it.
+Row b brings its first lens[b] of n tokens, or all of them. The kernel writes them behind the kv_lens[b] tokens that the
+row holds, then sets kv_lens and `sequences` (see `flexmsa.kernels`) to those of n new queries per row. With lens, a row
+has two sequences: its new tokens, and the rest, which sees no key. An e4m3 or int8 cache gets quantized vectors (see
+`fp8` and `int8`). A row that does not fit, or whose page table names no page where it needs one, stays as it was; its
+queries see no key, and status[1] counts it.
 
 Layouts: k, v [B, Hkv, n, D], index_k [B, 1, n, Di] and caches, any strides; scales [B or num_pages, heads, keys],
 page_table, kv_starts, kv_lens, sequences, status contiguous.
