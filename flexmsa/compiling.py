@@ -74,9 +74,9 @@ def warm_up(
     ...     print(warm_up(num_heads=64, num_kv_heads=4, head_dim=128), "kernels are ready")
     """
     index_head_dim = head_dim if index_head_dim is None else index_head_dim
-    sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "index_head_dim": index_head_dim}
-    dtypes = {"dtype": dtype, "cache_dtype": cache_dtype, "index_dtype": index_dtype}
-    _check(block_size=block_size, topk=topk, num_heads=num_heads, **dtypes, **sizes)
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    sizes = {**heads, "head_dim": head_dim, "index_head_dim": index_head_dim, "block_size": block_size}
+    _check(topk=topk, dtype=dtype, cache_dtype=cache_dtype, index_dtype=index_dtype, **sizes)
     _check_device(device)
     from flexmsa.kernels.triton.common.launch import compile_ahead
     from flexmsa.kernels.triton.layer import CacheFormat, Layer, decode, train

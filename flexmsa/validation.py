@@ -225,12 +225,10 @@ def check_cache_dtypes(dtype: torch.dtype, index_dtype: torch.dtype, index_head_
     _check_int8_dims(index_dtype, index_head_dim)
 
 
-def _check_int8_dims(dtype: torch.dtype, index_head_dim: int) -> None:
-    if dtype == torch.int8 and index_head_dim > MOST_INT8_DIMS:
-        raise ValueError(
-            f"index_head_dim: expected at most {MOST_INT8_DIMS} for index keys in int8, got {index_head_dim}; keep "
-            "them in float8_e4m3fn or in 16 bits"
-        )
+def _check_int8_dims(dtype: torch.dtype, dims: int) -> None:
+    if dtype == torch.int8 and dims > MOST_INT8_DIMS:
+        hint = "keep them in float8_e4m3fn or in 16 bits"
+        raise ValueError(f"index_head_dim: expected at most {MOST_INT8_DIMS} for int8 index keys, got {dims}; {hint}")
 
 
 def check_kv_starts(kv_starts: Tensor, batch_size: int, capacity: int, device: torch.device) -> None:
@@ -325,10 +323,9 @@ def check_pools(pools: dict[str, Tensor], scales: dict[str, Tensor | None]) -> N
 
 
 def _check_pool_scale(name: str, scale: Tensor, pool: Tensor) -> None:
-    wanted = torch.float32 if pool.dtype == torch.int8 else torch.uint8
+    kind, wanted = ("int8", torch.float32) if pool.dtype == torch.int8 else ("e4m3", torch.uint8)
     is_right = scale.dtype == wanted and scale.device == pool.device and scale.is_contiguous()
     if pool.dtype not in (_E4M3, torch.int8) or not is_right:
-        kind = "int8" if pool.dtype == torch.int8 else "e4m3"
         raise TypeError(
             f"{name}: expected {str(wanted).removeprefix('torch.')} on {pool.device}, contiguous, for an {kind} pool, "
             f"got {scale.dtype} on {scale.device} with strides {list(scale.stride())} for {pool.dtype}"

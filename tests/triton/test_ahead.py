@@ -41,6 +41,7 @@ CACHES = {
     "pages, e4m3": Schedule(
         (), block_size=16, paged=True, fp8_keys=True, index_dtype="float8_e4m3fn", capacity=384, **SIZES
     ),
+    "int8": Schedule((), block_size=16, index_dtype="int8", capacity=384, **SIZES),
     "dense": Schedule((), block_size=16, topk=None, paged=True, capacity=384, **SIZES),
 }
 
@@ -66,6 +67,7 @@ STEPS = {
         index_dtype="float8_e4m3fn",
         dtype="float16",
     ),
+    "int8": PagedStep(head_dim=64, index_head_dim=64, block_size=64, topk=2, index_dtype="int8", **SIZES),
     "dense": PagedStep(topk=None, fp8_keys=True, scales="none", **SIZES),
 }
 

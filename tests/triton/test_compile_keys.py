@@ -36,6 +36,7 @@ FORMATS = {
     "bf16": CacheFormat(),
     "pages": CacheFormat(paged=True),
     "pages, e4m3": CacheFormat(True, True, torch.float8_e4m3fn),
+    "pages, int8": CacheFormat(True, index_dtype=torch.int8),
 }
 # Powers of two, the first few numbers of blocks, and numbers between.
 CAPACITIES = [*(128 << step for step in range(14)), *range(128, 128 * 40, 128), *(3 << step for step in range(13, 21))]
