@@ -62,7 +62,7 @@ class Settings:
     log_every: int = 20
     measure_every: int = 100
     letters: int = 64
-    statements: int = 128
+    statements: int = 256
     needle_lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
     needle_samples: int = 8
     pairs: int = 64
