@@ -45,9 +45,7 @@ def both_caches(k, index_k, lens, block_size):
     pages = -(-count // block_size)
     sizes, dtypes = (batch, heads, size, index_k.shape[3]), {"dtype": k.dtype, "index_dtype": torch.int8}
     contiguous = flexmsa.MSACache(*sizes, capacity=count, **dtypes)
-    paged = flexmsa.PagedMSACache(
-        *sizes, num_pages=batch * pages, max_pages=pages, page_size=block_size, **dtypes
-    )
+    paged = flexmsa.PagedMSACache(*sizes, num_pages=batch * pages, max_pages=pages, page_size=block_size, **dtypes)
     return fill(contiguous, k, index_k, lens), fill(paged, k, index_k, lens)
 
 
@@ -82,9 +80,7 @@ def test_ids_are_those_of_the_oracle(case):
     how = {"block_size": rule.block_size, "topk": rule.topk, "num_init_blocks": rule.num_init_blocks}
     for cache in (contiguous, paged):
         with kernels_for_many_queries(q, None):
-            _, aux = flexmsa.decode(
-                q, cache, index_q, **how, num_local_blocks=rule.num_local_blocks, return_aux=IDS
-            )
+            _, aux = flexmsa.decode(q, cache, index_q, **how, num_local_blocks=rule.num_local_blocks, return_aux=IDS)
         assert torch.equal(aux.block_indices, wanted)
 
 
@@ -145,7 +141,8 @@ def test_float64_queries():
     x = randn(1, 1, 40, 16, dtype=torch.float64)
     cache.append(x, x, x)
     out, aux = flexmsa.decode(x[:, :, :5], cache, x[:, :, :5], block_size=4, topk=3, return_aux=IDS)
-    wanted = int8_oracle.selection(x[:, :, :5], cache.index_k, cache.index_k_scale, plain(1, 5, 40), SelectionRule(4, 3))
+    stored = cache.index_k, cache.index_k_scale
+    wanted = int8_oracle.selection(x[:, :, :5], *stored, plain(1, 5, 40), SelectionRule(4, 3))
     assert out.dtype == torch.float64 and torch.equal(aux.block_indices, wanted)
 
 

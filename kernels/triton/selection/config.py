@@ -172,10 +172,7 @@ def tile_config(
     element_size = 1 if int8 else dtype.itemsize
     large = target.backend == "cuda" and target.arch in LARGE
     decoded = key_size < element_size
-    most = most_rows(target, element_size, decoded, columns, depth, kept)
-    if int8 and target.arch in LARGE and target.arch != 90:
-        # Blackwell's tensor memory takes no int8 products: sums live in registers, as on older GPUs.
-        most = min(most, 128)
+    most = most_rows(target, element_size, decoded, int8, columns, depth, kept)
     rows = row_tile(seqlen_q * num_kv_heads, num_kv_heads, 16, most)
     if element_size > 2:
         # No tensor cores: what is multiplied passes through registers, which hold more keys beside few queries.
@@ -195,16 +192,12 @@ def tile_config(
         num_warps = 8 if rows >= 64 and target.arch != 90 else 4
     else:
         num_warps = 8 if (decoded and not fp8_product) or rows * columns > 128 * 64 else 4
-    spare = target.shared_memory // per_sm - rows * (depth + (columns if swap else 0)) * element_size - 2048
-    if decoded and not swap:
-        spare -= columns * depth * element_size
-    if kept > 128:
-        # Sorts of long lists pass through shared memory.
-        spare -= rows * kept * 8
-    most_stages = 4 if narrow else 6 if swap else 4 if rows <= 64 else 3
+    # What a program holds beside the keys in flight: queries, scores, decoded keys, and sorts of long lists.
+    held = rows * (depth + (columns if swap else 0)) * element_size + (rows * kept * 8 if kept > 128 else 0)
+    held += columns * depth * element_size if decoded and not swap else 0
+    spare = target.shared_memory // per_sm - held - 2048
+    most_stages = 2 if target.backend == "hip" else 4 if narrow else 6 if swap else 4 if rows <= 64 else 3
     num_stages = max(1, min(most_stages, spare // (columns * depth * key_size)))
-    if target.backend == "hip":
-        num_stages = min(num_stages, 2)
 
     tiles = triton.cdiv(seqlen_q, rows // num_kv_heads)
     tiles = tiles + num_sequences if packed else tiles * num_sequences
@@ -242,12 +235,15 @@ def padded_depth(index_head_dim: int, int8: bool) -> int:
     return padded(index_head_dim, least=32 if int8 else 16)
 
 
-def most_rows(target: Target, element_size: int, decoded: bool, columns: int, depth: int, kept: int) -> int:
+def most_rows(target: Target, element_size: int, decoded: bool, int8: bool, columns: int, depth: int, kept: int) -> int:
     """The largest row tile whose scores and top-k registers and shared memory hold."""
     large = target.backend == "cuda" and target.arch in LARGE
     rows = 256 if large else 128 if target.arch == 80 else 64
     if large and decoded:
         rows = 128 if target.arch == 90 else 64
+    if int8 and target.arch != 90:
+        # Blackwell's tensor memory takes no int8 products: sums live in registers, as on older GPUs.
+        rows = min(rows, 128)
     if element_size > 2:
         rows = 32 if depth <= 128 else 16
     elif depth > 256:
