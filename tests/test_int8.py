@@ -84,6 +84,20 @@ def test_ids_are_those_of_the_oracle(case):
         assert torch.equal(aux.block_indices, wanted)
 
 
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("fast", [False, True])
+def test_products_of_int8_instructions(fast, count, monkeypatch):
+    """Ids are the same with products in int8, which few queries of one sequence take, and in float32."""
+    monkeypatch.setattr(int8, "multiplies_int8", lambda: fast)
+    index_k, index_q = randn(1, 1, 3000, 64), randn(1, GROUPS, count, 64, seed=1)
+    k, rule = randn(1, GROUPS, 3000, 16), SelectionRule(8, 5)
+    index_k[0, 0, 700] = torch.nan
+    for cache in both_caches(k, index_k, None, 8):
+        _, aux = flexmsa.decode(k[:, :, :count], cache, index_q, block_size=8, topk=5, return_aux=IDS)
+        wanted = int8_oracle.selection(index_q, *int8_oracle.quantised(index_k), plain(1, count, 3000), rule)
+        assert torch.equal(aux.block_indices, wanted)
+
+
 def test_a_chunk_selects_what_its_tokens_select_one_by_one():
     index_k, index_q, k = randn(1, 1, 150, DEPTH), randn(1, GROUPS, 150, DEPTH, seed=1), randn(1, GROUPS, 150, 16)
     how = {"block_size": 8, "topk": 4, "return_aux": IDS}

@@ -5,6 +5,7 @@ scale, ties to even. Division and rounding are those of IEEE 754, so every devic
 not finite has zeros and the scale NaN, and counts as NaN.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -29,3 +30,14 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantizer(stored: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """What makes numbers of the dtype of ``stored``, int8 or e4m3, and their scales."""
     return quantize if stored.dtype == torch.int8 else fp8.quantize
+
+
+@functools.cache
+def multiplies_int8() -> bool:
+    """Whether the CPU has instructions for products of int8, AVX512_VNNI: without them PyTorch's are slow."""
+    return torch.cpu._is_vnni_supported()
+
+
+def products(queries: Tensor, keys: Tensor) -> Tensor:
+    """The int32 products [R, n] of int8 queries [R, Di] and keys [n, Di], on a CPU."""
+    return torch._int_mm(queries, keys.T)

@@ -178,7 +178,10 @@ def _block_scores(
     block_scores = scratch.take("block_scores", num_tiles, num_blocks, num_vectors).zero_()
     limit = torch.finfo(queries.dtype).max
     for first, stop in index_k.block_ranges(num_vectors):
-        scores = _products(index_k.blocks(first, stop), queries, block_size, scratch)
+        if index_k.are_multiplied_in_int8:
+            scores = index_k.int8_products(first, stop, queries[0].to(torch.int8))[None]
+        else:
+            scores = _products(index_k.blocks(first, stop), queries, block_size, scratch)
         if index_k.factors is not None:
             factors = index_k.factors[:, first * block_size : stop * block_size]
             scores.mul_(factors.view(num_tiles, -1, block_size, 1))
