@@ -112,6 +112,42 @@ def test_a_chunk_selects_what_its_tokens_select_one_by_one():
     assert torch.equal(caches[0].index_k, caches[1].index_k)
 
 
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_compiled_steps(is_paged):
+    x = randn(2, 1, 40, 16)
+    caches = [both_caches(x, x, torch.tensor([30, 7]), 8)[is_paged] for _ in range(2)]
+    for cache in caches:
+        if is_paged:
+            cache.reserve(40)
+
+    def step(cache, new):
+        cache.append(new, new, new)
+        return flexmsa.decode(new, cache, new, block_size=8, topk=2)
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    for seed in range(3):
+        new = randn(2, 1, 1, 16, seed=seed)
+        assert torch.equal(compiled(caches[0], new), step(caches[1], new))
+
+
+def test_rows_of_a_cache():
+    """Trimmed, reordered and shared rows keep each token's numbers and scale."""
+    x = randn(2, 1, 20, 16)
+    contiguous, paged = both_caches(x, x, None, 4)
+    for cache in (contiguous, paged):
+        cache.trim(torch.tensor([3, 0]))
+        cache.reorder(torch.tensor([1, 0]))
+    paged.reset([1])
+    paged.share(0, [1], 18)
+    paged.trim(torch.tensor([0, 1]))
+    rows = [(contiguous, 0, x[1, 0]), (contiguous, 1, x[0, 0, :17]), (paged, 0, x[1, 0]), (paged, 1, x[1, 0, :17])]
+    for cache, row, wanted in rows:
+        assert cache.kv_lens[row] == len(wanted)
+        numbers, scale = int8_oracle.quantised(wanted)
+        found = cache.contiguous()[2][row, 0, : len(wanted)]
+        assert torch.equal(found, numbers.float() * scale[:, None])
+
+
 def test_the_reference_rounds_queries_too():
     """Where rounding a query changes what it selects, the reference sees the change."""
     rule, sequences = SelectionRule(8, 3), plain(1, 40, 200)
