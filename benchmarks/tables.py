@@ -49,7 +49,7 @@ def cpu_memory() -> str:
 
 def cpu_decode() -> str:
     found = load_result("cpu_decode.json")
-    kinds = {"float32": "fp32", "bfloat16": "bf16", "float8_e4m3fn": "e4m3"}
+    kinds = {"float32": "fp32", "bfloat16": "bf16", "float8_e4m3fn": "e4m3", "int8": "int8"}
     rows = []
     for row in found["rows"]:
         times = (f"{1e3 * row[name]:.1f} ms" for name in ("step_seconds", "dense_seconds"))
