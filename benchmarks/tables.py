@@ -7,7 +7,8 @@ makes from benchmarks/results/*.json, so that nobody types a figure. A test chec
 import re
 
 from benchmarks.gpu_tables import GPU_TABLES, ROOT, gpu_rows, layer_times, load_result, markdown
-from benchmarks.quality.plan import plan_table, plan_text, try_table
+from benchmarks.quality.earlier import direct_table, direct_text, recipe_table
+from benchmarks.quality.plan import plan_table, plan_text
 from benchmarks.transformers_tests import transformers_tests
 
 PAGES = (
@@ -208,8 +209,12 @@ def quality_plan() -> str:
     return plan_table()
 
 
-def quality_try() -> str:
-    return try_table()
+def quality_direct() -> str:
+    return f"{direct_text()}\n\n{direct_table()}"
+
+
+def quality_recipe() -> str:
+    return recipe_table()
 
 
 def selection_8_bits() -> str:
@@ -297,7 +302,8 @@ OWN_TABLES = (
     training_memory,
     quality_sizes,
     quality_plan,
-    quality_try,
+    quality_direct,
+    quality_recipe,
     gpu_generation,
     gpu_pages,
     transformers_tests,
