@@ -75,9 +75,9 @@ class IndexKeys:
         few = len(tiles) == 1 and (tiles[0].stop - tiles[0].start) * num_kv_heads <= FEW_VECTORS
         self.are_used_once = few and rule.num_local_blocks > 0
         is_int8 = self.dtype == torch.int8
-        self.are_multiplied_in_int8 = (
-            is_int8 and self.are_used_once and index_k.device.type == "cpu" and int8.multiplies_int8()
-        )
+        # PyTorch's product is wrong for keys of one number, whose strides do not tell rows from columns.
+        by_int8 = is_int8 and self.are_used_once and index_k.device.type == "cpu" and index_k.shape[-1] > 1
+        self.are_multiplied_in_int8 = by_int8 and int8.multiplies_int8()
         self.factors: Tensor | None = None
         if index_k_scale is not None:
             scales = index_k_scale if is_int8 else fp8.as_scales(index_k_scale)

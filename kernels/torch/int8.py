@@ -34,8 +34,12 @@ def quantizer(stored: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 @functools.cache
 def multiplies_int8() -> bool:
-    """Whether the CPU has instructions for products of int8, AVX512_VNNI: without them PyTorch's are slow."""
-    return torch.cpu._is_vnni_supported()
+    """Whether PyTorch multiplies int8 by AVX512_VNNI instructions: without them it is slow, or its sums saturate."""
+    if not torch.cpu._is_vnni_supported():
+        return False
+    # ONEDNN_MAX_CPU_ISA may forbid them.
+    largest = torch.full((16, 64), 127, dtype=torch.int8)
+    return bool((products(largest, largest) == 64 * 127**2).all())
 
 
 def products(queries: Tensor, keys: Tensor) -> Tensor:
