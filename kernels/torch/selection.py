@@ -147,7 +147,8 @@ def _select_together(
     block_indices[target] = best.view(*token.shape, num_kv_heads, rule.topk)[source]
     if scores is not None:
         assert values is not None
-        scores[target] = values.view(*token.shape, num_kv_heads, rule.topk)[source]
+        # Those of float64 queries to int8 keys are float32.
+        scores[target] = values.view(*token.shape, num_kv_heads, rule.topk)[source].to(scores.dtype)
 
 
 def _scores_of_all(

@@ -34,6 +34,7 @@ CASES = {
     "pages": {"paged": True},
     "index keys in e4m3": {"dtype": torch.float32, "index_dtype": FP8},
     "index keys in int8": {"dtype": torch.float32, "index_dtype": torch.int8},
+    "float64 and int8": {"index_dtype": torch.int8},
     "pages in e4m3": {"dtype": torch.float32, "store": FP8, "index_dtype": FP8, "paged": True},
     "bf16": {"dtype": torch.bfloat16},
     "ties in float32": {"dtype": torch.float32, "ties": True, "topk": 5, "num_init_blocks": 1},
