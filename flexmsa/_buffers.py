@@ -22,9 +22,9 @@ def new_scale(buffer: Tensor) -> Tensor | None:
 
 
 def dequantised(buffer: Tensor, scale: Tensor) -> Tensor:
-    """Return e4m3 or int8 vectors times their scales, in float32."""
-    factor = scale.view(torch.float8_e8m0fnu) if buffer.dtype == FP8 else scale
-    return buffer.float() * factor.float()[..., None]
+    """Return e4m3 or int8 vectors times their scales, in float32, or in the dtype of int8's scales."""
+    factor = scale.view(torch.float8_e8m0fnu).float() if buffer.dtype == FP8 else scale
+    return buffer.float() * factor[..., None]
 
 
 def rounded_to_int8(x: Tensor) -> Tensor:

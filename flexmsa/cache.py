@@ -138,7 +138,9 @@ class Cache:
             if choice is not None:
                 index_q = choice[0]
                 if self.index_k.dtype == torch.int8:
-                    index_q, index_k = rounded_to_int8(index_q), index_k.double()
+                    # In float32 the largest numbers of a key may become infinite.
+                    index_k = self._gather(self.index_k, self.index_k_scale.double())
+                    index_q = rounded_to_int8(index_q)
                 block_indices = _core.select_blocks(index_q, index_k, sequences, choice[1], backend)
             settings = _core.Settings(block_size, scale, backend=backend)
             return *_core.main_branch(q, k, v, block_indices, sequences, settings, AuxRequest(lse=True)), block_indices

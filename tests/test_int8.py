@@ -1,5 +1,9 @@
 """Index keys in int8 by the plain PyTorch kernels and the reference, against `int8_oracle`, bit for bit."""
 
+import os
+import subprocess
+import sys
+
 import int8_oracle
 import pytest
 import torch
@@ -84,18 +88,28 @@ def test_ids_are_those_of_the_oracle(case):
         assert torch.equal(aux.block_indices, wanted)
 
 
-@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize(("count", "depth"), [(1, 64), (5, 64), (1, 1), (5, 2)])
 @pytest.mark.parametrize("fast", [False, True])
-def test_products_of_int8_instructions(fast, count, monkeypatch):
+def test_products_of_int8_instructions(fast, count, depth, monkeypatch):
     """Ids are the same with products in int8, which few queries of one sequence take, and in float32."""
     monkeypatch.setattr(int8, "multiplies_int8", lambda: fast)
-    index_k, index_q = randn(1, 1, 3000, 64), randn(1, GROUPS, count, 64, seed=1)
+    index_k, index_q = randn(1, 1, 3000, depth), randn(1, GROUPS, count, depth, seed=1)
     k, rule = randn(1, GROUPS, 3000, 16), SelectionRule(8, 5)
     index_k[0, 0, 700] = torch.nan
     for cache in both_caches(k, index_k, None, 8):
         _, aux = flexmsa.decode(k[:, :, :count], cache, index_q, block_size=8, topk=5, return_aux=IDS)
         wanted = int8_oracle.selection(index_q, *int8_oracle.quantised(index_k), plain(1, count, 3000), rule)
         assert torch.equal(aux.block_indices, wanted)
+
+
+@pytest.mark.parametrize("allowed", ["AVX2", "AVX512_CORE", "DEFAULT"])
+def test_instructions_that_saturate_are_not_used(allowed):
+    """Others than VNNI add pairs of products in 16 bits."""
+    code = (
+        "import torch; from flexmsa.kernels.torch import int8; x = torch.full((8, 128), 127, dtype=torch.int8)\n"
+        "assert not int8.multiplies_int8() or (int8.products(x, x) == 128 * 127**2).all()"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "ONEDNN_MAX_CPU_ISA": allowed}, check=True)
 
 
 def test_a_chunk_selects_what_its_tokens_select_one_by_one():
@@ -161,6 +175,18 @@ def test_the_reference_rounds_queries_too():
     assert 0 < (ids != unrounded).sum() < 0.2 * ids.numel()
 
 
+def test_the_largest_numbers_are_finite_to_the_reference():
+    index_k, k = randn(1, 1, 64, DEPTH), randn(1, 1, 64, 16)
+    index_k[0, 0, 10] = torch.finfo(torch.float32).max
+    cache = flexmsa.MSACache(1, 1, 16, DEPTH, 64, index_dtype=torch.int8)
+    cache.append(k, k, index_k)
+    query = torch.eye(DEPTH)[None, None, :1]
+    how = {"block_size": 8, "topk": 2, "return_aux": IDS}
+    for backend in ("reference", "torch"):
+        _, aux = flexmsa.decode(k[:, :, :1], cache, query, backend=backend, **how)
+        assert aux.block_indices.flatten().tolist() == [1, 7]
+
+
 def test_what_is_not_finite_scores_as_nothing():
     index_k, index_q = randn(1, 1, 96, DEPTH), randn(1, GROUPS, 1, DEPTH, seed=1)
     index_k[0, 0, 32:48] = torch.nan
@@ -172,9 +198,10 @@ def test_what_is_not_finite_scores_as_nothing():
     assert 2 not in ids[0, 0] and ids[0, 1, 0].tolist() == [0, 1, 5]
 
 
-def test_scored_blocks():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_scored_blocks(dtype):
     """Scores are without the query's scale."""
-    index_q, (numbers, scale) = randn(2, 3, 5, DEPTH), int8.quantize(randn(2, 1, 104, DEPTH, seed=1))
+    index_q, (numbers, scale) = randn(2, 3, 5, DEPTH).to(dtype), int8.quantize(randn(2, 1, 104, DEPTH, seed=1))
     sequences = ragged([5, 2], [90, 13], 5)
     ids, scores = ops.scored_blocks(index_q, numbers, sequences, 8, 4, "torch", None, scale)
     queries, _ = int8_oracle.quantised(index_q)
@@ -183,7 +210,8 @@ def test_scored_blocks():
         wanted = int8_oracle.block_scores(queries[0, group, token], numbers[0, 0, :seen], scale[0, 0, :seen], 8)
         best = wanted.sort(descending=True, stable=True)
         assert torch.equal(ids[0, group, token].long(), best.indices[:4])
-        assert torch.equal(scores[0, group, token], best.values[:4])
+        assert torch.equal(scores[0, group, token].float(), best.values[:4])
+    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_float64_queries():
