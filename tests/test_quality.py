@@ -1,7 +1,9 @@
 """The study of quality, tiny and on a CPU: text, arms, measurements and report."""
 
 import doctest
+import itertools
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -188,10 +190,26 @@ def test_arms_go_on_from_the_shared_phase(corpus, work, tmp_path, capsys):
     assert [entry["loss"] for entry in found["log"]] == [entry["loss"] for entry in whole.log]
 
 
+def test_arms_that_end_the_shared_phase_at_one_time_save_it(corpus, tmp_path, monkeypatch):
+    first, second = new_training(corpus), new_training(corpus, "cold")
+    write, processes = torch.save, itertools.count()
+    monkeypatch.setattr(os, "getpid", lambda: next(processes))
+
+    def save_both(state, path):
+        write(state, path)
+        monkeypatch.setattr(torch, "save", write)
+        second.save(tmp_path / "short.pt")
+
+    monkeypatch.setattr(torch, "save", save_both)
+    first.save(tmp_path / "short.pt")
+    second.load(tmp_path / "short.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["short.pt"]
+
+
 def test_a_run_without_time_continues_in_the_next_call(work, corpus, tmp_path):
     arguments = ["--quick", "--device", "cpu", "--seconds", "0", "--out", str(tmp_path), "--work", str(work)]
     arguments += ["--steps", "5"]
-    assert [commands.main(["short", *arguments]) for _ in range(2)] == [commands.UNFINISHED, 0]
+    assert [commands.main(["short", *arguments]) for _ in range(3)] == [commands.UNFINISHED, 0, 0]
     assert commands.main(["train", *arguments]) == commands.UNFINISHED
     found = json.loads((tmp_path / "msa-0.json").read_text())
     assert not found["finished"] and "heldout" not in found

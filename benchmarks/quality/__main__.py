@@ -114,13 +114,13 @@ def run_train(settings: Settings, options: argparse.Namespace) -> int:
     if device.type == "cuda":
         training.compile()
     checks = check(training)
-    found_file = next((path for path in (saved, shared) if path.exists()), None)
+    only_short = options.command == "short"
+    found_file = next((path for path in ([shared] if only_short else [saved, shared]) if path.exists()), None)
     if found_file is not None:
         training.load(found_file)
         print(f"{name}: continuing after step {training.done}", flush=True)
     times["until_training"] = time.monotonic() - started
     print(f"{name}: checked; {times['until_training']:.0f} s until training", flush=True)
-    only_short = options.command == "short"
     train(training, options.seconds - (time.monotonic() - started), shared, only_short)
     if only_short:
         training.save(shared)
@@ -154,6 +154,8 @@ def shared_options(options: argparse.Namespace) -> list[str]:
 def train(training: Training, seconds: float, shared: Path, only_short: bool) -> None:
     """Train with messages, save the end of the phase that all arms share, and log the recalls of some steps."""
     settings = training.settings
+    if only_short and training.done == settings.short_steps:
+        return
     for done in training.train(seconds):
         entry = training.log[-1]
         if done == settings.short_steps:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Iterator
 from functools import lru_cache
@@ -161,7 +162,8 @@ class Training:
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "done": self.done}
         state |= {"log": self.log, "batches": self.batches, "seconds": self.seconds, "key": self._key()}
-        partial = path.with_suffix(".partial")
+        # Arms that train side by side may reach the end of the phase that they share at one time.
+        partial = path.with_suffix(f".{os.getpid()}.partial")
         torch.save(state, partial)
         partial.replace(path)
 
