@@ -242,7 +242,7 @@ def most_rows(target: Target, element_size: int, decoded: bool, int8: bool, colu
     if large and decoded:
         rows = 128 if target.arch == 90 else 64
     if int8 and target.arch != 90:
-        # Blackwell's tensor memory takes no int8 products: sums live in registers, as on older GPUs.
+        # Triton puts no int8 products into Blackwell's tensor memory: sums live in registers, as on older GPUs.
         rows = min(rows, 128)
     if element_size > 2:
         rows = 32 if depth <= 128 else 16
