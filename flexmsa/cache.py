@@ -138,6 +138,7 @@ class Cache:
             if choice is not None:
                 index_q = choice[0]
                 if self.index_k.dtype == torch.int8:
+                    assert self.index_k_scale is not None
                     # In float32 the largest numbers of a key may become infinite.
                     index_k = self._gather(self.index_k, self.index_k_scale.double())
                     index_q = rounded_to_int8(index_q)

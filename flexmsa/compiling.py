@@ -21,6 +21,8 @@ __all__ = ["main", "warm_up"]
 
 # Queries of a step that decodes a token, and of a chunk of a prompt.
 STEPS = 1, 1024
+# Of the command; of the dtypes of 16 bits or more, that of the layer.
+INDEX_DTYPES = "bfloat16", "float16", "float32", "float8_e4m3fn", "int8"
 # The exit code of a command that Ctrl-C stopped.
 INTERRUPTED = 130
 
@@ -59,7 +61,7 @@ def warm_up(
         decoding: compile for the append to a cache and `flexmsa.decode`, for single tokens and for chunks of a prompt.
         paged, cache_dtype: the caches to decode from: in pages of block_size; None stores dtype, or
             torch.float8_e4m3fn.
-        index_dtype: of their index keys; None is cache_dtype's, or torch.float8_e4m3fn or torch.int8.
+        index_dtype: of their index keys: dtype, torch.float8_e4m3fn or torch.int8; None is that of keys and values.
         device: the GPU to compile for.
         report: called after each kernel with how many are done, of how many, and its name.
 
@@ -95,8 +97,8 @@ def warm_up(
             packed,
         )
         layer = Layer(*shape, device=str(device))
-        e4m3 = torch.float8_e4m3fn
-        cache = CacheFormat(paged, cache_dtype == e4m3, index_dtype or (e4m3 if cache_dtype == e4m3 else None))
+        stored = index_dtype or cache_dtype or dtype
+        cache = CacheFormat(paged, cache_dtype == torch.float8_e4m3fn, None if stored == dtype else stored)
         if training:
             yield from (partial(train, layer, loss_in_backward) for loss_in_backward in (False, True))
         if decoding:
@@ -115,8 +117,9 @@ def _check(
         raise ValueError(f"dtype: expected torch.bfloat16, torch.float16 or torch.float32, got {dtype}")
     if cache_dtype not in (None, dtype, torch.float8_e4m3fn):
         raise ValueError(f"cache_dtype: expected None, {dtype} or torch.float8_e4m3fn, got {cache_dtype}")
-    if index_dtype not in (None, torch.float8_e4m3fn, torch.int8):
-        raise ValueError(f"index_dtype: expected None, torch.float8_e4m3fn or torch.int8, got {index_dtype}")
+    if index_dtype not in (None, dtype, torch.float8_e4m3fn, torch.int8):
+        raise ValueError(f"index_dtype: expected None, {dtype}, torch.float8_e4m3fn or torch.int8, got {index_dtype}")
+    validation.check_cache_dtypes(dtype, index_dtype or dtype, sizes["index_head_dim"])
 
 
 def _check_device(device: str | torch.device) -> None:
@@ -149,7 +152,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--decoding", action="store_true", help="for a cache and decode")
     parser.add_argument("--paged", action="store_true", help="the cache is in pages")
     parser.add_argument("--cache-dtype", default=None, choices=["float8_e4m3fn"], help="default: the dtype")
-    parser.add_argument("--index-dtype", default=None, choices=["float8_e4m3fn", "int8"], help="default: the cache's")
+    parser.add_argument("--index-dtype", default=None, choices=INDEX_DTYPES, help="default: the cache's")
     parser.add_argument("--device", default="cuda")
     options = vars(parser.parse_args(argv))
     for name in ("dtype", "cache_dtype", "index_dtype"):

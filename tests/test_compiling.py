@@ -1,5 +1,7 @@
 """`warm_up` and its command: what they accept, what they say without a GPU, and how the command shows its progress."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import flexmsa
 from flexmsa import __main__, compiling
 
 SHAPE = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+E4M3 = torch.float8_e4m3fn
 COMMAND = ["warm-up", "--num-heads", "4", "--num-kv-heads", "2", "--head-dim", "64"]
 
 
@@ -35,12 +38,36 @@ def test_the_interpreter_has_nothing_to_compile(monkeypatch):
         ({"dtype": torch.float64}, "dtype"),
         ({"cache_dtype": torch.float32}, "cache_dtype"),
         ({"cache_dtype": torch.int8}, "cache_dtype"),
-        ({"index_dtype": torch.bfloat16}, "index_dtype"),
+        ({"index_dtype": torch.float16}, "index_dtype"),
+        ({"index_dtype": torch.int8, "index_head_dim": 1032}, "index_head_dim: expected at most 1024"),
     ],
 )
 def test_a_wrong_shape_raises_on_every_machine(change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         flexmsa.warm_up(**SHAPE | change)
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "index_dtype", "kept"),
+    [
+        (None, None, None),
+        (None, torch.int8, torch.int8),
+        (None, torch.bfloat16, None),
+        (E4M3, None, E4M3),
+        (E4M3, torch.int8, torch.int8),
+        (E4M3, torch.bfloat16, None),
+    ],
+)
+def test_the_caches_it_compiles_for(cache_dtype, index_dtype, kept, monkeypatch):
+    pytest.importorskip("triton")
+    from flexmsa.kernels.triton.common import launch
+    from flexmsa.kernels.triton.layer import CacheFormat
+
+    monkeypatch.setattr(compiling, "_check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(launch, "compile_ahead", lambda calls, report: [call.args[1] for call in calls])
+    given = {"cache_dtype": cache_dtype, "index_dtype": index_dtype, "training": False, "decoding": True}
+    assert set(flexmsa.warm_up(**SHAPE, **given)) == {CacheFormat(False, cache_dtype == E4M3, kept)}
 
 
 def test_the_command_passes_on_what_it_was_given(monkeypatch, capsys):
