@@ -322,7 +322,8 @@ def check_pools(pools: dict[str, Tensor], scales: dict[str, Tensor | None]) -> N
             _check_pool_scale(name, scale, pool)
 
 
-def _check_pool_scale(name: str, scale: Tensor, pool: Tensor) -> None:
+def _check_pool_scale(name: str, scale: Any, pool: Tensor) -> None:
+    _check_is_tensor(name, scale, " [num_pages, heads, page_size]")
     kind, wanted = ("int8", torch.float32) if pool.dtype == torch.int8 else ("e4m3", torch.uint8)
     is_right = scale.dtype == wanted and scale.device == pool.device and scale.is_contiguous()
     if pool.dtype not in (_E4M3, torch.int8) or not is_right:

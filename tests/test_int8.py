@@ -244,6 +244,11 @@ def pools(index_dtype=torch.int8):
     return torch.zeros(6, 1, 4, 16), torch.zeros(6, 1, 4, 16), torch.zeros(6, 1, 4, 16, dtype=index_dtype)
 
 
+def lengths_of_six_pages():
+    """A page table and lengths of two empty rows."""
+    return torch.arange(6).view(2, 3).int(), torch.zeros(2, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -261,6 +266,11 @@ def pools(index_dtype=torch.int8):
             "^index_k_scale: expected float32 .* for an int8 pool, got torch.uint8",
         ),
         (
+            lambda: flexmsa.PagedMSACache.wrap(*pools(), *lengths_of_six_pages(), index_k_scale=0.5),
+            TypeError,
+            "^index_k_scale: expected a tensor",
+        ),
+        (
             lambda: flexmsa.PagePools(*pools(), index_k_scale=torch.zeros(6, 1, 5)),
             ValueError,
             r"^index_k_scale: expected \[num_pages, heads, page_size\]",
@@ -276,7 +286,7 @@ def pools(index_dtype=torch.int8):
             "^index_k: expected a floating dtype, got torch.int8",
         ),
     ],
-    ids=["dtype", "dims", "no scale", "one scale", "codes", "shape", "keys", "select_blocks"],
+    ids=["dtype", "dims", "no scale", "one scale", "codes", "wrap", "shape", "keys", "select_blocks"],
 )
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
@@ -284,7 +294,7 @@ def test_errors(call, error, message):
 
 
 def test_a_server_gives_its_scales():
-    table, lens, stored = torch.arange(6).view(2, 3).int(), torch.zeros(2, dtype=torch.int32), pools()
+    (table, lens), stored = lengths_of_six_pages(), pools()
     scale, x = torch.zeros(6, 1, 4), randn(2, 1, 6, 16)
     cache = flexmsa.PagedMSACache.wrap(*stored, table, lens, index_k_scale=scale)
     cache.append(x, x, x)
