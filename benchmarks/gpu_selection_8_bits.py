@@ -19,7 +19,8 @@ from benchmarks import gpu_quantise_8_bits as quantising
 from benchmarks import gpu_selection_8_bits_kernels as kernels
 from flexmsa.kernels.triton.common.launch import Launch, Options
 
-TOPK, BLOCK, PLACES = 16, 128, 64
+TOPK, BLOCK, PLACES = 16, 128, kernels.PLACES.value
+CHOOSE, AGAIN = (2, 4, 128, 32), (128, 3, 4)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: list[Any], warps: int = 4, **constants: Any) -> None:
@@ -55,14 +56,14 @@ class Parts:
         numbers = empty(index_k.shape[2], self.depth, dtype=torch.int8)
         self.keys = quantising.Keys(numbers, *(empty(self.blocks) for _ in range(3)), empty(2))
         self.maxima = empty(self.blocks, self.rows, dtype=torch.int16)
-        self.parts = 4 if self.blocks <= 2048 else 16
-        self.best = empty(self.blocks // self.parts + 1, self.rows)
         self.bits = empty(self.blocks, self.rows // 32, dtype=torch.int32)
-        self.entries = empty(self.blocks, self.rows, dtype=torch.int32)
-        self.lengths = empty(self.blocks, dtype=torch.int32)
+        entries, begins, lengths, total = (
+            empty(number, dtype=torch.int32) for number in (PLACES * self.rows, self.blocks, self.blocks, 1)
+        )
+        self.lists = kernels.Lists(entries, begins, lengths, total)
         near, used = (empty(self.rows, dtype=torch.int32) for _ in range(2))
         places, over = empty(PLACES, self.rows, dtype=torch.int64), empty(self.rows // 32, dtype=torch.int32)
-        self.known = kernels.Rows(empty(self.rows), empty(self.rows), near, used, places, over)
+        self.known = kernels.Rows(empty(self.rows), near, used, places, over)
         self.ids = empty(1, self.groups, self.seqlen, TOPK, dtype=torch.int32)
         self.marked = empty(every, dtype=torch.int8)
 
@@ -72,7 +73,7 @@ class Parts:
 
     def chunk(self, first: int) -> kernels.Chunk:
         """The kernels' record of a chunk."""
-        return kernels.Chunk(first, self.rows, self.seqlen)
+        return kernels.Chunk(first, self.rows // 32, self.seqlen)
 
     def seen(self, first: int) -> int:
         """The blocks that a chunk sees."""
@@ -95,28 +96,20 @@ class Parts:
         launch(kernels.scan_kernel, (self.rows // 128,), arguments, GROUPS=self.groups, D=self.depth, STAGES=4)
 
     def choose(self, first: int) -> None:
-        tiles, chunk = self.rows // 128, self.chunk(first)
-        sizes = {"GROUPS": self.groups, "COUNT": TOPK - 1, "PARTS": self.parts}
-        each = triton.cdiv(self.seen(first), self.parts)
-        arguments = [self.maxima, self.keys, self.best, chunk]
-        launch(kernels.group_kernel, (tiles, triton.cdiv(each, 16)), arguments, **sizes, EACH=16)
-        arguments = [self.maxima, self.best, self.queries, self.keys, self.known, chunk]
-        launch(kernels.threshold_kernel, (tiles,), arguments, **sizes, HIGHER=TOPK - 5)
-
-    def mark(self, first: int) -> None:
-        arguments = [self.maxima, self.queries, self.keys, self.known, self.bits, self.chunk(first)]
-        grid = self.rows // 128, triton.cdiv(self.seen(first), 64)
-        launch(kernels.mark_kernel, grid, arguments, GROUPS=self.groups, EACH=64, AHEAD=8)
-        launch(kernels.over_kernel, (self.rows // 1024,), [self.known])
+        arguments = [self.maxima, self.queries, self.keys, self.known, self.bits, self.lists.total, self.chunk(first)]
+        words, warps, classes, ahead = CHOOSE
+        sizes = {"GROUPS": self.groups, "COUNT": TOPK - 1, "WORDS": words, "CLASSES": classes, "AHEAD": ahead}
+        launch(kernels.choose_kernel, (self.rows // 32 // words,), arguments, warps, **sizes)
 
     def gather(self, first: int) -> None:
-        arguments = [self.bits, self.known.over, self.entries, self.lengths, self.chunk(first)]
+        arguments = [self.bits, self.known.over, self.lists, self.chunk(first)]
         launch(kernels.list_kernel, (self.seen(first),), arguments, GROUPS=self.groups, WORDS=1024)
 
     def again(self, first: int) -> None:
-        shares = max(1, self.rows * 40 // (self.seen(first) * 128 * 4))
-        arguments = [self.index_q, self.index_k, self.entries, self.lengths, self.known, self.chunk(first)]
-        sizes = {"GROUPS": self.groups, "ROWS": 128, "D": self.depth, "STAGES": 3}
+        rows, stages, each = AGAIN
+        shares = max(1, self.rows * 40 // (self.seen(first) * rows * each))
+        arguments = [self.index_q, self.index_k, self.lists, self.known, self.chunk(first)]
+        sizes = {"GROUPS": self.groups, "ROWS": rows, "D": self.depth, "STAGES": stages}
         launch(kernels.again_kernel, (shares, self.seen(first)), arguments, **sizes)
 
     def certify(self, first: int) -> None:
@@ -126,7 +119,7 @@ class Parts:
 
     def steps(self) -> list[Any]:
         """The launches of a chunk of rows, in order."""
-        return [self.scan, self.choose, self.mark, self.gather, self.again, self.certify]
+        return [self.scan, self.choose, self.gather, self.again, self.certify]
 
     def run(self) -> None:
         self.quantise()
@@ -163,7 +156,7 @@ def prefill(index_q: torch.Tensor, index_k: torch.Tensor, title: str) -> None:
     wanted = flexmsa.select_blocks(index_q, index_k)
     same = (parts.ids == wanted).all(-1)[0]
     marked = parts.marked.view(parts.seqlen, parts.groups).T != 0
-    again = parts.lengths.sum().item() / parts.rows
+    again = parts.lists.lengths.sum().item() / parts.rows
     print(
         f"{title} {parts.seqlen}: {marked.float().mean().item():.3%} marked, {int((~same & ~marked).sum())} certified "
         f"but wrong of {same.numel()} rows; {again:.1f} again in the last chunk"
