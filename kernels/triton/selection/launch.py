@@ -11,7 +11,7 @@ is multiplied as it is stored, and its score by its scale. Queries may be e4m3 t
 multiplies them in half the time. It adds up products of e4m3 numbers with about 14 bits instead of fp32's 24.
 
 Two implementations: `kernel` takes all problems; `kernel_sm90` takes a few query rows on Hopper, if the bulk copy
-engine can read the keys. Where the keys are split, each split writes a list of its best blocks, and `merge` makes one
+engine can read the keys. From some 100K tokens on `certified` has most scores in int8, and the same ids. Where the keys are split, each split writes a list of its best blocks, and `merge` makes one
 of them: in a kernel of its own, or in that of the attention (see `serving`).
 
 Cost: 2 Hkv Di FLOPs per (query, visible key): 8.8 TFLOP at 128K causal tokens with Hkv 4, Di 128, which is 11.2 ms at
@@ -31,7 +31,8 @@ from ..common.records import capacity_of, keys_per_row, pages_of, table_on_meta
 from ..common.target import GLUON, target_of
 from ..common.tiles import length_key, tile_table, tma_ready
 from . import kernel
-from .config import DEPENDS_ON, SelectionConfig, default_config, most_splits, selection_constants
+from .certified.launch import select_certified
+from .config import CERTIFIED_TOKENS, DEPENDS_ON, SelectionConfig, default_config, most_splits, selection_constants
 from .merge import Lists, merge_splits
 from .rule import ForcedBlocks
 from .topk import Ids, Outputs
@@ -77,7 +78,8 @@ def choose_config(
     target = target_of(index_q.device)
     keys = capacity_of(page_table, index_k)
     # The length of packed documents is not known here.
-    shipped = default_config(problem, target, num_sequences, seqlen_q, keys, packed and problem.paged)
+    one_per_row = sequences.dim() == 2 and sequences.shape[0] == batch
+    shipped = default_config(problem, target, num_sequences, seqlen_q, keys, packed and problem.paged, one_per_row)
     return tuned_config("selection", problem, target, shipped, DEPENDS_ON)
 
 
@@ -103,6 +105,9 @@ def rank_blocks(
     if ids.numel() == 0:
         return ids, None
     config = config or choose_config(index_q, index_k, sequences, rule, page_table, index_k_scale)
+    if config.certified and not with_scores:
+        select_certified(index_q, index_k, sequences, rule, config, ids)
+        return ids, None
     if index_q.dtype == torch.float8_e4m3fn and not config.fp8_product:
         index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
     lists = None
@@ -146,7 +151,7 @@ def select_blocks(
         for number in VARIANTS:
             select_on_meta(vectors, *tables, rule, number, ids=on_meta(ids))
         trains = page_table is None and index_q.shape[2] == index_k.shape[2]
-        for number in TRAINING_VARIANTS if trains else ():
+        for number in (*TRAINING_VARIANTS, CERTIFIED_TOKENS // rule.block_size) if trains else ():
             select_on_meta(vectors, *tables, rule, number, number)
     elif page_table is not None:
         compile_other_lengths(("select", index_q.device, length_key(index_q), index_k.dtype, rule))
