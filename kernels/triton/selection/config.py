@@ -35,8 +35,8 @@ class SelectionConfig:
     clear: blocks that every row sees whole take a loop of their own, without masks; halves: there the products of one
     half of the rows run while the other half's maxima are taken, and the period is 1; swap: the keys are the rows of
     the product, as a few query rows would not fill them; fp8_product: e4m3 keys are multiplied as they are, as are e4m3
-    queries; sm90: `kernel_sm90` is launched; certified: `certified` selects by int8 scores, and `kernel`'s tiles are those
-    of rows that these do not decide.
+    queries; sm90: `kernel_sm90` is launched; certified: `certified` selects by int8 scores, and the tiles are of rows
+    that these do not decide.
     """
 
     rows: int
@@ -134,6 +134,13 @@ def fits_certified(problem: Problem) -> bool:
     return shape and topk and problem.key_size == problem.element_size == 2 and not problem.paged
 
 
+def gains_certified(problem: Problem, target: Target) -> bool:
+    """Whether `certified` was measured to be faster for such a problem, of CERTIFIED_TOKENS queries and keys."""
+    hopper = target.backend == "cuda" and target.arch == 90 and problem.dtype == torch.bfloat16
+    shape = problem.index_head_dim == problem.block_size == 128 and problem.num_kv_heads in (4, 8)
+    return hopper and shape and fits_certified(problem)
+
+
 @functools.lru_cache(maxsize=4096)
 def default_config(
     problem: Problem,
@@ -153,7 +160,7 @@ def default_config(
     The lengths decide two things: rows, of the few sizes of `row_tile`, with all that follows them; and num_splits,
     which kernels take at run time, except that they are compiled once for one split and once for more. packed: the
     sequences have seqlen_q queries together. one_per_row: each batch row is one sequence. Where these are long, Hopper
-    takes int8 scores first.
+    takes int8 scores first (`certified`).
     """
     assert problem.topk is not None
     kept = kept_blocks(problem.topk)
@@ -166,10 +173,8 @@ def default_config(
         # More copies in flight than the default's four would only be in each other's way.
         return SelectionConfig(few, columns, kept, num_splits, fp8_product=fp8_product, sm90=True)
     config = tile_config(problem, target, num_sequences, seqlen_q, num_blocks, kept, packed)
-    hopper = target.backend == "cuda" and target.arch == 90 and problem.dtype == torch.bfloat16
-    if one_per_row and hopper and min(seqlen_q, seqlen_k) >= CERTIFIED_TOKENS and fits_certified(problem):
-        return replace(config, certified=True)
-    return config
+    long = one_per_row and min(seqlen_q, seqlen_k) >= CERTIFIED_TOKENS
+    return replace(config, certified=long and gains_certified(problem, target))
 
 
 def tile_config(

@@ -11,8 +11,9 @@ is multiplied as it is stored, and its score by its scale. Queries may be e4m3 t
 multiplies them in half the time. It adds up products of e4m3 numbers with about 14 bits instead of fp32's 24.
 
 Two implementations: `kernel` takes all problems; `kernel_sm90` takes a few query rows on Hopper, if the bulk copy
-engine can read the keys. From some 100K tokens on `certified` has most scores in int8, and the same ids. Where the keys are split, each split writes a list of its best blocks, and `merge` makes one
-of them: in a kernel of its own, or in that of the attention (see `serving`).
+engine can read the keys. Where the keys are split, each split writes a list of its best blocks, and `merge` makes one
+of them: in a kernel of its own, or in that of the attention (see `serving`). For many queries and keys on Hopper,
+`certified` finds the same ids from int8 scores, and leaves a few rows to `kernel`.
 
 Cost: 2 Hkv Di FLOPs per (query, visible key): 8.8 TFLOP at 128K causal tokens with Hkv 4, Di 128, which is 11.2 ms at
 783 TFLOP/s. Decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25 TB/s, and half of it in e4m3.
@@ -46,8 +47,9 @@ if GLUON:
 
 # Numbers of blocks that between them take every variant of the kernels: without splits, with few and with many.
 VARIANTS = (1, 40, 4096)
-# The same where there are as many queries as keys: whether splits fill the GPU better changes several times.
-TRAINING_VARIANTS = (1, *range(8, 128, 8), 192, 256)
+# The same where there are as many queries as keys: whether splits fill the GPU better changes several times, and from
+# the last number on int8 scores are taken.
+TRAINING_VARIANTS = (1, *range(8, 128, 8), 192, 256, CERTIFIED_TOKENS // 128)
 
 
 def choose_config(
@@ -151,7 +153,7 @@ def select_blocks(
         for number in VARIANTS:
             select_on_meta(vectors, *tables, rule, number, ids=on_meta(ids))
         trains = page_table is None and index_q.shape[2] == index_k.shape[2]
-        for number in (*TRAINING_VARIANTS, CERTIFIED_TOKENS // rule.block_size) if trains else ():
+        for number in TRAINING_VARIANTS if trains else ():
             select_on_meta(vectors, *tables, rule, number, number)
     elif page_table is not None:
         compile_other_lengths(("select", index_q.device, length_key(index_q), index_k.dtype, rule))

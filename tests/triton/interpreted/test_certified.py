@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flexmsa.kernels import workspace
 from flexmsa.kernels.rules import SelectionRule
-from flexmsa.kernels.triton.selection.certified import launch
+from flexmsa.kernels.triton.selection.certified import choose, launch
 from flexmsa.kernels.triton.selection.launch import choose_config, select_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -127,6 +127,22 @@ def test_a_few_huge_keys_mark_no_other_rows():
     assert check(q, k, SelectionRule(64, 8))[0] <= 3
 
 
+def test_a_wrong_guess_marks_rows(monkeypatch):
+    torch.manual_seed(0)
+    q, k, rule = grid(1, 4, 32, 64), grid(1, 1, 2000, 64), SelectionRule(64, 6)
+    assert check(q, k, rule)[0] <= 3
+    # Above the threshold in place of below it.
+    monkeypatch.setattr(choose, "DOUBT", choose.tl.constexpr(-3.0))
+    assert check(q, k, rule)[0] > 32
+
+
+def test_a_bound_that_is_not_a_number_rules_nothing_out():
+    """A vast query has infinite bounds; of a block of zeros, whose score is the best, they are not a number."""
+    q, k = grid(1, 2, 4, 32).abs() * 2.0**60, -grid(1, 1, 900, 32).abs()
+    k[:, :, 192:256] = 0
+    check(q, k, SelectionRule(64, 4), dtype=torch.float32)
+
+
 def test_ids_with_strides():
     q, k, rule = grid(2, 3, 20, 32).half(), grid(2, 1, 700, 32).half(), SelectionRule(64, 3)
     sequences = plain(2, 20, 700)
@@ -148,8 +164,8 @@ def test_packed_documents_are_refused():
 def test_buffers_fit_the_workspace(limit, groups, seqlen):
     workspace.set_workspace_limit(limit)
     num_blocks = seqlen // 128
-    tokens = launch.tokens_per_part(seqlen, groups, num_blocks, 128)
-    buffers = launch.part_buffers(-(-tokens * groups // 128) * 128, num_blocks, 128, torch.device("meta"))
+    tokens = launch.range_size(seqlen, groups, num_blocks, 128)
+    buffers = launch.range_buffers(-(-tokens * groups // 128) * 128, num_blocks, 128, torch.device("meta"))
     tensors = {id(x): x for value in buffers.values() for x in (value if isinstance(value, tuple) else (value,))}
     used = sum(x.numel() * x.element_size() for x in tensors.values())
     # Rows are whole tiles, and lists have an entry per block.

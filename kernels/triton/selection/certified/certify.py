@@ -32,13 +32,13 @@ def kept_anyway(rank, visible, forced, C: tl.constexpr):
 
 
 @triton.jit
-def certify_kernel(rows, scale_ptr, ids, marked, sequences_ptr, part, forced, C: tl.constexpr):
+def certify_kernel(rows, scale_ptr, ids, marked, sequences_ptr, tokens, forced, C: tl.constexpr):
     """The ids of certified rows; the others are added to the RowList `marked`."""
     # Triton 3.6 takes a field that is not a number for a constant only if it has a name of its own.
     topk: tl.constexpr = C.topk
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    sequence = load_sequence(sequences_ptr, part.sequence)
-    visible = visible_keys(sequence, part, row, C)
+    sequence = load_sequence(sequences_ptr, tokens.sequence)
+    visible = visible_keys(sequence, tokens, row, C)
     near = tl.load(rows.near + row)
     over = near > PLACES
     keys = ()
@@ -49,14 +49,14 @@ def certify_kernel(rows, scale_ptr, ids, marked, sequences_ptr, part, forced, C:
         forced_key = pack_keys(tl.full([TILE], float("inf"), tl.float32), block)
         keys = insert_key(keys, tl.where(block >= 0, forced_key, EMPTY_KEY))
     for place in range(0, tl.max(tl.where(over, 0, near), 0)):
-        at = rows.places + tl.cast(place, tl.int64) * (part.tiles * TILE) + row
+        at = rows.places + tl.cast(place, tl.int64) * (tokens.tiles * TILE) + row
         keys = insert_key(keys, tl.load(at, mask=(place < near) & (over == 0), other=EMPTY_KEY))
 
     grown: tl.constexpr = C.depth / 4.0 ** half_log2(C.depth)
     low = tl.load(rows.low + row) * (tl.load(scale_ptr + row) / grown)
     certified = (over == 0) & ((visible <= topk * C.block_size) | (key_scores(keys[topk - 1]) >= low))
-    live = row < part.tokens * C.num_kv_heads
-    token, group = part.first + row // C.num_kv_heads, row % C.num_kv_heads
+    live = row < tokens.count * C.num_kv_heads
+    token, group = tokens.first + row // C.num_kv_heads, row % C.num_kv_heads
     found = ()
     for rank in tl.static_range(topk):
         found += (tl.where(keys[rank] == EMPTY_KEY, ID_MASK, (keys[rank] & ID_MASK).to(tl.int32) ^ ID_MASK),)

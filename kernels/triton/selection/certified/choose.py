@@ -23,9 +23,9 @@ DOUBT = tl.constexpr(3.0)
 
 
 @triton.jit
-def rough_scores(maxima_ptr, scale, part, row, block, seen):
+def rough_scores(maxima_ptr, scale, tokens, row, block, seen):
     """Rough scores [blocks, 32] of rows and blocks, from the middle of what a maximum may be."""
-    at = maxima_ptr + block.to(tl.int64) * (part.tiles * TILE) + row
+    at = maxima_ptr + block.to(tl.int64) * (tokens.tiles * TILE) + row
     return tl.load(at, mask=seen, other=0).to(tl.float32) * (64 * scale) + 32 * scale
 
 
@@ -51,52 +51,54 @@ def about_best(scores, count):
 
 
 @triton.jit
-def guess_low(maxima_ptr, queries, blocks, sequence, part, row, end, forced, C: tl.constexpr):
+def guess_low(maxima_ptr, queries, blocks, sequence, tokens, row, end, forced, C: tl.constexpr):
     """[1, 32]: a number that the scores of all selected blocks of a row will be above, if the guess is right."""
     best = tl.full([CLASSES, 32], float("-inf"), tl.float32)
     for first in range(forced.num_init, end, CLASSES):
         block = first + tl.arange(0, CLASSES)[:, None]
-        scale = tl.load(blocks.scale + part.sequence * blocks.num_blocks + block, mask=block < end, other=0.0)
-        scores = rough_scores(maxima_ptr, scale, part, row, block, block < end)
+        scale = tl.load(blocks.scale + tokens.sequence * blocks.num_blocks + block, mask=block < end, other=0.0)
+        scores = rough_scores(maxima_ptr, scale, tokens, row, block, block < end)
         best = tl.where(block < end, tl.maximum(best, scores), best)
-    sums = blocks.sums + part.sequence * 2
+    sums = blocks.sums + tokens.sequence * 2
     mean = tl.load(queries.per_error + row) * tl.load(sums) + tl.load(queries.per_norm + row) * tl.load(sums + 1)
     mean /= tl.maximum((sequence.k_end - sequence.k_start) // C.block_size, 1).to(tl.float32)
     return about_best(best, C.topk - forced.num_local - forced.num_init) - mean * (DOUBT * C.depth**-0.5)
 
 
 @triton.jit
-def choose_kernel(maxima_ptr, queries, blocks, rows, bits_ptr, total_ptr, sequences_ptr, part, forced, C: tl.constexpr):
+def choose_kernel(
+    maxima_ptr, queries, blocks, rows, bits_ptr, total_ptr, sequences_ptr, tokens, forced, C: tl.constexpr
+):
     """bits [blocks, rows / 32]: whether a row scores a block again; and low, near, used and over of the rows."""
     word = tl.num_programs(0) - 1 - tl.program_id(0)
     if word == 0:
         tl.store(total_ptr, 0)
     lane = tl.arange(0, 32)[None, :]
     row = word * 32 + lane
-    sequence = load_sequence(sequences_ptr, part.sequence)
-    end = scanned_end(sequence, part, word * 32, forced, C)
-    low = guess_low(maxima_ptr, queries, blocks, sequence, part, row, end, forced, C)
+    sequence = load_sequence(sequences_ptr, tokens.sequence)
+    end = scanned_end(sequence, tokens, word * 32, forced, C)
+    low = guess_low(maxima_ptr, queries, blocks, sequence, tokens, row, end, forced, C)
     per_error, per_norm = tl.load(queries.per_error + row), tl.load(queries.per_norm + row)
 
-    visible = visible_keys(sequence, part, row, C)
+    visible = visible_keys(sequence, tokens, row, C)
     # Others keep all that they see.
-    ranked = (row < part.tokens * C.num_kv_heads) & (visible > C.topk * C.block_size)
+    ranked = (row < tokens.count * C.num_kv_heads) & (visible > C.topk * C.block_size)
     last = tl.where(ranked, ranked_end(visible, forced, C), 0)
-    stored = ranked_end(visible_keys(sequence, part, word * 32 + 31, C), forced, C)
+    stored = ranked_end(visible_keys(sequence, tokens, word * 32 + 31, C), forced, C)
     bit = tl.full([1, 32], 1, tl.int32) << lane
     wanted = tl.zeros([AHEAD, 32], tl.int32)
     for first in range(forced.num_init, stored, AHEAD):
         block = first + tl.arange(0, AHEAD)[:, None]
         scanned = block < end
-        at = part.sequence * blocks.num_blocks + block
+        at = tokens.sequence * blocks.num_blocks + block
         scale = tl.load(blocks.scale + at, mask=scanned, other=0.0)
         bound = per_norm * tl.load(blocks.norm + at, mask=scanned, other=0.0) + 33 * scale
         bound += per_error * tl.load(blocks.error + at, mask=scanned, other=0.0)
         # A bound may be NaN, and rules nothing out then.
-        out = scanned & (rough_scores(maxima_ptr, scale, part, row, block, scanned) + bound < low)
+        out = scanned & (rough_scores(maxima_ptr, scale, tokens, row, block, scanned) + bound < low)
         near = (out == 0) & (block < last)
         bits = tl.sum(tl.where(near, bit, 0), 1, keep_dims=True)
-        tl.store(bits_ptr + block.to(tl.int64) * (part.tiles * (TILE // 32)) + word, bits, mask=block < stored)
+        tl.store(bits_ptr + block.to(tl.int64) * (tokens.tiles * (TILE // 32)) + word, bits, mask=block < stored)
         wanted += near.to(tl.int32)
     near = tl.sum(wanted, 0, keep_dims=True)
     tl.store(rows.low + row, low)

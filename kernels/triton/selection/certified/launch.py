@@ -1,7 +1,7 @@
 """A selection whose ids are certified from int8 scores: those of the 16-bit kernel, ties included, in less time.
 
-Tensor cores multiply int8 numbers twice as fast as bf16 numbers. For each part of the queries (`rows.Part`) whose
-buffers fit the workspace:
+Tensor cores multiply int8 numbers twice as fast as bf16 numbers. For each token range whose buffers fit
+the workspace:
 
 1. `quantise` rotates queries and keys, and rounds them to int8, with bounds on what is lost.
 2. `scan` multiplies them, and keeps the maximum of each row and block.
@@ -17,8 +17,8 @@ docs/notes/selection-8-bits.md says what each step takes.
 A block has rough scores for a tile of rows if all of them see it whole and none is forced to keep it. Others that a row
 sees, and is not forced to keep, are scored again. Rows that see no more than topk blocks take them all.
 
-Cost: Hkv Di operations of int8 per (query, visible key), and 17 bits of memory per (row, block) of a part, written once
-and read twice.
+Cost: 2 Hkv Di operations of int8 per (query, visible key), and 17 bits of memory per row and block of a token range:
+16 are written once and read twice, one is written once and read once.
 """
 
 from typing import Any
@@ -41,34 +41,36 @@ from .certify import certify_kernel
 from .choose import choose_kernel
 from .marked import marked_kernel
 from .quantise import Blocks, Queries, quantise_keys_kernel, quantise_queries_kernel
-from .rows import PLACES, TILE, Part, Rows
+from .rows import PLACES, TILE, Rows, TokenRange
 from .scan import scan_kernel
 
-# Rows of a part, at most: the buffers of more leave the L2 cache before they are read.
+# Rows of a token range, at most: more leave the L2 cache before they are read again.
 MOST_ROWS = 1 << 17
 # About how many blocks of a row are scored again.
 NEAR = 40
 # Products that a program of `again` makes with a block, about.
 PRODUCTS = 8
 
-# Rotated vectors are fp32 numbers in registers, as are they before their product is summed up.
-ROTATING = Options(num_warps=8)
+# Warps that rotate vectors, which are fp32 numbers in registers while their product is summed up.
+ROTATING = 8
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], options: Options = Options()) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], num_warps: int = 4, num_stages: int = 3
+) -> None:
     """Launch a kernel on those of the arguments that it takes, by name."""
     given = {name: arguments[name] for name in kernel.arg_names}
     constants = {"C": given.pop("C")}
-    Launch(kernel, grid, given, constants, options).run()
+    Launch(kernel, grid, given, constants, Options(num_warps, num_stages)).run()
 
 
-def tokens_per_part(seqlen_q: int, num_kv_heads: int, num_blocks: int, depth: int) -> int:
-    """Tokens whose buffers, those of `part_buffers`, fit the workspace."""
+def range_size(seqlen_q: int, num_kv_heads: int, num_blocks: int, depth: int) -> int:
+    """Tokens whose buffers, those of `range_buffers`, fit the workspace."""
     bytes_per_row = num_blocks * 17 // 8 + PLACES.value * 12 + depth + 32
     return min(tokens_per_range(seqlen_q, num_kv_heads * bytes_per_row), max(16, MOST_ROWS // num_kv_heads))
 
 
-def part_buffers(num_rows: int, num_blocks: int, depth: int, device: torch.device) -> dict[str, Any]:
+def range_buffers(num_rows: int, num_blocks: int, depth: int, device: torch.device) -> dict[str, Any]:
     """What the kernels keep of num_rows rows, whole tiles, by the names of their arguments."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -131,9 +133,9 @@ def select_certified(
         "C": constants,
     }
     numbers, blocks = quantise_keys(index_k, arguments, rule.block_size)
-    tokens = tokens_per_part(seqlen_q, num_kv_heads, blocks.num_blocks, depth)
-    num_rows = triton.cdiv(tokens * num_kv_heads, TILE.value) * TILE.value
-    arguments |= part_buffers(num_rows, blocks.num_blocks, depth, ids.device)
+    size = range_size(seqlen_q, num_kv_heads, blocks.num_blocks, depth)
+    num_rows = triton.cdiv(size * num_kv_heads, TILE.value) * TILE.value
+    arguments |= range_buffers(num_rows, blocks.num_blocks, depth, ids.device)
     arguments |= key_arguments(index_k, None, config, rule.block_size, 0) | {"blocks": blocks}
     arguments["key_numbers"] = key_arguments(numbers, None, config, rule.block_size, 0)["index_k"]
     # Each count is 16 bytes from the next, as kernels are compiled for addresses that are multiples of that.
@@ -141,18 +143,18 @@ def select_certified(
     marked = sequences.new_empty(num_kv_heads * seqlen_q)
     for number in range(batch):
         arguments |= {"number": number, "marked": RowList(marked, counts[number])}
-        for first in range(0, seqlen_q, tokens):
-            count = min(tokens, seqlen_q - first)
+        for first in range(0, seqlen_q, size):
+            count = min(size, seqlen_q - first)
             tiles = triton.cdiv(count * num_kv_heads, TILE.value)
-            # No row of the part sees a block behind these.
+            # No row of the range sees a block behind these.
             seen = triton.cdiv(max(1, index_k.shape[2] - seqlen_q + first + count), rule.block_size)
-            select_part(arguments | {"part": Part(number, first, count, tiles)}, tiles, seen)
-        options = Options(config.num_warps, config.num_stages)
-        launch(marked_kernel, (triton.cdiv(len(marked), config.rows), 1, 1), arguments, options)
+            select_range(arguments | {"tokens": TokenRange(number, first, count, tiles)}, tiles, seen)
+        grid = triton.cdiv(len(marked), config.rows), 1, 1
+        launch(marked_kernel, grid, arguments, config.num_warps, config.num_stages)
 
 
-def select_part(arguments: dict[str, Any], tiles: int, num_blocks: int) -> None:
-    """The ids of the rows of a part, but for those that are marked; num_blocks: all that one of them may see."""
+def select_range(arguments: dict[str, Any], tiles: int, num_blocks: int) -> None:
+    """The ids of the rows of a token range, but for those that are marked; num_blocks: all that one of them may see."""
     launch(quantise_queries_kernel, (tiles, 1, 1), arguments, ROTATING)
     launch(scan_kernel, (tiles, 1, 1), arguments)
     launch(choose_kernel, (tiles * (TILE.value // 32), 1, 1), arguments)

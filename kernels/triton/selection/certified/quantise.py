@@ -17,8 +17,7 @@ LARGEST, SMALLEST = tl.constexpr(2.0**40), tl.constexpr(2.0**-40)
 
 
 class Queries(NamedTuple):
-    """int8 rows of a part and their scales; a bound, over the scale, is per_error * a block's error + per_norm * its
-    norm."""
+    """int8 rows and their scales; a bound, over the scale, is per_error * a block's error + per_norm * its norm."""
 
     numbers: Any
     scale: Any
@@ -83,11 +82,11 @@ def round_vectors(x, together: tl.constexpr):
 
 
 @triton.jit
-def quantise_queries_kernel(index_q, queries, sequences_ptr, part, C: tl.constexpr):
-    """The int8 rows of a part."""
-    sequence = load_sequence(sequences_ptr, part.sequence)
+def quantise_queries_kernel(index_q, queries, sequences_ptr, tokens, C: tl.constexpr):
+    """The int8 rows of a token range."""
+    sequence = load_sequence(sequences_ptr, tokens.sequence)
     row, d = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, C.depth)
-    q = load_rows(index_q, sequence.batch, part, row, row < part.tokens * C.num_kv_heads, C)
+    q = load_rows(index_q, sequence.batch, tokens, row, row < tokens.count * C.num_kv_heads, C)
     x = round_vectors(q, False)
     tl.store(queries.numbers + row.to(tl.int64)[:, None] * C.depth + d[None, :], x.numbers)
     tl.store(queries.scale + row, x.scale)

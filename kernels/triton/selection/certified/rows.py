@@ -13,20 +13,20 @@ TILE = tl.constexpr(128)
 PLACES = tl.constexpr(96)
 
 
-class Part(NamedTuple):
-    """Neighbouring tokens of a sequence: row r is group r % Hkv of token first + r // Hkv, up to tokens * Hkv rows.
+class TokenRange(NamedTuple):
+    """`count` tokens of a sequence: row r is group r % Hkv of token first + r // Hkv.
 
-    tiles: what buffers have room for.
+    tiles: of rows that buffers have room for.
     """
 
     sequence: Any
     first: Any
-    tokens: Any
+    count: Any
     tiles: Any
 
 
 class Rows(NamedTuple):
-    """What is known of each row of a part.
+    """What is known of each row of a token range.
 
     low: what a score of 16 bits has to be for a block that is selected, over the scale of the row's query; near: how
     many blocks are scored again; used: how many have been, each with a key in places [PLACES, rows]; over [rows / 32]:
@@ -41,9 +41,9 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def visible_keys(sequence, part, row, C: tl.constexpr):
+def visible_keys(sequence, tokens, row, C: tl.constexpr):
     """The keys that a row sees, as if there were no last row; not positive for one that sees none."""
-    return sequence.k_end - sequence.k_start - sequence.q_end + part.first + row // C.num_kv_heads + 1
+    return sequence.k_end - sequence.k_start - sequence.q_end + tokens.first + row // C.num_kv_heads + 1
 
 
 @triton.jit
@@ -53,16 +53,16 @@ def ranked_end(visible, forced, C: tl.constexpr):
 
 
 @triton.jit
-def scanned_end(sequence, part, row, forced, C: tl.constexpr):
+def scanned_end(sequence, tokens, row, forced, C: tl.constexpr):
     """The block behind those with rough scores for the tile of a row: each of its rows sees them whole."""
-    visible = visible_keys(sequence, part, row // TILE * TILE, C)
+    visible = visible_keys(sequence, tokens, row // TILE * TILE, C)
     return tl.minimum(visible // C.block_size, ranked_end(visible, forced, C))
 
 
 @triton.jit
-def load_rows(index_q, batch, part, row, live, C: tl.constexpr):
-    """Queries [rows, depth] of rows of a part; zero where they are not live. index_q is a View."""
-    group, token = (row % C.num_kv_heads).to(tl.int64), (part.first + row // C.num_kv_heads).to(tl.int64)
+def load_rows(index_q, batch, tokens, row, live, C: tl.constexpr):
+    """Queries [rows, depth] of rows of a token range; zero where they are not live. index_q is a View."""
+    group, token = (row % C.num_kv_heads).to(tl.int64), (tokens.first + row // C.num_kv_heads).to(tl.int64)
     place = batch * index_q.stride_b + group * index_q.stride_h + token * index_q.stride_s
     d = tl.arange(0, C.depth).to(tl.int64)
     return tl.load(index_q.ptr + place[:, None] + d[None, :] * index_q.stride_d, mask=live[:, None], other=0.0)
