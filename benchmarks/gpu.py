@@ -26,16 +26,10 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu_heads, gpu_model, gpu_peer_steps, gpu_peers, gpu_plot, gpu_shares, gpu_training
+from benchmarks.gpu_certified import certified_errors
 from benchmarks.gpu_launch_checks import host_times, launch_errors
 from benchmarks.gpu_results import Results
-from benchmarks.gpu_selection import (
-    certified_errors,
-    large_errors,
-    packed_errors,
-    selection_errors,
-    selection_times,
-    sweep_times,
-)
+from benchmarks.gpu_selection import large_errors, packed_errors, selection_errors, selection_times, sweep_times
 from benchmarks.gpu_serving import chunk_calls, chunk_times, decode_times
 from benchmarks.gpu_serving_checks import serving_errors
 from flexmsa.kernels import tuning

@@ -123,55 +123,6 @@ def normals(*shape, dtype):
     return torch.randn(shape, device="cuda", dtype=dtype)
 
 
-def equal_keys(index_q, index_k):
-    return index_q, index_k[:, :, :1].expand_as(index_k).contiguous()
-
-
-def huge_key(index_q, index_k):
-    index_k[:, :, index_k.shape[2] // 3] *= 3000
-    return index_q, index_k
-
-
-def wild(index_q, index_k):
-    """Some numbers are NaN, infinite or vast."""
-    for x, share in ((index_q, 1e-6), (index_k, 1e-7)):
-        for value in (torch.nan, torch.inf, -torch.inf, 1e30):
-            x.masked_fill_(torch.rand(x.shape, device=x.device) < share, value)
-    return index_q, index_k
-
-
-def of_any_norm(index_q, index_k):
-    norms = torch.exp2(4 * torch.rand(index_k.shape[:3], device=index_k.device))
-    return index_q, index_k * norms[..., None].to(index_k.dtype)
-
-
-CERTIFIED = [
-    # B, Hkv, Sq, Sk, Di, block_size, topk, local, init
-    (1, 4, 131072, 131072, 128, 128, 16, 1, 0),
-    (1, 8, 32768, 32768, 128, 128, 8, 2, 1),
-    (3, 4, 20000, 50000, 128, 128, 16, 1, 1),
-    (1, 3, 30000, 30001, 64, 64, 32, 1, 0),
-    (2, 4, 8000, 20000, 32, 64, 4, 1, 0),
-]
-
-
-def certified_errors():
-    """Selections from int8 scores whose ids are not those of the 16-bit kernel, for rows of several lengths."""
-    for shape in CERTIFIED:
-        batch, groups, seqlen_q, seqlen_k, depth = shape[:5]
-        rule = SelectionRule(*shape[5:])
-        sequences = plain(batch, seqlen_q, seqlen_k, "cuda")
-        sequences[1:, 3], sequences[1:, 4] = 777, seqlen_k - 1001
-        for kind in (None, equal_keys, huge_key, wild, of_any_norm):
-            draw = partial(normals, dtype=torch.bfloat16)
-            index = draw(batch, groups, seqlen_q, depth), draw(batch, 1, seqlen_k, depth)
-            inputs = *(index if kind is None else kind(*index)), sequences, rule
-            config = replace(choose_config(*inputs), num_splits=1)
-            found, wanted = (select_blocks(*inputs, config=replace(config, certified=x)) for x in (True, False))
-            if not torch.equal(found, wanted):
-                yield f"certified selection {shape} {kind}: {int((found != wanted).sum())} ids differ"
-
-
 def index_inputs(batch, seqlen_q, seqlen_k, draw=normals) -> tuple[Tensor, Tensor, Tensor]:
     """index_q, index_k and sequences at M3's shape."""
     index_q = draw(batch, GROUPS, seqlen_q, DEPTH, dtype=torch.bfloat16)

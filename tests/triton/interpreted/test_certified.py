@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from flexmsa.kernels import workspace
 from flexmsa.kernels.rules import SelectionRule
+from flexmsa.kernels.triton.selection import launch as selection
 from flexmsa.kernels.triton.selection.certified import choose, launch
 from flexmsa.kernels.triton.selection.launch import choose_config, select_blocks
 
@@ -149,6 +150,17 @@ def test_ids_with_strides():
     ids = torch.full((2, 20, 3, 3), -7, dtype=torch.int32).transpose(1, 2)
     select_blocks(q, k, sequences, rule, ids=ids, config=certified_config(q, k, sequences, rule))
     torch.testing.assert_close(ids, dense_selection(q, k, sequences, rule), rtol=0, atol=0)
+
+
+def test_the_operator(monkeypatch):
+    """It reads nothing back to the host: its fake form, on meta tensors, and the real one agree."""
+    monkeypatch.setattr(selection, "choose_config", lambda *given: certified_config(*given[:4]))
+    q, k = grid(2, 3, 20, 32).half(), grid(2, 1, 700, 32).half()
+    given = q, k, plain(2, 20, 700), 64, 3, 1, 0, "triton"
+    torch.library.opcheck(torch.ops.flexmsa.select_blocks.default, given)
+    torch.testing.assert_close(
+        torch.ops.flexmsa.select_blocks(*given), dense_selection(q, k, given[2], SelectionRule(64, 3)), rtol=0, atol=0
+    )
 
 
 def test_packed_documents_are_refused():
