@@ -69,17 +69,16 @@ def selection_kernel(
         return
     num_keys = sequence.k_end - sequence.k_start
     tile = QueryTile(number.sequence, sequence.batch, sequence.q_start, q_end, first, sequence.k_start, num_keys, None)
-    token, group, live = tile_rows(tile, tl.arange(0, C.rows), C)
+    token, _, live = tile_rows(tile, tl.arange(0, C.rows), C)
     visible = tl.where(live, num_keys - q_end + token + 1, 0)
     seen = Seen(visible, num_keys - q_end + first + 1, num_keys - q_end + tl.minimum(first + C.tokens, q_end))
     keys = IndexKeys(index_k, index_k_scale, pages, seqlen_k)
-    lists_row = list_row(tile.sequence, token - tile.q_start, group, tiles.seqlen_q, C.num_kv_heads)
-    rank_tile(index_q, keys, tile, seen, lists_row, forced, outputs, C)
+    rank_tile(index_q, keys, tile, seen, tiles.seqlen_q, forced, outputs, C)
 
 
 @triton.jit
-def rank_tile(index_q, keys, tile, seen, lists_row, forced, outputs, C: tl.constexpr):
-    """Write the top-k of a QueryTile's rows; lists_row [rows]: which lists are theirs, if there are lists."""
+def rank_tile(index_q, keys, tile, seen, seqlen_q, forced, outputs, C: tl.constexpr):
+    """Write the top-k of a QueryTile's rows; seqlen_q: tokens that a sequence has lists for, if there are lists."""
     tl.static_assert(C.columns >= C.block_size or not (C.clear or C.swap), "only the masked path takes parts of blocks")
     row = tl.arange(0, C.rows)
     visible = seen.visible
@@ -112,7 +111,9 @@ def rank_tile(index_q, keys, tile, seen, lists_row, forced, outputs, C: tl.const
             found = look_ahead(keys, tile, block + 1, end - 1, C)
             topk = collect(topk, best, block, block == end - 1, C)
     token, group, live = tile_rows(tile, row, C)
-    store_topk(topk, outputs, ids_place(outputs.ids, tile.batch, group, token), lists_row, live, C)
+    ids_row = ids_place(outputs.ids, tile.batch, group, token)
+    lists_row = list_row(tile.sequence, token - tile.q_start, group, seqlen_q, C.num_kv_heads)
+    store_topk(topk, outputs, ids_row, lists_row, live, C)
 
 
 def key_arguments(

@@ -17,9 +17,8 @@ def marked_kernel(index_q, index_k, pages, marked, sequences_ptr, number, forced
     sequence = load_sequence(sequences_ptr, number)
     num_keys, q_end = sequence.k_end - sequence.k_start, sequence.q_end
     tile = QueryTile(number, sequence.batch, sequence.q_start, q_end, first, sequence.k_start, num_keys, marked)
-    row = tl.arange(0, C.rows)
-    token, _, live = tile_rows(tile, row, C)
+    token, _, live = tile_rows(tile, tl.arange(0, C.rows), C)
     visible = tl.where(live, num_keys - q_end + token + 1, 0)
     seen = Seen(visible, tl.min(tl.where(live, visible, num_keys), 0), tl.max(visible, 0))
     keys = IndexKeys(index_k, None, pages, 0)
-    rank_tile(index_q, keys, tile, seen, row, forced, outputs, C)
+    rank_tile(index_q, keys, tile, seen, 0, forced, outputs, C)
