@@ -28,7 +28,10 @@ CASES = [
     (524288, torch.float32, torch.float32, 6.0),
     (131072, torch.bfloat16, torch.bfloat16, 8.0),
     (131072, torch.bfloat16, FP8, 8.0),
+    (131072, torch.bfloat16, torch.int8, 8.0),
 ]
+# Bytes of a scale beside index keys of these dtypes.
+SCALES = {FP8: 1, torch.int8: 4}
 
 
 def filled(keys: int, dtype: torch.dtype, index_dtype: torch.dtype, layers: int) -> list[flexmsa.MSACache]:
@@ -81,8 +84,9 @@ def main(argv: list[str] | None = None) -> int:
             seconds = measure(keys, dtype, index_dtype, options.rounds)
         dense = min(seconds["packed"], seconds["enable_gqa"])
         itemsize = dtype.itemsize
-        scale = 1 if index_dtype == FP8 else 0
-        least = keys * (DEPTH * index_dtype.itemsize + scale) + 2 * GROUPS * CHOSEN * DEPTH * itemsize
+        least = (
+            keys * (DEPTH * index_dtype.itemsize + SCALES.get(index_dtype, 0)) + 2 * GROUPS * CHOSEN * DEPTH * itemsize
+        )
         row = {
             "keys": keys,
             "dtype": str(dtype).removeprefix("torch."),

@@ -150,8 +150,9 @@ PATHS: dict[str, Callable[[], list[Tensor]]] = {
     "loss in the backward": partial(every_layer, train_together),
     "decode": lambda: serve(CACHE) + serve(replace(CACHE, topk=None)),
     "decode, pages": partial(serve, replace(CACHE, paged=True)),
-    "decode, e4m3": partial(serve, replace(CACHE, fp8_keys=True, fp8_index=True)),
-    "decode, pages, e4m3": partial(serve, replace(CACHE, paged=True, fp8_keys=True, fp8_index=True)),
+    "decode, e4m3": partial(serve, replace(CACHE, fp8_keys=True, index_dtype="float8_e4m3fn")),
+    "decode, int8": partial(serve, replace(CACHE, index_dtype="int8")),
+    "decode, pages, e4m3": partial(serve, replace(CACHE, paged=True, fp8_keys=True, index_dtype="float8_e4m3fn")),
 }
 
 

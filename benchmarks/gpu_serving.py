@@ -24,6 +24,8 @@ from flexmsa.kernels.triton import attend_blocks, select_and_attend, select_bloc
 RULE = SelectionRule(BLOCK, TOPK)
 SCALE = DEPTH**-0.5
 FP8 = torch.float8_e4m3fn
+# How index keys are kept, and the bytes of one.
+INDEX_KEYS = {"bf16": (torch.bfloat16, 2 * DEPTH), "e4m3": (FP8, DEPTH + 1), "int8": (torch.int8, DEPTH + 4)}
 # The shapes with a promised speed, then the grid of workloads.json; batch, keys, new tokens.
 STEPS = [(1, 131072, 1), (1, 1 << 20, 1), (4, 1 << 20, 1), (8, 131072, 1), (16, 131072, 1)]
 # Many short sequences, where a step reads mostly keys and values: batch, keys.
@@ -103,6 +105,9 @@ def caches(
         for stored, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale), (cache.index_k, cache.index_k_scale)):
             if scale is None:
                 stored.normal_()
+            elif stored.dtype == torch.int8:
+                stored.copy_(torch.randn(stored.shape, dtype=torch.bfloat16, device="cuda").mul_(40).clamp_(-127, 127))
+                scale.fill_(1 / 40)
             else:
                 stored.copy_(torch.randn(stored.shape, dtype=torch.bfloat16, device="cuda").mul_(100).clamp_(-448, 448))
                 scale.fill_(120)  # 2^-7
@@ -190,7 +195,7 @@ def decode_times(bandwidth: float, quick: bool = False) -> Iterator[tuple[str, f
     for size in (256 << 20, 128 << 20):
         yield f"plain read of {size >> 20} MiB", read_time(size), size / bandwidth * 1e3
     for batch, keys, tokens in STEPS:
-        for name, dtype, width in (("bf16", torch.bfloat16, 2 * DEPTH), ("e4m3", FP8, DEPTH + 1)):
+        for name, (dtype, width) in INDEX_KEYS.items():
             floor = step_bytes(batch, keys, tokens, width) / bandwidth * 1e3
             for part, time in time_step(batch, keys, tokens, dtype).items():
                 yield f"{batch} x {keys}: {name} {part}", time, floor if part == "step" else None

@@ -54,8 +54,10 @@ def serving_errors() -> Iterator[str]:
                 SCHEDULES,
                 {"dtype": "bfloat16"},
                 {"dtype": "float16", "paged": True},
-                {"dtype": "bfloat16", "paged": True, "fp8_index": True},
-                {"dtype": "bfloat16", "fp8_index": True, "fp8_keys": True},
+                {"dtype": "bfloat16", "paged": True, "index_dtype": "float8_e4m3fn"},
+                {"dtype": "bfloat16", "index_dtype": "float8_e4m3fn", "fp8_keys": True},
+                {"dtype": "bfloat16", "index_dtype": "int8"},
+                {"dtype": "float16", "paged": True, "index_dtype": "int8", "fp8_keys": True},
             )
     # The plain PyTorch kernels, the default on devices without Triton.
     formats = {"dtype": "bfloat16"}, {"dtype": "bfloat16", "paged": True}, {"dtype": "float32", "fp8_keys": True}
@@ -76,13 +78,14 @@ def schedule_errors(schedules: list[Schedule], *formats: dict[str, Any], backend
 
 def long_errors() -> Iterator[str]:
     """Steps at M3's shape over a million keys, against dense attention in float64."""
-    for dtype, tokens in product((torch.bfloat16, FP8), (1, 4, 16)):
+    for dtype, tokens in product((torch.bfloat16, FP8, torch.int8), (1, 4, 16)):
         (q, index_q), cache = caches(1, 1 << 20, tokens, dtype, copies=1)[0]
         # Small integers, whose products are exact in any order.
         index_q.copy_(torch.randint(-3, 4, index_q.shape, device="cuda"))
+        index_q[..., 5] = 127  # so that int8 holds the other numbers
         cache.index_k.copy_(torch.randint(-3, 4, cache.index_k.shape, device="cuda"))
         if cache.index_k_scale is not None:
-            cache.index_k_scale.fill_(127)  # 1
+            cache.index_k_scale.fill_(1 if dtype == torch.int8 else 127)  # 1, or its code
         name = f"{tokens} tokens, a million keys, {dtype}"
         out, _, ids = step((q, index_q), cache)
         if not torch.equal(ids, select((q, index_q), cache)):

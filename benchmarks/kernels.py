@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
 from flexmsa.kernels.triton.common.launch import Launch, compile_key
@@ -129,7 +130,7 @@ def launches_of(layer: Layer, target: Target) -> Iterator[tuple[str, Launch]]:
     yield from labelled("backward", launches.backward_launches(layer, target))
     yield from labelled("loss", launches.loss_launches(layer, target))
     yield from labelled("decode", launches.decode_launches(layer, target))
-    e4m3 = CacheFormat(paged=True, scaled=True, index_scaled=True)
+    e4m3 = CacheFormat(paged=True, scaled=True, index_dtype=torch.float8_e4m3fn)
     yield from labelled("decode", launches.decode_launches(layer, target, e4m3), ", e4m3")
 
 

@@ -168,6 +168,18 @@ def pad_keys(k: Tensor, block_size: int) -> Tensor:
     return torch.nn.functional.pad(k, (0, 0, 0, -k.shape[0] % block_size))
 
 
+def e4m3_keys(k: Tensor) -> Tensor:
+    """Keys [n, D] as a cache in e4m3 holds them: a power of two for each brings its largest number to at most 448."""
+    scale = torch.exp2((k.double().abs().amax(-1, keepdim=True) / 448).log2().ceil()).clamp(min=2.0**-126)
+    return (k.double() / scale).float().to(torch.float8_e4m3fn).double() * scale
+
+
+def share_that_differs(score: Tensor, best: Tensor) -> Tensor:
+    """[rows]: of the best blocks [rows, count], those that are not the best by rough scores [rows, blocks]."""
+    ids = score.sort(dim=-1, descending=True, stable=True).indices[..., : best.shape[-1]]
+    return (~(ids[..., None] == best[..., None, :]).any(-1)).float().mean(-1)
+
+
 def counts(q: Tensor, k: Tensor, visible: Tensor, exact: Tensor, count: int, shared: int, rotated: bool) -> dict:
     """What each row of q [rows, D] needs of blocks [rows, blocks]; shared: keys with one scale."""
     block_size = k.shape[0] // exact.shape[-1]
@@ -186,9 +198,13 @@ def counts(q: Tensor, k: Tensor, visible: Tensor, exact: Tensor, count: int, sha
     best = true.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     assert bool(selected.gather(-1, best)[certified].all()), "a certified row is wrong"
     found |= {"again": choice.again.sum(-1), "sure": choice.sure.sum(-1), "certified": certified}
-    ids = score.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    differ = ~(ids[..., None] == best[..., None, :]).any(-1)
-    return found | {"ids that differ in int8 alone": differ.float().mean(-1), "error": (score - true)[visible].abs()}
+    differ = {
+        "ids that differ in int8 alone": share_that_differs(score, best),
+        "ids that differ in e4m3": share_that_differs(
+            exact_scores(q, e4m3_keys(k), block_size).masked_fill(~visible, -torch.inf), best
+        ),
+    }
+    return found | differ | {"error": (score - true)[visible].abs()}
 
 
 def measure(q: Tensor, k: Tensor, block_size: int, topk: int) -> list[dict]:
@@ -203,7 +219,8 @@ def measure(q: Tensor, k: Tensor, block_size: int, topk: int) -> list[dict]:
         for key in ("candidates", "again", "sure"):
             x = found[key].double()
             row[key] = {"mean": x.mean().item(), "99 %": x.quantile(0.99).item(), "most": x.max().item()}
-        for key in ("certified by 32", "certified by 64", "certified", "ids that differ in int8 alone"):
+        shares = "ids that differ in int8 alone", "ids that differ in e4m3"
+        for key in ("certified by 32", "certified by 64", "certified", *shares):
             row[key] = found[key].double().mean().item()
         row["marked with room for 64"] = ((found["again"] > 64) | ~found["certified"]).double().mean().item()
         rows.append(row)

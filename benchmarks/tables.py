@@ -7,7 +7,8 @@ makes from benchmarks/results/*.json, so that nobody types a figure. A test chec
 import re
 
 from benchmarks.gpu_tables import GPU_TABLES, ROOT, gpu_rows, layer_times, load_result, markdown
-from benchmarks.quality.plan import plan_table, plan_text, try_table
+from benchmarks.quality.earlier import direct_table, direct_text, recipe_table
+from benchmarks.quality.plan import plan_table, plan_text
 from benchmarks.selection_tables import SELECTION_TABLES
 from benchmarks.transformers_tests import transformers_tests
 
@@ -50,7 +51,7 @@ def cpu_memory() -> str:
 
 def cpu_decode() -> str:
     found = load_result("cpu_decode.json")
-    kinds = {"float32": "fp32", "bfloat16": "bf16", "float8_e4m3fn": "e4m3"}
+    kinds = {"float32": "fp32", "bfloat16": "bf16", "float8_e4m3fn": "e4m3", "int8": "int8"}
     rows = []
     for row in found["rows"]:
         times = (f"{1e3 * row[name]:.1f} ms" for name in ("step_seconds", "dense_seconds"))
@@ -209,16 +210,33 @@ def quality_plan() -> str:
     return plan_table()
 
 
-def quality_try() -> str:
-    return try_table()
+def quality_direct() -> str:
+    return f"{direct_text()}\n\n{direct_table()}"
 
 
-def fp8_selection() -> str:
-    rows = [
-        [f"{row['seqlen'] // 1024}K", row["in e4m3"], f"{row['ids_that_differ']:.1%}", f"{row['score_recall']:.2%}"]
-        for row in load_result("fp8.json")["rows"]
-    ]
-    return markdown(["keys", "in e4m3", "ids that differ", "score recall"], rows)
+def quality_recipe() -> str:
+    return recipe_table()
+
+
+def caches_8_bits() -> str:
+    """Ids that differ where keys are in 8 bits, without certificates."""
+    by_keys: dict[str, list[str]] = {}
+    for row in load_result("selection_8_bits.json")["rows"]:
+        cells = by_keys.setdefault(
+            f"{row['keys']}, {row['seqlen'] // 1024}K", [f"{row['ids that differ in e4m3']:.1%}"]
+        )
+        if row["scale per"] != "block":
+            cells.append(f"{row['ids that differ in int8 alone']:.1%}")
+    rows = [[keys, e4m3, plain, rotated] for keys, (e4m3, rotated, plain) in by_keys.items()]
+    return markdown(["keys", "e4m3", "int8", "int8, rotated"], rows)
+
+
+def selection_eight_bits() -> str:
+    rows = []
+    for row in load_result("eight_bits.json")["rows"]:
+        shares = f"{row['ids_that_differ']:.1%}", f"{row['score_error']:.1%}", f"{row['score_recall']:.2%}"
+        rows.append([f"{row['seqlen'] // 1024}K", row["in 8 bits"], *shares])
+    return markdown(["keys", "in 8 bits", "ids that differ", "score error", "score recall"], rows)
 
 
 def summary() -> str:
@@ -268,13 +286,15 @@ OWN_TABLES = (
     training_memory,
     quality_sizes,
     quality_plan,
-    quality_try,
+    quality_direct,
+    quality_recipe,
     gpu_generation,
     gpu_pages,
     transformers_tests,
     vllm_agreement,
     vllm_speed,
-    fp8_selection,
+    caches_8_bits,
+    selection_eight_bits,
     kernels_sm_90,
     kernels_targets,
     summary,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["FP8", "as_bits", "dequantised", "is_recorded"]
+__all__ = ["FP8", "as_bits", "dequantised", "is_recorded", "new_scale", "rounded_to_int8"]
 
 FP8 = torch.float8_e4m3fn
 
@@ -13,9 +13,29 @@ def as_bits(buffer: Tensor) -> Tensor:
     return buffer.view(torch.uint8) if buffer.dtype == FP8 else buffer
 
 
+def new_scale(buffer: Tensor) -> Tensor | None:
+    """Return room for the scales of a buffer's vectors: codes of e4m3's, float32 for int8, None for other dtypes."""
+    if buffer.dtype not in (FP8, torch.int8):
+        return None
+    dtype = torch.uint8 if buffer.dtype == FP8 else torch.float32
+    return torch.zeros(buffer.shape[:-1], dtype=dtype, device=buffer.device)
+
+
 def dequantised(buffer: Tensor, scale: Tensor) -> Tensor:
-    """Return e4m3 vectors times their scales, in float32."""
-    return buffer.float() * scale.view(torch.float8_e8m0fnu).float()[..., None]
+    """Return e4m3 or int8 vectors times their scales, in float32."""
+    factor = scale.view(torch.float8_e8m0fnu) if buffer.dtype == FP8 else scale
+    return buffer.float() * factor.float()[..., None]
+
+
+def rounded_to_int8(x: Tensor) -> Tensor:
+    """Return the int8 numbers that stand for index queries x beside int8 index keys, in float64, without their scales.
+
+    A query's scale changes no order among its scores.
+    """
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    scale = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(largest < torch.inf, (x / scale).round(), 0.0).double()
 
 
 def is_recorded(x: Tensor) -> bool:

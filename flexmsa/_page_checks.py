@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flexmsa import validation
 
-__all__ = ["check_buffer", "check_paged_batch", "check_pair", "check_table", "check_tokens"]
+__all__ = ["check_buffer", "check_one_scale", "check_paged_batch", "check_pair", "check_table", "check_tokens"]
 
 _NUMBERS = 2**31
 
@@ -19,6 +19,16 @@ def check_pair(pools: Any, batch: Any, pools_type: type, batch_type: type) -> No
             raise TypeError(f"{name}: expected a {kind.__name__}, got {type(x).__name__}")
     if batch.page_size != pools.page_size:
         raise ValueError(f"batch: expected page_size={pools.page_size}, that of the pools, got {batch.page_size}")
+
+
+def check_one_scale(name: str, scale: float | None, pool: Tensor) -> None:
+    """Check a scale that is no tensor."""
+    if pool.dtype == torch.int8:
+        raise TypeError(f"{name}: expected a tensor of float32 [num_pages, 1, page_size] for an int8 pool, got {scale}")
+    if scale is None:
+        return
+    if pool.dtype != torch.float8_e4m3fn or not (isinstance(scale, float) and 0 < scale < float("inf")):
+        raise ValueError(f"{name}: expected a positive float, for an e4m3 pool, got {scale} for {pool.dtype}")
 
 
 def check_table(table: Tensor, rows: int, device: torch.device) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexmsa import _core, ops, validation
-from flexmsa._buffers import FP8, as_bits, dequantised, is_recorded
+from flexmsa._buffers import as_bits, dequantised, is_recorded, new_scale, rounded_to_int8
 from flexmsa._profiling import profiled
 from flexmsa._sequences import Sequences
 from flexmsa.backends import choose_backend
@@ -23,7 +23,7 @@ class Cache:
     Attributes:
         k, v: keys and values; index_k: index keys.
         k_scale, v_scale, index_k_scale: for buffers in e4m3, uint8 powers of two for each token and head; view them as
-            float8_e8m0fnu. Otherwise None.
+            float8_e8m0fnu. For index keys in int8, float32 for each token. Otherwise None.
         page_table: [B, max_pages] int32, or None in a contiguous cache.
         kv_starts: [B] int32, the first key of each row.
         kv_lens: [B] int32, the end of the filled part of each row.
@@ -43,11 +43,10 @@ class Cache:
         batch_size: int,
         scales: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     ) -> None:
-        """Use these buffers, and for e4m3 buffers the given or new scales; rows start empty."""
+        """Use these buffers, and for e4m3 and int8 buffers the given or new scales; rows start empty."""
         self.k, self.v, self.index_k = k, v, index_k
         self.k_scale, self.v_scale, self.index_k_scale = (
-            torch.zeros(x.shape[:-1], dtype=torch.uint8, device=x.device) if x.dtype == FP8 and scale is None else scale
-            for x, scale in zip((k, v, index_k), scales, strict=True)
+            new_scale(x) if scale is None else scale for x, scale in zip((k, v, index_k), scales, strict=True)
         )
         self.kv_lens = torch.zeros(batch_size, dtype=torch.int32, device=k.device)
         self.kv_starts = torch.zeros_like(self.kv_lens)
@@ -87,7 +86,7 @@ class Cache:
     def append(
         self, k: Tensor, v: Tensor, index_k: Tensor, *, lens: Tensor | None = None, backend: str | None = None
     ) -> None:
-        """Write new tokens after those of each row, in place; for e4m3 buffers, quantise each token.
+        """Write new tokens after those of each row, in place; for e4m3 and int8 buffers, quantise each token.
 
         Args:
             k, v: [B, Hkv, n, D].
@@ -137,7 +136,10 @@ class Cache:
             k, v, index_k = self.contiguous()
             sequences = Sequences(q, self.capacity, table=table)
             if choice is not None:
-                block_indices = _core.select_blocks(choice[0], index_k, sequences, choice[1], backend)
+                index_q = choice[0]
+                if self.index_k.dtype == torch.int8:
+                    index_q, index_k = rounded_to_int8(index_q), index_k.double()
+                block_indices = _core.select_blocks(index_q, index_k, sequences, choice[1], backend)
             settings = _core.Settings(block_size, scale, backend=backend)
             return *_core.main_branch(q, k, v, block_indices, sequences, settings, AuxRequest(lse=True)), block_indices
         if choice is None:
@@ -301,14 +303,15 @@ class MSACache(Cache):
             capacity: the number of tokens that a row can hold, including padding.
             kv_starts: [B] int; the number of padding tokens on the left of each row's prompt. None: no padding.
             dtype: of keys and values; torch.float8_e4m3fn stores them with one scale for each token and head.
-            index_dtype: of index keys, likewise; None: dtype.
+            index_dtype: of index keys, likewise; torch.int8 stores them with one float32 scale for each token, and
+                rounds queries to int8 for their scores. None: dtype.
 
         Raises:
             ValueError, TypeError: a size is below 1, a dtype is not supported, or a start is not within a row.
         """
         validation.check_cache_sizes(batch_size, num_kv_heads, head_dim, index_head_dim, capacity=capacity)
         index_dtype = dtype if index_dtype is None else index_dtype
-        validation.check_cache_dtypes(dtype, index_dtype)
+        validation.check_cache_dtypes(dtype, index_dtype, index_head_dim)
         self.capacity = capacity
         k = torch.zeros(batch_size, num_kv_heads, capacity, head_dim, dtype=dtype, device=device)
         index_k = torch.zeros(batch_size, 1, capacity, index_head_dim, dtype=index_dtype, device=device)

@@ -39,6 +39,7 @@ def warm_up(
     decoding: bool = False,
     paged: bool = False,
     cache_dtype: torch.dtype | None = None,
+    index_dtype: torch.dtype | None = None,
     device: str | torch.device = "cuda",
     report: Callable[[int, int, str], object] = lambda done, total, name: None,
 ) -> int:
@@ -58,6 +59,7 @@ def warm_up(
         decoding: compile for the append to a cache and `flexmsa.decode`, for single tokens and for chunks of a prompt.
         paged, cache_dtype: the caches to decode from: in pages of block_size; None stores dtype, or
             torch.float8_e4m3fn.
+        index_dtype: of their index keys; None is cache_dtype's, or torch.float8_e4m3fn or torch.int8.
         device: the GPU to compile for.
         report: called after each kernel with how many are done, of how many, and its name.
 
@@ -72,8 +74,9 @@ def warm_up(
     ...     print(warm_up(num_heads=64, num_kv_heads=4, head_dim=128), "kernels are ready")
     """
     index_head_dim = head_dim if index_head_dim is None else index_head_dim
-    sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "index_head_dim": index_head_dim}
-    _check(block_size=block_size, topk=topk, dtype=dtype, cache_dtype=cache_dtype, num_heads=num_heads, **sizes)
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    sizes = {**heads, "head_dim": head_dim, "index_head_dim": index_head_dim, "block_size": block_size}
+    _check(topk=topk, dtype=dtype, cache_dtype=cache_dtype, index_dtype=index_dtype, **sizes)
     _check_device(device)
     from flexmsa.kernels.triton.common.launch import compile_ahead
     from flexmsa.kernels.triton.layer import CacheFormat, Layer, decode, train
@@ -92,23 +95,28 @@ def warm_up(
             packed,
         )
         layer = Layer(*shape, device=str(device))
-        scaled = cache_dtype == torch.float8_e4m3fn
+        e4m3 = torch.float8_e4m3fn
+        cache = CacheFormat(paged, cache_dtype == e4m3, index_dtype or (e4m3 if cache_dtype == e4m3 else None))
         if training:
             yield from (partial(train, layer, loss_in_backward) for loss_in_backward in (False, True))
         if decoding:
-            yield from (partial(decode, layer, CacheFormat(paged, scaled, scaled), queries) for queries in STEPS)
+            yield from (partial(decode, layer, cache, queries) for queries in STEPS)
 
     with torch.cuda.device(device):
         return compile_ahead(calls(), report)
 
 
-def _check(*, topk: int, dtype: torch.dtype, cache_dtype: torch.dtype | None, **sizes: Any) -> None:
+def _check(
+    *, topk: int, dtype: torch.dtype, cache_dtype: torch.dtype | None, index_dtype: torch.dtype | None, **sizes: Any
+) -> None:
     MSAConfig(hidden_size=1, topk=topk, rotary_dim=0, **sizes)
     validation.check_int("topk", topk, 1)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype: expected torch.bfloat16, torch.float16 or torch.float32, got {dtype}")
     if cache_dtype not in (None, dtype, torch.float8_e4m3fn):
         raise ValueError(f"cache_dtype: expected None, {dtype} or torch.float8_e4m3fn, got {cache_dtype}")
+    if index_dtype not in (None, torch.float8_e4m3fn, torch.int8):
+        raise ValueError(f"index_dtype: expected None, torch.float8_e4m3fn or torch.int8, got {index_dtype}")
 
 
 def _check_device(device: str | torch.device) -> None:
@@ -141,9 +149,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--decoding", action="store_true", help="for a cache and decode")
     parser.add_argument("--paged", action="store_true", help="the cache is in pages")
     parser.add_argument("--cache-dtype", default=None, choices=["float8_e4m3fn"], help="default: the dtype")
+    parser.add_argument("--index-dtype", default=None, choices=["float8_e4m3fn", "int8"], help="default: the cache's")
     parser.add_argument("--device", default="cuda")
     options = vars(parser.parse_args(argv))
-    for name in ("dtype", "cache_dtype"):
+    for name in ("dtype", "cache_dtype", "index_dtype"):
         options[name] = options[name] and getattr(torch, options[name])
     shown: list[Progress] = []
 

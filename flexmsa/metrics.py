@@ -70,7 +70,8 @@ def recalls(
 
     For each query and group, I is the selection and I* the |I| blocks with the greatest attention mass, averaged over
     the heads of the group. block = |I and I*| / |I*|; score = mass of (I and I*) / mass of I*. The results are means
-    over the queries with a choice (they see more blocks than they select), and 1 if there is none.
+    over the queries with a choice (they select a block, and see more than they select), and 1 if there is none: queries
+    without ids do not count.
 
     The attention is dense: with every query the time is quadratic, and a few hundred queries are enough for a mean.
     Memory is linear. Waits for a GPU to read the lengths of the sequences.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexmsa import _core, ops, validation
 from flexmsa._buffers import FP8
-from flexmsa._page_checks import check_buffer, check_paged_batch, check_pair, check_table, check_tokens
+from flexmsa._page_checks import check_buffer, check_one_scale, check_paged_batch, check_pair, check_table, check_tokens
 from flexmsa._profiling import profiled
 from flexmsa.backends import choose_backend
 from flexmsa.ops.checks import check_decodes
@@ -29,7 +29,7 @@ class PagePools:
         k, v, index_k: views of an engine's memory.
         k_scale, v_scale, index_k_scale: for e4m3 pages. A float: number = scale * stored, for all of them. uint8
             [P, heads, page_size], contiguous: a power of two for each token and head; view it as float8_e8m0fnu. None:
-            the numbers are as they are stored.
+            the numbers are as they are stored. index_k may be int8, with float32 [P, 1, page_size], contiguous.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not match.
@@ -56,10 +56,8 @@ class PagePools:
         for (name, scale), (of, pool) in zip(given.items(), pools.items(), strict=True):
             if pool.stride(3) != 1:
                 raise ValueError(f"{of}: expected a dense last dimension, got strides {list(pool.stride())}")
-            if isinstance(scale, Tensor) or scale is None:
-                continue
-            if pool.dtype != FP8 or not (isinstance(scale, float) and 0 < scale < float("inf")):
-                raise ValueError(f"{name}: expected a positive float, for an e4m3 pool, got {scale} for {pool.dtype}")
+            if not isinstance(scale, Tensor):
+                check_one_scale(name, scale, pool)
         if isinstance(self.k_scale, Tensor) != isinstance(self.v_scale, Tensor):
             raise ValueError("k_scale, v_scale: expected scales for each token in both or in neither")
         if 0 in self.k.shape or 0 in self.index_k.shape:
@@ -190,7 +188,7 @@ def write_pages(
 
     Args:
         k, v: [T, Hkv, D]; index_k: [T, 1, Di].
-        pools: e4m3 pages with a scale for each token get new scales; others keep numbers within e4m3's range.
+        pools: pages with a scale for each token get new scales; other e4m3 pages keep numbers within e4m3's range.
         slots: [T] int32 or int64; a negative slot, or one past the last page, is skipped. Slots differ.
         backend: as for `flexmsa.decode`.
 

@@ -55,7 +55,7 @@ class PagedMSACache(Cache):
         pages = {"num_pages": num_pages, "max_pages": max_pages, "page_size": page_size}
         validation.check_cache_sizes(batch_size, num_kv_heads, head_dim, index_head_dim, **pages)
         index_dtype = dtype if index_dtype is None else index_dtype
-        validation.check_cache_dtypes(dtype, index_dtype)
+        validation.check_cache_dtypes(dtype, index_dtype, index_head_dim)
         k = torch.zeros(num_pages, num_kv_heads, page_size, head_dim, dtype=dtype, device=device)
         index_k = torch.zeros(num_pages, 1, page_size, index_head_dim, dtype=index_dtype, device=device)
         self.page_table = torch.full((batch_size, max_pages), -1, dtype=torch.int32, device=k.device)
@@ -86,8 +86,8 @@ class PagedMSACache(Cache):
         Args:
             k, v: [num_pages, Hkv, page_size, D]; index_k: [num_pages, 1, page_size, Di].
             page_table: [B, max_pages] int32; kv_lens: [B] int32; both contiguous.
-            k_scale, v_scale, index_k_scale: for e4m3 pools, uint8 of the pool's shape without D. None: new scales, for
-                empty pools.
+            k_scale, v_scale, index_k_scale: for e4m3 pools, uint8 of the pool's shape without D; for index keys in
+                int8, float32 of that shape. None: new scales, for empty pools.
 
         Raises:
             ValueError, TypeError: shapes, dtypes or devices do not match.

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexmsa.kernels.rules import MOST_INT8_DIMS
 from flexmsa.types import AuxRequest
 
 if TYPE_CHECKING:
     from flexmsa.cache import Cache
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
+_E4M3 = torch.float8_e4m3fn
 
 
 def reject_forward_ad(*tensors: Tensor) -> None:
@@ -92,15 +94,18 @@ def _check_device(name: str, x: Tensor, device: torch.device, owner: str = "") -
         raise ValueError(f"{name}: expected the device {owner}{device}, got {x.device}")
 
 
-def _check_tensor(name: str, x: Any, layout: str, e4m3: bool = False) -> None:
+def _check_tensor(name: str, x: Any, layout: str, *eight_bits: torch.dtype) -> None:
+    """Check dimensions and dtype; eight_bits: dtypes of 8 bits that are allowed."""
     _check_is_tensor(name, x, f" {layout}")
     if x.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions {layout}, got {x.dim()} of shape {list(x.shape)}")
+    if x.dtype in eight_bits:
+        return
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
-    if x.dtype.itemsize == 1 and not (e4m3 and x.dtype == torch.float8_e4m3fn):
-        also = ", or float8_e4m3fn" if e4m3 else ""
-        hint = "" if e4m3 or x.dtype != torch.float8_e4m3fn else "; select_blocks and the caches take e4m3"
+    if x.dtype.itemsize == 1:
+        also = "".join(f", or {str(dtype).removeprefix('torch.')}" for dtype in eight_bits)
+        hint = "; select_blocks and the caches take e4m3" if x.dtype == _E4M3 else ""
         raise TypeError(f"{name}: expected a floating dtype of 16 bits or more{also}, got {x.dtype}; cast it{hint}")
 
 
@@ -138,8 +143,9 @@ def check_main_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> N
 
 
 def check_index_inputs(index_q: Tensor, index_k: Tensor, index_scale: float | None = None, e4m3: bool = False) -> None:
-    _check_tensor("index_q", index_q, "[B, Hkv, Sq, Di]", e4m3)
-    _check_tensor("index_k", index_k, "[B, 1, Sk, Di]", e4m3)
+    eight_bits = (_E4M3,) if e4m3 else ()
+    _check_tensor("index_q", index_q, "[B, Hkv, Sq, Di]", *eight_bits)
+    _check_tensor("index_k", index_k, "[B, 1, Sk, Di]", *eight_bits)
     batch, _, seqlen_q, head_dim = index_q.shape
     seqlen_k = index_k.shape[2]
     if seqlen_q < 1 or seqlen_k < 1:
@@ -210,11 +216,19 @@ def check_cache_sizes(batch_size: int, num_kv_heads: int, head_dim: int, index_h
         check_int(name, size, 1)
 
 
-def check_cache_dtypes(dtype: torch.dtype, index_dtype: torch.dtype) -> None:
-    kept = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
-    for name, chosen in (("dtype", dtype), ("index_dtype", index_dtype)):
-        if chosen not in kept:
-            raise TypeError(f"{name}: expected one of {', '.join(map(str, kept))}, got {chosen}")
+def check_cache_dtypes(dtype: torch.dtype, index_dtype: torch.dtype, index_head_dim: int) -> None:
+    kept = (torch.float32, torch.float64, torch.bfloat16, torch.float16, _E4M3)
+    hint = "; index_dtype takes int8" if dtype == torch.int8 else ""
+    for name, chosen, allowed in (("dtype", dtype, kept), ("index_dtype", index_dtype, (*kept, torch.int8))):
+        if chosen not in allowed:
+            raise TypeError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {chosen}{hint}")
+    _check_int8_dims(index_dtype, index_head_dim)
+
+
+def _check_int8_dims(dtype: torch.dtype, dims: int) -> None:
+    if dtype == torch.int8 and dims > MOST_INT8_DIMS:
+        hint = "keep them in float8_e4m3fn or in 16 bits"
+        raise ValueError(f"index_head_dim: expected at most {MOST_INT8_DIMS} for int8 index keys, got {dims}; {hint}")
 
 
 def check_kv_starts(kv_starts: Tensor, batch_size: int, capacity: int, device: torch.device) -> None:
@@ -289,10 +303,12 @@ def check_row_counts(name: str, counts: Tensor | None, kv_lens: Tensor) -> None:
 
 
 def check_pools(pools: dict[str, Tensor], scales: dict[str, Tensor | None]) -> None:
-    """Check the keys, values and index keys of a paged cache, and the scales of e4m3 pools."""
+    """Check the keys, values and index keys of a paged cache, and the scales of e4m3 and int8 pools."""
     for name, pool in pools.items():
-        _check_tensor(name, pool, "pages [num_pages, heads, page_size, D]", e4m3=True)
+        int8 = (torch.int8,) if name == "index_k" else ()
+        _check_tensor(name, pool, "pages [num_pages, heads, page_size, D]", _E4M3, *int8)
     k, v, index_k = pools.values()
+    _check_int8_dims(index_k.dtype, index_k.shape[3])
     if v.shape != k.shape or (index_k.shape[0], index_k.shape[2]) != (k.shape[0], k.shape[2]) or index_k.shape[1] != 1:
         raise ValueError(
             "k, v, index_k: expected [num_pages, Hkv, page_size, D] twice and [num_pages, 1, page_size, Di], "
@@ -307,11 +323,12 @@ def check_pools(pools: dict[str, Tensor], scales: dict[str, Tensor | None]) -> N
 
 
 def _check_pool_scale(name: str, scale: Tensor, pool: Tensor) -> None:
-    is_right = scale.dtype == torch.uint8 and scale.device == pool.device and scale.is_contiguous()
-    if pool.dtype != torch.float8_e4m3fn or not is_right:
+    kind, wanted = ("int8", torch.float32) if pool.dtype == torch.int8 else ("e4m3", torch.uint8)
+    is_right = scale.dtype == wanted and scale.device == pool.device and scale.is_contiguous()
+    if pool.dtype not in (_E4M3, torch.int8) or not is_right:
         raise TypeError(
-            f"{name}: expected uint8 on {pool.device}, contiguous, for an e4m3 pool, got {scale.dtype} on "
-            f"{scale.device} with strides {list(scale.stride())} for {pool.dtype}"
+            f"{name}: expected {str(wanted).removeprefix('torch.')} on {pool.device}, contiguous, for an {kind} pool, "
+            f"got {scale.dtype} on {scale.device} with strides {list(scale.stride())} for {pool.dtype}"
         )
     check_shape(name, scale, tuple(pool.shape[:-1]), "[num_pages, heads, page_size]")
 

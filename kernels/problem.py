@@ -11,9 +11,9 @@ class Problem:
 
     num_kv_heads: groups; group_size: query heads per group; head_dim, index_head_dim: D and Di, 0 where a task does not
     read such vectors; topk: None where every visible block is taken; dtype: of the queries; key_dtype: of the keys (and
-    values) as they are stored, e4m3 in some caches; paged: keys lie in pages of block_size; bulk_copies: alignment and
-    strides let the bulk copy engine (TMA) read all that the task reads; positive_scale: the sign of the main scores'
-    scale, whose maximum is found before the scale is multiplied in.
+    values) as they are stored, in some caches e4m3, or int8 for index keys; paged: keys lie in pages of block_size;
+    bulk_copies: alignment and strides let the bulk copy engine (TMA) read all that the task reads; positive_scale: the
+    sign of the main scores' scale, whose maximum is found before the scale is multiplied in.
 
     >>> Problem(num_kv_heads=4, dtype=torch.bfloat16, index_head_dim=128, topk=16).element_size
     2
@@ -40,6 +40,11 @@ class Problem:
     def key_size(self) -> int:
         """Bytes of a number of the keys as they are stored."""
         return (self.key_dtype or self.dtype).itemsize
+
+    @property
+    def int8(self) -> bool:
+        """Whether keys are int8 numbers with a scale each."""
+        return self.key_dtype == torch.int8
 
     @property
     def scaled(self) -> bool:

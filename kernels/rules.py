@@ -7,6 +7,8 @@ from typing import Any
 MOST_BLOCKS = 512
 # The most queries per row that gather their own blocks: a few share hardly any.
 FEW_QUERIES = 16
+# The most dims of int8 index keys: sums of more products would not be exact in float32.
+MOST_INT8_DIMS = 1024
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import int8_oracle
 import torch
 from helpers import least_scale, lengths
 from torch import Tensor
@@ -30,11 +31,17 @@ class Buffers(NamedTuple):
 
 
 def make_cache(paged, dtype=torch.float32, kv_lens=(0, 7, 19)):
-    """Contiguous rows, or pages that are handed out in a shuffled order; all with garbage in them."""
+    """Contiguous rows, or pages that are handed out in a shuffled order; all with garbage in them.
+
+    dtype: int8 is for the index keys of a cache in float32.
+    """
     rows, keys = (BATCH * PAGES + 2, PAGE) if paged else (BATCH, PAGE * PAGES)
     shapes = [(rows, HEADS, keys, HEAD_DIM), (rows, HEADS, keys, HEAD_DIM), (rows, 1, keys, INDEX_DIM)]
-    caches = [torch.randn(shape).to(dtype) for shape in shapes]
+    keys = torch.float32 if dtype == torch.int8 else dtype
+    caches = [torch.randn(shape).to(kind) for shape, kind in zip(shapes, (keys, keys, dtype), strict=True)]
     scales = [torch.randint(256, shape[:3], dtype=torch.uint8) if dtype == E4M3 else None for shape in shapes]
+    if dtype == torch.int8:
+        scales[2] = torch.randn(shapes[2][:3])
     table = torch.randperm(BATCH * PAGES + 2)[: BATCH * PAGES].view(BATCH, PAGES).int() if paged else None
     kv_starts = lengths(0, 0, 0) if paged else lengths(0, 3, 5)
     sequences = torch.full((2 * BATCH, 5), -7, dtype=torch.int32)
@@ -64,7 +71,9 @@ def append_loop(new, lens, cache):
             row, key = (b, filled + i) if cache.page_table is None else (int(cache.page_table[b, block]), key)
             for x, stored, scale in zip(new, cache[:3], cache[3:6], strict=True):
                 vectors = x[b, :, i].float()
-                if scale is not None:
+                if stored.dtype == torch.int8:
+                    vectors, scale[row, :, key] = int8_oracle.quantised(vectors)
+                elif scale is not None:
                     factor = least_scale(vectors)
                     scale[row, :, key] = factor.to(E8M0).view(torch.uint8)
                     vectors = vectors / factor[:, None]

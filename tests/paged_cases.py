@@ -2,7 +2,7 @@
 
 from flexmsa.testing import PagedStep
 
-E4M3 = {"fp8_keys": True, "fp8_index": True}
+E4M3 = {"fp8_keys": True, "index_dtype": "float8_e4m3fn"}
 CASES = {
     "decode": PagedStep((1, 1, 1), (20, 77, 0), uniform=True),
     "drafts": PagedStep((3, 3), (50, 9), uniform=True),
@@ -20,5 +20,6 @@ CASES = {
     "scale per tensor": PagedStep((1, 19, 1), (70, 60, 33), scales="tensor", **E4M3),
     "no scale": PagedStep((1, 1), (70, 60), scales="none", **E4M3, uniform=True),
     "e4m3 keys": PagedStep((1, 1, 19), (70, 60, 33), fp8_keys=True, scales="none", num_decodes=2),
-    "e4m3 index keys": PagedStep((1, 1, 19), (70, 60, 33), fp8_index=True, scales="none", num_decodes=2),
+    "int8 index keys": PagedStep((1, 1, 19), (70, 60, 33), index_dtype="int8", num_decodes=2),
+    "e4m3 index keys": PagedStep((1, 1, 19), (70, 60, 33), index_dtype="float8_e4m3fn", scales="none", num_decodes=2),
 }

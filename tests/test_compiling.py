@@ -34,6 +34,8 @@ def test_the_interpreter_has_nothing_to_compile(monkeypatch):
         ({"block_size": 0}, "block_size"),
         ({"dtype": torch.float64}, "dtype"),
         ({"cache_dtype": torch.float32}, "cache_dtype"),
+        ({"cache_dtype": torch.int8}, "cache_dtype"),
+        ({"index_dtype": torch.bfloat16}, "index_dtype"),
     ],
 )
 def test_a_wrong_shape_raises_on_every_machine(change, message):
@@ -51,8 +53,10 @@ def test_the_command_passes_on_what_it_was_given(monkeypatch, capsys):
         return 2
 
     monkeypatch.setattr(compiling, "warm_up", warm_up)
-    assert __main__.main([*COMMAND, "--decoding", "--no-training", "--cache-dtype", "float8_e4m3fn"]) == 0
+    dtypes = "--cache-dtype", "float8_e4m3fn", "--index-dtype", "int8"
+    assert __main__.main([*COMMAND, "--decoding", "--no-training", *dtypes]) == 0
     cache = {"decoding": True, "training": False, "cache_dtype": torch.float8_e4m3fn, "paged": False}
+    cache["index_dtype"] = torch.int8
     assert given.items() >= {**SHAPE, **cache, "index_head_dim": None, "dtype": torch.bfloat16}.items()
     shown = capsys.readouterr()
     assert shown.out == "2 kernels are ready\n" and "2/2" in shown.err and "combine_kernel" in shown.err

@@ -116,14 +116,16 @@ def test_arms_differ_in_the_attention_only(corpus):
                 assert torch.equal(weight, first[name]), name
         finish(training)
     assert len({training.batches for training in trained}) == 1
-    assert all(sum(p.steps for p in training.arm.phases if not p.index_only) == SHORT.steps for training in trained)
+    steps = SHORT.short_steps + SHORT.steps
+    assert all(sum(p.steps for p in training.arm.phases if not p.index_only) == steps for training in trained)
     losses = {training.log[-1]["loss"] for training in trained}
     assert len(losses) == len(trained), losses
 
 
 def test_the_first_phase_of_a_conversion_changes_the_index_branches_alone(corpus):
     training = new_training(corpus, "convert")
-    dense, index = (phase.steps for phase in training.arm.phases[:2])
+    short, long, index = (phase.steps for phase in training.arm.phases[:3])
+    dense = short + long
     steps = training.train(1e9)
     while next(steps) < dense:
         pass
@@ -163,23 +165,42 @@ def test_a_trained_arm_is_measured_as_it_attends_in_a_later_call_too(corpus, tmp
     assert found[0] == found[1]
 
 
-def test_a_checkpoint_of_another_run_is_refused(corpus, tmp_path):
-    new_training(corpus).save(tmp_path / "x.pt")
+def test_a_checkpoint_of_another_arm_is_taken_in_the_short_phase_alone(corpus, tmp_path):
+    training, other = new_training(corpus), new_training(corpus, "cold")
+    for done in training.train(1e9):
+        training.save(tmp_path / "x.pt")
+        if done == SHORT.short_steps:
+            other.load(tmp_path / "x.pt")
+            assert other.done == done
     with pytest.raises(ValueError, match="expected a run of these settings"):
-        new_training(corpus, "cold").load(tmp_path / "x.pt")
+        other.load(tmp_path / "x.pt")
+
+
+def test_arms_go_on_from_the_shared_phase(corpus, work, tmp_path, capsys):
+    """With the same results as if each trained it by itself."""
+    given = ["--quick", "--device", "cpu", "--steps", "6", "--out", str(tmp_path), "--work", str(work), "--seed", "5"]
+    assert commands.main(["short", *given]) == commands.main(["train", "--arm", "window", *given]) == 0
+    assert f"continuing after step {SHORT.short_steps}" in capsys.readouterr().out
+    found = json.loads((tmp_path / "window-5.json").read_text())
+    whole = train.Training(SHORT, arms.find_arm(SHORT, "window"), 5, corpus, CPU)
+    finish(whole)
+    assert found["batches"] == whole.batches
+    assert [entry["loss"] for entry in found["log"]] == [entry["loss"] for entry in whole.log]
 
 
 def test_a_run_without_time_continues_in_the_next_call(work, corpus, tmp_path):
-    arguments = ["train", "--quick", "--device", "cpu", "--seconds", "0", "--out", str(tmp_path), "--work", str(work)]
-    arguments += ["--steps", "3"]
-    assert commands.main(arguments) == commands.UNFINISHED
+    arguments = ["--quick", "--device", "cpu", "--seconds", "0", "--out", str(tmp_path), "--work", str(work)]
+    arguments += ["--steps", "5"]
+    assert [commands.main(["short", *arguments]) for _ in range(2)] == [commands.UNFINISHED, 0]
+    assert commands.main(["train", *arguments]) == commands.UNFINISHED
     found = json.loads((tmp_path / "msa-0.json").read_text())
     assert not found["finished"] and "heldout" not in found
     with pytest.raises(FileNotFoundError, match="finished arm"):
         report.load(tmp_path)
-    assert [commands.main(arguments) for _ in range(3)] == [commands.UNFINISHED, 0, 0]
+    calls = [commands.main(["train", *arguments]) for _ in range(5)]
+    assert calls == [commands.UNFINISHED] * 3 + [0, 0]
     found = report.load(tmp_path).any_run
-    assert [entry["step"] for entry in found["log"]] == [1, 2, 3] and "recalls" in found["log"][0]
+    assert [entry["step"] for entry in found["log"]] == [1, 2, 3, 4, 5, 6, 7] and "recalls" in found["log"][0]
 
 
 @pytest.mark.parametrize("name", ["window", "random"])
@@ -242,10 +263,13 @@ def test_the_plan_of_the_full_study():
     assert 90e6 < plan.parameters(FULL).base < 120e6
     flops = {name: sum(plan.arm_flops(FULL, arm)) for name, arm in arms.make_arms(FULL).items()}
     assert max(flops, key=flops.get) == "dense" and min(flops, key=flops.get) == "cold"
-    tokens = FULL.steps * FULL.batch_rows * FULL.context
-    keys = (FULL.context + 1) / 2
-    by_hand = 6 * plan.parameters(FULL).multiplied + 14 * FULL.num_layers * FULL.num_heads * FULL.head_dim * keys
-    assert flops["dense"] == pytest.approx(tokens * by_hand)
+    by_hand = 0
+    long = FULL.steps * FULL.batch_rows, FULL.context
+    for rows, context in ((FULL.short_steps * FULL.short_rows, FULL.short_context), long):
+        keys = (context + 1) / 2
+        each = 6 * plan.parameters(FULL).multiplied + 14 * FULL.num_layers * FULL.num_heads * FULL.head_dim * keys
+        by_hand += rows * context * each
+    assert flops["dense"] == pytest.approx(by_hand)
 
 
 def test_no_held_out_file_is_in_the_training_text(packages):
@@ -294,7 +318,7 @@ def test_batches_depend_on_their_number_and_seed_alone(corpus):
 def test_an_epoch_has_every_row_once(corpus):
     few = replace(corpus, train=corpus.train[:5])
     settings = replace(QUICK, statements=1)
-    rows = torch.cat([train.batch(few, settings, 0, number) for number in range(5)])
+    rows = torch.cat([train.batch(few, settings, 0, settings.short_steps + number) for number in range(5)])
     for epoch in rows.split(5):
         # A statement overwrites a few tokens.
         same = (epoch[:, None] == torch.from_numpy(few.train.astype(np.int64))).float().mean(-1) > 0.9

@@ -14,7 +14,7 @@ DEPTH = 16
 
 # The kernel itself: its operator refuses the last ones on a CPU.
 @pytest.mark.parametrize("lens", [None, (9, 0, 3), (-2, 50, 9)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, E4M3], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, E4M3, torch.int8], ids=str)
 @pytest.mark.parametrize("is_paged", [False, True])
 def test_append_equals_a_loop_over_tokens(is_paged, dtype, lens):
     cache, new, lens = make_cache(is_paged, dtype, (0, 15, 23)), new_tokens(9), None if lens is None else lengths(*lens)

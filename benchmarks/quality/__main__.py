@@ -1,4 +1,4 @@
-"""The commands of the study: plan, prepare, train, speed, report."""
+"""The commands of the study: plan, prepare, short, train, speed, report."""
 
 import argparse
 import json
@@ -39,13 +39,18 @@ def main(argv: list[str]) -> int:
     if options.command == "report":
         print(write_report(options.out))
         return 0
-    return {"prepare": run_prepare, "train": run_train, "speed": run_speed}[options.command](settings, options)
+    commands = {"prepare": run_prepare, "short": run_train, "train": run_train, "speed": run_speed}
+    return commands[options.command](settings, options)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
-    parser.add_argument("command", choices=("plan", "prepare", "train", "speed", "report"))
+    parser.add_argument(
+        "command",
+        choices=("plan", "prepare", "short", "train", "speed", "report"),
+        help="short: train the phase that all arms of a seed share, so that not each of them has to",
+    )
     parser.add_argument(
         "--arm",
         nargs="+",
@@ -90,26 +95,37 @@ def run_prepare(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def run_train(settings: Settings, options: argparse.Namespace) -> int:
-    """Train an arm as far as the time allows, and measure it at its end; or several in processes of their own."""
+    """Train an arm as far as the time allows, and measure it at its end; or several in processes of their own.
+
+    With the command short, train the phase that all arms share.
+    """
     started, device = time.monotonic(), torch.device(options.device)
     arms = [find_arm(settings, name) for name in options.arm]
     corpus = prepare(settings, options.work)
     if len(options.arm) * len(options.seed) > 1:
-        return run_each(options.arm, options.seed, shared_options(options), options.out, torch.cuda.device_count())
+        given = shared_options(options), options.out, torch.cuda.device_count()
+        return run_each(options.command, options.arm, options.seed, *given)
     (arm,), (seed,) = arms, options.seed
     times = {"text": time.monotonic() - started}
     training = Training(settings, arm, seed, corpus, device)
     name = f"{arm.name}-{seed}"
-    saved = options.work / f"{name}-{settings.key()}.pt"
+    # The file of the run, and the one of the phase that all arms share.
+    saved, shared = (options.work / f"{each}-{settings.key()}.pt" for each in (name, f"short-{seed}"))
     if device.type == "cuda":
         training.compile()
     checks = check(training)
-    if saved.exists():
-        training.load(saved)
+    found_file = next((path for path in (saved, shared) if path.exists()), None)
+    if found_file is not None:
+        training.load(found_file)
         print(f"{name}: continuing after step {training.done}", flush=True)
     times["until_training"] = time.monotonic() - started
     print(f"{name}: checked; {times['until_training']:.0f} s until training", flush=True)
-    train(training, options.seconds - (time.monotonic() - started))
+    only_short = options.command == "short"
+    train(training, options.seconds - (time.monotonic() - started), shared, only_short)
+    if only_short:
+        training.save(shared)
+        print(f"{shared}: {training.done} of {settings.short_steps} steps", flush=True)
+        return 0 if training.done == settings.short_steps else UNFINISHED
     times["until_trained"] = time.monotonic() - started
     finished = training.done == arm.steps
     # Kept through an error of the measurements too.
@@ -135,15 +151,20 @@ def shared_options(options: argparse.Namespace) -> list[str]:
     return [*given, *(["--quick"] if options.quick else [])]
 
 
-def train(training: Training, seconds: float) -> None:
-    """Train with messages, and add the recalls of some steps to the log."""
+def train(training: Training, seconds: float, shared: Path, only_short: bool) -> None:
+    """Train with messages, save the end of the phase that all arms share, and log the recalls of some steps."""
+    settings = training.settings
     for done in training.train(seconds):
         entry = training.log[-1]
-        if done % training.settings.measure_every == 0 or done == training.settings.log_every:
+        if done == settings.short_steps:
+            if only_short:
+                return
+            training.save(shared)
+        if done % settings.measure_every == 0 or done == settings.log_every:
             training.model.eval()
             with torch.compiler.set_stance("force_eager"):
                 entry["recalls"] = layer_recalls(training, 1)
-            score = sum(layer[1] for layer in entry["recalls"]["index"]) / training.settings.num_layers
+            score = sum(layer[1] for layer in entry["recalls"]["index"]) / settings.num_layers
             speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
             print(f"step {done} {entry['way']} loss {entry['loss']:.3f} score recall {score:.2f} {speed}", flush=True)
 

@@ -1,6 +1,6 @@
 """The arms: the same model, text and steps, and different ways to choose the keys that a query attends to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,17 +26,22 @@ class Phase:
         way: dense; select, by the index branch; window, the newest blocks and a sink; random, and the own block.
         kl: train the index branches by the KL loss.
         index_only: the index branches alone are trained, in steps that come on top of the base model's.
+        short: on shorter rows.
     """
 
     steps: int
     way: str
     kl: bool = False
     index_only: bool = False
+    short: bool = False
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A name for files and the phases, whose steps of the base model are as many in every arm."""
+    """A name for files and the phases, whose steps of the base model are as many in every arm.
+
+    The first phase, on short rows, is the same in all arms.
+    """
 
     name: str
     title: str
@@ -93,7 +98,8 @@ def make_arms(settings: Settings) -> dict[str, Arm]:
         Arm("few", f"MSA, {settings.few} blocks", (warm, rest("select", kl=True)), settings.few),
         Arm("cold", "MSA without the warm-up", (Phase(steps, "select", kl=True),), topk),
     )
-    return {arm.name: arm for arm in arms}
+    short = Phase(settings.short_steps, "dense", short=True)
+    return {arm.name: replace(arm, phases=(short, *arm.phases)) for arm in arms}
 
 
 def find_arm(settings: Settings, name: str) -> Arm:

@@ -1,13 +1,14 @@
 """The plan: parameters, FLOPs and time of each arm, computed from the settings before anything runs."""
 
+import math
 from dataclasses import dataclass
 
-from benchmarks.gpu_tables import load_result, markdown
+from benchmarks.gpu_tables import markdown
 from benchmarks.quality.arms import Arm, Phase, make_arms
 from benchmarks.quality.checks import expected_keys
 from benchmarks.quality.settings import FULL, Settings
 
-__all__ = ["arm_flops", "parameters", "plan_table", "plan_text", "try_table"]
+__all__ = ["arm_flops", "parameters", "plan_table", "plan_text"]
 
 # An H200's dense bf16 rate in FLOP/s, and the share of it that a compiled model of this size is assumed to reach.
 PEAK, SHARE = 989e12, 0.4
@@ -35,15 +36,16 @@ def parameters(settings: Settings) -> Parameters:
     return Parameters(multiplied + s.vocabulary * width + norms, multiplied, index)
 
 
-def mean_keys(settings: Settings, arm: Arm, way: str) -> float:
-    """Keys that a query reads, on average over a row."""
-    return sum(expected_keys(query, way, settings, arm) for query in range(settings.context)) / settings.context
+def mean_keys(settings: Settings, arm: Arm, way: str, context: int) -> float:
+    """Keys that a query reads, on average over a row of so many tokens."""
+    return sum(expected_keys(query, way, settings, arm) for query in range(context)) / context
 
 
 def phase_flops(settings: Settings, arm: Arm, phase: Phase) -> tuple[float, float]:
     """FLOPs per token of training: outside of attention, and of attention with selection and index loss."""
     s, found = settings, parameters(settings)
-    keys, visible = mean_keys(s, arm, phase.way), (s.context + 1) / 2
+    context, _ = s.row_sizes(phase.short)
+    keys, visible = mean_keys(s, arm, phase.way, context), (context + 1) / 2
     passes = 1 if phase.index_only else 3
     outside = 2.0 * passes * found.multiplied
     # Two products of forward, and those of the backward unless the base is frozen.
@@ -62,9 +64,9 @@ def phase_flops(settings: Settings, arm: Arm, phase: Phase) -> tuple[float, floa
 
 def arm_flops(settings: Settings, arm: Arm) -> tuple[float, float]:
     """FLOPs of an arm's training: outside of attention, and of attention."""
-    tokens = settings.batch_rows * settings.context
     totals = [0.0, 0.0]
     for phase in arm.phases:
+        tokens = math.prod(settings.row_sizes(phase.short))
         for place, flops in enumerate(phase_flops(settings, arm, phase)):
             totals[place] += phase.steps * tokens * flops
     return totals[0], totals[1]
@@ -76,44 +78,26 @@ def plan_table(settings: Settings = FULL) -> str:
     for arm in make_arms(settings).values():
         outside, attention = arm_flops(settings, arm)
         last = arm.phases[-1].way
-        steps = " + ".join(f"{p.steps} {'index only' if p.index_only else p.way}" for p in arm.phases)
+        steps = " + ".join(f"{p.steps} {'index only' if p.index_only else p.way}" for p in arm.phases if not p.short)
         seconds = (outside + attention) / (PEAK * SHARE)
-        numbers = f"{mean_keys(settings, arm, last):,.0f}", f"{outside / 1e15:.1f}", f"{attention / 1e15:.1f}"
+        numbers = (
+            f"{mean_keys(settings, arm, last, settings.context):,.0f}",
+            f"{outside / 1e15:.1f}",
+            f"{attention / 1e15:.1f}",
+        )
         rows.append([f"`{arm.name}`", arm.title, steps, *numbers, f"{seconds:.0f}"])
     head = ["arm", "what", "steps", "keys per query", "PFLOP outside of attention", "PFLOP of attention", "seconds"]
     return markdown(head, rows)
 
 
-def try_table() -> str:
-    """What a first try of a few steps found: the machine, its text, and the speed of training."""
-    found = load_result("quality-try.json")
-    text, seconds = found["text"], found["text"]["seconds"]
-    lines = [
-        "{device}, torch {torch}, Python {python}.".format(**found["machine"]),
-        f"Its text: {text['files']:,} files of {text['packages']} packages, {text['heldout_packages']} of them "
-        f"held out; {text['characters'] / 1e6:.0f} million characters; {text['train_rows']:,} rows to train and "
-        f"{text['heldout_rows']} held out. Reading took {seconds['read']:.0f} s, the tokenizer "
-        f"{seconds['tokenizer']:.0f} s, and encoding {seconds['encode']:.0f} s.",
-        "",
-    ]
-    rows = []
-    for row in found["rows"]:
-        arm = make_arms(FULL)[row["arm"]]
-        flops = sum(phase_flops(FULL, arm, Phase(1, row["way"], kl=row["arm"] == "msa")))
-        speed = row["tokens_per_second"]
-        share = f"{speed * flops / PEAK:.0%}"
-        rows.append([f"`{row['arm']}`, {row['way']}", f"{speed / 1e3:.0f}", share, f"{row['memory'] / 2**30:.0f} GiB"])
-    head = ["steps", "thousand tokens per second", "of 989 TFLOP/s", "memory"]
-    return "\n".join(lines) + "\n" + markdown(head, rows)
-
-
 def plan_text(settings: Settings = FULL) -> str:
     """The sizes that all arms share, in a few sentences."""
-    found, tokens = parameters(settings), settings.batch_rows * settings.context
-    million = tokens * settings.steps / 1e6
+    s, found = settings, parameters(settings)
+    short, long = math.prod(s.row_sizes(True)), math.prod(s.row_sizes(False))
     return (
         f"The model has {found.base / 1e6:.1f} million parameters, and {found.index / 1e6:.1f} million more in its "
-        f"index branches.\nA step has {tokens:,} tokens, and all steps together have {million:.1f} million.\n"
-        f"A row has {settings.context:,} tokens, and a query attends to {settings.topk} of its "
-        f"{settings.context // settings.block_size} blocks."
+        f"index branches.\nAll arms share {s.short_steps:,} dense steps on {s.short_rows} rows of {s.short_context:,} "
+        f"tokens each, {short * s.short_steps / 1e6:.1f} million tokens in all.\nThen each has {s.steps:,} steps of "
+        f"its own on {s.batch_rows} rows of {s.context:,} tokens, {long * s.steps / 1e6:.1f} million.\n"
+        f"There a query attends to {s.topk} of the {s.context // s.block_size} blocks of its row."
     )

@@ -26,9 +26,10 @@ DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.9)
 
 
 def plant(ids: np.ndarray, settings: Settings, generator: np.random.Generator) -> None:
-    """Write 1 to the most statements over a row of text [S], in place, and of each a question anywhere behind it."""
+    """Write statements over a row of text [S], in place, from one to the most, and of each a question behind it."""
     num_slots = len(ids) // SLOT
-    count = int(generator.integers(1, min(settings.statements, num_slots // 2) + 1))
+    most = max(1, settings.statements * len(ids) // settings.context)
+    count = int(generator.integers(1, min(most, num_slots // 2) + 1))
     slots = np.sort(generator.choice(num_slots, (count, 2), replace=False), axis=1)
     for fact, (statement, question) in zip(_draw_facts(count, settings, generator), slots, strict=True):
         _write(ids, statement, STATEMENT, fact)

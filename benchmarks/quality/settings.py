@@ -21,12 +21,13 @@ class Settings:
         heldout_percent: of the packages, by a hash of the name.
         heldout_rows, rows_per_package: most rows of held-out text, and most of one package.
         context, batch_rows: tokens of a row, rows of a batch.
-        steps, warm_up: steps of the base model, and of dense attention at the beginning in arms that select.
+        short_context, short_rows, short_steps: of the first phase, dense and on shorter rows, which all arms share.
+        steps, warm_up: the base model's steps after it, and those of dense attention first in arms that select.
         convert_at, index_steps: dense steps before the conversion, and those of its first phase, which come on top.
         few: topk of the arm with a small budget.
         measure_every: steps between measurements of the recalls.
         letters: of each alphabet of the retrieval task, see retrieval.py.
-        statements: the most that training text has in a row, and as many questions.
+        statements: the most that a row of training text has, and as many questions; in proportion in shorter rows.
         needle_lengths, needle_samples: of the retrieval test; samples for each length and depth.
         pairs: of the test of associative recall.
         speed_lengths: at which training steps are timed.
@@ -41,10 +42,13 @@ class Settings:
     rows_per_package: int = 16
     context: int = 16384
     batch_rows: int = 2
-    steps: int = 2000
-    warm_up: int = 400
-    convert_at: int = 1400
-    index_steps: int = 200
+    short_context: int = 512
+    short_rows: int = 32
+    short_steps: int = 2500
+    steps: int = 1000
+    warm_up: int = 200
+    convert_at: int = 600
+    index_steps: int = 100
     num_layers: int = 12
     hidden_size: int = 768
     mlp_size: int = 2048
@@ -52,7 +56,8 @@ class Settings:
     num_kv_heads: int = 2
     head_dim: int = 128
     index_head_dim: int = 128
-    rope_theta: float = 500_000.0
+    rotary_dim: int = 64
+    rope_theta: float = 10_000.0
     block_size: int = 128
     topk: int = 16
     few: int = 4
@@ -62,7 +67,7 @@ class Settings:
     log_every: int = 20
     measure_every: int = 100
     letters: int = 64
-    statements: int = 128
+    statements: int = 192
     needle_lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
     needle_samples: int = 8
     pairs: int = 64
@@ -70,13 +75,17 @@ class Settings:
 
     def attention(self, topk: int | None = None) -> MSAConfig:
         """The settings of one layer; topk: the study's own unless given."""
-        names = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "index_head_dim", "block_size", "rope_theta")
-        values = {name: getattr(self, name) for name in names}
+        names = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "index_head_dim", "block_size")
+        values = {name: getattr(self, name) for name in (*names, "rotary_dim", "rope_theta")}
         return MSAConfig(**values, topk=topk or self.topk, loss_in_backward=True)
 
+    def row_sizes(self, short: bool) -> tuple[int, int]:
+        """The tokens of a row, and the rows of a batch: in the first phase, and later."""
+        return (self.short_context, self.short_rows) if short else (self.context, self.batch_rows)
+
     def shortened(self, steps: int) -> "Settings":
-        """A run of so many steps, with phases in proportion."""
-        names = ("warm_up", "convert_at", "index_steps")
+        """A run of so many steps behind the short phase, with all phases in proportion."""
+        names = ("short_steps", "warm_up", "convert_at", "index_steps")
         return replace(self, steps=steps, **{name: max(1, getattr(self, name) * steps // self.steps) for name in names})
 
     def text_key(self) -> str:
@@ -106,7 +115,16 @@ QUICK = replace(
     FULL,
     **{"vocabulary": 512, "text_bytes": 600_000, "package_bytes": 150_000, "tokenizer_bytes": 100_000},
     **{"heldout_percent": 30, "heldout_rows": 6, "rows_per_package": 2, "context": 256, "batch_rows": 2},
-    **{"steps": 10, "warm_up": 3, "convert_at": 6, "index_steps": 2, "num_layers": 2, "hidden_size": 32},
+    **{
+        "short_context": 64,
+        "short_rows": 4,
+        "short_steps": 4,
+        "steps": 10,
+        "warm_up": 3,
+        "convert_at": 6,
+        "index_steps": 2,
+    },
+    **{"num_layers": 2, "hidden_size": 32, "rotary_dim": 8},
     **{"mlp_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "index_head_dim": 8, "block_size": 16},
     **{"topk": 4, "few": 2, "log_every": 1, "measure_every": 4, "letters": 8, "statements": 6},
     **{"needle_lengths": (128, 256, 512), "needle_samples": 2, "pairs": 8, "speed_lengths": (128, 256)},

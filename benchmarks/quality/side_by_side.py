@@ -11,8 +11,12 @@ from pathlib import Path
 __all__ = ["run_each"]
 
 
-def run_each(arms: Sequence[str], seeds: Sequence[int], options: Sequence[str], out: Path, num_gpus: int) -> int:
-    """Train each arm with each seed; what a process prints is in ARM-SEED.log. Returns the first exit code but 0.
+def run_each(
+    name: str, arms: Sequence[str], seeds: Sequence[int], options: Sequence[str], out: Path, num_gpus: int
+) -> int:
+    """Run the command `name` for each arm with each seed; what a process prints is in ARM-SEED.log.
+
+    Returns the first exit code but 0.
 
     Args:
         options: of every process.
@@ -25,7 +29,7 @@ def run_each(arms: Sequence[str], seeds: Sequence[int], options: Sequence[str], 
     def run(arm: str, seed: int) -> int:
         gpu = free.get()
         environment = dict(os.environ) if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
-        command = [sys.executable, "-m", "benchmarks.quality", "train", "--arm", arm, "--seed", str(seed), *options]
+        command = [sys.executable, "-m", "benchmarks.quality", name, "--arm", arm, "--seed", str(seed), *options]
         log = out / f"{arm}-{seed}.log"
         with log.open("w") as file:
             code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode

@@ -1,8 +1,10 @@
 """Train one arm on one device, in calls of limited time that continue from one another."""
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,26 @@ __all__ = ["Training", "autocast", "batch", "labels_of"]
 
 
 def batch(corpus: Corpus, settings: Settings, seed: int, number: int) -> Tensor:
-    """The batch of this number, [batch_rows, context] int64: it depends on nothing else, the arm least of all."""
-    epoch, first = divmod(number * settings.batch_rows, len(corpus.train))
+    """The batch of this number, [rows, context] int64: it depends on nothing else, the arm least of all.
+
+    The first are of more and shorter rows.
+    """
+    short = number < settings.short_steps
+    context, count = settings.row_sizes(short)
+    every = corpus.train.reshape(-1, context)
+    epoch, first = divmod((number if short else number - settings.short_steps) * count, len(every))
     rows = []
-    for place in range(first, first + settings.batch_rows):
-        order = np.random.default_rng([seed, epoch + place // len(corpus.train)]).permutation(len(corpus.train))
-        ids = corpus.train[order[place % len(corpus.train)]].astype(np.int64)
+    for place in range(first, first + count):
+        order = _order(seed, epoch + place // len(every), len(every))
+        ids = every[order[place % len(every)]].astype(np.int64)
         plant(ids, settings, np.random.default_rng([seed, number, place - first]))
         rows.append(torch.from_numpy(ids))
     return torch.stack(rows)
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def labels_of(ids: Tensor) -> Tensor:
@@ -72,8 +85,8 @@ class Training:
         sizes = {"num_heads": s.num_heads, "num_kv_heads": s.num_kv_heads, "head_dim": s.head_dim}
         flexmsa.warm_up(**sizes, index_head_dim=s.index_head_dim, block_size=s.block_size, topk=self.arm.topk)
         for block in self.model.blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True)
-        self.model.score = torch.compile(self.model.score, fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        self.model.score = torch.compile(self.model.score, fullgraph=True, dynamic=False)
 
     def train(self, seconds: float) -> Iterator[int]:
         """Train until the end or for so many seconds; yields the number of steps done after each logged one."""
@@ -117,7 +130,7 @@ class Training:
             x, index_loss = self.model.hidden(ids)
             loss = self.model.score(x, labels) / (ids.numel() - len(ids))
         (loss + index_loss).backward()
-        steps = phase.steps if phase.index_only else settings.steps
+        steps = phase.steps if phase.index_only else settings.short_steps + settings.steps
         rate = learning_rate((step.in_phase if phase.index_only else step.batch) + 1, steps, settings.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -137,14 +150,14 @@ class Training:
 
     def _add(self, step: Step, found: list[float], steps: int, seconds: float) -> None:
         loss, *kl, norm, index_norm = found
-        tokens = steps * self.settings.batch_rows * self.settings.context
+        tokens = steps * math.prod(self.settings.row_sizes(step.phase.short))
         self.seconds += seconds
         entry = {"step": self.done, "way": step.phase.way, "index_only": step.phase.index_only, "loss": loss}
         entry |= {"kl": kl if step.phase.kl else None, "grad_norm": norm, "index_grad_norm": index_norm}
         self.log.append({**entry, "seconds": seconds, "tokens_per_second": tokens / seconds})
 
     def save(self, path: Path) -> None:
-        """Write what `load` needs; all of it or nothing."""
+        """Write what `load` needs; all of it or nothing. A run in the short phase is any arm's."""
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "done": self.done}
         state |= {"log": self.log, "batches": self.batches, "seconds": self.seconds, "key": self._key()}
@@ -159,13 +172,14 @@ class Training:
             ValueError: it is of other settings or another text.
         """
         state = torch.load(path, map_location=self.device)
+        self.done = state["done"]
         if state["key"] != self._key():
             raise ValueError(f"{path}: expected a run of these settings and this text, got another; remove it")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.done, self.log = state["done"], state["log"]
-        self.batches, self.seconds = state["batches"], state["seconds"]
+        self.log, self.batches, self.seconds = state["log"], state["batches"], state["seconds"]
         self.model.eval()
 
     def _key(self) -> list[str]:
-        return [self.settings.key(), self.corpus.facts["digest"], self.arm.name, str(self.seed)]
+        shared = self.done <= self.settings.short_steps
+        return [self.settings.key(), self.corpus.facts["digest"], "any" if shared else self.arm.name, str(self.seed)]

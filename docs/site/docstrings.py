@@ -5,13 +5,14 @@ import re
 from griffe import Extension
 
 EXAMPLE = re.compile(r"^( *)>>> .*(?:\n(?! *$).*)*", re.MULTILINE)
+OTHERS = re.compile(r"^    ( *)Others: (.*(?:\n\1     +.*)*)", re.MULTILINE)
 SHARED = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
 
 
 class Docstrings(Extension):
     def on_object(self, *, obj, **kwargs):
         if obj.docstring:
-            obj.docstring.value = fence(split(obj.docstring.value))
+            obj.docstring.value = fence(split(set_apart(obj.docstring.value)))
 
 
 def fence(docstring: str) -> str:
@@ -21,6 +22,15 @@ def fence(docstring: str) -> str:
     'Add.\\n\\n```pycon\\n>>> 1 + 1\\n2\\n```\\n\\nMore.'
     """
     return EXAMPLE.sub(lambda found: f"{found[1]}```pycon\n{found[0]}\n{found[1]}```", docstring)
+
+
+def set_apart(docstring: str) -> str:
+    """Say of the other arguments what they are behind the list of arguments, which would have one named Others.
+
+    >>> set_apart("Args:\\n    k: keys.\\n    Others: as for `f`.\\n\\nReturns:\\n    More.")
+    'Args:\\n    k: keys.\\n\\nOther arguments: as for `f`.\\n\\nReturns:\\n    More.'
+    """
+    return OTHERS.sub(lambda found: f"\n{found[1]}Other arguments: {' '.join(found[2].split())}", docstring)
 
 
 def split(docstring: str) -> str:

@@ -22,7 +22,7 @@ from flexmsa.testing import launches as recorded
 from flexmsa.testing.cases import Case
 from flexmsa.testing.launches import StepFormat
 from flexmsa.testing.paged_steps import PagedStep
-from flexmsa.testing.schedules import Schedule
+from flexmsa.testing.schedules import Schedule, dtype_of
 
 Shape = Case | Schedule | PagedStep
 # Numbers of queries that between them take every row tile of the selection.
@@ -79,7 +79,7 @@ def _queries_by_splits(case: Case, target: Target) -> set[int]:
 
 
 def _cache_launches(schedule: Schedule, target: Target) -> Iterator[Launch]:
-    cache = CacheFormat(schedule.paged, schedule.fp8_keys, schedule.fp8_index)
+    cache = CacheFormat(schedule.paged, schedule.fp8_keys, dtype_of(schedule.index_dtype))
     capacities = schedule.capacity, *(blocks * schedule.block_size for blocks in VARIANTS)
     for tokens in QUERIES[:-1]:
         for capacity in capacities:
@@ -92,7 +92,7 @@ def _cache_launches(schedule: Schedule, target: Target) -> Iterator[Launch]:
 def _step_launches(step: PagedStep, target: Target) -> Iterator[Launch]:
     """Of sequences with as many queries each, as in decoding, and of packed ones."""
     # From the last number on, no keys are split between programs of the attention.
-    each, stored = (*QUERIES, 2 * target.num_sms), (step.fp8_keys, step.fp8_index, step.scales)
+    each, stored = (*QUERIES, 2 * target.num_sms), (step.fp8_keys, dtype_of(step.index_dtype), step.scales)
     for queries, blocks, packed, offset in itertools.product(each, VARIANTS, (False, True), (0, 1)):
         tokens, rows = (queries, 1) if packed else (3 * queries, 3)
         for many in (False, True):

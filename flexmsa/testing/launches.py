@@ -15,7 +15,7 @@ from flexmsa.kernels import triton as kernels
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton.common.launch import Launch, record
 from flexmsa.kernels.triton.common.target import Target
-from flexmsa.kernels.triton.layer import CacheFormat, Layer, decode
+from flexmsa.kernels.triton.layer import SCALES, CacheFormat, Layer, decode
 from flexmsa.testing.check import kernels_for_many_queries
 
 TARGETS = {
@@ -112,10 +112,9 @@ def scored_launches(layer: Layer, target: Target, cache: CacheFormat = CONTIGUOU
     """Of the scored blocks of `tokens` tokens, a sequence each, in a cache of layer.tokens keys."""
     pages = layer.tokens // layer.block_size
     rows, keys = (pages, layer.block_size) if cache.paged else (1, layer.tokens)
-    dtype = torch.float8_e4m3fn if cache.index_scaled else layer.dtype
-    index_k, scale = meta(rows, 1, keys, layer.index_head_dim, dtype=dtype), None
-    if cache.index_scaled:
-        scale = meta(rows, 1, keys, dtype=torch.uint8)
+    index_k, scale = meta(rows, 1, keys, layer.index_head_dim, dtype=cache.index_dtype or layer.dtype), None
+    if cache.index_dtype is not None:
+        scale = meta(rows, 1, keys, dtype=SCALES[cache.index_dtype])
     index_q = meta(1, layer.num_kv_heads, tokens, layer.index_head_dim, dtype=layer.dtype)
     rule = SelectionRule(layer.block_size, layer.topk, num_local_blocks=0)
     with record(target) as launches:
@@ -128,15 +127,15 @@ def scored_launches(layer: Layer, target: Target, cache: CacheFormat = CONTIGUOU
 class StepFormat:
     """A step of an engine: `rows` batch rows of layer.queries tokens in all, which are `sequences` rows of the table.
 
-    fp8_keys, fp8_index, scales: as for `PagedStep`; offset: tokens in front of these; many: without the kernels for few
-    queries.
+    fp8_keys, scales: as for `PagedStep`; index_dtype: of index keys in 8 bits; offset: tokens in front of these; many:
+    without the kernels for few queries.
     """
 
     rows: int
     sequences: int
     max_pages: int
     fp8_keys: bool = False
-    fp8_index: bool = False
+    index_dtype: torch.dtype | None = None
     scales: str = "none"
     offset: int = 0
     many: bool = False
@@ -144,8 +143,8 @@ class StepFormat:
 
 def step_launches(layer: Layer, target: Target, step: StepFormat, dense: bool = False) -> list[Launch]:
     """Of writing to pages, and of a selection and attention to them, together and each alone."""
-    fp8 = step.fp8_keys, step.fp8_keys, step.fp8_index
-    stored = [torch.float8_e4m3fn if scaled else layer.dtype for scaled in fp8]
+    keys = torch.float8_e4m3fn if step.fp8_keys else layer.dtype
+    stored = [keys, keys, step.index_dtype or layer.dtype]
     groups, tokens, page, pages = layer.num_kv_heads, layer.num_queries, layer.block_size, 64
 
     def arrange(x: Tensor) -> Tensor:
@@ -156,12 +155,14 @@ def step_launches(layer: Layer, target: Target, step: StepFormat, dense: bool = 
 
     k, v = meta(pages, groups, page, 2 * layer.head_dim, dtype=stored[0]).split(layer.head_dim, dim=3)
     index_k = meta(pages, 1, page, layer.index_head_dim + 16, dtype=stored[2])[..., : layer.index_head_dim]
-    each = [
-        meta(*x.shape[:3], dtype=torch.uint8) if scaled else None
-        for x, scaled in zip((k, v, index_k), fp8, strict=True)
+    each = [meta(*x.shape[:3], dtype=SCALES[x.dtype]) if x.dtype in SCALES else None for x in (k, v, index_k)]
+    # Scales of int8 are always those of tokens.
+    own = [step.scales == "token" or x.dtype == torch.int8 for x in (k, v, index_k)]
+    written = [scale if by_token else None for scale, by_token in zip(each, own, strict=True)]
+    read = [
+        scale if scale is None or by_token else meta(page, dtype=torch.uint8)
+        for scale, by_token in zip(each, own, strict=True)
     ]
-    written = each if step.scales == "token" else [None] * 3
-    read = [x if x is None or step.scales == "token" else meta(page, dtype=torch.uint8) for x in each]
     new_k, new_index_k = (x.transpose(0, 1)[None] for x in (new(groups, layer.head_dim), new(1, layer.index_head_dim)))
     to: Any = meta(tokens, dtype=torch.int64), k, v, index_k, *written, (1.0, 1.0, 1.0)
     q, index_q = arrange(new(layer.num_heads, layer.head_dim)), arrange(new(groups, layer.index_head_dim))

@@ -15,7 +15,7 @@ from torch import Tensor
 from flexmsa.paged import PagedBatch, PagePools, attend_pages, select_pages, write_pages
 from flexmsa.testing.assertions import assert_close
 from flexmsa.testing.check import kernels_for_many_queries
-from flexmsa.testing.schedules import FP8, check_newest
+from flexmsa.testing.schedules import FP8, check_newest, draw_exact, dtype_of, name_formats
 from flexmsa.types import AuxRequest
 
 __all__ = ["PagedStep", "check_paged_step"]
@@ -35,8 +35,8 @@ class PagedStep:
         padding: tokens past the last sequence.
         uniform: without offsets: each sequence has as many queries.
         num_decodes: as for `PagedBatch`.
-        fp8_keys, fp8_index: pages of keys and values, and those of index keys, are e4m3.
-        scales: of these: "token", "tensor" or "none".
+        fp8_keys: pages of keys and values are e4m3. index_dtype: of those of index keys, if it is another than `dtype`.
+        scales: of e4m3 pages: "token", "tensor" or "none".
         own_out: results go to buffers with holes, which hold NaN.
 
     >>> check_paged_step(PagedStep((1, 1, 20), (90, 3, 40), padding=2, num_decodes=2))
@@ -48,7 +48,7 @@ class PagedStep:
     uniform: bool = False
     num_decodes: int = 0
     fp8_keys: bool = False
-    fp8_index: bool = False
+    index_dtype: str | None = None
     scales: str = "token"
     own_out: bool = True
     dtype: str = "float32"
@@ -66,13 +66,13 @@ class PagedStep:
     def shape(self) -> tuple[Any, ...]:
         """All that the kernels of a GPU are compiled for; other sequences share them."""
         sizes = self.num_kv_heads, self.group_size, self.head_dim, self.index_head_dim, self.block_size, self.topk
-        return "pages", *sizes, self.dtype, self.fp8_keys, self.fp8_index, self.scales
+        return "pages", *sizes, self.dtype, self.fp8_keys, self.index_dtype, self.scales
 
     @property
     def kind(self) -> str:
         """What it is called in a summary."""
         layout = "uniform" if self.uniform else "decodes first" if self.num_decodes else "ragged"
-        return f"engine, {layout}{', e4m3' if self.fp8_keys or self.fp8_index else ''}"
+        return f"engine, {layout}{name_formats(self.fp8_keys, self.index_dtype)}"
 
     @property
     def num_tokens(self) -> int:
@@ -87,15 +87,19 @@ class PagedStep:
     def new_pools(self, num_pages: int, device: str | torch.device = "cpu") -> PagePools:
         """Return pages of NaN: keys and values side by side, as engines have them, and index keys beside a hole."""
 
-        def empty(heads: int, width: int, fp8: bool) -> Tensor:
-            pages = torch.full((num_pages, heads, self.block_size, width), torch.nan, device=device)
-            return pages.to(FP8 if fp8 else getattr(torch, self.dtype))
+        def empty(heads: int, width: int, dtype: torch.dtype) -> Tensor:
+            # int8 has no NaN; the scales of its tokens are.
+            fill: Any = 127 if dtype == torch.int8 else torch.nan
+            return torch.full((num_pages, heads, self.block_size, width), fill, device=device).to(dtype)
 
-        k, v = empty(self.num_kv_heads, 2 * self.head_dim, self.fp8_keys).split(self.head_dim, dim=3)
-        index_k = empty(1, self.index_head_dim + 16, self.fp8_index)[..., : self.index_head_dim]
+        dtype = getattr(torch, self.dtype)
+        k, v = empty(self.num_kv_heads, 2 * self.head_dim, FP8 if self.fp8_keys else dtype).split(self.head_dim, dim=3)
+        index_k = empty(1, self.index_head_dim + 16, dtype_of(self.index_dtype) or dtype)[..., : self.index_head_dim]
         scales: list[Any] = [None] * 3
         for place, pool in enumerate((k, v, index_k)):
-            if pool.dtype == FP8 and self.scales == "token":
+            if pool.dtype == torch.int8:
+                scales[place] = torch.full(pool.shape[:3], torch.nan, device=device)
+            elif pool.dtype == FP8 and self.scales == "token":
                 scales[place] = torch.full(pool.shape[:3], 255, dtype=torch.uint8, device=device)
             elif pool.dtype == FP8 and self.scales == "tensor":
                 scales[place] = _TENSOR_SCALES[place]
@@ -124,24 +128,24 @@ class StepRun:
         self.keys = self._write(slots)
         heads = step.num_kv_heads * step.group_size
         self.q = self._draw(step.num_tokens, heads, step.head_dim)
-        self.index_q = self._draw_exact(step.num_tokens, step.num_kv_heads, step.index_head_dim)
+        # int8 keys are scored with queries in int8.
+        stored = "int8" if step.index_dtype == "int8" else None
+        self.index_q = self._draw_exact(step.num_tokens, step.num_kv_heads, step.index_head_dim, stored=stored)
         self.batch = self._batch()
 
     def _draw(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator).to(self.device, getattr(torch, self.step.dtype))
 
-    def _draw_exact(self, *shape: int, fp8: bool = False) -> Tensor:
+    def _draw_exact(self, *shape: int, stored: str | None) -> Tensor:
         """Numbers whose products are exact in every dtype, so that a selection has one right answer."""
-        largest, unit = (7, 4) if fp8 else (31, 16)
-        drawn = torch.randint(-largest, largest + 1, shape, generator=self._generator) / unit
-        return drawn.to(self.device, getattr(torch, self.step.dtype))
+        return draw_exact(shape, stored, self._generator).to(self.device, getattr(torch, self.step.dtype))
 
     def _write(self, slots: list[Tensor]) -> list[list[Tensor]]:
         """Write the tokens of all sequences in any order, and some of none; return what they are read back as."""
         step, pools = self.step, self.pools
         total = sum(step.kv_lens)
         k, v = (self._draw(total, step.num_kv_heads, step.head_dim) for _ in range(2))
-        new = k, v, self._draw_exact(total, 1, step.index_head_dim, fp8=step.fp8_index)
+        new = k, v, self._draw_exact(total, 1, step.index_head_dim, stored=step.index_dtype)
         order = torch.randperm(total + 2, generator=self._generator)
         past = self.pools.k.shape[0] * step.block_size
         to = torch.cat([*slots, torch.tensor([-1, past])])[order].to(self.device)
@@ -190,7 +194,7 @@ class StepRun:
 
 
 def _read_back(x: Tensor, pool: Tensor, scale: Tensor | float | None) -> Tensor:
-    """What new tokens x are in the pages, in their dtype."""
+    """What new tokens x are in the pages, in their dtype; int8 holds what is drawn for it exactly."""
     if pool.dtype != FP8:
         return x
     factor: Any = 1.0 if scale is None else scale

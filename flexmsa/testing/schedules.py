@@ -19,8 +19,10 @@ from flexmsa.types import AuxRequest
 __all__ = ["Schedule", "check_newest", "check_schedule"]
 
 FP8 = torch.float8_e4m3fn
-# The codes of NaN among e4m3 numbers and among scales.
-_NAN = {FP8: 0x7F, torch.uint8: 0xFF}
+# What index keys may be stored as; None: in the dtype of all.
+INDEX_DTYPES = (None, "float8_e4m3fn", "int8")
+# The codes of NaN among e4m3 numbers and among scales; int8 has none.
+_NAN = {FP8: 0x7F, torch.uint8: 0xFF, torch.int8: 0x7F}
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Schedule:
     """A cache and the operations on it.
 
     steps: ("append", lens), the number of new tokens per row, in one call; ("trim", counts); ("reorder", rows);
-    ("share", (source, target)), half of the source's tokens, for paged caches; ("reset",).
+    ("share", (source, target)), half of the source's tokens, for paged caches; ("reset",). index_dtype: of index keys,
+    if it is another than `dtype`.
 
     >>> check_schedule(Schedule(steps=(("append", (20, 7)), ("trim", (1, 0)), ("append", (1, 1)))))
     """
@@ -45,7 +48,7 @@ class Schedule:
     capacity: int = 128
     paged: bool = False
     fp8_keys: bool = False
-    fp8_index: bool = False
+    index_dtype: str | None = None
     dtype: str = "float32"
     seed: int = 0
 
@@ -53,18 +56,17 @@ class Schedule:
     def shape(self) -> tuple[Any, ...]:
         """All that the kernels of a GPU are compiled for; other steps and lengths share them."""
         sizes = self.num_kv_heads, self.group_size, self.head_dim, self.index_head_dim, self.block_size, self.topk
-        return "cache", *sizes, self.dtype, self.capacity, self.paged, self.fp8_keys, self.fp8_index
+        return "cache", *sizes, self.dtype, self.capacity, self.paged, self.fp8_keys, self.index_dtype
 
     @property
     def kind(self) -> str:
         """What it is called in a summary."""
-        formats = ", e4m3" if self.fp8_index or self.fp8_keys else ""
-        return f"serving, {'paged' if self.paged else 'contiguous'}{formats}"
+        return f"serving, {'paged' if self.paged else 'contiguous'}{name_formats(self.fp8_keys, self.index_dtype)}"
 
     def new_cache(self, device: str | torch.device) -> Cache:
         """Return the empty cache at the beginning of the schedule."""
         dtype = getattr(torch, self.dtype)
-        dtypes = {"dtype": FP8 if self.fp8_keys else dtype, "index_dtype": FP8 if self.fp8_index else dtype}
+        dtypes = {"dtype": FP8 if self.fp8_keys else dtype, "index_dtype": dtype_of(self.index_dtype) or dtype}
         settings: dict[str, Any] = {**dtypes, "device": device}
         sizes = (self.batch, self.num_kv_heads, self.head_dim, self.index_head_dim)
         if not self.paged:
@@ -75,6 +77,30 @@ class Schedule:
         return PagedMSACache(*sizes, num_pages=count, max_pages=pages, page_size=self.block_size, **settings)
 
 
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype of this name, None for None."""
+    return None if name is None else getattr(torch, name)
+
+
+def name_formats(fp8_keys: bool, index_dtype: str | None) -> str:
+    """How the 8-bit dtypes of a cache are called in a summary."""
+    kinds = {"e4m3": fp8_keys or index_dtype == "float8_e4m3fn", "int8": index_dtype == "int8"}
+    return "".join(f", {kind}" for kind, used in kinds.items() if used)
+
+
+def draw_exact(shape: tuple[int, ...], stored: str | None, generator: torch.Generator) -> Tensor:
+    """Draw numbers that `stored` (None: a dtype of 16 bits or more) holds exactly, with frequent ties of scores.
+
+    A vector in int8 has one number of +-127 / 16, so that its scale is 1 / 16.
+    """
+    largest, unit = {"float8_e4m3fn": (7, 4), "int8": (15, 16)}.get(stored or "", (31, 16))
+    x = torch.randint(-largest, largest + 1, shape, generator=generator)
+    if stored == "int8":
+        place = torch.randint(shape[-1], (*shape[:-1], 1), generator=generator)
+        x.scatter_(-1, place, 254 * torch.randint(2, place.shape, generator=generator) - 127)
+    return x / unit
+
+
 @dataclass
 class _Run:
     schedule: Schedule
@@ -83,17 +109,16 @@ class _Run:
     generator: torch.Generator
     rows: list[list[Tensor]] = field(default_factory=list)
 
-    def draw(self, heads: int, count: int, size: int, fp8: bool, exact: bool) -> Tensor:
-        """Return [B, heads, count, size]; `exact` numbers have exact products and frequent ties."""
+    def draw(self, heads: int, count: int, size: int, stored: str | None, exact: bool) -> Tensor:
+        """Return [B, heads, count, size]; `exact` numbers, and those `stored` in 8 bits, have exact products."""
         shape = (self.schedule.batch, heads, count, size)
-        if fp8:
-            # e4m3 holds these numbers exactly, as its scales are powers of two.
-            x = torch.randint(-7, 8, shape, generator=self.generator) / 4
+        x = (
+            draw_exact(shape, stored, self.generator)
+            if exact or stored
+            else torch.randn(shape, generator=self.generator)
+        )
+        if stored:
             x *= torch.exp2(torch.randint(-3, 1, shape[:3], generator=self.generator))[..., None]
-        elif exact:
-            x = torch.randint(-31, 32, shape, generator=self.generator) / 16
-        else:
-            x = torch.randn(shape, generator=self.generator)
         return x.to(device=self.cache.k.device, dtype=getattr(torch, self.schedule.dtype))
 
 
@@ -127,10 +152,12 @@ def check_schedule(schedule: Schedule, device: str | torch.device = "cpu", backe
 def _append(run: _Run, lens: tuple[int, ...]) -> None:
     schedule, cache = run.schedule, run.cache
     count = max(1, *lens)
-    q = run.draw(schedule.num_kv_heads * schedule.group_size, count, schedule.head_dim, False, False)
-    k, v = (run.draw(schedule.num_kv_heads, count, schedule.head_dim, schedule.fp8_keys, False) for _ in range(2))
-    index_q = run.draw(schedule.num_kv_heads, count, schedule.index_head_dim, False, True)
-    index_k = run.draw(1, count, schedule.index_head_dim, schedule.fp8_index, True)
+    keys, index = "float8_e4m3fn" if schedule.fp8_keys else None, schedule.index_dtype
+    q = run.draw(schedule.num_kv_heads * schedule.group_size, count, schedule.head_dim, None, False)
+    k, v = (run.draw(schedule.num_kv_heads, count, schedule.head_dim, keys, False) for _ in range(2))
+    # int8 keys are scored with queries in int8.
+    index_q = run.draw(schedule.num_kv_heads, count, schedule.index_head_dim, "int8" if index == "int8" else None, True)
+    index_k = run.draw(1, count, schedule.index_head_dim, index, True)
     ragged = torch.tensor(lens, dtype=torch.int32, device=k.device) if len({*lens, count}) > 1 else None
     cache.append(k, v, index_k, lens=ragged, backend=run.backend)
     rule = {name: getattr(schedule, name) for name in ("block_size", "topk", "num_init_blocks")}

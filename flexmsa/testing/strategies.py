@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flexmsa.testing.cases import VALUES, Case
 from flexmsa.testing.paged_steps import SCALES, PagedStep
-from flexmsa.testing.schedules import Schedule
+from flexmsa.testing.schedules import INDEX_DTYPES, Schedule
 
 __all__ = [
     "cases",
@@ -188,7 +188,7 @@ def schedule_shapes(
         capacity=capacity,
         paged=draw(st.booleans()),
         fp8_keys=draw(st.booleans()),
-        fp8_index=draw(st.booleans()),
+        index_dtype=draw(st.sampled_from(INDEX_DTYPES)),
         dtype=draw(st.sampled_from(dtypes)),
     )
 
@@ -268,7 +268,7 @@ def paged_shapes(
         **_sizes(draw, group_sizes, head_dims, block_sizes),
         topk=draw(st.sampled_from([1, 2, 4, 16, None])),
         fp8_keys=draw(st.booleans()),
-        fp8_index=draw(st.booleans()),
+        index_dtype=draw(st.sampled_from(INDEX_DTYPES)),
         scales=draw(st.sampled_from(SCALES)),
         dtype=draw(st.sampled_from(dtypes)),
     )

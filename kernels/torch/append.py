@@ -1,4 +1,4 @@
-"""Append: write new tokens into a cache behind each row's tokens, quantised where the cache holds e4m3."""
+"""Append: write new tokens into a cache behind each row's tokens, quantised where the cache holds e4m3 or int8."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexmsa.kernels.sequences import Sequence
-from flexmsa.kernels.torch import fp8
+from flexmsa.kernels.torch import int8
 
 
 class _Span(NamedTuple):
@@ -42,9 +42,10 @@ def append(
     """Write the first lens[b] of the n tokens k, v [B,Hkv,n,D], index_k [B,1,n,Di] behind the kv_lens[b] of row b.
 
     Caches are [B,H,S,D], or with page_table [B,max_pages] pages [num_pages,H,block_size,D]. Their scales have the same
-    shape without D, and are None unless the cache is e4m3. kv_lens grows, and ``sequences`` becomes the table of the
-    new tokens: one sequence per row, and with lens a second one, which sees no key, for the tokens from lens[b] on.
-    Every row has room, and pages where it needs them (see ``ops.checks``). ``status`` is for kernels that check both.
+    shape without D, and are None unless the cache is e4m3 or int8. kv_lens grows, and ``sequences`` becomes the table
+    of the new tokens: one sequence per row, and with lens a second one, which sees no key, for the tokens from lens[b]
+    on. Every row has room, and pages where it needs them (see ``ops.checks``). ``status`` is for kernels that check
+    both.
     """
     num_new = k.shape[2]
     counts = [num_new] * len(kv_lens) if lens is None else lens.clamp(0, num_new).tolist()
@@ -83,7 +84,7 @@ def _write(new: Tensor, cache: Tensor, scale: Tensor | None, span: _Span) -> Non
     if scale is None:
         cache[span.place, :, keys] = tokens
     else:
-        cache[span.place, :, keys], scale[span.place, :, keys] = fp8.quantize(tokens)
+        cache[span.place, :, keys], scale[span.place, :, keys] = int8.quantizer(cache)(tokens)
 
 
 def _write_table(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.sequences import page_place
-from flexmsa.kernels.torch import fp8
+from flexmsa.kernels.torch import fp8, int8
 from flexmsa.kernels.torch.packing import Array, Scratch, array
 
 # Up to this number of query vectors, one product per block is faster than one for all blocks.
@@ -49,9 +49,9 @@ class IndexKeys:
     """The index keys of C sequences, one per tile of ``tiles``, read a range of blocks at a time.
 
     The keys are copied into one buffer, as products are fastest on operands in the processor's cache. Keys that
-    ``are_used_once``, by a few queries of one sequence, are read in place where possible. Scores of e4m3 keys must be
-    multiplied by ``factors`` [C, num_blocks * block_size], which is None for other keys. Copies are zero beyond the end
-    of a sequence.
+    ``are_used_once``, by a few queries of one sequence, are read in place where possible. Scores of e4m3 and int8 keys
+    must be multiplied by ``factors`` [C, num_blocks * block_size], which is None for other keys. Copies are zero beyond
+    the end of a sequence.
     """
 
     def __init__(
@@ -74,9 +74,15 @@ class IndexKeys:
         # Only the newest block may extend beyond the keys. It is not scored if it is local.
         few = len(tiles) == 1 and (tiles[0].stop - tiles[0].start) * num_kv_heads <= FEW_VECTORS
         self.are_used_once = few and rule.num_local_blocks > 0
+        is_int8 = self.dtype == torch.int8
+        self.are_multiplied_in_int8 = (
+            is_int8 and self.are_used_once and index_k.device.type == "cpu" and int8.multiplies_int8()
+        )
         self.factors: Tensor | None = None
         if index_k_scale is not None:
-            self.factors = fp8.factors(self._load("scales", fp8.as_scales(index_k_scale)[:, 0], 0, self.num_blocks))
+            scales = index_k_scale if is_int8 else fp8.as_scales(index_k_scale)
+            loaded = self._load("scales", scales[:, 0], 0, self.num_blocks)
+            self.factors = loaded if is_int8 else fp8.factors(loaded)
 
     def block_ranges(self, num_vectors: int, narrow: bool = False) -> Iterator[tuple[int, int]]:
         """The ranges (first, stop) of blocks to score, for num_vectors query vectors per sequence.
@@ -84,7 +90,7 @@ class IndexKeys:
         Sized for ``blocks``, or, if ``narrow``, for ``narrow_parts``.
         """
         num_keys = SCORES_PER_STEP // num_vectors
-        if not narrow and not self._are_in_place(self._scratch.dtype):
+        if not narrow and not self.are_multiplied_in_int8 and not self._are_in_place(self._scratch.dtype):
             num_keys = min(num_keys, self._num_copied(self._scratch.dtype))
         step = max(1, num_keys // (len(self._tiles) * self._rule.block_size))
         end = self.num_blocks - self._rule.num_local_blocks
@@ -96,6 +102,14 @@ class IndexKeys:
         if self._are_in_place(self._scratch.dtype):
             return self._stored(first, stop)[None]
         return self._load("keys", self._keys, first, stop)
+
+    def int8_products(self, first: int, stop: int, queries: Tensor) -> Tensor:
+        """Products of blocks ``first .. stop - 1`` of the only sequence with int8 queries [R, Di], [n, block_size, R].
+
+        In the compute dtype, exactly.
+        """
+        products = int8.products(queries, self._stored(first, stop)).unflatten(1, (stop - first, -1))
+        return self._scratch.take("scores", *products.shape).copy_(products).permute(1, 2, 0)
 
     def narrow_parts(self, first: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
         """Whole blocks ``first .. stop - 1`` of the only sequence in bf16, in parts of (key range, keys [m, Di]).

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.sequences import list_sequences
-from flexmsa.kernels.torch import fp8
+from flexmsa.kernels.torch import fp8, int8
 from flexmsa.kernels.torch.index_keys import FEW_VECTORS, SCORES_PER_STEP, IndexKeys, Queries, forced_and_hidden
 from flexmsa.kernels.torch.inverse_index import batch_by_size
 from flexmsa.kernels.torch.packing import Array, Scratch, compute_dtype, query_positions
@@ -34,7 +34,8 @@ def select_blocks(
     """index_q [B,Hkv,Sq,Di], index_k [B,1,Sk,Di] to block_indices [B,Hkv,Sq,topk] int32, ``ids`` if they are given.
 
     With page_table [B,max_pages], index_k is pages [num_pages,1,block_size,Di]. e4m3 keys come with an index_k_scale,
-    which has the shape of index_k without Di, or is [block_size], of each page; or they come with e4m3 queries.
+    which has the shape of index_k without Di, or is [block_size], of each page; or they come with e4m3 queries. int8
+    keys come with a scale each, and queries are rounded to int8 (see ``int8``).
 
     Block ids count from the first block of the query's sequence; they ascend and are padded with -1. The newest
     ``num_local_blocks`` and the oldest ``num_init_blocks`` visible blocks rank above all others, equal scores rank
@@ -101,6 +102,9 @@ def _select(
     """Write the selection of the tiles' queries to block_indices, ascending, or, with its scores, the best first."""
     if fp8.is_e4m3(index_q):
         index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
+    if index_k.dtype == torch.int8:
+        # The scale of a query changes no order among its scores. Sums of products of int8 numbers are exact in float32.
+        index_q = int8.quantize(index_q)[0].to(torch.float32)
     num_kv_heads = index_q.shape[1]
     sizes = [(tile.stop - tile.start, tile.num_blocks) for tile in tiles]
     scratch = Scratch(compute_dtype(index_q.dtype))
@@ -174,7 +178,10 @@ def _block_scores(
     block_scores = scratch.take("block_scores", num_tiles, num_blocks, num_vectors).zero_()
     limit = torch.finfo(queries.dtype).max
     for first, stop in index_k.block_ranges(num_vectors):
-        scores = _products(index_k.blocks(first, stop), queries, block_size, scratch)
+        if index_k.are_multiplied_in_int8:
+            scores = index_k.int8_products(first, stop, queries[0].to(torch.int8))[None]
+        else:
+            scores = _products(index_k.blocks(first, stop), queries, block_size, scratch)
         if index_k.factors is not None:
             factors = index_k.factors[:, first * block_size : stop * block_size]
             scores.mul_(factors.view(num_tiles, -1, block_size, 1))

@@ -11,6 +11,9 @@ from .serving.append import append
 from .serving.launch import attend_blocks, select_and_attend
 from .step import training_step
 
+# Of the scales beside vectors of 8 bits.
+SCALES = {torch.float8_e4m3fn: torch.uint8, torch.int8: torch.float32}
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -91,11 +94,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """How a cache keeps its vectors: in pages or contiguous, as e4m3 numbers with scales or in the layer's dtype."""
+    """How a cache keeps its vectors: in pages or contiguous, keys and values as e4m3 numbers if they are `scaled`.
+
+    index_dtype: of index keys, torch.float8_e4m3fn or torch.int8, with scales; None is the layer's dtype.
+    """
 
     paged: bool = False
     scaled: bool = False
-    index_scaled: bool = False
+    index_dtype: torch.dtype | None = None
 
 
 def train(layer: Layer, loss_in_backward: bool = False) -> None:
@@ -119,17 +125,17 @@ def decode(
     max_pages = layer.tokens // layer.block_size
     rows, keys = (batch * max_pages, layer.block_size) if cache.paged else (batch, layer.tokens)
 
-    def stored(heads: int, head_dim: int, scaled: bool) -> tuple[Tensor, Tensor | None]:
-        dtype = torch.float8_e4m3fn if scaled else layer.dtype
-        scale = layer.empty(rows, heads, keys, dtype=torch.uint8) if scaled else None
-        return layer.empty(rows, heads, keys, head_dim, dtype=dtype), scale
+    def stored(heads: int, head_dim: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+        scale = None if dtype is None else layer.empty(rows, heads, keys, dtype=SCALES[dtype])
+        return layer.empty(rows, heads, keys, head_dim, dtype=dtype or layer.dtype), scale
 
     def new(heads: int, head_dim: int) -> Tensor:
         return layer.empty(batch, heads, tokens, head_dim, dtype=layer.dtype)
 
-    k, k_scale = stored(layer.num_kv_heads, layer.head_dim, cache.scaled)
-    v, v_scale = stored(layer.num_kv_heads, layer.head_dim, cache.scaled)
-    index_k, index_scale = stored(1, layer.index_head_dim, cache.index_scaled)
+    dtype = torch.float8_e4m3fn if cache.scaled else None
+    k, k_scale = stored(layer.num_kv_heads, layer.head_dim, dtype)
+    v, v_scale = stored(layer.num_kv_heads, layer.head_dim, dtype)
+    index_k, index_scale = stored(1, layer.index_head_dim, cache.index_dtype)
     table = layer.empty(batch, max_pages) if cache.paged else None
     new_k, new_index_k = new(layer.num_kv_heads, layer.head_dim), new(1, layer.index_head_dim)
     q, index_q = new(layer.num_heads, layer.head_dim), new(layer.num_kv_heads, layer.index_head_dim)

@@ -33,6 +33,7 @@ CASES = {
     "the warm-up": {"topk": None},
     "pages": {"paged": True},
     "index keys in e4m3": {"dtype": torch.float32, "index_dtype": FP8},
+    "index keys in int8": {"dtype": torch.float32, "index_dtype": torch.int8},
     "pages in e4m3": {"dtype": torch.float32, "store": FP8, "index_dtype": FP8, "paged": True},
     "bf16": {"dtype": torch.bfloat16},
     "ties in float32": {"dtype": torch.float32, "ties": True, "topk": 5, "num_init_blocks": 1},

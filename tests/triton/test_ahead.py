@@ -23,6 +23,7 @@ from flexmsa.testing.ahead import Ahead, launches_of
 from flexmsa.testing.check import kernels_for_many_queries
 from flexmsa.testing.launches import TARGETS, CacheFormat, Layer, decode_launches, meta
 from flexmsa.testing.paged_steps import StepRun
+from flexmsa.testing.schedules import dtype_of
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 SM_90 = TARGETS["sm_90"]
@@ -37,7 +38,10 @@ CACHES = {
     "contiguous": Schedule(
         (), group_size=4, head_dim=64, index_head_dim=64, block_size=64, topk=4, capacity=384, **SIZES
     ),
-    "pages, e4m3": Schedule((), block_size=16, paged=True, fp8_keys=True, fp8_index=True, capacity=384, **SIZES),
+    "pages, e4m3": Schedule(
+        (), block_size=16, paged=True, fp8_keys=True, index_dtype="float8_e4m3fn", capacity=384, **SIZES
+    ),
+    "int8": Schedule((), block_size=16, index_dtype="int8", capacity=384, **SIZES),
     "dense": Schedule((), block_size=16, topk=None, paged=True, capacity=384, **SIZES),
 }
 
@@ -45,11 +49,25 @@ CACHES = {
 STEPS = {
     "16 bits": PagedStep(head_dim=64, index_head_dim=64, block_size=64, topk=2, **SIZES),
     "e4m3": PagedStep(
-        group_size=16, head_dim=128, index_head_dim=128, block_size=128, topk=16, fp8_keys=True, fp8_index=True, **SIZES
+        group_size=16,
+        head_dim=128,
+        index_head_dim=128,
+        block_size=128,
+        topk=16,
+        fp8_keys=True,
+        index_dtype="float8_e4m3fn",
+        **SIZES,
     ),
     "one scale": PagedStep(
-        group_size=1, block_size=8, topk=1, scales="tensor", num_kv_heads=1, fp8_index=True, dtype="float16"
+        group_size=1,
+        block_size=8,
+        topk=1,
+        scales="tensor",
+        num_kv_heads=1,
+        index_dtype="float8_e4m3fn",
+        dtype="float16",
     ),
+    "int8": PagedStep(head_dim=64, index_head_dim=64, block_size=64, topk=2, index_dtype="int8", **SIZES),
     "dense": PagedStep(topk=None, fp8_keys=True, scales="none", **SIZES),
 }
 
@@ -106,7 +124,7 @@ def test_the_cases_of_a_shape_compile_nothing(shape):
 
 @pytest.mark.parametrize("shape", CACHES.values(), ids=CACHES)
 def test_the_schedules_of_a_shape_compile_nothing(shape):
-    cache = CacheFormat(shape.paged, shape.fp8_keys, shape.fp8_index)
+    cache = CacheFormat(shape.paged, shape.fp8_keys, dtype_of(shape.index_dtype))
     heads = shape.num_kv_heads * shape.group_size, shape.num_kv_heads
     sizes = {"head_dim": shape.head_dim, "index_head_dim": shape.index_head_dim, "block_size": shape.block_size}
     layer = Layer(shape.capacity, *heads, topk=shape.topk or 1, dtype=getattr(torch, shape.dtype), **sizes)

@@ -20,7 +20,8 @@ from flexmsa.testing.launches import TARGETS, TRAINING, CacheFormat, Layer  # no
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
 PAGES = CacheFormat(paged=True)
-E4M3 = CacheFormat(paged=True, scaled=True, index_scaled=True)
+E4M3 = CacheFormat(paged=True, scaled=True, index_dtype=torch.float8_e4m3fn)
+INT8 = CacheFormat(paged=True, index_dtype=torch.int8)
 M3, LLAMA, SMALL = Layer(), Layer(num_heads=32, num_kv_heads=8), Layer(num_heads=16, num_kv_heads=2, head_dim=64)
 # Bytes per thread that a kernel may spill, by kernel; other kernels spill nothing.
 SPILLS = {
@@ -202,8 +203,14 @@ def test_fragments_of_small_groups(task):
 
 @pytest.mark.parametrize(
     ("tokens", "cache"),
-    [(1, CacheFormat()), (1, PAGES), (1, E4M3), (16, E4M3), (1024, PAGES), (1024, E4M3)],
-    ids=["contiguous", "pages", "e4m3", "drafts, e4m3", "chunk, pages", "chunk, e4m3"],
+    [
+        *[(1, CacheFormat()), (1, PAGES), (1, E4M3), (16, E4M3), (1024, PAGES), (1024, E4M3)],
+        *[(1, CacheFormat(index_dtype=torch.int8)), (1, INT8), (16, INT8), (1024, INT8)],
+    ],
+    ids=[
+        *["contiguous", "pages", "e4m3", "drafts, e4m3", "chunk, pages", "chunk, e4m3"],
+        *["contiguous, int8", "int8", "drafts, int8", "chunk, int8"],
+    ],
 )
 def test_decoding(target, tokens, cache):
     """One token, a few drafts, and a chunk of a prompt, whose kernels are those of training if it is contiguous."""
@@ -211,7 +218,7 @@ def test_decoding(target, tokens, cache):
 
 
 @pytest.mark.parametrize("tokens", [1, 16])
-@pytest.mark.parametrize("cache", [CacheFormat(), E4M3], ids=["contiguous", "pages, e4m3"])
+@pytest.mark.parametrize("cache", [CacheFormat(), E4M3, INT8], ids=["contiguous", "pages, e4m3", "pages, int8"])
 @pytest.mark.parametrize("keys", [2048, 1 << 20])
 def test_scored_blocks(target, keys, cache, tokens):
     """The best blocks with their scores, of caches whose keys are split and of one that is short."""
@@ -228,11 +235,20 @@ def test_selection_of_e4m3_queries(target):
 
 @pytest.mark.parametrize("index_head_dim", [64, 128])
 @pytest.mark.parametrize("block_size", [64, 128])
-@pytest.mark.parametrize("cache", [CacheFormat(), E4M3], ids=["bf16", "pages, e4m3"])
+@pytest.mark.parametrize("cache", [CacheFormat(), E4M3, INT8], ids=["bf16", "pages, e4m3", "pages, int8"])
 def test_selection_of_few_queries_on_hopper(index_head_dim, block_size, cache):
     layer = Layer(tokens=1 << 20, index_head_dim=index_head_dim, block_size=block_size)
     kernels = build(recorded.decode_launches(layer, TARGETS["sm_90"], cache), TARGETS["sm_90"])
     assert "wgmma.mma_async" in kernels["selection_sm90_kernel"].asm["ptx"]
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 1024])
+def test_int8_keys_are_multiplied_as_they_are(target, tokens):
+    """On every GPU, with sums in int32: one token, drafts, and a chunk."""
+    kernels = build(recorded.decode_launches(M3, target, INT8, tokens), target)
+    compiled = next(kernel for name, kernel in kernels.items() if name.startswith("selection"))
+    product = {90: "wgmma.mma_async.*s32.s8.s8", "gfx942": "v_mfma_i32_.*i8"}.get(target.arch, "mma.sync.*s32.s8.s8")
+    assert re.search(product, compiled.asm["amdgcn" if target.backend == "hip" else "ptx"])
 
 
 # A layer of the grid for every task and target, and the widest heads in training. A kernel for wide heads in fp32 can

@@ -32,7 +32,12 @@ LAYERS = {
     "head dim 80": {"num_heads": 16, "head_dim": 80, "index_head_dim": 80},
     "wide, fp32": {"num_heads": 8, "head_dim": 256, "index_head_dim": 256, "dtype": torch.float32},
 }
-FORMATS = {"bf16": CacheFormat(), "pages": CacheFormat(paged=True), "pages, e4m3": CacheFormat(True, True, True)}
+FORMATS = {
+    "bf16": CacheFormat(),
+    "pages": CacheFormat(paged=True),
+    "pages, e4m3": CacheFormat(True, True, torch.float8_e4m3fn),
+    "pages, int8": CacheFormat(True, index_dtype=torch.int8),
+}
 # Powers of two, the first few numbers of blocks, and numbers between.
 CAPACITIES = [*(128 << step for step in range(14)), *range(128, 128 * 40, 128), *(3 << step for step in range(13, 21))]
 

@@ -69,9 +69,12 @@ def quantize(x):
 
 @triton.jit
 def decode_scales(codes):
-    """The e8m0 numbers of uint8 `codes`, in fp32."""
-    scales = (codes.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    return tl.where(scales < float("inf"), scales, float("nan"))
+    """The e8m0 numbers of uint8 `codes`, in fp32; fp32 scales as they are."""
+    if codes.dtype == tl.float32:
+        return codes
+    else:
+        scales = (codes.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+        return tl.where(scales < float("inf"), scales, float("nan"))
 
 
 @triton.jit

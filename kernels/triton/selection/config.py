@@ -35,8 +35,8 @@ class SelectionConfig:
     clear: blocks that every row sees whole take a loop of their own, without masks; halves: there the products of one
     half of the rows run while the other half's maxima are taken, and the period is 1; swap: the keys are the rows of
     the product, as a few query rows would not fill them; fp8_product: e4m3 keys are multiplied as they are, as are e4m3
-    queries; sm90: `kernel_sm90` is launched; certified: `certified` selects by int8 scores, and the tiles are of rows
-    that these do not decide.
+    queries; int8: keys are int8, and queries are quantized; sm90: `kernel_sm90` is launched; certified: `certified`
+    selects by int8 scores, and the tiles are of rows that these do not decide.
     """
 
     rows: int
@@ -51,6 +51,7 @@ class SelectionConfig:
     halves: bool = False
     swap: bool = True
     fp8_product: bool = False
+    int8: bool = False
     sm90: bool = False
     certified: bool = False
 
@@ -120,25 +121,17 @@ def kept_blocks(topk: int) -> int:
 def fits_sm90(problem: Problem, target: Target) -> bool:
     """Whether `kernel_sm90` takes such a problem, if a tile holds all query rows of a sequence."""
     shape = problem.index_head_dim in (64, 128) and problem.block_size in (64, 128)
-    dtypes = problem.key_size == 2 == problem.element_size or (
-        problem.key_size == 1 and problem.dtype == torch.bfloat16
-    )
+    e4m3 = problem.key_size == 1 and problem.dtype == torch.bfloat16
+    dtypes = problem.key_size == 2 == problem.element_size or problem.int8 or e4m3
     topk = problem.topk is not None and kept_blocks(problem.topk) <= 32
     return GLUON and target.arch == 90 and shape and dtypes and topk and problem.bulk_copies
 
 
-def fits_certified(problem: Problem) -> bool:
-    """Whether `certified` takes such a problem, of one sequence per batch row."""
-    shape = problem.index_head_dim in (32, 64, 128) and problem.block_size in (64, 128)
-    topk = problem.topk is not None and kept_blocks(problem.topk) <= 32
-    return shape and topk and problem.key_size == problem.element_size == 2 and not problem.paged
-
-
 def gains_certified(problem: Problem, target: Target) -> bool:
     """Whether `certified` was measured to be faster for such a problem, of CERTIFIED_TOKENS queries and keys."""
-    hopper = target.backend == "cuda" and target.arch == 90 and problem.dtype == torch.bfloat16
-    shape = problem.index_head_dim == problem.block_size == 128 and problem.num_kv_heads in (4, 8)
-    return hopper and shape and fits_certified(problem)
+    sizes = problem.index_head_dim == problem.block_size == 128 and problem.num_kv_heads in (4, 8)
+    bf16 = problem.dtype == torch.bfloat16 and problem.key_size == 2 and not problem.paged
+    return target.arch == 90 and sizes and bf16 and problem.topk is not None and problem.topk <= 32
 
 
 @functools.lru_cache(maxsize=4096)
@@ -155,7 +148,8 @@ def default_config(
 
     problem.dtype is that of the queries. e4m3 keys are decoded in registers, but where few queries meet many keys:
     there the tensor cores take them as they are. They take queries and keys that both are e4m3 so, where they can; else
-    both are to be brought to fp16. On Hopper `kernel_sm90` takes a few rows of a problem that it fits.
+    both are to be brought to fp16. int8 keys are multiplied as they are, on every GPU. On Hopper `kernel_sm90` takes a
+    few rows of a problem that it fits.
 
     The lengths decide two things: rows, of the few sizes of `row_tile`, with all that follows them; and num_splits,
     which kernels take at run time, except that they are compiled once for one split and once for more. packed: the
@@ -166,12 +160,14 @@ def default_config(
     kept = kept_blocks(problem.topk)
     num_rows = seqlen_q * problem.num_kv_heads
     num_blocks = triton.cdiv(seqlen_k, problem.block_size)
-    few = row_tile(num_rows, problem.num_kv_heads, 4 if problem.key_size == 1 else 8, SM90_ROWS)
+    # A query over e4m3 keys is two rows of the product, which has at least eight.
+    least = 4 if problem.key_size == 1 and not problem.int8 else 8
+    few = row_tile(num_rows, problem.num_kv_heads, least, SM90_ROWS)
     if num_rows <= SM90_ROWS and fits_sm90(problem, target):
         num_splits = split_count(num_sequences, num_blocks, target.num_sms, SM90_SPLITS)
-        columns, fp8_product = padded(problem.block_size), problem.key_size == 1
+        columns, fp8_product = padded(problem.block_size), problem.key_size == 1 and not problem.int8
         # More copies in flight than the default's four would only be in each other's way.
-        return SelectionConfig(few, columns, kept, num_splits, fp8_product=fp8_product, sm90=True)
+        return SelectionConfig(few, columns, kept, num_splits, fp8_product=fp8_product, int8=problem.int8, sm90=True)
     config = tile_config(problem, target, num_sequences, seqlen_q, num_blocks, kept, packed)
     long = one_per_row and min(seqlen_q, seqlen_k) >= CERTIFIED_TOKENS
     return replace(config, certified=long and gains_certified(problem, target))
@@ -188,14 +184,15 @@ def tile_config(
 ) -> SelectionConfig:
     """The configuration of `kernel`."""
     num_kv_heads, dtype, key_size = problem.num_kv_heads, problem.dtype, problem.key_size
-    columns, depth = padded(problem.block_size), padded(problem.index_head_dim)
+    int8 = problem.int8
+    columns, depth = padded(problem.block_size), padded_depth(problem.index_head_dim, int8)
     as_they_are = dtype == torch.float8_e4m3fn and target.has_e4m3 and depth >= 32
     if dtype == torch.float8_e4m3fn and not as_they_are:
         dtype, key_size = torch.float16, 2
-    element_size = dtype.itemsize
+    element_size = 1 if int8 else dtype.itemsize
     large = target.backend == "cuda" and target.arch in LARGE
     decoded = key_size < element_size
-    most = most_rows(target, element_size, decoded, columns, depth, kept)
+    most = most_rows(target, element_size, decoded, int8, columns, depth, kept)
     rows = row_tile(seqlen_q * num_kv_heads, num_kv_heads, 16, most)
     if element_size > 2:
         # No tensor cores: what is multiplied passes through registers, which hold more keys beside few queries.
@@ -204,25 +201,23 @@ def tile_config(
 
     # A decoding step waits for memory: its keys go from shared memory to the product without passing registers, and
     # several programs to a multiprocessor keep loads in flight while one of them merges.
-    swap = target.arch == 90 and rows < 64 <= columns and element_size == 2
+    swap = target.arch == 90 and rows < 64 <= columns and (element_size == 2 or int8)
     fp8_product = as_they_are or (swap and decoded and dtype == torch.bfloat16 and depth >= 32)
     if swap:
         rows = min(rows, row_tile(seqlen_q * num_kv_heads, num_kv_heads, 8, rows))
-    per_sm = 4 if fp8_product and rows == 8 else 2 if swap else 1
+    # Keys that do not pass registers take a byte per number.
+    narrow = fp8_product or int8
+    per_sm = 4 if narrow and rows == 8 else 2 if swap else 1
     if decoded and not swap:
         num_warps = 8 if rows >= 64 and target.arch != 90 else 4
     else:
         num_warps = 8 if (decoded and not fp8_product) or rows * columns > 128 * 64 else 4
-    spare = target.shared_memory // per_sm - rows * (depth + (columns if swap else 0)) * element_size - 2048
-    if decoded and not swap:
-        spare -= columns * depth * element_size
-    if kept > 128:
-        # Sorts of long lists pass through shared memory.
-        spare -= rows * kept * 8
-    most_stages = 4 if fp8_product else 6 if swap else 4 if rows <= 64 else 3
+    # What a program holds beside the keys in flight: queries, scores, decoded keys, and sorts of long lists.
+    held = rows * (depth + (columns if swap else 0)) * element_size + (rows * kept * 8 if kept > 128 else 0)
+    held += columns * depth * element_size if decoded and not swap else 0
+    spare = target.shared_memory // per_sm - held - 2048
+    most_stages = 2 if target.backend == "hip" else 4 if narrow else 6 if swap else 4 if rows <= 64 else 3
     num_stages = max(1, min(most_stages, spare // (columns * depth * key_size)))
-    if target.backend == "hip":
-        num_stages = min(num_stages, 2)
 
     tiles = triton.cdiv(seqlen_q, rows // num_kv_heads)
     tiles = tiles + num_sequences if packed else tiles * num_sequences
@@ -246,20 +241,29 @@ def tile_config(
         period=1 if halves or (swap and rows <= 16 and kept <= 32) else 8,
         kept=kept,
         num_splits=num_splits,
-        use_tma=copies and (element_size == 2 or fp8_product) and whole,
+        use_tma=copies and (element_size == 2 or narrow) and whole,
         clear=rows >= 64,
         halves=halves,
         swap=swap,
         fp8_product=fp8_product,
+        int8=int8,
     )
 
 
-def most_rows(target: Target, element_size: int, decoded: bool, columns: int, depth: int, kept: int) -> int:
+def padded_depth(index_head_dim: int, int8: bool) -> int:
+    """Di, padded to what a product takes."""
+    return padded(index_head_dim, least=32 if int8 else 16)
+
+
+def most_rows(target: Target, element_size: int, decoded: bool, int8: bool, columns: int, depth: int, kept: int) -> int:
     """The largest row tile whose scores and top-k registers and shared memory hold."""
     large = target.backend == "cuda" and target.arch in LARGE
     rows = 256 if large else 128 if target.arch == 80 else 64
     if large and decoded:
         rows = 128 if target.arch == 90 else 64
+    if int8 and target.arch != 90:
+        # Blackwell's tensor memory takes no int8 products: sums live in registers, as on older GPUs.
+        rows = min(rows, 128)
     if element_size > 2:
         rows = 32 if depth <= 128 else 16
     elif depth > 256:
@@ -293,6 +297,7 @@ class SelectionConstants:
     use_tma: bool
     swap: bool
     fp8_product: bool
+    int8: bool
     native: bool
     overlap: bool
 
@@ -310,13 +315,13 @@ def selection_constants(
 
     with_scores: every block is scored, however few there are.
     """
-    as_chosen = "rows", "columns", "kept", "period", "clear", "halves", "use_tma", "swap", "fp8_product"
+    as_chosen = "rows", "columns", "kept", "period", "clear", "halves", "use_tma", "swap", "fp8_product", "int8"
     return SelectionConstants(
         num_kv_heads=num_kv_heads,
         topk=rule.topk,
         block_size=rule.block_size,
         head_dim=index_head_dim,
-        depth=padded(index_head_dim),
+        depth=padded_depth(index_head_dim, config.int8),
         tokens=config.tokens(num_kv_heads),
         unscored=0 if with_scores else rule.topk,
         stages=config.num_stages,

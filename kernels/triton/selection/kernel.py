@@ -120,7 +120,7 @@ def key_arguments(
     index_k: torch.Tensor, index_k_scale: torch.Tensor | None, config: SelectionConfig, block_size: int, num_tiles: int
 ) -> dict[str, Any]:
     """The kernel's arguments for the keys: a TMA descriptor of tiles [1, block_size, Di], or a View, and the scales."""
-    # e4m3 keys that are multiplied as they are keep their type, which `view` would change.
+    # e4m3 keys that are multiplied as they are keep their type, which `view` would change; so do int8 keys.
     index_k = index_k if config.fp8_product else as_bits(index_k)
     batch, _, seqlen_k, head_dim = index_k.shape
     stride_b, _, stride_s, stride_d = index_k.stride()

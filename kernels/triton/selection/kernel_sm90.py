@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..common.fp8 import decode_scales, join_pairs, split_e4m3
 from ..common.gluon_sm90 import lanes, load_box, make_barriers, meet, shared_box
+from ..common.int8 import quantize_int8
 from ..common.overlap import announce_next, await_previous
 from ..common.records import load_sequence, locate_block
 from ..common.tiles import find_tile
@@ -179,8 +180,8 @@ def copy_keys(keys, buffers, barriers, work, num_splits, C: gl.constexpr):
 
 
 @gluon.jit
-def place_queries(index_q, q_buffer, tile, scaled: gl.constexpr, C: gl.constexpr):
-    """The tile's query rows into shared memory; scaled: for e4m3 keys, as the pairs of `split_e4m3`."""
+def place_queries(index_q, q_buffer, tile, C: gl.constexpr):
+    """The tile's query rows into shared memory: for e4m3 keys as the pairs of `split_e4m3`, for int8 keys as int8."""
     loaded: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     row = gl.arange(0, C.rows, gl.SliceLayout(1, loaded))
     depth = gl.arange(0, C.depth, gl.SliceLayout(0, loaded))
@@ -189,15 +190,20 @@ def place_queries(index_q, q_buffer, tile, scaled: gl.constexpr, C: gl.constexpr
     live = (token < tile.q_end) & (row // C.num_kv_heads < C.tokens)
     places = index_q.ptr + place[:, None] + depth.to(gl.int64)[None, :] * index_q.stride_d
     q = gl.load(places, mask=live[:, None], other=0.0)
-    q_buffer.store(split_e4m3(q) if scaled else q)
+    if C.int8:
+        q, _ = quantize_int8(q)
+    elif C.fp8_product:
+        q = split_e4m3(q)
+    q_buffer.store(q)
     fence_async_shared()
     meet()
 
 
 @gluon.jit
-def scale_scores(products, scales):
-    """As `scoring.score_e4m3`: scores [keys, rows] of products [keys, 2 rows] with the pairs of `split_e4m3`."""
-    return join_pairs(products * decode_scales(scales)[:, None])
+def scale_scores(products, scales, C: gl.constexpr):
+    """Scores [keys, rows] of products with int8 rows, or [keys, 2 rows] with pairs, as in `scoring.score_e4m3`."""
+    products = products.to(gl.float32) * decode_scales(scales)[:, None]
+    return products if C.int8 else join_pairs(products)
 
 
 @gluon.jit
@@ -219,9 +225,10 @@ def rank_keys(index_q, buffers, barriers, work, outputs, scaled: gl.constexpr, C
     per_key: gl.constexpr = [C.block_size, C.depth]
     per_score: gl.constexpr = [C.block_size, columns]
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, columns, 32 if scaled else 16])
+    summed: gl.constexpr = gl.int32 if C.int8 else gl.float32
     tile = load_tile(work, C)
     queries = tile.queries
-    place_queries(index_q, q_buffer, queries, scaled, C)
+    place_queries(index_q, q_buffer, queries, C)
     row = gl.arange(0, C.rows, lanes(gl.num_warps()))
     token, group = queries.first + row // C.num_kv_heads, row % C.num_kv_heads
     live = (token < queries.q_end) & (row // C.num_kv_heads < C.tokens)
@@ -232,7 +239,7 @@ def rank_keys(index_q, buffers, barriers, work, outputs, scaled: gl.constexpr, C
     while block >= 0:
         stage = step % C.stages
         keys = buffers.keys.index(stage).reshape(per_key)
-        scores = gl.zeros(per_score, gl.float32, scored)
+        scores = gl.zeros(per_score, summed, scored)
         # e4m3 products are added up with about 14 bits, as in `scoring.score_e4m3`.
         scores = warpgroup_mma(keys, q_buffer.permute((1, 0)), scores, use_acc=False, is_async=True)
         if scaled:
@@ -240,7 +247,7 @@ def rank_keys(index_q, buffers, barriers, work, outputs, scaled: gl.constexpr, C
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(barriers.empty.index(stage), count=1)
         if scaled:
-            scores = scale_scores(scores, scales)
+            scores = scale_scores(scores, scales, C)
         topk = insert_block(topk, block_maximum(scores, block, visible, work.forced, C), block)
         step += 1
         block = await_block(buffers, barriers, step, C.stages)
@@ -268,14 +275,17 @@ def selection_sm90_kernel(
     """See the module's docstring. Grid (tiles, splits); key_boxes and scale_boxes: boxes for the bulk copy engine."""
     dtype: gl.constexpr = key_boxes.dtype
     scaled: gl.constexpr = scale_boxes is not None
-    columns: gl.constexpr = C.rows * (2 if scaled else 1)
-    per_key: gl.constexpr = [C.stages, 1, C.block_size, C.depth]
+    columns: gl.constexpr = C.rows * (2 if C.fp8_product else 1)
+    scale_dtype: gl.constexpr = gl.float32 if C.int8 else gl.uint8
     # Copies of scales are placed at multiples of 128 bytes.
-    per_scale: gl.constexpr = [C.stages * (128 // C.block_size if C.block_size < 128 else 1), C.block_size]
+    padding: gl.constexpr = 1 if C.int8 or C.block_size >= 128 else 128 // C.block_size
+    per_key: gl.constexpr = [C.stages, 1, C.block_size, C.depth]
+    per_scale: gl.constexpr = [C.stages * padding, C.block_size]
     per_query: gl.constexpr = [columns, C.depth]
     query_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(per_query, dtype)
     key_buffers = gl.allocate_shared_memory(dtype, per_key, key_boxes.layout)
-    scale_buffers = gl.allocate_shared_memory(gl.uint8, per_scale, gl.NVMMASharedLayout(0, 8, 1))
+    scale_layout: gl.constexpr = gl.NVMMASharedLayout(0, 32 if C.int8 else 8, 1)
+    scale_buffers = gl.allocate_shared_memory(scale_dtype, per_scale, scale_layout)
     block_buffers = gl.allocate_shared_memory(gl.int32, [C.stages, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_buffer = gl.allocate_shared_memory(dtype, per_query, query_layout)
     buffers = Buffers(key_buffers, scale_buffers, block_buffers, q_buffer)

@@ -8,7 +8,8 @@ Layouts: index_q [B, Hkv, Sq, Di], index_k [B, 1, Sk, Di], any strides; ids [B, 
 with -1. Sequences as in `flexmsa.kernels`. With page_table [B, max_pages], index_k is pages [num_pages, 1, block_size,
 Di], and block b of row r is in page page_table[r, b]. e4m3 keys have scales of the shape of index_k but for Di: a key
 is multiplied as it is stored, and its score by its scale. Queries may be e4m3 too, to keys without scales: Hopper
-multiplies them in half the time. It adds up products of e4m3 numbers with about 14 bits instead of fp32's 24.
+multiplies them in half the time. It adds up products of e4m3 numbers with about 14 bits instead of fp32's 24. int8 keys
+have such scales too; there queries are rounded to int8, and products are exact (see `common.int8`).
 
 Two implementations: `kernel` takes all problems; `kernel_sm90` takes a few query rows on Hopper, if the bulk copy
 engine can read the keys. Where the keys are split, each split writes a list of its best blocks, and `merge` makes one
@@ -16,7 +17,7 @@ of them: in a kernel of its own, or in that of the attention (see `serving`). Fo
 `certified` finds the same ids from int8 scores, and leaves a few rows to `kernel`.
 
 Cost: 2 Hkv Di FLOPs per (query, visible key): 8.8 TFLOP at 128K causal tokens with Hkv 4, Di 128, which is 11.2 ms at
-783 TFLOP/s. Decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25 TB/s, and half of it in e4m3.
+783 TFLOP/s. Decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25 TB/s, and half of it in e4m3 or int8.
 """
 
 from typing import Any

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ..common.fp8 import decode_e4m3, join_pairs, load_scales
+from ..common.int8 import quantize_int8
 from ..common.records import Place, locate_block
 from .rule import is_forced
 from .topk import FLT_MAX, insert_block
@@ -15,8 +16,8 @@ class IndexKeys(NamedTuple):
     """The index keys of all sequences.
 
     tiles: a View, or a descriptor of tiles [1, block_size, Di] for the bulk copy engine; scale [B or num_pages, 1,
-    seqlen_k] uint8 of e4m3 keys, or None; pages: of `common.records`; seqlen_k: scales of a row, or of a
-    page, 0 where every page has the same.
+    seqlen_k], uint8 of e4m3 keys, fp32 of int8 keys, else None; pages: of `common.records`; seqlen_k: scales of a row,
+    or of a page, 0 where every page has the same.
     """
 
     tiles: Any
@@ -79,7 +80,7 @@ def tile_rows(tile, row, C: tl.constexpr):
 def load_queries(index_q, row, tile, C: tl.constexpr):
     """Rows `row` of a QueryTile, [rows, depth]; zero past its last. uint8 numbers are taken as e4m3.
 
-    index_q is a View.
+    index_q is a View. C.int8: rows are quantized.
     """
     token, group, live = tile_rows(tile, row, C)
     depth = tl.arange(0, C.depth)
@@ -87,7 +88,11 @@ def load_queries(index_q, row, tile, C: tl.constexpr):
     place = group.to(tl.int64) * index_q.stride_h + token.to(tl.int64) * index_q.stride_s
     places = base + place[:, None] + depth.to(tl.int64)[None, :] * index_q.stride_d
     q = tl.load(places, mask=live[:, None] & (depth < C.head_dim)[None, :], other=0.0)
-    return q.to(tl.float8e4nv, bitcast=True) if q.dtype == tl.uint8 else q
+    if C.int8:
+        q, _ = quantize_int8(q)
+    elif q.dtype == tl.uint8:
+        q = q.to(tl.float8e4nv, bitcast=True)
+    return q
 
 
 @triton.jit
@@ -132,16 +137,16 @@ def look_ahead(keys, tile, block, last, C: tl.constexpr):
 def score_keys(q, keys, scales, scaled: tl.constexpr, C: tl.constexpr):
     """Scores [rows, columns] of queries [rows, depth] and keys [columns, depth].
 
-    scaled: the keys are e4m3 numbers with scales [columns]. C.swap: keys are the rows of the product.
+    scaled: the keys are e4m3 or int8 numbers with scales [columns]. C.swap: keys are the rows of the product.
     """
     precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
-    if scaled:
+    if scaled and not C.int8:
         keys = decode_e4m3(keys, q.dtype, C.native)
     if C.swap:
         scores = tl.trans(tl.dot(keys, tl.trans(q), input_precision=precision))
     else:
         scores = tl.dot(q, tl.trans(keys), input_precision=precision)
-    return scores * scales[None, :] if scaled else scores
+    return scores.to(tl.float32) * scales[None, :] if scaled else scores
 
 
 @triton.jit

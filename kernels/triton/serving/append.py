@@ -1,10 +1,10 @@
 """Append new tokens to a cache, contiguous or paged, in one launch: keys, values, index keys, lengths and table.
 
-Row b brings its first lens[b] of n tokens, or all of them. The kernel writes them behind the kv_lens[b] tokens that
-the row holds, then sets kv_lens and `sequences` (see `flexmsa.kernels`) to those of n new queries per row. With lens,
-a row has two sequences: its new tokens, and the rest, which sees no key. An e4m3 cache gets quantized vectors (see
-`fp8`). A row that does not fit, or whose page table names no page where it needs one, stays as it was; its queries see
-no key, and status[1] counts it.
+Row b brings its first lens[b] of n tokens, or all of them. The kernel writes them behind the kv_lens[b] tokens that the
+row holds, then sets kv_lens and `sequences` (see `flexmsa.kernels`) to those of n new queries per row. With lens, a row
+has two sequences: its new tokens, and the rest, which sees no key. An e4m3 or int8 cache gets quantized vectors (see
+`fp8` and `int8`). A row that does not fit, or whose page table names no page where it needs one, stays as it was; its
+queries see no key, and status[1] counts it.
 
 Layouts: k, v [B, Hkv, n, D], index_k [B, 1, n, Di] and caches, any strides; scales [B or num_pages, heads, keys],
 page_table, kv_starts, kv_lens, sequences, status contiguous.
@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from ..common.fp8 import encode_e4m3, quantize
+from ..common.int8 import quantize_int8
 from ..common.launch import Launch, Options, view
 from ..common.overlap import announce_next, await_previous
 from ..common.records import Sequence, capacity_of, locate_block, pages_of, store_sequence
@@ -167,7 +168,10 @@ def copy_vectors(vectors, batch, head, token, place, key, number, live, head_dim
     source = new.ptr + (batch * new.stride_b + head * new.stride_h + token * new.stride_s)[:, None]
     x = tl.load(source + d * new.stride_d, mask=mask, other=0.0)
     if vectors.scale is not None:
-        x, scale = quantize(x)
+        if cache.ptr.dtype.element_ty == tl.int8:
+            x, scale = quantize_int8(x)
+        else:
+            x, scale = quantize(x)
         tl.store(vectors.scale + number, scale, mask=live)
     elif cache.ptr.dtype.element_ty == tl.uint8:
         x = x.to(tl.float32) * vectors.factor

@@ -1,7 +1,8 @@
 """Write new tokens of an engine's sequences into pages, each to a slot that the engine names, in one launch.
 
 Slot s is place s % page_size of page s // page_size; a slot that is negative, or past the last page, is skipped. e4m3
-pages get quantized vectors with a scale each (see `fp8`), or, without scales, the nearest numbers of e4m3's range.
+pages get quantized vectors with a scale each (see `fp8`), or, without scales, the nearest numbers of e4m3's range; int8
+pages of index keys get quantized vectors (see `int8`).
 
 Layouts: k, v [1, Hkv, T, D], index_k [1, 1, T, Di] and pages [num_pages, heads, page_size, D], any strides; scales
 [num_pages, heads, page_size] contiguous; slots [T]. Program i owns tokens i * TOKENS .., all heads. Each token is read

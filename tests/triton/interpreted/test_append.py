@@ -23,7 +23,7 @@ def check(cache, lens, *new):
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
-@pytest.mark.parametrize("dtype", [torch.float32, E4M3], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, E4M3, torch.int8], ids=str)
 def test_like_the_loop(paged, dtype):
     cache = make_cache(paged, dtype)
     for count in (1, 4, 20, 0):

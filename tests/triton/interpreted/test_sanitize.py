@@ -21,7 +21,7 @@ PATHS = {
     "index loss": (lambda: gpu_sanitize.train(SMALL, "index loss"), LOSS),
     "together": (lambda: gpu_sanitize.train_together(SMALL), {"selection_kernel", "gradient_kernel"}),
     "pages": (lambda: gpu_sanitize.serve(replace(CACHE, paged=True)), {"append_kernel", "attend_kernel"}),
-    "e4m3": (lambda: gpu_sanitize.serve(replace(CACHE, fp8_keys=True, fp8_index=True)), {"attend_kernel"}),
+    "e4m3": (lambda: gpu_sanitize.serve(replace(CACHE, fp8_keys=True, index_dtype="float8_e4m3fn")), {"attend_kernel"}),
 }
 
 

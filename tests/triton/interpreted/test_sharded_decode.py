@@ -10,7 +10,8 @@ STEPS = (("prompt", 18, (18, 2, 9)), ("append", 2, (2, 0, 1)))
 
 def steps():
     mesh = init_device_mesh("cpu", (2,))
-    cases.check_steps(mesh, "pages in e4m3", STEPS, "triton")
+    for name in ("pages in e4m3", "index keys in int8"):
+        cases.check_steps(mesh, name, STEPS, "triton")
 
 
 def test_equals_one_process():

@@ -11,7 +11,7 @@ from .rows import TILE, scanned_end
 @triton.jit
 def scan_kernel(numbers_ptr, key_numbers, maxima_ptr, sequences_ptr, tokens, forced, C: tl.constexpr):
     """maxima [blocks, rows] int16, over 64: a product of 128 numbers is below 2^21."""
-    tl.static_assert(C.head_dim == C.depth and C.depth <= 128 and C.columns == C.block_size, "see `fits_certified`")
+    tl.static_assert(C.head_dim == C.depth and C.depth <= 128 and C.columns == C.block_size, "Di is a power of two")
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     row, d = tile * TILE + tl.arange(0, TILE), tl.arange(0, C.depth)
     sequence = load_sequence(sequences_ptr, tokens.sequence)

@@ -1,0 +1,70 @@
+"""What runs before the study found: the tables of docs/quality.md."""
+
+import statistics
+from typing import Any
+
+from benchmarks.gpu_tables import load_result, markdown
+from benchmarks.quality.report import mean_loss, recall
+
+__all__ = ["direct_table", "direct_text", "recipe_table"]
+
+# Nats per letter, with which it counts as learned.
+LEARNED = 0.1
+
+
+def direct_text() -> str:
+    """The machine, the text and the steps of the runs without short rows."""
+    found = load_result("quality-direct.json")
+    text, run = found["text"], found["runs"]["dense"]
+    packages = text["packages"].values()
+    files, size = (sum(package[place] for package in packages) for place in (0, 1))
+    held_out = sum(package[3] for package in packages)
+    lines = [
+        "{device}, torch {torch}, Python {python}.".format(**run["machine"]),
+        f"Its text: {files:,} files of {len(packages)} packages, {held_out} of them held out; {size / 1e6:.0f} million "
+        f"bytes; {text['train_rows']:,} rows to train.",
+        f"{run['settings']['steps']:,} steps, seed {run['seed']}.",
+    ]
+    return "\n".join(lines)
+
+
+def direct_table() -> str:
+    """Losses and speeds of arms that were trained on long rows from the beginning."""
+    rows = []
+    for name, run in load_result("quality-direct.json")["runs"].items():
+        bins = [statistics.fmean(row["by_position"][place] for row in run["heldout"]["rows"]) for place in (0, -1)]
+        near = [sum(row[key][0] for row in run["heldout"]["rows"]) for key in ("identifiers", "identifier_counts")]
+        nats = statistics.fmean(run["associative_recall"]["nats"])
+        speeds = ", ".join(f"{each:.0f} {way}" for way, each in speed_of_ways(run).items())
+        numbers = mean_loss(run), *bins, near[0] / near[1], nats, recall(run, "index", 1), recall(run, "window", 1)
+        rows.append([f"`{name}`", *(f"{number:.2f}" for number in numbers), speeds, f"{run['memory'] / 2**30:.0f} GiB"])
+    edges = load_result("quality-direct.json")["runs"]["dense"]["heldout"]["position_edges"]
+    head = ["arm", "held-out loss", f"up to token {edges[1]:,}", f"from {edges[-2]:,} on"]
+    head += ["identifiers last read up to 512 tokens ago", "MQAR, nats per letter", "score recall", "of a window"]
+    return markdown([*head, "thousand tokens per second", "memory"], rows)
+
+
+def speed_of_ways(run: dict[str, Any]) -> dict[str, float]:
+    """Thousand tokens per second of each phase: the median over the entries of the log."""
+    by_way: dict[str, list[float]] = {}
+    for entry in run["log"]:
+        by_way.setdefault(entry["way"], []).append(entry["tokens_per_second"] / 1e3)
+    return {way: statistics.median(each) for way, each in by_way.items()}
+
+
+def recipe_table() -> str:
+    """When short rows teach the letters of an answer, by how much of a head RoPE rotates and its base."""
+    rows = []
+    for row in load_result("quality-recipe.json")["rows"]:
+        long = [entry for entry in row["log"] if entry["context"] == 16384]
+        cells = []
+        for letter in (0, 1):
+            known = [entry["step"] for entry in row["log"] if entry["letters"][letter] < LEARNED]
+            cells.append(f"{known[0]:,}" if known else "none")
+        last = row["log"][-1]
+        after = [f"{value:.2f}" for value in long[1]["letters"]] if long else ["not run"] * 2
+        sizes = f"{row['rotary_dim']}", f"{row['rope_theta']:,.0f}", f"{row['tokens'] // 1024}K"
+        rows.append([*sizes, *cells, f"{last['step']:,}", *after])
+    head = ["rotated numbers of a head", "RoPE's base", "tokens of a step", "first letter known at step"]
+    head += ["second letter", "steps in all", "first letter, nats, 50 steps after the switch to 16K", "second letter"]
+    return markdown(head, rows)
