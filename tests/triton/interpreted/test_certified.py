@@ -13,10 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmsa.kernels import workspace
+from flexmsa.kernels.problem import Problem
 from flexmsa.kernels.rules import SelectionRule
+from flexmsa.kernels.triton.common.target import assume_target
 from flexmsa.kernels.triton.selection import launch as selection
 from flexmsa.kernels.triton.selection.certified import choose, launch
+from flexmsa.kernels.triton.selection.config import default_config
 from flexmsa.kernels.triton.selection.launch import choose_config, select_blocks
+from flexmsa.testing.launches import TARGETS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -161,6 +165,30 @@ def test_the_operator(monkeypatch):
     torch.testing.assert_close(
         torch.ops.flexmsa.select_blocks(*given), dense_selection(q, k, given[2], SelectionRule(64, 3)), rtol=0, atol=0
     )
+
+
+def test_when_it_is_the_default():
+    """From shapes alone: one long sequence per batch row, of what was measured to be faster."""
+    long, problem = 1 << 17, Problem(4, torch.bfloat16, index_head_dim=128, topk=16)
+
+    def chosen(name="sm_90", seqlen_q=long, seqlen_k=long, one_per_row=True, **changes):
+        given = replace(problem, **changes), TARGETS[name], 1, seqlen_q, seqlen_k
+        return default_config(*given, one_per_row=one_per_row).certified
+
+    assert chosen() and chosen(num_kv_heads=8) and chosen(seqlen_k=8 * long)
+    assert not any(chosen(name) for name in TARGETS if name != "sm_90")
+    assert not any(chosen(**{name: long - 1}) for name in ("seqlen_q", "seqlen_k"))
+    others = {"dtype": torch.float16, "index_head_dim": 64, "block_size": 64, "topk": 33, "paged": True}
+    others |= {"key_dtype": torch.float8_e4m3fn, "num_kv_heads": 1}
+    assert not any(chosen(**{name: value}) for name, value in others.items())
+    assert not chosen(one_per_row=False)
+
+
+def test_packed_documents_take_the_other_kernel():
+    q, k = (torch.empty(1, heads, 1 << 17, 128, dtype=torch.bfloat16, device="meta") for heads in (4, 1))
+    with assume_target(TARGETS["sm_90"]):
+        found = [choose_config(q, k, torch.empty(n, 5, device="meta"), SelectionRule(128, 16)) for n in (1, 2)]
+    assert [config.certified for config in found] == [True, False]
 
 
 def test_packed_documents_are_refused():
