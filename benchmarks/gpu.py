@@ -26,6 +26,7 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu_heads, gpu_model, gpu_peer_steps, gpu_peers, gpu_plot, gpu_shares, gpu_training
+from benchmarks.gpu_certified import certified_errors
 from benchmarks.gpu_launch_checks import host_times, launch_errors
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_selection import large_errors, packed_errors, selection_errors, selection_times, sweep_times
@@ -155,7 +156,7 @@ def time_shares(run: Run) -> None:
     gpu_shares.share_times(run.report, partial(event_time, repeats=2))
 
 
-SELECTION_CHECKS = (selection_errors, packed_errors, large_errors)
+SELECTION_CHECKS = (selection_errors, packed_errors, large_errors, certified_errors)
 # Part -> the function that times it, and the checks that must pass first.
 PARTS: dict[str, tuple[Callable[[Run], None], tuple[Callable[[], Iterator[str]], ...]]] = {
     "selection": (time_selections, SELECTION_CHECKS),

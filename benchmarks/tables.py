@@ -9,6 +9,7 @@ import re
 from benchmarks.gpu_tables import GPU_TABLES, ROOT, gpu_rows, layer_times, load_result, markdown
 from benchmarks.quality.earlier import direct_table, direct_text, recipe_table
 from benchmarks.quality.plan import plan_table, plan_text
+from benchmarks.selection_tables import SELECTION_TABLES
 from benchmarks.transformers_tests import transformers_tests
 
 PAGES = (
@@ -217,36 +218,6 @@ def quality_recipe() -> str:
     return recipe_table()
 
 
-def selection_8_bits() -> str:
-    by_keys: dict[tuple[str, int], dict[str, dict]] = {}
-    for row in load_result("selection_8_bits.json")["rows"]:
-        by_keys.setdefault((row["keys"], row["seqlen"]), {})[row["scale per"]] = row
-    rows = []
-    for (keys, seqlen), found in by_keys.items():
-        token, block, plain = (found[name] for name in ("token", "block", "token, not rotated"))
-        counts = [f"{row['again']['mean']:.0f}" for row in (token, plain)]
-        most = "{mean:.0f} / {99 %:.0f} / {most:.0f}".format(**block["again"])
-        shares = ("certified by 32", "certified by 64", "marked with room for 64", "ids that differ in int8 alone")
-        bounds = f"{block['candidates']['mean']:.0f}"
-        names = f"{keys}, {seqlen // 1024}K", bounds, most
-        rows.append([*names, *counts, *(f"{block[name]:.1%}" for name in shares)])
-    head = ["keys", "by bounds alone", "again: mean / 99 % / most", "per token", "not rotated"]
-    return markdown([*head, "certified, 32 best", "64 best", "marked", "ids that differ in int8 alone"], rows)
-
-
-def caches_8_bits() -> str:
-    """Ids that differ where keys are in 8 bits, without certificates."""
-    by_keys: dict[str, list[str]] = {}
-    for row in load_result("selection_8_bits.json")["rows"]:
-        cells = by_keys.setdefault(
-            f"{row['keys']}, {row['seqlen'] // 1024}K", [f"{row['ids that differ in e4m3']:.1%}"]
-        )
-        if row["scale per"] != "block":
-            cells.append(f"{row['ids that differ in int8 alone']:.1%}")
-    rows = [[keys, e4m3, plain, rotated] for keys, (e4m3, rotated, plain) in by_keys.items()]
-    return markdown(["keys", "e4m3", "int8", "int8, rotated"], rows)
-
-
 def selection_eight_bits() -> str:
     rows = []
     for row in load_result("eight_bits.json")["rows"]:
@@ -309,15 +280,13 @@ OWN_TABLES = (
     transformers_tests,
     vllm_agreement,
     vllm_speed,
-    caches_8_bits,
     selection_eight_bits,
-    selection_8_bits,
     kernels_sm_90,
     kernels_targets,
     summary,
 )
 # Name on the pages -> the function that makes the table: "gpu peers" -> gpu_peers.
-TABLES = {make.__name__.replace("_", " ", 1): make for make in (*OWN_TABLES, *GPU_TABLES)}
+TABLES = {make.__name__.replace("_", " ", 1): make for make in (*OWN_TABLES, *SELECTION_TABLES, *GPU_TABLES)}
 
 
 def fill(text: str) -> str:

@@ -1,4 +1,4 @@
-"""How much memory the training kernels may take for partial results."""
+"""How much memory the kernels for many tokens may take for partial results."""
 
 _limit = [1 << 30]
 

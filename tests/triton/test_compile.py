@@ -11,7 +11,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from flexmsa.kernels.triton.common.launch import compile_key  # noqa: E402
+from flexmsa.kernels.triton.common.launch import compile_key, record  # noqa: E402
+from flexmsa.kernels.triton.selection.launch import choose_config, select_blocks  # noqa: E402
 from flexmsa.testing import launches as recorded  # noqa: E402
 from flexmsa.testing.compiled import lone_products, report  # noqa: E402
 from flexmsa.testing.launches import TARGETS, TRAINING, CacheFormat, Layer  # noqa: E402
@@ -105,8 +106,19 @@ def test_training(layer, name, task):
 PRODUCTS = {
     *("selection_kernel", "query_major_kernel", "query_major_sm90_kernel", "key_major_kernel", "key_major_sm90_kernel"),
     *("gradient_kernel", "gradient_sm90_kernel", "index_loss_kernel", "block_lse_kernel"),
-    *("given_teacher_kernel", "given_teacher_sm90_kernel"),
+    *("given_teacher_kernel", "given_teacher_sm90_kernel", "scan_kernel", "again_kernel", "marked_kernel"),
 }
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(("block_size", "index_head_dim"), [(128, 128), (64, 32)])
+def test_certified_selection(block_size, index_head_dim, name):
+    layer, target = Layer(block_size=block_size, index_head_dim=index_head_dim), TARGETS[name]
+    given = *layer.index(), layer.sequences(), layer.rule
+    with record(target) as launches:
+        select_blocks(*given, config=replace(choose_config(*given), certified=True))
+    assert launches[0].kernel.__name__ == "quantise_keys_kernel"
+    build(launches, target)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -19,6 +19,8 @@ SM90_SPLITS = 128
 LARGE = (90, 100, 103)
 # The most query rows that `kernel_sm90` takes as one tile.
 SM90_ROWS = 64
+# From so many queries and keys on `certified` was measured to be faster, on an H200.
+CERTIFIED_TOKENS = 1 << 17
 # The fields of a Problem that a configuration depends on, and the fields of a configuration that tuning may change.
 DEPENDS_ON = ("num_kv_heads", "index_head_dim", "block_size", "topk", "dtype", "key_size")
 TUNABLE = ("rows", "num_warps", "num_stages", "period")
@@ -33,7 +35,8 @@ class SelectionConfig:
     clear: blocks that every row sees whole take a loop of their own, without masks; halves: there the products of one
     half of the rows run while the other half's maxima are taken, and the period is 1; swap: the keys are the rows of
     the product, as a few query rows would not fill them; fp8_product: e4m3 keys are multiplied as they are, as are e4m3
-    queries; int8: keys are int8, and queries are quantized; sm90: `kernel_sm90` is launched.
+    queries; int8: keys are int8, and queries are quantized; sm90: `kernel_sm90` is launched; certified: `certified`
+    selects by int8 scores, and the tiles are of rows that these do not decide.
     """
 
     rows: int
@@ -50,6 +53,7 @@ class SelectionConfig:
     fp8_product: bool = False
     int8: bool = False
     sm90: bool = False
+    certified: bool = False
 
     def tokens(self, num_kv_heads: int) -> int:
         """Query tokens per tile."""
@@ -123,9 +127,22 @@ def fits_sm90(problem: Problem, target: Target) -> bool:
     return GLUON and target.arch == 90 and shape and dtypes and topk and problem.bulk_copies
 
 
+def gains_certified(problem: Problem, target: Target) -> bool:
+    """Whether `certified` was measured to be faster for such a problem, of CERTIFIED_TOKENS queries and keys."""
+    sizes = problem.index_head_dim == problem.block_size == 128 and problem.num_kv_heads in (4, 8)
+    bf16 = problem.dtype == torch.bfloat16 and problem.key_size == 2 and not problem.paged
+    return target.arch == 90 and sizes and bf16 and problem.topk is not None and problem.topk <= 32
+
+
 @functools.lru_cache(maxsize=4096)
 def default_config(
-    problem: Problem, target: Target, num_sequences: int, seqlen_q: int, seqlen_k: int, packed: bool = False
+    problem: Problem,
+    target: Target,
+    num_sequences: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    packed: bool = False,
+    one_per_row: bool = False,
 ) -> SelectionConfig:
     """Tiles of the scorer: the largest row tile that registers and shared memory hold, no more than there are rows.
 
@@ -136,7 +153,8 @@ def default_config(
 
     The lengths decide two things: rows, of the few sizes of `row_tile`, with all that follows them; and num_splits,
     which kernels take at run time, except that they are compiled once for one split and once for more. packed: the
-    sequences have seqlen_q queries together.
+    sequences have seqlen_q queries together. one_per_row: each batch row is one sequence. Where these are long, Hopper
+    takes int8 scores first (`certified`).
     """
     assert problem.topk is not None
     kept = kept_blocks(problem.topk)
@@ -150,7 +168,9 @@ def default_config(
         columns, fp8_product = padded(problem.block_size), problem.key_size == 1 and not problem.int8
         # More copies in flight than the default's four would only be in each other's way.
         return SelectionConfig(few, columns, kept, num_splits, fp8_product=fp8_product, int8=problem.int8, sm90=True)
-    return tile_config(problem, target, num_sequences, seqlen_q, num_blocks, kept, packed)
+    config = tile_config(problem, target, num_sequences, seqlen_q, num_blocks, kept, packed)
+    long = one_per_row and min(seqlen_q, seqlen_k) >= CERTIFIED_TOKENS
+    return replace(config, certified=long and gains_certified(problem, target))
 
 
 def tile_config(
@@ -313,6 +333,8 @@ def selection_constants(
 
 def candidates(problem: Problem, target: Target, config: SelectionConfig) -> Iterator[Changes]:
     """Changes of a configuration that are worth timing. All leave results right, and some may not fit the GPU."""
+    if config.certified:
+        return
     if config.sm90:
         yield from stages(target, "num_stages", config.num_stages)
         return

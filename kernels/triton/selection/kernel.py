@@ -15,7 +15,7 @@ multiply-adds. Keys are read Sq * Hkv / rows times, from L2; memory sees index_k
 Few query rows leave the GPU idle, so the keys are then split; each split writes a list of its kept keys, int64.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,8 +40,17 @@ from .scoring import (
     look_ahead,
     score_halves,
     score_keys,
+    tile_rows,
 )
 from .topk import collect, ids_place, list_row, start_topk, store_topk
+
+
+class Seen(NamedTuple):
+    """The keys that rows of a tile see: visible [rows], 0 where there is no row; and the least and the most of them."""
+
+    visible: Any
+    first: Any
+    last: Any
 
 
 @triton.jit
@@ -49,7 +58,6 @@ def selection_kernel(
     index_q, index_k, index_k_scale, pages, seqlen_k, sequences_ptr, tiles, forced, outputs, C: tl.constexpr
 ):
     """See the module's docstring. Grid (tiles, splits)."""
-    tl.static_assert(C.columns >= C.block_size or not (C.clear or C.swap), "only the masked path takes parts of blocks")
     await_previous(C.overlap)
     number = find_tile(tl.program_id(0), tiles, C.tokens)
     if number.sequence >= tiles.num_sequences:
@@ -59,28 +67,35 @@ def selection_kernel(
     first = sequence.q_start + number.number * C.tokens
     if first >= q_end:
         return
-    row = tl.arange(0, C.rows)
-    token = first + row // C.num_kv_heads
-    live = (token < q_end) & (row // C.num_kv_heads < C.tokens)
     num_keys = sequence.k_end - sequence.k_start
+    tile = QueryTile(number.sequence, sequence.batch, sequence.q_start, q_end, first, sequence.k_start, num_keys, None)
+    token, _, live = tile_rows(tile, tl.arange(0, C.rows), C)
     visible = tl.where(live, num_keys - q_end + token + 1, 0)
-    first_visible = num_keys - q_end + first + 1
-    num_blocks = tl.cdiv(tl.maximum(num_keys - q_end + tl.minimum(first + C.tokens, q_end), 0), C.block_size)
-    clear_end = tl.minimum(first_visible // C.block_size, forced_from(forced, (first_visible - 1) // C.block_size))
+    seen = Seen(visible, num_keys - q_end + first + 1, num_keys - q_end + tl.minimum(first + C.tokens, q_end))
+    keys = IndexKeys(index_k, index_k_scale, pages, seqlen_k)
+    rank_tile(index_q, keys, tile, seen, tiles.seqlen_q, forced, outputs, C)
+
+
+@triton.jit
+def rank_tile(index_q, keys, tile, seen, seqlen_q, forced, outputs, C: tl.constexpr):
+    """Write the top-k of a QueryTile's rows; seqlen_q: tokens that a sequence has lists for, if there are lists."""
+    tl.static_assert(C.columns >= C.block_size or not (C.clear or C.swap), "only the masked path takes parts of blocks")
+    row = tl.arange(0, C.rows)
+    visible = seen.visible
+    num_blocks = tl.cdiv(tl.maximum(seen.last, 0), C.block_size)
+    clear_end = tl.minimum(seen.first // C.block_size, forced_from(forced, (seen.first - 1) // C.block_size))
 
     unscored = first_kept(forced, num_blocks, C.unscored)
     share = tl.cdiv(tl.maximum(num_blocks - unscored, 0), outputs.num_splits)
     begin = unscored + tl.program_id(1) * share
     end = tl.minimum(begin + share, num_blocks)
 
-    tile = QueryTile(number.sequence, sequence.batch, sequence.q_start, q_end, first, sequence.k_start, num_keys)
-    keys = IndexKeys(index_k, index_k_scale, pages, seqlen_k)
     topk = start_topk(tl.where(tl.program_id(1) == 0, unscored, 0), visible, C)
     masked = tl.maximum(begin, tl.minimum(clear_end, end - 1)) if C.clear else begin
     if C.halves:
         topk = score_halves(topk, index_q, keys, tile, Bounds(begin, masked, end), visible, forced, C)
     else:
-        scaled: tl.constexpr = index_k_scale is not None
+        scaled: tl.constexpr = keys.scale is not None
         q = load_queries(index_q, row, tile, C)
         if C.fp8_product and scaled:
             q = split_e4m3(q)
@@ -95,9 +110,9 @@ def selection_kernel(
             best = any_maximum(q, keys, tile, found, block, visible, forced, C)
             found = look_ahead(keys, tile, block + 1, end - 1, C)
             topk = collect(topk, best, block, block == end - 1, C)
-    group = row % C.num_kv_heads
+    token, group, live = tile_rows(tile, row, C)
     ids_row = ids_place(outputs.ids, tile.batch, group, token)
-    lists_row = list_row(tile.sequence, token - tile.q_start, group, tiles.seqlen_q, C.num_kv_heads)
+    lists_row = list_row(tile.sequence, token - tile.q_start, group, seqlen_q, C.num_kv_heads)
     store_topk(topk, outputs, ids_row, lists_row, live, C)
 
 

@@ -13,7 +13,8 @@ have such scales too; there queries are rounded to int8, and products are exact 
 
 Two implementations: `kernel` takes all problems; `kernel_sm90` takes a few query rows on Hopper, if the bulk copy
 engine can read the keys. Where the keys are split, each split writes a list of its best blocks, and `merge` makes one
-of them: in a kernel of its own, or in that of the attention (see `serving`).
+of them: in a kernel of its own, or in that of the attention (see `serving`). For many queries and keys on Hopper,
+`certified` finds the same ids from int8 scores, and leaves a few rows to `kernel`.
 
 Cost: 2 Hkv Di FLOPs per (query, visible key): 8.8 TFLOP at 128K causal tokens with Hkv 4, Di 128, which is 11.2 ms at
 783 TFLOP/s. Decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25 TB/s, and half of it in e4m3 or int8.
@@ -32,7 +33,8 @@ from ..common.records import capacity_of, keys_per_row, pages_of, table_on_meta
 from ..common.target import GLUON, target_of
 from ..common.tiles import length_key, tile_table, tma_ready
 from . import kernel
-from .config import DEPENDS_ON, SelectionConfig, default_config, most_splits, selection_constants
+from .certified.launch import select_certified
+from .config import CERTIFIED_TOKENS, DEPENDS_ON, SelectionConfig, default_config, most_splits, selection_constants
 from .merge import Lists, merge_splits
 from .rule import ForcedBlocks
 from .topk import Ids, Outputs
@@ -46,8 +48,9 @@ if GLUON:
 
 # Numbers of blocks that between them take every variant of the kernels: without splits, with few and with many.
 VARIANTS = (1, 40, 4096)
-# The same where there are as many queries as keys: whether splits fill the GPU better changes several times.
-TRAINING_VARIANTS = (1, *range(8, 128, 8), 192, 256)
+# The same where there are as many queries as keys: whether splits fill the GPU better changes several times, and from
+# the last number on int8 scores are taken.
+TRAINING_VARIANTS = (1, *range(8, 128, 8), 192, 256, CERTIFIED_TOKENS // 128)
 
 
 def choose_config(
@@ -78,7 +81,8 @@ def choose_config(
     target = target_of(index_q.device)
     keys = capacity_of(page_table, index_k)
     # The length of packed documents is not known here.
-    shipped = default_config(problem, target, num_sequences, seqlen_q, keys, packed and problem.paged)
+    one_per_row = sequences.dim() == 2 and sequences.shape[0] == batch
+    shipped = default_config(problem, target, num_sequences, seqlen_q, keys, packed and problem.paged, one_per_row)
     return tuned_config("selection", problem, target, shipped, DEPENDS_ON)
 
 
@@ -104,6 +108,9 @@ def rank_blocks(
     if ids.numel() == 0:
         return ids, None
     config = config or choose_config(index_q, index_k, sequences, rule, page_table, index_k_scale)
+    if config.certified and not with_scores:
+        select_certified(index_q, index_k, sequences, rule, config, ids)
+        return ids, None
     if index_q.dtype == torch.float8_e4m3fn and not config.fp8_product:
         index_q, index_k = index_q.to(torch.float16), index_k.to(torch.float16)
     lists = None

@@ -26,8 +26,18 @@ class IndexKeys(NamedTuple):
     seqlen_k: Any
 
 
+class RowList(NamedTuple):
+    """Query rows one by one, [count], as token * Hkv + group."""
+
+    rows: Any
+    count: Any
+
+
 class QueryTile(NamedTuple):
-    """The tile of a program: tokens first .. of a sequence that has queries q_start .. q_end - 1 and num_keys keys."""
+    """The tile of a program: tokens first .. of a sequence that has queries q_start .. q_end - 1 and num_keys keys.
+
+    listed: None, or a RowList, of which the tile has the rows first ..
+    """
 
     sequence: Any
     batch: Any
@@ -36,6 +46,7 @@ class QueryTile(NamedTuple):
     first: Any
     k_start: Any
     num_keys: Any
+    listed: Any
 
 
 class KeyBlock(NamedTuple):
@@ -54,15 +65,27 @@ class Bounds(NamedTuple):
 
 
 @triton.jit
-def load_queries(index_q, row, tile, C: tl.constexpr):
-    """Rows `row` of a QueryTile, [rows, depth]; zero past its last token. uint8 numbers are taken as e4m3.
+def tile_rows(tile, row, C: tl.constexpr):
+    """Token and group of rows of a QueryTile, and whether there is such a row."""
+    if tile.listed is None:
+        token = tile.first + row // C.num_kv_heads
+        return token, row % C.num_kv_heads, (token < tile.q_end) & (row // C.num_kv_heads < C.tokens)
+    else:
+        live = tile.first + row < tl.load(tile.listed.count)
+        found = tl.load(tile.listed.rows + tile.first + row, mask=live, other=0)
+        return found // C.num_kv_heads, found % C.num_kv_heads, live
 
-    Row r is group r % num_kv_heads of token r // num_kv_heads; index_q is a View. C.int8: rows are quantized.
+
+@triton.jit
+def load_queries(index_q, row, tile, C: tl.constexpr):
+    """Rows `row` of a QueryTile, [rows, depth]; zero past its last. uint8 numbers are taken as e4m3.
+
+    index_q is a View. C.int8: rows are quantized.
     """
-    token, depth = tile.first + row // C.num_kv_heads, tl.arange(0, C.depth)
-    live = (token < tile.q_end) & (row // C.num_kv_heads < C.tokens)
+    token, group, live = tile_rows(tile, row, C)
+    depth = tl.arange(0, C.depth)
     base = index_q.ptr + tile.batch * index_q.stride_b
-    place = (row % C.num_kv_heads).to(tl.int64) * index_q.stride_h + token.to(tl.int64) * index_q.stride_s
+    place = group.to(tl.int64) * index_q.stride_h + token.to(tl.int64) * index_q.stride_s
     places = base + place[:, None] + depth.to(tl.int64)[None, :] * index_q.stride_d
     q = tl.load(places, mask=live[:, None] & (depth < C.head_dim)[None, :], other=0.0)
     if C.int8:
