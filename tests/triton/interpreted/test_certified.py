@@ -11,6 +11,7 @@ import torch
 from helpers import dense_selection, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexmsa.kernels import workspace
 from flexmsa.kernels.problem import Problem
@@ -54,6 +55,26 @@ def check(index_q, index_k, rule, sequences=None, dtype=torch.float16):
         launch.launch = run
     torch.testing.assert_close(found, dense_selection(index_q, index_k, sequences, rule), rtol=0, atol=0)
     return counts
+
+
+class Fenced(TorchDispatchMode):
+    """Makes new tensors with room around them, of which `broken` counts the bytes that were written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.fences = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.empty.memory_format:
+            return made
+        size = made.numel() * made.element_size()
+        room = torch.full((size + 8192,), 77, dtype=torch.uint8)
+        self.fences += room[:4096], room[4096 + size :]
+        return room[4096 : 4096 + size].view(made.dtype).view(made.shape)
+
+    def broken(self):
+        return sum(int((fence != 77).sum()) for fence in self.fences)
 
 
 def integers(q, k):
@@ -146,6 +167,15 @@ def test_a_bound_that_is_not_a_number_rules_nothing_out():
     q, k = grid(1, 2, 4, 32).abs() * 2.0**60, -grid(1, 1, 900, 32).abs()
     k[:, :, 192:256] = 0
     check(q, k, SelectionRule(64, 4), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_nothing_is_written_outside_of_buffers(block_size):
+    """Nor for the rows that fill up the last tile, which would see a block behind the last one."""
+    torch.manual_seed(0)
+    with Fenced() as memory:
+        check(grid(1, 1, 5, 32), grid(1, 1, 640, 32), SelectionRule(block_size, 3))
+    assert memory.fences and memory.broken() == 0
 
 
 def test_ids_with_strides():

@@ -135,7 +135,9 @@ def select_certified(
     numbers, blocks = quantise_keys(index_k, arguments, rule.block_size)
     size = range_size(seqlen_q, num_kv_heads, blocks.num_blocks, depth)
     num_rows = triton.cdiv(size * num_kv_heads, TILE.value) * TILE.value
-    arguments |= range_buffers(num_rows, blocks.num_blocks, depth, ids.device)
+    # Rows that only fill up the last tile would be of later tokens, which see blocks behind the last one.
+    most_blocks = blocks.num_blocks + (TILE.value - 1) // rule.block_size
+    arguments |= range_buffers(num_rows, most_blocks, depth, ids.device)
     arguments |= key_arguments(index_k, None, config, rule.block_size, 0) | {"blocks": blocks}
     arguments["key_numbers"] = key_arguments(numbers, None, config, rule.block_size, 0)["index_k"]
     # Each count is 16 bytes from the next, as kernels are compiled for addresses that are multiples of that.
