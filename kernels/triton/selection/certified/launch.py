@@ -30,7 +30,7 @@ from ....rules import SelectionRule
 from ....workspace import tokens_per_range
 from ...common.launch import Launch, Options, view
 from ...common.records import pages_of
-from ...common.target import target_of
+from ...common.target import Target, target_of
 from ..config import SelectionConfig, selection_constants
 from ..kernel import key_arguments
 from ..rule import ForcedBlocks
@@ -50,7 +50,8 @@ MOST_ROWS = 1 << 17
 NEAR = 40
 # Products that a program of `again` makes with a block, about.
 PRODUCTS = 8
-
+# Tiles of the scan that a multiprocessor works on at a time.
+TILES_AT_ONCE = 2
 # Warps that rotate vectors, which are fp32 numbers in registers while their product is summed up.
 ROTATING = 8
 
@@ -68,6 +69,12 @@ def range_size(seqlen_q: int, num_kv_heads: int, num_blocks: int, depth: int) ->
     """Tokens whose buffers, those of `range_buffers`, fit the workspace."""
     bytes_per_row = num_blocks * 17 // 8 + PLACES.value * 12 + depth + 32
     return min(tokens_per_range(seqlen_q, num_kv_heads * bytes_per_row), max(16, MOST_ROWS // num_kv_heads))
+
+
+def fills(target: Target, seqlen_q: int, num_kv_heads: int, num_blocks: int, depth: int) -> bool:
+    """Whether token ranges fill the GPU: a low workspace limit, or very many keys, leave room for too few rows."""
+    rows = range_size(seqlen_q, num_kv_heads, num_blocks, depth) * num_kv_heads
+    return rows >= TILE.value * TILES_AT_ONCE * target.num_sms
 
 
 def range_buffers(num_rows: int, num_blocks: int, depth: int, device: torch.device) -> dict[str, Any]:
