@@ -24,7 +24,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 
 from ...problem import Problem
 from ...rules import SelectionRule
@@ -83,10 +82,9 @@ def choose_config(
     target = target_of(index_q.device)
     keys = capacity_of(page_table, index_k)
     # How long packed documents are, and which rows of a batch are padded, is not known here.
-    alone = tuple(sequences.shape) == (1, 5)
+    alone = sequences.shape == (1, 5)
     shipped = default_config(problem, target, num_sequences, seqlen_q, keys, packed and problem.paged, alone)
-    num_blocks = triton.cdiv(keys, rule.block_size)
-    if shipped.certified and not fills(target, seqlen_q, num_kv_heads, num_blocks, index_head_dim):
+    if shipped.certified and not fills(target, problem, seqlen_q, keys):
         shipped = replace(shipped, certified=False)
     return tuned_config("selection", problem, target, shipped, DEPENDS_ON)
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import triton
 
+from ....problem import Problem
 from ....rules import SelectionRule
 from ....workspace import tokens_per_range
 from ...common.launch import Launch, Options, view
@@ -71,10 +72,11 @@ def range_size(seqlen_q: int, num_kv_heads: int, num_blocks: int, depth: int) ->
     return min(tokens_per_range(seqlen_q, num_kv_heads * bytes_per_row), max(16, MOST_ROWS // num_kv_heads))
 
 
-def fills(target: Target, seqlen_q: int, num_kv_heads: int, num_blocks: int, depth: int) -> bool:
+def fills(target: Target, problem: Problem, seqlen_q: int, seqlen_k: int) -> bool:
     """Whether token ranges fill the GPU: a low workspace limit, or very many keys, leave room for too few rows."""
-    rows = range_size(seqlen_q, num_kv_heads, num_blocks, depth) * num_kv_heads
-    return rows >= TILE.value * TILES_AT_ONCE * target.num_sms
+    num_blocks = triton.cdiv(seqlen_k, problem.block_size)
+    tokens = range_size(seqlen_q, problem.num_kv_heads, num_blocks, problem.index_head_dim)
+    return tokens * problem.num_kv_heads >= TILE.value * TILES_AT_ONCE * target.num_sms
 
 
 def range_buffers(num_rows: int, num_blocks: int, depth: int, device: torch.device) -> dict[str, Any]:
