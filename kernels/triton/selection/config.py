@@ -333,8 +333,6 @@ def selection_constants(
 
 def candidates(problem: Problem, target: Target, config: SelectionConfig) -> Iterator[Changes]:
     """Changes of a configuration that are worth timing. All leave results right, and some may not fit the GPU."""
-    if config.certified:
-        return
     if config.sm90:
         yield from stages(target, "num_stages", config.num_stages)
         return
