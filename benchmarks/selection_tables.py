@@ -49,4 +49,42 @@ def certified_inputs() -> str:
     return markdown(["keys", "rows", "that differ", "marked", "ms", "bf16 kernel, ms"], rows)
 
 
-SELECTION_TABLES = selection_8_bits, certified_lengths, certified_inputs
+def caches_8_bits() -> str:
+    """Ids that differ where keys are in 8 bits, without certificates."""
+    by_keys: dict[str, list[str]] = {}
+    for row in load_result("selection_8_bits.json")["rows"]:
+        cells = by_keys.setdefault(
+            f"{row['keys']}, {row['seqlen'] // 1024}K", [f"{row['ids that differ in e4m3']:.1%}"]
+        )
+        if row["scale per"] != "block":
+            cells.append(f"{row['ids that differ in int8 alone']:.1%}")
+    rows = [[keys, e4m3, plain, rotated] for keys, (e4m3, rotated, plain) in by_keys.items()]
+    return markdown(["keys", "e4m3", "int8", "int8, rotated"], rows)
+
+
+def caches_int8() -> str:
+    """Steps and chunks of prompts with index keys in bf16 and in 8 bits, in one process."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in load_result("int8-h200.json")["rows"]:
+        found.setdefault(_call(row), {})[row["index_dtype"]] = row
+    rows = []
+    for name, by_dtype in found.items():
+        if "bf16" not in by_dtype:
+            shares = [f"{by_dtype[dtype]['differ']:.1%}" for dtype in ("e4m3", "int8")]
+            rows.append([name, "", *shares, ""])
+            continue
+        for field in [field for field in ("step_us", "selection_us") if field in by_dtype["bf16"]]:
+            times = [by_dtype[dtype][field] for dtype in ("bf16", "e4m3", "int8")]
+            cells = [f"{each:.1f} us" if times[0] < 900 else f"{each / 1e3:.2f} ms" for each in times]
+            rows.append([f"{field[:-3]}, {name}", *cells, f"{times[2] / times[1]:.2f}"])
+    return markdown(["", "bf16", "e4m3", "int8", "int8 / e4m3"], rows)
+
+
+def _call(row: dict) -> str:
+    if "differ" in row:
+        return f"ids that differ, {row['keys']:,} normal keys"
+    queries = "" if row["queries"] == 1 else f"{row['queries']:,} queries, "
+    return f"{queries}{row['batch']} x {row['keys']:,} keys"
+
+
+SELECTION_TABLES = selection_8_bits, certified_lengths, certified_inputs, caches_8_bits, caches_int8

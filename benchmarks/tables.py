@@ -218,19 +218,6 @@ def quality_recipe() -> str:
     return recipe_table()
 
 
-def caches_8_bits() -> str:
-    """Ids that differ where keys are in 8 bits, without certificates."""
-    by_keys: dict[str, list[str]] = {}
-    for row in load_result("selection_8_bits.json")["rows"]:
-        cells = by_keys.setdefault(
-            f"{row['keys']}, {row['seqlen'] // 1024}K", [f"{row['ids that differ in e4m3']:.1%}"]
-        )
-        if row["scale per"] != "block":
-            cells.append(f"{row['ids that differ in int8 alone']:.1%}")
-    rows = [[keys, e4m3, plain, rotated] for keys, (e4m3, rotated, plain) in by_keys.items()]
-    return markdown(["keys", "e4m3", "int8", "int8, rotated"], rows)
-
-
 def selection_eight_bits() -> str:
     rows = []
     for row in load_result("eight_bits.json")["rows"]:
@@ -293,7 +280,6 @@ OWN_TABLES = (
     transformers_tests,
     vllm_agreement,
     vllm_speed,
-    caches_8_bits,
     selection_eight_bits,
     kernels_sm_90,
     kernels_targets,
