@@ -142,7 +142,7 @@ def default_config(
     seqlen_q: int,
     seqlen_k: int,
     packed: bool = False,
-    one_per_row: bool = False,
+    alone: bool = False,
 ) -> SelectionConfig:
     """Tiles of the scorer: the largest row tile that registers and shared memory hold, no more than there are rows.
 
@@ -153,8 +153,8 @@ def default_config(
 
     The lengths decide two things: rows, of the few sizes of `row_tile`, with all that follows them; and num_splits,
     which kernels take at run time, except that they are compiled once for one split and once for more. packed: the
-    sequences have seqlen_q queries together. one_per_row: each batch row is one sequence. Where these are long, Hopper
-    takes int8 scores first (`certified`).
+    sequences have seqlen_q queries together. alone: there is one sequence. Where it is long, Hopper takes int8 scores
+    first (`certified`).
     """
     assert problem.topk is not None
     kept = kept_blocks(problem.topk)
@@ -169,7 +169,7 @@ def default_config(
         # More copies in flight than the default's four would only be in each other's way.
         return SelectionConfig(few, columns, kept, num_splits, fp8_product=fp8_product, int8=problem.int8, sm90=True)
     config = tile_config(problem, target, num_sequences, seqlen_q, num_blocks, kept, packed)
-    long = one_per_row and min(seqlen_q, seqlen_k) >= CERTIFIED_TOKENS
+    long = alone and min(seqlen_q, seqlen_k) >= CERTIFIED_TOKENS
     return replace(config, certified=long and gains_certified(problem, target))
 
 
@@ -333,8 +333,6 @@ def selection_constants(
 
 def candidates(problem: Problem, target: Target, config: SelectionConfig) -> Iterator[Changes]:
     """Changes of a configuration that are worth timing. All leave results right, and some may not fit the GPU."""
-    if config.certified:
-        return
     if config.sm90:
         yield from stages(target, "num_stages", config.num_stages)
         return

@@ -20,6 +20,7 @@ Cost: 2 Hkv Di FLOPs per (query, visible key): 8.8 TFLOP at 128K causal tokens w
 783 TFLOP/s. Decoding reads Sk * Di elements, 256 MB at 1M bf16, 60 us at 4.25 TB/s, and half of it in e4m3 or int8.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from ..common.records import capacity_of, keys_per_row, pages_of, table_on_meta
 from ..common.target import GLUON, target_of
 from ..common.tiles import length_key, tile_table, tma_ready
 from . import kernel
-from .certified.launch import select_certified
+from .certified.launch import fills, select_certified
 from .config import CERTIFIED_TOKENS, DEPENDS_ON, SelectionConfig, default_config, most_splits, selection_constants
 from .merge import Lists, merge_splits
 from .rule import ForcedBlocks
@@ -80,9 +81,11 @@ def choose_config(
     num_sequences = num_sequences if packed else batch
     target = target_of(index_q.device)
     keys = capacity_of(page_table, index_k)
-    # The length of packed documents is not known here.
-    one_per_row = sequences.dim() == 2 and sequences.shape[0] == batch
-    shipped = default_config(problem, target, num_sequences, seqlen_q, keys, packed and problem.paged, one_per_row)
+    # How long packed documents are, and which rows of a batch are padded, is not known here.
+    alone = sequences.shape == (1, 5)
+    shipped = default_config(problem, target, num_sequences, seqlen_q, keys, packed and problem.paged, alone)
+    if shipped.certified and not fills(target, problem, seqlen_q, keys):
+        shipped = replace(shipped, certified=False)
     return tuned_config("selection", problem, target, shipped, DEPENDS_ON)
 
 

@@ -11,6 +11,7 @@ import torch
 from helpers import dense_selection, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexmsa.kernels import workspace
 from flexmsa.kernels.problem import Problem
@@ -54,6 +55,26 @@ def check(index_q, index_k, rule, sequences=None, dtype=torch.float16):
         launch.launch = run
     torch.testing.assert_close(found, dense_selection(index_q, index_k, sequences, rule), rtol=0, atol=0)
     return counts
+
+
+class Fenced(TorchDispatchMode):
+    """Makes new tensors with room around them, of which `broken` counts the bytes that were written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.fences = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.empty.memory_format:
+            return made
+        size = made.numel() * made.element_size()
+        room = torch.full((size + 8192,), 77, dtype=torch.uint8)
+        self.fences += room[:4096], room[4096 + size :]
+        return room[4096 : 4096 + size].view(made.dtype).view(made.shape)
+
+    def broken(self):
+        return sum(int((fence != 77).sum()) for fence in self.fences)
 
 
 def integers(q, k):
@@ -148,6 +169,15 @@ def test_a_bound_that_is_not_a_number_rules_nothing_out():
     check(q, k, SelectionRule(64, 4), dtype=torch.float32)
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_nothing_is_written_outside_of_buffers(block_size):
+    """Nor for the rows that fill up the last tile, which would see a block behind the last one."""
+    torch.manual_seed(0)
+    with Fenced() as memory:
+        check(grid(1, 1, 5, 32), grid(1, 1, 640, 32), SelectionRule(block_size, 3))
+    assert memory.fences and memory.broken() == 0
+
+
 def test_ids_with_strides():
     q, k, rule = grid(2, 3, 20, 32).half(), grid(2, 1, 700, 32).half(), SelectionRule(64, 3)
     sequences = plain(2, 20, 700)
@@ -168,12 +198,12 @@ def test_the_operator(monkeypatch):
 
 
 def test_when_it_is_the_default():
-    """From shapes alone: one long sequence per batch row, of what was measured to be faster."""
+    """From shapes alone: one long sequence, of what was measured to be faster."""
     long, problem = 1 << 17, Problem(4, torch.bfloat16, index_head_dim=128, topk=16)
 
-    def chosen(name="sm_90", seqlen_q=long, seqlen_k=long, one_per_row=True, **changes):
+    def chosen(name="sm_90", seqlen_q=long, seqlen_k=long, alone=True, **changes):
         given = replace(problem, **changes), TARGETS[name], 1, seqlen_q, seqlen_k
-        return default_config(*given, one_per_row=one_per_row).certified
+        return default_config(*given, alone=alone).certified
 
     assert chosen() and chosen(num_kv_heads=8) and chosen(seqlen_k=8 * long)
     assert not any(chosen(name) for name in TARGETS if name != "sm_90")
@@ -181,14 +211,28 @@ def test_when_it_is_the_default():
     others = {"dtype": torch.float16, "index_head_dim": 64, "block_size": 64, "topk": 33, "paged": True}
     others |= {"key_dtype": torch.float8_e4m3fn, "num_kv_heads": 1}
     assert not any(chosen(**{name: value}) for name, value in others.items())
-    assert not chosen(one_per_row=False)
+    assert not chosen(alone=False)
 
 
-def test_packed_documents_take_the_other_kernel():
-    q, k = (torch.empty(1, heads, 1 << 17, 128, dtype=torch.bfloat16, device="meta") for heads in (4, 1))
+def is_certified(seqlen, *table, batch=1):
+    q, k = (torch.empty(batch, heads, seqlen, 128, dtype=torch.bfloat16, device="meta") for heads in (4, 1))
     with assume_target(TARGETS["sm_90"]):
-        found = [choose_config(q, k, torch.empty(n, 5, device="meta"), SelectionRule(128, 16)) for n in (1, 2)]
-    assert [config.certified for config in found] == [True, False]
+        return choose_config(q, k, torch.empty(*table, device="meta"), SelectionRule(128, 16)).certified
+
+
+def test_sequences_of_unknown_lengths_take_the_other_kernel():
+    """Packed documents, fragments, and rows of a batch, which may be padded."""
+    assert is_certified(1 << 17, 1, 5)
+    assert not is_certified(1 << 17, 2, 5) and not is_certified(1 << 17, 1, 1, 5)
+    assert not is_certified(1 << 17, 2, 5, batch=2)
+
+
+def test_ranges_that_do_not_fill_the_gpu_take_the_other_kernel():
+    assert is_certified(1 << 20, 1, 5) and not is_certified(1 << 22, 1, 5)
+    workspace.set_workspace_limit(1 << 32)
+    assert is_certified(1 << 22, 1, 5)
+    workspace.set_workspace_limit(1 << 26)
+    assert not is_certified(1 << 17, 1, 5)
 
 
 def test_packed_documents_are_refused():

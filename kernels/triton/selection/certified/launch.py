@@ -26,11 +26,12 @@ from typing import Any
 import torch
 import triton
 
+from ....problem import Problem
 from ....rules import SelectionRule
 from ....workspace import tokens_per_range
 from ...common.launch import Launch, Options, view
 from ...common.records import pages_of
-from ...common.target import target_of
+from ...common.target import Target, target_of
 from ..config import SelectionConfig, selection_constants
 from ..kernel import key_arguments
 from ..rule import ForcedBlocks
@@ -50,7 +51,8 @@ MOST_ROWS = 1 << 17
 NEAR = 40
 # Products that a program of `again` makes with a block, about.
 PRODUCTS = 8
-
+# Tiles of the scan that a multiprocessor works on at a time.
+TILES_AT_ONCE = 2
 # Warps that rotate vectors, which are fp32 numbers in registers while their product is summed up.
 ROTATING = 8
 
@@ -68,6 +70,13 @@ def range_size(seqlen_q: int, num_kv_heads: int, num_blocks: int, depth: int) ->
     """Tokens whose buffers, those of `range_buffers`, fit the workspace."""
     bytes_per_row = num_blocks * 17 // 8 + PLACES.value * 12 + depth + 32
     return min(tokens_per_range(seqlen_q, num_kv_heads * bytes_per_row), max(16, MOST_ROWS // num_kv_heads))
+
+
+def fills(target: Target, problem: Problem, seqlen_q: int, seqlen_k: int) -> bool:
+    """Whether token ranges fill the GPU: a low workspace limit, or very many keys, leave room for too few rows."""
+    num_blocks = triton.cdiv(seqlen_k, problem.block_size)
+    tokens = range_size(seqlen_q, problem.num_kv_heads, num_blocks, problem.index_head_dim)
+    return tokens * problem.num_kv_heads >= TILE.value * TILES_AT_ONCE * target.num_sms
 
 
 def range_buffers(num_rows: int, num_blocks: int, depth: int, device: torch.device) -> dict[str, Any]:
@@ -135,7 +144,9 @@ def select_certified(
     numbers, blocks = quantise_keys(index_k, arguments, rule.block_size)
     size = range_size(seqlen_q, num_kv_heads, blocks.num_blocks, depth)
     num_rows = triton.cdiv(size * num_kv_heads, TILE.value) * TILE.value
-    arguments |= range_buffers(num_rows, blocks.num_blocks, depth, ids.device)
+    # Rows that only fill up the last tile would be of later tokens, which see blocks behind the last one.
+    most_blocks = blocks.num_blocks + (TILE.value - 1) // rule.block_size
+    arguments |= range_buffers(num_rows, most_blocks, depth, ids.device)
     arguments |= key_arguments(index_k, None, config, rule.block_size, 0) | {"blocks": blocks}
     arguments["key_numbers"] = key_arguments(numbers, None, config, rule.block_size, 0)["index_k"]
     # Each count is 16 bytes from the next, as kernels are compiled for addresses that are multiples of that.
