@@ -87,4 +87,14 @@ def _call(row: dict) -> str:
     return f"{queries}{row['batch']} x {row['keys']:,} keys"
 
 
-SELECTION_TABLES = selection_8_bits, certified_lengths, certified_inputs, caches_8_bits, caches_int8
+def selection_cpu() -> str:
+    """Selections on a CPU in fp32 alone, and by a prototype with int8 scores first."""
+    rows = []
+    for row in load_result("cpu_selection_8_bits.json")["rows"]:
+        times = [f"{row[key]:.2f} s" for key in ("fp32_s", "int8_s")]
+        case = [f"{row['seqlen'] // 1024}K", *(str(row[key]) for key in ("index_dims", "dtype", "keys", "threads"))]
+        rows.append([*case, *times, f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"])
+    return markdown(["tokens", "Di", "dtype", "keys", "threads", "fp32", "int8", "faster by"], rows)
+
+
+SELECTION_TABLES = selection_8_bits, certified_lengths, certified_inputs, caches_8_bits, caches_int8, selection_cpu
