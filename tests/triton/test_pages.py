@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from flexmsa.kernels.triton.common.launch import compile_key
 from flexmsa.testing.compiled import report
@@ -12,12 +13,14 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 # Tokens, rows of the table, batch rows.
 DECODE, DRAFTS, MIXED = (32, 32, 32), (9, 4, 1), (2080, 33, 1)
-# All on Hopper; elsewhere the step that has most kernels.
+E4M3 = torch.float8_e4m3fn
+# Whether keys are e4m3, and the dtype of index keys in 8 bits: all on Hopper; elsewhere the step that has most kernels.
 COMPILED = [
-    *(("sm_90", sizes, stored) for sizes in (DECODE, DRAFTS, MIXED) for stored in ((False, False), (True, True))),
+    *(("sm_90", sizes, stored) for sizes in (DECODE, DRAFTS, MIXED) for stored in ((False, None), (True, E4M3))),
     # vLLM's MiniMax-M3 has e4m3 keys beside index keys in bf16.
-    *(("sm_90", sizes, stored) for sizes in (DECODE, MIXED) for stored in ((True, False), (False, True))),
-    *((name, MIXED, (False, False)) for name in ("sm_80", "sm_100", "gfx942")),
+    *(("sm_90", sizes, stored) for sizes in (DECODE, MIXED) for stored in ((True, None), (False, E4M3))),
+    *(("sm_90", sizes, (False, torch.int8)) for sizes in (DECODE, MIXED)),
+    *((name, MIXED, (False, None)) for name in ("sm_80", "sm_100", "gfx942")),
 ]
 
 
