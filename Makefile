@@ -4,8 +4,9 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 # The newest transformers that is supported; constraints.txt has the oldest.
 NEWEST = $(VENV)/transformers-5.24.0
-# The newest Triton whose names the kernels in Gluon know; it has no packages for other systems.
-NEWEST_TRITON = $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-3.9.0)
+# The oldest Triton of the supported versions of PyTorch, and the newest whose names the kernels in Gluon know; it has no
+# packages for other systems.
+TRITONS = $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-3.6.0 $(VENV)/triton-3.9.0)
 
 # vLLM pins versions of its own (numpy), so its tests have an environment of their own.
 VLLM = $(VENV)-vllm
@@ -26,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,docs,plot,transformers,trainers]'
 	@touch $@
 
-$(NEWEST) $(NEWEST_TRITON): $(INSTALLED)
+$(NEWEST) $(TRITONS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ $(subst -,==,$(notdir $@))
 
 # Text models need neither pictures nor sound, whose packages do not load beside torch for a CPU.
@@ -44,11 +45,11 @@ demo: $(INSTALLED)  ## train a small language model, dense warm-up then sparse, 
 convert-demo: $(INSTALLED)  ## train a dense transformers model, convert it, and compare (about 10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m flexmsa convert-demo
 
-test: $(INSTALLED) $(NEWEST) $(NEWEST_TRITON)  ## run the tests, those of interpreted kernels, and those of the newest transformers and Triton
+test: $(INSTALLED) $(NEWEST) $(TRITONS)  ## run the tests, those of interpreted kernels, and those of other versions of transformers and Triton
 	$(BIN)/python -m pytest -n auto
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto tests/triton/interpreted
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -n auto $(patsubst %,tests/integrations/test_%.py,$(HOOKED))
-	$(if $(NEWEST_TRITON),PYTHONPATH=$(NEWEST_TRITON) $(BIN)/python -m pytest -n auto tests/triton/test_target.py tests/triton/test_compile.py -k "target or test_gluon_kernels")
+	$(foreach triton,$(TRITONS),PYTHONPATH=$(triton) $(BIN)/python -m pytest -n auto tests/triton/test_target.py tests/triton/test_compile.py -k "target or test_gluon_kernels or on_hopper" &&) true
 
 test-vllm: $(VLLM_INSTALLED)  ## run the tests of the vLLM plug-in, in an environment of their own (3.5 GB, under 5 minutes)
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_plugin

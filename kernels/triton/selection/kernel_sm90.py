@@ -86,9 +86,8 @@ def load_tile(work, C: gl.constexpr):
     seen = gl.where(first < q_end, num_keys - q_end + gl.minimum(first + C.tokens, q_end), 0)
     num_blocks = (gl.maximum(seen, 0) + C.block_size - 1) // C.block_size
     unscored = first_kept(work.forced, num_blocks, C.unscored)
-    queries = QueryTile(
-        number.sequence, sequence.batch, sequence.q_start, q_end, first, sequence.k_start, num_keys, None
-    )
+    # Nothing here reads the last field, and Triton 3.6 does not return None from a function.
+    queries = QueryTile(number.sequence, sequence.batch, sequence.q_start, q_end, first, sequence.k_start, num_keys, 0)
     return ScorerTile(queries, unscored, num_blocks - unscored)
 
 
