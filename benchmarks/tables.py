@@ -7,7 +7,7 @@ makes from benchmarks/results/*.json, so that nobody types a figure. A test chec
 import re
 
 from benchmarks.gpu_tables import GPU_TABLES, ROOT, gpu_rows, layer_times, load_result, markdown
-from benchmarks.quality.earlier import direct_table, direct_text, recipe_table
+from benchmarks.quality.earlier import direct_runs, recipe_table
 from benchmarks.quality.plan import plan_table, plan_text
 from benchmarks.selection_tables import SELECTION_TABLES
 from benchmarks.transformers_tests import transformers_tests
@@ -211,7 +211,7 @@ def quality_plan() -> str:
 
 
 def quality_direct() -> str:
-    return f"{direct_text()}\n\n{direct_table()}"
+    return direct_runs()
 
 
 def quality_recipe() -> str:

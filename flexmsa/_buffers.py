@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from flexmsa.kernels.problem import SCALE_DTYPES
+
 __all__ = ["FP8", "as_bits", "dequantised", "is_recorded", "new_scale", "rounded_to_int8"]
 
 FP8 = torch.float8_e4m3fn
@@ -15,10 +17,8 @@ def as_bits(buffer: Tensor) -> Tensor:
 
 def new_scale(buffer: Tensor) -> Tensor | None:
     """Return room for the scales of a buffer's vectors: codes of e4m3's, float32 for int8, None for other dtypes."""
-    if buffer.dtype not in (FP8, torch.int8):
-        return None
-    dtype = torch.uint8 if buffer.dtype == FP8 else torch.float32
-    return torch.zeros(buffer.shape[:-1], dtype=dtype, device=buffer.device)
+    dtype = SCALE_DTYPES.get(buffer.dtype)
+    return None if dtype is None else torch.zeros(buffer.shape[:-1], dtype=dtype, device=buffer.device)
 
 
 def dequantised(buffer: Tensor, scale: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexmsa.kernels.problem import SCALE_DTYPES
 from flexmsa.kernels.rules import MOST_INT8_DIMS
 from flexmsa.types import AuxRequest
 
@@ -324,9 +325,9 @@ def check_pools(pools: dict[str, Tensor], scales: dict[str, Tensor | None]) -> N
 
 def _check_pool_scale(name: str, scale: Any, pool: Tensor) -> None:
     _check_is_tensor(name, scale, " [num_pages, heads, page_size]")
-    kind, wanted = ("int8", torch.float32) if pool.dtype == torch.int8 else ("e4m3", torch.uint8)
+    kind, wanted = "int8" if pool.dtype == torch.int8 else "e4m3", SCALE_DTYPES.get(pool.dtype, torch.uint8)
     is_right = scale.dtype == wanted and scale.device == pool.device and scale.is_contiguous()
-    if pool.dtype not in (_E4M3, torch.int8) or not is_right:
+    if pool.dtype not in SCALE_DTYPES or not is_right:
         raise TypeError(
             f"{name}: expected {str(wanted).removeprefix('torch.')} on {pool.device}, contiguous, for an {kind} pool, "
             f"got {scale.dtype} on {scale.device} with strides {list(scale.stride())} for {pool.dtype}"

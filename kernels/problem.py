@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+# Of vectors of 8 bits that have a scale each: the dtype of the scales. e4m3's are codes of e8m0.
+SCALE_DTYPES = {torch.float8_e4m3fn: torch.uint8, torch.int8: torch.float32}
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -5,7 +5,7 @@ import json
 import platform
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,9 @@ def run_train(settings: Settings, options: argparse.Namespace) -> int:
         given = shared_options(options), options.out, torch.cuda.device_count()
         return run_each(options.command, options.arm, options.seed, *given)
     (arm,), (seed,) = arms, options.seed
+    only_short = options.command == "short"
+    if only_short:
+        arm = replace(arm, name="short", phases=arm.phases[:1])
     times = {"text": time.monotonic() - started}
     training = Training(settings, arm, seed, corpus, device)
     name = f"{arm.name}-{seed}"
@@ -114,22 +117,20 @@ def run_train(settings: Settings, options: argparse.Namespace) -> int:
     if device.type == "cuda":
         training.compile()
     checks = check(training)
-    only_short = options.command == "short"
-    found_file = next((path for path in ([shared] if only_short else [saved, shared]) if path.exists()), None)
+    found_file = next((path for path in (saved, shared) if path.exists()), None)
     if found_file is not None:
         training.load(found_file)
         print(f"{name}: continuing after step {training.done}", flush=True)
     times["until_training"] = time.monotonic() - started
     print(f"{name}: checked; {times['until_training']:.0f} s until training", flush=True)
-    train(training, options.seconds - (time.monotonic() - started), shared, only_short)
-    if only_short:
-        training.save(shared)
-        print(f"{shared}: {training.done} of {settings.short_steps} steps", flush=True)
-        return 0 if training.done == settings.short_steps else UNFINISHED
+    train(training, options.seconds - (time.monotonic() - started), shared)
     times["until_trained"] = time.monotonic() - started
     finished = training.done == arm.steps
     # Kept through an error of the measurements too.
     training.save(saved)
+    if only_short:
+        print(f"{saved}: {training.done} of {arm.steps} steps", flush=True)
+        return 0 if finished else UNFINISHED
     found: dict[str, Any] = {"arm": arm.name, "title": arm.title, "seed": seed, "finished": False}
     found |= {"settings": asdict(settings), "key": settings.key(), "text": corpus.facts["digest"], "checks": checks}
     found |= {"batches": training.batches, "parameters": asdict(parameters(settings)), "machine": machine(device)}
@@ -151,16 +152,12 @@ def shared_options(options: argparse.Namespace) -> list[str]:
     return [*given, *(["--quick"] if options.quick else [])]
 
 
-def train(training: Training, seconds: float, shared: Path, only_short: bool) -> None:
+def train(training: Training, seconds: float, shared: Path) -> None:
     """Train with messages, save the end of the phase that all arms share, and log the recalls of some steps."""
     settings = training.settings
-    if only_short and training.done == settings.short_steps:
-        return
     for done in training.train(seconds):
         entry = training.log[-1]
         if done == settings.short_steps:
-            if only_short:
-                return
             training.save(shared)
         if done % settings.measure_every == 0 or done == settings.log_every:
             training.model.eval()

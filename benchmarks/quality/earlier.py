@@ -6,16 +6,19 @@ from typing import Any
 from benchmarks.gpu_tables import load_result, markdown
 from benchmarks.quality.report import mean_loss, recall
 
-__all__ = ["direct_table", "direct_text", "recipe_table"]
+__all__ = ["direct_runs", "recipe_table"]
 
 # Nats per letter, with which it counts as learned.
 LEARNED = 0.1
 
 
-def direct_text() -> str:
-    """The machine, the text and the steps of the runs without short rows."""
+def direct_runs() -> str:
+    """Arms that were trained on long rows from the beginning: machine, text and steps, then losses and speeds."""
     found = load_result("quality-direct.json")
-    text, run = found["text"], found["runs"]["dense"]
+    return f"{_describe(found['text'], found['runs']['dense'])}\n\n{_losses(found['runs'])}"
+
+
+def _describe(text: dict[str, Any], run: dict[str, Any]) -> str:
     packages = text["packages"].values()
     files, size = (sum(package[place] for package in packages) for place in (0, 1))
     held_out = sum(package[3] for package in packages)
@@ -28,17 +31,16 @@ def direct_text() -> str:
     return "\n".join(lines)
 
 
-def direct_table() -> str:
-    """Losses and speeds of arms that were trained on long rows from the beginning."""
+def _losses(runs: dict[str, dict[str, Any]]) -> str:
     rows = []
-    for name, run in load_result("quality-direct.json")["runs"].items():
+    for name, run in runs.items():
         bins = [statistics.fmean(row["by_position"][place] for row in run["heldout"]["rows"]) for place in (0, -1)]
         near = [sum(row[key][0] for row in run["heldout"]["rows"]) for key in ("identifiers", "identifier_counts")]
         nats = statistics.fmean(run["associative_recall"]["nats"])
         speeds = ", ".join(f"{each:.0f} {way}" for way, each in speed_of_ways(run).items())
         numbers = mean_loss(run), *bins, near[0] / near[1], nats, recall(run, "index", 1), recall(run, "window", 1)
         rows.append([f"`{name}`", *(f"{number:.2f}" for number in numbers), speeds, f"{run['memory'] / 2**30:.0f} GiB"])
-    edges = load_result("quality-direct.json")["runs"]["dense"]["heldout"]["position_edges"]
+    edges = runs["dense"]["heldout"]["position_edges"]
     head = ["arm", "held-out loss", f"up to token {edges[1]:,}", f"from {edges[-2]:,} on"]
     head += ["identifiers last read up to 512 tokens ago", "MQAR, nats per letter", "score recall", "of a window"]
     return markdown([*head, "thousand tokens per second", "memory"], rows)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from flexmsa.kernels import triton as kernels
+from flexmsa.kernels.problem import SCALE_DTYPES
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton.common.launch import Launch, record
 from flexmsa.kernels.triton.common.target import Target
-from flexmsa.kernels.triton.layer import SCALES, CacheFormat, Layer, decode
+from flexmsa.kernels.triton.layer import CacheFormat, Layer, decode
 from flexmsa.testing.check import kernels_for_many_queries
 
 TARGETS = {
@@ -114,7 +115,7 @@ def scored_launches(layer: Layer, target: Target, cache: CacheFormat = CONTIGUOU
     rows, keys = (pages, layer.block_size) if cache.paged else (1, layer.tokens)
     index_k, scale = meta(rows, 1, keys, layer.index_head_dim, dtype=cache.index_dtype or layer.dtype), None
     if cache.index_dtype is not None:
-        scale = meta(rows, 1, keys, dtype=SCALES[cache.index_dtype])
+        scale = meta(rows, 1, keys, dtype=SCALE_DTYPES[cache.index_dtype])
     index_q = meta(1, layer.num_kv_heads, tokens, layer.index_head_dim, dtype=layer.dtype)
     rule = SelectionRule(layer.block_size, layer.topk, num_local_blocks=0)
     with record(target) as launches:
@@ -155,7 +156,9 @@ def step_launches(layer: Layer, target: Target, step: StepFormat, dense: bool = 
 
     k, v = meta(pages, groups, page, 2 * layer.head_dim, dtype=stored[0]).split(layer.head_dim, dim=3)
     index_k = meta(pages, 1, page, layer.index_head_dim + 16, dtype=stored[2])[..., : layer.index_head_dim]
-    each = [meta(*x.shape[:3], dtype=SCALES[x.dtype]) if x.dtype in SCALES else None for x in (k, v, index_k)]
+    each = [
+        meta(*x.shape[:3], dtype=SCALE_DTYPES[x.dtype]) if x.dtype in SCALE_DTYPES else None for x in (k, v, index_k)
+    ]
     # Scales of int8 are always those of tokens.
     own = [step.scales == "token" or x.dtype == torch.int8 for x in (k, v, index_k)]
     written = [scale if by_token else None for scale, by_token in zip(each, own, strict=True)]

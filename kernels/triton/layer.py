@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from ..layout import lay_out
+from ..problem import SCALE_DTYPES
 from ..rules import SelectionRule
 from .serving.append import append
 from .serving.launch import attend_blocks, select_and_attend
 from .step import training_step
-
-# Of the scales beside vectors of 8 bits.
-SCALES = {torch.float8_e4m3fn: torch.uint8, torch.int8: torch.float32}
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def decode(
     rows, keys = (batch * max_pages, layer.block_size) if cache.paged else (batch, layer.tokens)
 
     def stored(heads: int, head_dim: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-        scale = None if dtype is None else layer.empty(rows, heads, keys, dtype=SCALES[dtype])
+        scale = None if dtype is None else layer.empty(rows, heads, keys, dtype=SCALE_DTYPES[dtype])
         return layer.empty(rows, heads, keys, head_dim, dtype=dtype or layer.dtype), scale
 
     def new(heads: int, head_dim: int) -> Tensor:
