@@ -7,6 +7,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -79,6 +80,13 @@ def test_a_selection_of_other_lengths(documents, scaled, name):
         assert keys_of(found) <= keys_of(ahead)
 
 
+class Kernel(NamedTuple):
+    """In place of Triton's: the fields that a launcher is made from."""
+
+    src: str
+    metadata: None = None
+
+
 class Compiled:
     """In place of a compiled kernel: notes when it is made, and when it is launched."""
 
@@ -97,10 +105,11 @@ def events(monkeypatch):
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch, "_begun", set())
     for module in (launch, compiled):
-        monkeypatch.setattr(module, "Compiled", lambda name: Compiled(name, found))
-    monkeypatch.setattr(compiled.Source, "compile", lambda self, target: self.name)
+        monkeypatch.setattr(module, "Compiled", lambda kernel: Compiled(kernel.src, found))
+    monkeypatch.setattr(compiled.Source, "compile", lambda self, target: Kernel(self.name))
     monkeypatch.setattr(launch, "target_of", lambda device: TARGETS["sm_90"])
-    monkeypatch.setattr(compiled, "driver", SimpleNamespace(active=None))
+    active = SimpleNamespace(launcher_cls=lambda source, metadata: None)
+    monkeypatch.setattr(compiled, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -205,7 +214,7 @@ def test_a_kernel_that_does_not_compile_raises_where_it_is_launched(events, monk
     def compile_most(self, target):
         if self.name == "index_loss_kernel":
             raise RuntimeError("ptxas")
-        return self.name
+        return Kernel(self.name)
 
     monkeypatch.setattr(compiled.Source, "compile", compile_most)
     step = partial(train, Layer(tokens=4096))
@@ -213,6 +222,30 @@ def test_a_kernel_that_does_not_compile_raises_where_it_is_launched(events, monk
         step()
     launched = names(events, "launched")
     assert "block_lse_kernel" in launched and "gradient_sm90_kernel" not in launched
+
+
+class SharedModule:
+    """A launcher of Triton 3.6: it is read from a module that all launchers share, some time after it was put there."""
+
+    newest = None
+
+    def __init__(self, source, metadata):
+        SharedModule.newest = source
+        time.sleep(0.001)
+        self.source = SharedModule.newest
+
+
+def test_each_kernel_has_its_own_launcher(events, monkeypatch):
+    def load(kernel):
+        return Compiled((kernel.src, SharedModule(kernel.src, None).source), events)
+
+    monkeypatch.setattr(compiled, "Compiled", load)
+    monkeypatch.setattr(compiled.driver.active, "launcher_cls", SharedModule)
+    step = partial(train, Layer(tokens=4096))
+    with launch.expected(step):
+        step()
+    made = names(events, "compiled")
+    assert len(made) > 15 and all(kernel == launcher for kernel, launcher in made)
 
 
 def test_threads_compile_the_same_kernels(monkeypatch):

@@ -64,12 +64,26 @@ class Source(NamedTuple):
                 return triton.compile(self.source, target=gpu_of(target), options=self.options)
         return triton.compile(self.source, target=gpu_of(target), options=self.options)
 
-    def try_to_compile(self, target: Target) -> Compiled | None:
-        """The kernel, ready for the current device, or None if it does not compile."""
+    def try_to_compile(self, target: Target) -> Any:
+        """The kernel compiled for a target, or None if it does not compile."""
         with contextlib.suppress(Exception):
-            # The C compiler makes its launcher, which takes as long as many a kernel.
-            return Compiled(self.compile(target))
+            kernel = self.compile(target)
+            # With Triton 3.6 the C compiler makes its launcher, which takes as long as many a kernel. It is left in
+            # Triton's cache and not used: see `ready`.
+            driver.active.launcher_cls(kernel.src, kernel.metadata)
+            return kernel
         return None
+
+
+def ready(kernel: Any) -> Compiled | None:
+    """A kernel ready for the current device, or None if it cannot be loaded.
+
+    With Triton 3.6 all launchers are modules of one name, so two threads that load them at one time may get each
+    other's. So this is called in one thread, while no other compiles.
+    """
+    with contextlib.suppress(Exception):
+        return Compiled(kernel)
+    return None
 
 
 def in_thread(call: Callable[[], object]) -> Future[object]:
@@ -103,21 +117,24 @@ def gpu_of(target: Target) -> GPUTarget:
 def compile_sources(
     sources: dict[Hashable, Source], device: int, target: Target, report: Callable[[int, int, str], object]
 ) -> Iterator[tuple[Hashable, Compiled]]:
-    """Compile side by side for a device, and yield each kernel that compiles, by its key.
+    """Compile side by side for the current device, and yield each kernel that compiles, by its key.
 
     Threads do, because Triton compiles outside of Python's lock, but for reading the kernel's source.
     """
     wait(begin_to_prepare(target))
+    compiled: dict[Hashable, Any] = {}
     pool = ThreadPoolExecutor(max_workers(), initializer=torch.cuda.set_device, initargs=(device,))
     try:
         keys = {pool.submit(source.try_to_compile, target): key for key, source in sources.items()}
         for done, future in enumerate(as_completed(keys), 1):
-            kernel = future.result()
-            if kernel is not None:
-                yield keys[future], kernel
+            compiled[keys[future]] = future.result()
             report(done, len(sources), sources[keys[future]].name)
     finally:
         pool.shutdown(cancel_futures=True)
+    for key, kernel in compiled.items():
+        loaded = None if kernel is None else ready(kernel)
+        if loaded is not None:
+            yield key, loaded
 
 
 def max_workers() -> int:
