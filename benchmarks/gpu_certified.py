@@ -126,7 +126,7 @@ def marked_rows(call: Callable[[], Tensor]) -> tuple[Tensor, int]:
     counts = []
 
     def count(run: Callable[[], None], kernel: Any, arguments: Any) -> None:
-        if kernel is launch.marked_kernel:
+        if kernel is launch.merge_marked_kernel:
             counts.append(arguments["marked"].count[:1].clone())
         run()
 

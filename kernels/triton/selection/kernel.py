@@ -112,7 +112,10 @@ def rank_tile(index_q, keys, tile, seen, seqlen_q, forced, outputs, C: tl.conste
             topk = collect(topk, best, block, block == end - 1, C)
     token, group, live = tile_rows(tile, row, C)
     ids_row = ids_place(outputs.ids, tile.batch, group, token)
-    lists_row = list_row(tile.sequence, token - tile.q_start, group, seqlen_q, C.num_kv_heads)
+    if tile.listed is None:
+        lists_row = list_row(tile.sequence, token - tile.q_start, group, seqlen_q, C.num_kv_heads)
+    else:
+        lists_row = tile.first + row
     store_topk(topk, outputs, ids_row, lists_row, live, C)
 
 

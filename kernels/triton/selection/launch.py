@@ -84,7 +84,7 @@ def choose_config(
     # How long packed documents are, and which rows of a batch are padded, is not known here.
     alone = sequences.shape == (1, 5)
     shipped = default_config(problem, target, num_sequences, seqlen_q, keys, packed and problem.paged, alone)
-    if shipped.certified and not fills(target, problem, seqlen_q, keys):
+    if shipped.certified and not fills(target, problem, keys):
         shipped = replace(shipped, certified=False)
     return tuned_config("selection", problem, target, shipped, DEPENDS_ON)
 

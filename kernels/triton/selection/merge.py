@@ -228,6 +228,21 @@ class MergeKernelConstants:
 
 
 @triton.jit
+def merge_ids(lists_ptr, num_lists, ids_ptr, C: tl.constexpr):
+    """Write the ids of one query and group, ascending, from its lists; C: MergeKernelConstants."""
+    # Triton 3.6 passes a field that is not a number to a function only if it has a name of its own.
+    merging: tl.constexpr = C.lists
+    kept: tl.constexpr = C.lists.kept
+    if C.lists.heads > 0:
+        ids = sort_ids(merge_lists(lists_ptr, num_lists, C.topk, merging))
+        slot = tl.arange(0, kept)
+    else:
+        ids = ascending_ids(merge_long_lists(lists_ptr, num_lists, kept), C.topk)
+        slot = tl.arange(0, kept)[:, None]
+    tl.store(ids_ptr + slot, ids, mask=slot < C.topk)
+
+
+@triton.jit
 def merge_kernel(lists, ids_to, scores_ptr, sequences_ptr, tiles, C: tl.constexpr):
     """ids of one query and group from its lists: ascending, or, with scores, the best first.
 
@@ -243,26 +258,22 @@ def merge_kernel(lists, ids_to, scores_ptr, sequences_ptr, tiles, C: tl.constexp
     kept: tl.constexpr = C.lists.kept
     group = tl.program_id(1)
     lists_ptr = query_lists(lists.keys, lists.num_lists, tile, group, tiles.seqlen_q, C.num_kv_heads, kept)
-    if scores_ptr is not None:
+    token = sequence.q_start + tile.number
+    if token >= sequence.q_end:
+        return
+    ids_ptr = ids_to.ptr + ids_place(ids_to, sequence.batch, group, token)
+    if scores_ptr is None:
+        merge_ids(lists_ptr, lists.num_lists, ids_ptr, C)
+    else:
         if C.lists.heads > 0:
             keys = merge_keys(lists_ptr, lists.num_lists, merging)
             slot = tl.arange(0, kept)
         else:
             keys = merge_long_lists(lists_ptr, lists.num_lists, kept)
             slot = tl.arange(0, kept)[:, None]
-        ids = block_ids(keys)
-    elif C.lists.heads > 0:
-        ids = sort_ids(merge_lists(lists_ptr, lists.num_lists, C.topk, merging))
-        slot = tl.arange(0, kept)
-    else:
-        ids = ascending_ids(merge_long_lists(lists_ptr, lists.num_lists, kept), C.topk)
-        slot = tl.arange(0, kept)[:, None]
-    if sequence.q_start + tile.number < sequence.q_end:
-        token = sequence.q_start + tile.number
-        tl.store(ids_to.ptr + ids_place(ids_to, sequence.batch, group, token) + slot, ids, mask=slot < C.topk)
-        if scores_ptr is not None:
-            row = (sequence.batch * C.num_kv_heads + group) * tiles.seqlen_q + token
-            tl.store(scores_ptr + row * C.topk + slot, key_scores(keys), mask=slot < C.topk)
+        tl.store(ids_ptr + slot, block_ids(keys), mask=slot < C.topk)
+        row = (sequence.batch * C.num_kv_heads + group) * tiles.seqlen_q + token
+        tl.store(scores_ptr + row * C.topk + slot, key_scores(keys), mask=slot < C.topk)
 
 
 def merge_splits(

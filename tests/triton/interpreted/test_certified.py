@@ -44,7 +44,7 @@ def check(index_q, index_k, rule, sequences=None, dtype=torch.float16):
 
     def keep(kernel, grid, arguments, *options):
         run(kernel, grid, arguments, *options)
-        if kernel is launch.marked_kernel:
+        if kernel is launch.merge_marked_kernel:
             counts.append(int(arguments["marked"].count[0]))
 
     run, launch.launch = launch.launch, keep
@@ -145,6 +145,14 @@ def test_rows_with_more_blocks_than_places(kind):
     q, k = kind(grid(1, 4, 16, 32), grid(1, 1, 64 * 110, 32))
     marked = check(q, k, SelectionRule(64, 4))[0]
     assert marked == 64 if kind is equal_keys else 0 < marked < 64
+
+
+def test_more_marked_rows_than_have_their_keys_shared_out(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(launch, "SHARED_TILES", 1)
+    q, k, rule = *equal_keys(grid(1, 4, 40, 32), grid(1, 1, 64 * 110, 32)), SelectionRule(64, 4)
+    rows = certified_config(q.half(), k.half(), plain(1, 40, 64 * 110), rule).rows
+    assert check(q, k, rule)[0] == 160 > rows
 
 
 def test_a_few_huge_keys_mark_no_other_rows():
@@ -248,9 +256,9 @@ def test_packed_documents_are_refused():
 def test_buffers_fit_the_workspace(limit, groups, seqlen):
     workspace.set_workspace_limit(limit)
     num_blocks = seqlen // 128
-    tokens = launch.range_size(seqlen, groups, num_blocks, 128)
+    tokens = min(seqlen, launch.range_size(TARGETS["sm_90"], groups, num_blocks, 128))
     buffers = launch.range_buffers(-(-tokens * groups // 128) * 128, num_blocks, 128, torch.device("meta"))
     tensors = {id(x): x for value in buffers.values() for x in (value if isinstance(value, tuple) else (value,))}
     used = sum(x.numel() * x.element_size() for x in tensors.values())
-    # Rows are whole tiles, and lists have an entry per block.
-    assert used <= limit + 128 * (num_blocks * 17 // 8 + 2048) + 16 * num_blocks
+    # Rounds may take a third more, rows are whole tiles, and lists have an entry per block.
+    assert used <= limit * 4 // 3 + 128 * (num_blocks * 17 // 8 + 2048) + 16 * num_blocks

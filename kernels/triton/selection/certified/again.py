@@ -16,7 +16,7 @@ SPAN = tl.constexpr(1024)
 ROWS = tl.constexpr(128)
 
 
-class Lists(NamedTuple):
+class BlockLists(NamedTuple):
     """The rows that score each block again: entries, of which a block has lengths [N] from begins [N]; their total."""
 
     entries: Any

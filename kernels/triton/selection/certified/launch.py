@@ -21,6 +21,7 @@ Cost: 2 Hkv Di operations of int8 per (query, visible key), and 17 bits of memor
 16 are written once and read twice, one is written once and read once.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,25 +29,26 @@ import triton
 
 from ....problem import Problem
 from ....rules import SelectionRule
-from ....workspace import tokens_per_range
+from ....workspace import workspace_limit
 from ...common.launch import Launch, Options, view
 from ...common.records import pages_of
 from ...common.target import Target, target_of
 from ..config import SelectionConfig, selection_constants
 from ..kernel import key_arguments
+from ..merge import Lists, MergeKernelConstants
 from ..rule import ForcedBlocks
 from ..scoring import RowList
 from ..topk import Ids, Outputs
-from .again import ROWS, Lists, again_kernel, list_kernel
+from .again import ROWS, BlockLists, again_kernel, list_kernel
 from .certify import certify_kernel
 from .choose import choose_kernel
-from .marked import marked_kernel
+from .marked import marked_kernel, merge_marked_kernel
 from .quantise import Blocks, Queries, quantise_keys_kernel, quantise_queries_kernel
 from .rows import PLACES, TILE, Rows, TokenRange
 from .scan import scan_kernel
 
-# Rows of a token range, at most: more leave the L2 cache before they are read again.
-MOST_ROWS = 1 << 17
+# Rounds of the scan in a token range, at most: the rows of more leave the L2 cache before they are read again.
+MOST_ROUNDS = 4
 # About how many blocks of a row are scored again.
 NEAR = 40
 # Products that a program of `again` makes with a block, about.
@@ -55,6 +57,11 @@ PRODUCTS = 8
 TILES_AT_ONCE = 2
 # Warps that rotate vectors, which are fp32 numbers in registers while their product is summed up.
 ROTATING = 8
+# Warps of a program of the scan: two warp groups, of which one multiplies while the other takes maxima.
+SCANNING = 8
+# Tiles of marked rows whose keys are shared out to programs, and to how many: seldom more rows are marked, and a
+# program that has all keys of a tile takes long.
+SHARED_TILES, SHARES = 8, 32
 
 
 def launch(
@@ -66,17 +73,48 @@ def launch(
     Launch(kernel, grid, given, constants, Options(num_warps, num_stages)).run()
 
 
-def range_size(seqlen_q: int, num_kv_heads: int, num_blocks: int, depth: int) -> int:
+def tokens_per_round(target: Target, num_kv_heads: int) -> int:
+    """Tokens that the scan works on at a time, a multiple of 16."""
+    return max(16, TILE.value * TILES_AT_ONCE * target.num_sms // num_kv_heads // 16 * 16)
+
+
+def fitting_tokens(num_kv_heads: int, num_blocks: int, depth: int) -> int:
     """Tokens whose buffers, those of `range_buffers`, fit the workspace."""
     bytes_per_row = num_blocks * 17 // 8 + PLACES.value * 12 + depth + 32
-    return min(tokens_per_range(seqlen_q, num_kv_heads * bytes_per_row), max(16, MOST_ROWS // num_kv_heads))
+    return workspace_limit() // (num_kv_heads * bytes_per_row)
 
 
-def fills(target: Target, problem: Problem, seqlen_q: int, seqlen_k: int) -> bool:
+def range_size(target: Target, num_kv_heads: int, num_blocks: int, depth: int) -> int:
+    """Tokens of a range: whole rounds of the scan, whose buffers may take a third more than the workspace's limit.
+
+    A round that is not full takes as long as one that is. If none fits, the tokens that do, at least 16.
+    """
+    fit, at_once = fitting_tokens(num_kv_heads, num_blocks, depth), tokens_per_round(target, num_kv_heads)
+    rounds = min(MOST_ROUNDS, fit * 4 // (at_once * 3))
+    return rounds * at_once or max(16, fit // 16 * 16)
+
+
+def token_ranges(num_tokens: int, size: int) -> Iterator[tuple[int, int]]:
+    """First token and number of tokens of each range. The short one is the first, whose queries see the fewest keys.
+
+    All begin at multiples of 16, so the last may be up to 15 tokens shorter than the others.
+
+    >>> list(token_ranges(100, 48))
+    [(0, 16), (16, 48), (64, 36)]
+    """
+    first = 0
+    while first < num_tokens:
+        rest = triton.cdiv(num_tokens - first, 16) * 16
+        count = min(rest % size or size, num_tokens - first)
+        yield first, count
+        first += count
+
+
+def fills(target: Target, problem: Problem, seqlen_k: int) -> bool:
     """Whether token ranges fill the GPU: a low workspace limit, or very many keys, leave room for too few rows."""
     num_blocks = triton.cdiv(seqlen_k, problem.block_size)
-    tokens = range_size(seqlen_q, problem.num_kv_heads, num_blocks, problem.index_head_dim)
-    return tokens * problem.num_kv_heads >= TILE.value * TILES_AT_ONCE * target.num_sms
+    fit = fitting_tokens(problem.num_kv_heads, num_blocks, problem.index_head_dim)
+    return fit * 4 // 3 >= tokens_per_round(target, problem.num_kv_heads)
 
 
 def range_buffers(num_rows: int, num_blocks: int, depth: int, device: torch.device) -> dict[str, Any]:
@@ -88,7 +126,7 @@ def range_buffers(num_rows: int, num_blocks: int, depth: int, device: torch.devi
     queries = Queries(
         empty(num_rows, depth, dtype=torch.int8), *(empty(num_rows, dtype=torch.float32) for _ in range(3))
     )
-    lists = Lists(empty(PLACES.value * num_rows), empty(num_blocks), empty(num_blocks), empty(1))
+    lists = BlockLists(empty(PLACES.value * num_rows), empty(num_blocks), empty(num_blocks), empty(1))
     over, bits = empty(num_rows // 32), empty(num_blocks, num_rows // 32)
     low, places = empty(num_rows, dtype=torch.float32), empty(PLACES.value, num_rows, dtype=torch.int64)
     return {
@@ -130,7 +168,8 @@ def select_certified(
     """Write block_indices [B, Hkv, Sq, topk]; sequences: one per batch row, of all its queries."""
     batch, num_kv_heads, seqlen_q, depth = index_q.shape
     assert sequences.shape == (batch, 5), "packed documents are shorter than their buffer says"
-    constants = selection_constants(config, num_kv_heads, depth, rule, target_of(ids.device))
+    target = target_of(ids.device)
+    constants = selection_constants(config, num_kv_heads, depth, rule, target)
     outputs = Outputs(Ids(ids, *ids.stride()[:3]), None, 1)
     arguments = {
         "index_q": view(index_q),
@@ -142,8 +181,8 @@ def select_certified(
         "C": constants,
     }
     numbers, blocks = quantise_keys(index_k, arguments, rule.block_size)
-    size = range_size(seqlen_q, num_kv_heads, blocks.num_blocks, depth)
-    num_rows = triton.cdiv(size * num_kv_heads, TILE.value) * TILE.value
+    size = range_size(target, num_kv_heads, blocks.num_blocks, depth)
+    num_rows = triton.cdiv(min(size, seqlen_q) * num_kv_heads, TILE.value) * TILE.value
     # Rows that only fill up the last tile would be of later tokens, which see blocks behind the last one.
     most_blocks = blocks.num_blocks + (TILE.value - 1) // rule.block_size
     arguments |= range_buffers(num_rows, most_blocks, depth, ids.device)
@@ -154,22 +193,36 @@ def select_certified(
     marked = sequences.new_empty(num_kv_heads * seqlen_q)
     for number in range(batch):
         arguments |= {"number": number, "marked": RowList(marked, counts[number])}
-        for first in range(0, seqlen_q, size):
-            count = min(size, seqlen_q - first)
+        for first, count in token_ranges(seqlen_q, size):
             tiles = triton.cdiv(count * num_kv_heads, TILE.value)
             # No row of the range sees a block behind these.
             seen = triton.cdiv(max(1, index_k.shape[2] - seqlen_q + first + count), rule.block_size)
             select_range(arguments | {"tokens": TokenRange(number, first, count, tiles)}, tiles, seen)
-        grid = triton.cdiv(len(marked), config.rows), 1, 1
-        launch(marked_kernel, grid, arguments, config.num_warps, config.num_stages)
+        select_marked(arguments, len(marked), config)
 
 
 def select_range(arguments: dict[str, Any], tiles: int, num_blocks: int) -> None:
     """The ids of the rows of a token range, but for those that are marked; num_blocks: all that one of them may see."""
     launch(quantise_queries_kernel, (tiles, 1, 1), arguments, ROTATING)
-    launch(scan_kernel, (tiles, 1, 1), arguments)
+    launch(scan_kernel, (tiles, 1, 1), arguments, SCANNING)
     launch(choose_kernel, (tiles * (TILE.value // 32), 1, 1), arguments)
     launch(list_kernel, (num_blocks, 1, 1), arguments)
     shares = max(1, tiles * TILE.value * NEAR // (num_blocks * ROWS.value * PRODUCTS))
     launch(again_kernel, (num_blocks, shares, 1), arguments)
     launch(certify_kernel, (tiles, 1, 1), arguments)
+
+
+def select_marked(arguments: dict[str, Any], num_rows: int, config: SelectionConfig) -> None:
+    """The ids of marked rows, of which there are at most num_rows."""
+    options = config.num_warps, config.num_stages
+    ids, tiles = arguments["outputs"].ids, triton.cdiv(num_rows, config.rows)
+    shared = min(SHARED_TILES, tiles)
+    keys = ids.ptr.new_empty(shared * config.rows, SHARES, config.kept, dtype=torch.int64)
+    lists = Lists(keys, SHARES, config.kept, SHARES)
+    given = arguments | {"skipped": 0, "outputs": Outputs(ids, keys, SHARES)}
+    launch(marked_kernel, (shared, SHARES, 1), given, *options)
+    constants = MergeKernelConstants(arguments["C"].num_kv_heads, arguments["C"].topk, lists.constants, False)
+    given = arguments | {"lists": lists, "C": constants}
+    launch(merge_marked_kernel, (shared * config.rows, 1, 1), given)
+    if tiles > shared:
+        launch(marked_kernel, (tiles - shared, 1, 1), arguments | {"skipped": shared * config.rows}, *options)

@@ -5,13 +5,16 @@ import triton.language as tl
 
 from ...common.records import load_sequence
 from ..kernel import Seen, rank_tile
+from ..merge import merge_ids
 from ..scoring import IndexKeys, QueryTile, tile_rows
+from ..topk import ids_place
 
 
 @triton.jit
-def marked_kernel(index_q, index_k, pages, marked, sequences_ptr, number, forced, outputs, C: tl.constexpr):
-    """The ids of the rows of a RowList, all of one sequence. Programs without rows return at once."""
-    first = tl.program_id(0) * C.rows
+def marked_kernel(index_q, index_k, pages, marked, skipped, sequences_ptr, number, forced, outputs, C: tl.constexpr):
+    """The ids of the rows of a RowList behind its first `skipped`, all of one sequence; or lists, one row's after the
+    other's. Programs without rows return at once. Grid (tiles, splits)."""
+    first = skipped + tl.program_id(0) * C.rows
     if first >= tl.load(marked.count):
         return
     sequence = load_sequence(sequences_ptr, number)
@@ -22,3 +25,14 @@ def marked_kernel(index_q, index_k, pages, marked, sequences_ptr, number, forced
     seen = Seen(visible, tl.min(tl.where(live, visible, num_keys), 0), tl.max(visible, 0))
     keys = IndexKeys(index_k, None, pages, 0)
     rank_tile(index_q, keys, tile, seen, 0, forced, outputs, C)
+
+
+@triton.jit
+def merge_marked_kernel(marked, lists, ids, sequences_ptr, number, C: tl.constexpr):
+    """The ids of the first rows of a RowList from their lists. Grid (rows)."""
+    row = tl.program_id(0)
+    if row >= tl.load(marked.count):
+        return
+    found = tl.load(marked.rows + row)
+    place = ids_place(ids, load_sequence(sequences_ptr, number).batch, found % C.num_kv_heads, found // C.num_kv_heads)
+    merge_ids(lists.keys + row * lists.num_lists * C.lists.kept, lists.num_lists, ids.ptr + place, C)
