@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks import cpu_plot, distributed_plot, gpu_plot
 from benchmarks.gpu_tables import ROOT, gpu_rows, load_result
+from benchmarks.quality import pictures, published
 
 
 def draw_gpu(folder: Path) -> None:
@@ -32,7 +33,11 @@ def draw_conversion(folder: Path) -> None:
         figure.savefig(folder / f"conversion-{name}.png")
 
 
-PICTURES: tuple[Callable[[Path], None], ...] = (draw_gpu, draw_processes, draw_cpu, draw_conversion)
+def draw_quality(folder: Path) -> None:
+    pictures.draw(published.study(), folder)
+
+
+PICTURES: tuple[Callable[[Path], None], ...] = (draw_gpu, draw_processes, draw_cpu, draw_conversion, draw_quality)
 
 
 def main(folder: Path = ROOT / "docs" / "images") -> None:

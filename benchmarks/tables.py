@@ -7,8 +7,7 @@ makes from benchmarks/results/*.json, so that nobody types a figure. A test chec
 import re
 
 from benchmarks.gpu_tables import GPU_TABLES, ROOT, gpu_rows, layer_times, load_result, markdown
-from benchmarks.quality.earlier import direct_runs, recipe_table
-from benchmarks.quality.plan import plan_table, plan_text
+from benchmarks.quality.published import QUALITY_TABLES
 from benchmarks.selection_tables import SELECTION_TABLES
 from benchmarks.transformers_tests import transformers_tests
 
@@ -202,22 +201,6 @@ def training_memory() -> str:
     return markdown(head, rows)
 
 
-def quality_sizes() -> str:
-    return plan_text()
-
-
-def quality_plan() -> str:
-    return plan_table()
-
-
-def quality_direct() -> str:
-    return direct_runs()
-
-
-def quality_recipe() -> str:
-    return recipe_table()
-
-
 def selection_eight_bits() -> str:
     rows = []
     for row in load_result("eight_bits.json")["rows"]:
@@ -271,10 +254,6 @@ CPU_TABLES = cpu_machine, cpu_table, cpu_memory, cpu_decode, cpu_few
 OWN_TABLES = (
     *CPU_TABLES,
     training_memory,
-    quality_sizes,
-    quality_plan,
-    quality_direct,
-    quality_recipe,
     gpu_generation,
     gpu_pages,
     transformers_tests,
@@ -286,7 +265,9 @@ OWN_TABLES = (
     summary,
 )
 # Name on the pages -> the function that makes the table: "gpu peers" -> gpu_peers.
-TABLES = {make.__name__.replace("_", " ", 1): make for make in (*OWN_TABLES, *SELECTION_TABLES, *GPU_TABLES)}
+TABLES = {
+    make.__name__.replace("_", " ", 1): make for make in (*OWN_TABLES, *QUALITY_TABLES, *SELECTION_TABLES, *GPU_TABLES)
+}
 
 
 def fill(text: str) -> str:

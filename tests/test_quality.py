@@ -101,11 +101,14 @@ def test_an_arm_that_does_not_exist_is_refused(corpus):
         arms.find_arm(QUICK, "sliding")
 
 
-def test_the_speeds(corpus):
+def test_the_speeds(corpus, monkeypatch):
     from benchmarks.quality.speed import KINDS, speeds
 
-    rows = list(speeds(replace(QUICK, speed_lengths=(64,)), corpus, CPU))
-    assert [row["kind"] for row in rows] == list(KINDS) and all(row["seconds"] > 0 for row in rows)
+    shapes = []
+    monkeypatch.setattr(train, "labels_of", lambda ids, labels=train.labels_of: shapes.append(ids.shape) or labels(ids))
+    rows = list(speeds(replace(QUICK, speed_lengths=(128, 256)), corpus, CPU))
+    assert [row["kind"] for row in rows[::2]] == list(KINDS) and all(row["seconds"] > 0 for row in rows)
+    assert set(shapes) == {(1, 128), (1, 256)}
 
 
 def test_arms_differ_in_the_attention_only(corpus):
@@ -187,7 +190,7 @@ def test_arms_go_on_from_the_shared_phase(corpus, work, tmp_path, capsys):
     whole = train.Training(SHORT, arms.find_arm(SHORT, "window"), 5, corpus, CPU)
     finish(whole)
     assert found["batches"] == whole.batches
-    assert [entry["loss"] for entry in found["log"]] == [entry["loss"] for entry in whole.log]
+    assert [entry["loss"] for entry in found["log"]] == [float(f"{entry['loss']:.6g}") for entry in whole.log]
 
 
 def test_arms_that_end_the_shared_phase_at_one_time_save_it(corpus, tmp_path, monkeypatch):

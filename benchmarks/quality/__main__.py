@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import lzma
 import platform
 import sys
 import time
@@ -74,9 +75,10 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
-    """Write JSON; all of it or nothing."""
+    """Write JSON, its numbers with six digits; all of it or nothing."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found) + "\n")
+    short = json.loads(json.dumps(found), parse_float=lambda digits: float(f"{float(digits):.6g}"))
+    partial.write_text(json.dumps(short) + "\n")
     partial.replace(path)
     print(f"wrote {path}", flush=True)
 
@@ -90,7 +92,7 @@ def run_prepare(settings: Settings, options: argparse.Namespace) -> int:
     )
     write(options.out / "text.json", facts)
     files = options.work / f"text-{settings.text_key()}" / "files.json"
-    (options.out / "files.json").write_bytes(files.read_bytes())
+    (options.out / "files.json.xz").write_bytes(lzma.compress(files.read_bytes()))
     return 0
 
 

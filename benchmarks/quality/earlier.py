@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.gpu_tables import load_result, markdown
 from benchmarks.quality.report import mean_loss, recall
 
-__all__ = ["direct_runs", "recipe_table"]
+__all__ = ["direct_runs", "machine_and_text", "recipe_table"]
 
 # Nats per letter, with which it counts as learned.
 LEARNED = 0.1
@@ -15,10 +15,13 @@ LEARNED = 0.1
 def direct_runs() -> str:
     """Arms that were trained on long rows from the beginning: machine, text and steps, then losses and speeds."""
     found = load_result("quality-direct.json")
-    return f"{_describe(found['text'], found['runs']['dense'])}\n\n{_losses(found['runs'])}"
+    run = found["runs"]["dense"]
+    steps = f"{run['settings']['steps']:,} steps, seed {run['seed']}."
+    return f"{machine_and_text(run, found['text'])}\n{steps}\n\n{_losses(found['runs'])}"
 
 
-def _describe(text: dict[str, Any], run: dict[str, Any]) -> str:
+def machine_and_text(run: dict[str, Any], text: dict[str, Any]) -> str:
+    """The machine of a run and what its text is, of which `prepare` wrote text.json."""
     packages = text["packages"].values()
     files, size = (sum(package[place] for package in packages) for place in (0, 1))
     held_out = sum(package[3] for package in packages)
@@ -26,7 +29,6 @@ def _describe(text: dict[str, Any], run: dict[str, Any]) -> str:
         "{device}, torch {torch}, Python {python}.".format(**run["machine"]),
         f"Its text: {files:,} files of {len(packages)} packages, {held_out} of them held out; {size / 1e6:.0f} million "
         f"bytes; {text['train_rows']:,} rows to train.",
-        f"{run['settings']['steps']:,} steps, seed {run['seed']}.",
     ]
     return "\n".join(lines)
 

@@ -43,12 +43,22 @@ class Study:
         """A figure of each seed."""
         return [value(run) for _, run in sorted(self.runs[arm].items())]
 
-    def from_dense(self, arm: str, values: Callable[[dict[str, Any]], tuple[float, float]]) -> Difference | None:
-        """How far an arm is above dense, on the same rows with the same seeds.
+    def title(self, arm: str) -> str:
+        """What tables call an arm."""
+        return str(next(iter(self.runs[arm].values()))["title"])
+
+    def seeds_with_dense(self, arm: str) -> list[int]:
+        """The seeds with which both the arm and dense were trained."""
+        return sorted(self.runs[arm].keys() & self.runs.get("dense", {}).keys())
+
+    def from_dense(
+        self, arm: str, values: Callable[[dict[str, Any]], tuple[float, float]], seeds: list[int] | None = None
+    ) -> Difference | None:
+        """How far an arm is above dense, on the same rows with the same seeds: all that both have, or those given.
 
         values: of a row, a sum and what it is a sum over; their totals' ratio is compared.
         """
-        seeds = sorted(self.runs[arm].keys() & self.runs.get("dense", {}).keys())
+        seeds = self.seeds_with_dense(arm) if seeds is None else seeds
         if not seeds or arm == "dense":
             return None
         sums: dict[str, list[float]] = {}
@@ -121,9 +131,9 @@ def far_loss(run: dict[str, Any]) -> float:
     return sum(total for total, _ in pairs) / count if count else math.nan
 
 
-def needle(run: dict[str, Any], kind: str, length: int) -> float:
-    """The share of right answers, mean over the depths."""
-    return statistics.fmean(row["right"] for row in run["needles"] if (row["kind"], row["length"]) == (kind, length))
+def needle(run: dict[str, Any], kind: str, length: int, name: str) -> float:
+    """Of the answers, nats per letter or the share of right ones, mean over the depths."""
+    return statistics.fmean(row[name] for row in run["needles"] if (row["kind"], row["length"]) == (kind, length))
 
 
 def recall(run: dict[str, Any], name: str, place: int) -> float:
@@ -148,7 +158,7 @@ def spread(values: list[float], digits: int = 3) -> str:
 def summary(run: dict[str, Any]) -> str:
     """A line about a finished run."""
     context = run["settings"]["context"]
-    single, multi = (needle(run, kind, context) for kind in KINDS)
+    single, multi = (needle(run, kind, context, "right") for kind in KINDS)
     mqar, nats = (statistics.fmean(run["associative_recall"][name]) for name in ("right", "nats"))
     return (
         f"{run['arm']}-{run['seed']}: held-out loss {mean_loss(run):.4f}, far identifiers {far_loss(run):.3f}; right: "
@@ -157,34 +167,45 @@ def summary(run: dict[str, Any]) -> str:
     )
 
 
-def arms_table(study: Study) -> str:
-    """Losses and retrieval of each arm."""
-    context = study.any_run["settings"]["context"]
-    dense_loss = statistics.fmean(study.values("dense", mean_loss)) if "dense" in study.runs else math.nan
+def losses_table(study: Study) -> str:
+    """Losses of each arm, beside dense on the same rows."""
     rows = []
     for arm, seeds in study.runs.items():
-        run = next(iter(seeds.values()))
-        above = study.from_dense(arm, lambda row: (row["loss"], 1.0))
-        far = study.from_dense(arm, lambda row: (row["by_position"][-1], 1.0))
-        rows.append(
-            [
-                *(run["title"], f"{len(seeds)}", f"{keys_read(run):,}", spread(study.values(arm, mean_loss))),
-                *(NONE if found is None else f"{found} ({found.mean / dense_loss:+.1%})" for found in (above, far)),
-                spread(study.values(arm, far_loss)),
-                *(spread(study.values(arm, lambda run, k=kind: needle(run, k, context)), 2) for kind in KINDS),
-                *(
-                    spread(study.values(arm, lambda run, n=name: statistics.fmean(run["associative_recall"][n])), 2)
-                    for name in ("right", "nats")
-                ),
-            ]
-        )
-    head = ["arm", "seeds", "keys of the last query", "loss", "above dense", "above dense, second half"]
-    return markdown(
-        [*head, "loss of far identifiers", "single needle", "multi-key", "MQAR", "MQAR, nats per letter"], rows
-    )
+        cells = [study.title(arm), f"{len(seeds)}", f"{keys_read(next(iter(seeds.values()))):,}"]
+        cells.append(spread(study.values(arm, mean_loss)))
+        for values in (lambda row: (row["loss"], 1.0), lambda row: (row["by_position"][-1], 1.0)):
+            cells.append(_above_dense(study, arm, values))
+        rows.append([*cells, spread(study.values(arm, far_loss))])
+    head = ["arm", "seeds", "keys of the last query", "loss", "above dense", "above dense, second half of the row"]
+    return markdown([*head, "loss of far identifiers"], rows)
 
 
-KINDS = "single", "multi"
+def _above_dense(study: Study, arm: str, values: Callable[[dict[str, Any]], tuple[float, float]]) -> str:
+    """The difference with its standard error, in percent, and of each seed where there are several."""
+    found, seeds = study.from_dense(arm, values), study.seeds_with_dense(arm)
+    if found is None:
+        return NONE
+    dense_loss = statistics.fmean(study.values("dense", mean_loss))
+    text = f"{found} ({found.mean / dense_loss:+.1%})"
+    each = [study.from_dense(arm, values, [seed]) for seed in seeds]
+    return text if len(seeds) < 2 else f"{text}; by seed {', '.join(f'{one.mean:+.4f}' for one in each if one)}"
+
+
+def retrieval_table(study: Study) -> str:
+    """Nats per letter of the answers and the share of right ones, mean over the depths."""
+    context, lengths = study.any_run["settings"]["context"], study.any_run["settings"]["needle_lengths"]
+    columns = [("single", context), *(("multi", length) for length in lengths)]
+    rows = []
+    for arm, seeds in study.runs.items():
+        for seed, run in sorted(seeds.items()):
+            found = [[needle(run, kind, length, name) for name in ("nats", "right")] for kind, length in columns]
+            found.append([statistics.fmean(run["associative_recall"][name]) for name in ("nats", "right")])
+            rows.append([study.title(arm), f"{seed}", *(f"{nats:.2f}, {right:.0%}" for nats, right in found)])
+    names = [f"{KINDS[kind]}, {length // 1024 or length}{'K' if length >= 1024 else ''}" for kind, length in columns]
+    return markdown(["nats per letter, right answers", "seed", *names, "MQAR"], rows)
+
+
+KINDS = {"single": "single needle", "multi": "multi-key"}
 
 
 def by_position(study: Study, arm: str) -> list[Difference | None]:
@@ -197,27 +218,27 @@ def positions_table(study: Study) -> str:
     """How far each arm is above dense, by position."""
     edges = study.any_run["heldout"]["position_edges"]
     rows = []
-    for arm, seeds in study.runs.items():
+    for arm in study.runs:
         found = by_position(study, arm)
         if any(found):
-            rows.append([next(iter(seeds.values()))["title"], *map(str, found)])
+            rows.append([study.title(arm), *map(str, found)])
     return markdown(["above dense at positions", *(f"from {edges[place]:,}" for place in _bins(edges))], rows)
 
 
 def identifiers_table(study: Study) -> str:
-    """The loss of identifiers by how many tokens ago they were last read."""
+    """The loss of identifiers by how many tokens ago they were last read, with the seeds that all arms have."""
     edges = study.any_run["heldout"]["distance_edges"]
+    seeds = sorted(set.intersection(*(set(runs) for runs in study.runs.values())))
     rows = []
-    for seeds in study.runs.values():
+    for arm, runs in study.runs.items():
+        found = [row for seed in seeds for row in runs[seed]["heldout"]["rows"]]
         cells = []
         for place in range(len(edges)):
-            sums = [
-                [sum(row[name][place] for row in run["heldout"]["rows"]) for run in seeds.values()]
-                for name in ("identifiers", "identifier_counts")
-            ]
-            cells.append(f"{sum(sums[0]) / sum(sums[1]):.3f}" if sum(sums[1]) else NONE)
-        rows.append([next(iter(seeds.values()))["title"], *cells])
-    return markdown(["nats per identifier, last read", *(f"{edge:,} tokens ago" for edge in edges)], rows)
+            total, count = (sum(row[name][place] for row in found) for name in ("identifiers", "identifier_counts"))
+            cells.append(f"{total / count:.3f}" if count else NONE)
+        rows.append([study.title(arm), *cells])
+    head = f"nats per identifier, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; last read"
+    return markdown([head, *(f"{edge:,} tokens ago" for edge in edges)], rows)
 
 
 def recalls_table(study: Study) -> str:
@@ -260,7 +281,7 @@ def _bins(edges: list[int]) -> range:
 
 def tables(study: Study, folder: Path) -> str:
     """All tables, as Markdown."""
-    made = arms_table(study), positions_table(study), identifiers_table(study), recalls_table(study)
+    made = (make(study) for make in (losses_table, positions_table, retrieval_table, identifiers_table, recalls_table))
     return "\n\n".join(table for table in (*made, speeds_table(folder)) if table) + "\n"
 
 

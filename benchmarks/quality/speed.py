@@ -23,7 +23,7 @@ KINDS = {
     "window": ("window", False),
     "random": ("random", False),
 }
-WARM, TIMED = 3, 6
+WARM, TIMED = 2, 4
 
 
 def speeds(settings: Settings, corpus: Corpus, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -33,8 +33,9 @@ def speeds(settings: Settings, corpus: Corpus, device: torch.device) -> Iterator
         torch.compiler.reset()
         for length in settings.speed_lengths:
             row = {"kind": kind, "length": length}
+            timed = replace(settings, context=length, batch_rows=1, short_steps=0)
             try:
-                yield {**row, **_time(replace(settings, context=length, batch_rows=1), arm, corpus, device)}
+                yield {**row, **_time(timed, arm, corpus, device)}
             except torch.OutOfMemoryError:
                 yield {**row, "seconds": None, "memory": None}
 
