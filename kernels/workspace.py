@@ -6,9 +6,9 @@ _limit = [1 << 30]
 def set_workspace_limit(size: int) -> None:
     """Limit the partial results that the GPU's training kernels keep at a time to about `size` bytes (default: 1 GiB).
 
-    So do selections of long sequences, which may take a third more. The kernels process the tokens in ranges whose partial results fit. In addition
-    they keep the inverse index, some 40 bytes for each block that a token chose; the backward keeps sums of about a
-    sixth of the limit, and a selection may keep its index keys in int8. A larger
+    So do selections of long sequences, which may take a third more. The kernels process the tokens in ranges whose
+    partial results fit. In addition they keep the inverse index, some 40 bytes for each block that a token chose; the
+    backward keeps sums of about a sixth of the limit, and a selection may keep its index keys in int8. A larger
     workspace means fewer and longer passes over the keys, which is faster beyond some 100K tokens; a smaller one leaves
     more memory to the model. A range has at least 16 tokens of one group, whatever the limit. The limit holds for the
     whole process, on every device.
