@@ -1,5 +1,6 @@
 """Attention of sequences that are cut over processes: the same as on one."""
 
+import functools
 import itertools
 import json
 from dataclasses import replace
@@ -218,38 +219,46 @@ def cut_evenly():
 
 
 def run_all():
-    """All cases; with four processes, which take longer to do the same, those that differ from two."""
-    both = torch.distributed.get_world_size() == 2
-    cases = {case: together(*case) for case in product(CASES, LAYOUTS) if both or case[1] == "head-tail"}
-    layers = [train_layer(*case) for case in WRAPPED] if both else []
-    return [cases, compile_layer() if both else [], layers, cut_evenly(), refuse()]
+    """All that the tests look at; with four processes, which take longer to do the same, what may differ from two."""
+    world = torch.distributed.get_world_size()
+    results = {"cut": cut_evenly(), "refused": refuse()}
+    results |= {case: together(*case) for number, case in TOGETHER if number == world}
+    if world == 2:
+        results |= {"compiled": compile_layer(), "averaged": {case: train_layer(*case) for case in WRAPPED}}
+    return results
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
-def results(request):
-    return run(request.param, run_all)
+# The number of processes, and the name and layout of a case.
+TOGETHER = [*product([2], product(CASES, LAYOUTS)), *product([4], product(CASES, ["head-tail"]))]
 
 
-@pytest.mark.parametrize("case", list(product(CASES, LAYOUTS)), ids=", ".join)
-def test_as_on_one_process(case, results):
-    for exact, errors in (found[0][case] for found in results if case in found[0]):
+@functools.cache
+def results(world):
+    return run(world, run_all)
+
+
+@pytest.mark.parametrize(("world", "case"), TOGETHER, ids=str)
+def test_as_on_one_process(world, case):
+    for exact, errors in (found[case] for found in results(world)):
         assert exact and all(error < 1e-12 for error in errors), errors
 
 
 @pytest.mark.parametrize("case", WRAPPED, ids=str)
-def test_a_layer_whose_gradients_are_averaged(case, results):
-    for errors, loss in (found[2][WRAPPED.index(case)] for found in results if found[2]):
+def test_a_layer_whose_gradients_are_averaged(case):
+    for errors, loss in (found["averaged"][case] for found in results(2)):
         assert all(error < 1e-12 for error in errors), errors
         # In the backward, the value is kept in float32.
         assert loss < (1e-6 if case[1] else 1e-12)
 
 
-def test_compiled_in_one_graph(results):
-    assert all(error < 1e-12 for found in results for error in found[1])
+def test_compiled_in_one_graph():
+    for errors in (found["compiled"] for found in results(2)):
+        assert len(errors) > 8 and all(error < 1e-12 for error in errors)
 
 
-def test_documents_are_cut_by_turns(results):
-    for padded, same in (found[3] for found in results):
+@pytest.mark.parametrize("world", [2, 4])
+def test_documents_are_cut_by_turns(world):
+    for padded, same in (found["cut"] for found in results(world)):
         assert same and padded < 1.1
 
 
@@ -263,7 +272,8 @@ def test_the_benchmark(tmp_path):
     assert min(row["one_us"], row["heads_us"], row["keys_us"]) > 0
 
 
-def test_a_part_is_not_taken_as_the_whole(results):
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_part_is_not_taken_as_the_whole(world):
     expected = (
         "shards: expected SequenceShards of the mesh of ContextParallel, got None",
         "flexmsa inside torch's context_parallel()",
@@ -277,7 +287,7 @@ def test_a_part_is_not_taken_as_the_whole(results):
         "kv_starts: expected None with cu_seqlens",
         "kv_starts: expected None with cu_seqlens",
     )
-    for found in results:
-        assert len(found[-1]) == len(expected), found[-1]
-        for message, start in zip(found[-1], expected, strict=True):
+    for found in (found["refused"] for found in results(world)):
+        assert len(found) == len(expected), found
+        for message, start in zip(found, expected, strict=True):
             assert message.startswith(start), message

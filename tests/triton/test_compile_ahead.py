@@ -235,17 +235,27 @@ class SharedModule:
         self.source = SharedModule.newest
 
 
-def test_each_kernel_has_its_own_launcher(events, monkeypatch):
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_each_kernel_has_its_own_launcher(events, monkeypatch, num_threads):
+    """Kernels of one step, and those that another thread compiles at the same time."""
+
     def load(kernel):
         return Compiled((kernel.src, SharedModule(kernel.src, None).source), events)
 
-    monkeypatch.setattr(compiled, "Compiled", load)
+    for module in (launch, compiled):
+        monkeypatch.setattr(module, "Compiled", load)
+    monkeypatch.setattr(compiled, "max_workers", lambda: 4)
     monkeypatch.setattr(compiled.driver.active, "launcher_cls", SharedModule)
-    step = partial(train, Layer(tokens=4096))
-    with launch.expected(step):
-        step()
+    layers = [Layer(tokens=4096), Layer(tokens=4096, block_size=64)]
+
+    def run(layer):
+        with assume_target(TARGETS["sm_90"]), launch.expected(partial(train, layer)):
+            train(layer)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(run, layers))
     made = names(events, "compiled")
-    assert len(made) > 15 and all(kernel == launcher for kernel, launcher in made)
+    assert len(made) > 30 and all(kernel == launcher for kernel, launcher in made)
 
 
 def test_threads_compile_the_same_kernels(monkeypatch):

@@ -79,7 +79,7 @@ def ready(kernel: Any) -> Compiled | None:
     """A kernel ready for the current device, or None if it cannot be loaded.
 
     With Triton 3.6 all launchers are modules of one name, so two threads that load them at one time may get each
-    other's. So this is called in one thread, while no other compiles.
+    other's. So this is called by one thread at a time, while no other compiles.
     """
     with contextlib.suppress(Exception):
         return Compiled(kernel)

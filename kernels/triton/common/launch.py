@@ -10,6 +10,7 @@ and for the first launch of a step that is `expected`.
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextvars import ContextVar, Token
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -141,6 +142,8 @@ def signature_of(x: Any, place: tuple[int, ...], constants: dict[tuple[int, ...]
 
 
 _compiled: dict[Any, Compiled] = {}
+# Held while kernels are compiled and loaded, as `ready` asks for.
+_compiling = RLock()
 _begun: set[Hashable] = set()
 _recording: ContextVar[Any] = ContextVar("recording", default=None)
 _is_ahead: ContextVar[bool] = ContextVar("is_ahead", default=False)
@@ -241,12 +244,13 @@ class Launch(NamedTuple):
 
     def compile_first(self, device: int, key: tuple[Any, ...]) -> Compiled:
         """Compile this kernel, and with it those of the expected step."""
-        step = _step.get()
-        if step is not None and not torch.cuda.is_current_stream_capturing():
-            compile_ahead([step])
-        if (device, key) not in _compiled:
-            _compiled[device, key] = Compiled(self.compile(target_of(torch.device("cuda", device))))
-        return _compiled[device, key]
+        with _compiling:
+            step = _step.get()
+            if step is not None and not torch.cuda.is_current_stream_capturing():
+                compile_ahead([step])
+            if (device, key) not in _compiled:
+                _compiled[device, key] = Compiled(self.compile(target_of(torch.device("cuda", device))))
+            return _compiled[device, key]
 
     def key_and_values(self) -> tuple[tuple[Any, ...], list[Any]]:
         """All that the compiled kernel depends on, and what it is launched with."""
@@ -343,6 +347,7 @@ def compile_ahead(
                 call()
     finally:
         _is_ahead.reset(token)
-    for key, kernel in compile_sources(missing.sources, device, target, report):
-        _compiled[key] = kernel
+    with _compiling:
+        for key, kernel in compile_sources(missing.sources, device, target, report):
+            _compiled[key] = kernel
     return len(missing.sources)

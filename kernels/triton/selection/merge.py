@@ -228,8 +228,8 @@ class MergeKernelConstants:
 
 
 @triton.jit
-def merge_ids(lists_ptr, num_lists, ids_ptr, C: tl.constexpr):
-    """Write the ids of one query and group, ascending, from its lists; C: MergeKernelConstants."""
+def merge_ids(lists_ptr, num_lists, ids_ptr, live, C: tl.constexpr):
+    """Write the ids of one query and group, ascending, from its lists, if it is live; C: MergeKernelConstants."""
     # Triton 3.6 passes a field that is not a number to a function only if it has a name of its own.
     merging: tl.constexpr = C.lists
     kept: tl.constexpr = C.lists.kept
@@ -239,7 +239,7 @@ def merge_ids(lists_ptr, num_lists, ids_ptr, C: tl.constexpr):
     else:
         ids = ascending_ids(merge_long_lists(lists_ptr, num_lists, kept), C.topk)
         slot = tl.arange(0, kept)[:, None]
-    tl.store(ids_ptr + slot, ids, mask=slot < C.topk)
+    tl.store(ids_ptr + slot, ids, mask=live & (slot < C.topk))
 
 
 @triton.jit
@@ -259,11 +259,11 @@ def merge_kernel(lists, ids_to, scores_ptr, sequences_ptr, tiles, C: tl.constexp
     group = tl.program_id(1)
     lists_ptr = query_lists(lists.keys, lists.num_lists, tile, group, tiles.seqlen_q, C.num_kv_heads, kept)
     token = sequence.q_start + tile.number
-    if token >= sequence.q_end:
-        return
+    # A branch would wait for the sequence before lists are loaded.
+    live = token < sequence.q_end
     ids_ptr = ids_to.ptr + ids_place(ids_to, sequence.batch, group, token)
     if scores_ptr is None:
-        merge_ids(lists_ptr, lists.num_lists, ids_ptr, C)
+        merge_ids(lists_ptr, lists.num_lists, ids_ptr, live, C)
     else:
         if C.lists.heads > 0:
             keys = merge_keys(lists_ptr, lists.num_lists, merging)
@@ -271,9 +271,9 @@ def merge_kernel(lists, ids_to, scores_ptr, sequences_ptr, tiles, C: tl.constexp
         else:
             keys = merge_long_lists(lists_ptr, lists.num_lists, kept)
             slot = tl.arange(0, kept)[:, None]
-        tl.store(ids_ptr + slot, block_ids(keys), mask=slot < C.topk)
+        tl.store(ids_ptr + slot, block_ids(keys), mask=live & (slot < C.topk))
         row = (sequence.batch * C.num_kv_heads + group) * tiles.seqlen_q + token
-        tl.store(scores_ptr + row * C.topk + slot, key_scores(keys), mask=slot < C.topk)
+        tl.store(scores_ptr + row * C.topk + slot, key_scores(keys), mask=live & (slot < C.topk))
 
 
 def merge_splits(

@@ -59,8 +59,8 @@ TILES_AT_ONCE = 2
 ROTATING = 8
 # Warps of a program of the scan: two warp groups, of which one multiplies while the other takes maxima.
 SCANNING = 8
-# Tiles of marked rows whose keys are shared out to programs, and to how many: seldom more rows are marked, and a
-# program that has all keys of a tile takes long.
+# Tiles of marked rows whose keys are shared out to programs, and to how many: a program with all keys of a tile takes
+# long, and normal keys mark fewer rows.
 SHARED_TILES, SHARES = 8, 32
 
 
@@ -114,7 +114,7 @@ def fills(target: Target, problem: Problem, seqlen_k: int) -> bool:
     """Whether token ranges fill the GPU: a low workspace limit, or very many keys, leave room for too few rows."""
     num_blocks = triton.cdiv(seqlen_k, problem.block_size)
     fit = fitting_tokens(problem.num_kv_heads, num_blocks, problem.index_head_dim)
-    return fit * 4 // 3 >= tokens_per_round(target, problem.num_kv_heads)
+    return fit >= tokens_per_round(target, problem.num_kv_heads)
 
 
 def range_buffers(num_rows: int, num_blocks: int, depth: int, device: torch.device) -> dict[str, Any]:

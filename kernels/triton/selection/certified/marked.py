@@ -35,4 +35,4 @@ def merge_marked_kernel(marked, lists, ids, sequences_ptr, number, C: tl.constex
         return
     found = tl.load(marked.rows + row)
     place = ids_place(ids, load_sequence(sequences_ptr, number).batch, found % C.num_kv_heads, found // C.num_kv_heads)
-    merge_ids(lists.keys + row * lists.num_lists * C.lists.kept, lists.num_lists, ids.ptr + place, C)
+    merge_ids(lists.keys + row * lists.num_lists * C.lists.kept, lists.num_lists, ids.ptr + place, True, C)
