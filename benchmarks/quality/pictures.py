@@ -16,12 +16,12 @@ __all__ = ["FILES", "draw"]
 
 COLOURS = {
     **{"dense": ORANGE, "msa": BLUE, "convert": BLUE, "window": GREEN, "random": PURPLE, "no-kl": GREY},
-    **{"few": BLUE, "cold": BLUE},
+    **{"few": "#56B4E9", "cold": "#08306B"},
 }
 # Nats per token.
 CLOSE = 0.05
 # Lines of one colour differ in style.
-STYLES = {"convert": "--", "few": ":", "cold": "-."}
+STYLES = {"convert": "--", "no-kl": "--"}
 
 
 def positions(study: Study) -> Figure:
@@ -64,6 +64,8 @@ def retrieval(study: Study) -> Figure:
                 axes.set_title(f"{arm}, seed {seed}", loc="left", fontsize="small", fontweight="bold")
             else:
                 axes.set_axis_off()
+    figure.supxlabel("tokens of the text", fontsize="small")
+    figure.supylabel("depth of the statement", fontsize="small")
     figure.colorbar(image, ax=panels, shrink=0.7, label="nats per letter; dark: known")
     return figure
 
@@ -82,16 +84,18 @@ def recalls(study: Study) -> Figure:
     arms = [arm for arm in study.runs if arm not in ("dense", "window", "random")] or list(study.runs)
     figure = Figure(figsize=(3.4 * len(arms) + 0.5, 5.4), dpi=110, layout="constrained")
     panels = figure.subplots(2, len(arms), squeeze=False, sharey=True)
-    colours = {"index": BLUE, "untrained": PURPLE, "window": GREEN, "random": GREY}
+    # The untrained branch is drawn last, dotted: it lies on the line of random blocks.
+    colours = {"index": BLUE, "window": GREEN, "random": GREY, "untrained": ORANGE}
     for layers, steps, arm in zip(*panels, arms, strict=True):
         run = next(iter(study.runs[arm].values()))
         short = run["settings"]["short_steps"]
         for name, colour in colours.items():
             values = [layer[1] for layer in run["recalls"][name]]
-            layers.plot(range(len(values)), values, color=colour, label=SELECTIONS[name])
+            style = ":" if name == "untrained" else "-"
+            layers.plot(range(len(values)), values, style, color=colour, label=SELECTIONS[name])
             measured = [entry for entry in run["log"] if "recalls" in entry and entry["step"] > short]
             means = [statistics.fmean(layer[1] for layer in entry["recalls"][name]) for entry in measured]
-            steps.plot([entry["step"] - short for entry in measured], means, color=colour)
+            steps.plot([entry["step"] - short for entry in measured], means, style, color=colour)
         layers.set(ylim=(0, 1.02), xlabel="layer, at the end")
         steps.set(xlabel="step on long rows, mean over the layers")
         decorate(layers, run["title"])

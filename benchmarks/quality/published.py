@@ -11,6 +11,7 @@ from benchmarks.quality.report import (
     load,
     losses_table,
     positions_table,
+    progress_table,
     recalls_table,
     retrieval_table,
 )
@@ -44,11 +45,17 @@ def quality_recipe() -> str:
 
 def quality_losses() -> str:
     run = study().any_run
-    return f"{machine_and_text(run, load_result('quality/text.json'))}\n\n{losses_table(study())}"
+    rows = run["heldout"]["rows"]
+    read = f"Losses are of {len(rows)} held-out rows, of {len({row['package'] for row in rows})} packages."
+    return f"{machine_and_text(run, load_result('quality/text.json'))}\n{read}\n\n{losses_table(study())}"
 
 
 def quality_positions() -> str:
     return positions_table(study())
+
+
+def quality_progress() -> str:
+    return progress_table(study())
 
 
 def quality_retrieval() -> str:
@@ -65,5 +72,5 @@ def quality_recalls() -> str:
 
 QUALITY_TABLES = (
     *(quality_sizes, quality_plan, quality_direct, quality_recipe, quality_losses, quality_positions),
-    *(quality_retrieval, quality_identifiers, quality_recalls),
+    *(quality_progress, quality_retrieval, quality_identifiers, quality_recalls),
 )

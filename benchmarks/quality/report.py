@@ -15,6 +15,8 @@ from benchmarks.quality.settings import FULL
 __all__ = ["Difference", "Study", "load", "summary", "tables", "write_report"]
 
 NONE = "-"
+# Of a row of held-out text: a sum, and what it is a sum over.
+Values = Callable[[dict[str, Any]], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,7 @@ class Study:
         """The seeds with which both the arm and dense were trained."""
         return sorted(self.runs[arm].keys() & self.runs.get("dense", {}).keys())
 
-    def from_dense(
-        self, arm: str, values: Callable[[dict[str, Any]], tuple[float, float]], seeds: list[int] | None = None
-    ) -> Difference | None:
+    def from_dense(self, arm: str, values: Values, seeds: list[int] | None = None) -> Difference | None:
         """How far an arm is above dense, on the same rows with the same seeds: all that both have, or those given.
 
         values: of a row, a sum and what it is a sum over; their totals' ratio is compared.
@@ -173,20 +173,24 @@ def losses_table(study: Study) -> str:
     for arm, seeds in study.runs.items():
         cells = [study.title(arm), f"{len(seeds)}", f"{keys_read(next(iter(seeds.values()))):,}"]
         cells.append(spread(study.values(arm, mean_loss)))
-        for values in (lambda row: (row["loss"], 1.0), lambda row: (row["by_position"][-1], 1.0)):
-            cells.append(_above_dense(study, arm, values))
-        rows.append([*cells, spread(study.values(arm, far_loss))])
+        compared: tuple[Values, ...] = (
+            lambda row: (row["loss"], 1.0),
+            lambda row: (row["by_position"][-1], 1.0),
+            lambda row: far_mentions(study.any_run, row),
+        )
+        rows.append([*cells, *(_above_dense(study, arm, values) for values in compared)])
     head = ["arm", "seeds", "keys of the last query", "loss", "above dense", "above dense, second half of the row"]
-    return markdown([*head, "loss of far identifiers"], rows)
+    return markdown([*head, "above dense, far identifiers"], rows)
 
 
-def _above_dense(study: Study, arm: str, values: Callable[[dict[str, Any]], tuple[float, float]]) -> str:
+def _above_dense(study: Study, arm: str, values: Values) -> str:
     """The difference with its standard error, in percent, and of each seed where there are several."""
     found, seeds = study.from_dense(arm, values), study.seeds_with_dense(arm)
     if found is None:
         return NONE
-    dense_loss = statistics.fmean(study.values("dense", mean_loss))
-    text = f"{found} ({found.mean / dense_loss:+.1%})"
+    sums = [values(row) for seed in seeds for row in study.runs["dense"][seed]["heldout"]["rows"]]
+    dense, count = (sum(numbers) for numbers in zip(*sums, strict=True))
+    text = f"{found} ({found.mean * count / dense:+.1%})" if count else NONE
     each = [study.from_dense(arm, values, [seed]) for seed in seeds]
     return text if len(seeds) < 2 else f"{text}; by seed {', '.join(f'{one.mean:+.4f}' for one in each if one)}"
 
@@ -275,13 +279,40 @@ def speeds_table(folder: Path) -> str:
     return markdown(["thousand tokens per second", *(f"{length:,}" for length in lengths)], rows)
 
 
+def progress_table(study: Study) -> str:
+    """How far the training loss of each arm is above dense, on the same batches, over the base model's long steps."""
+    settings = study.any_run["settings"]
+    parts, every = 5, settings["log_every"]
+    size = settings["steps"] // parts
+    rows = []
+    for arm in study.runs:
+        seeds = study.seeds_with_dense(arm)
+        if arm == "dense" or not seeds:
+            continue
+        cells = []
+        both = ([_losses(study.runs[name][seed]) for seed in seeds] for name in (arm, "dense"))
+        ours, dense = ([statistics.fmean(entry) for entry in zip(*runs, strict=True)] for runs in both)
+        for part in range(parts):
+            first, last = ((settings["short_steps"] + place * size) // every for place in (part, part + 1))
+            cells.append(f"{statistics.fmean(ours[first:last]) - statistics.fmean(dense[first:last]):+.4f}")
+        rows.append([study.title(arm), *cells])
+    steps = [f"{part * size + 1} to {part * size + size}" for part in range(parts)]
+    return markdown(["above dense in training, long steps", *steps], rows)
+
+
+def _losses(run: dict[str, Any]) -> list[float]:
+    """The losses of the log in which the base model learns."""
+    return [entry["loss"] for entry in run["log"] if not entry["index_only"]]
+
+
 def _bins(edges: list[int]) -> range:
     return range(len(edges) - 1)
 
 
 def tables(study: Study, folder: Path) -> str:
     """All tables, as Markdown."""
-    made = (make(study) for make in (losses_table, positions_table, retrieval_table, identifiers_table, recalls_table))
+    makers = losses_table, positions_table, progress_table, retrieval_table, identifiers_table, recalls_table
+    made = (make(study) for make in makers)
     return "\n\n".join(table for table in (*made, speeds_table(folder)) if table) + "\n"
 
 

@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ from .target import Target
 
 # Times that a compilation is tried again after an error that is not its own.
 RETRIES = 4
+# Held while kernels are compiled and loaded. With Triton 3.6 all launchers are modules of one name, so that two threads
+# that load them at one time may get each other's: one thread loads them, while no other compiles.
+_compiling = Lock()
 
 
 class MixedUp(contextlib.AbstractContextManager[None]):
@@ -69,21 +73,10 @@ class Source(NamedTuple):
         with contextlib.suppress(Exception):
             kernel = self.compile(target)
             # With Triton 3.6 the C compiler makes its launcher, which takes as long as many a kernel. It is left in
-            # Triton's cache and not used: see `ready`.
+            # Triton's cache and not used: see `_compiling`.
             driver.active.launcher_cls(kernel.src, kernel.metadata)
             return kernel
         return None
-
-
-def ready(kernel: Any) -> Compiled | None:
-    """A kernel ready for the current device, or None if it cannot be loaded.
-
-    With Triton 3.6 all launchers are modules of one name, so two threads that load them at one time may get each
-    other's. So this is called by one thread at a time, while no other compiles.
-    """
-    with contextlib.suppress(Exception):
-        return Compiled(kernel)
-    return None
 
 
 def in_thread(call: Callable[[], object]) -> Future[object]:
@@ -114,27 +107,36 @@ def gpu_of(target: Target) -> GPUTarget:
     return GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
 
 
+def compile_alone(source: Source, target: Target) -> Compiled:
+    """The kernel, compiled and ready for the current device."""
+    with _compiling:
+        return Compiled(source.compile(target))
+
+
 def compile_sources(
     sources: dict[Hashable, Source], device: int, target: Target, report: Callable[[int, int, str], object]
-) -> Iterator[tuple[Hashable, Compiled]]:
-    """Compile side by side for the current device, and yield each kernel that compiles, by its key.
+) -> dict[Hashable, Compiled]:
+    """Compile side by side for the current device; each kernel that compiles and loads, by its key.
 
     Threads do, because Triton compiles outside of Python's lock, but for reading the kernel's source.
     """
     wait(begin_to_prepare(target))
     compiled: dict[Hashable, Any] = {}
-    pool = ThreadPoolExecutor(max_workers(), initializer=torch.cuda.set_device, initargs=(device,))
-    try:
-        keys = {pool.submit(source.try_to_compile, target): key for key, source in sources.items()}
-        for done, future in enumerate(as_completed(keys), 1):
-            compiled[keys[future]] = future.result()
-            report(done, len(sources), sources[keys[future]].name)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    for key, kernel in compiled.items():
-        loaded = None if kernel is None else ready(kernel)
-        if loaded is not None:
-            yield key, loaded
+    with _compiling:
+        pool = ThreadPoolExecutor(max_workers(), initializer=torch.cuda.set_device, initargs=(device,))
+        try:
+            keys = {pool.submit(source.try_to_compile, target): key for key, source in sources.items()}
+            for done, future in enumerate(as_completed(keys), 1):
+                compiled[keys[future]] = future.result()
+                report(done, len(sources), sources[keys[future]].name)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        loaded = {}
+        for key, kernel in compiled.items():
+            with contextlib.suppress(Exception):
+                if kernel is not None:
+                    loaded[key] = Compiled(kernel)
+        return loaded
 
 
 def max_workers() -> int:

@@ -10,7 +10,6 @@ and for the first launch of a step that is `expected`.
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextvars import ContextVar, Token
-from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .compiled import Compiled, Source, begin_to_hash, begin_to_prepare, compile_sources
+from .compiled import Compiled, Source, begin_to_hash, begin_to_prepare, compile_alone, compile_sources
 from .target import Target, assume_target, target_of
 
 TYPES = {
@@ -142,8 +141,6 @@ def signature_of(x: Any, place: tuple[int, ...], constants: dict[tuple[int, ...]
 
 
 _compiled: dict[Any, Compiled] = {}
-# Held while kernels are compiled and loaded, as `ready` asks for.
-_compiling = RLock()
 _begun: set[Hashable] = set()
 _recording: ContextVar[Any] = ContextVar("recording", default=None)
 _is_ahead: ContextVar[bool] = ContextVar("is_ahead", default=False)
@@ -244,13 +241,12 @@ class Launch(NamedTuple):
 
     def compile_first(self, device: int, key: tuple[Any, ...]) -> Compiled:
         """Compile this kernel, and with it those of the expected step."""
-        with _compiling:
-            step = _step.get()
-            if step is not None and not torch.cuda.is_current_stream_capturing():
-                compile_ahead([step])
-            if (device, key) not in _compiled:
-                _compiled[device, key] = Compiled(self.compile(target_of(torch.device("cuda", device))))
-            return _compiled[device, key]
+        step = _step.get()
+        if step is not None and not torch.cuda.is_current_stream_capturing():
+            compile_ahead([step])
+        if (device, key) not in _compiled:
+            _compiled[device, key] = compile_alone(self.source(), target_of(torch.device("cuda", device)))
+        return _compiled[device, key]
 
     def key_and_values(self) -> tuple[tuple[Any, ...], list[Any]]:
         """All that the compiled kernel depends on, and what it is launched with."""
@@ -347,7 +343,5 @@ def compile_ahead(
                 call()
     finally:
         _is_ahead.reset(token)
-    with _compiling:
-        for key, kernel in compile_sources(missing.sources, device, target, report):
-            _compiled[key] = kernel
+    _compiled.update(compile_sources(missing.sources, device, target, report))
     return len(missing.sources)
