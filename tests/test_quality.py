@@ -82,12 +82,12 @@ def test_several_arms_side_by_side(work, corpus, tmp_path, monkeypatch, capsys):
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    shared = ["--quick", f"--out={tmp_path}", f"--work={work}", "--device=cpu", "--seconds=7"]
+    shared = ["--quick", f"--out={tmp_path}", f"--work={work}", "--device=cpu", "--seconds=7", "--long-steps=12"]
     assert commands.main(["train", "--arm", "msa", "few", "cold", "--seed", "0", "1", *shared]) == 1
     logs = {path.stem: path.read_text() for path in tmp_path.glob("*.log")}
     assert sorted(logs) == ["cold-0", "cold-1", "few-0", "few-1", "msa-0", "msa-1"]
     assert {log[4] for log in logs.values()} == {"0", "1"}
-    assert "train --arm cold --seed 1 --seconds=7.0" in logs["cold-1"] and "--quick" in logs["cold-1"]
+    assert "train --arm cold --seed 1 --seconds=7.0 --long-steps=12" in logs["cold-1"] and "--quick" in logs["cold-1"]
     assert capsys.readouterr().out.count("exit code 1; GPU") == 2
 
 
@@ -109,6 +109,14 @@ def test_the_speeds(corpus, monkeypatch):
     rows = list(speeds(replace(QUICK, speed_lengths=(128, 256)), corpus, CPU))
     assert [row["kind"] for row in rows[::2]] == list(KINDS) and all(row["seconds"] > 0 for row in rows)
     assert set(shapes) == {(1, 128), (1, 256)}
+
+
+def test_more_steps_on_long_rows_are_a_study_of_their_own():
+    longer = QUICK.lengthened(20)
+    assert longer.steps == 20 and longer.key() != QUICK.key() and longer.text_key() == QUICK.text_key()
+    assert arms.find_arm(longer, "msa").steps == QUICK.short_steps + 20
+    with pytest.raises(ValueError, match="expected at least 7, got 6"):
+        QUICK.lengthened(QUICK.convert_at)
 
 
 def test_arms_differ_in_the_attention_only(corpus):

@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
     settings = QUICK if options.quick else FULL
     if options.steps:
         settings = settings.shortened(options.steps)
+    if options.long_steps:
+        settings = settings.lengthened(options.long_steps)
     if options.command == "plan":
         print(f"{plan_text(settings)}\n\n{plan_table(settings)}")
         return 0
@@ -61,6 +63,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the weights and the order of the text")
     parser.add_argument("--seconds", type=float, default=540.0, help="of train: most time of all; a later call goes on")
     parser.add_argument("--steps", type=int, help="of train: so many steps, all phases shorter in proportion")
+    parser.add_argument(
+        "--long-steps",
+        type=int,
+        help="so many steps on long rows, and all else alike: a study of its own, for its own --out",
+    )
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="folder of the results, which are small")
     parser.add_argument("--work", type=Path, default=Path("out/quality-work"), help="folder of the text and of weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -149,8 +156,10 @@ def run_train(settings: Settings, options: argparse.Namespace) -> int:
 
 def shared_options(options: argparse.Namespace) -> list[str]:
     """The options that a process of each arm is given too."""
-    names = ("seconds", "steps", "out", "work", "device")
-    given = [f"--{name}={getattr(options, name)}" for name in names if getattr(options, name) is not None]
+    names = ("seconds", "steps", "long_steps", "out", "work", "device")
+    given = [
+        f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names if getattr(options, name) is not None
+    ]
     return [*given, *(["--quick"] if options.quick else [])]
 
 

@@ -88,6 +88,17 @@ class Settings:
         names = ("short_steps", "warm_up", "convert_at", "index_steps")
         return replace(self, steps=steps, **{name: max(1, getattr(self, name) * steps // self.steps) for name in names})
 
+    def lengthened(self, steps: int) -> "Settings":
+        """A run of so many steps behind the short phase, with the other phases as they are.
+
+        Raises:
+            ValueError: there is no step for each phase.
+        """
+        least = max(self.warm_up, self.convert_at) + 1
+        if steps < least:
+            raise ValueError(f"long steps: expected at least {least}, got {steps}")
+        return replace(self, steps=steps)
+
     def text_key(self) -> str:
         """A name for what the text depends on."""
         names = (
