@@ -12,7 +12,7 @@ from flexmsa.kernels.workspace import set_workspace_limit
 from flexmsa.modules import MSAttention
 from flexmsa.paged import PagedBatch, PagePools, attend_pages, select_pages, write_pages
 from flexmsa.paged_cache import PagedMSACache
-from flexmsa.tuning import autotune, clear_tuning, load_tuning
+from flexmsa.tuning import autotune, clear_tuning, load_tuning, set_certified_selection
 from flexmsa.types import AuxOutput, AuxRequest
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "save_selection_policy",
     "select_blocks",
     "select_pages",
+    "set_certified_selection",
     "set_workspace_limit",
     "unpack_gqa",
     "warm_up",

@@ -17,9 +17,18 @@ import torch
 from flexmsa import validation
 from flexmsa.config import MSAConfig
 from flexmsa.kernels.problem import Problem
-from flexmsa.kernels.tuning import Key, Report, clear_tuning, describe, event_time, register, tune
+from flexmsa.kernels.tuning import (
+    Key,
+    Report,
+    clear_tuning,
+    describe,
+    event_time,
+    register,
+    set_certified_selection,
+    tune,
+)
 
-__all__ = ["autotune", "clear_tuning", "load_tuning", "main"]
+__all__ = ["autotune", "clear_tuning", "load_tuning", "main", "set_certified_selection"]
 
 
 def autotune(

@@ -43,6 +43,7 @@ class Found(NamedTuple):
 
 
 _changes: dict[Key, Changes] = {}
+_certified = [True]
 
 
 def clear_tuning() -> None:
@@ -51,6 +52,29 @@ def clear_tuning() -> None:
     >>> clear_tuning()
     """
     _changes.clear()
+
+
+def set_certified_selection(enabled: bool) -> None:
+    """Say whether selections of long sequences may find their ids from int8 scores first (default: they may).
+
+    The ids are the same, bit for bit. Where most index keys repeat, as without RoPE in the index branch, many rows have
+    to be scored again, and a selection takes up to 1.7 times as long as without. docs/notes/selection-8-bits.md says
+    when int8 scores are used. Holds for the whole process.
+
+    Raises:
+        TypeError: `enabled` is not a bool.
+
+    >>> set_certified_selection(False)
+    >>> set_certified_selection(True)
+    """
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected True or False, got {type(enabled).__name__}")
+    _certified[0] = enabled
+
+
+def certified_selection() -> bool:
+    """What `set_certified_selection` said last."""
+    return _certified[0]
 
 
 def register(key: Key, changes: Changes) -> None:

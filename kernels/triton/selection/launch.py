@@ -28,7 +28,7 @@ import torch
 from ...problem import Problem
 from ...rules import SelectionRule
 from ...sequences import table_rows
-from ...tuning import tuned_config
+from ...tuning import certified_selection, tuned_config
 from ..common.launch import Launch, Options, compile_other_lengths, for_one_length, is_ahead, on_meta, view
 from ..common.records import capacity_of, keys_per_row, pages_of, table_on_meta
 from ..common.target import GLUON, target_of
@@ -84,7 +84,7 @@ def choose_config(
     # How long packed documents are, and which rows of a batch are padded, is not known here.
     alone = sequences.shape == (1, 5)
     shipped = default_config(problem, target, num_sequences, seqlen_q, keys, packed and problem.paged, alone)
-    if shipped.certified and not fills(target, problem, keys):
+    if shipped.certified and not (certified_selection() and fills(target, problem, keys)):
         shipped = replace(shipped, certified=False)
     return tuned_config("selection", problem, target, shipped, DEPENDS_ON)
 

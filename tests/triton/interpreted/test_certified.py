@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import flexmsa
 from flexmsa.kernels import workspace
 from flexmsa.kernels.problem import Problem
 from flexmsa.kernels.rules import SelectionRule
@@ -235,6 +236,17 @@ def test_sequences_of_unknown_lengths_take_the_other_kernel():
     assert is_certified(1 << 17, 1, 5)
     assert not is_certified(1 << 17, 2, 5) and not is_certified(1 << 17, 1, 1, 5)
     assert not is_certified(1 << 17, 2, 5, batch=2)
+
+
+def test_it_can_be_switched_off():
+    flexmsa.set_certified_selection(False)
+    try:
+        assert not is_certified(1 << 17, 1, 5)
+    finally:
+        flexmsa.set_certified_selection(True)
+    assert is_certified(1 << 17, 1, 5)
+    with pytest.raises(TypeError, match="enabled: expected True or False, got int"):
+        flexmsa.set_certified_selection(0)
 
 
 def test_ranges_that_do_not_fill_the_gpu_take_the_other_kernel():
