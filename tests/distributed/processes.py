@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 100
+SECONDS = 300
 
 
 def free_port() -> int:

@@ -1,6 +1,5 @@
 """Attention of sequences that are cut over processes: the same as on one."""
 
-import functools
 import itertools
 import json
 from dataclasses import replace
@@ -218,48 +217,52 @@ def cut_evenly():
     return shards.length * mesh.size() / shards.seqlen, torch.equal(shards.unshard(shards.shard(whole, 0), 0), whole)
 
 
+# How the messages of `refuse` begin.
+REFUSALS = (
+    "shards: expected SequenceShards of the mesh of ContextParallel, got None",
+    "flexmsa inside torch's context_parallel()",
+    "cu_seqlens: expected None with shards, which know the documents",
+    "q, k: expected 1 rows of",
+    "x: expected 64 tokens along dimension 1, got [1, 9, 32]",
+    "cu_seqlens: expected offsets that rise from 0 to 64, got [0, 63]",
+    'layout: expected "head-tail" or "contiguous"',
+    "length_multiple: expected an int >= 1, got 0",
+    "cache: expected alone, got it with cu_seqlens, kv_starts, shards",
+    "kv_starts: expected None with cu_seqlens",
+    "kv_starts: expected None with cu_seqlens",
+)
+
+
 def run_all():
-    """All that the tests look at; with four processes, which take longer to do the same, what may differ from two."""
-    world = torch.distributed.get_world_size()
-    results = {"cut": cut_evenly(), "refused": refuse()}
-    results |= {case: together(*case) for number, case in TOGETHER if number == world}
-    if world == 2:
-        results |= {"compiled": compile_layer(), "averaged": {case: train_layer(*case) for case in WRAPPED}}
-    return results
-
-
-# The number of processes, and the name and layout of a case.
-TOGETHER = [*product([2], product(CASES, LAYOUTS)), *product([4], product(CASES, ["head-tail"]))]
-
-
-@functools.cache
-def results(world):
-    return run(world, run_all)
-
-
-@pytest.mark.parametrize(("world", "case"), TOGETHER, ids=str)
-def test_as_on_one_process(world, case):
-    for exact, errors in (found[case] for found in results(world)):
-        assert exact and all(error < 1e-12 for error in errors), errors
-
-
-@pytest.mark.parametrize("case", WRAPPED, ids=str)
-def test_a_layer_whose_gradients_are_averaged(case):
-    for errors, loss in (found["averaged"][case] for found in results(2)):
-        assert all(error < 1e-12 for error in errors), errors
-        # In the backward, the value is kept in float32.
-        assert loss < (1e-6 if case[1] else 1e-12)
-
-
-def test_compiled_in_one_graph():
-    for errors in (found["compiled"] for found in results(2)):
-        assert len(errors) > 8 and all(error < 1e-12 for error in errors)
+    """All that the test looks at; with four processes, which take longer to do the same, what may differ from two."""
+    two = torch.distributed.get_world_size() == 2
+    layouts = LAYOUTS if two else ["head-tail"]
+    return {
+        "attention": {case: together(*case) for case in product(CASES, layouts)},
+        "averaged": {case: train_layer(*case) for case in WRAPPED} if two else {},
+        "compiled": compile_layer() if two else [],
+        "cut": cut_evenly(),
+        "refused": refuse(),
+    }
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_documents_are_cut_by_turns(world):
-    for padded, same in (found["cut"] for found in results(world)):
+def test_equals_one_process(world):
+    for found in run(world, run_all):
+        assert len(found["attention"]) == len(CASES) * (2 if world == 2 else 1)
+        for case, (exact, errors) in found["attention"].items():
+            assert exact and all(error < 1e-12 for error in errors), (case, errors)
+        assert len(found["averaged"]) == (len(WRAPPED) if world == 2 else 0)
+        for (wrap, in_backward), (errors, loss) in found["averaged"].items():
+            assert all(error < 1e-12 for error in errors), (wrap, in_backward, errors)
+            # In the backward, the value is kept in float32.
+            assert loss < (1e-6 if in_backward else 1e-12), (wrap, in_backward)
+        assert len(found["compiled"]) > 8 or world == 4
+        assert all(error < 1e-12 for error in found["compiled"]), found["compiled"]
+        padded, same = found["cut"]
         assert same and padded < 1.1
+        for message, start in zip(found["refused"], REFUSALS, strict=True):
+            assert message.startswith(start), message
 
 
 def test_the_benchmark(tmp_path):
@@ -270,24 +273,3 @@ def test_the_benchmark(tmp_path):
         assert row["processes"] == 2 and row["step_ms"] > 0 and row["efficiency"] > 0
     (row,) = results["decode"]
     assert min(row["one_us"], row["heads_us"], row["keys_us"]) > 0
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_a_part_is_not_taken_as_the_whole(world):
-    expected = (
-        "shards: expected SequenceShards of the mesh of ContextParallel, got None",
-        "flexmsa inside torch's context_parallel()",
-        "cu_seqlens: expected None with shards, which know the documents",
-        "q, k: expected 1 rows of",
-        "x: expected 64 tokens along dimension 1, got [1, 9, 32]",
-        "cu_seqlens: expected offsets that rise from 0 to 64, got [0, 63]",
-        'layout: expected "head-tail" or "contiguous"',
-        "length_multiple: expected an int >= 1, got 0",
-        "cache: expected alone, got it with cu_seqlens, kv_starts, shards",
-        "kv_starts: expected None with cu_seqlens",
-        "kv_starts: expected None with cu_seqlens",
-    )
-    for found in (found["refused"] for found in results(world)):
-        assert len(found) == len(expected), found
-        for message, start in zip(found, expected, strict=True):
-            assert message.startswith(start), message
