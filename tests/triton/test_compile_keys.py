@@ -59,7 +59,7 @@ def test_training(sizes, task, name):
     keys = [keys_by_kernel(TRAINING[task](Layer(tokens, **sizes), TARGETS[name])) for tokens in lengths]
     if task == "selection":
         variants = {kernel: set().union(*(found[kernel] for found in keys)) for kernel in set().union(*keys)}
-        limits = {"selection_kernel": 2, "selection_sm90_kernel": 2, "tile_ends_kernel": 2}
+        limits = dict.fromkeys(("selection_kernel", "selection_sm90_kernel", "tile_ends_kernel", "marked_kernel"), 2)
         assert {kernel: len(found) for kernel, found in variants.items() if len(found) > limits.get(kernel, 1)} == {}
     else:
         # The index of many blocks is sorted by torch; whatever the length, both ways are compiled at first use.
