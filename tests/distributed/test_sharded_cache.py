@@ -99,9 +99,10 @@ def compare(expected, found, dtype):
         assert torch.equal(found_aux.block_indices, aux.block_indices)
         assert found_aux.block_indices.dtype == torch.int32
     assert got.dtype == dtype
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
-    torch.testing.assert_close(got, out, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(found_aux.lse, aux.lse, rtol=min(tolerance, 2e-6), atol=min(tolerance, 2e-6))
+    # PyTorch's kernel for 16 bits on CPUs has an exponential of few bits: on one with AVX2 its lse is off by 2e-5.
+    tolerances = {torch.float64: (1e-12, 1e-12), torch.float32: (2e-6, 2e-6), torch.bfloat16: (2e-2, 1e-4)}
+    for x, y, tolerance in zip((got, found_aux.lse), (out, aux.lse), tolerances[dtype], strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
     same = got.clone()
     torch.distributed.broadcast(same, 0)
     assert torch.equal(same, got), "processes differ"
