@@ -110,8 +110,10 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
-@pytest.mark.parametrize(("block_size", "index_head_dim"), [(128, 128), (64, 32)])
+@pytest.mark.parametrize(
+    ("block_size", "index_head_dim", "name"),
+    [(128, 128, "sm_80"), (128, 128, "sm_90"), (128, 128, "gfx942"), (64, 32, "sm_90")],
+)
 def test_certified_selection(block_size, index_head_dim, name):
     layer, target = Layer(block_size=block_size, index_head_dim=index_head_dim), TARGETS[name]
     given = *layer.index(), layer.sequences(), layer.rule
