@@ -49,7 +49,7 @@ test: $(INSTALLED) $(NEWEST) $(TRITONS)  ## run the tests, those of interpreted 
 	$(BIN)/python -m pytest -n auto
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto tests/triton/interpreted
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -n auto $(patsubst %,tests/integrations/test_%.py,$(HOOKED))
-	$(foreach triton,$(TRITONS),PYTHONPATH=$(triton) $(BIN)/python -m pytest -n auto tests/triton/test_target.py tests/triton/test_compile.py -k "target or test_gluon_kernels or on_hopper" &&) true
+	$(foreach triton,$(TRITONS),PYTHONPATH=$(triton) $(BIN)/python -m pytest -n auto tests/triton/test_target.py tests/triton/test_compile.py -k "target or test_gluon_kernels or on_hopper or (certified and sm_90)" &&) true
 
 test-vllm: $(VLLM_INSTALLED)  ## run the tests of the vLLM plug-in, in an environment of their own (3.5 GB, under 5 minutes)
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_plugin
