@@ -85,8 +85,8 @@ def quality_summary() -> str:
     return (
         f"Does a model learn as well with it? With {parameters(FULL).base / 1e6:.0f} million parameters, rows of "
         f"{context // 1024}K tokens and {seeds} seeds, the held-out loss\ndiffers from that of dense attention by "
-        f"{above['msa']} from scratch, {above['convert']} by conversion, and {above['window']}\nwith a window of the "
-        "same budget ([the study](docs/quality.md))."
+        f"{above['msa']} with MSA from scratch, {above['convert']} by conversion, and {above['window']}\nwith a window "
+        "of the same budget ([the study](docs/quality.md))."
     )
 
 
