@@ -265,9 +265,8 @@ OWN_TABLES = (
     summary,
 )
 # Name on the pages -> the function that makes the table: "gpu peers" -> gpu_peers.
-TABLES = {
-    make.__name__.replace("_", " ", 1): make for make in (*OWN_TABLES, *QUALITY_TABLES, *SELECTION_TABLES, *GPU_TABLES)
-}
+MADE = (*OWN_TABLES, *SELECTION_TABLES, *GPU_TABLES)
+TABLES = {make.__name__.replace("_", " ", 1): make for make in MADE} | QUALITY_TABLES
 
 
 def fill(text: str) -> str:

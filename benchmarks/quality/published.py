@@ -1,7 +1,7 @@
 """The tables of docs/quality.md, from the committed results of the study."""
 
 import functools
-import statistics
+from collections.abc import Callable
 
 from benchmarks.gpu_tables import RESULTS, load_result
 from benchmarks.quality.earlier import direct_runs, machine_and_text, recipe_table
@@ -10,11 +10,12 @@ from benchmarks.quality.report import (
     Study,
     identifiers_table,
     load,
+    loss_of,
     losses_table,
-    mean_loss,
     positions_table,
     progress_table,
     recalls_table,
+    relative_to_dense,
     retrieval_table,
 )
 from benchmarks.quality.settings import FULL
@@ -30,57 +31,18 @@ def study() -> Study:
     return load(FOLDER)
 
 
-def quality_sizes() -> str:
-    return plan_text()
-
-
-def quality_plan() -> str:
-    return plan_table()
-
-
-def quality_direct() -> str:
-    return direct_runs()
-
-
-def quality_recipe() -> str:
-    return recipe_table()
-
-
-def quality_losses() -> str:
+def losses() -> str:
+    """The machine and the text, and the losses."""
     run = study().any_run
     rows = run["heldout"]["rows"]
     read = f"Losses are of {len(rows)} held-out rows, of {len({row['package'] for row in rows})} packages."
     return f"{machine_and_text(run, load_result('quality/text.json'))}\n{read}\n\n{losses_table(study())}"
 
 
-def quality_positions() -> str:
-    return positions_table(study())
-
-
-def quality_progress() -> str:
-    return progress_table(study())
-
-
-def quality_retrieval() -> str:
-    return retrieval_table(study())
-
-
-def quality_identifiers() -> str:
-    return identifiers_table(study())
-
-
-def quality_recalls() -> str:
-    return recalls_table(study())
-
-
-def quality_summary() -> str:
+def summary() -> str:
     """The answer, for the README."""
-    dense = statistics.fmean(study().values("dense", mean_loss))
-    above = {}
-    for arm in ("msa", "convert", "window"):
-        found = study().from_dense(arm, lambda row: (row["loss"], 1.0))
-        assert found is not None
-        above[arm] = f"{found.mean / dense:+.1%}".replace("%", " %")
+    shares = {arm: relative_to_dense(study(), arm, loss_of) for arm in ("msa", "convert", "window")}
+    above = {arm: f"{100 * share:+.1f} %" for arm, share in shares.items()}
     seeds, context = len(study().runs["msa"]), study().any_run["settings"]["context"]
     return (
         f"Does a model learn as well with it? With {parameters(FULL).base / 1e6:.0f} million parameters, rows of "
@@ -90,7 +52,22 @@ def quality_summary() -> str:
     )
 
 
-QUALITY_TABLES = (
-    *(quality_sizes, quality_plan, quality_direct, quality_recipe, quality_losses, quality_positions),
-    *(quality_progress, quality_retrieval, quality_identifiers, quality_recalls, quality_summary),
-)
+def of_study(make: Callable[[Study], str]) -> Callable[[], str]:
+    """Make a table of the finished arms, which are read when it is made."""
+    return lambda: make(study())
+
+
+# Name on the pages -> what makes the table.
+QUALITY_TABLES: dict[str, Callable[[], str]] = {
+    "quality sizes": plan_text,
+    "quality plan": plan_table,
+    "quality direct": direct_runs,
+    "quality recipe": recipe_table,
+    "quality losses": losses,
+    "quality positions": of_study(positions_table),
+    "quality progress": of_study(progress_table),
+    "quality retrieval": of_study(retrieval_table),
+    "quality identifiers": of_study(identifiers_table),
+    "quality recalls": of_study(recalls_table),
+    "quality summary": summary,
+}

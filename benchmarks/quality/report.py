@@ -169,18 +169,34 @@ def summary(run: dict[str, Any]) -> str:
 
 def losses_table(study: Study) -> str:
     """Losses of each arm, beside dense on the same rows."""
+    compared: tuple[Values, ...] = (
+        loss_of,
+        lambda row: (row["by_position"][-1], 1.0),
+        lambda row: far_mentions(study.any_run, row),
+    )
     rows = []
     for arm, seeds in study.runs.items():
         cells = [study.title(arm), f"{len(seeds)}", f"{keys_read(next(iter(seeds.values()))):,}"]
         cells.append(spread(study.values(arm, mean_loss)))
-        compared: tuple[Values, ...] = (
-            lambda row: (row["loss"], 1.0),
-            lambda row: (row["by_position"][-1], 1.0),
-            lambda row: far_mentions(study.any_run, row),
-        )
         rows.append([*cells, *(_above_dense(study, arm, values) for values in compared)])
     head = ["arm", "seeds", "keys of the last query", "loss", "above dense", "above dense, second half of the row"]
     return markdown([*head, "above dense, far identifiers"], rows)
+
+
+def loss_of(row: dict[str, Any]) -> tuple[float, float]:
+    """The loss of a row, as Values."""
+    return row["loss"], 1.0
+
+
+def relative_to_dense(study: Study, arm: str, values: Values) -> float:
+    """How far an arm is above dense, as a share of dense's, with the seeds that both have; NaN where there is none."""
+    found = study.from_dense(arm, values)
+    if found is None:
+        return math.nan
+    seeds = study.seeds_with_dense(arm)
+    sums = [values(row) for seed in seeds for row in study.runs["dense"][seed]["heldout"]["rows"]]
+    dense, count = (sum(numbers) for numbers in zip(*sums, strict=True))
+    return found.mean * count / dense
 
 
 def _above_dense(study: Study, arm: str, values: Values) -> str:
@@ -188,9 +204,7 @@ def _above_dense(study: Study, arm: str, values: Values) -> str:
     found, seeds = study.from_dense(arm, values), study.seeds_with_dense(arm)
     if found is None:
         return NONE
-    sums = [values(row) for seed in seeds for row in study.runs["dense"][seed]["heldout"]["rows"]]
-    dense, count = (sum(numbers) for numbers in zip(*sums, strict=True))
-    text = f"{found} ({found.mean * count / dense:+.1%})" if count else NONE
+    text = NONE if math.isnan(found.mean) else f"{found} ({relative_to_dense(study, arm, values):+.1%})"
     each = [study.from_dense(arm, values, [seed]) for seed in seeds]
     return text if len(seeds) < 2 else f"{text}; by seed {', '.join(f'{one.mean:+.4f}' for one in each if one)}"
 

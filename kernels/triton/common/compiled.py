@@ -127,15 +127,15 @@ def compile_sources(
         try:
             keys = {pool.submit(source.try_to_compile, target): key for key, source in sources.items()}
             for done, future in enumerate(as_completed(keys), 1):
-                compiled[keys[future]] = future.result()
+                if (kernel := future.result()) is not None:
+                    compiled[keys[future]] = kernel
                 report(done, len(sources), sources[keys[future]].name)
         finally:
             pool.shutdown(cancel_futures=True)
         loaded = {}
         for key, kernel in compiled.items():
             with contextlib.suppress(Exception):
-                if kernel is not None:
-                    loaded[key] = Compiled(kernel)
+                loaded[key] = Compiled(kernel)
         return loaded
 
 
