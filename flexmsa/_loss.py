@@ -93,6 +93,15 @@ def index_loss(
     Raises:
         ValueError, TypeError: an argument is not as described.
         NotImplementedError: the named backend cannot run this.
+
+    >>> q, k = torch.randn(1, 4, 32, 16), torch.randn(1, 2, 32, 16)
+    >>> index_q, index_k = torch.randn(1, 2, 32, 16, requires_grad=True), torch.randn(1, 1, 32, 16)
+    >>> ids = select_blocks(index_q, index_k, block_size=8, topk=2)
+    >>> wanted = AuxRequest(lse=True)
+    >>> out, aux = block_sparse_attention(q, k, k, ids, block_size=8, return_aux=wanted)
+    >>> index_loss(q, k, index_q, index_k, ids, aux.lse, block_size=8).backward()
+    >>> index_q.grad.shape
+    torch.Size([1, 2, 32, 16])
     """
     validation.reject_context_parallel()
     validation.reject_forward_ad(q, k, index_q, index_k)

@@ -33,7 +33,14 @@ def save_attention_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Check
 
     Faster than `save_selection_policy`, because the main branch runs once too, but takes more memory: per token and
     layer also out and lse, and if the forward computes the index loss, its gradients for index_q and index_k in
-    float32. Used like `save_selection_policy`.
+    float32.
+
+    >>> from functools import partial
+    >>> from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+    >>> contexts = partial(create_selective_checkpoint_contexts, save_attention_policy)
+    >>> layer = MSAttention(MSAConfig(hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, index_head_dim=16))
+    >>> x = torch.randn(1, 8, 32, requires_grad=True)
+    >>> out, index_loss = checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
     """
     return _save(op in _SELECTION or op in _ATTENTION)
 

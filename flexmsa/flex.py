@@ -253,6 +253,13 @@ def packed_flex_attention(
 
     Raises:
         NotImplementedError: a gradient or lse is needed on a CPU, where FlexAttention computes neither.
+
+    >>> q, k, v = torch.randn(1, 4, 64, 16), torch.randn(1, 2, 64, 16), torch.randn(1, 2, 64, 16)
+    >>> ids = select_blocks(torch.randn(1, 2, 64, 16), torch.randn(1, 1, 64, 16), block_size=16, topk=2)
+    >>> mask = create_block_mask(ids, num_heads=4, seqlen_k=64, block_size=16)
+    >>> out = packed_flex_attention(q, k, v, mask)
+    >>> torch.allclose(out, block_sparse_attention(q, k, v, ids, block_size=16), atol=1e-5)
+    True
     """
     on_cpu = q.device.type == "cpu"
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

@@ -278,8 +278,8 @@ def block_sparse_attention(
         out [B, Hq, Sq, D], or (out, AuxOutput) if `return_aux` is given. A query with no visible key gives 0.
 
     Raises:
-        ValueError, TypeError: an argument is not as described.
-        NotImplementedError: the named backend cannot run this, or `return_aux` asks for the loss.
+        ValueError, TypeError: an argument is not as described, or `return_aux` asks for the loss.
+        NotImplementedError: the named backend cannot run this.
 
     >>> q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
     >>> every_block = torch.arange(2).expand(1, 2, 8, 2)

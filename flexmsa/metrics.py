@@ -23,6 +23,9 @@ class Recall(NamedTuple):
     """Two numbers from 0 to 1: the selected share of the best blocks, and the selected share of their mass.
 
     Scalars, or [Hkv] where each group has its own.
+
+    >>> Recall(block=torch.tensor(0.5), score=torch.tensor(0.75)).score
+    tensor(0.7500)
     """
 
     block: Tensor
@@ -42,12 +45,22 @@ def recall(q: Tensor, k: Tensor, block_indices: Tensor, **settings) -> Recall:
 
 
 def block_recall(q: Tensor, k: Tensor, block_indices: Tensor, **settings) -> Tensor:
-    """Return only the block recall of `recall`."""
+    """Return only the block recall of `recall`.
+
+    >>> q, k = torch.randn(1, 2, 32, 8), torch.randn(1, 1, 32, 8)
+    >>> block_recall(q, k, torch.arange(4).expand(1, 1, 32, 4), block_size=8)
+    tensor(1.)
+    """
     return recall(q, k, block_indices, **settings).block
 
 
 def score_recall(q: Tensor, k: Tensor, block_indices: Tensor, **settings) -> Tensor:
-    """Return only the score recall of `recall`."""
+    """Return only the score recall of `recall`.
+
+    >>> q, k = torch.randn(1, 2, 32, 8), torch.randn(1, 1, 32, 8)
+    >>> score_recall(q, k, torch.arange(4).expand(1, 1, 32, 4), block_size=8)
+    tensor(1.)
+    """
     return recall(q, k, block_indices, **settings).score
 
 

@@ -108,6 +108,12 @@ class AuxOutput(NamedTuple):
         index_loss_sum: scalar float32, the same loss before it is divided by the count.
         index_loss_count: scalar, with index_loss_sum: by default int64, the number of groups and queries that see a
             key; or the count that was given.
+
+    >>> q, index_q = torch.randn(1, 2, 32, 16), torch.randn(1, 1, 32, 16)
+    >>> k = v = index_k = torch.randn(1, 1, 32, 16)
+    >>> out, aux = attention(q, k, v, index_q, index_k, block_size=8, topk=2, return_aux=AuxRequest(lse=True))
+    >>> aux.lse.shape, aux.block_indices
+    (torch.Size([1, 2, 32]), None)
     """
 
     lse: Requested = None
