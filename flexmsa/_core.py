@@ -261,7 +261,7 @@ def requested(
     loss_sum = None
     if aux.index_loss_sum:
         assert index_loss is not None and loss_count is not None
-        loss_sum = index_loss * loss_count
+        loss_sum = (index_loss * loss_count).to(index_loss.dtype)
     return AuxOutput(
         lse=lse if aux.lse else None,
         block_indices=block_indices if aux.block_indices else None,

@@ -41,6 +41,12 @@ def test_the_sum_is_the_mean_times_the_count(name, backend):
     assert default.index_loss_sum is None and default.index_loss_count is None
 
 
+def test_a_sum_has_the_dtype_of_the_loss():
+    tensors = [x.float() for x in inputs(seqlen_k=21)]
+    _, aux = attention(*tensors, **SETTINGS, return_aux=AuxRequest(index_loss_sum=True), index_loss_count=48)
+    assert aux.index_loss_sum.dtype == torch.float32
+
+
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("count", [100, 12.5, torch.tensor(7)])
 def test_a_given_count_divides_value_and_gradient(deferred, count):

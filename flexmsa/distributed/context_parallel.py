@@ -152,7 +152,8 @@ def _with_starts(shards: SequenceShards, kv_starts: Tensor | None, q: Tensor) ->
     validation.check_lengths("kv_starts", kv_starts, q.device)
     if kv_starts.shape != (shards.batch_size,):
         raise ValueError(f"kv_starts: expected [{shards.batch_size}], got {list(kv_starts.shape)}")
-    starts = kv_starts.clamp(0, shards.seqlen)
+    # Of whole rows, with the checks that they have on one process.
+    starts = ops.sequence_table(q, None, kv_starts, None, shards.seqlen)[:, 3]
     batch, q_start, q_end, k_start, k_end = shards.fragments.unbind(-1)
     k_start = torch.maximum(k_start, starts[batch.long()])
     table = torch.stack([batch, q_start, q_end, k_start, torch.maximum(k_end, k_start)], dim=-1)

@@ -56,7 +56,7 @@ def _begin_to_scatter(grad: Tensor, order: Tensor, is_padded: bool, group: Any) 
     parts = grad.movedim(-2, 0).index_select(0, order.clamp(min=0))
     if is_padded:
         parts = parts.masked_fill((order < 0).view(-1, *[1] * (grad.dim() - 1)), 0)
-    return collectives.all_to_all_single(parts, None, None, group)
+    return _alone_on_cpus(collectives.all_to_all_single(parts, None, None, group))
 
 
 def _sum_of_ranks(parts: Tensor, world: int) -> Tensor:
@@ -68,10 +68,18 @@ def _sum_of_ranks(parts: Tensor, world: int) -> Tensor:
     return shares.sum(0, dtype=wide).to(parts.dtype).movedim(0, -2)
 
 
+def _alone_on_cpus(pending: Tensor) -> Tensor:
+    """A tensor that is on its way; on a CPU it has come, so that no other exchange is under way.
+
+    If two exchanges end at one time, gloo's threads may damage the heap (`ProcessGroupGloo::runLoop`, PyTorch 2.13).
+    """
+    return collectives.wait_tensor(pending) if pending.device.type == "cpu" else pending
+
+
 def begin_to_gather(tensors: Sequence[Tensor], shards: "SequenceShards") -> list[Tensor]:
     """Begin to gather tensors [..., L, D] of all processes, in one exchange; the result is for `finish_gathering`."""
     own = [x.detach().movedim(-2, 0).contiguous() for x in tensors]
-    return _all_gather_together(own, shards.mesh.get_group())
+    return [_alone_on_cpus(x) for x in _all_gather_together(own, shards.mesh.get_group())]
 
 
 def finish_gathering(tensors: Sequence[Tensor], gathered: list[Tensor], shards: "SequenceShards") -> tuple[Tensor, ...]:

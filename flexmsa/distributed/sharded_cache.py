@@ -119,6 +119,9 @@ class ShardedCache(Cache):
         if not isinstance(self.local, PagedMSACache):
             raise TypeError(f"local: expected a PagedMSACache to reserve pages of, got {type(self.local).__name__}")
         validation.check_int("tokens", tokens, 0)
+        # On all processes alike: one that went on would wait for those that raise.
+        if tokens > self.capacity:
+            raise ValueError(f"tokens: expected at most {self.capacity}, the capacity of a row, got {tokens}")
         self.local.reserve(int(self._number_of_own(torch.tensor(tokens))))
 
     def check(self) -> None:

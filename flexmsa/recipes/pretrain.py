@@ -9,7 +9,6 @@ step: they do not depend on the mesh, and nor do the data. So a run may resume o
 """
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -34,6 +33,7 @@ from flexmsa._progress import clock
 from flexmsa.demo.train import learning_rate
 from flexmsa.distributed import SequenceShards
 from flexmsa.recipes.model import GPT, parallelize
+from flexmsa.recipes.results import add_entry, cut_log, newest_checkpoint, step_of
 from flexmsa.recipes.settings import Settings, parse
 from flexmsa.recipes.text import IGNORED, PackedText, Row
 
@@ -125,6 +125,8 @@ class Trainer:
         if last is not None:
             settings.check_same(last / "settings.json", self.text.digest)
             self._load(last)
+        if dist.get_rank() == 0:
+            cut_log(self.out, self.step)
         self._say(f"{self.text}; {sum(p.numel() for p in self.model.parameters()):,} parameters in {name} on {kind}")
         sizes = f"replicate {replicate} x fsdp {fsdp} x tp {self.tp} x cp {self.cp}"
         self._say(f"{sizes} processes; {'starting' if last is None else f'continuing after step {self.step}'}")
@@ -249,9 +251,7 @@ class Trainer:
             f"recall {block:.2f}/{score:.2f} {entries['tokens_per_second']:,.0f} tokens/s {clock(seconds_left)} left"
         )
         if dist.get_rank() == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            with (self.out / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(entries) + "\n")
+            add_entry(self.out, entries)
 
     def _say(self, text: str) -> None:
         if dist.get_rank() == 0:
@@ -274,8 +274,9 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _save(self) -> None:
-        """Save the state after this step, unless that is done."""
-        if self.saved_step == self.step:
+        """Save the state after this step, unless that is done, or there is none."""
+        # Before the first step, the optimizer has no state: PyTorch would make one, and count a step.
+        if self.step in (0, self.saved_step):
             return
         folder = self.out / f"step-{self.step:08d}"
         if dist.get_rank() == 0:
@@ -299,11 +300,6 @@ class Trainer:
         given = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
         set_state_dict(self.model, self.optimizer, **given)
         self.step = self.saved_step = step_of(folder)
-        metrics = self.out / "metrics.jsonl"
-        if dist.get_rank() == 0 and metrics.exists():
-            # Steps after it are made again.
-            kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            metrics.write_text("".join(line + "\n" for line in kept))
 
 
 # Documents that do not divide give parts of many lengths, of which few are compiled.
@@ -325,21 +321,6 @@ def by_dims(parameters: list[nn.Parameter]) -> dict[int, list[nn.Parameter]]:
     for parameter in parameters:
         found.setdefault(parameter.dim(), []).append(parameter)
     return found
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether all processes have written their parts of a checkpoint: this file is written last."""
-    return (folder / ".metadata").exists()
-
-
-def step_of(folder: Path) -> int:
-    """The step after which a checkpoint was saved."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    """The complete checkpoint of the last step."""
-    return max((folder for folder in out.glob("step-*") if is_complete(folder)), default=None)
 
 
 if __name__ == "__main__":

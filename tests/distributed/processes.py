@@ -6,14 +6,13 @@ Each process has a GPU, its default device, where the machine has enough of them
 import contextlib
 import os
 import queue
-import signal
 import socket
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from typing import Any
 
+import one_gloo_thread
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -40,6 +39,7 @@ def _enter(rank: int, world: int, port: int, function: Callable[..., Any], argum
     if on_gpus:
         torch.cuda.set_device(rank)
         torch.set_default_device(f"cuda:{rank}")
+    one_gloo_thread.install()
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     try:
         answers.put((rank, None, function(*arguments)))
@@ -53,15 +53,8 @@ def _enter(rank: int, world: int, port: int, function: Callable[..., Any], argum
 
 
 def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What function(*arguments) returns in each of `world` processes of a group, numbers and strings, by rank.
-
-    About one run in twenty of many cases ends with a process that the C library aborts over its heap, in a place that
-    is not known. Such a run is repeated once, with a warning; whatever Python raises is not.
-    """
+    """What function(*arguments) returns in each of `world` processes of a group, numbers and strings, by rank."""
     found, exits = _run(world, function, arguments)
-    if len(found) < world and -signal.SIGABRT in exits and not any(failure for _, failure, _ in found):
-        warnings.warn(f"{function.__name__}: a process was aborted, exit codes {exits}; run again", stacklevel=2)
-        found, exits = _run(world, function, arguments)
     failures = [failure for _, failure, _ in found if failure]
     assert not failures, "\n".join([*failures, f"exit codes {exits}"])
     assert len(found) == world, f"{world - len(found)} of {world} processes died: {exits}"
@@ -90,5 +83,6 @@ def _run(world: int, function: Callable[..., Any], arguments: tuple) -> tuple[li
     finally:
         for process in processes:
             process.kill()
+            process.join()
     found.sort(key=lambda answer: answer[0])
     return found, [process.exitcode for process in processes]

@@ -189,6 +189,7 @@ def refuse():
         lambda: SequenceShards(64, shards.mesh, layout="striped"),
         lambda: SequenceShards(64, shards.mesh, length_multiple=0),
         lambda: new_layer().eval()(shards.shard(x), shards=shards, cache=new_layer().double().new_cache(1, 64)),
+        lambda: new_layer()(shards.shard(x), shards=shards, kv_starts=torch.tensor([65], dtype=torch.int32)),
         lambda: cut({"cu_seqlens": DOCUMENTS}, "head-tail").row_positions(torch.tensor([3])),
         lambda: new_layer()(
             shards.shard(x), shards=cut({"cu_seqlens": DOCUMENTS}, "head-tail"), kv_starts=torch.tensor([3])
@@ -228,6 +229,7 @@ REFUSALS = (
     'layout: expected "head-tail" or "contiguous"',
     "length_multiple: expected an int >= 1, got 0",
     "cache: expected alone, got it with cu_seqlens, kv_starts, shards",
+    "kv_starts, kv_lens: expected 0 <= kv_starts <= kv_lens <= 64",
     "kv_starts: expected None with cu_seqlens",
     "kv_starts: expected None with cu_seqlens",
 )

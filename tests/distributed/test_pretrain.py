@@ -165,6 +165,19 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path):
     assert folder.name == f"step-{steps[-1]:08d}" and (folder / ".metadata").exists()
 
 
+def test_a_run_that_ends_early_leaves_nothing_wrong(tmp_path):
+    """A run stopped before its first step has no checkpoint, and one that died before its first has no log to keep."""
+    alone, settings = train_alone(tmp_path), new_settings(tmp_path, "again")
+    with process_group():
+        assert train(settings, stop_after=1)["losses"] == []
+        assert not list((tmp_path / "again").glob("step-*"))
+        (tmp_path / "again").mkdir(exist_ok=True)
+        (tmp_path / "again/metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+        assert_same(train(replace(settings, resume=True)), alone)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "again/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
 def test_rows_hold_whole_files_and_parts(tmp_path):
     write_text(tmp_path)
     text = PackedText(str(tmp_path), "*.txt", 48, seed=1, outside=tmp_path / "out")

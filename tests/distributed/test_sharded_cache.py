@@ -199,6 +199,9 @@ def check_room(mesh):
     cache.append(k[:, :, :1], v[:, :, :1], index_k[:, :, :1])
     assert cache.local.kv_lens[0] == BLOCKS * BLOCK // mesh.size()
     paged = sharded({"paged": True}, mesh)
+    # On every process, also where the part would fit.
+    with pytest.raises(ValueError, match=f"tokens: expected at most {paged.capacity}, the capacity of a row"):
+        paged.reserve(paged.capacity + 1)
     paged.reserve(BLOCK * mesh.size() + 1)
     assert paged.local.num_free_pages == 5 * (BLOCKS // mesh.size()) - 3 * (2 if mesh.get_local_rank() == 0 else 1)
 

@@ -22,6 +22,7 @@ from transformers.distributed import DistributedConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import one_gloo_thread
 from integrations import m3
 from integrations.converted import SETTINGS, make_converted, tokens
 from integrations.parallel_trainer import FSDPTrainer, documented_trainer, run_trainer
@@ -167,6 +168,14 @@ def unequal(rank, folder):
     return step(model, wrapped, ids, attention_mask=mask)
 
 
+def log_without_labels(rank, folder):
+    """What is logged, of all processes, and of this one; the second one has no labels."""
+    model, ids = make_model().train(), tokens(2, 40).cpu()
+    model.flexmsa.loss_in_backward = False
+    model(ids, labels=ids if rank == 0 else None)
+    return log_entries(model, dist.group.WORLD), log_entries(model)
+
+
 def inside_context_parallel(rank, folder):
     """The error inside torch's `context_parallel()`, which accelerate's cp_size enters."""
     ids = tokens(2, 40).cpu()
@@ -194,15 +203,15 @@ def shard_tokens(make, phase, rank, folder):
     shards = SequenceShards(61, dist.init_device_mesh("cpu", (2,)), cu_seqlens=offsets)
     inputs = {"position_ids": shards.row_positions(), "shards": shards}
     inputs["shift_labels"] = shards.shard(targets, fill=-100)
-    # The average over the processes of sums that are divided by it is the mean over all targets.
-    inputs["num_items_in_batch"] = targets.ne(-100).sum() / 2
+    # The average over the processes of sums that are divided by it is this row's part of a step of two such rows.
+    inputs["num_items_in_batch"] = targets.ne(-100).sum()
     return make(phase, shards.shard(ids), inputs)
 
 
 def packed(ids, targets, offsets):
     """The inputs of one process."""
     positions = torch.cat([torch.arange(n) for n in offsets.diff().tolist()])[None]
-    return {"position_ids": positions, "shift_labels": targets, "num_items_in_batch": targets.ne(-100).sum()}
+    return {"position_ids": positions, "shift_labels": targets, "num_items_in_batch": 2 * targets.ne(-100).sum()}
 
 
 def step_on_documents(phase, ids, inputs):
@@ -328,6 +337,7 @@ WAYS = {
     "bfloat16": both_phases_in_bfloat16,
     "clip": clip,
     "unequal": unequal,
+    "log": log_without_labels,
     "context-parallel": inside_context_parallel,
     "tp-converted": converted_when_sharded,
     "tp-generation": sharded_generation,
@@ -340,6 +350,7 @@ WAYS = {
 def main(rank: int, folder: Path) -> None:
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **address)
+    one_gloo_thread.install()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for name, way in WAYS.items():
         try:

@@ -89,6 +89,12 @@ def test_rows_of_unequal_lengths_have_a_common_mean(folder):
     assert_halves(results(folder, "unequal"), *step(model, model, ids, attention_mask=mask))
 
 
+def test_a_log_takes_what_some_processes_have(folder):
+    (logged, first), (same, second) = results(folder, "log")
+    assert logged == same and logged["lm_loss"] == first["lm_loss"] and "lm_loss" not in second
+    assert logged["kl"] == pytest.approx((first["kl"] + second["kl"]) / 2)
+
+
 @pytest.mark.parametrize(
     "way, message",
     [

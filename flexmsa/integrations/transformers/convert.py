@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed._functional_collectives import all_reduce
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmsa.config import MSAConfig
+from flexmsa.distributed.shards import SequenceShards
 from flexmsa.integrations.transformers.attention import IMPLEMENTATION, check_shards
 from flexmsa.integrations.transformers.auto import PREFIX, converted_config
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_modules
@@ -255,7 +257,7 @@ def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
         conversion.collected.append(index_loss)
     if lm_loss is None or conversion.collected is not None:
         return output
-    if conversion.index_loss_count is not None or kwargs.get("shards") is not None:
+    if conversion.index_loss_count is not None:
         share = 1.0
     loss = lm_loss + conversion.index_loss_weight * share * index_loss.to(lm_loss.device)
     if not named:
@@ -273,7 +275,8 @@ def _share_of_step(model: Any, kwargs: dict[str, Any]) -> Tensor | float:
     """Return this forward pass's share of the tokens of the optimizer step.
 
     Trainer divides the summed loss of each micro-batch by the tokens of the whole step. The index loss is a mean, so it
-    gets the weight tokens / tokens of the step; otherwise gradient accumulation would multiply it.
+    gets the weight tokens / tokens of the step; otherwise gradient accumulation would multiply it. With shards it is a
+    mean over the queries of all processes, so their tokens count.
     """
     count = kwargs.get("num_items_in_batch")
     if count is None:
@@ -283,4 +286,8 @@ def _share_of_step(model: Any, kwargs: dict[str, Any]) -> Tensor | float:
         labels = kwargs["labels"]
         if labels.dim() > 1 and type(model).__name__.endswith(("ForCausalLM", "ForConditionalGeneration")):
             labels = labels[..., 1:]
-    return labels.ne(-100).sum() / count
+    tokens = labels.ne(-100).sum()
+    shards: SequenceShards | None = kwargs.get("shards")
+    if shards is not None:
+        tokens = all_reduce(tokens, "sum", shards.mesh.get_group()) / shards.mesh.size()
+    return tokens / count

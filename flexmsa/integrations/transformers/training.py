@@ -10,6 +10,7 @@ backward computes the KL, so the value of `outputs.loss` is the model's own loss
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -184,7 +185,8 @@ def log_entries(model: nn.Module, group: dist.ProcessGroup | None = None) -> dic
     """Return the results of the last forward pass in training mode and of its backward, for a log.
 
     Args:
-        group: processes to average over, such as `torch.distributed.group.WORLD`; each of them must call it.
+        group: processes to average over, such as `torch.distributed.group.WORLD`; each of them must call it. What some
+            of them lack, such as lm_loss without labels, is an average over the others.
 
     Returns:
         lm_loss; kl, the sum over the layers, and kl/layer_N, NaN before the backward. If `model.flexmsa.with_health`
@@ -203,11 +205,13 @@ def log_entries(model: nn.Module, group: dist.ProcessGroup | None = None) -> dic
         entries |= {f"kl/layer_{layer}": kl for layer, kl in zip(conversion.layers, by_layer, strict=True)}
     if health:
         entries |= _recalls(conversion.layers, health)
-    if group is None or not entries:
+    if group is None:
         return entries
-    means = torch.tensor(list(entries.values()), dtype=torch.float64).to(next(model.parameters()).device)
-    dist.all_reduce(means, group=group)
-    return dict(zip(entries, (means / dist.get_world_size(group)).tolist(), strict=True))
+    # By name: a process whose rows had no labels has no lm_loss.
+    found: list[dict[str, float]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(found, entries, group)
+    values = {name: [each[name] for each in found if name in each] for name in dict.fromkeys(chain(*found))}
+    return {name: sum(each) / len(each) for name, each in values.items()}
 
 
 def _recalls(layers: Iterable[int], health: tuple[LayerHealth, ...]) -> dict[str, float]:
