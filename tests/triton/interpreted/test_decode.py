@@ -21,7 +21,7 @@ CASES = {
     "several tokens": (4, 3, 2, 300, 16, 16, 16, 4, None, torch.float32),
     "filled parts": (1, 5, 1, 300, 80, 16, 48, 3, [[0, 0, 1, 0, 100], [1, 0, 1, 20, 290]], torch.float32),
     "M3 group": (3, 16, 3, 200, 16, 96, 128, 16, [[0, 0, 3, 0, 2], [1, 0, 3, 20, 190]], torch.float32),
-    "chunk": (2, 3, 40, 300, 16, 16, 16, 4, [[0, 0, 40, 0, 300], [1, 0, 40, 20, 50]], torch.float32),
+    "chunk": (2, 3, 20, 300, 16, 16, 16, 4, [[0, 0, 20, 0, 300], [1, 0, 20, 20, 50]], torch.float32),
     "parts of a block": (1, 2, 1, 700, 16, 16, 160, 3, None, torch.float32),
     "one head": (1, 1, 4, 300, 96, 16, 16, 3, None, torch.float16),
     "queries of their own": (
