@@ -58,12 +58,14 @@ def attention(
 ) -> tuple[Tensor, AuxOutput]:
     """Select, attend, and compute the index loss if `aux` requests it; given block_indices replace the selection.
 
-    loss_value: the backward computes the loss, and writes it there. loss_count: what its sum is divided by.
+    loss_value: the backward computes the loss, and writes it there; if the index branch needs no gradient, the forward
+    does. loss_count: what its sum is divided by.
     """
     branches = q, k, v, index_q, index_k
     lse: Tensor | None
     loss: Tensor | None = None
     with_loss = aux.any_loss
+    deferred = with_loss and loss_value is not None and _needs_grad(index_q, index_k)
     if block_indices is None and not with_loss:
         decoded = _decode(*branches, sequences, settings)
         if decoded is not None:
@@ -73,12 +75,11 @@ def attention(
     if aux.index_loss_sum and loss_count is None:
         number = sequences.count(k.shape[1])
         loss_count = number.clamp(min=1)
-    with _expected_step(branches, sequences, settings, with_loss, loss_value is not None, block_indices):
+    with _expected_step(branches, sequences, settings, with_loss, deferred, block_indices):
         if block_indices is None and settings.rule is not None:
             block_indices = select_blocks(index_q, index_k, sequences, settings.rule, settings.backend)
         # Without gradients there is no backward. FlexAttention and the reference have backwards of their own.
-        deferred = with_loss and loss_value is not None
-        together = deferred and block_indices is not None and _needs_grad(q, k, v) and _needs_grad(index_q, index_k)
+        together = deferred and block_indices is not None and _needs_grad(q, k, v)
         backend = choose_backend("block_sparse_attention", settings.backend, q) if together else ""
         if together and backend in ("torch", "triton"):
             inputs = q, k, v, index_q, index_k, block_indices, sequences.table, loss_count, loss_value
@@ -89,7 +90,10 @@ def attention(
         if with_loss:
             assert lse is not None
             main = q, k, index_q, index_k
-            loss = index_loss(*main, block_indices, lse, sequences, settings, loss_value, loss_count)
+            value = loss_value if deferred else None
+            loss = index_loss(*main, block_indices, lse, sequences, settings, value, loss_count)
+            if loss_value is not None and not deferred:
+                loss_value.copy_(loss)
         return out, requested(aux, lse, block_indices, loss, number)
 
 
@@ -272,4 +276,8 @@ def requested(
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    # A tensor inside vmap does not say whether the one outside needs a gradient.
+    inside = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return inside or any(x.requires_grad for x in tensors)

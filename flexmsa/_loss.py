@@ -49,7 +49,8 @@ def check_count(name: str, count: Tensor | float | None, q: Tensor) -> Tensor | 
         )
     if count.device != q.device:
         raise ValueError(f"{name}: expected on {q.device}, where q is, got {count.device}")
-    return count
+    # Without a query that sees a key, the sum is 0, and so is the mean.
+    return torch.where(count > 0, count, torch.ones_like(count))
 
 
 @takes_dtensors

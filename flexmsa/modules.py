@@ -62,7 +62,7 @@ class MSAttention(Layer):
         self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
         self.index_q_norm, self.index_k_norm = norm(config.index_head_dim), norm(config.index_head_dim)
         self.index_loss_value: Tensor
-        self.register_buffer("index_loss_value", torch.full((), math.nan), persistent=False)
+        self.register_buffer("index_loss_value", torch.full((), math.nan, dtype=torch.float32), persistent=False)
         # Set by the plan for tensor parallel.
         self.head_shards: HeadShards | None = None
 

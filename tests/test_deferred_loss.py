@@ -173,3 +173,48 @@ def test_wrong_tensors_for_the_value(value, message):
         flexmsa.attention(*make_inputs(8), block_size=8, topk=1, return_aux=LOSS, index_loss_value=value)
     with pytest.raises(ValueError, match="index_loss_value: expected None without a request"):
         flexmsa.attention(*make_inputs(8), block_size=8, topk=1, index_loss_value=value)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("topk", [2, None])
+def test_without_a_backward_the_forward_computes_the_loss(topk, backend):
+    """In no_grad, and with a frozen index branch: the value of an earlier batch would be wrong."""
+    settings = {"block_size": 8, "topk": topk, "backend": backend, "return_aux": LOSS}
+    plain, trained = make_inputs(40), make_inputs(40, requires_grad=True)
+    expected = flexmsa.attention(*plain, **settings)[1].index_loss
+    for inputs in (plain, (*trained[:3], *plain[3:])):
+        value = nan()
+        loss = flexmsa.attention(*inputs, **settings, index_loss_value=value)[1].index_loss
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(loss, expected)
+        assert not loss.requires_grad
+    value = nan()
+    with torch.no_grad():
+        flexmsa.attention(*trained, **settings, index_loss_value=value)
+    assert not value.isnan()
+
+
+def test_the_value_is_float32_whatever_the_default_is():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = MSAttention(CONFIG)
+        sum(layer(torch.randn(1, 20, 32))).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.index_loss_value.dtype == torch.float32 and layer.index_loss_value.isfinite()
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_vmap(deferred):
+    """Inside vmap, tensors do not say that they need a gradient."""
+
+    def loss(value, *tensors):
+        wanted, alone = AuxRequest(index_loss=True), (x[None] for x in tensors)
+        return flexmsa.attention(*alone, block_size=4, topk=3, return_aux=wanted, index_loss_value=value)[1].index_loss
+
+    tensors = make_inputs(40, batch=2, requires_grad=True)
+    values = torch.full((2,), torch.nan)
+    found = torch.vmap(loss, in_dims=(0 if deferred else None, *[0] * 5))(values if deferred else None, *tensors)
+    grads = torch.autograd.grad(found.sum(), tensors[3:])
+    expected = torch.autograd.grad(sum(loss(None, *row) for row in zip(*tensors, strict=True)), tensors[3:])
+    torch.testing.assert_close(grads, expected)

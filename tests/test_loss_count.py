@@ -101,6 +101,18 @@ def test_counts_that_are_refused(count, error, message):
         attention(*inputs(), **SETTINGS, return_aux=AuxRequest(index_loss=True), index_loss_count=count)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_count_of_zero_is_that_of_padding_alone(backend, deferred):
+    tensors, value = [x.requires_grad_() for x in inputs()], torch.full((), torch.nan)
+    padding = {"kv_starts": torch.tensor([tensors[1].shape[2]], dtype=torch.int32), "backend": backend}
+    extra = {"index_loss_count": torch.tensor(0), "index_loss_value": value if deferred else None}
+    out, aux = attention(*tensors, **SETTINGS, **padding, **extra, return_aux=AuxRequest(index_loss=True))
+    (out.sum() + aux.index_loss).backward()
+    assert aux.index_loss == 0 and (not deferred or value == 0)
+    assert all(x.grad is None or not x.grad.isnan().any() for x in tensors)
+
+
 def test_rows_of_padding_count_nothing():
     kv_starts = torch.tensor([21], dtype=torch.int32)
     request = AuxRequest(index_loss=True, index_loss_sum=True)

@@ -10,9 +10,23 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
+from flexmsa.kernels import triton as kernels  # noqa: E402
+from flexmsa.kernels.rules import SelectionRule  # noqa: E402
 from flexmsa.kernels.triton.common.launch import Launch, Options, View, compile_key, record, signature_of, view  # noqa: E402
 from flexmsa.kernels.triton.common.passes import of_passes, run_pass  # noqa: E402
-from flexmsa.testing.launches import TARGETS, meta  # noqa: E402
+from flexmsa.kernels.triton.common.tiles import tma_ready  # noqa: E402
+from flexmsa.kernels.triton.forward.query_major import boxes_of  # noqa: E402
+from flexmsa.kernels.triton.selection.kernel import key_arguments  # noqa: E402
+from flexmsa.kernels.triton.selection.launch import choose_config  # noqa: E402
+from flexmsa.testing.launches import (  # noqa: E402
+    TARGETS,
+    Layer,
+    decode_launches,
+    forward_launches,
+    joint_backward_launches,
+    meta,
+    selection_launches,
+)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 
@@ -137,3 +151,50 @@ def test_later_passes_launch_what_a_launch_of_their_own_would(monkeypatch, axis,
         grid = (5, count, 1) if axis == 1 else (5, 6, count)
         expected = alone._replace(grid=grid, arguments=with_first_range(first))
         assert launched.pop() == (grid, expected.key_and_values()[1], [64])
+
+
+LARGE = {
+    "many keys": Layer(tokens=1 << 20, num_heads=64, num_kv_heads=16),
+    "many ids": Layer(tokens=1 << 20, num_heads=64, num_kv_heads=64, topk=32),
+}
+
+
+@pytest.mark.parametrize("layer", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize("of", [selection_launches, forward_launches, joint_backward_launches])
+def test_numbers_and_grids_of_large_problems_fit(layer, of):
+    """Ints have 32 bits, and a grid's second and third dimension 16: no launch says so by itself."""
+    check_fit(of(layer, TARGETS["sm_90"]))
+
+
+def test_a_prompt_of_a_million_tokens_fits():
+    check_fit(decode_launches(Layer(tokens=1 << 20, num_heads=64, num_kv_heads=8), TARGETS["sm_90"], tokens=1 << 20))
+
+
+def test_many_short_rows_fit():
+    q, k = meta(8192, 16, 128, 64, dtype=torch.bfloat16), meta(8192, 8, 128, 64, dtype=torch.bfloat16)
+    lse, ids = meta(8192, 16, 128, dtype=torch.float32), meta(8192, 8, 128, 2)
+    with record(TARGETS["sm_90"]) as launches:
+        kernels.block_sparse_attention_backward(q, None, q, k, k, q, lse, ids, meta(8192, 5), 64, 0.1)
+    check_fit(launches)
+
+
+def check_fit(launches):
+    assert launches
+    for each in launches:
+        compile_key(each)
+        assert each.grid[0] < 1 << 31 and max(each.grid[1:]) < 1 << 16, (each.kernel.__name__, each.grid)
+
+
+def test_a_number_of_more_than_32_bits_raises():
+    with pytest.raises(OverflowError, match="expected 32 bits, got 2147483648"):
+        compile_key(launch(vectors(1, 2, 8, 64), count=1 << 31))
+
+
+def test_the_bulk_copy_engine_takes_strides_that_nothing_steps_over():
+    """A row that was sliced from a batch keeps the batch's stride, which need not be a multiple of 16 bytes."""
+    x = torch.empty_strided((1, 1, 256, 128), (33, 33, 128, 1), dtype=torch.bfloat16, device="meta")
+    with record(TARGETS["sm_90"]):
+        config = choose_config(x, x, meta(1, 5), SelectionRule(128, 2))
+    assert tma_ready(x) and config.use_tma
+    for descriptor in (boxes_of(x, 64), key_arguments(x, None, config, 128, 1)["index_k"]):
+        assert all(stride % 8 == 0 for stride in descriptor.strides[:-1])

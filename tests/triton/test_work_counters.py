@@ -1,6 +1,8 @@
 """Counters that stay zero: whose they are, outside of captured graphs and in them."""
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +26,7 @@ def stream(monkeypatch):
     monkeypatch.setattr(module, "_reserves", {})
     monkeypatch.setattr(module, "_given", [])
     yield state
-    module._counters_of.cache_clear()
+    module._shared.clear()
 
 
 def places(counters):
@@ -37,6 +39,26 @@ def test_calls_of_one_stream_share_counters_and_those_of_two_do_not(stream):
     assert places(first) == places(again)
     stream.cuda_stream = 8
     assert not places(first) & places(work_counters(3, CPU))
+
+
+def test_threads_of_one_stream_share_counters_from_the_first_call_on(stream, monkeypatch):
+    """Counters that nobody keeps would be freed while a launch counts with them."""
+    both, zeros = threading.Barrier(2), module._zeros
+    work_counters(3, CPU)
+    module._shared.clear()
+
+    def slow_zeros(number, device):
+        time.sleep(0.05)
+        return zeros(number, device)
+
+    def first_call():
+        both.wait()
+        return work_counters(3, CPU)
+
+    monkeypatch.setattr(module, "_zeros", slow_zeros)
+    with ThreadPoolExecutor(2) as pool:
+        found, other = (task.result() for task in [pool.submit(first_call) for _ in range(2)])
+    assert found is other
 
 
 def test_every_captured_call_has_counters_of_its_own(stream):

@@ -45,7 +45,9 @@ class IndexLoss(NamedTuple):
         gradients, losses, index_k = self.call.gradients, self.call.buffers.losses, self.index_k
         assert gradients is not None
         results = index_k.new_empty(index_k.shape), losses.new_empty(())
-        numbers = gradients.grad_k.shape[0], index_k.numel(), losses, losses.numel(), self.mean.number
+        width = index_k.shape[3]
+        sizes = gradients.grad_k.shape[0], index_k.numel() // width, width
+        numbers = *sizes, losses, losses.numel(), self.mean.number
         return LossSums(gradients.grad_k, results[0], *numbers, results[1])
 
     def grad_index_q(self) -> Tensor:

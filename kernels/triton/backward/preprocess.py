@@ -36,11 +36,13 @@ class StatisticsConstants(Sizes):
 
 @triton.jit
 def statistics_kernel(grad_out, grad_lse, out, lse, statistics, seqlen_q, num_kv_heads, C: tl.constexpr):
-    """Statistics: program (i, b * Hkv + group) owns C.rows neighbouring numbers. grad_lse is None for zero."""
-    pair = tl.program_id(1).to(tl.int64)
+    """Statistics: a program owns C.rows neighbouring numbers of one group. grad_lse is None for zero."""
+    num_rows = tl.cast(seqlen_q, tl.int64) * C.group_size
+    tiles = tl.cdiv(num_rows, C.rows)
+    pair = tl.program_id(0) // tiles
     batch, group = pair // num_kv_heads, pair % num_kv_heads
-    row = tl.program_id(0).to(tl.int64) * C.rows + tl.arange(0, C.rows)
-    live = row < tl.cast(seqlen_q, tl.int64) * C.group_size
+    row = tl.program_id(0) % tiles * C.rows + tl.arange(0, C.rows)
+    live = row < num_rows
     query, head = row // C.group_size, group * C.group_size + row % C.group_size
     d = tl.arange(0, C.depth)[None, :]
     mask = live[:, None] & (d < C.head_dim)
@@ -78,7 +80,8 @@ def row_statistics(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: 
     gradients = {"grad_out": view(grad_out), "grad_lse": None if grad_lse is None else view(grad_lse[..., None])}
     results = {"out": view(out), "lse": view(lse[..., None]), "statistics": statistics}
     arguments = {**gradients, **results, "seqlen_q": seqlen_q, "num_kv_heads": num_kv_heads}
-    grid = cdiv(seqlen_q * group_size, constants.rows), batch * num_kv_heads, 1
+    # Many short rows are more than a grid's second dimension may have.
+    grid = cdiv(seqlen_q * group_size, constants.rows) * batch * num_kv_heads, 1, 1
     Launch(statistics_kernel, grid, arguments, {"C": constants}).run()
     return statistics
 

@@ -124,17 +124,20 @@ def sum_slots(index: InverseIndex, workspace: Workspace, grad_q: Tensor, num_kv_
 
 
 class KeySums(NamedTuple):
-    """Sums and results of dK and dV, `size` numbers each; all contiguous."""
+    """Sums and results of dK and dV, `rows` x `width` numbers each, more than 32 bits may count; all contiguous."""
 
     k: Any
     v: Any
     grad_k: Any
     grad_v: Any
-    size: Any
+    rows: Any
+    width: Any
 
 
 class LossSums(NamedTuple):
-    """Sums and results of the index loss, all contiguous: grad_k has `size` numbers, and so has each of `ranges` sums.
+    """Sums and results of the index loss, all contiguous.
+
+    grad_k has `rows` x `width` numbers, and so has each of `ranges` sums.
 
     losses: num_losses numbers, whose sum over `number`, a scalar, is the loss.
     """
@@ -142,7 +145,8 @@ class LossSums(NamedTuple):
     k: Any
     grad_k: Any
     ranges: Any
-    size: Any
+    rows: Any
+    width: Any
     losses: Any
     num_losses: Any
     number: Any
@@ -157,18 +161,18 @@ def finish_kernel(keys, loss, size: tl.constexpr):
     """
     part = tl.arange(0, size)
     place = tl.program_id(0).to(tl.int64) * size + part
+    mask = place < tl.cast(keys.rows, tl.int64) * keys.width
     if tl.program_id(1) == 0:
-        sums = tl.load(keys.k + place, mask=place < keys.size)
-        tl.store(keys.grad_k + place, sums.to(keys.grad_k.dtype.element_ty), mask=place < keys.size)
+        tl.store(keys.grad_k + place, tl.load(keys.k + place, mask=mask).to(keys.grad_k.dtype.element_ty), mask=mask)
     elif tl.program_id(1) == 1:
-        sums = tl.load(keys.v + place, mask=place < keys.size)
-        tl.store(keys.grad_v + place, sums.to(keys.grad_v.dtype.element_ty), mask=place < keys.size)
+        tl.store(keys.grad_v + place, tl.load(keys.v + place, mask=mask).to(keys.grad_v.dtype.element_ty), mask=mask)
     elif loss is not None:
         if tl.program_id(1) == 2:
             sums = tl.zeros([size], tl.float32)
+            numbers = tl.cast(loss.rows, tl.int64) * loss.width
             for number in range(0, loss.ranges):
-                sums += tl.load(loss.k + tl.cast(number, tl.int64) * loss.size + place, mask=place < loss.size, other=0)
-            tl.store(loss.grad_k + place, sums.to(loss.grad_k.dtype.element_ty), mask=place < loss.size)
+                sums += tl.load(loss.k + number * numbers + place, mask=place < numbers, other=0)
+            tl.store(loss.grad_k + place, sums.to(loss.grad_k.dtype.element_ty), mask=place < numbers)
         elif tl.program_id(0) == 0:
             total = tl.zeros([size], tl.float64)
             for start in range(0, loss.num_losses, size):
@@ -180,8 +184,9 @@ def finish_kernel(keys, loss, size: tl.constexpr):
 
 def finish(sums: KeyGradients, k: Tensor, v: Tensor, loss: LossSums | None) -> tuple[Tensor, Tensor]:
     """The gradients of k and v in their dtypes; also fills what `loss` names."""
-    keys = KeySums(sums.k, sums.v, k.new_empty(k.shape), v.new_empty(v.shape), k.numel())
-    size, numbers = 2048, max(keys.size, 0 if loss is None else loss.size)
+    rows = k.numel() // k.shape[3]
+    keys = KeySums(sums.k, sums.v, k.new_empty(k.shape), v.new_empty(v.shape), rows, k.shape[3])
+    size, numbers = 2048, max(k.numel(), 0 if loss is None else loss.rows * loss.width)
     grid = cdiv(numbers, size), 2 if loss is None else 4, 1
     Launch(finish_kernel, grid, {"keys": keys, "loss": loss}, {"size": size}).run()
     return keys.grad_k, keys.grad_v

@@ -13,6 +13,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .tiles import box_strides
+
 # How many neighbouring 16-bit numbers of a row the tensor cores take from one place: a row of 128 has two halves.
 HALF = gl.constexpr(64)
 # The layout of rows in halves for the tensor cores: the first halves of all rows, then the second halves.
@@ -107,6 +109,4 @@ def box_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout
 
 def shared_box(x: torch.Tensor, box: list[int]) -> TensorDescriptor:
     """The descriptor with which the bulk copy engine copies boxes of x."""
-    # The engine asks for multiples of 16 bytes where there is nothing to step over too.
-    strides = [16 if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, box_layout(tuple(box), x.dtype))
+    return TensorDescriptor(x, list(x.shape), box_strides(x), box, box_layout(tuple(box), x.dtype))

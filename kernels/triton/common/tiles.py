@@ -97,6 +97,12 @@ def tma_ready(x: torch.Tensor) -> bool:
     return x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and aligned
 
 
+def box_strides(x: torch.Tensor) -> list[int]:
+    """The strides of x for the bulk copy engine: multiples of 16 bytes also where there is nothing to step over."""
+    strides = [16 if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return [*strides, x.stride(-1)]
+
+
 def length_key(x: torch.Tensor) -> tuple[int, ...]:
     """The sizes of queries [B, H, S, D], of which S counts up to a power of two: the tiles of others differ."""
     return min(x.shape[0], 2), x.shape[1], x.shape[2].bit_length(), x.shape[3]

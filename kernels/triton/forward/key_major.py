@@ -69,7 +69,7 @@ def load_queries(q, base, entry, first_query, first_row, C: tl.constexpr):
     d = tl.arange(0, C.depth)
     _, head = split_rows(first_row, C.rows, C.group_size)
     query = first_query + (entry.to(tl.uint32) // C.topk).to(tl.int32)
-    row = base + head.to(tl.int64)[:, None] * q.stride_h + d[None, :] * q.stride_d
+    row = base + head.to(tl.int64)[:, None] * q.stride_h + d.to(tl.int64)[None, :] * q.stride_d
     row += query.to(tl.int64)[:, None] * q.stride_s
     return tl.load(row) if C.head_dim == C.depth else tl.load(row, mask=(d < C.head_dim)[None, :], other=0.0)
 

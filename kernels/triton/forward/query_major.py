@@ -26,7 +26,7 @@ from ..common.records import Scales, keys_per_row, load_sequence, locate_block, 
 from ..common.sizes import Sizes, sizes_of
 from ..common.softmax import LN_2, LOG2_E
 from ..common.target import Target, padded
-from ..common.tiles import TileTable, find_tile, load_tile
+from ..common.tiles import TileTable, box_strides, find_tile, load_tile
 from .config import ForwardConfig
 from .records import Inputs, Results, Vectors, result_place
 from .tile_unions import Tiles, load_tile_union
@@ -176,7 +176,7 @@ def query_major_kernel(
     query = first + token
     inside = ((token < C.tokens) & (query < sequence.q_end))[:, None] & (d < C.head_dim)[None, :]
     q_row = sequence.batch * q.stride_b + (group * C.group_size + head) * q.stride_h + query.to(tl.int64) * q.stride_s
-    q_rows = tl.load(q.ptr + q_row[:, None] + d[None, :] * q.stride_d, mask=inside, other=0.0)
+    q_rows = tl.load(q.ptr + q_row[:, None] + d.to(tl.int64)[None, :] * q.stride_d, mask=inside, other=0.0)
     dtype: tl.constexpr = q_rows.dtype
     softmax = Softmax(
         tl.zeros([ROWS, DEPTH], tl.float32), tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
@@ -235,7 +235,7 @@ def query_major_constants(problem: Problem, config: ForwardConfig, target: Targe
 
 def boxes_of(x: torch.Tensor, columns: int) -> TensorDescriptor:
     """k or v [B, Hkv, Sk, D] as boxes [1, 1, columns, D] for the bulk copy engine."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, columns, x.shape[3]])
+    return TensorDescriptor(x, list(x.shape), box_strides(x), [1, 1, columns, x.shape[3]])
 
 
 def supports(problem: Problem, target: Target, config: ForwardConfig) -> bool:

@@ -26,7 +26,7 @@ from ..common.fp8 import as_bits, split_e4m3
 from ..common.launch import View
 from ..common.overlap import await_previous
 from ..common.records import load_sequence
-from ..common.tiles import find_tile
+from ..common.tiles import box_strides, find_tile
 from .config import SelectionConfig
 from .rule import first_kept, forced_from
 from .scoring import (
@@ -126,7 +126,7 @@ def key_arguments(
     # e4m3 keys that are multiplied as they are keep their type, which `view` would change; so do int8 keys.
     index_k = index_k if config.fp8_product else as_bits(index_k)
     batch, _, seqlen_k, head_dim = index_k.shape
-    stride_b, _, stride_s, stride_d = index_k.stride()
+    stride_b, _, stride_s, stride_d = box_strides(index_k)
     tiles: TensorDescriptor | View = View(index_k, *index_k.stride())
     if config.use_tma:
         shape, strides = [batch, seqlen_k, head_dim], [stride_b, stride_s, stride_d]

@@ -38,7 +38,7 @@ from .certified.launch import fills, select_certified
 from .config import CERTIFIED_TOKENS, DEPENDS_ON, SelectionConfig, default_config, most_splits, selection_constants
 from .merge import Lists, merge_splits
 from .rule import ForcedBlocks
-from .topk import Ids, Outputs
+from .topk import Outputs, ids_of
 
 # The first that supports a configuration runs. Other versions of Triton may lack what the kernel in Gluon needs.
 IMPLEMENTATIONS: tuple[Any, ...] = (kernel,)
@@ -132,7 +132,7 @@ def rank_blocks(
         "sequences_ptr": sequences,
         "tiles": tiles,
         "forced": ForcedBlocks(rule.num_local_blocks, rule.num_init_blocks),
-        "outputs": Outputs(Ids(ids, *ids.stride()[:3]), None if lists is None else lists.keys, config.num_splits),
+        "outputs": Outputs(ids_of(ids), None if lists is None else lists.keys, config.num_splits),
     }
     constants = selection_constants(config, num_kv_heads, index_q.shape[3], rule, target, with_scores)
     options = Options(config.num_warps, config.num_stages, overlap=target.overlaps)

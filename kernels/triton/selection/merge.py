@@ -22,8 +22,8 @@ from .topk import (
     EMPTY_KEY,
     ID_MASK,
     ORDERED_NEG_INF,
-    Ids,
     ascending_ids,
+    ids_of,
     ids_place,
     key_scores,
     list_row,
@@ -286,7 +286,7 @@ def merge_splits(
     batch, num_kv_heads, seqlen_q, topk = block_indices.shape
     tiles, num_queries = tile_table(sequences, batch, seqlen_q, 1)
     overlap = target_of(block_indices.device).overlaps
-    results = {"ids_to": Ids(block_indices, *block_indices.stride()[:3]), "scores_ptr": scores}
+    results = {"ids_to": ids_of(block_indices), "scores_ptr": scores}
     arguments = {"lists": lists, **results, "sequences_ptr": sequences, "tiles": tiles}
     constants = MergeKernelConstants(num_kv_heads, topk, lists.constants, overlap)
     options = Options(num_warps=4, overlap=overlap)

@@ -17,6 +17,7 @@ thread, if there are rows enough, and a sorting network along K moves nothing be
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -55,6 +56,12 @@ class Ids(NamedTuple):
     stride_b: Any
     stride_h: Any
     stride_s: Any
+
+
+def ids_of(block_indices: torch.Tensor) -> Ids:
+    """The Ids of block_indices; a row of a batch alone, however large it is, has a stride that fits 32 bits."""
+    stride_b, stride_h, stride_s, _ = block_indices.stride()
+    return Ids(block_indices, stride_b if block_indices.shape[0] > 1 else 0, stride_h, stride_s)
 
 
 class Outputs(NamedTuple):

@@ -5,7 +5,6 @@ saves. So the last program to take a number sets the counter back, and calls of 
 other, have the same counters. A captured graph runs on any stream at any time, and has counters of its own.
 """
 
-import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +14,8 @@ import triton
 # Counters of a device for graphs that are captured later, 4 MB: a step takes one per sequence.
 RESERVE = 1 << 20
 
+# Of a device, a stream and a number.
+_shared: dict[tuple[torch.device, int, int], torch.Tensor] = {}
 _reserves: dict[torch.device, torch.Tensor] = {}
 # All that were ever a reserve: graphs write to them for as long as they run, but do not hold their memory.
 _given: list[torch.Tensor] = []
@@ -33,9 +34,14 @@ def work_counters(number: int, device: torch.device) -> torch.Tensor:
     return _counters_of(device, stream, max(16, triton.next_power_of_2(number)))
 
 
-@functools.cache
 def _counters_of(device: torch.device, stream: int, number: int) -> torch.Tensor:
-    return _zeros(number, device)
+    key = device, stream, number
+    if key not in _shared:
+        # Counters that a second thread made would be freed while its launch runs.
+        with _lock:
+            if key not in _shared:
+                _shared[key] = _zeros(number, device)
+    return _shared[key]
 
 
 def _fill_reserve(device: torch.device) -> None:

@@ -185,15 +185,15 @@ def copy_vectors(vectors, batch, head, token, place, key, number, live, head_dim
 def append_kernel(
     keys, values, index_keys, rows, pages, sequences_ptr, status_ptr, seqlen_k, num_kv_heads, C: tl.constexpr
 ):
-    """See the module's docstring. Grid (batch, tiles of tokens)."""
+    """See the module's docstring. Program number i has tile i // batch of the tokens of row i % batch."""
     announce_next(C.overlap)
     await_previous(C.overlap)
-    row = tl.program_id(0) + tl.arange(0, 1)
+    row = tl.program_id(0) % rows.batch + tl.arange(0, 1)
     growth = grow(row, row < rows.batch, rows, pages, C)
     filled, count = tl.max(growth.filled, axis=0), tl.max(growth.count, axis=0)
-    first = tl.program_id(1) * C.tokens
+    first = tl.program_id(0) // rows.batch * C.tokens
     if first < count:
-        b = tl.program_id(0).to(tl.int64)
+        b = (tl.program_id(0) % rows.batch).to(tl.int64)
         lane = tl.arange(0, C.tokens * C.heads)
         token, head = first + lane // C.heads, (lane % C.heads).to(tl.int64)
         live = (token < count) & (head < num_kv_heads)
@@ -216,7 +216,7 @@ def append_kernel(
     # All threads have read the old length before the counter says so.
     tl.debug_barrier()
     arrived = tl.atomic_add(status_ptr, 1)
-    if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
+    if arrived == tl.num_programs(0) - 1:
         write_table(rows, pages, sequences_ptr, status_ptr, C)
         tl.store(status_ptr, 0)
 
@@ -259,7 +259,8 @@ def append(
     rows = Rows(kv_lens, kv_starts, lens, stride, batch, num_tokens, capacity_of(page_table, cache_k))
     Launch(
         append_kernel,
-        (batch, max(1, -(-num_tokens // constants.tokens)), 1),
+        # Long prompts have more tiles than a grid's second dimension may.
+        (batch * max(1, -(-num_tokens // constants.tokens)), 1, 1),
         {
             "keys": Vectors(view(k), view(cache_k), cache_k_scale, 1.0),
             "values": Vectors(view(v), view(cache_v), cache_v_scale, 1.0),

@@ -163,7 +163,8 @@ def store_results(results, acc, row_max, row_sum, batch, group, token, seqlen_q,
     """Write out and lse of a query's heads, or of a split of them, from the state of `softmax_update`."""
     head, depth = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
     live = (head < C.group_size)[:, None] & (depth < C.head_dim)[None, :]
-    seen = row_sum > 0.0
+    # A sum that is NaN is no zero: such a row sees keys.
+    seen = row_sum != 0.0
     total = tl.where(seen, row_sum, 1.0)
     lse = tl.where(seen, (row_max + tl.log2(total)) * LN_2, float("-inf"))
     number = group * C.group_size + head
@@ -229,7 +230,7 @@ def attend_kernel(
     end = tl.where(visible > 0, tl.minimum(begin + share, C.topk * PARTS), begin)
     if not merged:
         slot = tl.arange(0, C.slots)
-        ids = tl.load(ids_ptr + slot * ids_view.stride_d, mask=slot < C.topk, other=-1)
+        ids = tl.load(ids_ptr + slot.to(tl.int64) * ids_view.stride_d, mask=slot < C.topk, other=-1)
     # Steps are found one ahead: an address that waits for a load would keep loads of keys from running ahead. Codes are
     # loaded then as well, because bytes are not copied asynchronously.
     at = find_step(ids, tl.minimum(begin, end - 1), visible, sequence, pages, scales, merged, C)

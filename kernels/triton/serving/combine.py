@@ -52,10 +52,10 @@ def combine_kernel(partial_out_ptr, partial_lse_ptr, out, lse_ptr, num_splits, C
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     weights = tl.exp2((lse - shift) * LOG2_E)
     total = tl.sum(weights, axis=0)
-    mean = tl.sum(partial * weights[:, None], axis=0) / tl.where(total > 0.0, total, 1.0)
+    mean = tl.sum(partial * weights[:, None], axis=0) / tl.where(total != 0.0, total, 1.0)
     to = out.ptr + batch * out.stride_b + head * out.stride_h + query * out.stride_s
     tl.store(to + depth, mean.to(out.ptr.dtype.element_ty), mask=depth < C.head_dim)
-    tl.store(lse_ptr + row, tl.where(total > 0.0, shift + tl.log2(total) * LN_2, float("-inf")))
+    tl.store(lse_ptr + row, tl.where(total != 0.0, shift + tl.log2(total) * LN_2, float("-inf")))
 
 
 @functools.lru_cache

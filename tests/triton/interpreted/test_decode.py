@@ -1,5 +1,6 @@
 """Decoding against the dense definition in float64, from caches whose unused slots hold NaN."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -98,6 +99,19 @@ def test_attention_merges_lists(name, num_lists, splits, monkeypatch):
     assert torch.equal(ids, dense_selection(index_q, index_k, sequences, SelectionRule(block_size, topk)))
     wanted = dense_attention(q, k.nan_to_num(), v.nan_to_num(), ids, sequences, block_size, 0.3)
     assert_attention(found, wanted, q.dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_wild_query_does_not_look_blind(number, splits):
+    """-inf in the lse says that a query sees no key; a sum of probabilities that is NaN does not."""
+    q, k, v, index_q, index_k, sequences, block_size, topk = poisoned_inputs(CASES["several tokens"])
+    q[:, 0, 0, 0] = number
+    ids = kernels.select_blocks(index_q, index_k, sequences, SelectionRule(block_size, topk))
+    config = replace(config_of(q, k, block_size, topk), num_splits=splits)
+    out, lse = decode.attend(q, k, v, Cache(), decode.Chosen(ids), sequences, block_size, 0.3, config)
+    assert out[:, 0, 0].isnan().all() and lse[:, 0, 0].isnan().all()
+    assert out[:, 1:].isfinite().all() and lse[:, 1:].isfinite().all()
 
 
 def test_long_lists_are_merged_once(monkeypatch):

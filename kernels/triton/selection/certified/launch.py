@@ -38,7 +38,7 @@ from ..kernel import key_arguments
 from ..merge import Lists, MergeKernelConstants
 from ..rule import ForcedBlocks
 from ..scoring import RowList
-from ..topk import Ids, Outputs
+from ..topk import Outputs, ids_of
 from .again import ROWS, BlockLists, again_kernel, list_kernel
 from .certify import certify_kernel
 from .choose import choose_kernel
@@ -170,7 +170,7 @@ def select_certified(
     assert sequences.shape == (batch, 5), "packed documents are shorter than their buffer says"
     target = target_of(ids.device)
     constants = selection_constants(config, num_kv_heads, depth, rule, target)
-    outputs = Outputs(Ids(ids, *ids.stride()[:3]), None, 1)
+    outputs = Outputs(ids_of(ids), None, 1)
     arguments = {
         "index_q": view(index_q),
         "pages": pages_of(None, index_k),
