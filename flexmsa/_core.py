@@ -4,6 +4,7 @@ share them.
 
 import contextlib
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,14 +59,21 @@ def attention(
 ) -> tuple[Tensor, AuxOutput]:
     """Select, attend, and compute the index loss if `aux` requests it; given block_indices replace the selection.
 
-    loss_value: the backward computes the loss, and writes it there; if the index branch needs no gradient, the forward
-    does. loss_count: what its sum is divided by.
+    loss_value: the backward computes the loss, and writes it there; if the index branch is frozen, the forward does.
+    Without gradients nothing does, since reentrant checkpointing runs its first forward so. loss_count: what the sum of
+    the losses is divided by.
     """
     branches = q, k, v, index_q, index_k
     lse: Tensor | None
     loss: Tensor | None = None
     with_loss = aux.any_loss
-    deferred = with_loss and loss_value is not None and _needs_grad(index_q, index_k)
+    deferred = with_loss and loss_value is not None
+    if deferred and not torch.is_grad_enabled():
+        # That of an earlier call would look like this one's.
+        assert loss_value is not None
+        loss_value.fill_(math.nan)
+    elif deferred:
+        deferred = _needs_grad(index_q, index_k)
     if block_indices is None and not with_loss:
         decoded = _decode(*branches, sequences, settings)
         if decoded is not None:
@@ -79,7 +87,7 @@ def attention(
         if block_indices is None and settings.rule is not None:
             block_indices = select_blocks(index_q, index_k, sequences, settings.rule, settings.backend)
         # Without gradients there is no backward. FlexAttention and the reference have backwards of their own.
-        together = deferred and block_indices is not None and _needs_grad(q, k, v)
+        together = deferred and block_indices is not None and _needs_grad(q, k, v) and _needs_grad(index_q, index_k)
         backend = choose_backend("block_sparse_attention", settings.backend, q) if together else ""
         if together and backend in ("torch", "triton"):
             inputs = q, k, v, index_q, index_k, block_indices, sequences.table, loss_count, loss_value
@@ -244,7 +252,8 @@ def index_loss(
         loss = reference.index_loss(*branches, block_indices, *ranges, settings.block_size, *scales, count=count)
         if value is None:
             return loss
-        value.copy_(loss.detach())
+        if torch.is_grad_enabled():
+            value.copy_(loss.detach())
         return loss - loss.detach()
     inputs = q, k, index_q, index_k, block_indices, lse, sequences.table, count
     numbers = settings.block_size, settings.scale, settings.index_scale

@@ -11,7 +11,7 @@ from flexmsa._profiling import profiled
 from flexmsa._sequences import Sequences
 from flexmsa.backends import choose_backend
 from flexmsa.kernels.rules import SelectionRule
-from flexmsa.ops.checks import check_range
+from flexmsa.ops.checks import check_page_table, check_range
 from flexmsa.types import AuxRequest
 
 __all__ = ["Cache", "MSACache"]
@@ -133,6 +133,9 @@ class Cache:
         """
         table, scales = self.newest(q.shape[2]), (self.k_scale, self.v_scale, self.index_k_scale)
         if backend == "reference":
+            if not is_recorded(self.k):
+                # A block without a page would be read from another page.
+                check_page_table(self.page_table, table, block_size, self.k.shape[0], "torch")
             k, v, index_k = self.contiguous()
             sequences = Sequences(q, self.capacity, table=table)
             if choice is not None:
@@ -242,12 +245,12 @@ class Cache:
         self._newest = None
 
     def _check_counts(self, counts: int | Tensor) -> int | Tensor:
-        """Return the counts of `trim`, not negative."""
+        """Return the counts of `trim`, from 0 to the capacity: larger ones might not fit into int32."""
         if isinstance(counts, Tensor):
             validation.check_row_counts("counts", counts, self.kv_lens)
-            return counts.clamp(min=0)
+            return counts.clamp(0, self.capacity)
         validation.check_int("counts", counts, 0)
-        return counts
+        return min(counts, self.capacity)
 
     def _check_rows(self, rows: Tensor) -> Tensor:
         """Return the rows of `reorder`, all of which exist."""

@@ -1,5 +1,6 @@
 """PagedMSACache: keys, values and index keys in pages of one block; rows get pages as they grow, and can share them."""
 
+from collections.abc import Callable
 from typing import NoReturn, Self
 
 import torch
@@ -11,6 +12,9 @@ from flexmsa.cache import Cache
 from flexmsa.pages import Pages
 
 __all__ = ["PagedMSACache"]
+
+# Pages to copy: (source, target).
+Copies = list[tuple[int, int]]
 
 
 class PagedMSACache(Cache):
@@ -98,6 +102,7 @@ class PagedMSACache(Cache):
         cache = cls.__new__(cls)
         Cache.__init__(cache, k, v, index_k, page_table.shape[0], (k_scale, v_scale, index_k_scale))
         cache.page_table, cache.kv_lens, cache._pages = page_table, kv_lens, None
+        cache._reserved = [0] * cache.batch_size
         return cache
 
     def _own_sizes(self) -> dict[str, int]:
@@ -131,11 +136,9 @@ class PagedMSACache(Cache):
             validation.check_int("tokens", count, 0)
         if max(wanted) > self.capacity:
             raise ValueError(f"tokens: expected at most max_pages * page_size = {self.capacity}, got {max(wanted)}")
-        pages = self._pages_in_use()
         reserved = [max(has, self._pages_for(count)) for has, count in zip(self._reserved, wanted, strict=True)]
-        pages.extend_each(reserved)
+        self._keep(*self._changed(lambda pages: pages.extend_each(reserved)))
         self._reserved = reserved
-        self._keep(pages)
 
     def share(self, source: int, rows: list[int], tokens: int) -> None:
         """Replace the tokens of `rows` by the first `tokens` tokens of row `source`.
@@ -153,15 +156,19 @@ class PagedMSACache(Cache):
             raise ValueError(f"tokens: expected 0 to {held}, the tokens of row {source}, got {tokens}")
         if source in rows or len(set(rows)) < len(rows):
             raise ValueError(f"rows: expected distinct rows other than the source {source}, got {rows}")
-        pages, full = self._pages_in_use(), tokens // self.page_size
-        copies = []
-        for row in rows:
-            pages.share(source, row, full)
-        for row in rows if tokens % self.page_size else []:
-            pages.extend(row, full + 1)
-            copies.append((pages.rows[source][full], pages.rows[row][full]))
-        pages.extend_each(self._reserved)
-        self._keep(pages, copies)
+        full = tokens // self.page_size
+
+        def share(pages: Pages) -> Copies:
+            copies: Copies = []
+            for row in rows:
+                pages.share(source, row, full)
+            for row in rows if tokens % self.page_size else []:
+                pages.extend(row, full + 1)
+                copies.append((pages.rows[source][full], pages.rows[row][full]))
+            pages.extend_each(self._reserved)
+            return copies
+
+        self._keep(*self._changed(share))
         self._set_lens(rows, tokens)
 
     def reorder(self, rows: Tensor) -> Self:
@@ -179,6 +186,8 @@ class PagedMSACache(Cache):
         validation.check_row_counts("rows", rows, self.kv_lens)
         parents, lens = rows.tolist(), self.kv_lens.tolist()
         validation.check_rows("rows", parents, self.batch_size)
+        # Exact lengths free all pages of tokens that have been trimmed.
+        self._bounds = lens
         pages = self._pages_in_use()
         copies = pages.reorder(parents, lens, self.page_size)
         pages.extend_each(self._reserved)
@@ -211,8 +220,9 @@ class PagedMSACache(Cache):
 
     def _leave_shared_pages(self) -> None:
         """Give each row that ends within a shared page a copy of that page."""
-        pages, copies = self._own_pages().copy(), []
-        for row, length in enumerate(self.kv_lens.tolist()):
+        self._bounds = self.kv_lens.tolist()
+        pages, copies = self._pages_in_use(), []
+        for row, length in enumerate(self._bounds):
             if pages.is_shared(row, length // self.page_size):
                 pages.truncate(row, self._pages_for(length))
                 if length % self.page_size:
@@ -277,6 +287,21 @@ class PagedMSACache(Cache):
             pages.truncate(row, max(self._pages_for(bound), self._reserved[row]))
         return pages
 
+    def _changed(self, change: Callable[[Pages], Copies | None]) -> tuple[Pages, Copies | None]:
+        """Return a copy of the pages that `change` was applied to, and what it returned.
+
+        Raises:
+            ValueError: too few pages are free.
+        """
+        pages = self._pages_in_use()
+        try:
+            return pages, change(pages)
+        except ValueError:
+            # Tokens that a trim with a tensor removed may still hold pages. Reading the lengths waits for the device.
+            self._bounds = self.kv_lens.tolist()
+        pages = self._pages_in_use()
+        return pages, change(pages)
+
     def _own_pages(self) -> Pages:
         if self._pages is None:
             raise ValueError("cache: expected a cache that assigns its own pages, got one made by `wrap`")
@@ -288,8 +313,8 @@ class PagedMSACache(Cache):
             self._bounds[row] = length
         self._newest = None
 
-    def _keep(self, pages: Pages, copies: list[tuple[int, int]] | None = None) -> None:
-        """Use `pages` from now on, write the page table on the device, and copy the pages (source, target)."""
+    def _keep(self, pages: Pages, copies: Copies | None = None) -> None:
+        """Use `pages` from now on, write the page table on the device, and copy the given pages."""
         self._pages = pages
         width = self.page_table.shape[1]
         table = [row + [-1] * (width - len(row)) for row in pages.rows]

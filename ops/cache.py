@@ -31,7 +31,7 @@ def append(*args):
     k, lens, cache, page_table, kv_lens = (args[i] for i in (0, 3, 4, 10, 12))
     if lens is not None:
         check_range("lens", lens, 0, k.shape[2])
-    if backend == "torch":
+    if backend != "triton":
         check_append(k.shape[2], lens, kv_lens, page_table, cache)
     run_kernel(backend, "append", *inputs)
 

@@ -46,6 +46,58 @@ def test_pages_of_trimmed_tokens_can_be_reserved():
     assert cache.num_free_pages == 1
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda cache: cache.share(0, [1], 1),
+        lambda cache: cache.reserve(4),
+        lambda cache: cache.reorder(torch.tensor([0, 0])),
+    ],
+    ids=["share", "reserve", "reorder"],
+)
+def test_pages_of_tokens_that_a_tensor_trims_are_free(call):
+    cache = paged(4)
+    cache.append(*tokens(16), lens=torch.tensor([16, 0]))
+    cache.trim(torch.tensor([15, 0]))
+    call(cache)
+    assert cache.num_free_pages == 2
+
+
+def test_a_trim_makes_room_for_its_own_copies():
+    cache = flexmsa.PagedMSACache(3, 1, 16, 16, num_pages=3, max_pages=4, page_size=4)
+    cache.append(*tokens(8, batch=3), lens=torch.tensor([4, 0, 8]))
+    cache.share(0, [1], 4)
+    cache.trim(torch.tensor([0, 2, 8]))
+    assert cache.page_table[0, 0] != cache.page_table[1, 0]
+    held = cache.contiguous()[0]
+    assert torch.equal(held[0, :, :2], held[1, :, :2])
+
+
+@pytest.mark.parametrize("count", [2**31, 2**32, 2**40])
+def test_a_trim_of_more_tokens_than_int32_holds(count):
+    for counts in (count, torch.tensor([count, 3])):
+        for cache in (flexmsa.MSACache(2, 1, 16, 16, 32), paged(8)):
+            cache.append(*tokens(8))
+            cache.trim(counts)
+            assert cache.kv_lens.tolist() == ([0, 0] if counts is count else [0, 5])
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_each_backend_refuses_rows_without_room_or_pages(backend):
+    table, lens = torch.tensor([[0, 1], [2, -1]], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    cache = flexmsa.PagedMSACache.wrap(*pools(), table, lens)
+    message = "page_table: expected a page from 0 to 7 for block 1 of row 1, got -1"
+    assert_refused(cache, lambda: cache.append(*tokens(6), backend=backend), message)
+    lens.add_(6)
+    assert_refused(cache, lambda: cache.append(*tokens(3), backend=backend), "at most 2 more tokens in row 0, got 3")
+    cache.trim(0)
+    q = torch.randn(2, 2, 1, 16)
+    for index_q in (None, q[:, :1]):
+        choice = {"block_size": 4, "topk": None if index_q is None else 1}
+        with pytest.raises(ValueError, match=message):
+            flexmsa.decode(q, cache, index_q, **choice, backend=backend)
+
+
 def test_reserved_pages_survive_sharing_and_beams():
     cache = paged(12, 6)
     cache.append(*tokens(10), lens=torch.tensor([10, 0]))

@@ -177,8 +177,8 @@ def test_wrong_tensors_for_the_value(value, message):
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("topk", [2, None])
-def test_without_a_backward_the_forward_computes_the_loss(topk, backend):
-    """In no_grad, and with a frozen index branch: the value of an earlier batch would be wrong."""
+def test_without_a_backward_no_value_is_wrong(topk, backend):
+    """With a frozen index branch the forward computes it. In no_grad nothing does: an earlier value does not stay."""
     settings = {"block_size": 8, "topk": topk, "backend": backend, "return_aux": LOSS}
     plain, trained = make_inputs(40), make_inputs(40, requires_grad=True)
     expected = flexmsa.attention(*plain, **settings)[1].index_loss
@@ -188,10 +188,9 @@ def test_without_a_backward_the_forward_computes_the_loss(topk, backend):
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(loss, expected)
         assert not loss.requires_grad
-    value = nan()
     with torch.no_grad():
-        flexmsa.attention(*trained, **settings, index_loss_value=value)
-    assert not value.isnan()
+        zero = flexmsa.attention(*trained, **settings, index_loss_value=value)[1].index_loss
+    assert zero == 0 and value.isnan()
 
 
 def test_the_value_is_float32_whatever_the_default_is():

@@ -130,14 +130,14 @@ def test_the_twin_is_the_warm_up():
     assert not torch.allclose(dense_twin(model)(ids)[0], model(ids)[0])
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_generation_with_a_cache_equals_one_forward_pass(compiled):
+@pytest.mark.parametrize(("length", "compiled"), [(0, False), (1, False), (20, False), (20, True)])
+def test_generation_with_a_cache_equals_one_forward_pass(length, compiled):
     model = GPT(CONFIG, num_layers=2).eval()
     prompts = [b"d", b"def a_longer_prompt(than, a_few, tokens):", b"import"]
-    result = generate(model, prompts, 20, compiled=compiled)
+    result = generate(model, prompts, length, compiled=compiled)
     for prompt, text, logits in zip(prompts, result.texts, result.logits, strict=True):
-        assert text.startswith(prompt) and len(text) == len(prompt) + 20
-        whole = model(torch.tensor([list(text[:-1])]))[0][0].detach()
+        assert text.startswith(prompt) and len(text) == len(prompt) + length
+        whole = model(torch.tensor([list(text)]))[0][0, :-1].detach()
         torch.testing.assert_close(logits, whole)
         assert text[len(prompt) :] == bytes(whole[len(prompt) - 1 :].argmax(-1).tolist())
 

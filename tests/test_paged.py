@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import lengths
 from hypothesis import given, settings
 from paged_cases import CASES
 
@@ -210,3 +211,25 @@ def test_compiles():
 
     with torch.no_grad():
         assert torch.equal(torch.compile(attend, fullgraph=True, backend="aot_eager")(q, index_q), attend(q, index_q))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan])
+@pytest.mark.parametrize("scale", [None, 2.0])
+@pytest.mark.parametrize("seqlen_q", [1, 20])
+def test_nan_in_e4m3_pages_without_scales_of_tokens(seqlen_q, scale, bad):
+    """An index key that is NaN has the lowest score; a key or a value that is NaN gives NaN."""
+    stored = [torch.zeros(8, 1, 4, depth, dtype=torch.float8_e4m3fn) for depth in (16, 16, 8)]
+    pools, q = PagePools(*stored, k_scale=scale, v_scale=scale, index_k_scale=scale), torch.randn(seqlen_q, 2, 16)
+    index_k, table = torch.ones(24, 1, 8), torch.arange(6, dtype=torch.int32)[None]
+    index_k[2], index_k[5], index_k[9] = 2.0, bad, 3.0
+    batch = PagedBatch(table, lengths(24), num_tokens=seqlen_q, page_size=4)
+    k, v = torch.randn(2, 24, 1, 16)
+    for spoiled in (None, k, v):
+        if spoiled is not None:
+            spoiled[17, 0, 3] = bad
+        flexmsa.write_pages(k, v, index_k, pools, torch.arange(24))
+        ids = flexmsa.select_pages(torch.ones(seqlen_q, 1, 8), pools, batch, topk=3)
+        assert ids[-1].tolist() == [[0, 2, 5]]
+        chosen = flexmsa.attend_pages(q, None, pools, batch, block_indices=lengths(0, 4, 5).expand(seqlen_q, 1, 3))
+        for out in (chosen, flexmsa.attend_pages(q, None, pools, batch, topk=None)):
+            assert out[-1].isnan().any() == (spoiled is not None)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import dense_attention, dense_selection, ragged, randn
+from helpers import dense_attention, dense_selection, plain, ragged, randn
 
 from flexmsa import ops
 from flexmsa.kernels import torch as torch_kernels
@@ -210,9 +210,9 @@ def test_a_selection_from_many_block_ranges():
 def test_e4m3_codes_are_read_exactly():
     codes = torch.arange(256, dtype=torch.uint8).view(FP8)
     values = fp8.as_float16(codes).float() * fp8.SHIFT
-    is_nan = codes.float().isnan()
-    assert torch.equal(values[~is_nan], codes.float()[~is_nan])
-    assert torch.equal(values[is_nan].abs(), torch.tensor([480.0, 480.0]))
+    torch.testing.assert_close(values, codes.float(), rtol=0, atol=0, equal_nan=True)
+    shifted = fp8.as_bfloat16(codes, torch.empty(256, dtype=torch.int16)).double() * fp8.BFLOAT16_SHIFT
+    torch.testing.assert_close(shifted, codes.double(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -227,3 +227,27 @@ def test_an_e4m3_key_that_is_not_finite_has_the_lowest_score(bad):
     ids = layer.select(sequences, layer.contiguous)
     assert torch.equal(ids, wanted_ids(layer, keys, sequences))
     assert not (ids == 5).any()
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 4])
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_queries_may_have_any_strides(num_kv_heads, seqlen_q):
+    q = randn(2, 4, seqlen_q, 16, dtype=torch.bfloat16)
+    k, v = (randn(2, num_kv_heads, 32, 16, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
+    ids = torch.tensor([0, 3], dtype=torch.int32).expand(2, num_kv_heads, seqlen_q, 2)
+    strided = q.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+    wanted, found = (torch_kernels.attend_blocks(x, k, v, ids, plain(2, seqlen_q, 32), 8, SCALE) for x in (q, strided))
+    for result, expected in zip(found, wanted, strict=True):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_infinite_score_gives_nan(padded, dtype):
+    q, k, v = (randn(2, 1, count, DEPTH, dtype=dtype, seed=seed) for seed, count in enumerate((1, 16, 16)))
+    q.abs_()
+    k[:, 0, 10] = torch.inf
+    ids = torch.tensor([[0, 1], [0, -1]] if padded else [[1], [0]], dtype=torch.int32)[:, None, None]
+    out, _ = torch_kernels.attend_blocks(q, k, v, ids, plain(2, 1, 16), BLOCK, SCALE)
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()

@@ -56,7 +56,9 @@ def generate(
     caches = model.new_caches(len(prompts), longest + length)
     scores = model.read(ids, caches, lens, select_every)
     last = scores[torch.arange(len(prompts), device=device), lens - 1]
-    logits = [[scores[row, : len(prompt)]] for row, prompt in enumerate(prompts)]
+    # The last row is that of the first new byte, if there is one.
+    unused = 1 if length == 0 else 0
+    logits = [[scores[row, : len(prompt) - unused]] for row, prompt in enumerate(prompts)]
     texts = [bytearray(prompt) for prompt in prompts]
     step = make_step(model, caches, compiled, select_every)
     for count in range(length):

@@ -69,7 +69,8 @@ def attend_blocks(
             ids[batch, :, token], batch, position[query], k_start[query], block_size, k.shape[2], page_table
         )
         batch, token = torch.as_tensor(batch), torch.as_tensor(token)
-        rows = q[batch, :, token].view(len(batch) * num_heads, -1, q.shape[-1])
+        # Gathered rows keep the order of q's strides, and the fused kernel needs dense ones.
+        rows = q[batch, :, token].contiguous().view(len(batch) * num_heads, -1, q.shape[-1])
         if k_scale is None and v_scale is None and q.dtype in _FUSED and q.device.type == "cpu":
             result, row_lse = _attend_fused(rows, k, v, scale, keys, scratch)
         else:
@@ -118,7 +119,10 @@ def _attend_fused(
         attn_mask=mask,
         scale=scale,
     )
-    return keys.clear_blind(out[0], lse[0, ..., None])
+    out, lse = out[0], lse[0, ..., None]
+    # An infinite score has no softmax, but the kernel may give 0.
+    out.masked_fill_(lse == torch.inf, torch.nan)
+    return keys.clear_blind(out, lse)
 
 
 def _attend(

@@ -6,8 +6,9 @@ scale NaN and counts as NaN throughout, whatever its stored numbers.
 
 PyTorch converts e4m3 on a CPU one number at a time. This module shifts bits instead: s eeee mmm becomes
 s 0eeee mmm0000000, which as a float16 is the same number divided by 2^8, exactly, subnormals included; or
-s 0000eeee mmm0000, which as a bfloat16 is the number divided by 2^120. A vector whose scale is a number never contains
-e4m3's own code of NaN, which would be read as 480.
+s 0000eeee mmm0000, which as a bfloat16 is the number divided by 2^120. This alone would read e4m3's own
+code of NaN as 480. A vector whose scale is a number never contains that code, but pages without scales of tokens may.
+It is rare, so numbers are searched for it before any is replaced.
 """
 
 import torch
@@ -22,6 +23,8 @@ _FRACTION, _LARGEST_FRACTION = 0x7FFFFF, 0x600000
 # The code of 2^119. A larger scale times SHIFT might exceed float32.
 _LAST = 246
 _NAN = 255
+# The code of NaN among e4m3 numbers, without the sign.
+_CODE_OF_NAN = 127
 # The bits that a number fills: all of a float16 but the highest of its exponent and the last seven, and all of a
 # bfloat16 but the four highest of its exponent and the last four.
 _FLOAT16, _BFLOAT16 = -0x4080, -0x7810
@@ -35,17 +38,29 @@ def is_e4m3(x: Tensor) -> bool:
 def as_float16(stored: Tensor, bits: Tensor | None = None) -> Tensor:
     """The e4m3 numbers ``stored`` divided by ``SHIFT``, in the memory of ``bits`` (int16), if given."""
     bits = torch.empty(stored.shape, dtype=torch.int16) if bits is None else bits
-    return _spread(stored, 2**7, _FLOAT16, bits).view(torch.float16)
+    return _spread(stored, 2**7, _FLOAT16, bits, torch.float16)
 
 
 def as_bfloat16(stored: Tensor, bits: Tensor) -> Tensor:
     """The numbers divided by ``BFLOAT16_SHIFT``: e4m3's subnormals stay subnormal, and products may flush them to 0."""
-    return _spread(stored, 2**4, _BFLOAT16, bits).view(torch.bfloat16)
+    return _spread(stored, 2**4, _BFLOAT16, bits, torch.bfloat16)
 
 
-def _spread(stored: Tensor, factor: int, mask: int, bits: Tensor) -> Tensor:
+def _spread(stored: Tensor, factor: int, mask: int, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    codes = stored.view(torch.int8)
     # Sign extension to 16 bits puts the sign into the highest bit.
-    return bits.copy_(stored.view(torch.int8)).mul_(factor).bitwise_and_(mask)
+    numbers = bits.copy_(codes).mul_(factor).bitwise_and_(mask).view(dtype)
+    if _contains_nan(codes):
+        numbers.masked_fill_(codes & _CODE_OF_NAN == _CODE_OF_NAN, torch.nan)
+    return numbers
+
+
+def _contains_nan(codes: Tensor) -> bool:
+    # The code is the largest int8 number, and with the sign the largest uint8 number. Two maxima are much faster than a
+    # comparison of every number.
+    if codes.numel() == 0:
+        return False
+    return int(codes.amax()) == _CODE_OF_NAN or int(codes.view(torch.uint8).amax()) == 128 + _CODE_OF_NAN
 
 
 def as_scales(codes: Tensor) -> Tensor:

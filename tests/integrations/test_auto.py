@@ -143,8 +143,12 @@ def test_configurations_are_copied(checkpoint):
 
 
 def test_the_configuration_of_a_model_that_was_not_saved_makes_another():
-    model = AutoModelForCausalLM.from_config(make_converted("phi3").config)
-    assert model.flexmsa.layers == (0, 1) and type(model).__name__ == "Phi3ForCausalLM"
+    model, ids = make_converted("phi3"), tokens(1, 30)
+    other = AutoModelForCausalLM.from_config(model.config).to(DEVICE).eval()
+    assert other.flexmsa.layers == (0, 1) and type(other) is type(model)
+    other.load_state_dict(model.state_dict())
+    other = pickle.loads(pickle.dumps(other))
+    assert torch.equal(other(ids).logits, model(ids).logits)
 
 
 class LlamaLikeConfig(LlamaConfig):

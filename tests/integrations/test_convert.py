@@ -15,6 +15,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
 )
 
 from flexmsa import MSAConfig
@@ -275,6 +276,19 @@ def test_settings_that_do_not_fit_are_named():
         make_converted()(tokens(1, 5), index_losses=IndexLosses())
     with pytest.raises(ValueError, match="index_head_dim: expected at least the 16 dimensions"):
         convert(make_dense(), {**SETTINGS, "index_head_dim": 8})(tokens(1, 5))
+
+
+def test_a_trained_index_branch_is_not_replaced():
+    converted = make_converted("llama")
+    head = LlamaForSequenceClassification(make_dense("llama").config)
+    head.model = converted.model
+    inner = make_dense("llama")
+    convert(inner.model, SETTINGS)
+    before = converted.model.layers[0].self_attn.index_q_proj.weight
+    for model in (head, inner, converted.model):
+        with pytest.raises(ValueError, match="would replace their trained index branch: attach the head before conv"):
+            convert(model, SETTINGS)
+    assert converted.model.layers[0].self_attn.index_q_proj.weight is before
 
 
 def test_the_checkpoint_of_a_converted_model_loads_as_a_dense_one(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from integrations.converted import assert_same, make_converted, make_dense, tokens
 from integrations.device import DEVICE, training_arguments
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from flexmsa.integrations.transformers import ConversionCallback
 from flexmsa.integrations.transformers.index_branch import is_index_weight
@@ -45,7 +45,7 @@ def history(trainer):
 
 
 def test_the_callback_runs_both_phases_and_logs_each_step(whole_run):
-    _, trainer = whole_run
+    folder, trainer = whole_run
     steps = history(trainer)
     assert len(steps) == STEPS
     for entry in steps:
@@ -59,7 +59,8 @@ def test_the_callback_runs_both_phases_and_logs_each_step(whole_run):
     assert steps[0]["score_recall"] == pytest.approx(steps[0]["score_recall_untrained"], abs=0.15)
     assert steps[WARM_UP - 1]["kl"] < steps[0]["kl"]
     assert not trainer.model.flexmsa.warm_up
-    assert trainer.args.max_grad_norm == 1.0
+    stored = torch.load(folder / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert trainer.args.max_grad_norm == stored.max_grad_norm == 1.0
     assert trainer.model.eval()(tokens(1, 9), labels=tokens(1, 9)).get("index_loss") is None
 
 
@@ -89,15 +90,51 @@ def test_resuming_continues_the_same_curve(step, whole_run, tmp_path):
         torch.testing.assert_close(resumed.model.state_dict()[name], value)
 
 
-def test_the_callback_clips_the_branches_apart(tmp_path):
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_callback_clips_the_branches_apart(interrupted, tmp_path):
     before = make_converted().state_dict()
     trainer = make_trainer(tmp_path, callback=ConversionCallback(0), steps=1, optim="sgd", max_grad_norm=0.01)
+    if interrupted:
+        trainer = interrupt(trainer)
     trainer.train()
     moved = {False: 0.0, True: 0.0}
     for name, parameter in trainer.model.named_parameters():
         moved[is_index_weight(name)] += (parameter - before[name]).square().sum().item()
     # SGD moves by the learning rate, 0.01, times the clipped gradient.
     assert all(square**0.5 == pytest.approx(1e-4, rel=1e-2) for square in moved.values())
+
+
+class Probe(TrainerCallback):
+    """Fails if a run begins with a measurement."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        assert not kwargs["model"].flexmsa.with_health
+
+
+def interrupt(trainer):
+    """Interrupt the first step; return another trainer of the same model and arguments."""
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    handle = trainer.model.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    handle.remove()
+    callbacks = [ConversionCallback(0), Probe()]
+    return Trainer(trainer.model, trainer.args, train_dataset=Rows(), callbacks=callbacks)
+
+
+class StopEarly(TrainerCallback):
+    def on_substep_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_a_run_that_stops_between_micro_batches_leaves_its_step(tmp_path):
+    trainer = make_trainer(tmp_path, steps=1, gradient_accumulation_steps=2)
+    trainer.add_callback(StopEarly)
+    trainer.train()
+    assert trainer.args.max_grad_norm == 1.0 and not trainer.model.flexmsa.with_health
 
 
 def test_resuming_with_other_settings_is_refused(whole_run, tmp_path):

@@ -140,13 +140,23 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 30)])
-def test_labels_of_classifiers_are_counted_whole(shape):
+def test_classifiers_ignore_the_count_of_the_step(shape):
     kind = Qwen3ForSequenceClassification if len(shape) == 1 else Qwen3ForTokenClassification
     model, ids = convert(kind(make_dense().config), {"block_size": 4, "topk": 3}).to(DEVICE).train(), tokens(1, 30)
     labels = torch.ones(shape, dtype=torch.long, device=DEVICE)
     alone = index_part(gradients(model, model(ids).index_loss))
-    counted = model(ids, labels=labels, num_items_in_batch=torch.tensor(labels.numel(), device=DEVICE)).loss
-    assert_same(index_part(gradients(model, counted)), alone)
+    count = torch.tensor(4 * labels.numel(), device=DEVICE)
+    loss = model(ids, labels=labels, num_items_in_batch=count).loss
+    assert model.flexmsa.report.lm_loss == loss
+    assert_same(index_part(gradients(model, loss)), alone)
+
+
+def test_labels_by_position():
+    model, ids = make_converted().train(), tokens(2, 30)
+    model.flexmsa.loss_in_backward = False
+    options = {"num_items_in_batch": torch.tensor(116, device=DEVICE), "return_dict": False}
+    by_name = model(ids, labels=ids, **options)[0]
+    assert torch.equal(model(ids, None, None, None, None, ids, **options)[0], by_name)
 
 
 @pytest.mark.filterwarnings("error:Mismatch dtype")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from flexmsa.integrations.transformers.auto import PREFIX, converted_config
 from flexmsa.integrations.transformers.converted_attention import Conversion, ForwardPass, Report, hook_modules
 from flexmsa.integrations.transformers.data_parallel import check_replicas, prepare_shards
 from flexmsa.integrations.transformers.dense_models import attention_modules, choose_layers, is_local, model_sizes
-from flexmsa.integrations.transformers.index_branch import add_index_branch, first_adapted
+from flexmsa.integrations.transformers.index_branch import add_index_branch, first_adapted, has_index_branch
 from flexmsa.integrations.transformers.losses import (
     IndexLosses,
     IndexLossValue,
@@ -36,6 +38,8 @@ __all__ = ["conversion_of", "convert", "install", "msa_config", "set_warm_up"]
 
 # Settings that the model's own configuration has, and how to train: they are not saved.
 _NOT_SAVED = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "rotary_dim", "rope_theta", "loss_in_backward")
+# How the names of models end whose loss Trainer's count of the tokens divides.
+_COUNT_TOKENS = ("ForCausalLM", "ForConditionalGeneration")
 
 
 def msa_config(model: PreTrainedModel, **settings: Any) -> MSAConfig:
@@ -87,6 +91,15 @@ def convert(
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     if hasattr(model, "flexmsa"):
         raise ValueError("model: expected a dense model, got one that is converted already; convert once")
+    # Those of M3's own, which `attention_modules` refuses, have no msa.
+    branches = (name for name, part in model.named_modules() if "msa" in part.__dict__ and has_index_branch(part))
+    converted = next(branches, None)
+    if converted is not None:
+        raise ValueError(
+            f"model: expected a dense model, got one with converted attention layers already, such as {converted}; "
+            "converting again would replace their trained index branch: attach the head before convert, or load a "
+            "converted model by from_pretrained"
+        )
     if getattr(model.config.get_text_config(), "flexmsa", None) is not None:
         raise ValueError(
             "model: expected a dense model, got the checkpoint of a converted model without its index branch; "
@@ -153,7 +166,9 @@ def install(model: Any, config: MSAConfig, layers: tuple[int, ...], warm_up: boo
         if isinstance(part, PreTrainedModel):
             prepare_init_weights(type(part))
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    model.register_forward_hook(_after_forward, with_kwargs=True)
+    # A traced forward cannot look up the names.
+    names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+    model.register_forward_hook(partial(_after_forward, names), with_kwargs=True)
     watch_gradients(model)
     return model
 
@@ -223,12 +238,18 @@ def _before_forward(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     return args, {**kwargs, "msa_pass": ForwardPass.of(args, kwargs, conversion.with_health), "index_losses": losses}
 
 
-def _after_forward(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Add the index loss to the outputs, and in training mode to their loss."""
+def _after_forward(names: tuple[str, ...], model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Add the index loss to the outputs, and in training mode to their loss.
+
+    Args:
+        names: of the parameters of the model's forward.
+    """
     conversion: Conversion = model.flexmsa
     losses: IndexLosses | None = kwargs.get("index_losses")
     if losses is None:
         return output
+    if args and "labels" not in kwargs:
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     values = losses.values
     if values.keys() != set(conversion.layers):
         raise RuntimeError(
@@ -276,16 +297,15 @@ def _share_of_step(model: Any, kwargs: dict[str, Any]) -> Tensor | float:
 
     Trainer divides the summed loss of each micro-batch by the tokens of the whole step. The index loss is a mean, so it
     gets the weight tokens / tokens of the step; otherwise gradient accumulation would multiply it. With shards it is a
-    mean over the queries of all processes, so their tokens count.
+    mean over the queries of all processes, so their tokens count. Classifiers ignore the count and return a mean.
     """
     count = kwargs.get("num_items_in_batch")
-    if count is None:
+    # A user's subclass may have another name.
+    if count is None or not any(kind.__name__.endswith(_COUNT_TOKENS) for kind in type(model).__mro__):
         return 1.0
     labels = kwargs.get("shift_labels")
     if labels is None:
-        labels = kwargs["labels"]
-        if labels.dim() > 1 and type(model).__name__.endswith(("ForCausalLM", "ForConditionalGeneration")):
-            labels = labels[..., 1:]
+        labels = kwargs["labels"][..., 1:]
     tokens = labels.ne(-100).sum()
     shards: SequenceShards | None = kwargs.get("shards")
     if shards is not None:

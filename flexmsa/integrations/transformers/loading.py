@@ -123,9 +123,16 @@ def _loader(architecture: Any, config_class: Any) -> Any:
             model.set_attn_implementation(dense)
         return (model, found) if output_loading_info else model
 
+    def make(cls: Any, config: Any, **kwargs: Any) -> Any:
+        model = super(kind, cls)._from_config(config, **kwargs)
+        # As of `load`: the loader is no class that a user, or pickle, knows.
+        model.__class__ = architecture
+        return model
+
     own: dict[str, Any] = {
         "__init__": init,
         "__module__": architecture.__module__,
+        "_from_config": classmethod(make),
         "config_class": config_class,
         "from_pretrained": classmethod(load),
     }

@@ -37,6 +37,9 @@ __all__ = [
 
 # The names by which wrappers hold the module inside.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+# The attribute of TrainingArguments with the user's max_grad_norm inside a step. Not of the callback: after an
+# interrupted step the next run may have another one.
+_MAX_GRAD_NORM = "_flexmsa_max_grad_norm"
 
 
 def begin_warm_up(model: nn.Module) -> None:
@@ -242,7 +245,7 @@ class ConversionCallback(TrainerCallback, ExportableState):
     def __init__(self, warm_up_steps: int, index_loss_weight: float = 1.0) -> None:
         self.warm_up_steps, self.index_loss_weight = warm_up_steps, index_loss_weight
         self._settings: dict[str, Any] = {}
-        self._max_grad_norm = 0.0
+        self._clips = False
         self._norms: tuple[Tensor, Tensor] | None = None
 
     def state(self) -> dict[str, Any]:
@@ -256,6 +259,8 @@ class ConversionCallback(TrainerCallback, ExportableState):
         """Enter the phase of the next step, and check the optimizer and the resumed settings."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         conversion = conversion_of(model)
+        # An earlier run may have been interrupted inside a step.
+        self._leave_step(args, model)
         stored = model.config.get_text_config().flexmsa
         self._settings = {name: value for name, value in stored.items() if name not in ("warm_up", "fallback")}
         if state.global_step > 0:
@@ -264,8 +269,7 @@ class ConversionCallback(TrainerCallback, ExportableState):
         conversion.index_loss_weight = self.index_loss_weight
         self._enter(model, state.global_step)
         check_optimizer(model, optimizer, resumed=state.global_step > 0)
-        if args.max_grad_norm and not (args.fp16 or args.deepspeed or is_sharded_flat(model)):
-            self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+        self._clips = not (args.fp16 or args.deepspeed or is_sharded_flat(model))
 
     def _compare(self, before: dict[str, Any] | None) -> None:
         if before is None:
@@ -284,23 +288,35 @@ class ConversionCallback(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Switch to phase 2 before its first step; measure the steps that are logged."""
+        """Switch to phase 2 before its first step; measure the steps that are logged; stop Trainer's clipping."""
         model = kwargs["model"]
         if state.global_step == self.warm_up_steps:
             begin_sparse(model)
         step, every = state.global_step + 1, max(1, int(state.logging_steps))
         conversion_of(model).with_health = step % every == 0 or (step == 1 and args.logging_first_step)
+        # Trainer clips right before on_pre_optimizer_step. Only for the step, since checkpoints store the arguments.
+        if self._clips and args.max_grad_norm > 0:
+            setattr(args, _MAX_GRAD_NORM, args.max_grad_norm)
+            args.max_grad_norm = 0.0
+
+    def _leave_step(self, args: TrainingArguments, model: nn.Module) -> None:
+        """Stop measuring, so that evaluations are not measured, and restore Trainer's clipping."""
+        conversion_of(model).with_health = False
+        # After an interrupted step the user may have set another.
+        args.max_grad_norm = args.max_grad_norm or vars(args).get(_MAX_GRAD_NORM, 0.0)
+        vars(args).pop(_MAX_GRAD_NORM, None)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Clip the gradients."""
-        if self._max_grad_norm > 0:
-            self._norms = clip_gradients(kwargs["model"], self._max_grad_norm)
+        if _MAX_GRAD_NORM in vars(args):
+            args.max_grad_norm = vars(args).pop(_MAX_GRAD_NORM)
+            self._norms = clip_gradients(kwargs["model"], args.max_grad_norm)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop measuring, so that evaluations are not measured."""
-        conversion_of(kwargs["model"]).with_health = False
+        """Leave the step before Trainer evaluates or saves."""
+        self._leave_step(args, kwargs["model"])
 
     def on_log(
         self,
@@ -320,9 +336,8 @@ class ConversionCallback(TrainerCallback, ExportableState):
             logs.update(entries)
             state.log_history[-1].update(entries)
 
-    def on_train_end(
+    def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore Trainer's clipping."""
-        if self._max_grad_norm > 0:
-            args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, 0.0
+        """Leave a step that another callback stopped between its micro-batches."""
+        self._leave_step(args, kwargs["model"])

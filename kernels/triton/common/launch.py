@@ -98,9 +98,8 @@ def describe(arguments: Iterable[Any], kinds: list[Any], values: list[Any]) -> N
             kinds += x.ptr.dtype, (address | x.stride_b | x.stride_h | x.stride_s) & 15 == 0, x.stride_d == 1
             values.append((address, *x[1:]))
         elif kind is int or kind is float or x is None:
-            # The launcher cuts an int to 32 bits without a word.
-            if kind is int and not -0x80000000 <= x < 0x80000000:
-                raise OverflowError(f"a kernel's argument: expected 32 bits, got {x}; split the batch")
+            # The launcher would cut an int to 32 bits without a word.
+            assert kind is not int or -0x80000000 <= x < 0x80000000, f"a kernel's argument: expected 32 bits, got {x}"
             kinds.append(kind)
             values.append(x)
         elif isinstance(x, tuple):

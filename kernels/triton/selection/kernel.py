@@ -125,12 +125,10 @@ def key_arguments(
     """The kernel's arguments for the keys: a TMA descriptor of tiles [1, block_size, Di], or a View, and the scales."""
     # e4m3 keys that are multiplied as they are keep their type, which `view` would change; so do int8 keys.
     index_k = index_k if config.fp8_product else as_bits(index_k)
-    batch, _, seqlen_k, head_dim = index_k.shape
-    stride_b, _, stride_s, stride_d = box_strides(index_k)
     tiles: TensorDescriptor | View = View(index_k, *index_k.stride())
     if config.use_tma:
-        shape, strides = [batch, seqlen_k, head_dim], [stride_b, stride_s, stride_d]
-        tiles = TensorDescriptor(index_k, shape, strides, [1, block_size, head_dim])
+        keys = index_k[:, 0]
+        tiles = TensorDescriptor(keys, list(keys.shape), box_strides(keys), [1, block_size, keys.shape[2]])
     return {"index_k": tiles, "index_k_scale": index_k_scale}
 
 
