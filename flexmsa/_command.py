@@ -1,6 +1,7 @@
-"""What commands share: the options of demos, problems with options, folders of results, exit codes, and Ctrl-C."""
+"""What commands share: the options of demos, problems with options, files and folders, exit codes, and Ctrl-C."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,16 @@ def exit_code(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("\nStopped.")
         return INTERRUPTED
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write a file beside `path`, then rename it, so that `path` is never half-written."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_options(

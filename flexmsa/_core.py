@@ -67,13 +67,7 @@ def attention(
     lse: Tensor | None
     loss: Tensor | None = None
     with_loss = aux.any_loss
-    deferred = with_loss and loss_value is not None
-    if deferred and not torch.is_grad_enabled():
-        # That of an earlier call would look like this one's.
-        assert loss_value is not None
-        loss_value.fill_(math.nan)
-    elif deferred:
-        deferred = _needs_grad(index_q, index_k)
+    deferred = loss_value is not None and (_needs_grad(index_q, index_k) or not torch.is_grad_enabled())
     if block_indices is None and not with_loss:
         decoded = _decode(*branches, sequences, settings)
         if decoded is not None:
@@ -87,7 +81,7 @@ def attention(
         if block_indices is None and settings.rule is not None:
             block_indices = select_blocks(index_q, index_k, sequences, settings.rule, settings.backend)
         # Without gradients there is no backward. FlexAttention and the reference have backwards of their own.
-        together = deferred and block_indices is not None and _needs_grad(q, k, v) and _needs_grad(index_q, index_k)
+        together = with_loss and deferred and block_indices is not None and _needs_grad(q, k, v)
         backend = choose_backend("block_sparse_attention", settings.backend, q) if together else ""
         if together and backend in ("torch", "triton"):
             inputs = q, k, v, index_q, index_k, block_indices, sequences.table, loss_count, loss_value
@@ -100,7 +94,10 @@ def attention(
             main = q, k, index_q, index_k
             value = loss_value if deferred else None
             loss = index_loss(*main, block_indices, lse, sequences, settings, value, loss_count)
-            if loss_value is not None and not deferred:
+            if loss_value is not None and not torch.is_grad_enabled():
+                # That of an earlier call would look like this one's.
+                loss_value.fill_(math.nan)
+            elif loss_value is not None and not deferred:
                 loss_value.copy_(loss)
         return out, requested(aux, lse, block_indices, loss, number)
 
@@ -117,7 +114,7 @@ def _decode(
     if rule is None or q.shape[2] > FEW_QUERIES or _needs_grad(q, k, v, index_q, index_k):
         return None
     # vmap has no rule for operators that write their arguments.
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if _is_inside_vmap():
         return None
     backend = choose_backend("block_sparse_attention", settings.backend, q)
     if backend not in ("torch", "triton"):
@@ -252,8 +249,7 @@ def index_loss(
         loss = reference.index_loss(*branches, block_indices, *ranges, settings.block_size, *scales, count=count)
         if value is None:
             return loss
-        if torch.is_grad_enabled():
-            value.copy_(loss.detach())
+        value.copy_(loss.detach())
         return loss - loss.detach()
     inputs = q, k, index_q, index_k, block_indices, lse, sequences.table, count
     numbers = settings.block_size, settings.scale, settings.index_scale
@@ -285,8 +281,9 @@ def requested(
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
-    if not torch.is_grad_enabled():
-        return False
     # A tensor inside vmap does not say whether the one outside needs a gradient.
-    inside = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return inside or any(x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and (_is_inside_vmap() or any(x.requires_grad for x in tensors))
+
+
+def _is_inside_vmap() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

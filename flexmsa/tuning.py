@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flexmsa import validation
+from flexmsa._command import write_whole
 from flexmsa.config import MSAConfig
 from flexmsa.kernels.problem import Problem
 from flexmsa.kernels.tuning import (
@@ -176,10 +177,7 @@ def _environment(device: str | torch.device) -> dict[str, str]:
 
 
 def _write(path: Path, stored: dict[str, Any]) -> None:
-    """Whole or not at all, so that nothing is lost when it is interrupted."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(stored, indent=2) + "\n")
-    new.replace(path)
+    write_whole(path, lambda unfinished: unfinished.write_text(json.dumps(stored, indent=2) + "\n"))
 
 
 def _read(path: Path, arch: int | str) -> dict[str, Any]:

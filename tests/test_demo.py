@@ -10,10 +10,10 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from flexmsa import MSAConfig, __main__, demo
+from flexmsa._command import write_whole
 from flexmsa._progress import Progress
 from flexmsa.demo.generate import generate
 from flexmsa.demo.model import GPT, dense_twin
-from flexmsa.demo.report import write_whole
 from flexmsa.demo.text import read_standard_library
 
 CONFIG = MSAConfig(32, num_heads=4, num_kv_heads=2, head_dim=8, index_head_dim=8, block_size=4, topk=3)

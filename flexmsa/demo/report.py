@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexmsa._command import write_whole
 from flexmsa.demo.train import Settings, Training
 from flexmsa.plotting import BLUE, GREEN, GREY, ORANGE, decorate, plot_selection
 
@@ -44,16 +44,6 @@ def save(training: Training, results: dict[str, Any]) -> list[Path]:
         written.append(settings.out / name)
         write_whole(written[-1], partial(figure.savefig, format="png"))
     return written
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a file beside `path`, then rename it, so that `path` is never half-written."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def draw_curves(training: Training) -> Figure:

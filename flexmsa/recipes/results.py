@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flexmsa._command import write_whole
+
 __all__ = ["add_entry", "cut_log", "newest_checkpoint", "step_of"]
 
 LOG = "metrics.jsonl"
@@ -48,6 +50,4 @@ def cut_log(out: Path, step: int) -> None:
     for line in (out / LOG).read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             kept += f"{line}\n" if json.loads(line)["step"] <= step else ""
-    partial = out / f"{LOG}.partial"
-    partial.write_text(kept)
-    partial.replace(out / LOG)
+    write_whole(out / LOG, lambda path: path.write_text(kept))

@@ -46,6 +46,7 @@ if not triton.__version__.startswith(("3.6.", "3.7.")):
 COMPILED = {}
 # What sm_86 runs fits into sm_80, whose shared memory is larger: there, M3's layer and the sample are enough.
 OTHERS = [name for name in TARGETS if name != "sm_80"]
+ELSEWHERE = [name for name in OTHERS if name != "sm_90"]
 
 
 def build(launches, target, spills=None):
@@ -220,13 +221,7 @@ DECODED = {
 # On Hopper all; elsewhere those that have most of the kernels.
 DECODED_ON = [
     *(("sm_90", way) for way in DECODED),
-    *(
-        (name, way)
-        for name in OTHERS
-        if name != "sm_90"
-        for way in DECODED
-        if way.startswith(("pages", "drafts", "chunk"))
-    ),
+    *((name, way) for name in ELSEWHERE for way in DECODED if way.startswith(("pages", "drafts", "chunk"))),
 ]
 
 
@@ -248,8 +243,8 @@ STORED = {"contiguous": CacheFormat(), "e4m3": E4M3, "int8": INT8}
 # On Hopper all; elsewhere two that have most of the kernels.
 SCORED = [
     *(("sm_90", *given) for given in itertools.product((2048, 1 << 20), STORED, (1, 16))),
-    *((name, 2048, "e4m3", 16) for name in OTHERS if name != "sm_90"),
-    *((name, 1 << 20, "int8", 1) for name in OTHERS if name != "sm_90"),
+    *((name, 2048, "e4m3", 16) for name in ELSEWHERE),
+    *((name, 1 << 20, "int8", 1) for name in ELSEWHERE),
 ]
 
 

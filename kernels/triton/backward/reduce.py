@@ -138,7 +138,6 @@ class LossSums(NamedTuple):
     """Sums and results of the index loss, all contiguous.
 
     grad_k has `rows` x `width` numbers, and so has each of `ranges` sums.
-
     losses: num_losses numbers, whose sum over `number`, a scalar, is the loss.
     """
 

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexmsa.demo.report import draw_phases, smooth, write_whole
+from flexmsa._command import write_whole
+from flexmsa.demo.report import draw_phases, smooth
 from flexmsa.integrations.transformers.demo.train import WAYS, Demo, Score
 from flexmsa.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, decorate
 
