@@ -68,7 +68,8 @@ def ceilings():
 
 def environment():
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    # A line for each GPU, of one driver.
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.partition("\n")[0]
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
     return {"gpu": torch.cuda.get_device_name(), "driver": driver, **versions}
 

@@ -17,6 +17,7 @@ from benchmarks.quality.report import (
     recalls_table,
     relative_to_dense,
     retrieval_table,
+    speeds_table,
 )
 from benchmarks.quality.settings import FULL
 
@@ -43,7 +44,9 @@ def summary() -> str:
     """The answer, for the README."""
     shares = {arm: relative_to_dense(study(), arm, loss_of) for arm in ("msa", "convert", "window")}
     above = {arm: f"{100 * share:+.1f} %" for arm, share in shares.items()}
-    seeds, context = len(study().runs["msa"]), study().any_run["settings"]["context"]
+    fewest, *_, most = sorted(len(study().runs[arm]) for arm in ("dense", *shares))
+    seeds = f"{fewest}" if fewest == most else f"{fewest} or {most}"
+    context = study().any_run["settings"]["context"]
     return (
         f"Does a model learn as well with it? With {parameters(FULL).base / 1e6:.0f} million parameters, rows of "
         f"{context // 1024}K tokens and {seeds} seeds, the held-out loss\ndiffers from that of dense attention by "
@@ -69,5 +72,6 @@ QUALITY_TABLES: dict[str, Callable[[], str]] = {
     "quality retrieval": of_study(retrieval_table),
     "quality identifiers": of_study(identifiers_table),
     "quality recalls": of_study(recalls_table),
+    "quality speeds": lambda: speeds_table(FOLDER),
     "quality summary": summary,
 }

@@ -61,6 +61,8 @@ def result(trainer):
 
 def train(settings, stop_after=None):
     """The result of a run, which a signal to the last process stops during this step."""
+    # float64 needs CPUs, and with GPUs these would be the processes' default devices, of FSDP's tensors too.
+    torch.set_default_device("cpu")
     trainer = Trainer(settings)
     rows = trainer._rows
 
