@@ -99,7 +99,8 @@ class Cache:
             RuntimeError: the tokens need a gradient, which a cache loses.
             ValueError, TypeError: a shape, dtype or device differs from the cache's, or the tokens do not fit. The
                 cache is then unchanged. In compiled code on a GPU and in a CUDA graph, an append leaves full rows
-                unchanged, and `check` raises afterwards.
+                unchanged, and `check` raises afterwards. So may an append outside of them that follows: it does not
+                know how often they ran.
         """
         count = self._check_new(k, v, index_k, lens)
         stored = self.k, self.v, self.index_k, self.k_scale, self.v_scale, self.index_k_scale, self.page_table
