@@ -34,6 +34,7 @@ class SequenceShards:
         device: of the tensors; default: the mesh's.
 
     Attributes:
+        ranges: (start, stop) of this process's parts of the whole row, in order; None of packed documents.
         tokens: [L] int64, the places of this process's tokens in the whole row, -1 for padding.
         positions: [L] int64, their positions in their documents, for RoPE.
 
@@ -65,6 +66,7 @@ class SequenceShards:
         self.seqlen, self.batch_size, self.mesh, self.is_packed = seqlen, batch_size, mesh, cu_seqlens is not None
         world, rank = mesh.size(), mesh.get_local_rank()
         parts = _parts(offsets, world, layout)
+        self.ranges = None if self.is_packed else parts[rank][0]
         lengths = [sum(stop - start for document in found for start, stop in document) for found in parts]
         self.length = -(-max(lengths) // length_multiple) * length_multiple
         self.is_padded = self.length * world > seqlen

@@ -14,8 +14,12 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import distributed as benchmark
-from flexmsa import AuxRequest, MSAConfig, MSAttention, attention
+from benchmarks import gpu_shares
+from flexmsa import AuxRequest, MSAConfig, MSAttention, _core, attention
+from flexmsa._sequences import Sequences
 from flexmsa.distributed import ContextParallel, SequenceShards, context_parallel_attention
+from flexmsa.distributed.context_parallel import select_own_blocks
+from flexmsa.kernels.rules import SelectionRule
 
 from .processes import device_type, run
 
@@ -246,6 +250,27 @@ def run_all():
         "cut": cut_evenly(),
         "refused": refuse(),
     }
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_a_part_is_selected_as_a_sequence_of_its_length(rank, monkeypatch):
+    """Kernels for long sequences are chosen by lengths that the host knows."""
+    select, lengths = _core.select_blocks, []
+
+    def noted(index_q, index_k, sequences, *how):
+        lengths.append((index_q.shape[2], index_k.shape[2], sequences.are_whole))
+        return select(index_q, index_k, sequences, *how)
+
+    _, _, _, index_q, index_k = (x.detach() for x in inputs(65, 1))
+    rule = SelectionRule(4, 3)
+    with gpu_shares.shards_of(65, rank, 3, None) as shards:
+        index_q, table = shards.shard(index_q, 2), Sequences(index_q, 65, table=shards.fragments)
+        monkeypatch.setattr(_core, "select_blocks", noted)
+        ids = select_own_blocks(index_q, index_k, shards, table, None, rule, None)
+    assert lengths == [(stop - start, stop, True) for start, stop in shards.ranges]
+    own = torch.cat([torch.arange(*part) for part in shards.ranges])
+    assert torch.equal(shards.tokens[: len(own)], own)
+    assert torch.equal(ids, select(index_q, index_k, Sequences(index_q, 65, table=shards.fragments), rule, None))
 
 
 @pytest.mark.parametrize("world", [2, 4])
