@@ -1,9 +1,10 @@
 """The tables of docs/quality.md, from the committed results of the study."""
 
 import functools
+import statistics
 from collections.abc import Callable
 
-from benchmarks.gpu_tables import RESULTS, load_result
+from benchmarks.gpu_tables import RESULTS, load_result, markdown
 from benchmarks.quality.earlier import direct_runs, machine_and_text, recipe_table
 from benchmarks.quality.plan import parameters, plan_table, plan_text
 from benchmarks.quality.report import (
@@ -55,6 +56,21 @@ def summary() -> str:
     )
 
 
+def training_speeds() -> str:
+    """Thousand tokens per second of each arm's last phase, by seed, and the most memory of its training."""
+    rows = []
+    for seeds in study().runs.values():
+        runs = [run for _, run in sorted(seeds.items())]
+        speeds = []
+        for run in runs:
+            last, short = run["log"][-1]["way"], run["settings"]["short_steps"]
+            entries = (entry for entry in run["log"] if entry["way"] == last and entry["step"] > short)
+            speeds.append(statistics.median(entry["tokens_per_second"] for entry in entries))
+        most = max(run["memory"] for run in runs)
+        rows.append([runs[0]["title"], ", ".join(f"{x / 1e3:.0f}" for x in speeds), f"{most / 2**30:.1f} GiB"])
+    return markdown(["arm", "thousand tokens per second, by seed", "memory"], rows)
+
+
 def of_study(make: Callable[[Study], str]) -> Callable[[], str]:
     """Make a table of the finished arms, which are read when it is made."""
     return lambda: make(study())
@@ -72,6 +88,7 @@ QUALITY_TABLES: dict[str, Callable[[], str]] = {
     "quality retrieval": of_study(retrieval_table),
     "quality identifiers": of_study(identifiers_table),
     "quality recalls": of_study(recalls_table),
+    "quality training_speeds": training_speeds,
     "quality speeds": lambda: speeds_table(FOLDER),
     "quality summary": summary,
 }
