@@ -61,8 +61,6 @@ def result(trainer):
 
 def train(settings, stop_after=None):
     """The result of a run, which a signal to the last process stops during this step."""
-    # float64 needs CPUs, and with GPUs these would be the processes' default devices, of FSDP's tensors too.
-    torch.set_default_device("cpu")
     trainer = Trainer(settings)
     rows = trainer._rows
 
@@ -78,6 +76,8 @@ def train(settings, stop_after=None):
 
 
 def train_all(folder, world):
+    # float64 needs CPUs, and with GPUs these would be the processes' default devices, of FSDP's tensors too.
+    torch.set_default_device(None)
     found = {name: train(new_settings(folder, name, **mesh)) for name, mesh in MESHES[world].items()}
     return found if world == 4 else {**found, **resume_all(folder)}
 
