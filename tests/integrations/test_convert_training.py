@@ -180,6 +180,12 @@ def test_one_graph(checkpointed):
     assert_same(gradients(traced, ours), gradients(eager, theirs))
 
 
+def test_one_graph_with_a_default_device():
+    """Tensors' methods that are written in Python are traced then, and the compiler does not know all of them."""
+    with DEVICE:
+        test_one_graph(checkpointed=False)
+
+
 def test_the_branches_are_clipped_apart():
     model, ids = make_converted().train(), tokens(2, 30)
     model(ids, labels=ids).loss.backward()

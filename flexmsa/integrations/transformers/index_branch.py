@@ -120,7 +120,7 @@ def project_index(
     size = branch.index_k_proj.out_features
 
     def heads(project: nn.Module, norm: Any) -> Tensor:
-        projected = project(detached).unflatten(-1, (-1, size))
+        projected = torch.unflatten(project(detached), -1, (-1, size))
         # Under autocast, cast back to the dtype of the norm's weight.
         return norm(projected.to(getattr(norm, "weight", projected).dtype)).transpose(1, 2)
 

@@ -173,7 +173,7 @@ def _indexer_forward(forward: Callable) -> Callable:
         detached = hidden_states.detach()
 
         def heads(projection: nn.Module, norm: nn.Module) -> Tensor:
-            return norm(projection(detached).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+            return norm(torch.unflatten(projection(detached), -1, (-1, self.head_dim))).transpose(1, 2)
 
         cos, sin = (x[..., : self.head_dim] for x in position_embeddings)
         index_q, index_k = modeling.apply_rotary_pos_emb(
