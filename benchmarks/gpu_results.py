@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from flexmsa._command import write_whole
+
 
 class Results:
     """Rows that name their part, and per part the run that measured it: the machine and its ceilings.
@@ -26,7 +28,6 @@ class Results:
 
     def add(self, part: str, row: dict) -> None:
         self.rows.append({"part": part, **row})
-        # Replaced in one step, since the file may contain hours of earlier runs.
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps({"parts": self.parts, **self.constants, "rows": self.rows}, indent=1))
-        draft.replace(self.path)
+        # The file may contain hours of earlier runs.
+        text = json.dumps({"parts": self.parts, **self.constants, "rows": self.rows}, indent=1)
+        write_whole(self.path, lambda unfinished: unfinished.write_text(text))

@@ -22,6 +22,7 @@ from benchmarks.quality.side_by_side import run_each
 from benchmarks.quality.speed import speeds
 from benchmarks.quality.tokens import prepare
 from benchmarks.quality.train import Training
+from flexmsa._command import write_whole
 
 # Of a run that has not come to its end, but can go on.
 UNFINISHED = 3
@@ -83,10 +84,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def write(path: Path, found: dict[str, Any]) -> None:
     """Write JSON, its numbers with six digits; all of it or nothing."""
-    partial = path.with_suffix(".partial")
     short = json.loads(json.dumps(found), parse_float=lambda digits: float(f"{float(digits):.6g}"))
-    partial.write_text(json.dumps(short) + "\n")
-    partial.replace(path)
+    write_whole(path, lambda unfinished: unfinished.write_text(json.dumps(short) + "\n"))
     print(f"wrote {path}", flush=True)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.gpu_tables import load_result, markdown
 from benchmarks.quality.report import mean_loss, recall
 
-__all__ = ["direct_runs", "machine_and_text", "recipe_table"]
+__all__ = ["direct_runs", "machine_and_text", "recipe_table", "speed_of_ways"]
 
 # Nats per letter, with which it counts as learned.
 LEARNED = 0.1
@@ -48,10 +48,10 @@ def _losses(runs: dict[str, dict[str, Any]]) -> str:
     return markdown([*head, "thousand tokens per second", "memory"], rows)
 
 
-def speed_of_ways(run: dict[str, Any]) -> dict[str, float]:
-    """Thousand tokens per second of each phase: the median over the entries of the log."""
+def speed_of_ways(run: dict[str, Any], after: int = 0) -> dict[str, float]:
+    """Thousand tokens per second of each phase: the median over the entries of the log behind step `after`."""
     by_way: dict[str, list[float]] = {}
-    for entry in run["log"]:
+    for entry in (entry for entry in run["log"] if entry["step"] > after):
         by_way.setdefault(entry["way"], []).append(entry["tokens_per_second"] / 1e3)
     return {way: statistics.median(each) for way, each in by_way.items()}
 

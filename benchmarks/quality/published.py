@@ -1,11 +1,10 @@
 """The tables of docs/quality.md, from the committed results of the study."""
 
 import functools
-import statistics
 from collections.abc import Callable
 
 from benchmarks.gpu_tables import RESULTS, load_result, markdown
-from benchmarks.quality.earlier import direct_runs, machine_and_text, recipe_table
+from benchmarks.quality.earlier import direct_runs, machine_and_text, recipe_table, speed_of_ways
 from benchmarks.quality.plan import parameters, plan_table, plan_text
 from benchmarks.quality.report import (
     Study,
@@ -61,13 +60,9 @@ def training_speeds() -> str:
     rows = []
     for seeds in study().runs.values():
         runs = [run for _, run in sorted(seeds.items())]
-        speeds = []
-        for run in runs:
-            last, short = run["log"][-1]["way"], run["settings"]["short_steps"]
-            entries = (entry for entry in run["log"] if entry["way"] == last and entry["step"] > short)
-            speeds.append(statistics.median(entry["tokens_per_second"] for entry in entries))
+        speeds = (speed_of_ways(run, run["settings"]["short_steps"])[run["log"][-1]["way"]] for run in runs)
         most = max(run["memory"] for run in runs)
-        rows.append([runs[0]["title"], ", ".join(f"{x / 1e3:.0f}" for x in speeds), f"{most / 2**30:.1f} GiB"])
+        rows.append([runs[0]["title"], ", ".join(f"{speed:.0f}" for speed in speeds), f"{most / 2**30:.1f} GiB"])
     return markdown(["arm", "thousand tokens per second, by seed", "memory"], rows)
 
 

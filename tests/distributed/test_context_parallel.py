@@ -270,7 +270,7 @@ def test_a_part_is_selected_as_a_sequence_of_its_length(rank, monkeypatch):
     assert lengths == [(stop - start, stop, True) for start, stop in shards.ranges]
     own = torch.cat([torch.arange(*part) for part in shards.ranges])
     assert torch.equal(shards.tokens[: len(own)], own)
-    assert torch.equal(ids, select(index_q, index_k, Sequences(index_q, 65, table=shards.fragments), rule, None))
+    assert torch.equal(ids, select(index_q, index_k, table, rule, None))
 
 
 @pytest.mark.parametrize("world", [2, 4])
