@@ -33,7 +33,6 @@ import flexmsa
 from flexmsa import AuxRequest, _core
 from flexmsa._sequences import Sequences
 from flexmsa.distributed import SequenceShards, context_parallel_attention
-from flexmsa.distributed.context_parallel import select_own_blocks
 from flexmsa.kernels.rules import SelectionRule
 
 BLOCK, TOPK = 128, 16
@@ -128,14 +127,12 @@ def dense_errors(heads: Heads, mesh: DeviceMesh, tokens: int = 4096) -> list[str
 def share(whole: list[Tensor], shards: SequenceShards) -> Callable[[], object]:
     """A process's step with all keys there."""
     q, index_q = (shards.shard(whole[place], dim=2) for place in (0, 3))
-    sequences = Sequences.from_table(q, shards.seqlen, shards.fragments)
+    sequences = Sequences(q, shards.seqlen, table=shards.fragments, ranges=shards.ranges)
     scale = q.shape[3] ** -0.5
-    rule = SelectionRule(BLOCK, TOPK, 1, 0)
-    settings = _core.Settings(BLOCK, scale, scale, rule)
+    settings = _core.Settings(BLOCK, scale, scale, SelectionRule(BLOCK, TOPK, 1, 0))
 
     def attend(*tensors: Tensor, return_aux: AuxRequest, index_loss_value: Tensor) -> Any:
-        ids = select_own_blocks(*tensors[3:], shards, sequences, None, rule, None)
-        return _core.attention(*tensors, sequences, settings, return_aux, ids, loss_value=index_loss_value)
+        return _core.attention(*tensors, sequences, settings, return_aux, loss_value=index_loss_value)
 
     return lambda: differentiate([q, *whole[1:3], index_q, whole[4]], attend)
 

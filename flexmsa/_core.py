@@ -164,7 +164,14 @@ def select_blocks(
     numbers = rule.block_size, rule.topk, rule.num_local_blocks, rule.num_init_blocks
     if backend == "reference":
         return reference.select_blocks(index_q, index_k, *sequences.key_ranges(), *numbers)
-    return ops.select_blocks(index_q.detach(), index_k.detach(), sequences.table, *numbers, backend)
+    index_q, index_k = index_q.detach(), index_k.detach()
+    if sequences.ranges is None:
+        return ops.select_blocks(index_q, index_k, sequences.table, *numbers, backend)
+    # Kernels for long sequences are chosen by lengths that the host knows.
+    found = [ops.select_blocks(*part, *numbers, backend) for part in sequences.parts(index_q, index_k)]
+    padding = sequences.seqlen_q - sum(ids.shape[2] for ids in found)
+    found.append(index_q.new_full((*index_q.shape[:2], padding, rule.topk), -1, dtype=torch.int32))
+    return torch.cat(found, dim=2)
 
 
 def chosen_scores(

@@ -16,6 +16,8 @@ class Sequences:
         batch, seqlen_q, seqlen_k: B, Sq and Sk.
         are_whole: each batch row is one sequence, which ends with the last key.
         are_aligned: each sequence starts at key 0, so that key j is in block j // block_size.
+        ranges: (start, stop) of the parts of a plain row that the queries are, in order, with padding after them; None
+            of others. The host knows them; what a table holds only the device knows.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class Sequences:
         kv_lens: Tensor | None = None,
         table: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
+        ranges: list[tuple[int, int]] | None = None,
     ) -> None:
         """Take q [B, H, Sq, ...], of which only shape and device are read, and either the lengths or the table.
 
@@ -37,6 +40,7 @@ class Sequences:
         self.are_whole = self.are_aligned and kv_lens is None
         self._lengths = q, cu_seqlens, kv_starts, kv_lens, seqlen_k, cu_seqlens_k
         self._table = table
+        self.ranges = ranges
 
     @classmethod
     def from_table(cls, q: Tensor, seqlen_k: int, fragments: Tensor) -> "Sequences":
@@ -75,6 +79,17 @@ class Sequences:
         _, q_start, q_end, k_start, k_end = self.table.long().unbind(-1)
         queries = torch.minimum(q_end - q_start, k_end - k_start).clamp(min=0).sum()
         return queries * num_kv_heads
+
+    def parts(self, index_q: Tensor, index_k: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return the queries, keys and table of each range that is not empty: the last tokens of a whole row."""
+        assert self.ranges is not None
+        found, first = [], 0
+        for start, stop in self.ranges:
+            queries = index_q[:, :, first : first + stop - start]
+            first += stop - start
+            if start < stop:
+                found.append((queries, index_k[:, :, :stop], Sequences(queries, stop).table))
+        return found
 
     def key_ranges(self) -> tuple[Tensor, Tensor]:
         """Return start, end [B, Sq] int32: a query sees the keys start .. end-1."""

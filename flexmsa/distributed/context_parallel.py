@@ -12,7 +12,6 @@ from flexmsa._sequences import Sequences
 from flexmsa._settings import checked_settings
 from flexmsa.distributed.gather import begin_to_gather, finish_gathering
 from flexmsa.distributed.shards import SequenceShards
-from flexmsa.kernels.rules import SelectionRule
 from flexmsa.types import AuxOutput, AuxRequest, ShardedAttentionOptions
 
 __all__ = ["ContextParallel", "context_parallel_attention"]
@@ -138,42 +137,18 @@ def context_parallel_attention(
     (index_k,) = finish_gathering([index_k], pending[0], shards)
     ids = None
     if settings.rule is not None:
-        ids = select_own_blocks(index_q, index_k, shards, sequences, kv_starts, settings.rule, backend)
+        ids = _core.select_blocks(index_q, index_k, sequences, settings.rule, backend)
     k, v = finish_gathering([k, v], pending[1], shards)
     loss = {"loss_value": index_loss_value, "loss_count": count}
     out, found = _core.attention(q, k, v, index_q, index_k, sequences, settings, aux, ids, **loss)
     return out if return_aux is None else (out, found)
 
 
-def select_own_blocks(
-    index_q: Tensor,
-    index_k: Tensor,
-    shards: SequenceShards,
-    sequences: Sequences,
-    kv_starts: Tensor | None,
-    rule: SelectionRule,
-    backend: str | None,
-) -> Tensor:
-    """The block_indices of this process's queries: one part of a row after another, as lengths that the host knows.
-
-    Long sequences are selected in less time by their length, which the table of sequences tells the device alone.
-    """
-    if shards.ranges is None or kv_starts is not None:
-        return _core.select_blocks(index_q, index_k, sequences, rule, backend)
-    found, first = [], 0
-    for start, stop in (part for part in shards.ranges if part[0] < part[1]):
-        queries = index_q[:, :, first : first + stop - start]
-        first += stop - start
-        found.append(_core.select_blocks(queries, index_k[:, :, :stop], Sequences(queries, stop), rule, backend))
-    padding = index_q.new_full((*index_q.shape[:2], shards.length - first, rule.topk), -1, dtype=torch.int32)
-    return torch.cat([*found, padding], dim=2)
-
-
 def _with_starts(shards: SequenceShards, kv_starts: Tensor | None, q: Tensor) -> Sequences:
     """The sequences of rows that start at kv_starts."""
     shards.check_starts(kv_starts)
     if kv_starts is None:
-        return Sequences(q, shards.seqlen, table=shards.fragments)
+        return Sequences(q, shards.seqlen, table=shards.fragments, ranges=shards.ranges)
     validation.check_lengths("kv_starts", kv_starts, q.device)
     if kv_starts.shape != (shards.batch_size,):
         raise ValueError(f"kv_starts: expected [{shards.batch_size}], got {list(kv_starts.shape)}")

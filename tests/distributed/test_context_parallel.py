@@ -15,10 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import distributed as benchmark
 from benchmarks import gpu_shares
-from flexmsa import AuxRequest, MSAConfig, MSAttention, _core, attention
+from flexmsa import AuxRequest, MSAConfig, MSAttention, _core, attention, ops
 from flexmsa._sequences import Sequences
 from flexmsa.distributed import ContextParallel, SequenceShards, context_parallel_attention
-from flexmsa.distributed.context_parallel import select_own_blocks
 from flexmsa.kernels.rules import SelectionRule
 
 from .processes import device_type, run
@@ -255,22 +254,24 @@ def run_all():
 @pytest.mark.parametrize("rank", range(3))
 def test_a_part_is_selected_as_a_sequence_of_its_length(rank, monkeypatch):
     """Kernels for long sequences are chosen by lengths that the host knows."""
-    select, lengths = _core.select_blocks, []
+    select, calls = ops.select_blocks, []
 
-    def noted(index_q, index_k, sequences, *how):
-        lengths.append((index_q.shape[2], index_k.shape[2], sequences.are_whole))
-        return select(index_q, index_k, sequences, *how)
+    def noted(index_q, index_k, table, *how):
+        calls.append((index_q.shape[2], table.tolist()))
+        return select(index_q, index_k, table, *how)
 
     _, _, _, index_q, index_k = (x.detach() for x in inputs(65, 1))
-    rule = SelectionRule(4, 3)
     with gpu_shares.shards_of(65, rank, 3, None) as shards:
-        index_q, table = shards.shard(index_q, 2), Sequences(index_q, 65, table=shards.fragments)
-        monkeypatch.setattr(_core, "select_blocks", noted)
-        ids = select_own_blocks(index_q, index_k, shards, table, None, rule, None)
-    assert lengths == [(stop - start, stop, True) for start, stop in shards.ranges]
-    own = torch.cat([torch.arange(*part) for part in shards.ranges])
+        index_q, ranges = shards.shard(index_q, 2), shards.ranges
+        known, unknown = (Sequences(index_q, 65, table=shards.fragments, ranges=x) for x in (ranges, None))
+        monkeypatch.setattr(ops, "select_blocks", noted)
+        ids, expected = (_core.select_blocks(index_q, index_k, x, SelectionRule(4, 3), None) for x in (known, unknown))
+    # One sequence each, whose queries are its last tokens.
+    parts = [(stop - start, [[0, 0, stop - start, 0, stop]]) for start, stop in ranges]
+    assert calls == [*parts, (shards.length, shards.fragments.tolist())]
+    own = torch.cat([torch.arange(*part) for part in ranges])
     assert torch.equal(shards.tokens[: len(own)], own)
-    assert torch.equal(ids, select(index_q, index_k, table, rule, None))
+    assert torch.equal(ids, expected)
 
 
 @pytest.mark.parametrize("world", [2, 4])
