@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import triton
 from torch import Tensor
 
 from benchmarks.gpu_selection import plain
+from flexmsa import set_certified_selection
+from flexmsa._command import write_whole
 from flexmsa.kernels.rules import SelectionRule
 from flexmsa.kernels.triton.selection.certified import launch
 from flexmsa.kernels.triton.selection.launch import choose_config, select_blocks
@@ -26,6 +29,8 @@ from flexmsa.kernels.triton.selection.launch import choose_config, select_blocks
 RESULT = Path(__file__).resolve().parent / "results" / "certified-h200.json"
 # Hkv and tokens, at the index dims, blocks and topk of M3.
 LENGTHS = [(4, 65536), (8, 131072), (4, 131072), (4, 1048576)]
+# Hkv, and numbers of queries and keys, of parts of such rows: the queries are the last tokens.
+PARTS = (4, 8), (1 << 13, 1 << 14, 1 << 15, 1 << 16, 1 << 17), (1 << 16, 3 << 15, 1 << 17, 1 << 18, 1 << 20)
 
 Kind = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -189,22 +194,39 @@ def measure(groups: int, tokens: int) -> dict[str, Any]:
     return row | {"kernels": kernel_times(certified)}
 
 
+def measure_part(groups: int, queries: int, keys: int) -> dict[str, Any]:
+    """Rows whose ids differ, and times, of one of PARTS; that of 16 bits is of the kernel as it is launched without."""
+    index_q = torch.randn(1, groups, queries, 128, device="cuda", dtype=torch.bfloat16)
+    index_k = torch.randn(1, 1, keys, 128, device="cuda", dtype=torch.bfloat16)
+    sequences, rule = plain(1, queries, keys, "cuda"), SelectionRule(128, 16)
+    certified, exact = both(index_q, index_k, sequences, rule)
+    differ = int((certified() != exact()).any(-1).sum())
+    set_certified_selection(False)
+    times = {"ms": milliseconds(certified, 3)}
+    times["bf16_ms"] = milliseconds(partial(select_blocks, index_q, index_k, sequences, rule), 3)
+    set_certified_selection(True)
+    return {"groups": groups, "queries": queries, "keys": keys, "differ": differ, **times}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_certified", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes (default: the committed results)")
     options = parser.parse_args(argv)
     torch.manual_seed(0)
-    inputs = []
-    for name in INPUTS:
-        inputs.append(compare(name))
-        print(inputs[-1], flush=True)
-    lengths = []
-    for shape in LENGTHS:
-        lengths.append(measure(*shape))
-        print(lengths[-1], flush=True)
+    calls = {
+        "inputs": [partial(compare, name) for name in INPUTS],
+        "lengths": [partial(measure, *shape) for shape in LENGTHS],
+        "parts": [partial(measure_part, *shape) for shape in product(*PARTS) if shape[1] <= shape[2]],
+    }
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in calls}
+    for name, part in calls.items():
+        for call in part:
+            found[name].append(call())
+            print(found[name][-1], flush=True)
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    options.out.write_text(json.dumps(machine | {"inputs": inputs, "lengths": lengths}, indent=1) + "\n")
-    return int(any(row["differ"] for row in (*inputs, *lengths)))
+    text = json.dumps(machine | found, indent=1) + "\n"
+    write_whole(options.out, lambda unfinished: unfinished.write_text(text))
+    return int(any(row["differ"] for rows in found.values() for row in rows))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import triton
 
 from flexmsa.kernels.triton.common.launch import Launch, compile_key
 from flexmsa.kernels.triton.common.target import Target
-from flexmsa.kernels.triton.selection.config import CERTIFIED_TOKENS
+from flexmsa.kernels.triton.selection.config import CERTIFIED_KEYS
 from flexmsa.testing import launches
 from flexmsa.testing.compiled import report
 from flexmsa.testing.launches import TARGETS, CacheFormat, Layer
@@ -124,7 +124,7 @@ def flops_per_byte(layer: Layer) -> dict[str, float]:
 def launches_of(layer: Layer, target: Target) -> Iterator[tuple[str, Launch]]:
     """Each launch of a training step and of two decoding steps, with its label: the task and the kernel's name."""
     # Shorter, as another kernel than the one of the table selects from so many tokens on.
-    shorter = replace(layer, tokens=CERTIFIED_TOKENS // 2)
+    shorter = replace(layer, tokens=CERTIFIED_KEYS)
     yield from labelled("selection", launches.selection_launches(shorter, target))
     yield from labelled("forward", launches.forward_launches(layer, target))
     yield from labelled("backward", launches.backward_launches(layer, target))

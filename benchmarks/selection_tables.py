@@ -34,6 +34,18 @@ def certified_lengths() -> str:
     return markdown(["groups x tokens", "all, ms", "bf16 kernel", *steps, "marked rows", "memory"], rows)
 
 
+def certified_parts() -> str:
+    found = load_result("certified-h200.json")["parts"]
+    times = {(row["groups"], row["queries"], row["keys"]): (row["ms"], row["ms"] / row["bf16_ms"]) for row in found}
+    keys = sorted({row["keys"] for row in found})
+    rows = []
+    for groups, queries in dict.fromkeys((row["groups"], row["queries"]) for row in found):
+        cells = [times.get((groups, queries, number)) for number in keys]
+        numbers = ["" if cell is None else f"{cell[0]:.2f} ({cell[1]:.2f})" for cell in cells]
+        rows.append([f"{groups} x {queries // 1024}K", *numbers])
+    return markdown(["groups x queries", *(f"{number // 1024}K keys" for number in keys)], rows)
+
+
 def certified_inputs() -> str:
     rows = [
         [
@@ -97,4 +109,12 @@ def selection_cpu() -> str:
     return markdown(["tokens", "Di", "dtype", "keys", "threads", "fp32", "int8", "faster by"], rows)
 
 
-SELECTION_TABLES = selection_8_bits, certified_lengths, certified_inputs, caches_8_bits, caches_int8, selection_cpu
+SELECTION_TABLES = (
+    selection_8_bits,
+    certified_lengths,
+    certified_parts,
+    certified_inputs,
+    caches_8_bits,
+    caches_int8,
+    selection_cpu,
+)

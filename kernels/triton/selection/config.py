@@ -19,8 +19,8 @@ SM90_SPLITS = 128
 LARGE = (90, 100, 103)
 # The most query rows that `kernel_sm90` takes as one tile.
 SM90_ROWS = 64
-# From so many queries and keys on `certified` was measured to be faster, on an H200.
-CERTIFIED_TOKENS = 1 << 17
+# From so many queries, and so many keys of a query on average, `certified` was measured to be faster, on an H200.
+CERTIFIED_QUERIES, CERTIFIED_KEYS = 1 << 14, 1 << 16
 # The fields of a Problem that a configuration depends on, and the fields of a configuration that tuning may change.
 DEPENDS_ON = ("num_kv_heads", "index_head_dim", "block_size", "topk", "dtype", "key_size")
 TUNABLE = ("rows", "num_warps", "num_stages", "period")
@@ -128,7 +128,7 @@ def fits_sm90(problem: Problem, target: Target) -> bool:
 
 
 def gains_certified(problem: Problem, target: Target) -> bool:
-    """Whether `certified` was measured to be faster for such a problem, of CERTIFIED_TOKENS queries and keys."""
+    """Whether `certified` was measured to be faster for such a problem, of enough queries and keys."""
     sizes = problem.index_head_dim == problem.block_size == 128 and problem.num_kv_heads in (4, 8)
     bf16 = problem.dtype == torch.bfloat16 and problem.key_size == 2 and not problem.paged
     return target.arch == 90 and sizes and bf16 and problem.topk is not None and problem.topk <= 32
@@ -169,7 +169,8 @@ def default_config(
         # More copies in flight than the default's four would only be in each other's way.
         return SelectionConfig(few, columns, kept, num_splits, fp8_product=fp8_product, int8=problem.int8, sm90=True)
     config = tile_config(problem, target, num_sequences, seqlen_q, num_blocks, kept, packed)
-    long = alone and min(seqlen_q, seqlen_k) >= CERTIFIED_TOKENS
+    # The scan saves time per query and key; the second scores cost it per query.
+    long = alone and seqlen_q >= CERTIFIED_QUERIES and seqlen_k - seqlen_q // 2 >= CERTIFIED_KEYS
     return replace(config, certified=long and gains_certified(problem, target))
 
 

@@ -35,7 +35,7 @@ from ..common.target import GLUON, target_of
 from ..common.tiles import length_key, tile_table, tma_ready
 from . import kernel
 from .certified.launch import fills, select_certified
-from .config import CERTIFIED_TOKENS, DEPENDS_ON, SelectionConfig, default_config, most_splits, selection_constants
+from .config import CERTIFIED_KEYS, DEPENDS_ON, SelectionConfig, default_config, most_splits, selection_constants
 from .merge import Lists, merge_splits
 from .rule import ForcedBlocks
 from .topk import Outputs, ids_of
@@ -51,7 +51,7 @@ if GLUON:
 VARIANTS = (1, 40, 4096)
 # The same where there are as many queries as keys: whether splits fill the GPU better changes several times, and from
 # the last number on int8 scores are taken.
-TRAINING_VARIANTS = (1, *range(8, 128, 8), 192, 256, CERTIFIED_TOKENS // 128)
+TRAINING_VARIANTS = (1, *range(8, 128, 8), 192, 256, 2 * CERTIFIED_KEYS // 128)
 
 
 def choose_config(

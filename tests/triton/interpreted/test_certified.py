@@ -210,7 +210,7 @@ def test_the_operator(monkeypatch):
 
 def test_when_it_is_the_default():
     """From shapes alone: one long sequence, of what was measured to be faster."""
-    long, problem = 1 << 17, Problem(4, torch.bfloat16, index_head_dim=128, topk=16)
+    half, long, problem = 1 << 16, 1 << 17, Problem(4, torch.bfloat16, index_head_dim=128, topk=16)
 
     def chosen(name="sm_90", seqlen_q=long, seqlen_k=long, alone=True, **changes):
         given = replace(problem, **changes), TARGETS[name], 1, seqlen_q, seqlen_k
@@ -218,7 +218,11 @@ def test_when_it_is_the_default():
 
     assert chosen() and chosen(num_kv_heads=8) and chosen(seqlen_k=8 * long)
     assert not any(chosen(name) for name in TARGETS if name != "sm_90")
-    assert not any(chosen(**{name: long - 1}) for name in ("seqlen_q", "seqlen_k"))
+    # So many queries, which see so many keys on average.
+    few = 1 << 14
+    assert chosen(seqlen_q=few, seqlen_k=half + few // 2) and chosen(seqlen_q=half, seqlen_k=half + half // 2)
+    assert not chosen(seqlen_q=few - 1) and not chosen(seqlen_k=long - 1)
+    assert not chosen(seqlen_q=few, seqlen_k=half + few // 2 - 1) and not chosen(seqlen_q=half, seqlen_k=half)
     others = {"dtype": torch.float16, "index_head_dim": 64, "block_size": 64, "topk": 33, "paged": True}
     others |= {"key_dtype": torch.float8_e4m3fn, "num_kv_heads": 1}
     assert not any(chosen(**{name: value}) for name, value in others.items())
