@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flexmsa import decoding, functional, validation
 from flexmsa._layer import Layer
 from flexmsa._profiling import profiled
-from flexmsa._rope import rotate
+from flexmsa._rope import rotate, rotation
 from flexmsa._sequences import Sequences, check_sequences
 from flexmsa.cache import Cache, MSACache
 from flexmsa.config import MSAConfig
@@ -322,15 +322,13 @@ class MSAttention(Layer):
             start, end = Sequences(q, q.shape[2], cu_seqlens, kv_starts).key_ranges()
             positions = (end - start - 1).clamp(min=0)
 
-        def with_rope(y: Tensor) -> Tensor:
-            return rotate(y, positions, config.rotary_size, config.rope_theta)
-
+        rope = rotation(positions, config.rotary_size, config.rope_theta)
         return Projections(
-            q=with_rope(q),
-            k=with_rope(heads(self.k_proj, x, groups, size, self.k_norm)),
+            q=rotate(q, *rope),
+            k=rotate(heads(self.k_proj, x, groups, size, self.k_norm), *rope),
             v=heads(self.v_proj, x, groups, size),
-            index_q=with_rope(heads(self.index_q_proj, detached, groups, index_size, self.index_q_norm)),
-            index_k=with_rope(heads(self.index_k_proj, detached, 1, index_size, self.index_k_norm)),
+            index_q=rotate(heads(self.index_q_proj, detached, groups, index_size, self.index_q_norm), *rope),
+            index_k=rotate(heads(self.index_k_proj, detached, 1, index_size, self.index_k_norm), *rope),
         )
 
     @property

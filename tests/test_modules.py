@@ -5,6 +5,7 @@ import torch
 from helpers import assert_refused, lengths
 
 from flexmsa import MSACache, MSAConfig, MSAttention
+from flexmsa._rope import rotate, rotation
 
 CONFIG = MSAConfig(32, num_heads=6, num_kv_heads=2, head_dim=16, index_head_dim=8, block_size=8, topk=3, rotary_dim=4)
 
@@ -93,13 +94,11 @@ def test_norm_and_rope_are_optional(qk_norm, rotary_dim):
 
 
 def test_rope_depends_on_distance_alone(layer):
-    from flexmsa.modules import rotate
-
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def score(at, other):
-        turned = rotate(q, torch.tensor([[at]]), 6, 100.0) * rotate(k, torch.tensor([[other]]), 6, 100.0)
-        return turned.sum()
+        first, second = (rotation(torch.tensor([[position]]), 6, 100.0) for position in (at, other))
+        return (rotate(q, *first) * rotate(k, *second)).sum()
 
     torch.testing.assert_close(score(7, 3), score(104, 100))
     assert not torch.isclose(score(7, 3), score(8, 3))

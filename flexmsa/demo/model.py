@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flexmsa._rope import rotate, rotation
 from flexmsa.cache import Cache
 from flexmsa.config import MSAConfig
-from flexmsa.modules import MSAttention, rotate
+from flexmsa.modules import MSAttention
 
 VOCABULARY = 256
 
@@ -34,8 +35,9 @@ class DenseAttention(nn.Module):
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
 
-        q = rotate(self.q_norm(heads(self.q_proj(x))), positions, config.rotary_size, config.rope_theta)
-        k = rotate(self.k_norm(heads(self.k_proj(x))), positions, config.rotary_size, config.rope_theta)
+        rope = rotation(positions, config.rotary_size, config.rope_theta)
+        q = rotate(self.q_norm(heads(self.q_proj(x))), *rope)
+        k = rotate(self.k_norm(heads(self.k_proj(x))), *rope)
         v = heads(self.v_proj(x))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None

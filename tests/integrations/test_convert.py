@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from flexmsa import MSAConfig
+from flexmsa._rope import rotate, rotation
 from flexmsa.integrations.transformers import IndexLosses, convert, from_pretrained, msa_config, sequences, set_warm_up
 from flexmsa.integrations.transformers.health import random_blocks
 from flexmsa.integrations.transformers.index_branch import project_index
-from flexmsa.modules import rotate
 from flexmsa.testing import assert_close
 
 ALL_MODELS = pytest.mark.parametrize("name", MODELS)
@@ -52,7 +52,7 @@ def test_the_index_heads_turn_by_the_rope_of_the_model(name, rotary):
     for found, part in zip(heads, ("index_q", "index_k"), strict=True):
         projected = getattr(attention, f"{part}_proj")(x).unflatten(-1, (-1, attention.head_dim))
         still = getattr(attention, f"{part}_norm")(projected).transpose(1, 2)
-        torch.testing.assert_close(found, rotate(still, positions, rotary, 1e4))
+        torch.testing.assert_close(found, rotate(still, *rotation(positions, rotary, 1e4)))
         assert (found - still).abs().max() > 0.1
 
 

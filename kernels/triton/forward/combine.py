@@ -32,6 +32,17 @@ class CombineConstants(Sizes):
 
 
 @triton.jit
+def used_slots(numbers, start, live, none, topk, C: tl.constexpr):
+    """A tuple of C.slots masks [rows]: whether slots from `start` on hold an entry."""
+    SLOTS: tl.constexpr = C.slots
+    used = ()
+    for number in tl.static_range(SLOTS):
+        inside = live & (start + number < topk)
+        used += (inside & (tl.load(numbers + start + number, mask=inside, other=none) < none),)  # type: ignore[assignment]
+    return used
+
+
+@triton.jit
 def combine_rows(partial, numbers, first_place, live, none, topk, C: tl.constexpr):
     """(out [rows, depth], lse in base 2) of query rows: their slots' partial results, weighted by exp2(their lse).
 
@@ -45,12 +56,9 @@ def combine_rows(partial, numbers, first_place, live, none, topk, C: tl.constexp
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DEPTH], tl.float32)
+    used = used_slots(numbers, 0, live, none, topk, C)
     for start in range(0, topk, SLOTS):
         # All are loaded before any is added: loads between sums would wait for one another.
-        used = ()
-        for number in tl.static_range(SLOTS):
-            inside = live & (start + number < topk)
-            used += (inside & (tl.load(numbers + start + number, mask=inside, other=none) < none),)  # type: ignore[assignment]
         parts = ()
         lse = ()
         for number in tl.static_range(SLOTS):
@@ -60,6 +68,8 @@ def combine_rows(partial, numbers, first_place, live, none, topk, C: tl.constexp
             # Read once: the lse, and what others read, are to stay in the L2 cache.
             vectors = tl.load(part, mask=mask, other=0.0, eviction_policy="evict_first")
             parts += (vectors,)  # type: ignore[assignment]
+        # What the next loads depend on comes with these.
+        used = used_slots(numbers, start + SLOTS, live, none, topk, C)
         new_max = row_max
         for number in tl.static_range(SLOTS):
             new_max = tl.maximum(new_max, lse[number])
@@ -109,12 +119,14 @@ def combine_constants(problem: Problem, target: Target) -> CombineConstants:
     """Constants of `combine_kernel`: a program takes 1024 numbers of a slot, or the vector of one head."""
     sizes = sizes_of(problem)
     rows = max(1, 1024 // sizes["depth"])
+    tokens = max(1, rows // problem.group_size)
     return CombineConstants(
         **sizes,
         rows=rows,
-        tokens=max(1, rows // problem.group_size),
+        tokens=tokens,
         parts=triton.cdiv(problem.group_size, rows),
-        slots=min(4, triton.next_power_of_2(sizes["topk"])),
+        # Rows of several tokens have a list of slots each.
+        slots=min(4 if tokens == 1 else 2, triton.next_power_of_2(sizes["topk"])),
         overlap=target.overlaps,
     )
 
