@@ -318,7 +318,9 @@ class MSAttention(Layer):
         num_heads, groups = config.num_heads // self._num_shards, self._num_groups
         size, index_size = config.head_dim, config.index_head_dim
         q = heads(self.q_proj, x, num_heads, size, self.q_norm)
-        if positions is None:
+        if positions is None and cu_seqlens is None and kv_starts is None:
+            positions = torch.arange(q.shape[2], device=q.device).expand(q.shape[0], -1)
+        elif positions is None:
             start, end = Sequences(q, q.shape[2], cu_seqlens, kv_starts).key_ranges()
             positions = (end - start - 1).clamp(min=0)
 
