@@ -381,13 +381,16 @@ def test_the_table_of_shares(monkeypatch, tmp_path):
 
 def test_shares_are_checked_and_timed(monkeypatch):
     monkeypatch.setattr(gpu_shares, "PROCESSES", (2,))
+    monkeypatch.setattr(gpu_shares, "LENGTHS", (30, 80))
     heads = Heads(4, 2, 16)
     assert list(gpu_shares.share_errors(heads, 60, world=2)) == []
     rows = {}
     gpu_shares.share_times(
-        lambda name, ms, **more: rows.update({name: more}), lambda call: bool(call()), (200,), (heads,)
+        lambda name, ms, **more: rows.update({name: more}), lambda call: bool(call()), (20, 200), (heads,)
     )
-    assert list(rows) == [f"shares 4/2/16, 200, {kind}: {world}" for kind in ("plain", "packed") for world in (1, 2)]
+    # 20 tokens are less than the first document.
+    steps = "20, plain", "200, plain", "200, packed"
+    assert list(rows) == [f"shares 4/2/16, {step}: {world}" for step in steps for world in (1, 2)]
 
 
 def test_a_share_without_its_keys_is_found(monkeypatch):
