@@ -107,7 +107,7 @@ def share_times(
         for length in tokens:
             for kind, cu_seqlens in (("plain", None), ("packed", packed(length))):
                 if cu_seqlens is not None and len(cu_seqlens) == 2:
-                    # The first document is longer than this.
+                    # The first document alone fills it.
                     continue
                 whole = make_inputs(layout, length)
                 name = f"shares {layout}, {length}, {kind}"

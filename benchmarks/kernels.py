@@ -123,7 +123,7 @@ def flops_per_byte(layer: Layer) -> dict[str, float]:
 
 def launches_of(layer: Layer, target: Target) -> Iterator[tuple[str, Launch]]:
     """Each launch of a training step and of two decoding steps, with its label: the task and the kernel's name."""
-    # Shorter, as another kernel than the one of the table selects from so many tokens on.
+    # Shorter, as another kernel than the one of the table selects where there are more keys.
     shorter = replace(layer, tokens=CERTIFIED_KEYS)
     yield from labelled("selection", launches.selection_launches(shorter, target))
     yield from labelled("forward", launches.forward_launches(layer, target))

@@ -7,10 +7,10 @@ __all__ = ["rotate", "rotation"]
 
 
 def rotation(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines [B, 1, S, rotary_dim / 2], float32, by which `rotate` rotates.
+    """Return the cosines and sines [B or 1, 1, S, rotary_dim / 2], float32, by which `rotate` rotates.
 
     Args:
-        positions: [B, S] int, counted from each sequence's first token.
+        positions: [B or 1, S] int, counted from each sequence's first token.
     """
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / max(1, rotary_dim)
     angle = positions[:, None, :, None].float() * theta**-exponent

@@ -16,8 +16,8 @@ class Sequences:
         batch, seqlen_q, seqlen_k: B, Sq and Sk.
         are_whole: each batch row is one sequence, which ends with the last key.
         are_aligned: each sequence starts at key 0, so that key j is in block j // block_size.
-        ranges: (start, stop) of the parts of a plain row that the queries are, in order, with padding after them; None
-            of others. The host knows them; what a table holds only the device knows.
+        ranges: (start, stop) of the parts of plain rows that the queries are, in order; queries after them are padding.
+            None for other sequences. The host knows them; what a table holds only the device knows.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from flexmsa.distributed import SequenceShards
     from flexmsa.distributed.tensor_parallel import HeadShards
 
-__all__ = ["MSAttention", "Projections", "rotate"]
+__all__ = ["MSAttention", "Projections"]
 
 
 class MSAttention(Layer):
@@ -319,7 +319,7 @@ class MSAttention(Layer):
         size, index_size = config.head_dim, config.index_head_dim
         q = heads(self.q_proj, x, num_heads, size, self.q_norm)
         if positions is None and cu_seqlens is None and kv_starts is None:
-            positions = torch.arange(q.shape[2], device=q.device).expand(q.shape[0], -1)
+            positions = torch.arange(q.shape[2], device=q.device)[None]
         elif positions is None:
             start, end = Sequences(q, q.shape[2], cu_seqlens, kv_starts).key_ranges()
             positions = (end - start - 1).clamp(min=0)

@@ -58,7 +58,7 @@ def set_certified_selection(enabled: bool) -> None:
     """Say whether selections of long sequences may find their ids from int8 scores first (default: they may).
 
     The ids are the same, bit for bit. Where most index keys repeat, as without RoPE in the index branch, many rows have
-    to be scored again, and a selection takes up to 1.7 times as long as without. docs/notes/selection-8-bits.md says
+    to be scored again, and a selection takes up to twice as long as without. docs/notes/selection-8-bits.md says
     when int8 scores are used. Holds for the whole process.
 
     Raises:

@@ -252,25 +252,26 @@ def run_all():
 
 
 @pytest.mark.parametrize("rank", range(3))
-def test_a_part_is_selected_as_a_sequence_of_its_length(rank, monkeypatch):
+@pytest.mark.parametrize("seqlen", [65, 4, 1])
+def test_a_part_is_selected_as_a_sequence_of_its_length(seqlen, rank, monkeypatch):
     """Kernels for long sequences are chosen by lengths that the host knows."""
     select, calls = ops.select_blocks, []
 
     def noted(index_q, index_k, table, *how):
-        calls.append((index_q.shape[2], table.tolist()))
+        calls.append((index_q.shape[2], index_k.shape[2], table.tolist()))
         return select(index_q, index_k, table, *how)
 
-    _, _, _, index_q, index_k = (x.detach() for x in inputs(65, 1))
-    with gpu_shares.shards_of(65, rank, 3, None) as shards:
-        index_q, ranges = shards.shard(index_q, 2), shards.ranges
-        known, unknown = (Sequences(index_q, 65, table=shards.fragments, ranges=x) for x in (ranges, None))
+    _, _, _, index_q, index_k = (x.detach() for x in inputs(seqlen, 1))
+    with gpu_shares.shards_of(seqlen, rank, 3, None) as shards:
+        index_q, ranges = shards.shard(index_q, 2), [part for part in shards.ranges if part[0] < part[1]]
+        known, unknown = (Sequences(index_q, seqlen, table=shards.fragments, ranges=x) for x in (shards.ranges, None))
         monkeypatch.setattr(ops, "select_blocks", noted)
         ids, expected = (_core.select_blocks(index_q, index_k, x, SelectionRule(4, 3), None) for x in (known, unknown))
     # One sequence each, whose queries are its last tokens.
-    parts = [(stop - start, [[0, 0, stop - start, 0, stop]]) for start, stop in ranges]
-    assert calls == [*parts, (shards.length, shards.fragments.tolist())]
-    own = torch.cat([torch.arange(*part) for part in ranges])
-    assert torch.equal(shards.tokens[: len(own)], own)
+    parts = [(stop - start, stop, [[0, 0, stop - start, 0, stop]]) for start, stop in ranges]
+    assert calls == [*parts, (shards.length, seqlen, shards.fragments.tolist())]
+    own = [token for part in ranges for token in range(*part)]
+    assert shards.tokens[: len(own)].tolist() == own
     assert torch.equal(ids, expected)
 
 

@@ -19,7 +19,7 @@ SM90_SPLITS = 128
 LARGE = (90, 100, 103)
 # The most query rows that `kernel_sm90` takes as one tile.
 SM90_ROWS = 64
-# From so many queries, and so many keys of a query on average, `certified` was measured to be faster, on an H200.
+# From so many queries, and so many keys of a query on average, `certified` was measured to be no slower, on an H200.
 CERTIFIED_QUERIES, CERTIFIED_KEYS = 1 << 14, 1 << 16
 # The fields of a Problem that a configuration depends on, and the fields of a configuration that tuning may change.
 DEPENDS_ON = ("num_kv_heads", "index_head_dim", "block_size", "topk", "dtype", "key_size")
@@ -142,7 +142,7 @@ def default_config(
     seqlen_q: int,
     seqlen_k: int,
     packed: bool = False,
-    alone: bool = False,
+    known_keys: int = 0,
 ) -> SelectionConfig:
     """Tiles of the scorer: the largest row tile that registers and shared memory hold, no more than there are rows.
 
@@ -153,8 +153,8 @@ def default_config(
 
     The lengths decide two things: rows, of the few sizes of `row_tile`, with all that follows them; and num_splits,
     which kernels take at run time, except that they are compiled once for one split and once for more. packed: the
-    sequences have seqlen_q queries together. alone: there is one sequence. Where it is long, Hopper takes int8 scores
-    first (`certified`).
+    sequences have seqlen_q queries together. known_keys: if there is one sequence, how many keys it has at least. Where
+    these are many, Hopper takes int8 scores first (`certified`).
     """
     assert problem.topk is not None
     kept = kept_blocks(problem.topk)
@@ -170,7 +170,7 @@ def default_config(
         return SelectionConfig(few, columns, kept, num_splits, fp8_product=fp8_product, int8=problem.int8, sm90=True)
     config = tile_config(problem, target, num_sequences, seqlen_q, num_blocks, kept, packed)
     # The scan saves time per query and key; the second scores cost it per query.
-    long = alone and seqlen_q >= CERTIFIED_QUERIES and seqlen_k - seqlen_q // 2 >= CERTIFIED_KEYS
+    long = seqlen_q >= CERTIFIED_QUERIES and known_keys - seqlen_q // 2 >= CERTIFIED_KEYS
     return replace(config, certified=long and gains_certified(problem, target))
 
 

@@ -61,8 +61,12 @@ def choose_config(
     rule: SelectionRule,
     page_table: torch.Tensor | None = None,
     index_k_scale: torch.Tensor | None = None,
+    cached: bool = False,
 ) -> SelectionConfig:
-    """The configuration for these tensors: the default, with the changes of tuning."""
+    """The configuration for these tensors: the default, with the changes of tuning.
+
+    cached: index_k is a cache, which may hold no more keys than there are queries.
+    """
     batch, num_kv_heads, seqlen_q, index_head_dim = index_q.shape
     scales_ready = index_k_scale is None or (index_k_scale.is_contiguous() and index_k_scale.data_ptr() % 16 == 0)
     problem = Problem(
@@ -82,8 +86,8 @@ def choose_config(
     target = target_of(index_q.device)
     keys = capacity_of(page_table, index_k)
     # How long packed documents are, and which rows of a batch are padded, is not known here.
-    alone = sequences.shape == (1, 5)
-    shipped = default_config(problem, target, num_sequences, seqlen_q, keys, packed and problem.paged, alone)
+    known_keys = (min(keys, seqlen_q) if cached else keys) if sequences.shape == (1, 5) else 0
+    shipped = default_config(problem, target, num_sequences, seqlen_q, keys, packed and problem.paged, known_keys)
     if shipped.certified and not (certified_selection() and fills(target, problem, keys)):
         shipped = replace(shipped, certified=False)
     return tuned_config("selection", problem, target, shipped, DEPENDS_ON)
@@ -99,18 +103,20 @@ def rank_blocks(
     config: SelectionConfig | None = None,
     with_scores: bool = False,
     ids: torch.Tensor | None = None,
+    cached: bool = False,
 ) -> tuple[torch.Tensor, Lists | None]:
     """(block_indices, None), or, where the keys are split, (block_indices to be written, Lists to merge).
 
     `config` overrides the choice of tiles, for tests and tuning. with_scores: there are Lists in any case, and all of
-    their blocks are scored. `ids` are written where they are given, with any strides but the last.
+    their blocks are scored. `ids` are written where they are given, with any strides but the last. cached: as for
+    `choose_config`.
     """
     batch, num_kv_heads, seqlen_q, _ = index_q.shape
     if ids is None:
         ids = torch.empty(batch, num_kv_heads, seqlen_q, rule.topk, dtype=torch.int32, device=index_q.device)
     if ids.numel() == 0:
         return ids, None
-    config = config or choose_config(index_q, index_k, sequences, rule, page_table, index_k_scale)
+    config = config or choose_config(index_q, index_k, sequences, rule, page_table, index_k_scale, cached)
     if config.certified and not with_scores:
         select_certified(index_q, index_k, sequences, rule, config, ids)
         return ids, None

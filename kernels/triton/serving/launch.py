@@ -161,7 +161,7 @@ def select_and_attend(
     else:
         kinds = length_key(q), length_key(index_q), q.dtype, k.dtype, index_k.dtype, page_table is None
         compile_other_lengths((q.device, *kinds, rule))
-    ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, ids=ids)
+    ids, lists = rank_blocks(index_q, index_k, sequences, rule, page_table, index_k_scale, ids=ids, cached=True)
     cache = Cache(page_table, k_scale, v_scale)
     out, lse = attend(q, k, v, cache, Chosen(ids, lists), sequences, rule.block_size, scale, out=out)
     return out, lse, ids

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flexmsa
-from flexmsa.kernels import workspace
+from flexmsa.kernels import triton, workspace
 from flexmsa.kernels.problem import Problem
 from flexmsa.kernels.rules import SelectionRule
+from flexmsa.kernels.triton.common.launch import record
 from flexmsa.kernels.triton.common.target import assume_target
 from flexmsa.kernels.triton.selection import launch as selection
 from flexmsa.kernels.triton.selection.certified import choose, launch
@@ -212,9 +213,9 @@ def test_when_it_is_the_default():
     """From shapes alone: one long sequence, of what was measured to be faster."""
     half, long, problem = 1 << 16, 1 << 17, Problem(4, torch.bfloat16, index_head_dim=128, topk=16)
 
-    def chosen(name="sm_90", seqlen_q=long, seqlen_k=long, alone=True, **changes):
+    def chosen(name="sm_90", seqlen_q=long, seqlen_k=long, known_keys=None, **changes):
         given = replace(problem, **changes), TARGETS[name], 1, seqlen_q, seqlen_k
-        return default_config(*given, alone=alone).certified
+        return default_config(*given, known_keys=seqlen_k if known_keys is None else known_keys).certified
 
     assert chosen() and chosen(num_kv_heads=8) and chosen(seqlen_k=8 * long)
     assert not any(chosen(name) for name in TARGETS if name != "sm_90")
@@ -226,7 +227,7 @@ def test_when_it_is_the_default():
     others = {"dtype": torch.float16, "index_head_dim": 64, "block_size": 64, "topk": 33, "paged": True}
     others |= {"key_dtype": torch.float8_e4m3fn, "num_kv_heads": 1}
     assert not any(chosen(**{name: value}) for name, value in others.items())
-    assert not chosen(alone=False)
+    assert not chosen(known_keys=0)
 
 
 def is_certified(seqlen, *table, batch=1):
@@ -240,6 +241,19 @@ def test_sequences_of_unknown_lengths_take_the_other_kernel():
     assert is_certified(1 << 17, 1, 5)
     assert not is_certified(1 << 17, 2, 5) and not is_certified(1 << 17, 1, 1, 5)
     assert not is_certified(1 << 17, 2, 5, batch=2)
+
+
+@pytest.mark.parametrize(("seqlen", "certified"), [(1 << 16, False), (1 << 17, True)])
+def test_a_cache_that_may_hold_few_keys_takes_the_other_kernel(seqlen, certified):
+    """Its capacity is the only number of keys that is known, but for those of the new tokens."""
+    q, index_q = (torch.empty(1, heads, seqlen, 128, dtype=torch.bfloat16, device="meta") for heads in (64, 4))
+    k, index_k = (torch.empty(1, heads, 1 << 20, 128, dtype=torch.bfloat16, device="meta") for heads in (4, 1))
+    table = torch.empty(1, 5, dtype=torch.int32, device="meta")
+    with record(TARGETS["sm_90"]) as launches:
+        triton.select_and_attend(q, index_q, k, k, index_k, table, SelectionRule(128, 16), 0.1)
+    assert ("scan_kernel" in [launch.kernel.__name__ for launch in launches]) is certified
+    with assume_target(TARGETS["sm_90"]):
+        assert choose_config(index_q, index_k, table, SelectionRule(128, 16)).certified
 
 
 def test_it_can_be_switched_off():
