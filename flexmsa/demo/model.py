@@ -30,7 +30,7 @@ class DenseAttention(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """x [B, S, hidden_size] to (out, None), the interface of MSAttention."""
         config = self.config
-        positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        positions = torch.arange(x.shape[1], device=x.device)[None]
 
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
